@@ -1,0 +1,175 @@
+"""Schemas and fakes of the compiled ops. Imports torch only.
+
+One namespace for each compiled implementation, `mope_triton` and `mope_cpu`, with the same schemas and the same fakes.
+Triton kernels are registered by the op's own module; C++ kernels by the extension when it is loaded. None of these
+ops has an autograd kernel: differentiable use goes through the autograd Functions of the public functions.
+
+Conventions: `top_k = 0` is dense routing, and `weights` and `indices` then have no columns (they would repeat `probs` and
+arange). A gradient that is not asked for comes back as an empty tensor of shape (0,). Tensors may have any strides as
+long as the last dimension is contiguous. `lengths` is int32 or int64, `seed` int64 of shape (1,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+NAMESPACES = ("mope_triton", "mope_cpu")
+
+# Of the inputs of `mope_attention` these can have a gradient. The order is that of the results of
+# `mope_attention_backward`; bit i of its `needs` asks for the i-th.
+MOPE_ATTENTION_GRADIENTS = (
+    "query",
+    "key",
+    "value",
+    "logits",
+    "bank_key",
+    "bank_value",
+    "gram",
+    "key_offset",
+    "value_offset",
+    "static_key",
+    "static_value",
+    "instance_key",
+    "instance_value",
+)
+
+_MOPE_ATTENTION_TENSORS = (
+    "Tensor query, Tensor key, Tensor value, Tensor logits, Tensor? noise, Tensor bank_key, Tensor bank_value, "
+    "Tensor? gram, Tensor? key_offset, Tensor? value_offset, Tensor? static_key, Tensor? static_value, "
+    "Tensor? instance_key, Tensor? instance_value, Tensor? lengths, Tensor? seed"
+)
+_MOPE_ATTENTION_OPTIONS = "int top_k, float temperature, bool renormalize, float eps, float scale, float dropout_p"
+
+SCHEMAS = {
+    "route": "(Tensor logits, Tensor? noise, int top_k, float temperature, bool renormalize)"
+    " -> (Tensor probs, Tensor weights, Tensor indices)",
+    # -> grad_logits (B,K), in the dtype of probs
+    "route_backward": "(Tensor? grad_probs, Tensor? grad_weights, Tensor probs, Tensor weights, Tensor indices,"
+    " float temperature, bool renormalize) -> Tensor",
+    "mix_prompts": "(Tensor experts, Tensor weights, Tensor indices) -> Tensor",
+    # -> grad_experts (K,P,D), grad_weights (B,k)
+    "mix_prompts_backward": "(Tensor grad_out, Tensor experts, Tensor weights, Tensor indices, bool need_experts, bool need_weights)"
+    " -> (Tensor, Tensor)",
+    # -> loss (), load (K,)
+    "importance_loss": "(Tensor probs, float threshold) -> (Tensor, Tensor)",
+    # -> the gradient (K,) that every row of probs gets
+    "importance_loss_backward": "(Tensor grad_loss, Tensor load, float threshold) -> Tensor",
+    # lse (B,H,Lq): natural logarithm of the sum of exponentials of the scaled scores; +inf where no key is visible
+    "mope_attention": f"({_MOPE_ATTENTION_TENSORS}, {_MOPE_ATTENTION_OPTIONS})"
+    " -> (Tensor out, Tensor lse, Tensor probs, Tensor weights, Tensor indices)",
+    "mope_attention_backward": "(Tensor grad_out, Tensor? grad_probs, Tensor? grad_weights, Tensor out, Tensor lse, Tensor probs,"
+    f" Tensor weights, Tensor indices, {_MOPE_ATTENTION_TENSORS}, {_MOPE_ATTENTION_OPTIONS}, int needs)"
+    f" -> ({', '.join(['Tensor'] * len(MOPE_ATTENTION_GRADIENTS))})",
+}
+
+LIBRARIES = {namespace: Library(namespace, "DEF") for namespace in NAMESPACES}
+
+
+def empty_heads_last(query: Tensor, batch: int, heads: int, length: int, width: int) -> Tensor:
+    """(B,H,L,D) laid out as (B,L,H,D), so that the projections beside the attention read and write it without a copy."""
+    return query.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+def not_needed(like: Tensor) -> Tensor:
+    """What stands for a gradient that nobody asked for."""
+    return like.new_empty(0)
+
+
+def _fake_route(
+    logits: Tensor, noise: Tensor | None, top_k: int, temperature: float, renormalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch = logits.shape[0]
+    probs = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    return probs, probs.new_empty(batch, top_k), probs.new_empty(batch, top_k, dtype=torch.int64)
+
+
+def _fake_route_backward(
+    grad_probs: Tensor | None,
+    grad_weights: Tensor | None,
+    probs: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    temperature: float,
+    renormalize: bool,
+) -> Tensor:
+    return probs.new_empty(probs.shape)
+
+
+def _fake_mix_prompts(experts: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    return experts.new_empty(weights.shape[0], experts.shape[1], experts.shape[2])
+
+
+def _fake_mix_prompts_backward(
+    grad_out: Tensor, experts: Tensor, weights: Tensor, indices: Tensor, need_experts: bool, need_weights: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        experts.new_empty(experts.shape) if need_experts else not_needed(experts),
+        weights.new_empty(weights.shape) if need_weights else not_needed(weights),
+    )
+
+
+def _fake_importance_loss(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    return probs.new_empty(()), probs.new_empty(probs.shape[1])
+
+
+def _fake_importance_loss_backward(grad_loss: Tensor, load: Tensor, threshold: float) -> Tensor:
+    return load.new_empty(load.shape)
+
+
+def _fake_mope_attention(
+    query: Tensor, key: Tensor, value: Tensor, logits: Tensor, noise: Tensor | None, *rest: object
+) -> tuple[Tensor, ...]:
+    top_k = rest[-6]
+    assert isinstance(top_k, int)
+    batch, heads, length, width = query.shape
+    out = empty_heads_last(query, batch, heads, length, width)
+    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    return out, lse, *_fake_route(logits, noise, top_k, 1.0, False)
+
+
+def _fake_mope_attention_backward(*args: object) -> tuple[Tensor, ...]:
+    needs = args[-1]
+    assert isinstance(needs, int)
+    query, key, value, logits, _, *others = args[8:22]
+    inputs = [query, key, value, logits, *others]
+    gradients = []
+    for i, like in enumerate(inputs):
+        if not needs >> i & 1:
+            gradients.append(not_needed(query))  # type: ignore[arg-type]
+        elif i < 3:
+            gradients.append(empty_heads_last(like, *like.shape))  # type: ignore[union-attr, arg-type]
+        else:
+            gradients.append(like.new_empty(like.shape))  # type: ignore[union-attr]
+    return tuple(gradients)
+
+
+FAKES: dict[str, Callable[..., object]] = {
+    "route": _fake_route,
+    "route_backward": _fake_route_backward,
+    "mix_prompts": _fake_mix_prompts,
+    "mix_prompts_backward": _fake_mix_prompts_backward,
+    "importance_loss": _fake_importance_loss,
+    "importance_loss_backward": _fake_importance_loss_backward,
+    "mope_attention": _fake_mope_attention,
+    "mope_attention_backward": _fake_mope_attention_backward,
+}
+
+for _namespace, _library in LIBRARIES.items():
+    for _name, _schema in SCHEMAS.items():
+        _library.define(_name + _schema)
+        torch.library.register_fake(f"{_namespace}::{_name}", FAKES[_name], lib=_library)
+
+
+def triton_kernel(name: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    """Register the launcher of `mope_triton::name`. On CPU tensors it runs in Triton's interpreter."""
+
+    def register(launcher: Callable[..., object]) -> Callable[..., object]:
+        for key in ("CUDA", "CPU"):
+            LIBRARIES["mope_triton"].impl(name, launcher, key)
+        return launcher
+
+    return register
