@@ -1,0 +1,29 @@
+"""Fused ops of Mixture-of-Prompt-Experts models: tensors in, tensors out.
+
+Each op is defined in plain PyTorch in `mope_kernels.reference` and implemented in Triton (GPU) and C++ (CPU) where
+`explain(op, ...)` says so. Importing this package needs torch only.
+"""
+
+from .expert_adapter import expert_adapter
+from .impl import Explanation, explain
+from .mope_attention import ExpertBank, mope_attention
+from .prompt_attention import prompt_attention
+from .prompts import mix_prompts
+from .router import Routing, importance_loss, route
+from .window_attention import window_prompt_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExpertBank",
+    "Explanation",
+    "Routing",
+    "expert_adapter",
+    "explain",
+    "importance_loss",
+    "mix_prompts",
+    "mope_attention",
+    "prompt_attention",
+    "route",
+    "window_prompt_attention",
+]

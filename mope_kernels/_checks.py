@@ -1,0 +1,85 @@
+"""Checks of arguments. An error names the op, the offending argument, the shapes and the fix."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+
+class Arguments:
+    """The arguments of one call of an op: binds the sizes of named axes and holds every later tensor to them.
+
+    >>> arguments = Arguments("mix_prompts")
+    >>> arguments.tensor("experts", experts, "K P D")
+    >>> arguments.tensor("weights", weights, "B k")
+    """
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.sizes: dict[str, int] = {}
+        self.device: torch.device | None = None
+
+    def error(self, message: str) -> ValueError:
+        return ValueError(f"{self.op}: {message}")
+
+    def tensor(self, name: str, value: Tensor | None, axes: str, *, integer: bool = False, dtype: torch.dtype | None = None) -> None:
+        """Hold `value` to the axes; one letter, one size. `None` (an optional argument that was not given) passes."""
+        if value is None:
+            return
+        names = axes.split()
+        if value.dim() != len(names):
+            raise self.error(f"{name} must have the axes ({', '.join(names)}), got shape {tuple(value.shape)}")
+        for axis, size in zip(names, value.shape, strict=True):
+            expected = int(axis) if axis.isdigit() else self.sizes.setdefault(axis, size)
+            if size != expected:
+                wanted = ", ".join(f"{a}={self.sizes[a]}" if a in self.sizes else a for a in names)
+                raise self.error(f"{name} must be ({wanted}), got shape {tuple(value.shape)}: axis {axis} is {size}, not {expected}")
+        if integer and (value.is_floating_point() or value.dtype == torch.bool):
+            raise self.error(f"{name} must be an integer tensor, got {value.dtype}: use {name}.long()")
+        if not integer and not value.is_floating_point():
+            raise self.error(f"{name} must be a floating point tensor, got {value.dtype}: use {name}.float()")
+        if dtype is not None and value.dtype != dtype:
+            raise self.error(f"{name} must be {dtype}, got {value.dtype}: use {name}.to({dtype})")
+        if self.device is None:
+            self.device = value.device
+        elif value.device != self.device:
+            raise self.error(f"{name} is on {value.device}, the other tensors on {self.device}: use {name}.to('{self.device}')")
+
+    def both_or_neither(self, first: str, a: object, second: str, b: object) -> None:
+        if (a is None) != (b is None):
+            raise self.error(f"{first} and {second} go together: give both or neither")
+
+    def top_k(self, top_k: int | None, num_experts: int) -> None:
+        if num_experts < 1:
+            raise self.error("there must be at least one expert (K >= 1)")
+        if top_k is not None and not 1 <= top_k <= num_experts:
+            raise self.error(f"top_k must be between 1 and the {num_experts} experts, or None for dense routing, got {top_k}")
+
+    def positive(self, name: str, value: float) -> None:
+        if not value > 0:
+            raise self.error(f"{name} must be positive, got {value}")
+
+    def probability(self, name: str, value: float) -> None:
+        if not 0 <= value < 1:
+            raise self.error(f"{name} must be in [0, 1), got {value}")
+
+    def indices(self, name: str, value: Tensor, bound: int) -> None:
+        """Values are looked at only where that costs no device sync: on CPU tensors, and on others with MOPE_DEBUG=1."""
+        if torch.compiler.is_compiling() or value.numel() == 0:
+            return
+        if value.device.type == "cpu" or debugging():
+            lowest, highest = int(value.min()), int(value.max())
+            if lowest < 0 or highest >= bound:
+                raise self.error(f"{name} must lie in 0..{bound - 1}, got values from {lowest} to {highest}")
+
+
+def debugging() -> bool:
+    """Whether checks that make the host wait for the device are asked for."""
+    return os.environ.get("MOPE_DEBUG", "") not in ("", "0")
+
+
+def last_dim_contiguous(tensor: Tensor) -> Tensor:
+    """The kernels take any strides but for the last dimension."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

@@ -1,0 +1,161 @@
+"""Which implementation of an op runs, and why.
+
+`impl="auto"` takes the first in the order of `IMPLEMENTATIONS` that has nothing against the arguments. The environment variable
+MOPE_IMPL replaces "auto" by a name, or by several with commas between them, tried in that order. A name that cannot run
+raises with every reason; nothing falls back in silence: a CUDA tensor that lands on the plain PyTorch definition
+warns once for each op.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _extension
+
+IMPLEMENTATIONS = ("triton", "cpu", "sdpa", "xformers", "reference")
+
+# A check gets the op's own arguments and returns what speaks against running it on them.
+Check = Callable[..., list[str]]
+
+_OPERATIONS: dict[str, Operation] = {}
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` answers. `impl` is None if nothing can run; `reasons` says for each other implementation why it would not."""
+
+    op: str
+    impl: str | None
+    reasons: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.impl or 'nothing'} would run"]
+        lines += [f"  {name}: {'; '.join(why)}" for name, why in self.reasons.items() if name != self.impl]
+        return "\n".join(lines)
+
+
+class Operation:
+    """One op and its implementations, each with the check that says what speaks against it."""
+
+    def __init__(self, name: str, **checks: Check) -> None:
+        self.name = name
+        self.checks = {impl: checks.get(impl) for impl in IMPLEMENTATIONS}
+        _OPERATIONS[name] = self
+
+    def against(self, impl: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        check = self.checks[impl]
+        return [f"{self.name} has no {impl} implementation"] if check is None else check(*args, **kwargs)
+
+    def choose(self, impl: str, *args: Any, **kwargs: Any) -> str:
+        """The implementation that runs on these arguments of the op; ValueError with every reason if none can."""
+        preferences = self._preferences(impl)
+        for name in preferences:
+            if not self.against(name, args, kwargs):
+                if name == "reference" and "triton" in preferences:
+                    self._warn_if_slow(args, kwargs)
+                return name
+        reasons = {name: self.against(name, args, kwargs) for name in preferences}
+        raise ValueError(
+            f"{self.name}: no implementation can run\n"
+            + "\n".join(f"  {name}: {'; '.join(why)}" for name, why in reasons.items())
+            + '\nimpl="reference" always can.'
+        )
+
+    def explain(self, impl: str, *args: Any, **kwargs: Any) -> Explanation:
+        preferences = self._preferences(impl)
+        reasons = {name: self.against(name, args, kwargs) for name in IMPLEMENTATIONS}
+        chosen = next((name for name in preferences if not reasons[name]), None)
+        for name in IMPLEMENTATIONS:
+            if name != chosen and not reasons[name]:
+                reasons[name] = [f"{chosen} comes first" if name in preferences else f"{', '.join(preferences)} was asked for"]
+        return Explanation(self.name, chosen, {name: why for name, why in reasons.items() if name != chosen})
+
+    def _preferences(self, impl: str) -> tuple[str, ...]:
+        if impl == "auto":
+            impl = os.environ.get("MOPE_IMPL", "") or "auto"
+        if impl == "auto":
+            return IMPLEMENTATIONS
+        names = tuple(impl.split(","))
+        for name in names:
+            if name not in IMPLEMENTATIONS:
+                raise ValueError(f"{self.name}: impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
+        return names
+
+    def _warn_if_slow(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or self.name in _warned:
+            return
+        if any(isinstance(a, Tensor) and a.is_cuda for a in args):
+            _warned.add(self.name)
+            warnings.warn(
+                f"{self.name} runs in plain PyTorch on a GPU: {'; '.join(self.against('triton', args, kwargs))}", stacklevel=4
+            )
+
+
+def explain(op: str | Callable[..., Any], *args: Any, impl: str = "auto", **kwargs: Any) -> Explanation:
+    """Which implementation of `op` would run on these arguments, and why the others would not.
+
+    `op` is a public function of this package or its name, the arguments are those of a call.
+
+    >>> print(explain(mope_kernels.mix_prompts, experts, weights, indices))
+    mix_prompts: cpu would run
+      triton: Triton runs on GPUs, these tensors are on the CPU; ...
+    """
+    name = op if isinstance(op, str) else op.__name__
+    if name not in _OPERATIONS:
+        raise ValueError(f"explain: unknown op {name!r}; the ops are {', '.join(_OPERATIONS)}")
+    return _OPERATIONS[name].explain(impl, *args, **kwargs)
+
+
+def reference_check(*args: Any, **kwargs: Any) -> list[str]:
+    """Plain PyTorch runs everywhere."""
+    return []
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels are interpreted on the CPU (the variable is read when Triton is first imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def triton_check(*tensors: Tensor) -> list[str]:
+    """What speaks against Triton for tensors of this device and dtype."""
+    device, dtypes = tensors[0].device.type, {t.dtype for t in tensors}
+    reasons = []
+    if not _has_triton():
+        reasons.append("Triton is not installed (pip install triton)")
+    if device == "cpu" and not interpreting():
+        reasons.append("Triton runs on GPUs, these tensors are on the CPU")
+    elif device not in ("cuda", "cpu"):
+        reasons.append(f"no Triton kernels for tensors on {device}")
+    if torch.float64 in dtypes:
+        reasons.append("the Triton kernels compute in float32, these tensors are float64")
+    if device == "cpu" and torch.bfloat16 in dtypes:
+        reasons.append("Triton's interpreter computes wrong bfloat16 products")
+    return reasons
+
+
+def extension_check(*tensors: Tensor) -> list[str]:
+    """What speaks against the C++ extension for tensors of this device and dtype."""
+    device, dtypes = tensors[0].device.type, {t.dtype for t in tensors}
+    reasons = []
+    if not _extension.STATUS.loaded:
+        reasons.append(_extension.STATUS.reason)
+    if device != "cpu":
+        reasons.append(f"the C++ kernels run on the CPU, these tensors are on {device}")
+    if dtypes != {torch.float32}:
+        reasons.append(f"the C++ kernels compute in float32, got {', '.join(sorted(str(d) for d in dtypes))}")
+    return reasons

@@ -1,0 +1,218 @@
+"""One pass: route, gather from the expert bank, attend over prompts and tokens."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import Arguments, last_dim_contiguous
+from ._ops import MOPE_ATTENTION_GRADIENTS
+from .impl import Operation, extension_check, reference_check, triton_check
+from .mope_attention_details import _launch as _launch
+from .prompt_attention import check_attention
+from .router import Routing, check_routing, dense_routing
+
+TRITON_HEAD_DIMS = (16, 32, 48, 64, 72, 80, 88, 96, 128)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertBank:
+    """Prompt experts projected through the keys and values of one frozen layer, once for all instances.
+
+    Prompts enter attention only through the layer's W_k and W_v, and a mixture of projections is the projection of the mixture.
+    Where the layer normalises its input first, `gram` gives the standard deviation that the mixture would have had:
+    LN(sum_j w_j E_j) = gamma * (sum_j w_j Ec_j) / sqrt(w' G_p w + eps) + beta.
+
+    key, value: (K,H,P,D), W (gamma * Ec_j), or W E_j without LayerNorm. Keep them in float32: with nearly cancelling experts
+        a bfloat16 bank is several percent wrong.
+    gram: (P,K,K) float32, G_p[i,j] = <Ec_i[p], Ec_j[p]> / d of the centred experts, d the width of the model; None: no LayerNorm.
+    key_offset, value_offset: (H,D), W beta + b.
+    eps: of the LayerNorm.
+    """
+
+    key: Tensor
+    value: Tensor
+    _: KW_ONLY
+    gram: Tensor | None = None
+    key_offset: Tensor | None = None
+    value_offset: Tensor | None = None
+    eps: float = 1e-5
+
+
+class _Options(NamedTuple):
+    """What is no tensor, in the order of the raw op's schema."""
+
+    top_k: int
+    temperature: float
+    renormalize: bool
+    eps: float
+    scale: float
+    dropout_p: float
+
+
+class MoPEAttentionFunction(torch.autograd.Function):
+    """(namespace, options, *tensors) -> out, probs, weights, indices; the tensors in the order of the raw op's schema."""
+
+    @staticmethod
+    def forward(ctx: Any, namespace: str, options: _Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.ops, ctx.options = getattr(torch.ops, namespace), options
+        out, lse, probs, weights, indices = ctx.ops.mope_attention.default(*tensors, *options)
+        ctx.save_for_backward(out, lse, probs, weights, indices, *tensors)
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        return out, probs, weights, indices
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_out, grad_probs, grad_weights, _ = grads
+        out, lse, probs, weights, indices, *tensors = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        needed = dict(zip(_TENSORS, ctx.needs_input_grad[2:], strict=True))
+        needs = sum(needed[name] << bit for bit, name in enumerate(MOPE_ATTENTION_GRADIENTS))
+        found = ctx.ops.mope_attention_backward.default(
+            last_dim_contiguous(grad_out),
+            None if grad_probs is None else last_dim_contiguous(grad_probs),
+            None if grad_weights is None else last_dim_contiguous(grad_weights),
+            out,
+            lse,
+            probs,
+            weights,
+            indices,
+            *tensors,
+            *ctx.options,
+            needs,
+        )
+        gradients = dict(zip(MOPE_ATTENTION_GRADIENTS, found, strict=True))
+        return None, None, *(gradients[name] if needed[name] else None for name in _TENSORS)
+
+
+# The tensors of the raw op, in the order of its schema.
+_TENSORS = (*MOPE_ATTENTION_GRADIENTS[:4], "noise", *MOPE_ATTENTION_GRADIENTS[4:], "lengths", "seed")
+
+
+def _triton_check(query: Tensor, key: Tensor, value: Tensor, logits: Tensor, bank: ExpertBank, **_: Any) -> list[str]:
+    reasons = triton_check(query, logits, bank.key, bank.value)
+    if query.shape[-1] not in TRITON_HEAD_DIMS:
+        reasons.append(f"head_dim must be one of {', '.join(map(str, TRITON_HEAD_DIMS))}, got {query.shape[-1]}")
+    return reasons
+
+
+def _cpu_check(
+    query: Tensor, key: Tensor, value: Tensor, logits: Tensor, bank: ExpertBank, *, dropout_p: float = 0.0, **others: Any
+) -> list[str]:
+    tensors = [t for name, t in others.items() if isinstance(t, Tensor) and name != "lengths"]
+    tensors += [t for t in (bank.gram, bank.key_offset, bank.value_offset) if t is not None]
+    reasons = extension_check(query, logits, bank.key, bank.value, *tensors)
+    if dropout_p:
+        reasons.append("the C++ kernel has no dropout")
+    return reasons
+
+
+_MOPE_ATTENTION = Operation("mope_attention", triton=_triton_check, cpu=_cpu_check, reference=reference_check)
+
+
+def mope_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logits: Tensor,
+    bank: ExpertBank,
+    *,
+    static_key: Tensor | None = None,
+    static_value: Tensor | None = None,
+    instance_key: Tensor | None = None,
+    instance_value: Tensor | None = None,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    noise: Tensor | None = None,
+    renormalize: bool = False,
+    lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Routing]:
+    """Attention over [static; instance; routed prompts; tokens], where the routed prompts are a mixture of experts.
+
+    softmax(q [Ks; Ki; Kr; K]' * scale) [Vs; Vi; Vr; V], Kr and Vr mixed from `bank` with the weights of
+    `route(logits, ...)`. Router, gather, LayerNorm fold and attention are one kernel where one runs.
+
+    Args:
+        query: (B,H,Lq,D), floating point.
+        key, value: (B,H,Lk,D), dtype of `query`.
+        logits: (B,K) router logits, floating point.
+        bank: the projected experts; differentiable.
+        static_key, static_value: (H,S,D), prompts that all items share.
+        instance_key, instance_value: (B,H,M,D), prompts of each item: the mapped prompts.
+        top_k, temperature, noise, renormalize: as in `route`.
+        lengths: (B,) integer; the tokens of item b from lengths[b] on are hidden, prompts never are.
+        dropout_p: of the attention probabilities, those of prompts too.
+        scale: of the scores; D^-0.5 if None.
+        impl: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        (B,H,Lq,D) in the dtype of `query`, in memory (B,Lq,H,D), and the `Routing`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, `top_k` > K, or `impl` cannot run.
+
+    MoPE (arXiv 2403.10568), router and dynamic prompts.
+    """
+    arguments = Arguments("mope_attention")
+    check_attention(arguments, query, key, value, lengths, dropout_p)
+    check_routing(arguments, logits, noise, top_k, temperature)
+    arguments.tensor("bank.key", bank.key, "K H P D")
+    arguments.tensor("bank.value", bank.value, "K H P D")
+    arguments.tensor("bank.gram", bank.gram, "P K K")
+    arguments.both_or_neither("bank.key_offset", bank.key_offset, "bank.value_offset", bank.value_offset)
+    arguments.tensor("bank.key_offset", bank.key_offset, "H D")
+    arguments.tensor("bank.value_offset", bank.value_offset, "H D")
+    arguments.both_or_neither("static_key", static_key, "static_value", static_value)
+    arguments.tensor("static_key", static_key, "H S D")
+    arguments.tensor("static_value", static_value, "H S D")
+    arguments.both_or_neither("instance_key", instance_key, "instance_value", instance_value)
+    arguments.tensor("instance_key", instance_key, "B H M D")
+    arguments.tensor("instance_value", instance_value, "B H M D")
+
+    prompts = {"static_key": static_key, "static_value": static_value, "instance_key": instance_key, "instance_value": instance_value}
+    implementation = _MOPE_ATTENTION.choose(
+        impl, query, key, value, logits, bank, noise=noise, lengths=lengths, dropout_p=dropout_p, **prompts
+    )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if implementation == "reference":
+        out, weights, indices, probs = reference.mope_attention(
+            query,
+            key,
+            value,
+            logits,
+            bank.key,
+            bank.value,
+            gram=bank.gram,
+            key_offset=bank.key_offset,
+            value_offset=bank.value_offset,
+            eps=bank.eps,
+            top_k=top_k,
+            temperature=temperature,
+            noise=noise,
+            renormalize=renormalize,
+            lengths=lengths,
+            dropout_p=dropout_p,
+            scale=scale,
+            **prompts,
+        )
+        return out, Routing(weights, indices, probs)
+
+    # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
+    seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
+    inputs = (query, key, value, logits, None if noise is None else noise.detach(), bank.key, bank.value, bank.gram)
+    inputs += (bank.key_offset, bank.value_offset, *prompts.values(), lengths, seed)
+    out, probs, weights, indices = MoPEAttentionFunction.apply(
+        f"mope_{implementation}",
+        _Options(top_k or 0, temperature, renormalize, bank.eps, scale, dropout_p),
+        *(None if t is None else last_dim_contiguous(t) for t in inputs),
+    )
+    return out, dense_routing(probs) if top_k is None else Routing(weights, indices, probs)

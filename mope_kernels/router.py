@@ -1,0 +1,143 @@
+"""The router: softmax over experts, selection, and the loss that keeps their loads even."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import Arguments, last_dim_contiguous
+from .impl import Operation, reference_check, triton_check
+from .router_details import _launch as _launch
+
+
+class Routing(NamedTuple):
+    """How a batch was routed.
+
+    weights: (B,k) weights of the selected experts, float32 (float64 for float64 logits), in descending order.
+    indices: (B,k) the selected experts, int64; arange(K) in dense routing, where k = K.
+    probs: (B,K) softmax over all experts, dtype of weights.
+    """
+
+    weights: Tensor
+    indices: Tensor
+    probs: Tensor
+
+
+def dense_routing(probs: Tensor) -> Routing:
+    """(B,K) -> the routing in which every expert takes part."""
+    return Routing(probs, torch.arange(probs.shape[1], device=probs.device).expand_as(probs), probs)
+
+
+class RouteFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, noise: Tensor | None, top_k: int, temperature: float, renormalize: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        probs, weights, indices = torch.ops.mope_triton.route.default(logits, noise, top_k, temperature, renormalize)
+        ctx.save_for_backward(probs, weights, indices)
+        ctx.temperature, ctx.renormalize, ctx.dtype = temperature, renormalize, logits.dtype
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        return probs, weights, indices
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_probs, grad_weights, _ = grads
+        if not ctx.needs_input_grad[0] or (grad_probs is None and grad_weights is None):
+            return (None,) * 5
+        probs, weights, indices = ctx.saved_tensors
+        grad_logits = torch.ops.mope_triton.route_backward.default(
+            grad_probs, grad_weights, probs, weights, indices, ctx.temperature, ctx.renormalize
+        )
+        return grad_logits.to(ctx.dtype), None, None, None, None
+
+
+_ROUTE = Operation("route", triton=lambda logits, **_: triton_check(logits), reference=reference_check)
+
+
+def check_routing(
+    arguments: Arguments, logits: Tensor, noise: Tensor | None, top_k: int | None, temperature: float, batch: str = "B"
+) -> None:
+    """The checks that every routed op shares."""
+    arguments.tensor("logits", logits, f"{batch} K")
+    arguments.tensor("noise", noise, f"{batch} K")
+    arguments.top_k(top_k, logits.shape[1])
+    arguments.positive("temperature", temperature)
+
+
+def route(
+    logits: Tensor,
+    *,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    noise: Tensor | None = None,
+    renormalize: bool = False,
+    impl: str = "auto",
+) -> Routing:
+    """Route a batch: r = softmax(logits / temperature + noise), and the `top_k` experts of each item.
+
+    Args:
+        logits: (B,K), floating point.
+        top_k: how many experts to select, by logits / temperature + noise; ties go to the lowest index. None: all of them, in order.
+        temperature: positive.
+        noise: (B,K), added after the temperature; gets no gradient.
+        renormalize: divide the selected weights by their sum. With `top_k=1` the router then gets no gradient through them.
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        `Routing`. Gradients flow through weights and probs. A row that holds NaN has NaN weights and indices 0..k-1.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, `top_k` > K, or `impl` cannot run.
+
+    MoPE (arXiv 2403.10568), the multimodal router.
+    """
+    check_routing(Arguments("route"), logits, noise, top_k, temperature)
+    if _ROUTE.choose(impl, logits) == "reference":
+        return Routing(*reference.route(logits, top_k=top_k, temperature=temperature, noise=noise, renormalize=renormalize))
+    noise = None if noise is None else last_dim_contiguous(noise.detach())
+    probs, weights, indices = RouteFunction.apply(last_dim_contiguous(logits), noise, top_k or 0, temperature, renormalize)
+    return dense_routing(probs) if top_k is None else Routing(weights, indices, probs)
+
+
+class ImportanceLossFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, probs: Tensor, threshold: float) -> Tensor:
+        loss, load = torch.ops.mope_triton.importance_loss.default(probs, threshold)
+        ctx.save_for_backward(load)
+        ctx.threshold, ctx.shape, ctx.dtype = threshold, probs.shape, probs.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (load,) = ctx.saved_tensors
+        grad_load = torch.ops.mope_triton.importance_loss_backward.default(grads[0], load, ctx.threshold)
+        return grad_load.to(ctx.dtype).expand(ctx.shape), None
+
+
+_IMPORTANCE_LOSS = Operation("importance_loss", triton=lambda probs, **_: triton_check(probs), reference=reference_check)
+
+
+def importance_loss(probs: Tensor, *, threshold: float = 0.1, impl: str = "auto") -> Tensor:
+    """How uneven the experts' loads are: CV^2 = var(I) / mean(I)^2 of I = sum over the batch of probs, unbiased variance.
+
+    Args:
+        probs: (B,K) softmax over all experts, `Routing.probs`.
+        threshold: a CV^2 up to this counts as even: the loss is 0 and so is its gradient. No device sync.
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        () float32 (float64 for float64 probs). 0, with zero gradient, for K = 1 or B = 0.
+
+    Raises:
+        ValueError: `probs` is not a floating point matrix, or `impl` cannot run.
+
+    MoPE (arXiv 2403.10568), importance loss; the released code's unbiased variance.
+    """
+    Arguments("importance_loss").tensor("probs", probs, "B K")
+    if _IMPORTANCE_LOSS.choose(impl, probs) == "reference":
+        return reference.importance_loss(probs, threshold=threshold)
+    return ImportanceLossFunction.apply(last_dim_contiguous(probs), threshold)

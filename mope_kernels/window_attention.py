@@ -1,0 +1,77 @@
+"""Shifted window attention with prompts in every window."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import reference
+from ._checks import Arguments
+from .impl import Operation, reference_check
+
+_WINDOW_PROMPT_ATTENTION = Operation("window_prompt_attention", reference=reference_check)
+
+PROMPT_OWNERS = ("instance", "reference")
+
+
+def window_prompt_attention(
+    qkv: Tensor,
+    position_bias: Tensor,
+    *,
+    num_prompts: int,
+    num_heads: int,
+    resolution: int,
+    window_size: int,
+    shift: int = 0,
+    prompt_owner: str = "instance",
+    impl: str = "auto",
+) -> Tensor:
+    """(Shifted) window attention in which every window also holds the prompts of its image.
+
+    Args:
+        qkv: (B, P + R*R, 3C), the projections [query | key | value] with heads inside each, prompts first, tokens row by row.
+        position_bias: (H, w*w, w*w), added to the scores between tokens; prompts get none.
+        num_prompts: P.
+        num_heads: H; the scores are scaled by (C / H)^-0.5.
+        resolution: R, tokens on a side of the image.
+        window_size: w; must divide R. R <= w: one window of R*R tokens, no shift, and position_bias is (H, R*R, R*R).
+        shift: cyclic shift of the windows, 0 <= shift < w; tokens that it brings together from afar see each other with -100.
+        prompt_owner: "instance": a window uses the prompts of its own image. "reference": window i = b*nW + w uses those of
+            image i % B, as the released code does.
+        impl: "auto" or "reference".
+
+    Returns:
+        (B, P + R*R, C): tokens in the order of the input; the output of a prompt is the mean over the windows that used it.
+
+    Raises:
+        ValueError: shapes or sizes do not fit, or `impl` cannot run.
+
+    MoPE (arXiv 2403.10568), prompted Swin Transformer.
+    """
+    arguments = Arguments("window_prompt_attention")
+    arguments.tensor("qkv", qkv, "B N C")
+    width = qkv.shape[2]
+    if qkv.shape[1] != num_prompts + resolution**2:
+        raise arguments.error(
+            f"qkv must have num_prompts + resolution^2 = {num_prompts} + {resolution**2} rows, got shape {tuple(qkv.shape)}"
+        )
+    if width % (3 * num_heads):
+        raise arguments.error(f"the last axis of qkv must divide by 3 * num_heads = {3 * num_heads}, got shape {tuple(qkv.shape)}")
+    if resolution > window_size and resolution % window_size:
+        raise arguments.error(f"resolution must divide by window_size, got {resolution} and {window_size}: pad the image")
+    if not 0 <= shift < window_size:
+        raise arguments.error(f"shift must be in 0..window_size-1, got {shift} for windows of {window_size}")
+    if prompt_owner not in PROMPT_OWNERS:
+        raise arguments.error(f"prompt_owner must be one of {', '.join(PROMPT_OWNERS)}, got {prompt_owner!r}")
+    arguments.sizes["H"], arguments.sizes["n"] = num_heads, min(window_size, resolution) ** 2
+    arguments.tensor("position_bias", position_bias, "H n n")
+    _WINDOW_PROMPT_ATTENTION.choose(impl, qkv, position_bias)
+    return reference.window_prompt_attention(
+        qkv,
+        position_bias,
+        num_prompts=num_prompts,
+        num_heads=num_heads,
+        resolution=resolution,
+        window_size=window_size,
+        shift=shift,
+        prompt_owner=prompt_owner,
+    )
