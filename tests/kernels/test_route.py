@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import mope_kernels
+from mope_kernels import reference
+
+from .numerics import DEVICE, check, dtypes_of, implementations, strided
+
+CASES = [
+    # batch, experts, top_k, renormalize, temperature, noise
+    (5, 4, None, False, 0.1, True),
+    (3, 16, 1, False, 0.1, False),
+    (7, 5, 2, True, 1.0, True),
+    (2, 6, 6, True, 0.5, False),
+    (1, 1, 1, False, 1.0, False),
+    (4, 100, 3, False, 0.3, True),
+    (0, 4, 2, False, 1.0, False),
+]
+
+
+@implementations("reference", "triton")
+@pytest.mark.parametrize(("batch", "experts", "top_k", "renormalize", "temperature", "noisy"), CASES)
+def test_matches_float64(impl, batch, experts, top_k, renormalize, temperature, noisy):
+    for dtype in dtypes_of(impl):
+        logits = torch.randn(batch, experts, dtype=dtype, device=DEVICE[impl])
+        noise = torch.randn(batch, experts, device=DEVICE[impl]) / 8 if noisy else None
+        options = {"top_k": top_k, "renormalize": renormalize, "temperature": temperature}
+
+        def op(logits, noise):
+            routing = mope_kernels.route(logits, noise=noise, impl=impl, **options)
+            return routing.weights, routing.probs
+
+        def plain(logits, noise):
+            weights, _, probs = reference.route(logits, noise=noise, **options)
+            return weights, probs
+
+        for layout in (logits, *strided(logits)):
+            check(op, plain, {"logits": layout, "noise": noise}, "logits")
+
+
+@implementations("reference", "triton")
+def test_selects_like_a_sort(impl):
+    logits = torch.randn(50, 12, device=DEVICE[impl])
+    noise = torch.randn_like(logits)
+    routing = mope_kernels.route(logits, top_k=3, temperature=0.5, noise=noise, impl=impl)
+    assert torch.equal(routing.indices, (logits / 0.5 + noise).topk(3).indices)
+    assert torch.equal(routing.weights, routing.probs.gather(1, routing.indices))
+
+
+@implementations("reference", "triton")
+def test_ties_go_to_the_lowest_index(impl):
+    logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0, 0.0], [0.0] * 6], device=DEVICE[impl])
+    for top_k in (1, 3, 6):
+        indices = mope_kernels.route(logits, top_k=top_k, impl=impl).indices
+        assert indices.tolist() == [[1, 2, 4, 0, 3, 5][:top_k], [0, 1, 2, 3, 4, 5][:top_k]]
+
+
+@implementations("reference", "triton")
+def test_selection_survives_underflow(impl):
+    # At this temperature all probabilities but one are exactly zero; selection on them would see ties.
+    logits = torch.tensor([[0.0, 30.0, 10.0, 20.0]], device=DEVICE[impl])
+    routing = mope_kernels.route(logits, top_k=3, temperature=0.05, impl=impl)
+    assert (routing.probs == 0).sum() == 3
+    assert routing.indices.tolist() == [[1, 3, 2]]
+
+
+@implementations("reference", "triton")
+def test_masked_experts_are_taken_once(impl):
+    logits = torch.tensor([[-math.inf, 1.0, -math.inf, 2.0]], device=DEVICE[impl])
+    routing = mope_kernels.route(logits, top_k=4, impl=impl)
+    assert routing.indices.tolist() == [[3, 1, 0, 2]]
+    assert routing.weights[0, 2:].tolist() == [0.0, 0.0]
+
+
+@implementations("reference", "triton")
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_nan_stays_in_its_row(impl, poison):
+    clean = torch.randn(4, 6, device=DEVICE[impl])
+    poisoned = clean.clone()
+    poisoned[2, 3] = poison
+    for top_k in (None, 2):
+        expected, routing = (mope_kernels.route(t, top_k=top_k, impl=impl) for t in (clean, poisoned))
+        others = [0, 1, 3]
+        for before, after in zip(expected, routing, strict=True):
+            assert torch.equal(before[others], after[others])
+        assert routing.weights[2].isnan().all() and routing.probs[2].isnan().all()
+        assert routing.indices[2].tolist() == list(range(top_k or 6))
+
+
+@implementations("reference", "triton")
+def test_float32_results_under_autocast(impl):
+    logits = torch.randn(3, 4, device=DEVICE[impl])
+    with torch.autocast(DEVICE[impl], dtype=torch.bfloat16):
+        routing = mope_kernels.route(logits, top_k=2, impl=impl)
+        loss = mope_kernels.importance_loss(routing.probs, impl=impl)
+    assert {routing.weights.dtype, routing.probs.dtype, loss.dtype} == {torch.float32}
+    assert torch.equal(routing.weights, mope_kernels.route(logits, top_k=2, impl=impl).weights)
+
+
+def test_renormalised_top1_gives_the_router_no_gradient():
+    logits = torch.randn(3, 4, requires_grad=True)
+    weights = mope_kernels.route(logits, top_k=1, renormalize=True).weights
+    (grad,) = torch.autograd.grad((weights * torch.randn(3, 1)).sum(), logits)
+    assert grad.abs().max() < 1e-6
+
+
+@implementations("reference", "triton")
+@pytest.mark.parametrize(("batch", "experts"), [(6, 4), (3, 17), (1, 5), (40, 2)])
+@pytest.mark.parametrize("threshold", [0.0, 0.1])
+def test_importance_loss_matches_float64(impl, batch, experts, threshold):
+    probs = (4 * torch.randn(batch, experts, device=DEVICE[impl])).softmax(-1)
+    for layout in (probs, *strided(probs)):
+        check(
+            lambda probs: (mope_kernels.importance_loss(probs, threshold=threshold, impl=impl),),
+            lambda probs: (reference.importance_loss(probs, threshold=threshold),),
+            {"probs": layout},
+            "probs",
+        )
+
+
+@implementations("reference", "triton")
+def test_importance_loss_by_hand(impl):
+    # Loads 3 and 1: mean 2, unbiased variance 2, CV^2 = 0.5.
+    probs = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]], device=DEVICE[impl])
+    assert mope_kernels.importance_loss(probs, impl=impl).item() == pytest.approx(0.5, rel=1e-6)
+
+
+@implementations("reference", "triton")
+def test_even_loads_cost_nothing(impl):
+    probs = torch.tensor([[0.55, 0.45], [0.5, 0.5]], device=DEVICE[impl], requires_grad=True)
+    loss = mope_kernels.importance_loss(probs, impl=impl)
+    loss.backward()
+    assert loss.item() == 0.0 and torch.equal(probs.grad, torch.zeros_like(probs))
+
+
+@implementations("reference", "triton")
+@pytest.mark.parametrize("shape", [(5, 1), (0, 4), (0, 1)])
+def test_importance_of_one_expert_or_no_item_is_zero(impl, shape):
+    probs = torch.ones(shape, device=DEVICE[impl], requires_grad=True)
+    loss = mope_kernels.importance_loss(probs, impl=impl)
+    loss.backward()
+    assert loss.item() == 0.0 and torch.equal(probs.grad, torch.zeros_like(probs))
