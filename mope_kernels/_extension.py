@@ -1,11 +1,53 @@
+"""Loads the C++ kernels once, when the package is imported, and remembers why if it cannot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+from .build import LIBRARY, cached_library
+
 
 class ExtensionStatus(NamedTuple):
+    """Whether the C++ kernels are loaded, from where, and if not, why."""
+
     loaded: bool
     path: Path | None
     reason: str
 
 
-STATUS = ExtensionStatus(False, None, "the C++ extension is not built")
+def _candidates() -> Iterator[Path]:
+    # Looked for one after the other: the cache's name is a digest of the sources, which the bundled library makes superfluous.
+    yield Path(__file__).with_name(LIBRARY)
+    yield cached_library()
+
+
+def _load() -> ExtensionStatus:
+    if os.environ.get("MOPE_DISABLE_EXTENSION", "0") not in ("", "0"):
+        return ExtensionStatus(False, None, "the C++ extension is switched off by MOPE_DISABLE_EXTENSION")
+    failures = []
+    # Whatever is wrong with the library, the package works without it: the reason is kept for whoever asks for the kernels.
+    try:
+        for path in _candidates():
+            if path.is_file():
+                try:
+                    torch.ops.load_library(path)
+                except (OSError, RuntimeError) as error:
+                    failures.append(f"{path} does not load: {error}")
+                else:
+                    return ExtensionStatus(True, path, "")
+    except (OSError, RuntimeError) as error:
+        failures.append(str(error))
+    return ExtensionStatus(False, None, "; ".join(failures) or "the C++ extension is not built (mope build)")
+
+
+STATUS = _load()
+
+
+def status() -> ExtensionStatus:
+    """Whether the C++ kernels are loaded, from where, and if not, why."""
+    return STATUS

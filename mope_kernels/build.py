@@ -1,0 +1,128 @@
+"""Compiles the C++ kernels, csrc/, against the installed torch.
+
+They use LibTorch's stable ABI only and no Python symbol, so that one binary serves every torch from 2.10 on and every Python.
+Imports nothing but the standard library at first: `setup.py` loads this file by its path to build the wheel with the same commands.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+LIBRARY = "_C.dll" if sys.platform == "win32" else "_C.so"
+
+# The oldest torch whose stable ABI has all that the kernels use; `parallel_for` came last.
+_DEFINES = ("TORCH_STABLE_ONLY", "TORCH_TARGET_VERSION=0x020a000000000000")
+# Contracting a * b + c is wanted, the rest of -ffast-math is not: NaN and infinity mean something here.
+_GNU_FLAGS = (
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-ffp-contract=fast"),
+    *("-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"),
+)
+_MSVC_FLAGS = ("/nologo", "/std:c++20", "/O2", "/EHsc", "/MD", "/openmp:experimental")
+
+
+class BuildError(RuntimeError):
+    """The C++ kernels cannot be built; the message says why and what helps."""
+
+
+def source_directory() -> Path:
+    """Where the sources lie: inside the package as installed from a wheel, beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    for directory in (here / "_csrc", here.parent / "csrc"):
+        if (directory / "library.cpp").is_file():
+            return directory
+    raise BuildError(f"no C++ sources in {here / '_csrc'}: reinstall mope-kernels")
+
+
+def why_not() -> str:
+    """What is missing to compile the kernels here; empty if nothing is."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed where the extension is built (pip: --no-build-isolation)"
+    if _compiler() is None:
+        return "no C++ compiler was found (set CXX, or install g++ or clang++)"
+    if not (_torch_directory() / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
+        return f"the torch in {_torch_directory()} has no stable C++ headers"
+    return ""
+
+
+def compile_library(output: Path, sources: Path | None = None) -> None:
+    """Compile the C++ files in `sources` into the shared library `output`; `BuildError` with the compiler's words if that fails."""
+    missing = why_not()
+    if missing:
+        raise BuildError(f"the C++ kernels cannot be built: {missing}")
+    files = sorted((sources or source_directory()).glob("*.cpp"))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [Path(scratch) / f"{file.stem}.o" for file in files]
+        list(pool.map(_run, (_compile_command(*pair) for pair in zip(files, objects, strict=True))))
+        # Renamed into its place: two processes that build at once, or a reader, never see half a file.
+        linked = output.with_name(f".{os.getpid()}.{output.name}")
+        _run(_link_command(objects, linked))
+        os.replace(linked, output)
+
+
+def cached_library() -> Path:
+    """Where `build` puts the library for these sources, these flags and this torch."""
+    import torch
+
+    parts = [torch.__version__, platform.machine(), *_DEFINES, *(_MSVC_FLAGS if sys.platform == "win32" else _GNU_FLAGS)]
+    digest = hashlib.sha256("\n".join(parts).encode())
+    for file in sorted(source_directory().iterdir()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "mope_kernels" / digest.hexdigest()[:16] / LIBRARY
+
+
+def build(*, force: bool = False) -> Path:
+    """Compile the C++ kernels from the installed sources into the user's cache, unless they are there.
+
+    The library is loaded when `mope_kernels` is next imported. The cache is $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        BuildError: the compiler, torch's headers or the sources are missing, or the compiler failed.
+    """
+    library = cached_library()
+    if force or not library.is_file():
+        compile_library(library)
+    return library
+
+
+def _torch_directory() -> Path:
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def _compiler() -> list[str] | None:
+    names = ["cl"] if sys.platform == "win32" else ["c++", "g++", "clang++"]
+    # CXX may hold arguments, as in "ccache g++".
+    candidates = [os.environ["CXX"].split()] if os.environ.get("CXX") else [[name] for name in names]
+    return next((c for c in candidates if shutil.which(c[0])), None)
+
+
+def _compile_command(source: Path, target: Path) -> list[str]:
+    compiler, include = _compiler() or [], _torch_directory() / "include"
+    if sys.platform == "win32":
+        return [*compiler, *_MSVC_FLAGS, *(f"/D{d}" for d in _DEFINES), f"/I{include}", "/c", str(source), f"/Fo{target}"]
+    return [*compiler, *_GNU_FLAGS, *(f"-D{d}" for d in _DEFINES), "-isystem", str(include), "-c", str(source), "-o", str(target)]
+
+
+def _link_command(objects: list[Path], target: Path) -> list[str]:
+    compiler, directory, files = _compiler() or [], _torch_directory() / "lib", map(str, objects)
+    if sys.platform == "win32":
+        return [*compiler, "/nologo", "/LD", *files, f"/Fe{target}", "/link", f"/LIBPATH:{directory}", "torch_cpu.lib", "c10.lib"]
+    return [*compiler, "-shared", *files, "-o", str(target), f"-L{directory}", "-ltorch_cpu", "-lc10"]
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise BuildError(f"{' '.join(command)}\nfailed:\n{result.stdout}{result.stderr}")
