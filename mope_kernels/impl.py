@@ -8,7 +8,6 @@ warns once for each op.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import warnings
@@ -121,9 +120,15 @@ def reference_check(*args: Any, **kwargs: Any) -> list[str]:
     return []
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+# Looked for once, without importing it.
+HAS_TRITON = _installed("triton")
 
 
 def interpreting() -> bool:
@@ -135,7 +140,7 @@ def triton_check(*tensors: Tensor) -> list[str]:
     """What speaks against Triton for tensors of this device and dtype."""
     device, dtypes = tensors[0].device.type, {t.dtype for t in tensors}
     reasons = []
-    if not _has_triton():
+    if not HAS_TRITON:
         reasons.append("Triton is not installed (pip install triton)")
     if device == "cpu" and not interpreting():
         reasons.append("Triton runs on GPUs, these tensors are on the CPU")

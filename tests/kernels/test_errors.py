@@ -1,0 +1,82 @@
+"""A bad argument is named, with what was found and what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mope_kernels
+from mope_kernels import ExpertBank
+
+
+def attention(**changes):
+    arguments = {
+        "query": torch.zeros(2, 2, 5, 16),
+        "key": torch.zeros(2, 2, 7, 16),
+        "value": torch.zeros(2, 2, 7, 16),
+        "logits": torch.zeros(2, 3),
+        "bank": ExpertBank(torch.zeros(3, 2, 4, 16), torch.zeros(3, 2, 4, 16)),
+    }
+    return mope_kernels.mope_attention(**{**arguments, **changes})
+
+
+WRONG = {
+    "route: logits must have the axes (B, K), got shape (3,)": lambda: mope_kernels.route(torch.zeros(3)),
+    "route: logits must be a floating point tensor, got torch.int64": lambda: mope_kernels.route(torch.zeros(2, 3, dtype=torch.int64)),
+    "route: top_k must be between 1 and the 3 experts, or None for dense routing, got 4": lambda: mope_kernels.route(
+        torch.zeros(2, 3), top_k=4
+    ),
+    "route: top_k must be between 1 and the 3 experts, or None for dense routing, got 0": lambda: mope_kernels.route(
+        torch.zeros(2, 3), top_k=0
+    ),
+    "route: temperature must be positive, got 0": lambda: mope_kernels.route(torch.zeros(2, 3), temperature=0),
+    "route: noise must be (B=2, K=3), got shape (2, 4)": lambda: mope_kernels.route(torch.zeros(2, 3), noise=torch.zeros(2, 4)),
+    "route: there must be at least one expert": lambda: mope_kernels.route(torch.zeros(2, 0)),
+    "importance_loss: probs must have the axes (B, K)": lambda: mope_kernels.importance_loss(torch.zeros(2, 3, 4)),
+    "mix_prompts: indices must lie in 0..2, got values from 0 to 3": lambda: mope_kernels.mix_prompts(
+        torch.zeros(3, 4, 8), torch.zeros(2, 2), torch.tensor([[0, 3], [1, 2]])
+    ),
+    "mix_prompts: indices must be an integer tensor, got torch.float32: use indices.long()": lambda: mope_kernels.mix_prompts(
+        torch.zeros(3, 4, 8), torch.zeros(2, 2), torch.zeros(2, 2)
+    ),
+    "mix_prompts: weights is on meta, the other tensors on cpu: use weights.to('cpu')": lambda: mope_kernels.mix_prompts(
+        torch.zeros(3, 4, 8), torch.zeros(2, 2, device="meta"), torch.zeros(2, 2, dtype=torch.int64)
+    ),
+    "mope_attention: key must be (B=2, H=2, Lk=7, D=16), got shape (2, 2, 7, 17): axis D is 17, not 16": lambda: attention(
+        key=torch.zeros(2, 2, 7, 17)
+    ),
+    "mope_attention: key must be torch.float32, got torch.float16": lambda: attention(key=torch.zeros(2, 2, 7, 16).half()),
+    "mope_attention: bank.key must be (K=4, H=2, P, D=16), got shape (3, 2, 4, 16)": lambda: attention(logits=torch.zeros(2, 4)),
+    "mope_attention: static_key and static_value go together": lambda: attention(static_key=torch.zeros(2, 1, 16)),
+    "mope_attention: lengths must be an integer tensor": lambda: attention(lengths=torch.zeros(2)),
+    "mope_attention: dropout_p must be in [0, 1), got 1.0": lambda: attention(dropout_p=1.0),
+    "mope_attention: impl must be 'auto' or one of": lambda: attention(impl="fast"),
+    "prompt_attention: is_causal needs as many queries as tokens, got Lq=5 and Lk=7": lambda: mope_kernels.prompt_attention(
+        torch.zeros(1, 1, 5, 8), *[torch.zeros(1, 1, 7, 8)] * 2, *[torch.zeros(1, 1, 2, 8)] * 2, is_causal=True
+    ),
+    "prompt_attention: attn_bias must be broadcastable to (B,H,Lq,Lk) = (1, 1, 5, 7), got shape (5, 9)": lambda: (
+        mope_kernels.prompt_attention(
+            torch.zeros(1, 1, 5, 8), *[torch.zeros(1, 1, 7, 8)] * 2, *[torch.zeros(1, 1, 2, 8)] * 2, attn_bias=torch.zeros(5, 9)
+        )
+    ),
+    "prompt_attention: attn_bias gets no gradient": lambda: mope_kernels.prompt_attention(
+        torch.zeros(1, 1, 5, 8), *[torch.zeros(1, 1, 7, 8)] * 2, *[torch.zeros(1, 1, 2, 8)] * 2, attn_bias=torch.zeros(5, 7).requires_grad_()
+    ),
+    "window_prompt_attention: resolution must divide by window_size, got 5 and 2": lambda: mope_kernels.window_prompt_attention(
+        torch.zeros(1, 26, 24), torch.zeros(2, 4, 4), num_prompts=1, num_heads=2, resolution=5, window_size=2
+    ),
+    "window_prompt_attention: qkv must have num_prompts + resolution^2 = 1 + 16 rows": lambda: mope_kernels.window_prompt_attention(
+        torch.zeros(1, 16, 24), torch.zeros(2, 4, 4), num_prompts=1, num_heads=2, resolution=4, window_size=2
+    ),
+    "expert_adapter: 3 experts need router_weight and router_bias": lambda: mope_kernels.expert_adapter(
+        torch.zeros(2, 8), torch.zeros(4, 8), torch.zeros(4), torch.zeros(3, 8, 4), torch.zeros(3, 8)
+    ),
+    "explain: unknown op 'attention'": lambda: mope_kernels.explain("attention"),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_error_says_what_is_wrong(message):
+    with pytest.raises(ValueError) as error:
+        WRONG[message]()
+    assert message in str(error.value)
