@@ -1,0 +1,60 @@
+"""What every Triton launcher needs. Imports torch only: Triton itself is imported by the first launch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# While not None, launches are written down here instead of run: (kernel, arguments, constants and options).
+_recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
+
+
+@contextlib.contextmanager
+def record_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Collect the launches made inside, so that they can be compiled where no GPU is. For tensors on the meta device."""
+    global _recorded
+    outer, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = outer
+
+
+def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """Run `programs` programs of a kernel on the device of its first argument.
+
+    All grids are one-dimensional: CUDA allows 2^31 - 1 blocks along x, but only 65535 along y and z.
+    """
+    if _recorded is not None:
+        _recorded.append((kernel, args, constants))
+        return
+    if programs == 0:
+        return
+    from triton import JITFunction
+
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    if device.type != "cuda" and isinstance(kernel, JITFunction):
+        raise RuntimeError(
+            f"Triton compiles for GPUs only, and the tensors are on {device}: move them to a GPU, choose another impl, "
+            "or set TRITON_INTERPRET=1 before the first launch to run the kernels in Triton's interpreter."
+        )
+    # Triton launches on the current device, whatever device the tensors are on.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*args, **constants)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(n: int, block: int) -> int:
+    return -(-n // block)
+
+
+def last_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor, copied if the elements of its last dimension do not lie beside each other."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
