@@ -1,0 +1,22 @@
+"""Mixture-of-Prompt-Experts fusion models over frozen transformers.
+
+The names below are imported on first use: `import mope` is quick, and `mope.fused` needs no transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .models import MoPEConfig, MoPEForClassification, register_backbone
+
+__version__ = "0.1.0"
+
+__all__ = ["MoPEConfig", "MoPEForClassification", "register_backbone"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module(".models", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

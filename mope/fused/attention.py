@@ -1,0 +1,284 @@
+"""Prompted self-attention over the projections of one frozen layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mope_kernels
+from mope_kernels import ExpertBank, Routing
+
+from .prompts import PromptExperts, call_in_full_precision, layer_norm_in_full_precision, split_heads
+from .router import MultimodalRouter
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenAttention:
+    """The modules of one frozen attention layer. They are called, never read: LoRA, quantised and sharded ones work.
+
+    query, key, value: C -> H*D, each on its own.
+    output: H*D -> C.
+    num_heads: H.
+    norm: the LayerNorm between the block input and the projections (pre-LN blocks), None in post-LN blocks.
+    scale: of the scores; D^-0.5 if None.
+    """
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    output: nn.Module
+    num_heads: int
+    norm: nn.Module | None = None
+    scale: float | None = None
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return x if self.norm is None else self.norm(x)
+
+    def keys_and_values(self, normalized: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,L,C) -> (B,H,L,D) twice."""
+        return split_heads(self.key(normalized), self.num_heads), split_heads(self.value(normalized), self.num_heads)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Block input (B,L,C) -> query, key, value, each (B,H,L,D)."""
+        normalized = self.normalize(x)
+        return split_heads(self.query(normalized), self.num_heads), *self.keys_and_values(normalized)
+
+    def merge(self, heads: Tensor) -> Tensor:
+        """(B,H,L,D) -> (B,L,C), before the residual of the layer."""
+        return self.output(heads.transpose(1, 2).flatten(2))
+
+    def plain(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """The layer's own attention, without prompts: (B,L,C), (B,L) bool True where a token is no padding -> (B,L,C)."""
+        mask = None if token_mask is None else token_mask[:, None, None]
+        return self.merge(F.scaled_dot_product_attention(*self.project(x), attn_mask=mask, scale=self.scale))
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBank:
+    """The prompts of one layer that do not depend on the batch, projected: experts, and static prompts as (H,S,D) keys and values.
+
+    `versions` tells the state of the parameters that it was made from, so that a stale bank is noticed.
+    """
+
+    experts: ExpertBank
+    static_key: Tensor | None
+    static_value: Tensor | None
+    versions: tuple[int, ...]
+
+
+class MoPEAttention(nn.Module):
+    """Self-attention of a frozen layer over [static; mapped; dynamic prompts; tokens]; trains prompts and router only.
+
+    Prompts are keys and values, they ask nothing themselves. `static_length`, `num_experts` and the `mapped` argument may each
+    be absent: without experts there is no router and no routing. The state dict holds nothing of the frozen layer and does
+    not depend on `impl`.
+
+    Args:
+        frozen: the modules of the layer; not registered here, they stay where they are.
+        dim: C.
+        cross_dim: Cc, width of the complementary modality's feature; needed with experts.
+        num_experts, prompt_length: K experts of P dynamic prompts each; K = 0 for none.
+        static_length: S, prompts that all instances share.
+        bound: prompts start as U(-bound, bound). Default: sqrt(3 / C) in front of a LayerNorm, else 0.3.
+        prompt_dropout: on all prompts in training. Needs the prompts of each instance, so the one-pass op is not used then.
+        self_width, cross_width, temperature, noise_std, router_embedding, renormalize: see `MultimodalRouter`.
+        impl: of the ops inside.
+    """
+
+    def __init__(
+        self,
+        frozen: FrozenAttention,
+        dim: int,
+        cross_dim: int | None = None,
+        *,
+        num_experts: int = 0,
+        prompt_length: int = 6,
+        static_length: int = 0,
+        bound: float | None = None,
+        prompt_dropout: float = 0.0,
+        self_width: int = 2,
+        cross_width: int = 8,
+        temperature: float = 0.1,
+        noise_std: float = 1 / 256,
+        router_embedding: str = "frozen",
+        renormalize: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if num_experts and cross_dim is None:
+            raise ValueError("MoPEAttention: a router needs the width of the complementary modality's feature: give cross_dim")
+        if bound is None:
+            bound = 0.3 if frozen.norm is None else math.sqrt(3 / dim)
+        self.frozen, self.impl = frozen, impl
+        self.static = nn.Parameter(torch.empty(static_length, dim).uniform_(-bound, bound)) if static_length else None
+        self.prompt_dropout = nn.Dropout(prompt_dropout)
+        self.experts: PromptExperts | None = None
+        self.router: MultimodalRouter | None = None
+        if num_experts and cross_dim is not None:
+            self.experts = PromptExperts(num_experts, prompt_length, dim, bound=bound, impl=impl)
+            self.router = MultimodalRouter(
+                dim,
+                cross_dim,
+                num_experts,
+                self_width=self_width,
+                cross_width=cross_width,
+                temperature=temperature,
+                noise_std=noise_std,
+                embedding=router_embedding,
+                renormalize=renormalize,
+                impl=impl,
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        cross: Tensor | None = None,
+        mapped: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        noise: Tensor | None = None,
+        top_k: int | None = None,
+        bank: PromptBank | None = None,
+        frozen: FrozenAttention | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """Attend from every token.
+
+        Args:
+            x: (B,L,C) input of the block.
+            cross: (B,Cc) feature of the complementary modality, for the router.
+            mapped: (B,M,C) mapped prompts.
+            lengths: (B,) integer, the number of tokens of each item: right padding. The fast way to say it.
+            token_mask: (B,L) bool, True where a token is no padding, wherever the padding is.
+            attn_bias: floating point, broadcastable to (B,H,L,L), added to the scores of tokens.
+            noise: (B,K) router noise, drawn by the caller (`router.sample_noise`) so that a recomputation sees the same.
+            top_k: number of selected experts; None: all of them.
+            bank: of `build_bank`, to project the prompts once for many batches.
+            frozen: the layer's modules, where they were replaced after construction.
+
+        Returns:
+            (B,L,C), the attention's output projection before the residual, and the `Routing` (None without experts).
+        """
+        frozen = frozen or self.frozen
+        if bank is not None:
+            self._check_bank(bank)
+        if self.router is None or self.experts is None:
+            return self._attend(frozen, x, (mapped,), lengths, token_mask, attn_bias), None
+
+        if cross is None:
+            raise ValueError("MoPEAttention: the router needs cross, the (B,Cc) feature of the complementary modality")
+        pooled = mean_over_tokens(x, lengths, token_mask)
+        if token_mask is not None or attn_bias is not None or not self._bank_pays(frozen, x.shape[0], bank):
+            routing = self.router(pooled, cross, noise, top_k)
+            dynamic = self.experts(routing.weights, routing.indices)
+            return self._attend(frozen, x, (mapped, dynamic), lengths, token_mask, attn_bias), routing
+
+        bank = bank or self.build_bank(frozen)
+        instance_key = instance_value = None
+        if mapped is not None:
+            instance_key, instance_value = frozen.keys_and_values(frozen.normalize(mapped.to(x.dtype)))
+        out, routing = mope_kernels.mope_attention(
+            *frozen.project(x),
+            self.router.logits(pooled, cross),
+            bank.experts,
+            static_key=bank.static_key,
+            static_value=bank.static_value,
+            instance_key=instance_key,
+            instance_value=instance_value,
+            top_k=top_k,
+            temperature=self.router.temperature,
+            noise=noise,
+            renormalize=self.router.renormalize,
+            lengths=lengths,
+            scale=frozen.scale,
+            impl=self.impl,
+        )
+        return frozen.merge(out), routing
+
+    def build_bank(self, frozen: FrozenAttention | None = None) -> PromptBank:
+        """Project experts and static prompts, in float32 (float64), for every batch until a parameter changes.
+
+        Raises:
+            TypeError: the layer's norm is no LayerNorm, so that its experts cannot be folded into a bank.
+            ValueError: there are no experts.
+        """
+        frozen = frozen or self.frozen
+        if self.experts is None:
+            raise ValueError("MoPEAttention: a bank holds projected experts, and this layer has none (num_experts=0)")
+        experts = self.experts.bank(frozen.key, frozen.value, frozen.norm, frozen.num_heads)
+        if self.static is None:
+            return PromptBank(experts, None, None, self._versions())
+        rows = self.static.to(torch.promote_types(self.static.dtype, torch.float32))
+        rows = layer_norm_in_full_precision(frozen.norm, rows)
+        key, value = (split_heads(call_in_full_precision(f, rows), frozen.num_heads) for f in (frozen.key, frozen.value))
+        return PromptBank(experts, key, value, self._versions())
+
+    def _bank_pays(self, frozen: FrozenAttention, batch: int, bank: PromptBank | None) -> bool:
+        """Whether to take the one-pass op: its bank has K*P rows to project, prompts mixed before the projection B*P."""
+        assert self.router is not None
+        if self._drops_prompts or not (frozen.norm is None or isinstance(frozen.norm, nn.LayerNorm)):
+            return False
+        # An implementation that is asked for by name is one of the one-pass op.
+        return bank is not None or self.impl not in ("auto", "reference") or self.router.num_experts <= batch
+
+    def _attend(
+        self,
+        frozen: FrozenAttention,
+        x: Tensor,
+        instance_prompts: tuple[Tensor | None, ...],
+        lengths: Tensor | None,
+        token_mask: Tensor | None,
+        attn_bias: Tensor | None,
+    ) -> Tensor:
+        """Attention over [static; instance prompts, each (B,M,C); tokens]: (B,L,C) -> (B,L,C)."""
+        batch, _, dim = x.shape
+        prompts = [p.to(x.dtype) for p in instance_prompts if p is not None]
+        if self.static is not None:
+            shared = not prompts and not self._drops_prompts
+            prompts.insert(0, self.static.to(x.dtype).expand(1 if shared else batch, -1, -1))
+        rows = self.prompt_dropout(torch.cat(prompts, dim=1)) if prompts else x.new_empty(1, 0, dim)
+        if token_mask is not None:
+            hidden = torch.zeros(token_mask.shape, dtype=x.dtype, device=x.device).masked_fill(~token_mask, -math.inf)
+            attn_bias = hidden[:, None, None] if attn_bias is None else attn_bias + hidden[:, None, None]
+        out = mope_kernels.prompt_attention(
+            *frozen.project(x),
+            *frozen.keys_and_values(frozen.normalize(rows)),
+            lengths=lengths,
+            attn_bias=attn_bias,
+            scale=frozen.scale,
+            impl=self.impl,
+        )
+        return frozen.merge(out)
+
+    @property
+    def _drops_prompts(self) -> bool:
+        return self.training and self.prompt_dropout.p > 0
+
+    def _versions(self) -> tuple[int, ...]:
+        """Counts of the in-place changes to what a bank is made from."""
+        if torch.compiler.is_compiling():
+            return ()
+        return tuple(p._version for p in (self.static, self.experts and self.experts.prompts) if p is not None)
+
+    def _check_bank(self, bank: PromptBank) -> None:
+        if bank.versions != self._versions() and not torch.compiler.is_compiling():
+            raise ValueError("MoPEAttention: the prompts have changed since this bank was built: call build_bank() again")
+        if self.training and torch.is_grad_enabled() and not bank.experts.key.requires_grad:
+            raise ValueError("MoPEAttention: this bank was built without gradients, the experts would not train: leave bank out")
+
+
+def mean_over_tokens(x: Tensor, lengths: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
+    """Mean over the tokens that are no padding, in float32 (float64): (B,L,C) -> (B,C). Padding may hold anything."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if lengths is not None:
+        visible = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        token_mask = visible if token_mask is None else visible & token_mask
+    if token_mask is None:
+        return x.mean(1, dtype=dtype)
+    total = x.masked_fill(~token_mask[..., None], 0).sum(1, dtype=dtype)
+    return total / token_mask.sum(1, keepdim=True).clamp_min(1)

@@ -1,0 +1,303 @@
+"""How prompts get into a transformers model: one small adapter class for each architecture.
+
+An adapter says where the layers are, which modules make up a layer's attention, and what a block does after it. It has no
+state and never touches a weight. `attach` replaces layers by `PromptedLayer`, which runs only when it is given prompts;
+`Attachment.detach` puts the same modules back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import apply_chunking_to_forward
+
+from mope.fused import FrozenAttention, MoPEAttention
+from mope_kernels import Routing
+
+
+class BackboneAdapter:
+    """What this library has to know of an architecture. Subclass it and `register_backbone` the class; five methods suffice.
+
+    A block has to be: attention over its (normalised) input with separate query, key and value projections, all tokens attending
+    to all, then anything. The model's feature is that of its first token.
+    """
+
+    modality: ClassVar[str]
+    # Parameters under these names play no part here: not fingerprinted, not copied; `load_options` keeps them from being made.
+    unused: ClassVar[tuple[str, ...]] = ()
+    load_options: ClassVar[dict[str, Any]] = {}
+    # What else, beside the weights, says which function the model computes.
+    identity: ClassVar[tuple[str, ...]] = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "hidden_act",
+        "layer_norm_eps",
+    )
+
+    def layers(self, model: Any) -> nn.ModuleList:
+        """The blocks, in order."""
+        raise NotImplementedError
+
+    def embed(self, model: Any, inputs: dict[str, Tensor], token_mask: Tensor | None) -> Tensor:
+        """What goes into the first block, from `pixel_values` or `input_ids` and its companions -> (B,L,C).
+
+        `token_mask` (B,L) bool is given where padding may stand anywhere, so that positions can be counted without it.
+        """
+        raise NotImplementedError
+
+    def attention(self, layer: Any) -> FrozenAttention:
+        """The modules of the block's attention."""
+        raise NotImplementedError
+
+    def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
+        """The block from its attention on: input of the block (B,L,C), output projection (B,L,C) -> output of the block (B,L,C)."""
+        raise NotImplementedError
+
+    def normalize(self, model: Any, features: Tensor) -> Tensor:
+        """What the model does to its features after the last block: (..., C) -> (..., C)."""
+        return features
+
+    def hidden_size(self, model: Any) -> int:
+        return model.config.hidden_size
+
+    def objections(self, config: Any) -> list[str]:
+        """Why a model with this config cannot be prompted here."""
+        found = []
+        if getattr(config, "is_decoder", False):
+            found.append("is_decoder=True: causal attention and its cache are not supported, use the encoder")
+        if getattr(config, "add_cross_attention", False):
+            found.append("add_cross_attention=True: blocks with cross-attention are not supported")
+        position = getattr(config, "position_embedding_type", None) or "absolute"
+        if position != "absolute":
+            found.append(f"position_embedding_type={position!r}: only absolute positions are supported")
+        if getattr(config, "output_attentions", False):
+            found.append("output_attentions=True: the fused attention never forms the attention matrix")
+        return found
+
+
+class VisionAdapter(BackboneAdapter):
+    modality = "vision"
+    identity = (*BackboneAdapter.identity, "image_size", "patch_size", "num_channels")
+
+
+class ViTAdapter(VisionAdapter):
+    unused, load_options = ("pooler.",), {"add_pooling_layer": False}
+
+    def layers(self, model: Any) -> nn.ModuleList:
+        return model.layers
+
+    def embed(self, model: Any, inputs: dict[str, Tensor], token_mask: Tensor | None) -> Tensor:
+        return model.embeddings(inputs["pixel_values"].to(model.dtype))
+
+    def attention(self, layer: Any) -> FrozenAttention:
+        a = layer.attention
+        return FrozenAttention(a.q_proj, a.k_proj, a.v_proj, a.o_proj, a.num_attention_heads, layer.layernorm_before)
+
+    def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
+        hidden_states = layer.dropout(attention_output) + hidden_states
+        return layer.dropout(layer.mlp(layer.layernorm_after(hidden_states))) + hidden_states
+
+    def normalize(self, model: Any, features: Tensor) -> Tensor:
+        return model.layernorm(features)
+
+
+class Dinov2Adapter(VisionAdapter):
+    def layers(self, model: Any) -> nn.ModuleList:
+        return model.encoder.layer
+
+    def embed(self, model: Any, inputs: dict[str, Tensor], token_mask: Tensor | None) -> Tensor:
+        return model.embeddings(inputs["pixel_values"])
+
+    def attention(self, layer: Any) -> FrozenAttention:
+        a = layer.attention
+        if hasattr(a, "q_proj"):
+            return FrozenAttention(a.q_proj, a.k_proj, a.v_proj, a.o_proj, a.num_attention_heads, layer.norm1)
+        # transformers < 5.23
+        inner = a.attention
+        return FrozenAttention(inner.query, inner.key, inner.value, a.output.dense, inner.num_attention_heads, layer.norm1)
+
+    def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
+        hidden_states = layer.drop_path(layer.layer_scale1(attention_output)) + hidden_states
+        return layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(hidden_states)))) + hidden_states
+
+    def normalize(self, model: Any, features: Tensor) -> Tensor:
+        return model.layernorm(features)
+
+
+class CLIPVisionAdapter(VisionAdapter):
+    def layers(self, model: Any) -> nn.ModuleList:
+        return model.encoder.layers
+
+    def embed(self, model: Any, inputs: dict[str, Tensor], token_mask: Tensor | None) -> Tensor:
+        return model.pre_layrnorm(model.embeddings(inputs["pixel_values"]))
+
+    def attention(self, layer: Any) -> FrozenAttention:
+        a = layer.self_attn
+        return FrozenAttention(a.q_proj, a.k_proj, a.v_proj, a.out_proj, a.num_heads, layer.layer_norm1)
+
+    def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
+        hidden_states = hidden_states + attention_output
+        return hidden_states + layer.mlp(layer.layer_norm2(hidden_states))
+
+    def normalize(self, model: Any, features: Tensor) -> Tensor:
+        return model.post_layernorm(features)
+
+
+class BertAdapter(BackboneAdapter):
+    """Post-LN: the projections read the block input itself."""
+
+    modality = "text"
+    unused, load_options = ("pooler.",), {"add_pooling_layer": False}
+    identity = (*BackboneAdapter.identity, "vocab_size", "max_position_embeddings", "pad_token_id", "type_vocab_size")
+
+    def layers(self, model: Any) -> nn.ModuleList:
+        return model.encoder.layer
+
+    def embed(self, model: Any, inputs: dict[str, Tensor], token_mask: Tensor | None) -> Tensor:
+        if token_mask is not None and "position_ids" not in inputs:
+            inputs = {**inputs, "position_ids": (token_mask.cumsum(-1) - 1).clamp_min(0)}
+        return model.embeddings(**inputs)
+
+    def attention(self, layer: Any) -> FrozenAttention:
+        a = layer.attention.self
+        return FrozenAttention(a.query, a.key, a.value, layer.attention.output.dense, a.num_attention_heads)
+
+    def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
+        output = layer.attention.output
+        hidden_states = output.LayerNorm(output.dropout(attention_output) + hidden_states)
+        return apply_chunking_to_forward(layer.feed_forward_chunk, layer.chunk_size_feed_forward, layer.seq_len_dim, hidden_states)
+
+
+class RobertaAdapter(BertAdapter):
+    """Its embeddings count positions without padding themselves."""
+
+    def embed(self, model: Any, inputs: dict[str, Tensor], token_mask: Tensor | None) -> Tensor:
+        return model.embeddings(**inputs)
+
+
+_ADAPTERS: dict[str, BackboneAdapter] = {}
+
+
+def register_backbone(model_type: str, adapter_class: type[BackboneAdapter]) -> None:
+    """Teach the library the architecture whose config says `model_type`. A second registration replaces the first."""
+    _ADAPTERS[model_type] = adapter_class()
+
+
+for _model_type, _adapter_class in {
+    "vit": ViTAdapter,
+    "dinov2": Dinov2Adapter,
+    "clip_vision_model": CLIPVisionAdapter,
+    "bert": BertAdapter,
+    "roberta": RobertaAdapter,
+}.items():
+    register_backbone(_model_type, _adapter_class)
+
+
+def find_adapter(backbone: nn.Module, modality: str | None = None) -> BackboneAdapter:
+    """The adapter of a backbone.
+
+    Raises:
+        ValueError: nobody has registered its architecture, it is of the other modality, or its config cannot be honoured.
+    """
+    config = getattr(backbone, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type not in _ADAPTERS:
+        raise ValueError(
+            f"{type(backbone).__name__} (model_type {model_type!r}) is not known; known are {', '.join(sorted(_ADAPTERS))}. "
+            "Write a subclass of mope.models.BackboneAdapter (about 30 lines) and call "
+            "mope.register_backbone(model_type, YourAdapter)."
+        )
+    adapter = _ADAPTERS[model_type]
+    if modality not in (None, adapter.modality):
+        raise ValueError(f"{modality} was given {type(backbone).__name__}, a {adapter.modality} model")
+    if objections := adapter.objections(config):
+        raise ValueError(f"{type(backbone).__name__} cannot be prompted: {'; '.join(objections)}")
+    return adapter
+
+
+def original_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a backbone under the names that it has without prompts; what plays no part here is left out."""
+    prefixes = {f"{name}.layer.": f"{name}." for name, module in backbone.named_modules() if isinstance(module, PromptedLayer)}
+    unused = find_adapter(backbone).unused
+
+    def original(name: str) -> str:
+        prefix = next((p for p in prefixes if name.startswith(p)), None)
+        return name if prefix is None else prefixes[prefix] + name[len(prefix) :]
+
+    return {original(name): t for name, t in backbone.state_dict().items() if not name.startswith(unused or ("\0",))}
+
+
+def base_model(backbone: nn.Module) -> nn.Module:
+    """The bare model under a task head: ViTModel of a ViTForImageClassification."""
+    return backbone.base_model if isinstance(backbone, PreTrainedModel) else backbone
+
+
+class PromptedLayer(nn.Module):
+    """Stands for a frozen block and runs it with prompts. Without prompts it refuses: they would be skipped in silence."""
+
+    def __init__(self, layer: nn.Module, adapter: BackboneAdapter) -> None:
+        super().__init__()
+        self.layer, self.adapter = layer, adapter
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, prompts: MoPEAttention | None = None, **inputs: Any
+    ) -> tuple[Tensor, Routing | None]:
+        """(B,L,C) -> (B,L,C) and the routing; `inputs` are the other arguments of `prompts`."""
+        if prompts is None:
+            raise RuntimeError(
+                "this backbone has prompts attached and was called by itself, which would skip them: call the fusion model, "
+                "or detach() the prompts first"
+            )
+        attention_output, routing = prompts(hidden_states, frozen=self.adapter.attention(self.layer), **inputs)
+        return self.adapter.finish(self.layer, hidden_states, attention_output), routing
+
+
+class Attachment:
+    """A backbone that is frozen, in eval mode, and prompted in some of its layers. `detach` undoes all three."""
+
+    def __init__(self, backbone: nn.Module, layers: Sequence[int], adapter: BackboneAdapter) -> None:
+        self.backbone, self.adapter, self.attached = backbone, adapter, True
+        blocks = adapter.layers(backbone)
+        self.layers = tuple(layers)
+        self._original = {i: blocks[i] for i in self.layers}
+        self._training = {module: module.training for module in backbone.modules()}
+        self._requires_grad = {parameter: parameter.requires_grad for parameter in backbone.parameters()}
+        backbone.requires_grad_(False).eval()
+        for i, layer in self._original.items():
+            blocks[i] = PromptedLayer(layer, adapter).eval()
+
+    def detach(self) -> None:
+        """Put the same modules back, with the training mode and requires_grad that they had. A second call does nothing."""
+        if not self.attached:
+            return
+        blocks = self.adapter.layers(self.backbone)
+        for i, layer in self._original.items():
+            blocks[i] = layer
+        for module, training in self._training.items():
+            module.training = training
+        for parameter, requires_grad in self._requires_grad.items():
+            parameter.requires_grad_(requires_grad)
+        self.attached = False
+
+
+def attach(backbone: nn.Module, layers: Sequence[int] | None = None) -> Attachment:
+    """Freeze a transformers model and make its `layers` (all of them by default) wait for prompts.
+
+    Raises:
+        ValueError: the architecture is unknown or its config cannot be honoured, prompts are attached already, or a layer
+            does not exist.
+    """
+    adapter = find_adapter(backbone)
+    blocks = adapter.layers(backbone)
+    if any(isinstance(block, PromptedLayer) for block in blocks):
+        raise ValueError(
+            f"{type(backbone).__name__} has prompts attached already: detach() them first, or give each model its own copy"
+        )
+    layers = range(len(blocks)) if layers is None else layers
+    if any(not 0 <= i < len(blocks) for i in layers):
+        raise ValueError(f"layers to prompt must lie in 0..{len(blocks) - 1}, got {list(layers)}")
+    return Attachment(backbone, layers, adapter)

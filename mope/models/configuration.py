@@ -1,0 +1,194 @@
+"""The configuration of a fusion model."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mope
+
+METHODS = ("mope", "static_mapped", "late_concat", "image_only", "text_only")
+# Not fields of `MoPEConfig`, but part of a saved file.
+EXTRA_KEYS = ("mope_version", "backbones")
+
+
+@dataclass(frozen=True)
+class MoPEConfig:
+    """What a `MoPEForClassification` is made of. Immutable; `replace` makes a changed copy.
+
+    Args:
+        method: "mope" (static, mapped and dynamic prompts), "static_mapped" (no experts), "late_concat" (both features side by
+            side), "image_only", "text_only".
+        main: the modality that is prompted and classified, "vision" or "text"; the other one is complementary.
+            Given by the method for image_only and text_only.
+        num_labels, id2label: number of classes and their names, a sequence of names or {index: name}. One follows from the other.
+        problem_type: "single_label" (labels (B,) integers, cross-entropy) or "multi_label" (labels (B,num_labels) of 0 and 1,
+            a sigmoid for each class).
+        num_experts: K prompt experts in each prompted layer.
+        prompt_length: P dynamic prompts, the length of an expert.
+        static_length: S prompts that all instances share, in each prompted layer of the main encoder. Default: 4 with the
+            methods mope and static_mapped, else 0; more than 0 there is deep visual (or text) prompt tuning.
+        use_mapped: one prompt made by the mapper from the complementary feature; always on in static_mapped.
+        cross_prompt_length: static prompts in every layer of the complementary encoder, 0 for none.
+        prompted_layers: which layers of the main encoder are prompted, None for all; negative indices count from the last.
+        train_top_k, eval_top_k: selected experts in training and evaluation, None for all. Training with 1 leaves the router
+            almost without a gradient.
+        renormalize: divide the weights of the selected experts by their sum.
+        temperature, noise_std: of the router; noise only in training.
+        router_self_width, router_cross_width: widths of the two parts of the router's query; `router_self_width=0` routes by
+            the complementary modality only.
+        router_embedding: "frozen" or "learned".
+        mapper_hidden: hidden width of the mapper, which all layers share.
+        head: "linear" or "mlp" (one hidden layer of `head_hidden`, GELU).
+        prompt_init_bound: prompts start as U(-bound, bound). Default: sqrt(3 / C) in pre-LN encoders, else 0.3.
+        prompt_dropout: on the prompts in training.
+        importance_weight, importance_threshold: weight of the importance loss in the loss, and the CV^2 up to which it is 0.
+        padding_side: of the tokenizer. "right" is fast (lengths); "left" takes any attention mask.
+        impl: of the ops, see `mope_kernels`.
+
+    Raises:
+        ValueError: names the value and what is allowed.
+    """
+
+    method: str = "mope"
+    main: str = "vision"
+    num_labels: int | None = None
+    id2label: Mapping[int, str] | Sequence[str] | None = None
+    problem_type: str = "single_label"
+    num_experts: int = 16
+    prompt_length: int = 6
+    static_length: int | None = None
+    use_mapped: bool = True
+    cross_prompt_length: int = 0
+    prompted_layers: Sequence[int] | None = None
+    train_top_k: int | None = None
+    eval_top_k: int | None = None
+    renormalize: bool = False
+    temperature: float = 0.1
+    noise_std: float = 1 / 256
+    router_self_width: int = 2
+    router_cross_width: int = 8
+    router_embedding: str = "frozen"
+    mapper_hidden: int = 128
+    head: str = "linear"
+    head_hidden: int = 256
+    prompt_init_bound: float | None = None
+    prompt_dropout: float = 0.0
+    importance_weight: float = 0.01
+    importance_threshold: float = 0.1
+    padding_side: str = "right"
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        self._resolve()
+        for name, allowed in {
+            "method": METHODS,
+            "main": ("vision", "text"),
+            "problem_type": ("single_label", "multi_label"),
+            "router_embedding": ("frozen", "learned"),
+            "head": ("linear", "mlp"),
+            "padding_side": ("right", "left"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"MoPEConfig: {name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        for name, lowest in {
+            "num_labels": 1,
+            "num_experts": 1,
+            "prompt_length": 1,
+            "static_length": 0,
+            "cross_prompt_length": 0,
+            "router_self_width": 0,
+            "router_cross_width": 0,
+            "mapper_hidden": 1,
+            "head_hidden": 1,
+        }.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise ValueError(f"MoPEConfig: {name} must be an integer of at least {lowest}, got {value!r}")
+        for name in ("train_top_k", "eval_top_k"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= self.num_experts:
+                raise ValueError(
+                    f"MoPEConfig: {name} must be None (all) or between 1 and num_experts={self.num_experts}, got {value}"
+                )
+        for name in ("noise_std", "importance_weight", "importance_threshold"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"MoPEConfig: {name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("temperature", "prompt_init_bound"):
+            value = getattr(self, name)
+            if not (value is None and name == "prompt_init_bound") and not value > 0:
+                raise ValueError(f"MoPEConfig: {name} must be positive, got {value}")
+        if not 0 <= self.prompt_dropout < 1:
+            raise ValueError(f"MoPEConfig: prompt_dropout must be in [0, 1), got {self.prompt_dropout}")
+        if self.router_self_width + self.router_cross_width == 0:
+            raise ValueError("MoPEConfig: router_self_width and router_cross_width are both 0: the router would see nothing")
+        if self.method == "static_mapped" and not self.use_mapped:
+            raise ValueError(
+                "MoPEConfig: static_mapped without the mapped prompt has nothing of the other modality; "
+                "for static prompts alone use method='image_only' or 'text_only' with static_length"
+            )
+
+    def _resolve(self) -> None:
+        """Fill in what follows from other fields, so that a saved config says all."""
+
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        if self.method in ("image_only", "text_only"):
+            put("main", "vision" if self.method == "image_only" else "text")
+        if self.static_length is None:
+            put("static_length", 4 if self.method in ("mope", "static_mapped") else 0)
+        if self.prompted_layers is not None:
+            put("prompted_layers", tuple(self.prompted_layers))
+        names = self.id2label
+        if names is not None:
+            names = {int(k): v for k, v in names.items()} if isinstance(names, Mapping) else dict(enumerate(names))
+            if self.num_labels is None:
+                put("num_labels", len(names))
+            if sorted(names) != list(range(self.num_labels or 0)):
+                raise ValueError(f"MoPEConfig: id2label must name 0..{self.num_labels}-1, its keys are {sorted(names)}")
+        elif self.num_labels is None:
+            raise ValueError("MoPEConfig: give num_labels or id2label")
+        else:
+            names = {i: f"LABEL_{i}" for i in range(self.num_labels)}
+        put("id2label", names)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        assert isinstance(self.id2label, Mapping)
+        return {name: i for i, name in self.id2label.items()}
+
+    @property
+    def complementary(self) -> str | None:
+        """The other modality than `main`, where the method has one."""
+        if self.method in ("image_only", "text_only"):
+            return None
+        return "text" if self.main == "vision" else "vision"
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The encoders that the model needs, the main one first."""
+        return (self.main, self.complementary) if self.complementary else (self.main,)
+
+    def replace(self, **changes: Any) -> MoPEConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold, with the version of this library; `from_dict` reads them back."""
+        return {"mope_version": mope.__version__, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MoPEConfig:
+        """Unknown keys are warned about by name and left out."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - fields - set(EXTRA_KEYS))
+        if unknown:
+            version = values.get("mope_version", "unknown")
+            warnings.warn(
+                f"MoPEConfig: ignoring unknown keys {', '.join(unknown)} (saved by version {version}, this is {mope.__version__})",
+                stacklevel=2,
+            )
+        return cls(**{name: value for name, value in values.items() if name in fields})

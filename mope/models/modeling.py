@@ -1,0 +1,410 @@
+"""Fusion models over frozen transformers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
+
+import mope_kernels
+from mope.fused import MoPEAttention, PromptBank
+from mope_kernels import Routing
+
+from .backbones import Attachment, PromptedLayer, attach, base_model, find_adapter
+from .configuration import MoPEConfig
+
+
+@dataclass
+class MoPEOutput(ModelOutput):
+    """What a fusion model returns.
+
+    loss: (), task loss + importance_weight * importance_loss; None without labels.
+    logits: (B,num_labels).
+    importance_loss: (), mean over the routed blocks; None in evaluation without labels, and where nothing is routed.
+    routing: the `Routing` of each routed block, first block first; None where nothing is routed.
+    features: (B,C), what the head sees; late_concat: (B, C + Cc).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    importance_loss: Tensor | None = None
+    routing: tuple[Routing, ...] | None = None
+    features: Tensor | None = None
+
+
+class Padding(NamedTuple):
+    """Where the padding of a text batch is: `lengths` (B,) for right padding, `token_mask` (B,L) bool for any; or nowhere."""
+
+    lengths: Tensor | None = None
+    token_mask: Tensor | None = None
+
+    def as_mask(self, num_tokens: int) -> Tensor | None:
+        if self.lengths is None:
+            return self.token_mask
+        return torch.arange(num_tokens, device=self.lengths.device) < self.lengths[:, None]
+
+    def first_tokens(self, hidden_states: Tensor) -> Tensor:
+        """(B,L,C) -> (B,C), each item's first token that is no padding."""
+        if self.token_mask is None:
+            return hidden_states[:, 0]
+        first = self.token_mask.int().argmax(-1)
+        return hidden_states[torch.arange(len(first), device=first.device), first]
+
+
+class MoPEForClassification(nn.Module):
+    """Classifies image-text pairs with frozen encoders; prompts, routers, mapper and head are trained.
+
+    The complementary encoder runs first. The feature of its first token, psi (B,Cc), goes to the routers and the mapper,
+    Linear(Cc, mapper_hidden) -> GELU -> Linear(mapper_hidden, C): one mapped prompt for all layers, which each layer projects
+    with its own keys and values. The main encoder runs with its prompts, and the head reads its first token.
+
+    The backbones are frozen, prompted and kept in eval mode from construction to `detach`. Prompts stand in `blocks` (main
+    encoder) and `cross_blocks` (complementary encoder), one `MoPEAttention` for each prompted layer.
+
+    Args:
+        config: what to build.
+        vision, text: transformers models of a known architecture (see `register_backbone`), those that the method needs.
+
+    Raises:
+        ValueError: a backbone is missing, superfluous, of the wrong modality, prompted already, or cannot be prompted.
+    """
+
+    def __init__(self, config: MoPEConfig, *, vision: nn.Module | None = None, text: nn.Module | None = None) -> None:
+        super().__init__()
+        for modality, backbone in (("vision", vision), ("text", text)):
+            if (backbone is not None) != (modality in config.modalities):
+                raise ValueError(
+                    f"method {config.method!r} works on {' and '.join(config.modalities)}: "
+                    f"{modality} must {'not ' if backbone is not None else ''}be given"
+                )
+        self.config = config
+        self.vision = None if vision is None else base_model(vision)
+        self.text = None if text is None else base_model(text)
+        self._adapters = {modality: find_adapter(self.backbone(modality), modality) for modality in config.modalities}
+        self._checkpointing = False
+        self._warned_top_k = False
+
+        main, other = config.main, config.complementary
+        prompted = config.method in ("mope", "static_mapped")
+        layers = {main: config.prompted_layers if prompted or config.static_length else ()}
+        if other:
+            layers[other] = None if config.cross_prompt_length else ()
+        self._layers = {modality: self._existing_layers(modality, wanted) for modality, wanted in layers.items()}
+        self._attachments: dict[str, Attachment] = {}
+        self.attach()
+
+        dim, cross_dim = self._width(main), self._width(other) if other else None
+        self.blocks = self._prompts_for(
+            main,
+            cross_dim=cross_dim,
+            static_length=config.static_length,
+            num_experts=config.num_experts if config.method == "mope" else 0,
+            prompt_length=config.prompt_length,
+            self_width=config.router_self_width,
+            cross_width=config.router_cross_width,
+            temperature=config.temperature,
+            noise_std=config.noise_std,
+            router_embedding=config.router_embedding,
+            renormalize=config.renormalize,
+        )
+        self.cross_blocks = self._prompts_for(other, static_length=config.cross_prompt_length) if other else nn.ModuleList()
+        self.mapper = None
+        if cross_dim is not None and prompted and config.use_mapped:
+            self.mapper = nn.Sequential(nn.Linear(cross_dim, config.mapper_hidden), nn.GELU(), nn.Linear(config.mapper_hidden, dim))
+        width = dim + cross_dim if config.method == "late_concat" and cross_dim is not None else dim
+        self.head = nn.Linear(width, config.num_labels)
+        if config.head == "mlp":
+            hidden = config.head_hidden
+            self.head = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, config.num_labels))
+        for module in (self.blocks, self.cross_blocks, self.mapper, self.head):
+            if module is not None:
+                module.to(self.device)
+
+    # Structure
+
+    def backbone(self, modality: str) -> nn.Module:
+        """The "vision" or "text" encoder."""
+        backbone: nn.Module = getattr(self, modality)
+        return backbone
+
+    def _width(self, modality: str) -> int:
+        return self._adapters[modality].hidden_size(self.backbone(modality))
+
+    def _existing_layers(self, modality: str, wanted: Sequence[int] | None) -> tuple[int, ...]:
+        count = len(self._adapters[modality].layers(self.backbone(modality)))
+        if wanted is None:
+            return tuple(range(count))
+        if any(not -count <= i < count for i in wanted):
+            raise ValueError(f"prompted_layers must lie in 0..{count - 1} for this {modality} backbone, got {list(wanted)}")
+        return tuple(sorted({i % count for i in wanted}))
+
+    def _prompts_for(self, modality: str, **options: Any) -> nn.ModuleList:
+        adapter, layers = self._adapters[modality], self._adapters[modality].layers(self.backbone(modality))
+        return nn.ModuleList(
+            MoPEAttention(
+                adapter.attention(layers[i].layer),
+                self._width(modality),
+                bound=self.config.prompt_init_bound,
+                prompt_dropout=self.config.prompt_dropout,
+                impl=self.config.impl,
+                **options,
+            )
+            for i in self._layers[modality]
+        )
+
+    def _blocks(self, modality: str) -> nn.ModuleList:
+        return self.blocks if modality == self.config.main else self.cross_blocks
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def attached(self) -> bool:
+        """Whether the backbones are frozen and wait for prompts."""
+        return bool(self._attachments)
+
+    def attach(self) -> None:
+        """Freeze and prompt the backbones again after `detach`."""
+        try:
+            for modality in self.config.modalities:
+                if modality not in self._attachments:
+                    self._attachments[modality] = attach(self.backbone(modality), self._layers[modality])
+        except ValueError:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Give the backbones back as they were: modules, requires_grad, training mode. The model does not run any more."""
+        while self._attachments:
+            self._attachments.popitem()[1].detach()
+
+    def train(self, mode: bool = True) -> MoPEForClassification:
+        """Training mode of prompts, routers, mapper and head; frozen backbones stay in eval mode."""
+        super().train(mode)
+        for modality in self._attachments:
+            self.backbone(modality).eval()
+        return self
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """What an optimizer should be given."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def trained_state_dict(self) -> dict[str, Tensor]:
+        """Everything but the backbones: parameters, and the routers' frozen expert embeddings."""
+        frozen = tuple(f"{modality}." for modality in self.config.modalities)
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(frozen)}
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute prompted blocks in the backward pass instead of keeping their activations, with the same noise and routing."""
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("gradient checkpointing with use_reentrant=True is not supported: prompts are keyword arguments")
+        self._checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self._checkpointing = False
+
+    # Computation
+
+    def forward(
+        self,
+        *,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        banks: Sequence[PromptBank | None] | None = None,
+        router_noise: bool = False,
+        output_attentions: bool = False,
+    ) -> MoPEOutput:
+        """Classify a batch.
+
+        Args:
+            pixel_values: (B,channels,height,width), as the vision backbone wants them.
+            input_ids, attention_mask, token_type_ids, position_ids: (B,L) integer, as the text backbone wants them.
+            labels: (B,) integer, or (B,num_labels) of 0 and 1 with problem_type "multi_label".
+            banks: of `build_banks`, to project the prompts once for many batches.
+            router_noise: add router noise in evaluation too.
+            output_attentions: refused.
+
+        Raises:
+            ValueError: an input is missing, the attention mask is not that of `padding_side` (looked at on the CPU), a bank is
+                stale, or attention matrices are asked for.
+            RuntimeError: prompts would be skipped, because a backbone was detached or its layers were replaced.
+        """
+        if output_attentions:
+            raise ValueError(
+                "output_attentions=True: the fused attention never forms the attention matrix, so it cannot be returned"
+            )
+        config = self.config
+        texts = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        inputs = {
+            "vision": {} if pixel_values is None else {"pixel_values": pixel_values},
+            "text": {name: tensor for name, tensor in texts.items() if tensor is not None},
+        }
+        for modality, name in (("vision", "pixel_values"), ("text", "input_ids")):
+            if modality in config.modalities and name not in inputs[modality]:
+                raise ValueError(f"method {config.method!r} works on {' and '.join(config.modalities)}: {name} must be given")
+        padding = {"vision": Padding(), "text": self._padding(attention_mask)}
+
+        self._warn_of_untrained_router()
+
+        psi = mapped = None
+        if config.complementary:
+            psi, _ = self._encode(config.complementary, inputs, padding)
+        if self.mapper is not None and psi is not None:
+            mapped = self.mapper(psi.to(_dtype(self.mapper)))[:, None]
+        features, routing = self._encode(
+            config.main,
+            inputs,
+            padding,
+            cross=psi,
+            mapped=mapped,
+            top_k=config.train_top_k if self.training else config.eval_top_k,
+            banks=banks,
+            router_noise=router_noise,
+        )
+        if config.method == "late_concat" and psi is not None:
+            features = torch.cat([features, psi.to(features.dtype)], dim=-1)
+        logits = self.head(features.to(_dtype(self.head)))
+
+        importance = None
+        if routing and (self.training or labels is not None):
+            losses = [
+                mope_kernels.importance_loss(r.probs, threshold=config.importance_threshold, impl=config.impl) for r in routing
+            ]
+            importance = torch.stack(losses).mean()
+        loss = None if labels is None else self._task_loss(logits, labels)
+        if loss is not None and importance is not None:
+            loss = loss + config.importance_weight * importance
+        return MoPEOutput(loss, logits, importance, routing or None, features)
+
+    def _warn_of_untrained_router(self) -> None:
+        config = self.config
+        if self.training and config.method == "mope" and config.train_top_k == 1 < config.num_experts and not self._warned_top_k:
+            self._warned_top_k = True
+            warnings.warn(
+                "training with train_top_k=1: the task loss hardly reaches the router (not at all with renormalize); "
+                "train with train_top_k=None and set eval_top_k=1",
+                stacklevel=3,
+            )
+
+    def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.config.problem_type == "multi_label":
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return F.cross_entropy(logits, labels)
+
+    def _padding(self, attention_mask: Tensor | None) -> Padding:
+        """(B,L), 1 for tokens and 0 for padding. No value is read on an accelerator: the host would wait for it."""
+        if attention_mask is None:
+            return Padding()
+        if self.config.padding_side == "left":
+            return Padding(token_mask=attention_mask.bool())
+        padding = Padding(lengths=attention_mask.sum(-1))
+        readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and not torch.equal(attention_mask.bool(), padding.as_mask(attention_mask.shape[1])):
+            raise ValueError(
+                "attention_mask has padding before or between tokens, but the config says padding_side='right': "
+                "pad on the right, or set padding_side='left' in MoPEConfig, which takes any mask"
+            )
+        return padding
+
+    def _encode(
+        self,
+        modality: str,
+        inputs: dict[str, dict[str, Tensor]],
+        padding: dict[str, Padding],
+        *,
+        cross: Tensor | None = None,
+        mapped: Tensor | None = None,
+        top_k: int | None = None,
+        banks: Sequence[PromptBank | None] | None = None,
+        router_noise: bool = False,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Run one encoder with its prompts -> the normalised feature of the first token (B,C), and the routing of each block."""
+        if modality not in self._attachments:
+            raise RuntimeError(f"the prompts of the {modality} backbone were detached and would be skipped: call attach() first")
+        backbone, adapter, where = self.backbone(modality), self._adapters[modality], padding[modality]
+        blocks = dict(zip(self._layers[modality], self._blocks(modality), strict=True))
+        if banks is not None and len(banks) != len(blocks):
+            raise ValueError(f"banks must hold one entry for each of the {len(blocks)} prompted layers, got {len(banks)}")
+        bank_of = dict(zip(blocks, banks or [None] * len(blocks), strict=True))
+        layers = adapter.layers(backbone)
+        if bypassed := [i for i in blocks if i >= len(layers) or not isinstance(layers[i], PromptedLayer)]:
+            raise RuntimeError(
+                f"layers {bypassed} of the {modality} backbone were replaced after attach(): their prompts would be skipped"
+            )
+
+        routing = []
+        # Without prompts nothing in here is trained.
+        with nullcontext() if blocks else torch.no_grad():
+            hidden_states = adapter.embed(backbone, inputs[modality], where.token_mask)
+            mask = where.as_mask(hidden_states.shape[1])
+            for i, layer in enumerate(layers):
+                if i not in blocks:
+                    hidden_states = adapter.finish(layer, hidden_states, adapter.attention(layer).plain(hidden_states, mask))
+                    continue
+                router = blocks[i].router
+                hidden_states, routed = self._run(
+                    layer,
+                    hidden_states,
+                    prompts=blocks[i],
+                    cross=cross,
+                    mapped=mapped,
+                    lengths=where.lengths,
+                    token_mask=where.token_mask,
+                    # Drawn here, outside of what gradient checkpointing runs twice.
+                    noise=None if router is None else router.sample_noise(len(hidden_states), always=router_noise),
+                    top_k=top_k,
+                    bank=bank_of[i],
+                )
+                if routed is not None:
+                    routing.append(routed)
+            return adapter.normalize(backbone, where.first_tokens(hidden_states)), tuple(routing)
+
+    def _run(self, layer: nn.Module, hidden_states: Tensor, **inputs: Any) -> tuple[Tensor, Routing | None]:
+        if self._checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, hidden_states, use_reentrant=False, **inputs)
+        return layer(hidden_states, **inputs)
+
+    def build_banks(self) -> tuple[PromptBank | None, ...]:
+        """Project the experts of each prompted layer once, for many calls of `forward(..., banks=banks)`.
+
+        Differentiable where gradients are enabled. A bank refuses to run after its prompts have changed; build new ones as well
+        after a change to the backbone's own weights. None for a layer without experts.
+        """
+        main = self.config.main
+        layers = self._adapters[main].layers(self.backbone(main))
+        frozen = [self._adapters[main].attention(layers[i].layer) for i in self._layers[main]]
+        return tuple(None if b.experts is None else b.build_bank(f) for b, f in zip(self.blocks, frozen, strict=True))
+
+    @contextmanager
+    def serving(self) -> Iterator[Callable[..., MoPEOutput]]:
+        """Evaluation mode, no gradients, prompts projected once.
+
+        >>> with model.serving() as predict:
+        ...     logits = predict(pixel_values=pixel_values, input_ids=input_ids).logits
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield partial(self, banks=self.build_banks())
+        finally:
+            self.train(was_training)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
