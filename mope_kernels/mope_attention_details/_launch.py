@@ -1,0 +1,302 @@
+"""Launchers of the one-pass attention's Triton kernels. Triton is imported by the first call."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mope_kernels._ops import MOPE_ATTENTION_GRADIENTS, empty_heads_last, not_needed, triton_kernel
+from mope_kernels._triton import cdiv, last_contiguous, launch, next_power_of_2
+from mope_kernels.prompt_attention_details._launch import attention_backward, blocks_for, dot_precision, prompt_block
+from mope_kernels.router_details._launch import empty_routing, route_backward
+
+
+def _same_strides(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values that are read with one set of strides."""
+    key, value = last_contiguous(key), last_contiguous(value)
+    return (key, value) if key.stride() == value.stride() else (key.contiguous(), value.contiguous())
+
+
+class _Prompts:
+    """Where prompts come from, ready to be passed to a kernel: None for what is not there."""
+
+    def __init__(
+        self,
+        bank_key: Tensor,
+        bank_value: Tensor,
+        gram: Tensor | None,
+        key_offset: Tensor | None,
+        value_offset: Tensor | None,
+        static_key: Tensor | None,
+        static_value: Tensor | None,
+        instance_key: Tensor | None,
+        instance_value: Tensor | None,
+    ) -> None:
+        num_static = 0 if static_key is None else static_key.shape[1]
+        num_instance = 0 if instance_key is None else instance_key.shape[2]
+        num_routed = bank_key.shape[2]
+        self.sizes = (num_static, num_instance, num_routed)
+        bank_key, bank_value = _same_strides(bank_key, bank_value)
+        strides = list(bank_key.stride()[:3])
+        if num_static:
+            static_key, static_value = _same_strides(static_key, static_value)
+            strides += static_key.stride()[:2]
+        else:
+            static_key = static_value = None
+            strides += [0, 0]
+        if num_instance:
+            instance_key, instance_value = _same_strides(instance_key, instance_value)
+            strides += instance_key.stride()[:3]
+        else:
+            instance_key = instance_value = None
+            strides += [0, 0, 0]
+        small = (t.contiguous() if t is not None and num_routed else None for t in (gram, key_offset, value_offset))
+        self.tensors = (bank_key, bank_value, *small, static_key, static_value, instance_key, instance_value)
+        self.strides = tuple(strides)
+
+
+@triton_kernel("mope_attention")
+def mope_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logits: Tensor,
+    noise: Tensor | None,
+    bank_key: Tensor,
+    bank_value: Tensor,
+    gram: Tensor | None,
+    key_offset: Tensor | None,
+    value_offset: Tensor | None,
+    static_key: Tensor | None,
+    static_value: Tensor | None,
+    instance_key: Tensor | None,
+    instance_value: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    top_k: int,
+    temperature: float,
+    renormalize: bool,
+    eps: float,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from ._forward import mope_attention_forward
+
+    query, key, value = (last_contiguous(t) for t in (query, key, value))
+    prompts = _Prompts(
+        bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value
+    )
+    batch, heads, num_queries, width = query.shape
+    num_experts = logits.shape[1]
+    out = empty_heads_last(query, batch, heads, num_queries, width)
+    lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=query.device)
+    probs, weights, indices = empty_routing(logits, top_k)
+    blocks, _, _ = blocks_for(query)
+    launch(
+        mope_attention_forward,
+        batch * heads * cdiv(num_queries, blocks.queries),
+        query,
+        key,
+        value,
+        logits.contiguous(),
+        None if noise is None else noise.contiguous(),
+        *prompts.tensors,
+        lengths,
+        seed if dropout_p else None,
+        out,
+        lse,
+        probs,
+        weights,
+        indices,
+        query.stride()[:3],
+        key.stride()[:3],
+        value.stride()[:3],
+        prompts.strides,
+        num_queries,
+        key.shape[2],
+        temperature,
+        eps,
+        scale * math.log2(math.e),
+        dropout_p,
+        H=heads,
+        K=num_experts,
+        TOP_K=top_k,
+        RENORMALIZE=renormalize,
+        SIZES=prompts.sizes,
+        D=width,
+        BK=next_power_of_2(num_experts),
+        BD=next_power_of_2(width),
+        BP=prompt_block(sum(prompts.sizes)),
+        BM=blocks.queries,
+        BN=blocks.keys,
+        PRECISION=dot_precision(query),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+    )
+    return out, lse, probs, weights, indices
+
+
+def _build_prompts(query: Tensor, probs: Tensor, weights: Tensor, indices: Tensor, prompts: _Prompts, eps: float) -> tuple[Tensor, Tensor]:
+    """Keys and values (B,H,N,D) of the prompts, as the forward had them on chip."""
+    from ._prompts import build_prompts
+
+    (batch, heads, _, width), num_experts, top_k = query.shape, probs.shape[1], weights.shape[1]
+    num_prompts = sum(prompts.sizes)
+    prompt_key = torch.empty(batch, heads, num_prompts, width, dtype=query.dtype, device=query.device)
+    prompt_value = torch.empty_like(prompt_key)
+    selected = top_k or num_experts
+    launch(
+        build_prompts,
+        batch * heads * cdiv(num_prompts, prompt_block(num_prompts)),
+        weights.contiguous() if top_k else probs.contiguous(),
+        indices.contiguous() if top_k else None,
+        *prompts.tensors,
+        prompt_key,
+        prompt_value,
+        prompts.strides,
+        eps,
+        H=heads,
+        K=num_experts,
+        SELECTED=selected,
+        SIZES=prompts.sizes,
+        D=width,
+        BT=next_power_of_2(selected),
+        BD=next_power_of_2(width),
+        BP=prompt_block(num_prompts),
+        num_warps=4,
+    )
+    return prompt_key, prompt_value
+
+
+def _prompt_gradients(
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    weights: Tensor,
+    bank_key: Tensor,
+    bank_value: Tensor,
+    gram: Tensor | None,
+    eps: float,
+    sizes: tuple[int, int, int],
+    need: dict[str, bool],
+) -> dict[str, Tensor]:
+    """From the gradients (B,H,N,D) of the prompts to those of what they are made of; "mixture" is that of the weights (B,K).
+
+    With m = sum_j w_j B_j a routed prompt without its offset and s = (w' G w + eps)^-1/2, the prompt is s m, and
+    dB_j = w_j s dP, dw_j = s <dP, B_j> + dv ((G + G') w)_j, dG = dv w w', where dv = -s^3 <dP, m> / 2.
+    All in float32: a matrix product over (item) or over (head, D) each, so the order of the sums is fixed.
+    """
+    found = {}
+    inverse_std = weights.new_ones(len(weights), sizes[2])
+    if gram is not None:
+        gram = gram.float()
+        variance = torch.einsum("bi,pij,bj->bp", weights, gram, weights)
+        inverse_std = (variance.clamp_min(0.0) + eps).rsqrt()
+
+    # <dP, B_j> for each routed prompt: (B,K,P)
+    products = weights.new_zeros(*weights.shape, sizes[2])
+    for side, grad, bank in (("key", grad_key, bank_key), ("value", grad_value, bank_value)):
+        if grad is None:
+            continue
+        static, instance, routed = grad.split(sizes, dim=2)
+        if need[f"static_{side}"]:
+            found[f"static_{side}"] = static.sum(0)
+        if need[f"instance_{side}"]:
+            found[f"instance_{side}"] = instance
+        if need[f"{side}_offset"]:
+            found[f"{side}_offset"] = routed.sum((0, 2))
+        if need[f"bank_{side}"]:
+            found[f"bank_{side}"] = torch.einsum("bk,bhpd->khpd", weights, routed * inverse_std[:, None, :, None])
+        if need["logits"] or need["gram"]:
+            products += torch.einsum("bhpd,khpd->bkp", routed, bank.float())
+
+    found["mixture"] = torch.einsum("bkp,bp->bk", products, inverse_std)
+    if gram is not None:
+        grad_variance = -0.5 * inverse_std**3 * torch.einsum("bk,bkp->bp", weights, products)
+        grad_variance = torch.where(variance < 0.0, 0.0, grad_variance)
+        found["mixture"] += torch.einsum("bp,pij,bj->bi", grad_variance, gram + gram.mT, weights)
+        found["gram"] = torch.einsum("bp,bi,bj->pij", grad_variance, weights, weights)
+    return found
+
+
+@triton_kernel("mope_attention_backward")
+def mope_attention_backward(
+    grad_out: Tensor,
+    grad_probs: Tensor | None,
+    grad_weights: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    probs: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logits: Tensor,
+    noise: Tensor | None,
+    bank_key: Tensor,
+    bank_value: Tensor,
+    gram: Tensor | None,
+    key_offset: Tensor | None,
+    value_offset: Tensor | None,
+    static_key: Tensor | None,
+    static_value: Tensor | None,
+    instance_key: Tensor | None,
+    instance_value: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    top_k: int,
+    temperature: float,
+    renormalize: bool,
+    eps: float,
+    scale: float,
+    dropout_p: float,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    need = {name: bool(needs >> bit & 1) for bit, name in enumerate(MOPE_ATTENTION_GRADIENTS)}
+    query, key, value = (last_contiguous(t) for t in (query, key, value))
+    prompts = _Prompts(
+        bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value
+    )
+    prompt_key, prompt_value = _build_prompts(query, probs, weights, indices, prompts, eps)
+
+    # The weights and the standard deviation act on keys and values alike.
+    both = need["logits"] or need["gram"]
+    grad_query, grad_key, grad_value, grad_prompt_key, grad_prompt_value = attention_backward(
+        grad_out,
+        out,
+        lse,
+        query,
+        key,
+        value,
+        prompt_key,
+        prompt_value,
+        lengths,
+        seed if dropout_p else None,
+        scale,
+        dropout_p,
+        need_query=need["query"],
+        need_key=need["key"],
+        need_value=need["value"],
+        need_prompt_key=both or any(need[name] for name in ("bank_key", "key_offset", "static_key", "instance_key")),
+        need_prompt_value=both or any(need[name] for name in ("bank_value", "value_offset", "static_value", "instance_value")),
+    )
+    found = {"query": grad_query, "key": grad_key, "value": grad_value}
+    mixture = torch.zeros_like(probs).scatter(1, indices, weights) if top_k else probs
+    with torch.autocast(query.device.type, enabled=False):
+        found |= _prompt_gradients(grad_prompt_key, grad_prompt_value, mixture, bank_key, bank_value, gram, eps, prompts.sizes, need)
+    if need["logits"]:
+        grad_mixture = found.pop("mixture")
+        if top_k:
+            selected = grad_mixture.gather(1, indices)
+            grad_weights = selected if grad_weights is None else grad_weights + selected
+        else:
+            grad_probs = grad_mixture if grad_probs is None else grad_probs + grad_mixture
+        found["logits"] = route_backward(grad_probs, grad_weights, probs, weights, indices, temperature, renormalize)
+
+    shared = (logits, bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value)
+    for name, like in zip(MOPE_ATTENTION_GRADIENTS[3:], shared, strict=True):
+        if need[name]:
+            found[name] = found[name].to(like.dtype).contiguous()
+    return tuple(found[name] if need[name] else not_needed(query) for name in MOPE_ATTENTION_GRADIENTS)

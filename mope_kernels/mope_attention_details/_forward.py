@@ -1,0 +1,142 @@
+"""One pass: route, build the prompts from the expert bank, attend to prompts and tokens."""
+
+import triton
+import triton.language as tl
+
+from mope_kernels.prompt_attention_details._forward import attend, load_tile, store_tile, visible_tokens
+from mope_kernels.router_details._forward import route_item, store_routing
+
+from ._prompts import inverse_std, prompt_tile
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def mope_attention_forward(
+    p_query,
+    p_key,
+    p_value,
+    p_logits,
+    p_noise,
+    p_bank_key,
+    p_bank_value,
+    p_gram,
+    p_key_offset,
+    p_value_offset,
+    p_static_key,
+    p_static_value,
+    p_instance_key,
+    p_instance_value,
+    p_lengths,
+    p_seed,
+    p_out,
+    p_lse,
+    p_probs,
+    p_weights,
+    p_indices,
+    query_strides,
+    key_strides,
+    value_strides,
+    prompt_strides,
+    num_queries,
+    num_keys,
+    temperature,
+    eps,
+    scale_log2,
+    dropout_p,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    SIZES: tl.constexpr,
+    D: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+    BP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: BM queries of one item and head. scale_log2 is the scale of the scores times log2(e)."""
+    N: tl.constexpr = SIZES[0] + SIZES[1] + SIZES[2]
+    SELECTED: tl.constexpr = TOP_K if TOP_K > 0 else K
+    blocks = tl.cdiv(num_queries, BM)
+    item_head = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    item = (item_head // H).to(tl.int64)
+    head = (item_head % H).to(tl.int64)
+    o_query = block * BM + tl.arange(0, BM)
+    m_query = o_query < num_queries
+
+    if p_noise is not None:
+        p_noise += item * K
+    b_probs, b_weights, b_rank = route_item(p_logits + item * K, p_noise, temperature, K, TOP_K, RENORMALIZE, BK)
+    if (block == 0) & (head == 0):
+        store_routing(p_probs, p_weights, p_indices, item, b_probs, b_weights, b_rank, K, TOP_K, BK)
+    selection = (b_rank, tl.arange(0, BK), b_weights)
+
+    # (BM, BD)
+    p_query += item * query_strides[0] + head * query_strides[1]
+    b_query = load_tile(p_query, o_query.to(tl.int64), m_query, query_strides[2], D, BD)
+    b_out = tl.zeros([BM, BD], tl.float32)
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+
+    for first in tl.static_range(0, N, BP):
+        o_prompt = first + tl.arange(0, BP)
+        b_inverse_std = inverse_std(p_gram, selection, o_prompt, eps, K, SELECTED, SIZES, BP)
+        sources = (p_bank_key, p_key_offset, p_static_key, p_instance_key)
+        # (BP, BD) each
+        b_key = prompt_tile(sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, BP)
+        sources = (p_bank_value, p_value_offset, p_static_value, p_instance_value)
+        b_value = prompt_tile(sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, BP)
+        b_out, b_max, b_sum = attend(
+            b_query,
+            b_key.to(b_query.dtype),
+            b_value.to(b_query.dtype),
+            b_out,
+            b_max,
+            b_sum,
+            o_prompt < N,
+            o_query,
+            o_prompt,
+            scale_log2,
+            p_seed,
+            item_head,
+            dropout_p,
+            PRECISION,
+        )
+
+    p_key += item * key_strides[0] + head * key_strides[1]
+    p_value += item * value_strides[0] + head * value_strides[1]
+    visible = visible_tokens(p_lengths, item, num_keys)
+    for start in tl.range(0, visible, BN):
+        o_key = start + tl.arange(0, BN)
+        m_key = o_key < visible
+        # (BN, BD) each; hidden tokens are not read, whatever they hold
+        b_key = load_tile(p_key, o_key.to(tl.int64), m_key, key_strides[2], D, BD)
+        b_value = load_tile(p_value, o_key.to(tl.int64), m_key, value_strides[2], D, BD)
+        b_out, b_max, b_sum = attend(
+            b_query,
+            b_key,
+            b_value,
+            b_out,
+            b_max,
+            b_sum,
+            m_key,
+            o_query,
+            N + o_key,
+            scale_log2,
+            p_seed,
+            item_head,
+            dropout_p,
+            PRECISION,
+        )
+
+    # A row without any visible key sums to 0: its output is 0, and lse = +inf makes its gradients 0.
+    empty = b_sum == 0.0
+    b_out = tl.where(empty[:, None], 0.0, b_out / b_sum[:, None])
+    if p_seed is not None:
+        b_out = b_out * tl.where(dropout_p < 1.0, 1.0 / (1.0 - dropout_p), 0.0)
+    b_lse = tl.where(empty, float("inf"), (b_max + tl.log2(b_sum)) * 0.6931471805599453)
+    p_out += (item * num_queries * H + head) * D
+    store_tile(p_out, o_query.to(tl.int64), m_query, H * D, b_out, D, BD)
+    tl.store(p_lse + item_head.to(tl.int64) * num_queries + o_query, b_lse, mask=m_query)

@@ -1,0 +1,138 @@
+"""The prompts of one item and head as attention sees them: [static; instance; routed].
+
+A selection is a tuple (slot, expert, weight) of three vectors: the expert with slot t < SELECTED is the t-th selected one.
+"""
+
+import triton
+import triton.language as tl
+
+from mope_kernels.prompt_attention_details._forward import load_tile, store_tile
+
+
+@triton.jit
+def selected(selection, slot):
+    """Number and weight of the expert in a slot."""
+    b_slot, b_expert, b_weight = selection
+    return tl.sum(tl.where(b_slot == slot, b_expert, 0), 0), tl.sum(tl.where(b_slot == slot, b_weight, 0.0), 0)
+
+
+@triton.jit
+def inverse_std(p_gram, selection, o_prompt, eps, K: tl.constexpr, SELECTED: tl.constexpr, SIZES: tl.constexpr, BP: tl.constexpr):
+    """(w' G_p w + eps)^-1/2 of the prompts that are routed: (BP,). None without LayerNorm."""
+    if p_gram is None:
+        return None
+    else:
+        b_slot, b_expert, b_weight = selection
+        m_selected = b_slot < SELECTED
+        b_selected_weight = tl.where(m_selected, b_weight, 0.0)
+        o_routed = o_prompt - (SIZES[0] + SIZES[1])
+        mask = ((o_routed >= 0) & (o_routed < SIZES[2]))[:, None] & m_selected[None, :]
+        b_variance = tl.zeros([BP], tl.float32)
+        for slot in range(SELECTED):
+            index, weight = selected(selection, slot)
+            # (BP, BK)
+            b_gram = tl.load(p_gram + (o_routed[:, None] * K + index) * K + b_expert[None, :], mask=mask, other=0.0).to(tl.float32)
+            b_variance += weight * tl.sum(b_gram * b_selected_weight[None, :], 1)
+        return tl.rsqrt(tl.maximum(b_variance, 0.0) + eps)
+
+
+@triton.jit
+def prompt_tile(
+    sources,
+    strides,
+    selection,
+    b_inverse_std,
+    item,
+    head,
+    o_prompt,
+    SELECTED: tl.constexpr,
+    SIZES: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """Keys, or values, of some prompts of an item and head: (BP,BD) float32.
+
+    sources are the pointers of bank, offset, static and instance prompts, SIZES the numbers of static, instance and routed ones.
+    """
+    p_bank, p_offset, p_static, p_instance = sources
+    bank_k, bank_h, bank_p, static_h, static_s, instance_b, instance_h, instance_m = strides
+    S: tl.constexpr = SIZES[0]
+    M: tl.constexpr = SIZES[1]
+    P: tl.constexpr = SIZES[2]
+    b_tile = tl.zeros([BP, BD], tl.float32)
+    if P > 0:
+        o_routed = o_prompt - (S + M)
+        m_routed = (o_routed >= 0) & (o_routed < P)
+        for slot in range(SELECTED):
+            index, weight = selected(selection, slot)
+            p_expert = p_bank + index.to(tl.int64) * bank_k + head * bank_h
+            b_tile += weight * load_tile(p_expert, o_routed, m_routed, bank_p, D, BD).to(tl.float32)
+        if b_inverse_std is not None:
+            b_tile *= b_inverse_std[:, None]
+        if p_offset is not None:
+            o_column = tl.arange(0, BD)
+            b_tile += tl.load(p_offset + head * D + o_column, mask=o_column < D, other=0.0).to(tl.float32)[None, :]
+        b_tile = tl.where(m_routed[:, None], b_tile, 0.0)
+    # The rows of the three kinds are disjoint, so adding puts each in its place.
+    if S > 0:
+        b_tile += load_tile(p_static + head * static_h, o_prompt, o_prompt < S, static_s, D, BD).to(tl.float32)
+    if M > 0:
+        o_instance = o_prompt - S
+        m_instance = (o_instance >= 0) & (o_instance < M)
+        p_instance += item * instance_b + head * instance_h
+        b_tile += load_tile(p_instance, o_instance, m_instance, instance_m, D, BD).to(tl.float32)
+    return b_tile
+
+
+@triton.jit
+def build_prompts(
+    p_weights,
+    p_indices,
+    p_bank_key,
+    p_bank_value,
+    p_gram,
+    p_key_offset,
+    p_value_offset,
+    p_static_key,
+    p_static_value,
+    p_instance_key,
+    p_instance_value,
+    p_prompt_key,
+    p_prompt_value,
+    prompt_strides,
+    eps,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    SELECTED: tl.constexpr,
+    SIZES: tl.constexpr,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """Write the prompts (B,H,N,D) of given weights (B,k) and indices (B,k), None if dense. One program: BP of one (item, head)."""
+    N: tl.constexpr = SIZES[0] + SIZES[1] + SIZES[2]
+    blocks: tl.constexpr = (N + BP - 1) // BP
+    item_head = tl.program_id(0) // blocks
+    item = (item_head // H).to(tl.int64)
+    head = (item_head % H).to(tl.int64)
+    o_prompt = tl.program_id(0) % blocks * BP + tl.arange(0, BP)
+    b_slot = tl.arange(0, BT)
+    b_weight = tl.load(p_weights + item * SELECTED + b_slot, mask=b_slot < SELECTED, other=0.0)
+    b_expert = b_slot
+    if p_indices is not None:
+        b_expert = tl.load(p_indices + item * SELECTED + b_slot, mask=b_slot < SELECTED, other=0).to(tl.int32)
+    selection = (b_slot, b_expert, b_weight)
+    b_inverse_std = inverse_std(p_gram, selection, o_prompt, eps, K, SELECTED, SIZES, BP)
+    o_out = item_head.to(tl.int64) * (N * D)
+
+    sources = (p_bank_key, p_key_offset, p_static_key, p_instance_key)
+    # (BP, BD)
+    b_key = prompt_tile(sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, BP)
+    store_tile(p_prompt_key + o_out, o_prompt, o_prompt < N, D, b_key, D, BD)
+
+    sources = (p_bank_value, p_value_offset, p_static_value, p_instance_value)
+    # (BP, BD)
+    b_value = prompt_tile(sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, BP)
+    store_tile(p_prompt_value + o_out, o_prompt, o_prompt < N, D, b_value, D, BD)

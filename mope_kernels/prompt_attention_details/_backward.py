@@ -1,0 +1,256 @@
+"""Gradients of attention over [prompts; tokens]. Every sum is made by one program in a fixed order: no atomics.
+
+The probabilities are rebuilt from the scores and the saved lse. With dP the gradient of the probabilities (of the output,
+times values), delta = sum_d out * grad_out, and dS = P * (dP - delta):
+grad_query = scale * dS K, grad_key = scale * dS' Q, grad_value = P' grad_out.
+"""
+
+import triton
+import triton.language as tl
+
+from ._forward import keep_mask, load_tile, store_tile, visible_tokens
+
+
+@triton.jit(do_not_specialize=["num_queries"])
+def output_products(
+    p_out,
+    p_grad_out,
+    p_delta,
+    grad_out_strides,
+    num_queries,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """delta (B,H,Lq) = sum_d out * grad_out; out is laid out as (B,Lq,H,D). One program: BM queries of one item and head."""
+    blocks = tl.cdiv(num_queries, BM)
+    item_head = tl.program_id(0) // blocks
+    item = (item_head // H).to(tl.int64)
+    head = (item_head % H).to(tl.int64)
+    o_query = (tl.program_id(0) % blocks * BM + tl.arange(0, BM)).to(tl.int64)
+    m_query = o_query < num_queries
+    # (BM, BD) each
+    b_out = load_tile(p_out + (item * num_queries * H + head) * D, o_query, m_query, H * D, D, BD).to(tl.float32)
+    p_grad_out += item * grad_out_strides[0] + head * grad_out_strides[1]
+    b_grad_out = load_tile(p_grad_out, o_query, m_query, grad_out_strides[2], D, BD).to(tl.float32)
+    tl.store(p_delta + item_head.to(tl.int64) * num_queries + o_query, tl.sum(b_out * b_grad_out, 1), mask=m_query)
+
+
+@triton.jit
+def query_gradient_step(
+    b_query,
+    b_grad_out,
+    b_lse_log2,
+    b_delta,
+    b_key,
+    b_value,
+    b_grad,
+    m_key,
+    o_query,
+    o_column,
+    scale_log2,
+    p_seed,
+    item_head,
+    dropout_p,
+    PRECISION: tl.constexpr,
+):
+    """Add what one block of keys (BN,BD) gives to grad_query / scale (BM,BD)."""
+    # (BM, BN) each
+    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2
+    b_probs = tl.where(m_key[None, :], tl.exp2(b_scores - b_lse_log2[:, None]), 0.0)
+    b_grad_probs = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION)
+    if p_seed is not None:
+        keep = keep_mask(p_seed, item_head, o_query[:, None], o_column[None, :], dropout_p)
+        b_grad_probs = tl.where(keep, b_grad_probs / (1.0 - dropout_p), 0.0)
+    b_grad_scores = b_probs * (b_grad_probs - b_delta[:, None])
+    return tl.dot(b_grad_scores.to(b_key.dtype), b_key, b_grad, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def query_gradient(
+    p_query,
+    p_key,
+    p_value,
+    p_prompt_key,
+    p_prompt_value,
+    p_lengths,
+    p_seed,
+    p_lse,
+    p_delta,
+    p_grad_out,
+    p_grad_query,
+    query_strides,
+    key_strides,
+    value_strides,
+    prompt_strides,
+    grad_out_strides,
+    num_queries,
+    num_keys,
+    scale,
+    dropout_p,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """grad_query, laid out as (B,Lq,H,D). One program: BM queries of one item and head."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    blocks = tl.cdiv(num_queries, BM)
+    item_head = tl.program_id(0) // blocks
+    item = (item_head // H).to(tl.int64)
+    head = (item_head % H).to(tl.int64)
+    o_query = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
+    m_query = o_query < num_queries
+    # (BM, BD) each
+    p_query += item * query_strides[0] + head * query_strides[1]
+    b_query = load_tile(p_query, o_query.to(tl.int64), m_query, query_strides[2], D, BD)
+    p_grad_out += item * grad_out_strides[0] + head * grad_out_strides[1]
+    b_grad_out = load_tile(p_grad_out, o_query.to(tl.int64), m_query, grad_out_strides[2], D, BD)
+    # (BM,) each; exp2(score - inf) = 0 for rows that are not there
+    o_row = item_head.to(tl.int64) * num_queries + o_query
+    b_lse_log2 = tl.load(p_lse + o_row, mask=m_query, other=float("inf")) * LOG2_E
+    b_delta = tl.load(p_delta + o_row, mask=m_query, other=0.0)
+    b_grad = tl.zeros([BM, BD], tl.float32)
+
+    p_prompt_key += item * prompt_strides[0] + head * prompt_strides[1]
+    p_prompt_value += item * prompt_strides[0] + head * prompt_strides[1]
+    for first in tl.static_range(0, N, BP):
+        o_prompt = first + tl.arange(0, BP)
+        # (BP, BD) each
+        b_key = load_tile(p_prompt_key, o_prompt, o_prompt < N, prompt_strides[2], D, BD)
+        b_value = load_tile(p_prompt_value, o_prompt, o_prompt < N, prompt_strides[2], D, BD)
+        b_grad = query_gradient_step(
+            b_query,
+            b_grad_out,
+            b_lse_log2,
+            b_delta,
+            b_key,
+            b_value,
+            b_grad,
+            o_prompt < N,
+            o_query,
+            o_prompt,
+            scale * LOG2_E,
+            p_seed,
+            item_head,
+            dropout_p,
+            PRECISION,
+        )
+
+    p_key += item * key_strides[0] + head * key_strides[1]
+    p_value += item * value_strides[0] + head * value_strides[1]
+    visible = visible_tokens(p_lengths, item, num_keys)
+    for start in tl.range(0, visible, BN):
+        o_key = start + tl.arange(0, BN)
+        # (BN, BD) each
+        b_key = load_tile(p_key, o_key.to(tl.int64), o_key < visible, key_strides[2], D, BD)
+        b_value = load_tile(p_value, o_key.to(tl.int64), o_key < visible, value_strides[2], D, BD)
+        b_grad = query_gradient_step(
+            b_query,
+            b_grad_out,
+            b_lse_log2,
+            b_delta,
+            b_key,
+            b_value,
+            b_grad,
+            o_key < visible,
+            o_query,
+            N + o_key,
+            scale * LOG2_E,
+            p_seed,
+            item_head,
+            dropout_p,
+            PRECISION,
+        )
+    p_grad_query += (item * num_queries * H + head) * D
+    store_tile(p_grad_query, o_query.to(tl.int64), m_query, H * D, b_grad * scale, D, BD)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def key_value_gradient(
+    p_query,
+    p_key,
+    p_value,
+    p_lengths,
+    p_seed,
+    p_lse,
+    p_delta,
+    p_grad_out,
+    p_grad_key,
+    p_grad_value,
+    query_strides,
+    key_strides,
+    value_strides,
+    grad_out_strides,
+    grad_strides,
+    num_queries,
+    num_keys,
+    scale,
+    dropout_p,
+    FIRST_COLUMN: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """grad_key and grad_value, each if its pointer is not None, of tokens or of prompts. One program: BN keys of one item and head.
+
+    FIRST_COLUMN is where these keys start among [prompts; tokens]. Hidden keys get zeros.
+    """
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    blocks = tl.cdiv(num_keys, BN)
+    item_head = tl.program_id(0) // blocks
+    item = (item_head // H).to(tl.int64)
+    head = (item_head % H).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    o_key = block * BN + tl.arange(0, BN)
+    visible = visible_tokens(p_lengths, item, num_keys)
+    m_key = o_key < visible
+    # (BN, BD) each
+    b_key = load_tile(p_key + item * key_strides[0] + head * key_strides[1], o_key.to(tl.int64), m_key, key_strides[2], D, BD)
+    p_value += item * value_strides[0] + head * value_strides[1]
+    b_value = load_tile(p_value, o_key.to(tl.int64), m_key, value_strides[2], D, BD)
+    b_grad_key = tl.zeros([BN, BD], tl.float32)
+    b_grad_value = tl.zeros([BN, BD], tl.float32)
+
+    p_query += item * query_strides[0] + head * query_strides[1]
+    p_grad_out += item * grad_out_strides[0] + head * grad_out_strides[1]
+    p_lse += item_head.to(tl.int64) * num_queries
+    p_delta += item_head.to(tl.int64) * num_queries
+    for start in tl.range(0, tl.where(block * BN < visible, num_queries, 0), BM):
+        o_query = start + tl.arange(0, BM)
+        m_query = o_query < num_queries
+        # (BM, BD) each
+        b_query = load_tile(p_query, o_query.to(tl.int64), m_query, query_strides[2], D, BD)
+        b_grad_out = load_tile(p_grad_out, o_query.to(tl.int64), m_query, grad_out_strides[2], D, BD)
+        # (BM,); exp2(score - inf) = 0 for rows that are not there
+        b_lse_log2 = tl.load(p_lse + o_query, mask=m_query, other=float("inf")) * LOG2_E
+        # (BN, BM)
+        b_scores = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION) * (scale * LOG2_E)
+        b_probs = tl.where(m_key[:, None], tl.exp2(b_scores - b_lse_log2[None, :]), 0.0)
+        if p_seed is not None:
+            keep = keep_mask(p_seed, item_head, o_query[None, :], FIRST_COLUMN + o_key[:, None], dropout_p)
+            b_dropped = tl.where(keep, b_probs / (1.0 - dropout_p), 0.0)
+        else:
+            b_dropped = b_probs
+        if p_grad_value is not None:
+            b_grad_value = tl.dot(b_dropped.to(b_grad_out.dtype), b_grad_out, b_grad_value, input_precision=PRECISION)
+        if p_grad_key is not None:
+            b_delta = tl.load(p_delta + o_query, mask=m_query, other=0.0)
+            # (BN, BM)
+            b_grad_probs = tl.dot(b_value, tl.trans(b_grad_out), input_precision=PRECISION)
+            b_grad_scores = b_dropped * b_grad_probs - b_probs * b_delta[None, :]
+            b_grad_key = tl.dot(b_grad_scores.to(b_query.dtype), b_query, b_grad_key, input_precision=PRECISION)
+
+    o_grad = item * grad_strides[0] + head * grad_strides[1]
+    if p_grad_key is not None:
+        store_tile(p_grad_key + o_grad, o_key.to(tl.int64), o_key < num_keys, grad_strides[2], b_grad_key * scale, D, BD)
+    if p_grad_value is not None:
+        store_tile(p_grad_value + o_grad, o_key.to(tl.int64), o_key < num_keys, grad_strides[2], b_grad_value, D, BD)

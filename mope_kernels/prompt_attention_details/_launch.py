@@ -1,0 +1,193 @@
+"""Launch configurations of attention kernels, and the launcher of the backward. Triton is imported by the first call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mope_kernels._ops import empty_heads_last
+from mope_kernels._triton import cdiv, last_contiguous, launch, next_power_of_2
+
+
+class Blocks(NamedTuple):
+    """Queries and keys in a block, warps, and stages of the software pipeline."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+# Widest head -> blocks of the forward, of the gradient of the queries, and of the gradients of keys and values.
+# 64 queries for each 4 warps is what Hopper's wgmma wants. Float32 products have no tensor cores here and live in registers.
+_HALF = {
+    64: (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+    128: (Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2)),
+}
+_FLOAT = {
+    64: (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
+    128: (Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2)),
+}
+
+
+def blocks_for(query: Tensor) -> tuple[Blocks, Blocks, Blocks]:
+    """Static configurations by head_dim and dtype; short queries get smaller blocks."""
+    table = _FLOAT if query.dtype == torch.float32 else _HALF
+    queries = max(next_power_of_2(query.shape[2]), 16)
+    forward, query_gradient, key_gradient = next(blocks for width, blocks in table.items() if query.shape[3] <= width)
+    return (
+        forward._replace(queries=min(forward.queries, queries)),
+        query_gradient._replace(queries=min(query_gradient.queries, queries)),
+        key_gradient._replace(queries=min(key_gradient.queries, queries)),
+    )
+
+
+def prompt_block(num_prompts: int) -> int:
+    """Prompts in a block: all of them, up to 64. Tensor cores multiply at least 16."""
+    return min(max(next_power_of_2(num_prompts), 16), 64)
+
+
+def dot_precision(query: Tensor) -> str:
+    """How products of float32 are computed; those of 16 bits are exact anyway."""
+    return "ieee" if query.dtype == torch.float32 else "tf32"
+
+
+def attention_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    *,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+    need_prompt_key: bool,
+    need_prompt_value: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of attention over [prompts; tokens]: of query, key, value, prompt_key and prompt_value, None if not needed.
+
+    prompt_key and prompt_value are (B,H,N,D) in the dtype of query and share their strides; their gradients are float32. Those
+    of query, key and value are laid out as (B,L,H,D).
+    """
+    from ._backward import key_value_gradient, output_products, query_gradient
+
+    batch, heads, num_queries, width = query.shape
+    num_keys, num_prompts = key.shape[2], prompt_key.shape[2]
+    grad_out = last_contiguous(grad_out)
+    # As the forward wrote it, unless somebody saved a copy.
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    _, query_blocks, key_blocks = blocks_for(query)
+    sizes = {"H": heads, "D": width, "BD": next_power_of_2(width)}
+    precision = dot_precision(query)
+
+    delta = torch.empty_like(lse)
+    if need_query or need_key or need_prompt_key:
+        launch(
+            output_products,
+            batch * heads * cdiv(num_queries, query_blocks.queries),
+            out,
+            grad_out,
+            delta,
+            grad_out.stride()[:3],
+            num_queries,
+            **sizes,
+            BM=query_blocks.queries,
+            num_warps=4,
+        )
+
+    grad_query = grad_key = grad_value = grad_prompt_key = grad_prompt_value = None
+    if need_query:
+        grad_query = empty_heads_last(query, batch, heads, num_queries, width)
+        launch(
+            query_gradient,
+            batch * heads * cdiv(num_queries, query_blocks.queries),
+            query,
+            key,
+            value,
+            prompt_key,
+            prompt_value,
+            lengths,
+            seed,
+            lse,
+            delta,
+            grad_out,
+            grad_query,
+            query.stride()[:3],
+            key.stride()[:3],
+            value.stride()[:3],
+            prompt_key.stride()[:3],
+            grad_out.stride()[:3],
+            num_queries,
+            num_keys,
+            scale,
+            dropout_p,
+            N=num_prompts,
+            **sizes,
+            BP=prompt_block(num_prompts),
+            BM=query_blocks.queries,
+            BN=query_blocks.keys,
+            PRECISION=precision,
+            num_warps=query_blocks.num_warps,
+            num_stages=query_blocks.num_stages,
+        )
+
+    def keys_and_values(
+        key: Tensor, value: Tensor, lengths: Tensor | None, grad_key: Tensor | None, grad_value: Tensor | None, first: int, block: int
+    ) -> None:
+        grad = grad_key if grad_value is None else grad_value
+        if grad is None:
+            return
+        launch(
+            key_value_gradient,
+            batch * heads * cdiv(key.shape[2], block),
+            query,
+            key,
+            value,
+            lengths,
+            seed,
+            lse,
+            delta,
+            grad_out,
+            grad_key,
+            grad_value,
+            query.stride()[:3],
+            key.stride()[:3],
+            value.stride()[:3],
+            grad_out.stride()[:3],
+            grad.stride()[:3],
+            num_queries,
+            key.shape[2],
+            scale,
+            dropout_p,
+            FIRST_COLUMN=first,
+            **sizes,
+            BM=key_blocks.queries,
+            BN=block,
+            PRECISION=precision,
+            num_warps=key_blocks.num_warps,
+            num_stages=key_blocks.num_stages,
+        )
+
+    if need_key:
+        grad_key = empty_heads_last(key, batch, heads, num_keys, width)
+    if need_value:
+        grad_value = empty_heads_last(value, batch, heads, num_keys, width)
+    keys_and_values(key, value, lengths, grad_key, grad_value, num_prompts, key_blocks.keys)
+    # The prompts are one more block of keys, which every query sees.
+    if need_prompt_key:
+        grad_prompt_key = torch.empty(prompt_key.shape, dtype=torch.float32, device=query.device)
+    if need_prompt_value:
+        grad_prompt_value = torch.empty(prompt_key.shape, dtype=torch.float32, device=query.device)
+    block = min(prompt_block(num_prompts), key_blocks.keys)
+    keys_and_values(prompt_key, prompt_value, None, grad_prompt_key, grad_prompt_value, 0, block)
+    return grad_query, grad_key, grad_value, grad_prompt_key, grad_prompt_value
