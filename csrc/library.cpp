@@ -1,26 +1,176 @@
-// The ops of the namespace mope_cpu. Schemas and fakes are defined in mope_kernels/_ops.py.
+// The ops of the namespace mope_cpu: from tensors to kernels. Schemas, fakes and conventions stand in mope_kernels/_ops.py.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-using torch::stable::Tensor;
+#include <tuple>
+#include <vector>
 
-static Tensor mix_prompts(Tensor experts, Tensor weights, Tensor indices) {
-  const int64_t B = indices.size(0), k = indices.size(1), P = experts.size(1), D = experts.size(2);
-  Tensor out = torch::stable::new_empty(experts, {B, P, D});
-  STD_TORCH_CHECK(experts.is_contiguous() && weights.is_contiguous() && indices.is_contiguous(), "contiguous please");
-  auto *e = experts.const_data_ptr<float>(), *w = weights.const_data_ptr<float>();
-  auto* x = indices.const_data_ptr<int64_t>();
-  auto* o = out.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, B, 1, [&](int64_t lo, int64_t hi) {
-    for (int64_t b = lo; b < hi; ++b)
-      for (int64_t i = 0; i < P * D; ++i) {
-        float sum = 0;
-        for (int64_t j = 0; j < k; ++j) sum += w[b * k + j] * e[x[b * k + j] * P * D + i];
-        o[b * P * D + i] = sum;
-      }
-  });
+#include "tensors.h"
+
+namespace mope {
+namespace {
+
+MixPrompts mix_prompts_problem(Arguments& arguments, const Tensor& experts, const Tensor& weights, const Tensor& indices) {
+  STD_TORCH_CHECK(experts.dim() == 3, "mix_prompts: experts must have shape (K, P, D), got ", to_string(experts.sizes()));
+  STD_TORCH_CHECK(indices.dim() == 2, "mix_prompts: indices must have shape (B, k), got ", to_string(indices.sizes()));
+  const int64_t K = experts.size(0), P = experts.size(1), D = experts.size(2), B = indices.size(0), k = indices.size(1);
+  MixPrompts op{B, K, k, P * D, nullptr, {}, {}};
+  op.experts = arguments.dense<float>("experts", experts, {K, P, D});
+  op.weights = arguments.rows<2>("weights", weights, {B, k});
+  op.indices = arguments.integers<2>("indices", indices, {B, k});
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t index = op.indices.row(b)[j];
+      STD_TORCH_CHECK(0 <= index && index < K, "mix_prompts: indices must lie in 0..", K - 1, ", got ", index);
+    }
+  return op;
+}
+
+Tensor mix_prompts(Tensor experts, Tensor weights, Tensor indices) {
+  Arguments arguments("mix_prompts");
+  const MixPrompts op = mix_prompts_problem(arguments, experts, weights, indices);
+  Tensor out = empty(op.B, experts.size(1), experts.size(2));
+  kernels().mix_prompts(op, out.mutable_data_ptr<float>());
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mope_cpu, CPU, m) { m.impl("mix_prompts", TORCH_BOX(&mix_prompts)); }
+std::tuple<Tensor, Tensor> mix_prompts_backward(
+    Tensor grad_out, Tensor experts, Tensor weights, Tensor indices, bool need_experts, bool need_weights) {
+  Arguments arguments("mix_prompts_backward");
+  const MixPrompts op = mix_prompts_problem(arguments, experts, weights, indices);
+  const int64_t P = experts.size(1), D = experts.size(2);
+  const float* grad = arguments.dense<float>("grad_out", grad_out, {op.B, P, D});
+  Tensor grad_experts = need_experts ? empty(op.K, P, D) : empty(0);
+  Tensor grad_weights = need_weights ? empty(op.B, op.k) : empty(0);
+  kernels().mix_prompts_backward(
+      op, grad, need_experts ? grad_experts.mutable_data_ptr<float>() : nullptr,
+      need_weights ? grad_weights.mutable_data_ptr<float>() : nullptr);
+  return {grad_experts, grad_weights};
+}
+
+// The arguments that both directions have; a macro because TORCH_BOX wants every one of them as a parameter.
+#define MOPE_ATTENTION_PARAMETERS                                                                                              \
+  Tensor query, Tensor key, Tensor value, Tensor logits, Optional noise, Tensor bank_key, Tensor bank_value, Optional gram,    \
+      Optional key_offset, Optional value_offset, Optional static_key, Optional static_value, Optional instance_key,           \
+      Optional instance_value, Optional lengths, Optional seed, int64_t top_k, double temperature, bool renormalize, double eps, \
+      double scale, double dropout_p
+#define MOPE_ATTENTION_ARGUMENTS                                                                                                  \
+  query, key, value, logits, noise, bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, \
+      instance_value, lengths, seed, top_k, temperature, renormalize, eps, scale, dropout_p
+
+MopeAttention mope_attention_problem(Arguments& arguments, MOPE_ATTENTION_PARAMETERS) {
+  STD_TORCH_CHECK(
+      query.dim() == 4 && key.dim() == 4 && logits.dim() == 2 && bank_key.dim() == 4,
+      "mope_attention: query and key must be (B, H, L, D), logits (B, K) and bank_key (K, H, P, D), got ", to_string(query.sizes()), ", ",
+      to_string(key.sizes()), ", ", to_string(logits.sizes()), " and ", to_string(bank_key.sizes()));
+  STD_TORCH_CHECK(dropout_p == 0.0, "mope_attention: the CPU kernel has no dropout, got dropout_p = ", dropout_p);
+  const int64_t B = query.size(0), H = query.size(1), Lq = query.size(2), D = query.size(3), Lk = key.size(2);
+  const int64_t K = logits.size(1), P = bank_key.size(2);
+  STD_TORCH_CHECK(K >= 1 && 0 <= top_k && top_k <= K, "mope_attention: top_k must lie in 0..", K, ", the number of experts, got ", top_k);
+  MopeAttention op{};
+  op.B = B, op.H = H, op.Lq = Lq, op.Lk = Lk, op.D = D, op.K = K, op.P = P;
+  op.dense = top_k == 0, op.k = op.dense ? K : top_k, op.renormalize = renormalize;
+  op.temperature = static_cast<float>(temperature), op.eps = static_cast<float>(eps), op.scale = static_cast<float>(scale);
+
+  op.query = arguments.rows<4>("query", query, {B, H, Lq, D});
+  op.key = arguments.rows<4>("key", key, {B, H, Lk, D});
+  op.value = arguments.rows<4>("value", value, {B, H, Lk, D});
+  op.logits = arguments.rows<2>("logits", logits, {B, K});
+  op.noise = arguments.rows<2>("noise", noise, {B, K});
+  op.bank_key = arguments.rows<4>("bank_key", bank_key, {K, H, P, D});
+  op.bank_value = arguments.rows<4>("bank_value", bank_value, {K, H, P, D});
+  op.gram = arguments.rows<3>("gram", gram, {P, K, K});
+  op.key_offset = arguments.rows<2>("key_offset", key_offset, {H, D});
+  op.value_offset = arguments.rows<2>("value_offset", value_offset, {H, D});
+  arguments.both_or_neither("static_key", static_key, "static_value", static_value);
+  if (static_key) {
+    op.S = static_key->dim() == 3 ? static_key->size(1) : 0;
+    op.static_key = arguments.rows<3>("static_key", static_key, {H, op.S, D});
+    op.static_value = arguments.rows<3>("static_value", static_value, {H, op.S, D});
+  }
+  arguments.both_or_neither("instance_key", instance_key, "instance_value", instance_value);
+  if (instance_key) {
+    op.M = instance_key->dim() == 4 ? instance_key->size(2) : 0;
+    op.instance_key = arguments.rows<4>("instance_key", instance_key, {B, H, op.M, D});
+    op.instance_value = arguments.rows<4>("instance_value", instance_value, {B, H, op.M, D});
+  }
+  op.lengths = arguments.lengths(lengths, B);
+  return op;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mope_attention(MOPE_ATTENTION_PARAMETERS) {
+  Arguments arguments("mope_attention");
+  const MopeAttention op = mope_attention_problem(arguments, MOPE_ATTENTION_ARGUMENTS);
+  Tensor out = empty_heads_last(op.B, op.H, op.Lq, op.D), lse = empty(op.B, op.H, op.Lq), probs = empty(op.B, op.K);
+  Tensor weights = empty(op.B, top_k), indices = empty<int64_t>(op.B, top_k);
+  kernels().mope_attention(
+      op, {rows(out), lse.mutable_data_ptr<float>(), probs.mutable_data_ptr<float>(), weights.mutable_data_ptr<float>(),
+           indices.mutable_data_ptr<int64_t>()});
+  return {out, lse, probs, weights, indices};
+}
+
+using T = Tensor;
+std::tuple<T, T, T, T, T, T, T, T, T, T, T, T, T> mope_attention_backward(
+    Tensor grad_out, Optional grad_probs, Optional grad_weights, Tensor out, Tensor lse, Tensor probs, Tensor weights, Tensor indices,
+    MOPE_ATTENTION_PARAMETERS, int64_t needs) {
+  Arguments arguments("mope_attention_backward");
+  const MopeAttention op = mope_attention_problem(arguments, MOPE_ATTENTION_ARGUMENTS);
+  const int64_t B = op.B, H = op.H, K = op.K, P = op.P, D = op.D;
+  MopeAttentionBackward back{};
+  back.grad_out = arguments.rows<4>("grad_out", grad_out, {B, H, op.Lq, D});
+  back.out = arguments.rows<4>("out", out, {B, H, op.Lq, D});
+  back.grad_probs = arguments.rows<2>("grad_probs", grad_probs, {B, K});
+  // Dense weights are the probabilities, and their gradient comes as that of those.
+  if (!op.dense) back.grad_weights = arguments.rows<2>("grad_weights", grad_weights, {B, top_k});
+  back.lse = arguments.dense<float>("lse", lse, {B, H, op.Lq});
+  back.probs = arguments.dense<float>("probs", probs, {B, K});
+  back.weights = arguments.dense<float>("weights", weights, {B, top_k});
+  back.indices = arguments.dense<int64_t>("indices", indices, {B, top_k});
+
+  // In the order of MOPE_ATTENTION_GRADIENTS.
+  int bit = 0;
+  const auto needed = [&](bool given) {
+    const bool asked = needs >> bit++ & 1;
+    STD_TORCH_CHECK(given || !asked, "mope_attention_backward: the gradient of a tensor that was not given is asked for, bit ", bit - 1);
+    return asked;
+  };
+  const auto tokens = [&](Output<4>& to, int64_t length) {
+    if (!needed(true)) return empty(0);
+    Tensor grad = empty_heads_last(B, H, length, D);
+    to = rows(grad);
+    return grad;
+  };
+  const auto dense = [&](float*& to, bool given, auto... sizes) {
+    if (!needed(given)) return empty(0);
+    Tensor grad = empty(sizes...);
+    to = grad.mutable_data_ptr<float>();
+    return grad;
+  };
+  // Braces: evaluated from left to right.
+  std::tuple<T, T, T, T, T, T, T, T, T, T, T, T, T> gradients{
+      tokens(back.query, op.Lq),
+      tokens(back.key, op.Lk),
+      tokens(back.value, op.Lk),
+      dense(back.logits, true, B, K),
+      dense(back.bank_key, true, K, H, P, D),
+      dense(back.bank_value, true, K, H, P, D),
+      dense(back.gram, bool(op.gram), P, K, K),
+      dense(back.key_offset, bool(op.key_offset), H, D),
+      dense(back.value_offset, bool(op.value_offset), H, D),
+      dense(back.static_key, bool(op.static_key), H, op.S, D),
+      dense(back.static_value, bool(op.static_value), H, op.S, D),
+      dense(back.instance_key, bool(op.instance_key), B, H, op.M, D),
+      dense(back.instance_value, bool(op.instance_value), B, H, op.M, D),
+  };
+  kernels().mope_attention_backward(op, back);
+  return gradients;
+}
+
+}  // namespace
+}  // namespace mope
+
+STABLE_TORCH_LIBRARY_IMPL(mope_cpu, CPU, m) {
+  m.impl("mix_prompts", TORCH_BOX(&mope::mix_prompts));
+  m.impl("mix_prompts_backward", TORCH_BOX(&mope::mix_prompts_backward));
+  m.impl("mope_attention", TORCH_BOX(&mope::mope_attention));
+  m.impl("mope_attention_backward", TORCH_BOX(&mope::mope_attention_backward));
+}

@@ -1,0 +1,228 @@
+// Attention of one head over its prompts and the tokens that it may see. Included once for each target.
+//
+// Queries are taken kQueries at a time, and scores are held keys by queries: a vector holds queries, so that the softmax needs no
+// sums across a vector, and keys need no padding. All keys of a head are scored before the softmax of a block.
+
+inline constexpr int64_t kQueries = 64;
+
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats)
+      : storage_(new float[floats + kAlignment]),
+        next_(storage_.get() + (-reinterpret_cast<uintptr_t>(storage_.get()) / sizeof(float)) % kAlignment) {}
+
+  static constexpr int64_t padded(int64_t floats) { return (floats + kAlignment - 1) / kAlignment * kAlignment; }
+
+  float* take(int64_t floats) {
+    float* taken = next_;
+    next_ += padded(floats);
+    return taken;
+  }
+
+ private:
+  static constexpr int64_t kAlignment = 16;  // floats, one cache line
+  std::unique_ptr<float[]> storage_;
+  float* next_;
+};
+
+// What the heads of one thread work in. Rows of D floats are padded with zeros to whole vectors.
+struct Workspace {
+  Workspace(const MopeAttention& op, bool backward)
+      : width(vectors(op.D) * kLanes),
+        scratch(size(op, backward)),
+        keys(rows(op.prompts() + op.Lk)),
+        values(rows(op.prompts() + op.Lk)),
+        queries(rows(kQueries)),
+        queries_by_width(scratch.take(width * kQueries)),
+        scores(scratch.take((op.prompts() + op.Lk) * kQueries)),
+        out(rows(kQueries)) {
+    if (!backward) return;
+    grad_keys = rows(op.prompts() + op.Lk);
+    grad_values = rows(op.prompts() + op.Lk);
+    grad_out_by_width = scratch.take(width * kQueries);
+    grad_scores = scratch.take((op.prompts() + op.Lk) * kQueries);
+  }
+
+  const int64_t width;
+  Scratch scratch;
+  float *keys, *values, *queries, *queries_by_width, *scores, *out;
+  float *grad_keys = nullptr, *grad_values = nullptr, *grad_out_by_width = nullptr, *grad_scores = nullptr;
+
+ private:
+  float* rows(int64_t count) { return scratch.take(count * width); }
+
+  int64_t size(const MopeAttention& op, bool backward) const {
+    const int64_t keys = op.prompts() + op.Lk, block = Scratch::padded(width * kQueries);
+    const int64_t forward = 2 * Scratch::padded(keys * width) + 3 * block + Scratch::padded(keys * kQueries);
+    return backward ? forward + 2 * Scratch::padded(keys * width) + block + Scratch::padded(keys * kQueries) : forward;
+  }
+};
+
+// Copies rows of `columns` floats, times `scale`, into rows of `width`.
+inline void pack(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t width, float scale = 1.0f) {
+  for (int64_t i = 0; i < rows; ++i, from += from_stride, to += width) {
+    MOPE_SIMD for (int64_t d = 0; d < columns; ++d) to[d] = scale * from[d];
+    for (int64_t d = columns; d < width; ++d) to[d] = 0.0f;
+  }
+}
+
+// Transposes up to kQueries packed rows; what is missing to whole vectors of rows is filled with zeros.
+inline void transpose_queries(float* rows, int64_t count, int64_t width, float* to) {
+  std::fill(rows + count * width, rows + vectors(count) * kLanes * width, 0.0f);
+  for (int64_t i = 0; i < count; i += kLanes)
+    for (int64_t d = 0; d < width; d += kLanes) transpose(rows + i * width + d, width, to + d * kQueries + i, kQueries);
+}
+
+// to[p] = inverse_std[p] * sum_j w_j bank[j][h][p] + offset[h]
+inline void mix_bank(
+    const MopeAttention& op, const Selection& selection, int64_t h, const float* inverse_std, Input<4> bank, Input<2> offset,
+    float* to, int64_t width) {
+  for (int64_t p = 0; p < op.P; ++p, to += width) {
+    std::fill_n(to, width, 0.0f);
+    for (int64_t j = 0; j < selection.k; ++j) add_scaled(to, selection.weights[j], bank.row(selection.expert(j), h, p), op.D);
+    const float factor = inverse_std ? inverse_std[p] : 1.0f;
+    const float* shift = offset ? offset.row(h) : nullptr;
+    MOPE_SIMD for (int64_t d = 0; d < op.D; ++d) to[d] = to[d] * factor + (shift ? shift[d] : 0.0f);
+  }
+}
+
+// The rows that a head attends: [static; instance; routed prompts; visible tokens]. Returns how many.
+inline int64_t gather_rows(
+    const MopeAttention& op, int64_t b, int64_t h, const Selection& selection, const float* inverse_std, Input<3> fixed,
+    Input<4> instance, Input<4> bank, Input<2> offset, Input<4> tokens, float* to, int64_t width) {
+  if (op.S) pack(fixed.row(h, 0), fixed.stride[1], op.S, op.D, to, width);
+  if (op.M) pack(instance.row(b, h, 0), instance.stride[2], op.M, op.D, to + op.S * width, width);
+  mix_bank(op, selection, h, inverse_std, bank, offset, to + (op.S + op.M) * width, width);
+  const int64_t visible = op.lengths.visible(b, op.Lk);
+  if (visible) pack(tokens.row(b, h, 0), tokens.stride[2], visible, op.D, to + op.prompts() * width, width);
+  return op.prompts() + visible;
+}
+
+inline int64_t gather(
+    const MopeAttention& op, int64_t b, int64_t h, const Selection& selection, const float* inverse_std, Workspace& work) {
+  gather_rows(
+      op, b, h, selection, inverse_std, op.static_key, op.instance_key, op.bank_key, op.key_offset, op.key, work.keys, work.width);
+  return gather_rows(
+      op, b, h, selection, inverse_std, op.static_value, op.instance_value, op.bank_value, op.value_offset, op.value, work.values,
+      work.width);
+}
+
+// Turns kN vectors of columns of scores into e^(score - highest), with the sum and the highest of each column.
+template <int kN>
+inline void exponentials(float* scores, int64_t keys, float* sums, float* highest) {
+  Vec top[kN], sum[kN];
+  MOPE_UNROLL for (int n = 0; n < kN; ++n) {
+    top[n] = splat(-std::numeric_limits<float>::infinity());
+    sum[n] = splat(0.0f);
+  }
+  for (int64_t i = 0; i < keys; ++i)
+    MOPE_UNROLL for (int n = 0; n < kN; ++n) top[n] = max(load(scores + i * kQueries + n * kLanes), top[n]);
+  MOPE_UNROLL for (int n = 0; n < kN; ++n) {
+    store(highest + n * kLanes, top[n]);
+    // Where every score is -inf, e^(-inf - 0) = 0 and not NaN.
+    top[n] = max(top[n], splat(std::numeric_limits<float>::lowest()));
+  }
+  for (int64_t i = 0; i < keys; ++i)
+    MOPE_UNROLL for (int n = 0; n < kN; ++n) {
+      float* score = scores + i * kQueries + n * kLanes;
+      const Vec e = exp(load(score) - top[n]);
+      store(score, e);
+      sum[n] += e;
+    }
+  MOPE_UNROLL for (int n = 0; n < kN; ++n) store(sums + n * kLanes, sum[n]);
+}
+
+inline void attend(const MopeAttention& op, int64_t b, int64_t h, int64_t keys, Workspace& work, const MopeAttentionForward& result) {
+  alignas(64) float sums[kQueries], highest[kQueries];
+  const int64_t width = work.width;
+  for (int64_t first = 0; first < op.Lq; first += kQueries) {
+    const int64_t count = std::min(kQueries, op.Lq - first);
+    pack(op.query.row(b, h, first), op.query.stride[2], count, op.D, work.queries, width, op.scale);
+    transpose_queries(work.queries, count, width, work.queries_by_width);
+    product<false>(keys, count, op.D, {work.keys, width, 1}, work.queries_by_width, kQueries, work.scores, kQueries);
+    in_blocks<4>(vectors(count), [&](auto block, int64_t n) {
+      exponentials<block()>(work.scores + n * kLanes, keys, sums + n * kLanes, highest + n * kLanes);
+    });
+    product<false>(count, op.D, keys, {work.scores, 1, kQueries}, work.values, width, work.out, width);
+    for (int64_t i = 0; i < count; ++i) {
+      // No visible key: output 0, and a log-sum-exp that makes every recomputed probability 0.
+      const bool nothing = sums[i] == 0.0f;
+      const float factor = nothing ? 0.0f : 1.0f / sums[i];
+      result.lse[(b * op.H + h) * op.Lq + first + i] = nothing ? std::numeric_limits<float>::infinity() : highest[i] + std::log(sums[i]);
+      float* out = result.out.row(b, h, first + i);
+      MOPE_SIMD for (int64_t d = 0; d < op.D; ++d) out[d] = factor * work.out[i * width + d];
+    }
+  }
+}
+
+// Which gradients a head has to find, and so how many of its keys have to be looked at.
+struct Needed {
+  int64_t grad_keys, grad_values;  // rows
+  bool query;
+
+  // Rows of the gradient of the scores, and of the probabilities.
+  int64_t grad_scores(int64_t keys) const { return query ? keys : grad_keys; }
+  int64_t scores(int64_t keys) const { return std::max(grad_scores(keys), grad_values); }
+};
+
+// Turns `rows` rows of scores into probabilities, and `grad_rows` rows of the gradient of the probabilities into that of the scores.
+template <int kN>
+inline void softmax_backward(
+    float* scores, float* grad, int64_t rows, int64_t grad_rows, const float* lse, const float* mean) {
+  Vec shift[kN], center[kN];
+  MOPE_UNROLL for (int n = 0; n < kN; ++n) {
+    shift[n] = load(lse + n * kLanes);
+    center[n] = load(mean + n * kLanes);
+  }
+  for (int64_t i = 0; i < rows; ++i)
+    MOPE_UNROLL for (int n = 0; n < kN; ++n) {
+      const int64_t at = i * kQueries + n * kLanes;
+      const Vec probability = exp(load(scores + at) - shift[n]);
+      store(scores + at, probability);
+      if (i < grad_rows) store(grad + at, probability * (load(grad + at) - center[n]));
+    }
+}
+
+// Leaves the gradients of the head's keys and values in the workspace, and writes that of its queries.
+inline void attend_backward(
+    const MopeAttention& op, const MopeAttentionBackward& back, int64_t b, int64_t h, int64_t keys, const Needed& needed,
+    Workspace& work) {
+  alignas(64) float lse[kQueries], mean[kQueries];
+  const int64_t width = work.width, rows = needed.scores(keys), grad_rows = needed.grad_scores(keys);
+  std::fill_n(work.grad_keys, needed.grad_keys * width, 0.0f);
+  std::fill_n(work.grad_values, needed.grad_values * width, 0.0f);
+  for (int64_t first = 0; first < op.Lq; first += kQueries) {
+    const int64_t count = std::min(kQueries, op.Lq - first);
+    std::fill_n(mean, kQueries, 0.0f);
+    std::fill_n(lse, kQueries, std::numeric_limits<float>::infinity());
+    std::copy_n(back.lse + (b * op.H + h) * op.Lq + first, count, lse);
+
+    pack(op.query.row(b, h, first), op.query.stride[2], count, op.D, work.queries, width, op.scale);
+    transpose_queries(work.queries, count, width, work.queries_by_width);
+    product<false>(rows, count, op.D, {work.keys, width, 1}, work.queries_by_width, kQueries, work.scores, kQueries);
+
+    float* grad_out = work.out;
+    pack(back.grad_out.row(b, h, first), back.grad_out.stride[2], count, op.D, grad_out, width);
+    if (grad_rows) {
+      for (int64_t i = 0; i < count; ++i) mean[i] = dot(grad_out + i * width, back.out.row(b, h, first + i), op.D);
+      transpose_queries(grad_out, count, width, work.grad_out_by_width);
+      product<false>(grad_rows, count, op.D, {work.values, width, 1}, work.grad_out_by_width, kQueries, work.grad_scores, kQueries);
+    }
+    in_blocks<4>(vectors(count), [&](auto block, int64_t n) {
+      const int64_t at = n * kLanes;
+      // No scale here: the packed queries have it, and the gradient of the queries gets it at the end.
+      softmax_backward<block()>(work.scores + at, work.grad_scores + at, rows, grad_rows, lse + at, mean + at);
+    });
+
+    product<true>(needed.grad_values, op.D, count, {work.scores, kQueries, 1}, grad_out, width, work.grad_values, width);
+    product<true>(needed.grad_keys, op.D, count, {work.grad_scores, kQueries, 1}, work.queries, width, work.grad_keys, width);
+    if (needed.query) {
+      float* grad_query = work.queries;
+      product<false>(count, op.D, keys, {work.grad_scores, 1, kQueries}, work.keys, width, grad_query, width);
+      for (int64_t i = 0; i < count; ++i) {
+        float* to = back.query.row(b, h, first + i);
+        MOPE_SIMD for (int64_t d = 0; d < op.D; ++d) to[d] = op.scale * grad_query[i * width + d];
+      }
+    }
+  }
+}

@@ -1,0 +1,27 @@
+// Everything that is compiled once for each target: MOPE_TARGET its name, MOPE_LANES floats in a vector, MOPE_VECS vectors in the rows
+// of accumulators of a matrix product. No include guard, on purpose.
+
+namespace mope::MOPE_TARGET {
+namespace {
+
+using torch::stable::parallel_for;
+
+#include "simd.h"
+#include "gemm.h"
+#include "router.h"
+#include "attention.h"
+#include "mix_prompts.h"
+#include "mope_attention.h"
+
+#define MOPE_NAME(target) #target
+#define MOPE_NAME_OF(target) MOPE_NAME(target)
+constexpr Kernels kKernels{MOPE_NAME_OF(MOPE_TARGET), mix_prompts, mix_prompts_backward, mope_attention, mope_attention_backward};
+#undef MOPE_NAME
+#undef MOPE_NAME_OF
+
+}  // namespace
+}  // namespace mope::MOPE_TARGET
+
+#undef MOPE_TARGET
+#undef MOPE_LANES
+#undef MOPE_VECS

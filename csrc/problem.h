@@ -1,0 +1,102 @@
+// What the ops hand to the kernels: sizes, options and plain views of the tensors.
+//
+// Sizes: B batch, H heads, L tokens (Lq queries, Lk keys), D width of a head, K experts, k selected experts,
+// S static, M instance and P routed prompts. A tensor that was not given, or an output that is not wanted, has data == nullptr.
+#pragma once
+
+#include <cstdint>
+
+namespace mope {
+
+// A tensor whose rows (the last dimension) are contiguous.
+template <class T, int kDims>
+struct View {
+  T* data = nullptr;
+  int64_t stride[kDims - 1] = {};
+
+  template <class... Index>
+  T* row(Index... index) const {
+    static_assert(sizeof...(Index) == kDims - 1);
+    int i = 0;
+    int64_t offset = 0;
+    ((offset += index * stride[i++]), ...);
+    return data + offset;
+  }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+template <int kDims>
+using Input = View<const float, kDims>;
+template <int kDims>
+using Output = View<float, kDims>;
+
+struct Lengths {
+  const void* data = nullptr;
+  int64_t stride = 0;
+  bool is_int64 = false;
+
+  // How many of the first tokens item b may attend.
+  int64_t visible(int64_t b, int64_t tokens) const {
+    if (!data) return tokens;
+    const int64_t length =
+        is_int64 ? static_cast<const int64_t*>(data)[b * stride] : static_cast<const int32_t*>(data)[b * stride];
+    return length < 0 ? 0 : length < tokens ? length : tokens;
+  }
+};
+
+struct MopeAttention {
+  int64_t B, H, Lq, Lk, D, K, k, S, M, P;
+  Input<4> query, key, value;            // (B,H,L,D)
+  Input<2> logits, noise;                // (B,K)
+  Input<4> bank_key, bank_value;         // (K,H,P,D)
+  Input<3> gram;                         // (P,K,K)
+  Input<2> key_offset, value_offset;     // (H,D)
+  Input<3> static_key, static_value;     // (H,S,D)
+  Input<4> instance_key, instance_value; // (B,H,M,D)
+  Lengths lengths;
+  bool dense, renormalize;
+  float temperature, eps, scale;
+
+  int64_t prompts() const { return S + M + P; }
+};
+
+struct MopeAttentionForward {
+  Output<4> out;              // (B,H,Lq,D)
+  float* lse;                 // (B,H,Lq)
+  float* probs;               // (B,K)
+  float* weights;             // (B,k), dense: nothing
+  int64_t* indices;           // (B,k), dense: nothing
+};
+
+struct MopeAttentionBackward {
+  Input<4> grad_out, out;               // (B,H,Lq,D)
+  Input<2> grad_probs, grad_weights;    // (B,K), (B,k)
+  const float* lse;                     // (B,H,Lq)
+  const float* probs;                   // (B,K)
+  const float* weights;                 // (B,k), dense: nothing
+  const int64_t* indices;               // (B,k), dense: nothing
+  Output<4> query, key, value;          // the gradients, contiguous but for the order of heads and tokens
+  float *logits, *bank_key, *bank_value, *gram, *key_offset, *value_offset;
+  float *static_key, *static_value, *instance_key, *instance_value;
+};
+
+struct MixPrompts {
+  int64_t B, K, k, width;  // width: of an expert, P * D
+  const float* experts;    // (K, width)
+  Input<2> weights;        // (B,k)
+  View<const int64_t, 2> indices;
+};
+
+// The kernels, compiled for one instruction set.
+struct Kernels {
+  const char* target;
+  void (*mix_prompts)(const MixPrompts&, float* out);
+  void (*mix_prompts_backward)(const MixPrompts&, const float* grad_out, float* grad_experts, float* grad_weights);
+  void (*mope_attention)(const MopeAttention&, const MopeAttentionForward&);
+  void (*mope_attention_backward)(const MopeAttention&, const MopeAttentionBackward&);
+};
+
+// Those for the best instruction set that this processor has.
+const Kernels& kernels();
+
+}  // namespace mope

@@ -1,0 +1,138 @@
+// One vector register of floats. Included once for each target, with MOPE_LANES floats in a vector.
+
+inline constexpr int kLanes = MOPE_LANES;
+
+#if defined(__GNUC__)
+
+typedef float Vec __attribute__((vector_size(4 * MOPE_LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * MOPE_LANES)));
+
+inline Vec load(const float* p) {
+  Vec x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
+inline Vec splat(float x) { return x - Vec{}; }
+// Where a is NaN the result is b.
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// e^x to 1 ulp for x <= 88; inf above; 0 where the result would be denormal. NaN stays NaN.
+inline Vec exp(Vec x) {
+  // x = n ln 2 + r with |r| <= ln(2) / 2. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+  const Vec shift = splat(12582912.0f), clamped = x > 88.4f ? splat(88.4f) : x;
+  const Vec shifted = clamped * 1.44269504f + shift, n = shifted - shift;
+  // ln 2 in two parts, of which n times the first is exact.
+  const Vec r = clamped - n * 0.693359375f - n * -2.12194440e-4f;
+  // e^r = 1 + r + r^2 q(r), a minimax fit of the relative error.
+  Vec q = r * 0.00138145988f + 0.00836871658f;
+  q = q * r + 0.041668389f;
+  q = q * r + 0.166665211f;
+  q = q * r + 0.49999994f;
+  const Vec power = q * (r * r) + r + 1.0f;
+  const IntVec exponent = ((IntVec)shifted << 23) + 0x3f800000;
+  const Vec result = power * (Vec)exponent;
+  return x < -87.33f ? Vec{} : result;
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define MOPE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+#endif
+#if !defined(MOPE_SHUFFLE)
+#define MOPE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, IntVec{__VA_ARGS__})
+#endif
+
+template <int... kLane>
+inline Vec interleave_low(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  return MOPE_SHUFFLE(a, b, (kLane / 2 + kLane % 2 * kLanes)...);
+}
+template <int... kLane>
+inline Vec interleave_high(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  return MOPE_SHUFFLE(a, b, (kLane / 2 + kLane % 2 * kLanes + kLanes / 2)...);
+}
+#undef MOPE_SHUFFLE
+
+// to[j][i] = from[i][j] for a square of kLanes rows.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+  Vec row[kLanes], next[kLanes];
+  MOPE_UNROLL for (int i = 0; i < kLanes; ++i) row[i] = load(from + i * from_stride);
+  // Shuffling two halves of a pack into each other log2(kLanes) times transposes it.
+  MOPE_UNROLL for (int width = 1; width < kLanes; width *= 2) {
+    MOPE_UNROLL for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleave_low(row[i], row[i + kLanes / 2], lanes);
+      next[2 * i + 1] = interleave_high(row[i], row[i + kLanes / 2], lanes);
+    }
+    MOPE_UNROLL for (int i = 0; i < kLanes; ++i) row[i] = next[i];
+  }
+  MOPE_UNROLL for (int i = 0; i < kLanes; ++i) store(to + i * to_stride, row[i]);
+}
+
+#else  // no vector extensions: arrays, which the compiler may turn into vectors
+
+struct Vec {
+  float lane[kLanes];
+};
+
+inline Vec load(const float* p) {
+  Vec x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
+
+template <class F>
+inline Vec map(F f) {
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) x.lane[i] = f(i);
+  return x;
+}
+inline Vec splat(float x) {
+  return map([&](int) { return x; });
+}
+inline Vec operator+(Vec a, Vec b) {
+  return map([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline Vec operator-(Vec a, Vec b) {
+  return map([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline Vec operator*(Vec a, Vec b) {
+  return map([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+inline Vec operator*(float a, Vec b) { return splat(a) * b; }
+inline Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
+inline Vec max(Vec a, Vec b) {
+  return map([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline Vec exp(Vec x) {
+  return map([&](int i) { return std::exp(x.lane[i]); });
+}
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  for (int j = 0; j < kLanes; ++j)
+    for (int i = 0; i < kLanes; ++i) to[j * to_stride + i] = from[i * from_stride + j];
+}
+
+#endif
+
+inline int64_t vectors(int64_t floats) { return (floats + kLanes - 1) / kLanes; }
+
+// Calls f(count, first) for blocks of up to kMost of `total`, with the count as a compile-time constant.
+template <int kMost, class F>
+inline void in_blocks(int64_t total, const F& f, int64_t first = 0) {
+  for (; first + kMost <= total; first += kMost) f(std::integral_constant<int, kMost>(), first);
+  if constexpr (kMost > 1)
+    if (first < total) in_blocks<kMost == 6 ? 4 : kMost / 2>(total, f, first);
+}
+
+inline float dot(const float* a, const float* b, int64_t n) {
+  float sum = 0.0f;
+  MOPE_SIMD_SUM(sum) for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// to += scale * from
+inline void add_scaled(float* MOPE_RESTRICT to, float scale, const float* MOPE_RESTRICT from, int64_t n) {
+  MOPE_SIMD for (int64_t i = 0; i < n; ++i) to[i] += scale * from[i];
+}

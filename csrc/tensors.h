@@ -1,0 +1,134 @@
+// From tensors to views: what the ops check about their arguments, with the shapes in the message.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <deque>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "problem.h"
+
+namespace mope {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+using Sizes = std::initializer_list<int64_t>;
+
+template <class Range>
+std::string to_string(const Range& sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "(" + text + ")";
+}
+
+// The arguments of one call of an op. Keeps what had to be copied to make rows contiguous.
+class Arguments {
+ public:
+  explicit Arguments(const char* op) : op_(op) {}
+
+  // A float32 tensor of these sizes; nothing if it was not given.
+  template <size_t kDims>
+  Input<kDims> rows(const char* name, const Optional& tensor, const int64_t (&sizes)[kDims]) {
+    return view<const float>(name, tensor, sizes, ScalarType::Float);
+  }
+  template <size_t kDims>
+  View<const int64_t, kDims> integers(const char* name, const Optional& tensor, const int64_t (&sizes)[kDims]) {
+    return view<const int64_t>(name, tensor, sizes, ScalarType::Long);
+  }
+
+  // The same, dense in memory.
+  template <class T, size_t kDims>
+  const T* dense(const char* name, const Tensor& tensor, const int64_t (&sizes)[kDims]) {
+    check(name, tensor, sizes, std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Long);
+    return keep(torch::stable::contiguous(tensor)).template const_data_ptr<T>();
+  }
+
+  Lengths lengths(const Optional& tensor, int64_t batch) {
+    if (!tensor) return {};
+    const bool is_int64 = tensor->scalar_type() == ScalarType::Long;
+    const int64_t sizes[] = {batch};
+    check("lengths", *tensor, sizes, is_int64 ? ScalarType::Long : ScalarType::Int);
+    return {tensor->const_data_ptr(), tensor->stride(0), is_int64};
+  }
+
+  void both_or_neither(const char* first, const Optional& a, const char* second, const Optional& b) const {
+    STD_TORCH_CHECK(a.has_value() == b.has_value(), op_, ": ", first, " and ", second, " go together: give both or neither");
+  }
+
+ private:
+  template <class T, size_t kDims>
+  View<T, kDims> view(const char* name, const Optional& given, const int64_t (&sizes)[kDims], ScalarType dtype) {
+    View<T, kDims> result;
+    if (!given) return result;
+    check(name, *given, sizes, dtype);
+    const bool contiguous_rows = sizes[kDims - 1] <= 1 || given->stride(kDims - 1) == 1;
+    const Tensor& tensor = contiguous_rows ? *given : keep(torch::stable::contiguous(*given));
+    // An empty tensor may have no memory, and still it was given.
+    static constexpr std::remove_const_t<T> kNothing{};
+    result.data = tensor.numel() ? tensor.template const_data_ptr<std::remove_const_t<T>>() : &kNothing;
+    for (size_t i = 0; i + 1 < kDims; ++i) result.stride[i] = tensor.stride(i);
+    return result;
+  }
+
+  template <size_t kDims>
+  void check(const char* name, const Tensor& tensor, const int64_t (&sizes)[kDims], ScalarType dtype) const {
+    STD_TORCH_CHECK(tensor.is_cpu(), op_, ": ", name, " must be on the CPU");
+    const auto got = tensor.sizes();
+    bool same = got.size() == kDims;
+    for (size_t i = 0; same && i < kDims; ++i) same = got[i] == sizes[i];
+    STD_TORCH_CHECK(same, op_, ": ", name, " must have shape ", to_string(sizes), ", got ", to_string(got));
+    STD_TORCH_CHECK(
+        tensor.scalar_type() == dtype, op_, ": ", name, " of shape ", to_string(got), " must be ",
+        dtype == ScalarType::Float ? "float32" : dtype == ScalarType::Long ? "int64" : "int32 or int64", ", got ",
+        torch::headeronly::toString(tensor.scalar_type()));
+  }
+
+  const Tensor& keep(Tensor tensor) { return kept_.emplace_back(std::move(tensor)); }
+
+  const char* op_;
+  std::deque<Tensor> kept_;
+};
+
+// An uninitialised tensor of these sizes.
+template <class T>
+Tensor empty(Sizes sizes, Sizes strides) {
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(),
+      std::is_same_v<T, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_int64(), aoti_torch_device_type_cpu(), 0, &tensor));
+  return Tensor(tensor);
+}
+template <class T = float>
+Tensor empty(int64_t a) {
+  return empty<T>({a}, {1});
+}
+template <class T = float>
+Tensor empty(int64_t a, int64_t b) {
+  return empty<T>({a, b}, {b, 1});
+}
+template <class T = float>
+Tensor empty(int64_t a, int64_t b, int64_t c) {
+  return empty<T>({a, b, c}, {b * c, c, 1});
+}
+template <class T = float>
+Tensor empty(int64_t a, int64_t b, int64_t c, int64_t d) {
+  return empty<T>({a, b, c, d}, {b * c * d, c * d, d, 1});
+}
+
+// (B,H,L,D) laid out as (B,L,H,D), as the projections beside the attention want it.
+inline Tensor empty_heads_last(int64_t batch, int64_t heads, int64_t length, int64_t width) {
+  return empty<float>({batch, heads, length, width}, {length * heads * width, width, heads * width, 1});
+}
+
+inline Output<4> rows(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr<float>(), {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
+}
+
+}  // namespace mope
