@@ -166,18 +166,32 @@ struct Needed {
 };
 
 // Turns `rows` rows of scores into probabilities, and `grad_rows` rows of the gradient of the probabilities into that of the scores.
+// `mean` is that of the gradients under the probabilities. Where all keys are there both are normalised anew: the log-sum-exp and the
+// output are rounded, and those errors would be common to all keys of a query.
 template <int kN>
 inline void softmax_backward(
-    float* scores, float* grad, int64_t rows, int64_t grad_rows, const float* lse, const float* mean) {
-  Vec shift[kN], center[kN];
+    float* scores, float* grad, int64_t keys, int64_t rows, int64_t grad_rows, const float* lse, const float* mean) {
+  Vec shift[kN], sum[kN], center[kN], factor[kN];
   MOPE_UNROLL for (int n = 0; n < kN; ++n) {
     shift[n] = load(lse + n * kLanes);
-    center[n] = load(mean + n * kLanes);
+    sum[n] = center[n] = splat(0.0f);
   }
   for (int64_t i = 0; i < rows; ++i)
     MOPE_UNROLL for (int n = 0; n < kN; ++n) {
       const int64_t at = i * kQueries + n * kLanes;
       const Vec probability = exp(load(scores + at) - shift[n]);
+      store(scores + at, probability);
+      sum[n] += probability;
+      if (i < grad_rows) center[n] += probability * load(grad + at);
+    }
+  MOPE_UNROLL for (int n = 0; n < kN; ++n) {
+    factor[n] = grad_rows == keys ? reciprocal_or_zero(sum[n]) : splat(1.0f);
+    center[n] = grad_rows == keys ? factor[n] * center[n] : load(mean + n * kLanes);
+  }
+  for (int64_t i = 0; i < rows; ++i)
+    MOPE_UNROLL for (int n = 0; n < kN; ++n) {
+      const int64_t at = i * kQueries + n * kLanes;
+      const Vec probability = factor[n] * load(scores + at);
       store(scores + at, probability);
       if (i < grad_rows) store(grad + at, probability * (load(grad + at) - center[n]));
     }
@@ -204,14 +218,14 @@ inline void attend_backward(
     float* grad_out = work.out;
     pack(back.grad_out.row(b, h, first), back.grad_out.stride[2], count, op.D, grad_out, width);
     if (grad_rows) {
-      for (int64_t i = 0; i < count; ++i) mean[i] = dot(grad_out + i * width, back.out.row(b, h, first + i), op.D);
+      for (int64_t i = 0; i < count && grad_rows < keys; ++i) mean[i] = dot(grad_out + i * width, back.out.row(b, h, first + i), op.D);
       transpose_queries(grad_out, count, width, work.grad_out_by_width);
       product<false>(grad_rows, count, op.D, {work.values, width, 1}, work.grad_out_by_width, kQueries, work.grad_scores, kQueries);
     }
     in_blocks<4>(vectors(count), [&](auto block, int64_t n) {
       const int64_t at = n * kLanes;
       // No scale here: the packed queries have it, and the gradient of the queries gets it at the end.
-      softmax_backward<block()>(work.scores + at, work.grad_scores + at, rows, grad_rows, lse + at, mean + at);
+      softmax_backward<block()>(work.scores + at, work.grad_scores + at, keys, rows, grad_rows, lse + at, mean + at);
     });
 
     product<true>(needed.grad_values, op.D, count, {work.scores, kQueries, 1}, grad_out, width, work.grad_values, width);

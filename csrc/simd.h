@@ -17,6 +17,8 @@ inline Vec splat(float x) { return x - Vec{}; }
 // Where a is NaN the result is b.
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+inline Vec reciprocal_or_zero(Vec x) { return x == 0.0f ? Vec{} : 1.0f / x; }
+
 // e^x to 1 ulp for x <= 88; inf above; 0 where the result would be denormal. NaN stays NaN.
 inline Vec exp(Vec x) {
   // x = n ln 2 + r with |r| <= ln(2) / 2. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
@@ -105,6 +107,9 @@ inline Vec operator*(float a, Vec b) { return splat(a) * b; }
 inline Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
 inline Vec max(Vec a, Vec b) {
   return map([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline Vec reciprocal_or_zero(Vec x) {
+  return map([&](int i) { return x.lane[i] == 0.0f ? 0.0f : 1.0f / x.lane[i]; });
 }
 inline Vec exp(Vec x) {
   return map([&](int i) { return std::exp(x.lane[i]); });
