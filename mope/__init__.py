@@ -9,14 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mope_kernels import __version__
+
     from .models import MoPEConfig, MoPEForClassification, register_backbone
 
-__version__ = "0.1.0"
-
-__all__ = ["MoPEConfig", "MoPEForClassification", "register_backbone"]
+__all__ = ["MoPEConfig", "MoPEForClassification", "__version__", "register_backbone"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(importlib.import_module(".models", __name__), name)
+        return getattr(importlib.import_module("mope_kernels" if name == "__version__" else ".models", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -58,7 +58,7 @@ class PromptExperts(nn.Module):
         return mope_kernels.mix_prompts(self.prompts, weights, indices, impl=self.impl)
 
     def bank(
-        self, project_key: nn.Module, project_value: nn.Module, norm: nn.LayerNorm | None = None, num_heads: int = 1
+        self, project_key: nn.Module, project_value: nn.Module, norm: nn.Module | None = None, num_heads: int = 1
     ) -> ExpertBank:
         """The experts as keys and values of one frozen layer, differentiable: what `mope_kernels.mope_attention` takes.
 

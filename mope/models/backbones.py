@@ -62,6 +62,7 @@ class BackboneAdapter:
         return features
 
     def hidden_size(self, model: Any) -> int:
+        """C."""
         return model.config.hidden_size
 
     def objections(self, config: Any) -> list[str]:
@@ -197,25 +198,32 @@ for _model_type, _adapter_class in {
     register_backbone(_model_type, _adapter_class)
 
 
+def adapter_for(model_type: str | None) -> BackboneAdapter:
+    """The adapter of an architecture; ValueError if nobody has registered one."""
+    if model_type not in _ADAPTERS:
+        raise ValueError(
+            f"model_type {model_type!r} is not known; known are {', '.join(sorted(_ADAPTERS))}. Write a subclass of "
+            "mope.models.BackboneAdapter (about 30 lines) and call mope.register_backbone(model_type, YourAdapter)."
+        )
+    return _ADAPTERS[model_type]
+
+
 def find_adapter(backbone: nn.Module, modality: str | None = None) -> BackboneAdapter:
     """The adapter of a backbone.
 
     Raises:
-        ValueError: nobody has registered its architecture, it is of the other modality, or its config cannot be honoured.
+        ValueError: its architecture is unknown, it is of the other modality, or its config cannot be honoured.
     """
     config = getattr(backbone, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type not in _ADAPTERS:
-        raise ValueError(
-            f"{type(backbone).__name__} (model_type {model_type!r}) is not known; known are {', '.join(sorted(_ADAPTERS))}. "
-            "Write a subclass of mope.models.BackboneAdapter (about 30 lines) and call "
-            "mope.register_backbone(model_type, YourAdapter)."
-        )
-    adapter = _ADAPTERS[model_type]
+    name = type(backbone).__name__
+    try:
+        adapter = adapter_for(getattr(config, "model_type", None))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     if modality not in (None, adapter.modality):
-        raise ValueError(f"{modality} was given {type(backbone).__name__}, a {adapter.modality} model")
+        raise ValueError(f"{modality} was given {name}, a {adapter.modality} model")
     if objections := adapter.objections(config):
-        raise ValueError(f"{type(backbone).__name__} cannot be prompted: {'; '.join(objections)}")
+        raise ValueError(f"{name} cannot be prompted: {'; '.join(objections)}")
     return adapter
 
 
@@ -228,7 +236,7 @@ def original_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
         prefix = next((p for p in prefixes if name.startswith(p)), None)
         return name if prefix is None else prefixes[prefix] + name[len(prefix) :]
 
-    return {original(name): t for name, t in backbone.state_dict().items() if not name.startswith(unused or ("\0",))}
+    return {original(name): t for name, t in backbone.state_dict().items() if not (unused and name.startswith(unused))}
 
 
 def base_model(backbone: nn.Module) -> nn.Module:

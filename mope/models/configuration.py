@@ -55,7 +55,7 @@ class MoPEConfig:
 
     method: str = "mope"
     main: str = "vision"
-    num_labels: int | None = None
+    num_labels: int = 0
     id2label: Mapping[int, str] | Sequence[str] | None = None
     problem_type: str = "single_label"
     num_experts: int = 16
@@ -146,11 +146,11 @@ class MoPEConfig:
         names = self.id2label
         if names is not None:
             names = {int(k): v for k, v in names.items()} if isinstance(names, Mapping) else dict(enumerate(names))
-            if self.num_labels is None:
+            if not self.num_labels:
                 put("num_labels", len(names))
-            if sorted(names) != list(range(self.num_labels or 0)):
+            if sorted(names) != list(range(self.num_labels)):
                 raise ValueError(f"MoPEConfig: id2label must name 0..{self.num_labels}-1, its keys are {sorted(names)}")
-        elif self.num_labels is None:
+        elif not self.num_labels:
             raise ValueError("MoPEConfig: give num_labels or id2label")
         else:
             names = {i: f"LABEL_{i}" for i in range(self.num_labels)}

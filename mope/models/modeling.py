@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 import mope_kernels
-from mope.fused import MoPEAttention, PromptBank
+from mope.fused import FrozenAttention, MoPEAttention, PromptBank
 from mope_kernels import Routing
 
 from .backbones import Attachment, PromptedLayer, attach, base_model, find_adapter
 from .configuration import MoPEConfig
+from .saving import SavedModel
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Padding(NamedTuple):
     lengths: Tensor | None = None
     token_mask: Tensor | None = None
 
-    def as_mask(self, num_tokens: int) -> Tensor | None:
+    def as_mask(self, num_tokens: int) -> Any:
+        """(B,L) bool, None without padding."""
         if self.lengths is None:
             return self.token_mask
         return torch.arange(num_tokens, device=self.lengths.device) < self.lengths[:, None]
@@ -60,7 +62,7 @@ class Padding(NamedTuple):
         return hidden_states[torch.arange(len(first), device=first.device), first]
 
 
-class MoPEForClassification(nn.Module):
+class MoPEForClassification(SavedModel):
     """Classifies image-text pairs with frozen encoders; prompts, routers, mapper and head are trained.
 
     The complementary encoder runs first. The feature of its first token, psi (B,Cc), goes to the routers and the mapper,
@@ -121,13 +123,12 @@ class MoPEForClassification(nn.Module):
         if cross_dim is not None and prompted and config.use_mapped:
             self.mapper = nn.Sequential(nn.Linear(cross_dim, config.mapper_hidden), nn.GELU(), nn.Linear(config.mapper_hidden, dim))
         width = dim + cross_dim if config.method == "late_concat" and cross_dim is not None else dim
-        self.head = nn.Linear(width, config.num_labels)
         if config.head == "mlp":
             hidden = config.head_hidden
             self.head = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, config.num_labels))
-        for module in (self.blocks, self.cross_blocks, self.mapper, self.head):
-            if module is not None:
-                module.to(self.device)
+        else:
+            self.head = nn.Sequential(nn.Linear(width, config.num_labels))
+        self.to(self.device)
 
     # Structure
 
@@ -148,10 +149,9 @@ class MoPEForClassification(nn.Module):
         return tuple(sorted({i % count for i in wanted}))
 
     def _prompts_for(self, modality: str, **options: Any) -> nn.ModuleList:
-        adapter, layers = self._adapters[modality], self._adapters[modality].layers(self.backbone(modality))
         return nn.ModuleList(
             MoPEAttention(
-                adapter.attention(layers[i].layer),
+                self._frozen(modality, i),
                 self._width(modality),
                 bound=self.config.prompt_init_bound,
                 prompt_dropout=self.config.prompt_dropout,
@@ -161,12 +161,18 @@ class MoPEForClassification(nn.Module):
             for i in self._layers[modality]
         )
 
-    def _blocks(self, modality: str) -> nn.ModuleList:
-        return self.blocks if modality == self.config.main else self.cross_blocks
+    def _prompts_of(self, modality: str) -> dict[int, MoPEAttention]:
+        """The prompts of each prompted layer."""
+        blocks: Any = self.blocks if modality == self.config.main else self.cross_blocks
+        return dict(zip(self._layers[modality], blocks, strict=True))
+
+    def _frozen(self, modality: str, layer: int) -> FrozenAttention:
+        block: Any = self._adapters[modality].layers(self.backbone(modality))[layer]
+        return self._adapters[modality].attention(block.layer)
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return next(self.backbone(self.config.main).parameters()).device
 
     @property
     def attached(self) -> bool:
@@ -314,7 +320,7 @@ class MoPEForClassification(nn.Module):
             return Padding(token_mask=attention_mask.bool())
         padding = Padding(lengths=attention_mask.sum(-1))
         readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and not torch.equal(attention_mask.bool(), padding.as_mask(attention_mask.shape[1])):
+        if readable and not (padding.as_mask(attention_mask.shape[1]) == attention_mask.bool()).all():
             raise ValueError(
                 "attention_mask has padding before or between tokens, but the config says padding_side='right': "
                 "pad on the right, or set padding_side='left' in MoPEConfig, which takes any mask"
@@ -337,7 +343,7 @@ class MoPEForClassification(nn.Module):
         if modality not in self._attachments:
             raise RuntimeError(f"the prompts of the {modality} backbone were detached and would be skipped: call attach() first")
         backbone, adapter, where = self.backbone(modality), self._adapters[modality], padding[modality]
-        blocks = dict(zip(self._layers[modality], self._blocks(modality), strict=True))
+        blocks = self._prompts_of(modality)
         if banks is not None and len(banks) != len(blocks):
             raise ValueError(f"banks must hold one entry for each of the {len(blocks)} prompted layers, got {len(banks)}")
         bank_of = dict(zip(blocks, banks or [None] * len(blocks), strict=True))
@@ -386,9 +392,10 @@ class MoPEForClassification(nn.Module):
         after a change to the backbone's own weights. None for a layer without experts.
         """
         main = self.config.main
-        layers = self._adapters[main].layers(self.backbone(main))
-        frozen = [self._adapters[main].attention(layers[i].layer) for i in self._layers[main]]
-        return tuple(None if b.experts is None else b.build_bank(f) for b, f in zip(self.blocks, frozen, strict=True))
+        return tuple(
+            None if block.experts is None else block.build_bank(self._frozen(main, i))
+            for i, block in self._prompts_of(main).items()
+        )
 
     @contextmanager
     def serving(self) -> Iterator[Callable[..., MoPEOutput]]:

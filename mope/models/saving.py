@@ -1,0 +1,252 @@
+"""Checkpoints: a folder that holds what was trained, and the backbones by fingerprint or as copies.
+
+    config.json          MoPEConfig, the version of this library, one record for each backbone
+    model.safetensors    prompts, routers, mapper, head
+    vision/  text/       copies of the backbones, if asked for
+    tokenizer/  image_processor/     if the model has them
+
+Nothing in it is code: no pickle, no remote code. Nothing needs a network unless a backbone's source is on the hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from .backbones import adapter_for, base_model, find_adapter, original_state_dict
+from .configuration import MoPEConfig
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PROCESSORS: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
+
+
+class SavedModel(nn.Module):
+    """`save_pretrained` and `from_pretrained` of a fusion model, and the tokenizer and image processor that travel with it."""
+
+    config: MoPEConfig
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A processor, or the folder to load it from when it is first used.
+        self._processors: dict[str, Any] = {}
+
+    def backbone(self, modality: str) -> nn.Module:
+        raise NotImplementedError
+
+    def trained_state_dict(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the text backbone, None if nobody has set one."""
+        return self._processor("tokenizer")
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        side = getattr(tokenizer, "padding_side", self.config.padding_side)
+        if side != self.config.padding_side:
+            raise ValueError(
+                f"this tokenizer pads on the {side}, the config says padding_side={self.config.padding_side!r}: "
+                f"set tokenizer.padding_side = {self.config.padding_side!r}, or padding_side={side!r} in MoPEConfig"
+            )
+        self._processors["tokenizer"] = tokenizer
+
+    @property
+    def image_processor(self) -> Any:
+        """The image processor of the vision backbone, None if nobody has set one."""
+        return self._processor("image_processor")
+
+    @image_processor.setter
+    def image_processor(self, image_processor: Any) -> None:
+        self._processors["image_processor"] = image_processor
+
+    def _processor(self, name: str) -> Any:
+        processor = self._processors.get(name)
+        if isinstance(processor, Path):
+            processor = PROCESSORS[name].from_pretrained(processor, local_files_only=True, trust_remote_code=False)
+            self._processors[name] = processor
+        return processor
+
+    def save_pretrained(self, path: str | Path, backbones: str = "reference", dtype: torch.dtype | None = None) -> None:
+        """Write a checkpoint.
+
+        Args:
+            path: of the folder; made if need be.
+            backbones: "reference" keeps the backbones' names and fingerprints, "copy" the backbones themselves too.
+            dtype: of the copies' files; they are cast back when they are loaded. None: as they are.
+
+        Raises:
+            ValueError: `backbones` is neither, `dtype` is given without copies, or a backbone cannot be copied.
+        """
+        if backbones not in ("reference", "copy"):
+            raise ValueError(f"save_pretrained: backbones must be 'reference' or 'copy', got {backbones!r}")
+        if dtype is not None and (backbones == "reference" or not dtype.is_floating_point):
+            raise ValueError(
+                f"save_pretrained: dtype is the floating point type of copies, got {dtype} with backbones={backbones!r}"
+            )
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        records = {}
+        for modality in self.config.modalities:
+            backbone = self.backbone(modality)
+            state = original_state_dict(backbone)
+            if backbones == "copy":
+                stored = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in state.items()}
+                _save_copy(backbone, stored, folder / modality)
+                # What will be loaded: rounded to the dtype of the file.
+                state = {name: stored[name].to(t.dtype) for name, t in state.items()}
+            records[modality] = {"stored": backbones, **describe(backbone, state)}
+        for name in self._processors:
+            self._processor(name).save_pretrained(folder / name)
+        save_file({name: t.contiguous() for name, t in self.trained_state_dict().items()}, folder / WEIGHTS, {"format": "pt"})
+        # Last, so that a folder with a config is complete.
+        (folder / CONFIG).write_text(json.dumps({**self.config.to_dict(), "backbones": records}, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, vision: nn.Module | None = None, text: nn.Module | None = None) -> Self:
+        """Read a checkpoint; the model comes back in evaluation mode.
+
+        Args:
+            path: a folder that `save_pretrained` wrote.
+            vision, text: the backbones it was trained with. Those not given are loaded: from the copies in the folder, else by
+                the name that they had.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint, or a backbone without a copy was loaded from nowhere.
+            ValueError: a backbone is another one than in training, a file is corrupt, tensors are missing or have other shapes.
+
+        Unknown keys and tensors are warned about by name.
+        """
+        folder = Path(path)
+        values = _read_config(folder)
+        try:
+            config = MoPEConfig.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder / CONFIG}: {error}") from error
+        backbones = {"vision": vision, "text": text}
+        for modality in config.modalities:
+            record = values["backbones"].get(modality)
+            if record is None:
+                raise ValueError(f"{folder / CONFIG} has no record of the {modality} backbone")
+            backbone = backbones[modality] or _load_backbone(folder, modality, record)
+            _check_backbone(modality, record, backbone)
+            backbones[modality] = backbone
+        tensors = _read_tensors(folder / WEIGHTS)
+
+        build: Any = cls
+        model: Self = build(config, **backbones)
+        try:
+            model._load_trained(tensors, folder / WEIGHTS)
+        except ValueError:
+            model.detach()
+            raise
+        model._processors = {name: folder / name for name in PROCESSORS if (folder / name).is_dir()}
+        return model.eval()
+
+    def _load_trained(self, tensors: dict[str, Tensor], file: Path) -> None:
+        expected = self.trained_state_dict()
+        if missing := sorted(set(expected) - set(tensors)):
+            raise ValueError(f"{file} lacks {', '.join(missing)}")
+        wrong = [
+            f"{name} is {tuple(tensors[name].shape)}, the config says {tuple(t.shape)}"
+            for name, t in expected.items()
+            if tensors[name].shape != t.shape
+        ]
+        if wrong:
+            raise ValueError(f"{file}: {'; '.join(wrong)}")
+        if unknown := sorted(set(tensors) - set(expected)):
+            warnings.warn(f"{file}: ignoring unknown tensors {', '.join(unknown)}", stacklevel=3)
+        on_device = {name: tensors[name].to(t.device) for name, t in expected.items()}
+        self.load_state_dict(on_device, strict=False, assign=True)
+
+
+def describe(backbone: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Any]:
+    """Which model a backbone is: class, source, dtype, and a fingerprint of its weights and of what its config says about them."""
+    config: Any = backbone.config
+    state = original_state_dict(backbone) if state is None else state
+    identity = {name: getattr(config, name, None) for name in ("model_type", *find_adapter(backbone).identity)}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return {
+        "class": type(backbone).__name__,
+        "model_type": config.model_type,
+        "source": getattr(config, "_name_or_path", "") or "",
+        "dtype": str(next(t.dtype for t in state.values() if t.is_floating_point())).removeprefix("torch."),
+        "fingerprint": digest.hexdigest(),
+    }
+
+
+def _save_copy(backbone: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    save: Any = getattr(backbone, "save_pretrained", None)
+    if save is None:
+        raise ValueError(f"{type(backbone).__name__} has no save_pretrained: save the model with backbones='reference'")
+    # A dict of its own: transformers empties it.
+    save(folder, state_dict=dict(state))
+
+
+def _load_backbone(folder: Path, modality: str, record: dict[str, Any]) -> nn.Module:
+    copied, class_name = record["stored"] == "copy", record["class"]
+    source = folder / modality if copied else record["source"]
+    ask = f"give it as from_pretrained(..., {modality}=...)"
+    if not source:
+        raise FileNotFoundError(f"{folder} has no copy of its {modality} backbone, a {class_name} that came from no file: {ask}")
+    backbone_class = getattr(transformers, class_name, None)
+    if not (isinstance(backbone_class, type) and issubclass(backbone_class, transformers.PreTrainedModel)):
+        raise ValueError(f"the {modality} backbone is a {class_name}, which transformers does not have: {ask}")
+    try:
+        return backbone_class.from_pretrained(
+            source,
+            dtype=getattr(torch, record["dtype"]),
+            local_files_only=copied,
+            use_safetensors=True,
+            **adapter_for(record["model_type"]).load_options,
+        )
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ValueError(f"cannot load the {modality} backbone, a {class_name}, from {source} ({error}): {ask}") from error
+
+
+def _check_backbone(modality: str, record: dict[str, Any], backbone: nn.Module) -> None:
+    found = describe(base_model(backbone))
+    if found["fingerprint"] != record["fingerprint"]:
+        wanted, got = (f"{r['class']} {r['source'] or '(no name)'}, {r['dtype']}, {r['fingerprint'][:12]}" for r in (record, found))
+        raise ValueError(f"this model was trained with another {modality} backbone: {wanted}; got {got}")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} is no checkpoint: it has no {CONFIG}. from_pretrained takes a folder that save_pretrained wrote"
+        )
+    try:
+        values = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("backbones"), dict):
+        raise ValueError(f"{file} is no MoPEConfig with records of its backbones")
+    return values
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: the checkpoint is not complete")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no readable safetensors file: {error}") from error
