@@ -29,6 +29,8 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
 
     All grids are one-dimensional: CUDA allows 2^31 - 1 blocks along x, but only 65535 along y and z.
     """
+    # Said explicitly, because Triton's default changes between versions.
+    constants["enable_fp_fusion"] = True
     if _recorded is not None:
         _recorded.append((kernel, args, constants))
         return

@@ -85,13 +85,13 @@ def mope_attention_forward(
         b_inverse_std = inverse_std(p_gram, selection, o_prompt, eps, K, SELECTED, SIZES, BP)
         sources = (p_bank_key, p_key_offset, p_static_key, p_instance_key)
         # (BP, BD) each
-        b_key = prompt_tile(sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, BP)
+        b_prompt_key = prompt_tile(sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, BP)
         sources = (p_bank_value, p_value_offset, p_static_value, p_instance_value)
-        b_value = prompt_tile(sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, BP)
+        b_prompt_value = prompt_tile(sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, BP)
         b_out, b_max, b_sum = attend(
             b_query,
-            b_key.to(b_query.dtype),
-            b_value.to(b_query.dtype),
+            b_prompt_key.to(b_query.dtype),
+            b_prompt_value.to(b_query.dtype),
             b_out,
             b_max,
             b_sum,

@@ -207,7 +207,7 @@ def _prompt_gradients(
         if need[f"{side}_offset"]:
             found[f"{side}_offset"] = routed.sum((0, 2))
         if need[f"bank_{side}"]:
-            found[f"bank_{side}"] = torch.einsum("bk,bhpd->khpd", weights, routed * inverse_std[:, None, :, None])
+            found[f"bank_{side}"] = torch.einsum("bk,bp,bhpd->khpd", weights, inverse_std, routed)
         if need["logits"] or need["gram"]:
             products += torch.einsum("bhpd,khpd->bkp", routed, bank.float())
 

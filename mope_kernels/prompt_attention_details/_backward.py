@@ -122,15 +122,15 @@ def query_gradient(
     for first in tl.static_range(0, N, BP):
         o_prompt = first + tl.arange(0, BP)
         # (BP, BD) each
-        b_key = load_tile(p_prompt_key, o_prompt, o_prompt < N, prompt_strides[2], D, BD)
-        b_value = load_tile(p_prompt_value, o_prompt, o_prompt < N, prompt_strides[2], D, BD)
+        b_prompt_key = load_tile(p_prompt_key, o_prompt, o_prompt < N, prompt_strides[2], D, BD)
+        b_prompt_value = load_tile(p_prompt_value, o_prompt, o_prompt < N, prompt_strides[2], D, BD)
         b_grad = query_gradient_step(
             b_query,
             b_grad_out,
             b_lse_log2,
             b_delta,
-            b_key,
-            b_value,
+            b_prompt_key,
+            b_prompt_value,
             b_grad,
             o_prompt < N,
             o_query,
