@@ -149,7 +149,7 @@ class MoPEConfig:
             if not self.num_labels:
                 put("num_labels", len(names))
             if sorted(names) != list(range(self.num_labels)):
-                raise ValueError(f"MoPEConfig: id2label must name 0..{self.num_labels}-1, its keys are {sorted(names)}")
+                raise ValueError(f"MoPEConfig: id2label must name 0..{self.num_labels - 1}, its keys are {sorted(names)}")
         elif not self.num_labels:
             raise ValueError("MoPEConfig: give num_labels or id2label")
         else:

@@ -169,7 +169,8 @@ class SavedModel(nn.Module):
             raise ValueError(f"{file}: {'; '.join(wrong)}")
         if unknown := sorted(set(tensors) - set(expected)):
             warnings.warn(f"{file}: ignoring unknown tensors {', '.join(unknown)}", stacklevel=3)
-        on_device = {name: tensors[name].to(t.device) for name, t in expected.items()}
+        # Copied out of the file's mapping, in which tensors are not aligned.
+        on_device = {name: tensors[name].to(t.device, copy=True) for name, t in expected.items()}
         self.load_state_dict(on_device, strict=False, assign=True)
 
 

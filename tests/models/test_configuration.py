@@ -1,0 +1,68 @@
+import dataclasses
+import json
+import warnings
+from typing import Any
+
+import pytest
+
+from mope import MoPEConfig
+
+
+def test_json_round_trip() -> None:
+    config = MoPEConfig(id2label=["no", "yes"], prompted_layers=(0, -1), eval_top_k=1, main="text")
+    text = json.dumps(config.to_dict())
+    assert MoPEConfig.from_dict(json.loads(text)) == config
+    assert json.loads(text)["mope_version"]
+    assert config.num_labels == 2 and config.id2label == {0: "no", 1: "yes"} and config.label2id == {"no": 0, "yes": 1}
+
+
+def test_what_follows_from_other_fields_is_filled_in() -> None:
+    assert MoPEConfig(num_labels=2).static_length == 4
+    assert MoPEConfig(num_labels=2, method="late_concat").static_length == 0
+    assert MoPEConfig(num_labels=2, method="text_only").main == "text"
+    assert MoPEConfig(num_labels=2, method="image_only", main="text").modalities == ("vision",)
+    assert MoPEConfig(num_labels=2, main="text").modalities == ("text", "vision")
+    assert MoPEConfig(num_labels=2).id2label == {0: "LABEL_0", 1: "LABEL_1"}
+
+
+def test_unknown_keys_are_named() -> None:
+    with pytest.warns(UserWarning, match="flavour, colour|colour, flavour"):
+        config = MoPEConfig.from_dict({"num_labels": 2, "colour": 1, "flavour": 2})
+    assert config == MoPEConfig(num_labels=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MoPEConfig.from_dict({**config.to_dict(), "backbones": {}})
+
+
+def test_configs_do_not_change() -> None:
+    config = MoPEConfig(num_labels=2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_experts = 3  # type: ignore[misc]
+    assert config.replace(num_experts=3).num_experts == 3 and config.num_experts == 16
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_labels": 0}, "give num_labels or id2label"),
+        ({"num_labels": 3, "id2label": ["a"]}, "id2label must name 0..2"),
+        ({"id2label": {1: "a", 2: "b"}}, "id2label must name 0..1"),
+        ({"method": "cross_attention"}, "method must be one of 'mope'"),
+        ({"main": "audio"}, "main must be one of 'vision', 'text'"),
+        ({"head": "deep"}, "head must be one of"),
+        ({"num_experts": 0}, "num_experts must be an integer of at least 1"),
+        ({"static_length": 1.5}, "static_length must be an integer"),
+        ({"eval_top_k": 17}, "eval_top_k must be None"),
+        ({"train_top_k": 0}, "train_top_k must be None"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"prompt_init_bound": -1.0}, "prompt_init_bound must be positive"),
+        ({"noise_std": -1.0}, "noise_std must be 0 or more"),
+        ({"prompt_dropout": 1.0}, "prompt_dropout must be in"),
+        ({"router_self_width": 0, "router_cross_width": 0}, "would see nothing"),
+        ({"method": "static_mapped", "use_mapped": False}, "image_only"),
+        ({"padding_side": "both"}, "padding_side must be one of"),
+    ],
+)
+def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoPEConfig(**({"num_labels": 2} if "id2label" not in values else {}) | values)
