@@ -27,4 +27,6 @@ def test_mix_prompts(time_checked, way, shape, training):
     }[way]
     compiled = torch.compile(baselines.mix_prompts)
     exact = reference.mix_prompts(bank.double(), weights.double(), indices).detach()
-    time_checked(function, exact, f"mix_prompts {shape} {'training' if training else 'inference'}", [bank, weights] if training else None)
+    time_checked(
+        function, exact, f"mix_prompts {shape} {'training' if training else 'inference'}", [bank, weights] if training else None
+    )

@@ -14,7 +14,18 @@ SHAPES = [name for name, shape in ATTENTION.items() if DEVICE in shape.devices]
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 BANK = ("bank_key", "bank_value", "gram", "key_offset", "value_offset")
 # What training needs: the prompts, the router, and the activations of the layers below.
-TRAINED = ("query", "key", "value", "logits", "bank_key", "bank_value", "static_key", "static_value", "instance_key", "instance_value")
+TRAINED = (
+    "query",
+    "key",
+    "value",
+    "logits",
+    "bank_key",
+    "bank_value",
+    "static_key",
+    "static_value",
+    "instance_key",
+    "instance_value",
+)
 
 
 def example(shape: AttentionShape) -> dict[str, torch.Tensor | None]:

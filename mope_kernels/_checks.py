@@ -24,7 +24,9 @@ class Arguments:
     def error(self, message: str) -> ValueError:
         return ValueError(f"{self.op}: {message}")
 
-    def tensor(self, name: str, value: Tensor | None, axes: str, *, integer: bool = False, dtype: torch.dtype | None = None) -> None:
+    def tensor(
+        self, name: str, value: Tensor | None, axes: str, *, integer: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
         """Hold `value` to the axes; one letter, one size. `None` (an optional argument that was not given) passes."""
         if value is None:
             return
@@ -35,7 +37,9 @@ class Arguments:
             expected = int(axis) if axis.isdigit() else self.sizes.setdefault(axis, size)
             if size != expected:
                 wanted = ", ".join(f"{a}={self.sizes[a]}" if a in self.sizes else a for a in names)
-                raise self.error(f"{name} must be ({wanted}), got shape {tuple(value.shape)}: axis {axis} is {size}, not {expected}")
+                raise self.error(
+                    f"{name} must be ({wanted}), got shape {tuple(value.shape)}: axis {axis} is {size}, not {expected}"
+                )
         if integer and (value.is_floating_point() or value.dtype == torch.bool):
             raise self.error(f"{name} must be an integer tensor, got {value.dtype}: use {name}.long()")
         if not integer and not value.is_floating_point():

@@ -178,7 +178,12 @@ def mope_attention(
     arguments.tensor("instance_key", instance_key, "B H M D")
     arguments.tensor("instance_value", instance_value, "B H M D")
 
-    prompts = {"static_key": static_key, "static_value": static_value, "instance_key": instance_key, "instance_value": instance_value}
+    prompts = {
+        "static_key": static_key,
+        "static_value": static_value,
+        "instance_key": instance_key,
+        "instance_value": instance_value,
+    }
     implementation = _MOPE_ATTENTION.choose(
         impl, query, key, value, logits, bank, noise=noise, lengths=lengths, dropout_p=dropout_p, **prompts
     )

@@ -72,7 +72,9 @@ def _sdpa_check(
 _PROMPT_ATTENTION = Operation("prompt_attention", sdpa=_sdpa_check, reference=reference_check)
 
 
-def check_attention(arguments: Arguments, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, dropout_p: float) -> None:
+def check_attention(
+    arguments: Arguments, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, dropout_p: float
+) -> None:
     """The checks that every attention over tokens shares."""
     arguments.tensor("query", query, "B H Lq D")
     arguments.tensor("key", key, "B H Lk D", dtype=query.dtype)

@@ -22,7 +22,9 @@ def attention(**changes):
 
 WRONG = {
     "route: logits must have the axes (B, K), got shape (3,)": lambda: mope_kernels.route(torch.zeros(3)),
-    "route: logits must be a floating point tensor, got torch.int64": lambda: mope_kernels.route(torch.zeros(2, 3, dtype=torch.int64)),
+    "route: logits must be a floating point tensor, got torch.int64": lambda: mope_kernels.route(
+        torch.zeros(2, 3, dtype=torch.int64)
+    ),
     "route: top_k must be between 1 and the 3 experts, or None for dense routing, got 4": lambda: mope_kernels.route(
         torch.zeros(2, 3), top_k=4
     ),
@@ -60,7 +62,10 @@ WRONG = {
         )
     ),
     "prompt_attention: attn_bias gets no gradient": lambda: mope_kernels.prompt_attention(
-        torch.zeros(1, 1, 5, 8), *[torch.zeros(1, 1, 7, 8)] * 2, *[torch.zeros(1, 1, 2, 8)] * 2, attn_bias=torch.zeros(5, 7).requires_grad_()
+        torch.zeros(1, 1, 5, 8),
+        *[torch.zeros(1, 1, 7, 8)] * 2,
+        *[torch.zeros(1, 1, 2, 8)] * 2,
+        attn_bias=torch.zeros(5, 7).requires_grad_(),
     ),
     "window_prompt_attention: resolution must divide by window_size, got 5 and 2": lambda: mope_kernels.window_prompt_attention(
         torch.zeros(1, 26, 24), torch.zeros(2, 4, 4), num_prompts=1, num_heads=2, resolution=5, window_size=2

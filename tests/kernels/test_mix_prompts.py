@@ -39,7 +39,7 @@ def test_matches_float64(impl, case):
                 lambda experts, weights, indices: (mope_kernels.mix_prompts(experts, weights, indices, impl=impl),),
                 lambda experts, weights, indices: (reference.mix_prompts(experts, weights, indices),),
                 layout,
-                "experts weights",
+                grads_for="experts weights",
             )
 
 
@@ -50,9 +50,13 @@ def test_an_expert_may_come_twice(impl):
     indices = torch.tensor([[2, 2, 0]] * 4, device=DEVICE[impl])
     check(
         lambda experts, weights, indices: (mope_kernels.mix_prompts(experts, weights, indices, impl=impl),),
-        lambda experts, weights, indices: (torch.stack([sum(w * experts[i] for w, i in zip(ws, ix, strict=True)) for ws, ix in zip(weights, indices, strict=True)]),),
+        lambda experts, weights, indices: (
+            torch.stack(
+                [sum(w * experts[i] for w, i in zip(ws, ix, strict=True)) for ws, ix in zip(weights, indices, strict=True)]
+            ),
+        ),
         {"experts": experts, "weights": weights, "indices": indices},
-        "experts weights",
+        grads_for="experts weights",
     )
 
 

@@ -11,7 +11,17 @@ from mope_kernels import reference
 
 from .numerics import DEVICE, check, dtypes_of, implementations, strided
 
-BASE = {"batch": 2, "heads": 2, "queries": 9, "keys": 9, "width": 16, "prompts": 3, "lengths": None, "bias": None, "is_causal": False}
+BASE = {
+    "batch": 2,
+    "heads": 2,
+    "queries": 9,
+    "keys": 9,
+    "width": 16,
+    "prompts": 3,
+    "lengths": None,
+    "bias": None,
+    "is_causal": False,
+}
 
 CASES = {
     "plain": {},
@@ -57,7 +67,7 @@ def test_matches_float64(impl, case):
             lambda impl=impl, **t: (mope_kernels.prompt_attention(**t, **options, impl=impl),),
             lambda **t: (reference.prompt_attention(**t, **options),),
             tensors,
-            NAMES,
+            grads_for=NAMES,
         )
 
 
@@ -70,7 +80,7 @@ def test_takes_any_strides(impl, name):
             lambda **t: (mope_kernels.prompt_attention(**t, **options, impl=impl),),
             lambda **t: (reference.prompt_attention(**t, **options),),
             {**tensors, name: layout},
-            NAMES,
+            grads_for=NAMES,
         )
 
 

@@ -144,7 +144,9 @@ def test_gradients_of_mix_prompts():
 @pytest.mark.parametrize("case", ["dense", "top2 renormalised", "prompts only for one item", "post-LN, padded"])
 def test_gradients_of_mope_attention(case):
     tensors, options = example(torch.float64, "cpu", **{"queries": 3, "keys": 5, "width": 4, **CASES[case], "lengths": [5, 0]})
-    inputs = {n: t.double().requires_grad_() for n, t in tensors.items() if t is not None and t.is_floating_point() and n != "noise"}
+    inputs = {
+        n: t.double().requires_grad_() for n, t in tensors.items() if t is not None and t.is_floating_point() and n != "noise"
+    }
     rest = {n: t for n, t in tensors.items() if n not in inputs}
 
     def op(*values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,7 +39,7 @@ def test_matches_float64(impl, batch, experts, top_k, renormalize, temperature, 
             return weights, probs
 
         for layout in (logits, *strided(logits)):
-            check(op, plain, {"logits": layout, "noise": noise}, "logits")
+            check(op, plain, {"logits": layout, "noise": noise}, grads_for="logits")
 
 
 @implementations("reference", "triton")
@@ -118,7 +118,7 @@ def test_importance_loss_matches_float64(impl, batch, experts, threshold):
             lambda probs: (mope_kernels.importance_loss(probs, threshold=threshold, impl=impl),),
             lambda probs: (reference.importance_loss(probs, threshold=threshold),),
             {"probs": layout},
-            "probs",
+            grads_for="probs",
         )
 
 
