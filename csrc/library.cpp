@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> mix_prompts_backward(
 #define MOPE_ATTENTION_PARAMETERS                                                                                              \
   Tensor query, Tensor key, Tensor value, Tensor logits, Optional noise, Tensor bank_key, Tensor bank_value, Optional gram,    \
       Optional key_offset, Optional value_offset, Optional static_key, Optional static_value, Optional instance_key,           \
-      Optional instance_value, Optional lengths, Optional seed, int64_t top_k, double temperature, bool renormalize, double eps, \
+      Optional instance_value, Optional lengths, [[maybe_unused]] Optional seed, int64_t top_k, double temperature, bool renormalize, double eps, \
       double scale, double dropout_p
 #define MOPE_ATTENTION_ARGUMENTS                                                                                                  \
   query, key, value, logits, noise, bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, \
@@ -174,3 +174,11 @@ STABLE_TORCH_LIBRARY_IMPL(mope_cpu, CPU, m) {
   m.impl("mope_attention", TORCH_BOX(&mope::mope_attention));
   m.impl("mope_attention_backward", TORCH_BOX(&mope::mope_attention_backward));
 }
+
+// The instruction set whose kernels run here; for a report, through ctypes.
+#if defined(_WIN32)
+#define MOPE_EXPORT __declspec(dllexport)
+#else
+#define MOPE_EXPORT __attribute__((visibility("default")))
+#endif
+extern "C" MOPE_EXPORT const char* mope_cpu_target() { return mope::kernels().target; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,17 +14,24 @@ from .build import LIBRARY, cached_library
 
 
 class ExtensionStatus(NamedTuple):
-    """Whether the C++ kernels are loaded, from where, and if not, why."""
+    """Whether the C++ kernels are loaded, from where, and if not, why; and for which instruction set they were chosen."""
 
     loaded: bool
     path: Path | None
     reason: str
+    target: str = ""
 
 
 def _candidates() -> Iterator[Path]:
     # Looked for one after the other: the cache's name is a digest of the sources, which the bundled library makes superfluous.
     yield Path(__file__).with_name(LIBRARY)
     yield cached_library()
+
+
+def _target(path: Path) -> str:
+    name = ctypes.CDLL(str(path)).mope_cpu_target
+    name.restype = ctypes.c_char_p
+    return bytes(name()).decode()
 
 
 def _load() -> ExtensionStatus:
@@ -36,10 +44,9 @@ def _load() -> ExtensionStatus:
             if path.is_file():
                 try:
                     torch.ops.load_library(path)
-                except (OSError, RuntimeError) as error:
+                    return ExtensionStatus(True, path, "", _target(path))
+                except (OSError, RuntimeError, AttributeError) as error:
                     failures.append(f"{path} does not load: {error}")
-                else:
-                    return ExtensionStatus(True, path, "")
     except (OSError, RuntimeError) as error:
         failures.append(str(error))
     return ExtensionStatus(False, None, "; ".join(failures) or "the C++ extension is not built (mope build)")
