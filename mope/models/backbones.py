@@ -65,6 +65,10 @@ class BackboneAdapter:
         """C."""
         return model.config.hidden_size
 
+    def stable_name(self, name: str) -> str:
+        """The name under which a tensor goes into the fingerprint, where versions of transformers name it differently."""
+        return name
+
     def objections(self, config: Any) -> list[str]:
         """Why a model with this config cannot be prompted here."""
         found = []
@@ -127,6 +131,11 @@ class Dinov2Adapter(VisionAdapter):
 
     def normalize(self, model: Any, features: Tensor) -> Tensor:
         return model.layernorm(features)
+
+    def stable_name(self, name: str) -> str:
+        for old, new in (("query", "q"), ("key", "k"), ("value", "v")):
+            name = name.replace(f".attention.attention.{old}.", f".attention.{new}_proj.")
+        return name.replace(".attention.output.dense.", ".attention.o_proj.")
 
 
 class CLIPVisionAdapter(VisionAdapter):

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import warnings
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -109,8 +111,11 @@ class SavedModel(nn.Module):
                 # What will be loaded: rounded to the dtype of the file.
                 state = {name: stored[name].to(t.dtype) for name, t in state.items()}
             records[modality] = {"stored": backbones, **describe(backbone, state)}
-        for name in self._processors:
-            self._processor(name).save_pretrained(folder / name)
+        for name, processor in self._processors.items():
+            if not isinstance(processor, Path):
+                processor.save_pretrained(folder / name)
+            elif processor.resolve() != (folder / name).resolve():
+                shutil.copytree(processor, folder / name, dirs_exist_ok=True)
         save_file({name: t.contiguous() for name, t in self.trained_state_dict().items()}, folder / WEIGHTS, {"format": "pt"})
         # Last, so that a folder with a config is complete.
         (folder / CONFIG).write_text(json.dumps({**self.config.to_dict(), "backbones": records}, indent=2) + "\n")
@@ -178,10 +183,11 @@ def describe(backbone: nn.Module, state: dict[str, Tensor] | None = None) -> dic
     """Which model a backbone is: class, source, dtype, and a fingerprint of its weights and of what its config says about them."""
     config: Any = backbone.config
     state = original_state_dict(backbone) if state is None else state
-    identity = {name: getattr(config, name, None) for name in ("model_type", *find_adapter(backbone).identity)}
+    adapter = find_adapter(backbone)
+    identity = {name: getattr(config, name, None) for name in ("model_type", *adapter.identity)}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
+    for name, tensor in sorted(((adapter.stable_name(name), tensor) for name, tensor in state.items()), key=itemgetter(0)):
+        tensor = tensor.detach().cpu().contiguous()
         digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return {

@@ -182,3 +182,14 @@ def test_a_new_architecture() -> None:
     finally:
         _ADAPTERS.clear()
         _ADAPTERS.update(before)
+
+
+def test_fingerprints_do_not_depend_on_what_a_version_calls_a_tensor() -> None:
+    adapter = _ADAPTERS["dinov2"]
+    for old, new in {
+        "encoder.layer.0.attention.attention.query.weight": "encoder.layer.0.attention.q_proj.weight",
+        "encoder.layer.0.attention.attention.key.bias": "encoder.layer.0.attention.k_proj.bias",
+        "encoder.layer.0.attention.attention.value.weight": "encoder.layer.0.attention.v_proj.weight",
+        "encoder.layer.0.attention.output.dense.weight": "encoder.layer.0.attention.o_proj.weight",
+    }.items():
+        assert adapter.stable_name(old) == adapter.stable_name(new) == new

@@ -209,24 +209,36 @@ def test_wrong_options_of_save_pretrained(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path, dtype=torch.float16)
 
 
-def test_tokenizer_and_image_processor_travel_with_the_model(tmp_path: Path) -> None:
+def test_tokenizer_travels_with_the_model(tmp_path: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "digit", "is", "even"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     model = fusion(dtype=torch.float32)
+    assert model.tokenizer is None
     model.tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
-    model.image_processor = transformers.ViTImageProcessorPil(size={"height": 8, "width": 8})
     model.save_pretrained(tmp_path / "model", backbones="copy")
     loaded = MoPEForClassification.from_pretrained(tmp_path / "model")
-    # Saved again before anyone has used them.
+    # Saved again before anyone has used it, elsewhere and where it came from.
     loaded.save_pretrained(tmp_path / "again", backbones="copy")
-    loaded = MoPEForClassification.from_pretrained(tmp_path / "again")
-    encoded = loaded.tokenizer(["the digit is even", "even"], padding=True)
-    assert encoded["input_ids"] == model.tokenizer(["the digit is even", "even"], padding=True)["input_ids"]
-    assert loaded.image_processor.size == model.image_processor.size
-    assert fusion().tokenizer is None
+    loaded.save_pretrained(tmp_path / "model", backbones="copy")
+    for folder in ("again", "model"):
+        loaded = MoPEForClassification.from_pretrained(tmp_path / folder)
+        encoded = loaded.tokenizer(["the digit is even", "even"], padding=True)
+        assert encoded["input_ids"] == model.tokenizer(["the digit is even", "even"], padding=True)["input_ids"]
     left = transformers.BertTokenizer(str(tmp_path / "vocab.txt"), padding_side="left")
     with pytest.raises(ValueError, match="padding_side"):
         model.tokenizer = left
+
+
+def test_image_processor_travels_with_the_model(tmp_path: Path) -> None:
+    try:
+        _ = transformers.AutoImageProcessor.from_pretrained
+    except ImportError:
+        pytest.skip("this version of transformers loads image processors with torchvision only")
+    model = fusion(dtype=torch.float32)
+    model.image_processor = transformers.ViTImageProcessorPil(size={"height": 8, "width": 8})
+    model.save_pretrained(tmp_path, backbones="copy")
+    loaded = MoPEForClassification.from_pretrained(tmp_path)
+    assert loaded.image_processor.size == model.image_processor.size
 
 
 def test_state_dict_does_not_depend_on_impl(tmp_path: Path) -> None:
