@@ -348,10 +348,12 @@ class MoPEForClassification(SavedModel):
             raise ValueError(f"banks must hold one entry for each of the {len(blocks)} prompted layers, got {len(banks)}")
         bank_of = dict(zip(blocks, banks or [None] * len(blocks), strict=True))
         layers = adapter.layers(backbone)
-        changed = [i for i, layer in enumerate(layers) if isinstance(layer, PromptedLayer) != (i in blocks)]
-        if changed or len(layers) <= max(blocks, default=-1):
-            which = changed or list(blocks)
-            raise RuntimeError(f"layers {which} of the {modality} backbone were replaced after attach(): prompts would be skipped")
+        found = [i for i, layer in enumerate(layers) if isinstance(layer, PromptedLayer)]
+        if found != list(blocks):
+            raise RuntimeError(
+                f"layers {list(blocks)} of the {modality} backbone were prompted and layers {found} are: "
+                "others were put in their place after attach(), and prompts would be skipped"
+            )
 
         routing = []
         # Without prompts nothing in here is trained.

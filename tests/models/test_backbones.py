@@ -67,20 +67,20 @@ def test_a_model_whose_prompts_would_be_skipped_refuses_to_run() -> None:
     model.attach()
     assert torch.equal(model(**batch).logits, expected)
     model.vision.layers[1] = model.vision.layers[1].layer
-    with pytest.raises(RuntimeError, match=r"layers \[1\] of the vision backbone were replaced"):
+    with pytest.raises(RuntimeError, match=r"layers \[0, 1, 2\] of the vision backbone were prompted and layers \[0, 2\] are"):
         model(**batch)
     model.vision.layers = model.vision.layers[:2]
-    with pytest.raises(RuntimeError, match="were replaced"):
+    with pytest.raises(RuntimeError, match=r"layers \[0\] are"):
         model(**batch)
     model.vision.layers[1] = PromptedLayer(model.vision.layers[1], ViTAdapter())
-    with pytest.raises(RuntimeError, match=r"layers \[0, 1, 2\]"):
+    with pytest.raises(RuntimeError, match=r"layers \[0, 1\] are"):
         model(**batch)
 
 
 def test_prompts_of_another_model_are_noticed() -> None:
     first, batch = fusion(), inputs()
     second = MoPEForClassification(first.config.replace(method="text_only", static_length=2), text=first.text).double()
-    with pytest.raises(RuntimeError, match="text backbone were replaced"):
+    with pytest.raises(RuntimeError, match=r"layers \[\] of the text backbone were prompted and layers \[0, 1, 2\] are"):
         first(**batch)
     second.detach()
     first(**batch)
