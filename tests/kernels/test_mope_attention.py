@@ -10,7 +10,7 @@ import mope_kernels
 from mope_kernels import ExpertBank, reference
 from mope_kernels._ops import MOPE_ATTENTION_GRADIENTS
 
-from .numerics import DEVICE, check, dtypes_of, implementations, strided
+from .numerics import DEVICE, GPU, check, dtypes_of, implementations, strided
 
 BASE = {
     "batch": 2, "heads": 2, "queries": 9, "keys": 9, "width": 16, "experts": 4, "prompts": 3, "static": 2, "instance": 1,
@@ -83,12 +83,18 @@ def plain(options: dict[str, object], **tensors: Tensor | None) -> tuple[Tensor,
     return out, weights, probs
 
 
+def number_of_draws(impl: str, case: str) -> int:
+    """More where a draw computes few numbers; fewer where Triton's interpreter makes it slow."""
+    few_numbers = CASES[case].get("batch") == 1
+    return (3 if few_numbers else 1) if impl == "triton" and GPU == "cpu" else (6 if few_numbers else 2)
+
+
 @implementations("cpu", "triton")
 @pytest.mark.parametrize("case", CASES)
 def test_matches_float64(impl, case):
     options = {name: {**BASE, **CASES[case]}[name] for name in OPTIONS}
     for dtype in dtypes_of(impl):
-        draws = [example(dtype, DEVICE[impl], **CASES[case])[0] for _ in range(6 if CASES[case].get("batch") == 1 else 2)]
+        draws = [example(dtype, DEVICE[impl], **CASES[case])[0] for _ in range(number_of_draws(impl, case))]
         check(lambda **t: run(impl, options, **t), lambda **t: plain(options, **t), *draws, grads_for=ALL)
 
 
