@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import mope_kernels
 from mope_kernels import ExpertBank, Routing
 
-from .prompts import PromptExperts, call_in_full_precision, layer_norm_in_full_precision, split_heads
+from .prompts import PromptExperts, project_prompts, split_heads
 from .router import MultimodalRouter
 
 
@@ -210,13 +210,8 @@ class MoPEAttention(nn.Module):
         frozen = frozen or self.frozen
         if self.experts is None:
             raise ValueError("MoPEAttention: a bank holds projected experts, and this layer has none (num_experts=0)")
-        experts = self.experts.bank(frozen.key, frozen.value, frozen.norm, frozen.num_heads)
-        if self.static is None:
-            return PromptBank(experts, None, None, self._versions())
-        rows = self.static.to(torch.promote_types(self.static.dtype, torch.float32))
-        rows = layer_norm_in_full_precision(frozen.norm, rows)
-        key, value = (split_heads(call_in_full_precision(f, rows), frozen.num_heads) for f in (frozen.key, frozen.value))
-        return PromptBank(experts, key, value, self._versions())
+        projected = project_prompts(self.experts.prompts, self.static, frozen.key, frozen.value, frozen.norm, frozen.num_heads)
+        return PromptBank(*projected, self._versions())
 
     def _bank_pays(self, frozen: FrozenAttention, batch: int, bank: PromptBank | None) -> bool:
         """Whether to take the one-pass op: its bank has K*P rows to project, prompts mixed before the projection B*P."""
@@ -263,7 +258,7 @@ class MoPEAttention(nn.Module):
         """Counts of the in-place changes to what a bank is made from."""
         if torch.compiler.is_compiling():
             return ()
-        return tuple(p._version for p in (self.static, self.experts and self.experts.prompts) if p is not None)
+        return tuple(parameter._version for name, parameter in self.named_parameters() if not name.startswith("router."))
 
     def _check_bank(self, bank: PromptBank) -> None:
         if bank.versions != self._versions() and not torch.compiler.is_compiling():

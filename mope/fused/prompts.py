@@ -62,52 +62,50 @@ class PromptExperts(nn.Module):
     ) -> ExpertBank:
         """The experts as keys and values of one frozen layer, differentiable: what `mope_kernels.mope_attention` takes.
 
-        The projections, affine maps C -> H*D, are called, once each, and never read: f gives W x = f(x) - f(0) and, for the
-        prompts that LayerNorm leaves at beta, f(beta). Float32, float64 for float64 experts; autocast is off.
+        The projections, affine maps C -> H*D, are called, once each, and never read: f gives W x = f(x) - f(0) and, for what
+        LayerNorm adds, f(beta) = W beta + b. Float32, float64 for float64 experts; autocast is off.
 
         Raises:
             TypeError: `norm` is no LayerNorm over the last dimension; such a layer cannot be folded into a bank.
         """
-        num_experts, length, dim = self.prompts.shape
-        experts = self.prompts.to(torch.promote_types(self.prompts.dtype, torch.float32))
-        origin, gram = experts.new_zeros(1, dim), None
-        beta = origin
-        if norm is not None:
-            if not isinstance(norm, nn.LayerNorm) or norm.normalized_shape != (dim,):
-                raise TypeError(f"PromptExperts.bank: norm must be None or nn.LayerNorm({dim}), got {norm}")
-            with torch.autocast(experts.device.type, enabled=False):
-                experts = experts - experts.mean(-1, keepdim=True)
-                gram = torch.einsum("ipc,jpc->pij", experts, experts) / dim
-            if norm.weight is not None:
-                experts = experts * norm.weight.to(experts.dtype)
-            if norm.bias is not None:
-                beta = norm.bias.to(experts.dtype)[None]
-        rows = torch.cat([experts.flatten(0, 1), origin, beta])
-
-        def project(module: nn.Module) -> tuple[Tensor, Tensor]:
-            out = call_in_full_precision(module, rows)
-            linear = (out[:-2] - out[-2]).unflatten(0, (num_experts, length))
-            return split_heads(linear, num_heads), out[-1].unflatten(0, (num_heads, -1))
-
-        (key, key_offset), (value, value_offset) = project(project_key), project(project_value)
-        return ExpertBank(
-            key,
-            value,
-            gram=gram,
-            key_offset=key_offset,
-            value_offset=value_offset,
-            eps=1e-5 if norm is None else norm.eps,
-        )
+        return project_prompts(self.prompts, None, project_key, project_value, norm, num_heads)[0]
 
     def extra_repr(self) -> str:
         return "num_experts={}, prompt_length={}, dim={}".format(*self.prompts.shape)
 
 
-def layer_norm_in_full_precision(norm: nn.Module | None, rows: Tensor) -> Tensor:
-    """LayerNorm of float32 (float64) rows, whatever the dtype of the frozen module."""
-    if norm is None:
-        return rows
-    if isinstance(norm, nn.LayerNorm):
-        weight, bias = (None if t is None else t.to(rows.dtype) for t in (norm.weight, norm.bias))
-        return F.layer_norm(rows, norm.normalized_shape, weight, bias, norm.eps)
-    return call_in_full_precision(norm, rows)
+def project_prompts(
+    experts: Tensor,
+    static: Tensor | None,
+    project_key: nn.Module,
+    project_value: nn.Module,
+    norm: nn.Module | None,
+    num_heads: int,
+) -> tuple[ExpertBank, Tensor | None, Tensor | None]:
+    """Experts (K,P,C) and static prompts (S,C) through one layer, in one call of each projection -> bank, (H,S,D), (H,S,D)."""
+    num_experts, length, dim = experts.shape
+    experts = experts.to(torch.promote_types(experts.dtype, torch.float32))
+    beta = origin = experts.new_zeros(1, dim)
+    shared = experts.new_empty(0, dim) if static is None else static.to(experts.dtype)
+    gram, eps = None, 1e-5
+    if norm is not None:
+        if not isinstance(norm, nn.LayerNorm) or norm.normalized_shape != (dim,):
+            raise TypeError(f"a bank needs norm to be None or nn.LayerNorm({dim}), got {norm}")
+        eps = norm.eps
+        gamma, bias = (None if t is None else t.to(experts.dtype) for t in (norm.weight, norm.bias))
+        with torch.autocast(experts.device.type, enabled=False):
+            shared = F.layer_norm(shared, (dim,), gamma, bias, eps)
+            experts = experts - experts.mean(-1, keepdim=True)
+            gram = torch.einsum("ipc,jpc->pij", experts, experts) / dim
+        experts = experts if gamma is None else experts * gamma
+        beta = origin if bias is None else bias[None]
+    rows = torch.cat([experts.flatten(0, 1), shared, origin, beta])
+
+    def project(module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        out = split_heads(call_in_full_precision(module, rows), num_heads)
+        of_experts, of_static, at_origin, offset = out.split([num_experts * length, len(shared), 1, 1], dim=1)
+        return (of_experts - at_origin).unflatten(1, (num_experts, length)).transpose(0, 1), of_static, offset[:, 0]
+
+    (key, static_key, key_offset), (value, static_value, value_offset) = project(project_key), project(project_value)
+    bank = ExpertBank(key, value, gram=gram, key_offset=key_offset, value_offset=value_offset, eps=eps)
+    return (bank, None, None) if static is None else (bank, static_key, static_value)

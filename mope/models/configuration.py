@@ -47,7 +47,7 @@ class MoPEConfig:
         prompt_dropout: on the prompts in training.
         importance_weight, importance_threshold: weight of the importance loss in the loss, and the CV^2 up to which it is 0.
         padding_side: of the tokenizer. "right" is fast (lengths); "left" takes any attention mask.
-        impl: of the ops, see `mope_kernels`.
+        impl: of the ops: "auto", the name of an implementation, or several with commas between them, tried in that order.
 
     Raises:
         ValueError: names the value and what is allowed.

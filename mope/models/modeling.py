@@ -130,8 +130,6 @@ class MoPEForClassification(SavedModel):
             self.head = nn.Sequential(nn.Linear(width, config.num_labels))
         self.to(self.device)
 
-    # Structure
-
     def backbone(self, modality: str) -> nn.Module:
         """The "vision" or "text" encoder."""
         backbone: nn.Module = getattr(self, modality)
@@ -218,8 +216,6 @@ class MoPEForClassification(SavedModel):
 
     def gradient_checkpointing_disable(self) -> None:
         self._checkpointing = False
-
-    # Computation
 
     def forward(
         self,
