@@ -1,0 +1,86 @@
+"""The command line: `mope demo`, `mope info`, `mope build`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Each command imports what it needs when it runs: `mope --help` answers at once, and `mope build` works without transformers.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command -> the exit status."""
+    options = parser().parse_args(arguments)
+    status: int = options.command(options)
+    return status
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="mope", description="Mixture-of-Prompt-Experts multimodal fusion, fast to train and to serve."
+    )
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser(
+        "demo", help="train and compare fusion models on handwritten digits and sentences (minutes, offline)"
+    )
+    demo.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for results, pictures and the model (out/)")
+    demo.add_argument("--seeds", type=_positive, default=1, metavar="N", help="repeat with N seeds, for mean and deviation (1)")
+    demo.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
+    demo.add_argument("--threads", type=_positive, metavar="N", help="threads on the CPU (torch's own choice)")
+    demo.add_argument("--fast", action="store_true", help="a few steps of everything: seconds, learns nothing")
+    demo.set_defaults(command=_demo)
+
+    info = commands.add_parser("info", help="versions, devices, which implementations run here and why the others do not")
+    info.set_defaults(command=_info)
+
+    build = commands.add_parser("build", help="compile the C++ kernels against the installed torch, into the user's cache")
+    build.add_argument("--force", action="store_true", help="even if they have been compiled already")
+    build.set_defaults(command=_build)
+    return top
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _demo(options: argparse.Namespace) -> int:
+    try:
+        import matplotlib
+        import sklearn  # noqa: F401
+    except ModuleNotFoundError as error:
+        print(f'mope demo needs {error.name}: pip install "mope-kernels[train,plot]"', file=sys.stderr)
+        return 1
+    # Pictures go to files: no display is looked for.
+    matplotlib.use("Agg")
+    from mope.demo.run import demo
+
+    demo(out=options.out, seeds=options.seeds, fast=options.fast, device=options.device, threads=options.threads)
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from mope.info import describe
+
+    print(describe())
+    return 0
+
+
+def _build(options: argparse.Namespace) -> int:
+    from mope_kernels.build import BuildError, build
+
+    try:
+        print(build(force=options.force))
+    except BuildError as error:
+        print(f"mope build: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

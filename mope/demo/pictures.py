@@ -1,0 +1,224 @@
+"""What the router has learned, as pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
+from numpy.typing import NDArray
+
+from mope import MoPEForClassification
+from mope.demo.data import statements
+from mope.demo.train import Task
+
+INK, MUTED, PALE, ACCENT = "#1d2433", "#7a8499", "#c9d1de", "#0f766e"
+YES, NO = "#0f766e", "#b4532a"
+ROUTING = LinearSegmentedColormap.from_list("routing", ["#f7f9fb", "#9fd5cc", "#0f766e", "#0b3b38"])
+PAPER = LinearSegmentedColormap.from_list("paper", ["#ffffff", INK])
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": PALE,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "savefig.dpi": 160,
+}
+
+SCANS_OF_EACH_DIGIT = 12
+QUESTIONS = ("is a seven", "is even", "is larger than four", "is a power of two")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every statement asked of every one of S scans.
+
+    scans: (S,) places in the test split. classes: (S,) digits. yes: (S,T) probability of the answer yes.
+    routing: (S,T,K) of the block whose router tells the statements apart best. block: its number, from 1. blocks: how many route.
+    """
+
+    scans: NDArray[np.int64]
+    classes: NDArray[np.int64]
+    yes: NDArray[np.float32]
+    routing: NDArray[np.float32]
+    block: int
+    blocks: int
+
+
+@torch.no_grad()
+def ask_everything(model: MoPEForClassification, task: Task) -> Grid:
+    """The first twelve test scans of each digit, with every statement in its first wording."""
+    digits = task.splits["test"]
+    scans = np.concatenate([np.flatnonzero(digits.classes == digit)[:SCANS_OF_EACH_DIGIT] for digit in range(10)])
+    sentences = [f"the digit {statement.title}" for statement in statements()]
+    yes, routing = [], []
+    with model.serving() as predict:
+        for scan in scans:
+            out = predict(**task.inputs("test", np.full(len(sentences), scan), sentences))
+            yes.append(out.logits.softmax(-1)[:, 1])
+            routing.append(torch.stack([block.probs for block in out.routing]))
+    # (blocks, S, T, K)
+    probs = torch.stack(routing).float().cpu().numpy().swapaxes(0, 1)
+    block = int(np.argmax([_information(of_block) for of_block in probs]))
+    return Grid(scans, digits.classes[scans], torch.stack(yes).cpu().numpy(), probs[block], block + 1, len(probs))
+
+
+def _information(routing: NDArray[np.float32]) -> float:
+    """Mutual information of statement and expert: (S,T,K) -> nats."""
+
+    def entropy(p: NDArray[np.float32]) -> NDArray[np.float32]:
+        return -(p * np.log(p.clip(1e-12))).sum(-1)
+
+    by_statement = routing.mean(0)
+    return float(entropy(by_statement.mean(0)) - entropy(by_statement).mean())
+
+
+def draw_all(model: MoPEForClassification, task: Task, out: Path) -> list[Path]:
+    """Write the three pictures as PNG -> their paths."""
+    grid = ask_everything(model, task)
+    figures = {
+        "routing_by_statement": lambda: routing_by_statement(grid),
+        "what_experts_like": lambda: what_experts_like(grid, task),
+        "one_digit_four_statements": lambda: one_digit_four_statements(grid, task),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    # Without a display, whatever the user's own backend and style are.
+    with plt.style.context("default"), matplotlib.rc_context(STYLE):
+        for name, draw in figures.items():
+            figure = draw()
+            paths.append(out / f"{name}.png")
+            figure.savefig(paths[-1])
+            plt.close(figure)
+    return paths
+
+
+def routing_by_statement(grid: Grid) -> Figure:
+    """Heat map of the mean routing weights: 38 statements x K experts."""
+    weights = grid.routing.mean(0)
+    count = weights.shape[1]
+    names = [statement.title for statement in statements()]
+    figure = plt.figure(figsize=(7.2, 10.4))
+    axes = figure.add_axes((0.30, 0.075, 0.60, 0.825))
+    image = axes.imshow(weights, cmap=ROUTING, vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(count), [str(i + 1) for i in range(count)])
+    axes.set_yticks(range(len(names)), names, fontsize=8.5)
+    axes.tick_params(length=0)
+    axes.set_xlabel("expert")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    # White lines between cells, wider between pairs of opposites.
+    for row in range(1, len(names)):
+        axes.axhline(row - 0.5, color="white", linewidth=3 if row % 2 == 0 else 0.8)
+    for column in range(1, count):
+        axes.axvline(column - 0.5, color="white", linewidth=0.8)
+    for row, column in np.argwhere(weights >= 0.1):
+        value = weights[row, column]
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value > 0.45 else INK)
+    bar = figure.colorbar(image, cax=figure.add_axes((0.925, 0.65, 0.016, 0.25)))
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=8)
+    figure.text(0.03, 0.965, "Which expert answers which statement", fontsize=15, fontweight="bold", va="top")
+    figure.text(
+        0.03, 0.938, f"routing weight in block {grid.block} of {grid.blocks}, mean over {len(grid.scans)} held-out scans",
+        fontsize=9.5, color=MUTED, va="top",
+    )  # fmt: skip
+    return figure
+
+
+def what_experts_like(grid: Grid, task: Task) -> Figure:
+    """For each expert: how much of each statement and of each scan goes to it, the largest shares first."""
+    count = grid.routing.shape[-1]
+    names = [statement.title for statement in statements()]
+    by_statement, by_scan = grid.routing.mean(0), grid.routing.mean(1)
+    columns = 2 if count > 3 else 1
+    rows = -(-count // columns)
+    figure = plt.figure(figsize=(13, 1.0 + 1.95 * rows))
+    top = 1 - 0.85 / figure.get_figheight()
+    outer = GridSpec(rows, columns, figure, left=0.02, right=0.985, bottom=0.03, top=top, hspace=0.42, wspace=0.06)
+    for expert in range(count):
+        inner = outer[expert % rows, expert // rows].subgridspec(2, 10, width_ratios=[2.3, 1.9, *[1] * 8], hspace=0.12, wspace=0.12)
+        label = figure.add_subplot(inner[:, 0])
+        label.axis("off")
+        share = grid.routing[..., expert].mean()
+        label.text(0.0, 0.78, f"expert {expert + 1}", fontsize=12, fontweight="bold", va="center")
+        label.text(0.0, 0.55, f"{share:.0%} of all routing", fontsize=8.5, color=MUTED, va="center")
+        _favourite_statements(figure.add_subplot(inner[:, 1]), names, by_statement[:, expert])
+        # Scans that the expert gets most of, compared with the other scans of the grid.
+        favourites = np.argsort(-by_scan[:, expert], kind="stable")[:6]
+        for place, index in enumerate(favourites):
+            column = 4 + 2 * (place % 3)
+            axes = figure.add_subplot(inner[place // 3, column : column + 2])
+            _draw_scan(axes, task.splits["test"].pixels[grid.scans[index]])
+    figure.text(0.02, 1 - 0.22 / figure.get_figheight(), "What each expert likes best", fontsize=15, fontweight="bold", va="top")
+    return figure
+
+
+def _favourite_statements(axes: Axes, names: list[str], weights: NDArray[np.float32], count: int = 4) -> None:
+    order = np.argsort(-weights, kind="stable")[:count]
+    axes.barh(range(count), weights[order], color=ACCENT, height=0.62)
+    axes.set_yticks(range(count), [names[i] for i in order], fontsize=8.5)
+    axes.set_ylim(count - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines["bottom"].set_visible(False)
+
+
+def _draw_scan(axes: Axes, pixels: NDArray[np.float32]) -> None:
+    axes.imshow(pixels, cmap=PAPER, vmin=0, vmax=16, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+        spine.set_color(PALE)
+
+
+def one_digit_four_statements(grid: Grid, task: Task, digit: int = 7) -> Figure:
+    """One scan; for each of four statements the experts that its router chooses, and the answer."""
+    index = int(np.flatnonzero(grid.classes == digit)[0])
+    titles = [statement.title for statement in statements()]
+    count = grid.routing.shape[-1]
+    figure = plt.figure(figsize=(11, 4.6))
+    scan = figure.add_axes((0.025, 0.20, 0.235, 0.56))
+    _draw_scan(scan, task.splits["test"].pixels[grid.scans[index]])
+    figure.text(0.025, 0.93, "One digit, four statements", fontsize=17, fontweight="bold", va="top")
+    figure.text(0.025, 0.835, "The sentence decides which prompt experts look at the scan.", fontsize=10.5, color=MUTED, va="top")
+    figure.text(0.1425, 0.155, "a scan that the model has never seen", fontsize=9, color=MUTED, ha="center", va="top")
+    bottom, height = 0.13, 0.125
+    for row, question in enumerate(QUESTIONS):
+        statement = titles.index(question)
+        low = bottom + (len(QUESTIONS) - 1 - row) * 0.1625
+        weights, yes = grid.routing[index, statement], float(grid.yes[index, statement])
+        middle = low + height / 2
+        figure.text(0.30, middle, f"“the digit {question}”", fontsize=11.5, va="center")
+        axes = figure.add_axes((0.575, low, 0.235, height))
+        colors = [ACCENT if i == weights.argmax() else PALE for i in range(count)]
+        axes.bar(range(count), weights, color=colors, width=0.78)
+        axes.set_ylim(0, 1)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_xticks(range(count), [str(i + 1) for i in range(count)] if row == len(QUESTIONS) - 1 else [""] * count, fontsize=9)
+        axes.tick_params(length=0)
+        answer, color = ("yes", YES) if yes > 0.5 else ("no", NO)
+        right = (yes > 0.5) == (digit in statements()[statement].digits)
+        figure.text(0.845, middle, answer, fontsize=16, fontweight="bold", color=color, va="center")
+        figure.text(
+            0.905, middle, f"{max(yes, 1 - yes):.0%}" + ("" if right else "  wrong"), fontsize=10.5, color=MUTED, va="center"
+        )
+    figure.text(0.6925, 0.05, f"weight of each expert, block {grid.block} of {grid.blocks}", fontsize=9, color=MUTED, ha="center")
+    figure.text(0.845, 0.05, "answer", fontsize=9, color=MUTED)
+    return figure

@@ -1,0 +1,62 @@
+"""`mope demo`: pre-train, freeze, fuse in seven ways, compare, draw."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from mope import MoPEForClassification, environment
+from mope.demo import pictures, plain, pretrain, report
+from mope.demo.data import load_digits
+from mope.demo.train import FAST, FULL, Settings, Task, compare
+
+
+def demo(*, out: Path, seeds: int = 1, fast: bool = False, device: str = "auto", threads: int | None = None) -> None:
+    """Run the demo and print its table.
+
+    Args:
+        out: folder for results.md, results.json, the pictures and the trained model of seed 0.
+        seeds: how many times, from seed 0 on.
+        fast: a few steps instead of a training, to see that everything runs.
+        device: "auto" takes CUDA where there is one.
+        threads: of torch; None leaves its own choice.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    settings = FAST if fast else FULL
+    started_with = {
+        "versions": environment.versions(),
+        "device": environment.device_name(place),
+        "commit": environment.commit(),
+        "fast": fast,
+    }
+    print(f"Does the sentence hold for the scan? On {started_with['device']}." + (" --fast: nothing is learned." if fast else ""))
+    runs = []
+    for seed in range(seeds):
+        run, task, model = run_seed(seed, settings, place)
+        runs.append(run)
+        print(f"seed {seed}, {run.seconds:.0f} s")
+        if seed == 0:
+            comparison = plain.compare(model, task)
+            paths = pictures.draw_all(model, task, out)
+            model.save_pretrained(out / "model", backbones="copy", dtype=torch.float16)
+        model.detach()
+    text = report.write(out, runs, comparison, settings, started_with)
+    print(f"\n{text}")
+    print("\n".join(str(path) for path in (out / "results.md", out / "results.json", *paths, out / "model")))
+
+
+def run_seed(seed: int, settings: Settings, device: torch.device) -> tuple[report.Run, Task, MoPEForClassification]:
+    """Everything that depends on the seed: the splits, both encoders, the questions, all methods -> also the trained MoPE."""
+    start = time.perf_counter()
+    splits = load_digits(seed=seed)
+    backbones = pretrain.pretrain(
+        splits, vision_epochs=settings.vision_epochs, text_epochs=settings.text_epochs, seed=seed, device=device
+    )
+    task = Task(splits, backbones, settings, seed=seed)
+    results, model = compare(task, backbones)
+    seconds = time.perf_counter() - start
+    return report.Run(seed, backbones.digit_accuracy, backbones.word_accuracy, results, seconds), task, model
