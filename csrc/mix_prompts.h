@@ -1,13 +1,33 @@
 // The weighted sum of selected experts, and its backward. Included once for each target.
 
-// Columns that a thread works on at a time: an output and the experts' parts stay in the first-level cache.
-inline constexpr int64_t kColumns = 512;
+// Columns that a thread works on at a time: an output and the experts' parts stay in the first-level cache. In the gradient of the
+// experts each thread has columns of its own, so that items are added up in the same order whatever the number of threads.
+inline constexpr int64_t kColumns = 256;
+
+// Calls f(first, columns) for blocks of an expert's columns, side by side.
+template <class F>
+inline void over_columns(int64_t width, const F& f) {
+  parallel_for(0, (width + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kColumns; first < std::min(end * kColumns, width); first += kColumns)
+      f(first, std::min(kColumns, width - first));
+  });
+}
+
+// Where every expert counts, mixing is a matrix product with these weights (B,K); nothing where it is not, or would need padding.
+inline std::vector<float> dense_weights(const MixPrompts& op) {
+  if (op.k != op.K || op.width % kLanes) return {};
+  std::vector<float> dense(op.B * op.K);
+  for (int64_t b = 0; b < op.B; ++b)
+    for (int64_t j = 0; j < op.k; ++j) dense[b * op.K + op.indices.row(b)[j]] += op.weights.row(b)[j];
+  return dense;
+}
 
 inline void mix_prompts(const MixPrompts& op, float* out) {
-  const int64_t blocks = (op.width + kColumns - 1) / kColumns;
-  parallel_for(0, blocks * op.B, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i % op.B, first = i / op.B * kColumns, columns = std::min(kColumns, op.width - first);
+  const std::vector<float> dense = dense_weights(op);
+  over_columns(op.width, [&](int64_t first, int64_t columns) {
+    if (!dense.empty())
+      return product<false>(op.B, columns, op.K, {dense.data(), op.K, 1}, op.experts + first, op.width, out + first, op.width);
+    for (int64_t b = 0; b < op.B; ++b) {
       float* to = out + b * op.width + first;
       std::fill_n(to, columns, 0.0f);
       for (int64_t j = 0; j < op.k; ++j)
@@ -19,20 +39,24 @@ inline void mix_prompts(const MixPrompts& op, float* out) {
 inline void mix_prompts_backward(const MixPrompts& op, const float* grad_out, float* grad_experts, float* grad_weights) {
   if (grad_weights)
     parallel_for(0, op.B, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b)
-        for (int64_t j = 0; j < op.k; ++j)
-          grad_weights[b * op.k + j] = dot(grad_out + b * op.width, op.experts + op.indices.row(b)[j] * op.width, op.width);
-    });
-  if (grad_experts)
-    // Each thread has columns of its own, so that items are added up in the same order whatever the number of threads.
-    parallel_for(0, (op.width + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * kColumns, columns = std::min(kColumns, op.width - first);
-        for (int64_t j = 0; j < op.K; ++j) std::fill_n(grad_experts + j * op.width + first, columns, 0.0f);
-        for (int64_t b = 0; b < op.B; ++b)
+      std::fill(grad_weights + begin * op.k, grad_weights + end * op.k, 0.0f);
+      for (int64_t first = 0; first < op.width; first += kColumns) {
+        const int64_t columns = std::min(kColumns, op.width - first);
+        for (int64_t b = begin; b < end; ++b)
           for (int64_t j = 0; j < op.k; ++j)
-            add_scaled(
-                grad_experts + op.indices.row(b)[j] * op.width + first, op.weights.row(b)[j], grad_out + b * op.width + first, columns);
+            grad_weights[b * op.k + j] +=
+                dot(grad_out + b * op.width + first, op.experts + op.indices.row(b)[j] * op.width + first, columns);
       }
     });
+  if (!grad_experts) return;
+  const std::vector<float> dense = dense_weights(op);
+  over_columns(op.width, [&](int64_t first, int64_t columns) {
+    float* to = grad_experts + first;
+    if (!dense.empty())
+      return product<false>(op.K, columns, op.B, {dense.data(), 1, op.K}, grad_out + first, op.width, to, op.width);
+    for (int64_t j = 0; j < op.K; ++j) std::fill_n(to + j * op.width, columns, 0.0f);
+    for (int64_t b = 0; b < op.B; ++b)
+      for (int64_t j = 0; j < op.k; ++j)
+        add_scaled(to + op.indices.row(b)[j] * op.width, op.weights.row(b)[j], grad_out + b * op.width + first, columns);
+  });
 }

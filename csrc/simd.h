@@ -132,9 +132,17 @@ inline void in_blocks(int64_t total, const F& f, int64_t first = 0) {
 }
 
 inline float dot(const float* a, const float* b, int64_t n) {
-  float sum = 0.0f;
-  MOPE_SIMD_SUM(sum) for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
+  Vec sum[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    MOPE_UNROLL for (int j = 0; j < 4; ++j) sum[j] += load(a + i + j * kLanes) * load(b + i + j * kLanes);
+  for (; i + kLanes <= n; i += kLanes) sum[0] += load(a + i) * load(b + i);
+  alignas(64) float lanes[kLanes];
+  store(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  float total = 0.0f;
+  for (const float lane : lanes) total += lane;
+  for (; i < n; ++i) total += a[i] * b[i];
+  return total;
 }
 
 // to += scale * from

@@ -27,12 +27,9 @@
 
 #if defined(__GNUC__)
 #define MOPE_SIMD _Pragma("omp simd")
-#define MOPE_PRAGMA(text) _Pragma(#text)
-#define MOPE_SIMD_SUM(sum) MOPE_PRAGMA(omp simd reduction(+ : sum))
 #define MOPE_RESTRICT __restrict__
 #else
 #define MOPE_SIMD
-#define MOPE_SIMD_SUM(sum)
 #define MOPE_RESTRICT __restrict
 #endif
 
