@@ -59,7 +59,8 @@ struct Workspace {
 };
 
 // Copies rows of `columns` floats, times `scale`, into rows of `width`.
-inline void pack(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t width, float scale = 1.0f) {
+inline void pack(
+    const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t width, float scale = 1.0f) {
   for (int64_t i = 0; i < rows; ++i, from += from_stride, to += width) {
     MOPE_SIMD for (int64_t d = 0; d < columns; ++d) to[d] = scale * from[d];
     for (int64_t d = columns; d < width; ++d) to[d] = 0.0f;
@@ -132,7 +133,8 @@ inline void exponentials(float* scores, int64_t keys, float* sums, float* highes
   MOPE_UNROLL for (int n = 0; n < kN; ++n) store(sums + n * kLanes, sum[n]);
 }
 
-inline void attend(const MopeAttention& op, int64_t b, int64_t h, int64_t keys, Workspace& work, const MopeAttentionForward& result) {
+inline void attend(
+    const MopeAttention& op, int64_t b, int64_t h, int64_t keys, Workspace& work, const MopeAttentionForward& result) {
   alignas(64) float sums[kQueries], highest[kQueries];
   const int64_t width = work.width;
   for (int64_t first = 0; first < op.Lq; first += kQueries) {
@@ -148,7 +150,8 @@ inline void attend(const MopeAttention& op, int64_t b, int64_t h, int64_t keys, 
       // No visible key: output 0, and a log-sum-exp that makes every recomputed probability 0.
       const bool nothing = sums[i] == 0.0f;
       const float factor = nothing ? 0.0f : 1.0f / sums[i];
-      result.lse[(b * op.H + h) * op.Lq + first + i] = nothing ? std::numeric_limits<float>::infinity() : highest[i] + std::log(sums[i]);
+      float& lse = result.lse[(b * op.H + h) * op.Lq + first + i];
+      lse = nothing ? std::numeric_limits<float>::infinity() : highest[i] + std::log(sums[i]);
       float* out = result.out.row(b, h, first + i);
       MOPE_SIMD for (int64_t d = 0; d < op.D; ++d) out[d] = factor * work.out[i * width + d];
     }
@@ -165,9 +168,9 @@ struct Needed {
   int64_t scores(int64_t keys) const { return std::max(grad_scores(keys), grad_values); }
 };
 
-// Turns `rows` rows of scores into probabilities, and `grad_rows` rows of the gradient of the probabilities into that of the scores.
-// `mean` is that of the gradients under the probabilities. Where all keys are there both are normalised anew: the log-sum-exp and the
-// output are rounded, and those errors would be common to all keys of a query.
+// Turns `rows` rows of scores into probabilities, and `grad_rows` rows of the probabilities' gradient into that of the scores.
+// `mean` is the expectation of that gradient, out * grad_out. With all keys at hand, sums and expectations are taken anew: the
+// log-sum-exp and the output are rounded, and their errors would be common to all keys of a query.
 template <int kN>
 inline void softmax_backward(
     float* scores, float* grad, int64_t keys, int64_t rows, int64_t grad_rows, const float* lse, const float* mean) {
@@ -218,7 +221,8 @@ inline void attend_backward(
     float* grad_out = work.out;
     pack(back.grad_out.row(b, h, first), back.grad_out.stride[2], count, op.D, grad_out, width);
     if (grad_rows) {
-      for (int64_t i = 0; i < count && grad_rows < keys; ++i) mean[i] = dot(grad_out + i * width, back.out.row(b, h, first + i), op.D);
+      if (grad_rows < keys)
+        for (int64_t i = 0; i < count; ++i) mean[i] = dot(grad_out + i * width, back.out.row(b, h, first + i), op.D);
       transpose_queries(grad_out, count, width, work.grad_out_by_width);
       product<false>(grad_rows, count, op.D, {work.values, width, 1}, work.grad_out_by_width, kQueries, work.grad_scores, kQueries);
     }

@@ -1,5 +1,5 @@
-// Everything that is compiled once for each target: MOPE_TARGET its name, MOPE_LANES floats in a vector, MOPE_VECS vectors in the rows
-// of accumulators of a matrix product. No include guard, on purpose.
+// Everything that is compiled once for each target: MOPE_TARGET its name, MOPE_LANES floats in a vector, MOPE_VECS vectors in a row
+// of a matrix product's accumulators. No include guard, on purpose; the order of the includes matters.
 
 namespace mope::MOPE_TARGET {
 namespace {

@@ -48,24 +48,26 @@ std::tuple<Tensor, Tensor> mix_prompts_backward(
 }
 
 // The arguments that both directions have; a macro because TORCH_BOX wants every one of them as a parameter.
-#define MOPE_ATTENTION_PARAMETERS                                                                                              \
-  Tensor query, Tensor key, Tensor value, Tensor logits, Optional noise, Tensor bank_key, Tensor bank_value, Optional gram,    \
-      Optional key_offset, Optional value_offset, Optional static_key, Optional static_value, Optional instance_key,           \
-      Optional instance_value, Optional lengths, [[maybe_unused]] Optional seed, int64_t top_k, double temperature, bool renormalize, double eps, \
-      double scale, double dropout_p
-#define MOPE_ATTENTION_ARGUMENTS                                                                                                  \
-  query, key, value, logits, noise, bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, \
-      instance_value, lengths, seed, top_k, temperature, renormalize, eps, scale, dropout_p
+#define MOPE_ATTENTION_PARAMETERS                                                                                           \
+  Tensor query, Tensor key, Tensor value, Tensor logits, Optional noise, Tensor bank_key, Tensor bank_value, Optional gram, \
+    Optional key_offset, Optional value_offset, Optional static_key, Optional static_value, Optional instance_key,          \
+    Optional instance_value, Optional lengths, [[maybe_unused]] Optional seed, int64_t top_k, double temperature,           \
+    bool renormalize, double eps, double scale, double dropout_p
+#define MOPE_ATTENTION_ARGUMENTS                                                                                    \
+  query, key, value, logits, noise, bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, \
+    instance_key, instance_value, lengths, seed, top_k, temperature, renormalize, eps, scale, dropout_p
 
 MopeAttention mope_attention_problem(Arguments& arguments, MOPE_ATTENTION_PARAMETERS) {
   STD_TORCH_CHECK(
       query.dim() == 4 && key.dim() == 4 && logits.dim() == 2 && bank_key.dim() == 4,
-      "mope_attention: query and key must be (B, H, L, D), logits (B, K) and bank_key (K, H, P, D), got ", to_string(query.sizes()), ", ",
-      to_string(key.sizes()), ", ", to_string(logits.sizes()), " and ", to_string(bank_key.sizes()));
+      "mope_attention: query and key must be (B, H, L, D), logits (B, K) and bank_key (K, H, P, D), got ",
+      to_string(query.sizes()), ", ", to_string(key.sizes()), ", ", to_string(logits.sizes()), " and ",
+      to_string(bank_key.sizes()));
   STD_TORCH_CHECK(dropout_p == 0.0, "mope_attention: the CPU kernel has no dropout, got dropout_p = ", dropout_p);
   const int64_t B = query.size(0), H = query.size(1), Lq = query.size(2), D = query.size(3), Lk = key.size(2);
   const int64_t K = logits.size(1), P = bank_key.size(2);
-  STD_TORCH_CHECK(K >= 1 && 0 <= top_k && top_k <= K, "mope_attention: top_k must lie in 0..", K, ", the number of experts, got ", top_k);
+  STD_TORCH_CHECK(
+      K >= 1 && 0 <= top_k && top_k <= K, "mope_attention: top_k must lie in 0..", K, ", the number of experts, got ", top_k);
   MopeAttention op{};
   op.B = B, op.H = H, op.Lq = Lq, op.Lk = Lk, op.D = D, op.K = K, op.P = P;
   op.dense = top_k == 0, op.k = op.dense ? K : top_k, op.renormalize = renormalize;
@@ -108,10 +110,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mope_attention(MOPE_ATTENTION
   return {out, lse, probs, weights, indices};
 }
 
-using T = Tensor;
-std::tuple<T, T, T, T, T, T, T, T, T, T, T, T, T> mope_attention_backward(
-    Tensor grad_out, Optional grad_probs, Optional grad_weights, Tensor out, Tensor lse, Tensor probs, Tensor weights, Tensor indices,
-    MOPE_ATTENTION_PARAMETERS, int64_t needs) {
+// In the order of MOPE_ATTENTION_GRADIENTS.
+using Gradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients mope_attention_backward(
+    Tensor grad_out, Optional grad_probs, Optional grad_weights, Tensor out, Tensor lse, Tensor probs, Tensor weights,
+    Tensor indices, MOPE_ATTENTION_PARAMETERS, int64_t needs) {
   Arguments arguments("mope_attention_backward");
   const MopeAttention op = mope_attention_problem(arguments, MOPE_ATTENTION_ARGUMENTS);
   const int64_t B = op.B, H = op.H, K = op.K, P = op.P, D = op.D;
@@ -126,11 +131,11 @@ std::tuple<T, T, T, T, T, T, T, T, T, T, T, T, T> mope_attention_backward(
   back.weights = arguments.dense<float>("weights", weights, {B, top_k});
   back.indices = arguments.dense<int64_t>("indices", indices, {B, top_k});
 
-  // In the order of MOPE_ATTENTION_GRADIENTS.
   int bit = 0;
   const auto needed = [&](bool given) {
     const bool asked = needs >> bit++ & 1;
-    STD_TORCH_CHECK(given || !asked, "mope_attention_backward: the gradient of a tensor that was not given is asked for, bit ", bit - 1);
+    STD_TORCH_CHECK(
+        given || !asked, "mope_attention_backward: the gradient of a tensor that was not given is asked for, bit ", bit - 1);
     return asked;
   };
   const auto tokens = [&](Output<4>& to, int64_t length) {
@@ -146,7 +151,7 @@ std::tuple<T, T, T, T, T, T, T, T, T, T, T, T, T> mope_attention_backward(
     return grad;
   };
   // Braces: evaluated from left to right.
-  std::tuple<T, T, T, T, T, T, T, T, T, T, T, T, T> gradients{
+  Gradients gradients{
       tokens(back.query, op.Lq),
       tokens(back.key, op.Lk),
       tokens(back.value, op.Lk),

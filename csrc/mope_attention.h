@@ -3,7 +3,8 @@
 // So many items or rows of light work are worth a thread.
 inline constexpr int64_t kGrain = 16;
 
-inline Selection selection_of(const MopeAttention& op, const float* probs, const float* weights, const int64_t* indices, int64_t b) {
+inline Selection selection_of(
+    const MopeAttention& op, const float* probs, const float* weights, const int64_t* indices, int64_t b) {
   if (op.dense) return {op.K, probs + b * op.K, nullptr};
   return {op.k, weights + b * op.k, indices + b * op.k};
 }
@@ -33,8 +34,8 @@ inline void mope_attention(const MopeAttention& op, const MopeAttentionForward& 
   });
 }
 
-// Backward. Each head leaves its part of a shared gradient in a place of its own, and the parts are then summed in a fixed order, so
-// that the result does not depend on the number of threads.
+// Backward. Each head leaves its part of a shared gradient in a place of its own, and the parts are then summed in a fixed order:
+// the result does not depend on the number of threads.
 class MopeAttentionGradients {
  public:
   MopeAttentionGradients(const MopeAttention& op, const MopeAttentionBackward& back)

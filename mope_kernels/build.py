@@ -26,7 +26,7 @@ _GNU_FLAGS = (
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-ffp-contract=fast"),
     *("-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"),
 )
-_MSVC_FLAGS = ("/nologo", "/std:c++20", "/O2", "/EHsc", "/MD", "/openmp:experimental")
+_MSVC_FLAGS = ("/nologo", "/std:c++20", "/O2", "/EHsc", "/MD")
 
 
 class BuildError(RuntimeError):
@@ -118,8 +118,8 @@ def _compile_command(source: Path, target: Path) -> list[str]:
 def _link_command(objects: list[Path], target: Path) -> list[str]:
     compiler, directory, files = _compiler() or [], _torch_directory() / "lib", map(str, objects)
     if sys.platform == "win32":
-        return [*compiler, "/nologo", "/LD", *files, f"/Fe{target}", "/link", f"/LIBPATH:{directory}", "torch_cpu.lib", "c10.lib"]
-    return [*compiler, "-shared", *files, "-o", str(target), f"-L{directory}", "-ltorch_cpu", "-lc10"]
+        return [*compiler, "/nologo", "/LD", *files, f"/Fe{target}", "/link", f"/LIBPATH:{directory}", "torch_cpu.lib"]
+    return [*compiler, "-shared", *files, "-o", str(target), f"-L{directory}", "-ltorch_cpu"]
 
 
 def _run(command: list[str]) -> None:
