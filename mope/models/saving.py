@@ -29,6 +29,9 @@ from .backbones import adapter_for, base_model, find_adapter, original_state_dic
 from .configuration import MoPEConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# Of a backbone in config.json.
+RECORD = ("stored", "class", "model_type", "source", "dtype", "fingerprint")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 PROCESSORS: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
 
 
@@ -247,6 +250,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("backbones"), dict):
         raise ValueError(f"{file} is no MoPEConfig with records of its backbones")
+    for modality, record in values["backbones"].items():
+        texts = [record.get(name) for name in RECORD] if isinstance(record, dict) else [None]
+        if not all(isinstance(text, str) for text in texts) or record["dtype"] not in DTYPES:
+            raise ValueError(
+                f"{file}: the record of the {modality} backbone must hold {', '.join(RECORD)}, with a dtype of {DTYPES}"
+            )
     return values
 
 

@@ -193,6 +193,15 @@ def test_incomplete_folders(saved: Path, tmp_path_factory: pytest.TempPathFactor
         MoPEForClassification.from_pretrained(saved)
 
 
+@pytest.mark.parametrize("change", [{"dtype": "load"}, {"dtype": 3}, {"fingerprint": None}, {"source": ["a"]}])
+def test_malformed_records_of_backbones(saved: Path, change: dict[str, Any]) -> None:
+    values = json.loads((saved / "config.json").read_text())
+    values["backbones"]["vision"] |= change
+    (saved / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"config\.json: the record of the vision backbone must hold stored, class"):
+        MoPEForClassification.from_pretrained(saved)
+
+
 def test_a_class_name_from_a_file_is_looked_up_among_models_only(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     config["backbones"]["vision"]["class"] = "pipeline"
