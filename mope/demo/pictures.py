@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -12,7 +13,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
 from numpy.typing import NDArray
 
 from mope import MoPEForClassification
@@ -23,7 +23,7 @@ INK, MUTED, PALE, ACCENT = "#1d2433", "#7a8499", "#c9d1de", "#0f766e"
 YES, NO = "#0f766e", "#b4532a"
 ROUTING = LinearSegmentedColormap.from_list("routing", ["#f7f9fb", "#9fd5cc", "#0f766e", "#0b3b38"])
 PAPER = LinearSegmentedColormap.from_list("paper", ["#ffffff", INK])
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,
@@ -67,7 +67,7 @@ def ask_everything(model: MoPEForClassification, task: Task) -> Grid:
     yes, routing = [], []
     with model.serving() as predict:
         for scan in scans:
-            out = predict(**task.inputs("test", np.full(len(sentences), scan), sentences))
+            out: Any = predict(**task.inputs("test", np.full(len(sentences), scan), sentences))
             yes.append(out.logits.softmax(-1)[:, 1])
             routing.append(torch.stack([block.probs for block in out.routing]))
     # (blocks, S, T, K)
@@ -140,39 +140,45 @@ def routing_by_statement(grid: Grid) -> Figure:
 
 
 def what_experts_like(grid: Grid, task: Task) -> Figure:
-    """For each expert: how much of each statement and of each scan goes to it, the largest shares first."""
+    """For each expert the statements and the scans that give it the largest share of their routing."""
     count = grid.routing.shape[-1]
     names = [statement.title for statement in statements()]
     by_statement, by_scan = grid.routing.mean(0), grid.routing.mean(1)
-    columns = 2 if count > 3 else 1
+    columns, card_width, card_height, header = 2, 6.3, 2.05, 1.0
     rows = -(-count // columns)
-    figure = plt.figure(figsize=(13, 1.0 + 1.95 * rows))
-    top = 1 - 0.85 / figure.get_figheight()
-    outer = GridSpec(rows, columns, figure, left=0.02, right=0.985, bottom=0.03, top=top, hspace=0.42, wspace=0.06)
+    width, height = columns * card_width + 0.3, header + rows * card_height
+    figure = plt.figure(figsize=(width, height))
+
+    def place(left: float, top: float, wide: float, high: float) -> Axes:
+        """Axes by inches from the upper left corner."""
+        return figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
+
+    def write(left: float, top: float, text: str, **style: Any) -> None:
+        figure.text(left / width, 1 - top / height, text, va="top", **style)
+
+    write(0.3, 0.22, "What each expert likes best", fontsize=16, fontweight="bold")
+    note = f"the statements and the scans that give the largest shares of their routing in block {grid.block} of {grid.blocks}"
+    write(0.3, 0.56, f"{note}, of {len(grid.scans)} held-out scans", fontsize=10, color=MUTED)
     for expert in range(count):
-        inner = outer[expert % rows, expert // rows].subgridspec(2, 10, width_ratios=[2.3, 1.9, *[1] * 8], hspace=0.12, wspace=0.12)
-        label = figure.add_subplot(inner[:, 0])
-        label.axis("off")
-        share = grid.routing[..., expert].mean()
-        label.text(0.0, 0.78, f"expert {expert + 1}", fontsize=12, fontweight="bold", va="center")
-        label.text(0.0, 0.55, f"{share:.0%} of all routing", fontsize=8.5, color=MUTED, va="center")
-        _favourite_statements(figure.add_subplot(inner[:, 1]), names, by_statement[:, expert])
-        # Scans that the expert gets most of, compared with the other scans of the grid.
+        left, top = 0.3 + card_width * (expert // rows), header + card_height * (expert % rows)
+        write(left, top, f"expert {expert + 1}", fontsize=12, fontweight="bold")
+        write(left + 0.85, top + 0.035, f"{grid.routing[..., expert].mean():.0%} of all", fontsize=9, color=MUTED)
+        _favourite_statements(place(left + 1.85, top + 0.32, 1.35, 1.36), names, by_statement[:, expert])
         favourites = np.argsort(-by_scan[:, expert], kind="stable")[:6]
-        for place, index in enumerate(favourites):
-            column = 4 + 2 * (place % 3)
-            axes = figure.add_subplot(inner[place // 3, column : column + 2])
+        for i, index in enumerate(favourites):
+            axes = place(left + 3.55 + 0.78 * (i % 3), top + 0.18 + 0.78 * (i // 3), 0.70, 0.70)
             _draw_scan(axes, task.splits["test"].pixels[grid.scans[index]])
-    figure.text(0.02, 1 - 0.22 / figure.get_figheight(), "What each expert likes best", fontsize=15, fontweight="bold", va="top")
     return figure
 
 
 def _favourite_statements(axes: Axes, names: list[str], weights: NDArray[np.float32], count: int = 4) -> None:
     order = np.argsort(-weights, kind="stable")[:count]
-    axes.barh(range(count), weights[order], color=ACCENT, height=0.62)
+    axes.barh(range(count), weights[order], color=ACCENT, height=0.6)
+    for place, i in enumerate(order):
+        axes.text(weights[i] + 0.03, place, f"{weights[i]:.2f}", va="center", fontsize=8, color=MUTED)
     axes.set_yticks(range(count), [names[i] for i in order], fontsize=8.5)
     axes.set_ylim(count - 0.5, -0.5)
-    axes.set_xlim(0, 1)
+    axes.set_xlim(0, 1.2)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines["bottom"].set_visible(False)
@@ -189,7 +195,10 @@ def _draw_scan(axes: Axes, pixels: NDArray[np.float32]) -> None:
 
 def one_digit_four_statements(grid: Grid, task: Task, digit: int = 7) -> Figure:
     """One scan; for each of four statements the experts that its router chooses, and the answer."""
-    index = int(np.flatnonzero(grid.classes == digit)[0])
+    # The most typical of its scans: the nearest to their mean.
+    candidates = np.flatnonzero(grid.classes == digit)
+    pixels = task.splits["test"].pixels[grid.scans[candidates]]
+    index = int(candidates[np.square(pixels - pixels.mean(0)).sum((1, 2)).argmin()])
     titles = [statement.title for statement in statements()]
     count = grid.routing.shape[-1]
     figure = plt.figure(figsize=(11, 4.6))
@@ -197,17 +206,17 @@ def one_digit_four_statements(grid: Grid, task: Task, digit: int = 7) -> Figure:
     _draw_scan(scan, task.splits["test"].pixels[grid.scans[index]])
     figure.text(0.025, 0.93, "One digit, four statements", fontsize=17, fontweight="bold", va="top")
     figure.text(0.025, 0.835, "The sentence decides which prompt experts look at the scan.", fontsize=10.5, color=MUTED, va="top")
-    figure.text(0.1425, 0.155, "a scan that the model has never seen", fontsize=9, color=MUTED, ha="center", va="top")
-    bottom, height = 0.13, 0.125
+    figure.text(0.1425, 0.155, "never seen in training", fontsize=9, color=MUTED, ha="center", va="top")
+    bottom, height, step = 0.15, 0.105, 0.1625
     for row, question in enumerate(QUESTIONS):
         statement = titles.index(question)
-        low = bottom + (len(QUESTIONS) - 1 - row) * 0.1625
+        low = bottom + (len(QUESTIONS) - 1 - row) * step
         weights, yes = grid.routing[index, statement], float(grid.yes[index, statement])
-        middle = low + height / 2
-        figure.text(0.30, middle, f"“the digit {question}”", fontsize=11.5, va="center")
-        axes = figure.add_axes((0.575, low, 0.235, height))
-        colors = [ACCENT if i == weights.argmax() else PALE for i in range(count)]
-        axes.bar(range(count), weights, color=colors, width=0.78)
+        middle, best = low + height / 2, int(weights.argmax())
+        figure.text(0.30, middle, f"“the digit {question}”", fontsize=12, va="center")
+        axes = figure.add_axes((0.55, low, 0.25, height))
+        axes.bar(range(count), weights, color=[ACCENT if i == best else PALE for i in range(count)], width=0.8)
+        axes.text(best, weights[best] + 0.06, f"{weights[best]:.2f}", ha="center", fontsize=8.5, color=ACCENT)
         axes.set_ylim(0, 1)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
@@ -215,10 +224,10 @@ def one_digit_four_statements(grid: Grid, task: Task, digit: int = 7) -> Figure:
         axes.tick_params(length=0)
         answer, color = ("yes", YES) if yes > 0.5 else ("no", NO)
         right = (yes > 0.5) == (digit in statements()[statement].digits)
-        figure.text(0.845, middle, answer, fontsize=16, fontweight="bold", color=color, va="center")
+        figure.text(0.84, middle, answer, fontsize=17, fontweight="bold", color=color, va="center")
         figure.text(
-            0.905, middle, f"{max(yes, 1 - yes):.0%}" + ("" if right else "  wrong"), fontsize=10.5, color=MUTED, va="center"
+            0.90, middle, f"{max(yes, 1 - yes):.0%}" + ("" if right else "  wrong"), fontsize=10.5, color=MUTED, va="center"
         )
-    figure.text(0.6925, 0.05, f"weight of each expert, block {grid.block} of {grid.blocks}", fontsize=9, color=MUTED, ha="center")
-    figure.text(0.845, 0.05, "answer", fontsize=9, color=MUTED)
+    figure.text(0.675, 0.045, f"weight of each expert, block {grid.block} of {grid.blocks}", fontsize=9, color=MUTED, ha="center")
+    figure.text(0.84, 0.045, "answer", fontsize=9, color=MUTED)
     return figure

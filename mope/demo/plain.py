@@ -26,11 +26,14 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Logits (B,2) and the routing probabilities (B,K) of each block, with the model's weights and none of its ops."""
     vision: Any = model.vision
+    text: Any = model.text
+    blocks: Any = model.blocks
+    mapper: Any = model.mapper
     with torch.no_grad():
-        psi = model.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
-    mapped = model.mapper(psi)[:, None]
+        psi = text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
+    mapped = mapper(psi)[:, None]
     tokens, routing = vision.embeddings(pixel_values), []
-    for block, prompted in zip(model.blocks, vision.layers, strict=True):
+    for block, prompted in zip(blocks, vision.layers, strict=True):
         router = block.router
         query = torch.cat([router.self_projection(tokens.mean(1)), router.cross_projection(psi)], dim=-1)
         probs = torch.softmax(query @ router.expert_embedding / router.temperature, dim=-1)
@@ -123,11 +126,10 @@ def explain_ops(model: MoPEForClassification) -> dict[str, mope_kernels.Explanat
     experts, heads, _, width = bank.experts.key.shape
     query = bank.experts.key.new_zeros(BATCH, heads, 17, width)
     mapped, logits = query[:, :, :1], query.new_zeros(BATCH, experts)
-    statics = {"static_key": bank.static_key, "static_value": bank.static_value}
+    prompts: dict[str, Any] = {"static_key": bank.static_key, "static_value": bank.static_value}
+    prompts |= {"instance_key": mapped, "instance_value": mapped}
     return {
-        "mope_attention": mope_kernels.explain(
-            "mope_attention", query, query, query, logits, bank.experts, instance_key=mapped, instance_value=mapped, **statics
-        ),
+        "mope_attention": mope_kernels.explain("mope_attention", query, query, query, logits, bank.experts, **prompts),
         "importance_loss": mope_kernels.explain("importance_loss", logits),
     }
 

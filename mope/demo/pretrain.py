@@ -135,7 +135,8 @@ def pretrain_vision(splits: dict[str, Digits], *, epochs: int, seed: int, device
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    vision, head = build_vision().to(device), nn.Linear(WIDTH, 10, device=device)
+    vision, head = build_vision(), nn.Linear(WIDTH, 10, device=device)
+    nn.Module.to(vision, device)
     pixels, classes = to_pixel_values(splits["train"].pixels), torch.from_numpy(splits["train"].classes)
 
     def classify(pixel_values: Tensor) -> list[Tensor]:
@@ -165,7 +166,8 @@ def pretrain_text(tokenizer: PreTrainedTokenizerFast, *, epochs: int, seed: int,
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    text = build_text(len(tokenizer)).to(device)
+    text = build_text(len(tokenizer))
+    nn.Module.to(text, device)
     head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, len(tokenizer))).to(device)
     positions = nn.Embedding(text.config.max_position_embeddings, WIDTH).to(device)
     encoded = tokenizer(facts(), padding=True, return_tensors="pt")

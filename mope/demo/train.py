@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +28,11 @@ class Settings:
 
     vision_epochs: int = 40
     text_epochs: int = 80
-    rounds: int = 20
+    rounds: int = 24
     draws: int = 80
     test_draws: int = 40
     batch_size: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     head_learning_rate: float = 1e-2
 
 
@@ -176,7 +177,8 @@ def _features(model: MoPEForClassification, task: Task, split: str) -> Callable[
         by_sentence = model(**task.inputs(split, all_sentences, sentences)).features
     assert by_scan is not None and by_sentence is not None
     row = {sentence: i for i, sentence in enumerate(sentences)}
-    width = 0 if model.config.method == "text_only" else model.vision.config.hidden_size
+    vision: Any = model.vision
+    width = 0 if vision is None else vision.config.hidden_size
 
     def look_up(examples: Examples) -> Tensor:
         rows = [row[sentence] for sentence in examples.sentence]
@@ -235,7 +237,8 @@ def evaluate(model: MoPEForClassification, task: Task, split: str, examples: Exa
 def router_gradient(model: MoPEForClassification, task: Task, *, top_k: int | None = None) -> float:
     """Euclidean norm of the task loss's gradient on all routers, for one batch of training questions in training mode."""
     inputs, labels = next(task.batches("train", task.training_round(0), 512))
-    routers = [parameter for block in model.blocks for parameter in block.router.parameters() if parameter.requires_grad]
+    blocks: Any = model.blocks
+    routers = [parameter for block in blocks for parameter in block.router.parameters() if parameter.requires_grad]
     config, training = model.config, model.training
     model.config = config.replace(train_top_k=top_k)
     model.train()
