@@ -100,9 +100,10 @@ class Arguments {
 template <class T>
 Tensor empty(Sizes sizes, Sizes strides) {
   AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const AOTITorchError error = aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(),
-      std::is_same_v<T, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_int64(), aoti_torch_device_type_cpu(), 0, &tensor));
+      std::is_same_v<T, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_int64(), aoti_torch_device_type_cpu(), 0, &tensor);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for a tensor of shape ", to_string(sizes));
   return Tensor(tensor);
 }
 template <class T = float>
