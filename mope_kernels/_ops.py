@@ -12,6 +12,7 @@ long as the last dimension is contiguous. `lengths` is int32 or int64, `seed` in
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -164,10 +165,13 @@ for _namespace, _library in LIBRARIES.items():
         torch.library.register_fake(f"{_namespace}::{_name}", FAKES[_name], lib=_library)
 
 
-def triton_kernel(name: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
+Launcher = TypeVar("Launcher", bound=Callable[..., object])
+
+
+def triton_kernel(name: str) -> Callable[[Launcher], Launcher]:
     """Register the launcher of `mope_triton::name`. On CPU tensors it runs in Triton's interpreter."""
 
-    def register(launcher: Callable[..., object]) -> Callable[..., object]:
+    def register(launcher: Launcher) -> Launcher:
         for key in ("CUDA", "CPU"):
             LIBRARIES["mope_triton"].impl(name, launcher, key)
         return launcher

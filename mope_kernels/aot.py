@@ -100,13 +100,12 @@ def attention_launches(
         torch.empty(batch, dtype=torch.int64),
         torch.empty(1, dtype=torch.int64) if dropout_p else None,
     )
-    options = (top_k, 0.1, False, 1e-6, head_dim**-0.5, dropout_p)
-    out, lse, probs, weights, indices = mope_attention.mope_attention(*tensors, *options)
+    inputs: Any = (*tensors, top_k, 0.1, False, 1e-6, head_dim**-0.5, dropout_p)
+    out, *saved = mope_attention.mope_attention(*inputs)
     # Everything that is there, in the order of the schema: without noise, lengths and seed.
     needs = sum((t is not None) << bit for bit, t in enumerate((*tensors[:4], *tensors[5:-2])))
-    mope_attention.mope_attention_backward(
-        torch.empty_like(out), None, None, out, lse, probs, weights, indices, *tensors, *options, needs
-    )
+    backward_inputs: Any = (torch.empty_like(out), None, None, out, *saved, *inputs, needs)
+    mope_attention.mope_attention_backward(*backward_inputs)
 
 
 def router_launches(experts: int, top_k: int) -> None:

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """One pass: route, build the prompts from the expert bank, attend to prompts and tokens."""
 
 import triton
@@ -85,9 +86,13 @@ def mope_attention_forward(
         b_inverse_std = inverse_std(p_gram, selection, o_prompt, eps, K, SELECTED, SIZES, BP)
         sources = (p_bank_key, p_key_offset, p_static_key, p_instance_key)
         # (BP, BD) each
-        b_prompt_key = prompt_tile(sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, BP)
+        b_prompt_key = prompt_tile(
+            sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, BP
+        )
         sources = (p_bank_value, p_value_offset, p_static_value, p_instance_value)
-        b_prompt_value = prompt_tile(sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, BP)
+        b_prompt_value = prompt_tile(
+            sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, BP
+        )
         b_out, b_max, b_sum = attend(
             b_query,
             b_prompt_key.to(b_query.dtype),

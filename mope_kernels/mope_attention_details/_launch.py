@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def _same_strides(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Prompts:
-    """Where prompts come from, ready to be passed to a kernel: None for what is not there."""
+    """Where the prompts come from, ready to be passed to a kernel: None for what is not there."""
 
     def __init__(
         self,
@@ -38,23 +39,18 @@ class _Prompts:
         num_instance = 0 if instance_key is None else instance_key.shape[2]
         num_routed = bank_key.shape[2]
         self.sizes = (num_static, num_instance, num_routed)
-        bank_key, bank_value = _same_strides(bank_key, bank_value)
-        strides = list(bank_key.stride()[:3])
-        if num_static:
-            static_key, static_value = _same_strides(static_key, static_value)
-            strides += static_key.stride()[:2]
-        else:
-            static_key = static_value = None
-            strides += [0, 0]
-        if num_instance:
-            instance_key, instance_value = _same_strides(instance_key, instance_value)
-            strides += instance_key.stride()[:3]
-        else:
-            instance_key = instance_value = None
-            strides += [0, 0, 0]
+        self.strides: tuple[int, ...] = ()
+        pairs: list[Tensor | None] = []
+        for key, value, outer in ((bank_key, bank_value, 3), (static_key, static_value, 2), (instance_key, instance_value, 3)):
+            if key is None or value is None or key.numel() == 0:
+                pairs += [None, None]
+                self.strides += (0,) * outer
+            else:
+                key, value = _same_strides(key, value)
+                pairs += [key, value]
+                self.strides += key.stride()[:outer]
         small = (t.contiguous() if t is not None and num_routed else None for t in (gram, key_offset, value_offset))
-        self.tensors = (bank_key, bank_value, *small, static_key, static_value, instance_key, instance_value)
-        self.strides = tuple(strides)
+        self.tensors = (*pairs[:2], *small, *pairs[2:])
 
 
 @triton_kernel("mope_attention")
@@ -85,9 +81,7 @@ def mope_attention(
     from ._forward import mope_attention_forward
 
     query, key, value = (last_contiguous(t) for t in (query, key, value))
-    prompts = _Prompts(
-        bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value
-    )
+    prompts = _Prompts(bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value)
     batch, heads, num_queries, width = query.shape
     num_experts = logits.shape[1]
     out = empty_heads_last(query, batch, heads, num_queries, width)
@@ -128,7 +122,7 @@ def mope_attention(
         D=width,
         BK=next_power_of_2(num_experts),
         BD=next_power_of_2(width),
-        BP=prompt_block(sum(prompts.sizes)),
+        BP=prompt_block(sum(prompts.sizes), width),
         BM=blocks.queries,
         BN=blocks.keys,
         PRECISION=dot_precision(query),
@@ -138,7 +132,9 @@ def mope_attention(
     return out, lse, probs, weights, indices
 
 
-def _build_prompts(query: Tensor, probs: Tensor, weights: Tensor, indices: Tensor, prompts: _Prompts, eps: float) -> tuple[Tensor, Tensor]:
+def _build_prompts(
+    query: Tensor, probs: Tensor, weights: Tensor, indices: Tensor, prompts: _Prompts, eps: float
+) -> tuple[Tensor, Tensor]:
     """Keys and values (B,H,N,D) of the prompts, as the forward had them on chip."""
     from ._prompts import build_prompts
 
@@ -149,7 +145,7 @@ def _build_prompts(query: Tensor, probs: Tensor, weights: Tensor, indices: Tenso
     selected = top_k or num_experts
     launch(
         build_prompts,
-        batch * heads * cdiv(num_prompts, prompt_block(num_prompts)),
+        batch * heads * cdiv(num_prompts, prompt_block(num_prompts, width)),
         weights.contiguous() if top_k else probs.contiguous(),
         indices.contiguous() if top_k else None,
         *prompts.tensors,
@@ -164,7 +160,7 @@ def _build_prompts(query: Tensor, probs: Tensor, weights: Tensor, indices: Tenso
         D=width,
         BT=next_power_of_2(selected),
         BD=next_power_of_2(width),
-        BP=prompt_block(num_prompts),
+        BP=prompt_block(num_prompts, width),
         num_warps=4,
     )
     return prompt_key, prompt_value
@@ -179,7 +175,7 @@ def _prompt_gradients(
     gram: Tensor | None,
     eps: float,
     sizes: tuple[int, int, int],
-    need: dict[str, bool],
+    need: Collection[str],
 ) -> dict[str, Tensor]:
     """From the gradients (B,H,N,D) of the prompts to those of what they are made of; "mixture" is that of the weights (B,K).
 
@@ -187,7 +183,7 @@ def _prompt_gradients(
     dB_j = w_j s dP, dw_j = s <dP, B_j> + dv ((G + G') w)_j, dG = dv w w', where dv = -s^3 <dP, m> / 2.
     All in float32: a matrix product over (item) or over (head, D) each, so the order of the sums is fixed.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     inverse_std = weights.new_ones(len(weights), sizes[2])
     if gram is not None:
         gram = gram.float()
@@ -200,15 +196,15 @@ def _prompt_gradients(
         if grad is None:
             continue
         static, instance, routed = grad.split(sizes, dim=2)
-        if need[f"static_{side}"]:
+        if f"static_{side}" in need:
             found[f"static_{side}"] = static.sum(0)
-        if need[f"instance_{side}"]:
+        if f"instance_{side}" in need:
             found[f"instance_{side}"] = instance
-        if need[f"{side}_offset"]:
+        if f"{side}_offset" in need:
             found[f"{side}_offset"] = routed.sum((0, 2))
-        if need[f"bank_{side}"]:
+        if f"bank_{side}" in need:
             found[f"bank_{side}"] = torch.einsum("bk,bp,bhpd->khpd", weights, inverse_std, routed)
-        if need["logits"] or need["gram"]:
+        if "logits" in need or "gram" in need:
             products += torch.einsum("bhpd,khpd->bkp", routed, bank.float())
 
     found["mixture"] = torch.einsum("bkp,bp->bk", products, inverse_std)
@@ -254,16 +250,17 @@ def mope_attention_backward(
     dropout_p: float,
     needs: int,
 ) -> tuple[Tensor, ...]:
-    need = {name: bool(needs >> bit & 1) for bit, name in enumerate(MOPE_ATTENTION_GRADIENTS)}
+    need = {name for bit, name in enumerate(MOPE_ATTENTION_GRADIENTS) if needs >> bit & 1}
     query, key, value = (last_contiguous(t) for t in (query, key, value))
-    prompts = _Prompts(
-        bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value
-    )
+    prompts = _Prompts(bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value)
     prompt_key, prompt_value = _build_prompts(query, probs, weights, indices, prompts, eps)
 
-    # The weights and the standard deviation act on keys and values alike.
-    both = need["logits"] or need["gram"]
-    grad_query, grad_key, grad_value, grad_prompt_key, grad_prompt_value = attention_backward(
+    need_prompts = set()
+    for side in ("key", "value"):
+        # The weights and the standard deviation act on keys and values alike.
+        if not need.isdisjoint({"logits", "gram", f"bank_{side}", f"{side}_offset", f"static_{side}", f"instance_{side}"}):
+            need_prompts.add(f"prompt_{side}")
+    found = attention_backward(
         grad_out,
         out,
         lse,
@@ -276,27 +273,22 @@ def mope_attention_backward(
         seed if dropout_p else None,
         scale,
         dropout_p,
-        need_query=need["query"],
-        need_key=need["key"],
-        need_value=need["value"],
-        need_prompt_key=both or any(need[name] for name in ("bank_key", "key_offset", "static_key", "instance_key")),
-        need_prompt_value=both or any(need[name] for name in ("bank_value", "value_offset", "static_value", "instance_value")),
+        need | need_prompts,
     )
-    found = {"query": grad_query, "key": grad_key, "value": grad_value}
     mixture = torch.zeros_like(probs).scatter(1, indices, weights) if top_k else probs
+    grad_key, grad_value = found.get("prompt_key"), found.get("prompt_value")
     with torch.autocast(query.device.type, enabled=False):
-        found |= _prompt_gradients(grad_prompt_key, grad_prompt_value, mixture, bank_key, bank_value, gram, eps, prompts.sizes, need)
-    if need["logits"]:
-        grad_mixture = found.pop("mixture")
+        found |= _prompt_gradients(grad_key, grad_value, mixture, bank_key, bank_value, gram, eps, prompts.sizes, need)
+    if "logits" in need:
         if top_k:
-            selected = grad_mixture.gather(1, indices)
+            selected = found["mixture"].gather(1, indices)
             grad_weights = selected if grad_weights is None else grad_weights + selected
         else:
-            grad_probs = grad_mixture if grad_probs is None else grad_probs + grad_mixture
+            grad_probs = found["mixture"] if grad_probs is None else grad_probs + found["mixture"]
         found["logits"] = route_backward(grad_probs, grad_weights, probs, weights, indices, temperature, renormalize)
 
     shared = (logits, bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value)
     for name, like in zip(MOPE_ATTENTION_GRADIENTS[3:], shared, strict=True):
-        if need[name]:
+        if name in need and like is not None:
             found[name] = found[name].to(like.dtype).contiguous()
-    return tuple(found[name] if need[name] else not_needed(query) for name in MOPE_ATTENTION_GRADIENTS)
+    return tuple(found[name] if name in need else not_needed(query) for name in MOPE_ATTENTION_GRADIENTS)

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """The prompts of one item and head as attention sees them: [static; instance; routed].
 
 A selection is a tuple (slot, expert, weight) of three vectors: the expert with slot t < SELECTED is the t-th selected one.

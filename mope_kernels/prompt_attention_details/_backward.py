@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Gradients of attention over [prompts; tokens]. Every sum is made by one program in a fixed order: no atomics.
 
 The probabilities are rebuilt from the scores and the saved lse. With dP the gradient of the probabilities (of the output,
@@ -119,7 +120,7 @@ def query_gradient(
 
     p_prompt_key += item * prompt_strides[0] + head * prompt_strides[1]
     p_prompt_value += item * prompt_strides[0] + head * prompt_strides[1]
-    for first in tl.static_range(0, N, BP):
+    for first in tl.range(0, N, BP, num_stages=1):
         o_prompt = first + tl.arange(0, BP)
         # (BP, BD) each
         b_prompt_key = load_tile(p_prompt_key, o_prompt, o_prompt < N, prompt_strides[2], D, BD)

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Blocks of attention kernels: tiles, dropout, and the online softmax."""
 
 import triton

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -24,12 +25,12 @@ class Blocks(NamedTuple):
 # 64 queries for each 4 warps is what Hopper's wgmma wants. Products of float32 use no tensor cores on NVIDIA, and their
 # operands live in registers. None of these spills on sm_80, sm_90, sm_100 or gfx942 (python -m mope_kernels.aot).
 _HALF = {
-    64: (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
-    128: (Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(32, 64, 8, 2)),
+    64: (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2)),
+    128: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(32, 64, 4, 2)),
 }
 _FLOAT = {
-    64: (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 8, 2)),
-    128: (Blocks(32, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2)),
+    64: (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 2)),
+    128: (Blocks(16, 32, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2)),
 }
 
 
@@ -45,9 +46,9 @@ def blocks_for(query: Tensor) -> tuple[Blocks, Blocks, Blocks]:
     )
 
 
-def prompt_block(num_prompts: int) -> int:
-    """Prompts in a block: all of them, up to 64. Tensor cores multiply at least 16."""
-    return min(max(next_power_of_2(num_prompts), 16), 64)
+def prompt_block(num_prompts: int, width: int) -> int:
+    """Prompts in a block: all of them, if that is not too large a tile. Tensor cores multiply at least 16."""
+    return min(max(next_power_of_2(num_prompts), 16), 64, 4096 // next_power_of_2(width))
 
 
 def dot_precision(query: Tensor) -> str:
@@ -68,14 +69,9 @@ def attention_backward(
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
-    *,
-    need_query: bool,
-    need_key: bool,
-    need_value: bool,
-    need_prompt_key: bool,
-    need_prompt_value: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of attention over [prompts; tokens]: of query, key, value, prompt_key and prompt_value, None if not needed.
+    need: Collection[str],
+) -> dict[str, Tensor]:
+    """Gradients of attention over [prompts; tokens] of those in `need`: query, key, value, prompt_key, prompt_value.
 
     prompt_key and prompt_value are (B,H,N,D) in the dtype of query and share their strides; their gradients are float32. Those
     of query, key and value are laid out as (B,L,H,D).
@@ -90,9 +86,10 @@ def attention_backward(
     _, query_blocks, key_blocks = blocks_for(query)
     sizes = {"H": heads, "D": width, "BD": next_power_of_2(width)}
     precision = dot_precision(query)
+    found: dict[str, Tensor] = {}
 
     delta = torch.empty_like(lse)
-    if need_query or need_key or need_prompt_key:
+    if not {"query", "key", "prompt_key"}.isdisjoint(need):
         rows = 2048 // sizes["BD"]
         launch(
             output_products,
@@ -107,9 +104,8 @@ def attention_backward(
             num_warps=4,
         )
 
-    grad_query = grad_key = grad_value = grad_prompt_key = grad_prompt_value = None
-    if need_query:
-        grad_query = empty_heads_last(query, batch, heads, num_queries, width)
+    if "query" in need:
+        found["query"] = empty_heads_last(query, batch, heads, num_queries, width)
         launch(
             query_gradient,
             batch * heads * cdiv(num_queries, query_blocks.queries),
@@ -123,7 +119,7 @@ def attention_backward(
             lse,
             delta,
             grad_out,
-            grad_query,
+            found["query"],
             query.stride()[:3],
             key.stride()[:3],
             value.stride()[:3],
@@ -135,7 +131,7 @@ def attention_backward(
             dropout_p,
             N=num_prompts,
             **sizes,
-            BP=prompt_block(num_prompts),
+            BP=prompt_block(num_prompts, width),
             BM=query_blocks.queries,
             BN=query_blocks.keys,
             PRECISION=precision,
@@ -143,15 +139,8 @@ def attention_backward(
             num_stages=query_blocks.num_stages,
         )
 
-    def keys_and_values(
-        key: Tensor,
-        value: Tensor,
-        lengths: Tensor | None,
-        grad_key: Tensor | None,
-        grad_value: Tensor | None,
-        first: int,
-        block: int,
-    ) -> None:
+    def keys_and_values(prefix: str, key: Tensor, value: Tensor, lengths: Tensor | None, first: int, block: int) -> None:
+        grad_key, grad_value = found.get(f"{prefix}key"), found.get(f"{prefix}value")
         grad = grad_key if grad_value is None else grad_value
         if grad is None:
             return
@@ -186,16 +175,9 @@ def attention_backward(
             num_stages=key_blocks.num_stages,
         )
 
-    if need_key:
-        grad_key = empty_heads_last(key, batch, heads, num_keys, width)
-    if need_value:
-        grad_value = empty_heads_last(value, batch, heads, num_keys, width)
-    keys_and_values(key, value, lengths, grad_key, grad_value, num_prompts, key_blocks.keys)
+    found |= {name: empty_heads_last(key, *key.shape) for name in ("key", "value") if name in need}
+    keys_and_values("", key, value, lengths, num_prompts, key_blocks.keys)
     # The prompts are one more block of keys, which every query sees.
-    if need_prompt_key:
-        grad_prompt_key = torch.empty(prompt_key.shape, dtype=torch.float32, device=query.device)
-    if need_prompt_value:
-        grad_prompt_value = torch.empty(prompt_key.shape, dtype=torch.float32, device=query.device)
-    block = min(prompt_block(num_prompts), key_blocks.keys)
-    keys_and_values(prompt_key, prompt_value, None, grad_prompt_key, grad_prompt_value, 0, block)
-    return grad_query, grad_key, grad_value, grad_prompt_key, grad_prompt_value
+    found |= {name: torch.empty_like(prompt_key, dtype=torch.float32) for name in ("prompt_key", "prompt_value") if name in need}
+    keys_and_values("prompt_", prompt_key, prompt_value, None, 0, min(prompt_block(num_prompts, width), key_blocks.keys))
+    return found

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Weighted sum of the selected expert prompts."""
 
 import triton

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Softmax over the experts and the selection of the best k, for one item per program."""
 
 import triton

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """The importance loss: squared coefficient of variation of the experts' loads. One program, so that the order is fixed."""
 
 import triton

@@ -21,9 +21,7 @@ def empty_routing(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @triton_kernel("route")
-def route(
-    logits: Tensor, noise: Tensor | None, top_k: int, temperature: float, renormalize: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def route(logits: Tensor, noise: Tensor | None, top_k: int, temperature: float, renormalize: bool) -> tuple[Tensor, Tensor, Tensor]:
     from ._forward import route_forward
 
     logits = last_contiguous(logits)
@@ -115,7 +113,5 @@ def importance_loss_backward(grad_loss: Tensor, load: Tensor, threshold: float) 
     from ._importance import importance_backward
 
     grad = torch.empty_like(load)
-    launch(
-        importance_backward, 1, grad_loss, load, grad, threshold, K=len(load), BK=next_power_of_2(len(load)), num_warps=1
-    )
+    launch(importance_backward, 1, grad_loss, load, grad, threshold, K=len(load), BK=next_power_of_2(len(load)), num_warps=1)
     return grad
