@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mope_kernels import _extension
 from mope_kernels.impl import interpreting
+from mope_kernels.testing import strided_gradients
 
 FORWARD, BACKWARD = 2.0, 3.0
 
@@ -99,22 +100,3 @@ def check(
                 pooled[f"gradient of {name}"].append(tuple(triple))
     for name, triples in pooled.items():
         assert_accurate(name, triples, BACKWARD if name.startswith("gradient") else FORWARD)
-
-
-def strided_gradients(outputs: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Random gradients as autograd hands them over: contiguous, of a sum, of a transpose, of a slice after `cat`."""
-
-    def randn(o: Tensor, *shape: int) -> Tensor:
-        return torch.randn(shape, dtype=o.dtype, device=o.device)
-
-    yield [randn(o, *o.shape) for o in outputs]
-    yield [randn(o).expand(o.shape) for o in outputs]
-    yield [randn(o, *o.mT.shape).mT if o.dim() > 1 else randn(o, *o.shape) for o in outputs]
-    yield [randn(o, *o.shape[:-1], o.shape[-1] + 3)[..., 2:-1] if o.dim() else randn(o) for o in outputs]
-
-
-def strided(t: Tensor) -> Iterator[Tensor]:
-    """The values of `t` in other memory layouts: transposed, cut out of a larger tensor, with a strided last dimension."""
-    yield t.mT.contiguous().mT
-    yield torch.cat([t, t], dim=-1)[..., t.shape[-1] :]
-    yield torch.stack([t, t], dim=-1)[..., 1]

@@ -7,8 +7,9 @@ import torch
 
 import mope_kernels
 from mope_kernels import reference
+from mope_kernels.testing import strided_variants
 
-from .numerics import DEVICE, check, dtypes_of, implementations, strided
+from .numerics import DEVICE, check, dtypes_of, implementations
 
 CASES = [
     # batch, experts, selected (None: dense), prompts, width
@@ -32,8 +33,8 @@ def example(batch, experts, selected, prompts, width, dtype, device):
 def test_matches_float64(impl, case):
     for dtype in dtypes_of(impl):
         tensors = example(*case, dtype, DEVICE[impl])
-        layouts = [tensors] + [{**tensors, "experts": t} for t in strided(tensors["experts"])]
-        layouts += [{**tensors, "weights": t} for t in strided(tensors["weights"])]
+        layouts = [tensors] + [{**tensors, "experts": t} for t in strided_variants(tensors["experts"])]
+        layouts += [{**tensors, "weights": t} for t in strided_variants(tensors["weights"])]
         for layout in layouts:
             check(
                 lambda experts, weights, indices: (mope_kernels.mix_prompts(experts, weights, indices, impl=impl),),

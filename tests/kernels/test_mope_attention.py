@@ -9,8 +9,9 @@ from torch import Tensor
 import mope_kernels
 from mope_kernels import ExpertBank, reference
 from mope_kernels._ops import MOPE_ATTENTION_GRADIENTS
+from mope_kernels.testing import strided_variants
 
-from .numerics import DEVICE, GPU, check, dtypes_of, implementations, strided
+from .numerics import DEVICE, GPU, check, dtypes_of, implementations
 
 BASE = {
     "batch": 2, "heads": 2, "queries": 9, "keys": 9, "width": 16, "experts": 4, "prompts": 3, "static": 2, "instance": 1,
@@ -102,7 +103,7 @@ def test_matches_float64(impl, case):
 @pytest.mark.parametrize("name", ["query", "key", "value", "logits", "bank_key", "gram", "static_value", "instance_key", "noise"])
 def test_takes_any_strides(impl, name):
     tensors, options = example(torch.float32, DEVICE[impl], top_k=2)
-    layouts = [{**tensors, name: layout} for layout in strided(tensors[name])]
+    layouts = [{**tensors, name: layout} for layout in strided_variants(tensors[name])]
     check(lambda **t: run(impl, options, **t), lambda **t: plain(options, **t), *layouts, grads_for=ALL)
 
 

@@ -7,8 +7,9 @@ import torch
 
 import mope_kernels
 from mope_kernels import reference
+from mope_kernels.testing import strided_variants
 
-from .numerics import DEVICE, check, dtypes_of, implementations, strided
+from .numerics import DEVICE, check, dtypes_of, implementations
 
 CASES = [
     # batch, experts, top_k, renormalize, temperature, noise
@@ -38,7 +39,7 @@ def test_matches_float64(impl, batch, experts, top_k, renormalize, temperature, 
             weights, _, probs = reference.route(logits, noise=noise, **options)
             return weights, probs
 
-        for layout in (logits, *strided(logits)):
+        for layout in (logits, *strided_variants(logits)):
             check(op, plain, {"logits": layout, "noise": noise}, grads_for="logits")
 
 
@@ -113,7 +114,7 @@ def test_renormalised_top1_gives_the_router_no_gradient():
 @pytest.mark.parametrize("threshold", [0.0, 0.1])
 def test_importance_loss_matches_float64(impl, batch, experts, threshold):
     probs = (4 * torch.randn(batch, experts, device=DEVICE[impl])).softmax(-1)
-    for layout in (probs, *strided(probs)):
+    for layout in (probs, *strided_variants(probs)):
         check(
             lambda probs: (mope_kernels.importance_loss(probs, threshold=threshold, impl=impl),),
             lambda probs: (reference.importance_loss(probs, threshold=threshold),),
