@@ -79,9 +79,10 @@ def attention_launches(
     tokens: int = 197,
     sizes: tuple[int, int, int] = (6, 1, 6),
     heads: int = 12,
+    batch: int = 8,
 ) -> None:
     """Launch `mope_attention`, forward and backward, as on the heads of a projection."""
-    batch, (static, instance, routed) = 8, sizes
+    static, instance, routed = sizes
 
     def from_projection(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         """(..., H, L, D) as a view of a projection's output (..., L, H, D)."""
@@ -147,7 +148,7 @@ def variants() -> Iterator[tuple[str, Any]]:
         yield name, lambda d=dtype, h=head_dim, o=options: attention_launches(d, h, **o)
 
 
-class _Specialization:
+class Specialization:
     """Types, constants and attributes of a kernel's arguments, as a launch would specialise them."""
 
     def __init__(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
@@ -183,7 +184,7 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    launch = _Specialization(kernel, args, constants)
+    launch = Specialization(kernel, args, constants)
     target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     source = ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
     return triton.compile(source, target=target, options=launch.options)
@@ -234,7 +235,7 @@ def reports(architectures: list[str], only: str = "") -> Iterator[Report]:
         for kernel, args, constants in launches:
             if only not in f"{name} {kernel.__name__}":
                 continue
-            launch = _Specialization(kernel, args, constants)
+            launch = Specialization(kernel, args, constants)
             identity = repr((kernel.__name__, launch.signature, launch.constants, launch.attributes, launch.options))
             if identity in seen:
                 continue

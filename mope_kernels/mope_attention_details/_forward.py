@@ -43,6 +43,7 @@ def mope_attention_forward(
     eps,
     scale_log2,
     dropout_p,
+    keep_scale,
     H: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -56,7 +57,10 @@ def mope_attention_forward(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BM queries of one item and head. scale_log2 is the scale of the scores times log2(e)."""
+    """One program: BM queries of one item and head.
+
+    scale_log2 is the scale of the scores times log2(e), keep_scale is 1 / (1 - dropout_p).
+    """
     N: tl.constexpr = SIZES[0] + SIZES[1] + SIZES[2]
     SELECTED: tl.constexpr = TOP_K if TOP_K > 0 else K
     blocks = tl.cdiv(num_queries, BM)
@@ -140,7 +144,7 @@ def mope_attention_forward(
     empty = b_sum == 0.0
     b_out = tl.where(empty[:, None], 0.0, b_out / b_sum[:, None])
     if p_seed is not None:
-        b_out = b_out * tl.where(dropout_p < 1.0, 1.0 / (1.0 - dropout_p), 0.0)
+        b_out *= keep_scale
     b_lse = tl.where(empty, float("inf"), (b_max + tl.log2(b_sum)) * 0.6931471805599453)
     p_out += (item * num_queries * H + head) * D
     store_tile(p_out, o_query.to(tl.int64), m_query, H * D, b_out, D, BD)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mope_kernels._ops import MOPE_ATTENTION_GRADIENTS, empty_heads_last, not_needed, triton_kernel
 from mope_kernels._triton import cdiv, last_contiguous, launch, next_power_of_2
-from mope_kernels.prompt_attention_details._launch import attention_backward, blocks_for, dot_precision, prompt_block
+from mope_kernels.prompt_attention_details._launch import attention_backward, blocks_for, dot_precision, keep_scale, prompt_block
 from mope_kernels.router_details._launch import empty_routing, route_backward
 
 
@@ -114,6 +114,7 @@ def mope_attention(
         eps,
         scale * math.log2(math.e),
         dropout_p,
+        keep_scale(dropout_p),
         H=heads,
         K=num_experts,
         TOP_K=top_k,

@@ -54,6 +54,7 @@ def query_gradient_step(
     p_seed,
     item_head,
     dropout_p,
+    keep_scale,
     PRECISION: tl.constexpr,
 ):
     """Add what one block of keys (BN,BD) gives to grad_query / scale (BM,BD)."""
@@ -63,7 +64,7 @@ def query_gradient_step(
     b_grad_probs = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION)
     if p_seed is not None:
         keep = keep_mask(p_seed, item_head, o_query[:, None], o_column[None, :], dropout_p)
-        b_grad_probs = tl.where(keep, b_grad_probs / (1.0 - dropout_p), 0.0)
+        b_grad_probs = tl.where(keep, b_grad_probs * keep_scale, 0.0)
     b_grad_scores = b_probs * (b_grad_probs - b_delta[:, None])
     return tl.dot(b_grad_scores.to(b_key.dtype), b_key, b_grad, input_precision=PRECISION)
 
@@ -90,6 +91,7 @@ def query_gradient(
     num_keys,
     scale,
     dropout_p,
+    keep_scale,
     H: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -140,6 +142,7 @@ def query_gradient(
             p_seed,
             item_head,
             dropout_p,
+            keep_scale,
             PRECISION,
         )
 
@@ -166,6 +169,7 @@ def query_gradient(
             p_seed,
             item_head,
             dropout_p,
+            keep_scale,
             PRECISION,
         )
     p_grad_query += (item * num_queries * H + head) * D
@@ -193,6 +197,7 @@ def key_value_gradient(
     num_keys,
     scale,
     dropout_p,
+    keep_scale,
     FIRST_COLUMN: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -238,7 +243,7 @@ def key_value_gradient(
         b_probs = tl.where(m_key[:, None], tl.exp2(b_scores - b_lse_log2[None, :]), 0.0)
         if p_seed is not None:
             keep = keep_mask(p_seed, item_head, o_query[None, :], FIRST_COLUMN + o_key[:, None], dropout_p)
-            b_dropped = tl.where(keep, b_probs / (1.0 - dropout_p), 0.0)
+            b_dropped = tl.where(keep, b_probs * keep_scale, 0.0)
         else:
             b_dropped = b_probs
         if p_grad_value is not None:

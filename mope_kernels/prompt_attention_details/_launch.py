@@ -56,6 +56,11 @@ def dot_precision(query: Tensor) -> str:
     return "ieee" if query.dtype == torch.float32 else "tf32"
 
 
+def keep_scale(dropout_p: float) -> float:
+    """What dropout multiplies the probabilities that it keeps by."""
+    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+
+
 def attention_backward(
     grad_out: Tensor,
     out: Tensor,
@@ -129,6 +134,7 @@ def attention_backward(
             num_keys,
             scale,
             dropout_p,
+            keep_scale(dropout_p),
             N=num_prompts,
             **sizes,
             BP=prompt_block(num_prompts, width),
@@ -166,6 +172,7 @@ def attention_backward(
             key.shape[2],
             scale,
             dropout_p,
+            keep_scale(dropout_p),
             FIRST_COLUMN=first,
             **sizes,
             BM=key_blocks.queries,

@@ -1,0 +1,69 @@
+"""The ahead-of-time report compiles what a launch would compile, and fails when it should."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mope_kernels import aot
+from mope_kernels._triton import record_launches
+from mope_kernels.impl import interpreting
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+
+def report(*arguments: str) -> list[dict[str, object]]:
+    """Run the report in a process of its own, as kernels of this one may be interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "mope_kernels.aot", "--json", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@needs_triton
+def test_reports_every_target():
+    lines = report("--arch", "sm_80", "sm_90", "gfx942", "--only", "k=2 route_forward")
+    assert [line["arch"] for line in lines] == ["sm_80", "sm_90", "gfx942"]
+    for line in lines:
+        assert line["kernel"] == "route_forward" and line["registers"] > 0 and line["problems"] == []
+
+
+@needs_triton
+def test_the_attention_of_hopper_runs_on_its_matrix_units():
+    lines = report("--arch", "sm_90", "--only", "fp16 D=64 mope_attention_forward")
+    assert len(lines) == 1 and "wgmma" in lines[0]["matrix"] and lines[0]["shared"] > 0
+
+
+def test_spills_and_too_much_shared_memory_are_problems(monkeypatch):
+    good = aot.Report("variant", "kernel", "gfx942", num_warps=4, registers=64, spills=0, stack=0, shared=65536, matrix="")
+    spilling, large = dataclasses.replace(good, spills=1), dataclasses.replace(good, shared=65537)
+    assert good.problems == [] and spilling.problems == ["spills"] and large.problems == ["shared memory > 65536"]
+    monkeypatch.setattr(aot, "interpreting", lambda: False)
+    for found, status in (([good], 0), ([good, spilling], 1), ([large, good], 1)):
+        monkeypatch.setattr(aot, "reports", lambda *_, found=found: iter(found))
+        assert aot.main([]) == status
+
+
+@pytest.mark.skipif(interpreting(), reason="interpreted kernels have no specialisations")
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_other_batch_sizes_and_lengths_compile_nothing_new(dtype):
+    def specialisations(**sizes: int) -> list[object]:
+        with FakeTensorMode(), record_launches() as launches:
+            aot.attention_launches(dtype, 64, top_k=2, **sizes)
+        found = [aot.Specialization(*launch) for launch in launches]
+        return [(s.signature, s.constants, s.attributes, s.options) for s in found]
+
+    expected = specialisations(batch=8, tokens=197)
+    assert len(expected) == 7
+    for batch, tokens in ((1, 197), (3, 256), (64, 577), (2, 100)):
+        assert specialisations(batch=batch, tokens=tokens) == expected
