@@ -145,7 +145,7 @@ def mope_attention_forward(
     b_out = tl.where(empty[:, None], 0.0, b_out / b_sum[:, None])
     if p_seed is not None:
         b_out *= keep_scale
-    b_lse = tl.where(empty, float("inf"), (b_max + tl.log2(b_sum)) * 0.6931471805599453)
+    b_lse = tl.where(empty, float("inf"), b_max * 0.6931471805599453 + tl.log(b_sum))
     p_out += (item * num_queries * H + head) * D
     store_tile(p_out, o_query.to(tl.int64), m_query, H * D, b_out, D, BD)
     tl.store(p_lse + item_head.to(tl.int64) * num_queries + o_query, b_lse, mask=m_query)

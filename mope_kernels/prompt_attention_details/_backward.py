@@ -1,8 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Gradients of attention over [prompts; tokens]. Every sum is made by one program in a fixed order: no atomics.
 
-The probabilities are rebuilt from the scores and the saved lse. With dP the gradient of the probabilities (of the output,
-times values), delta = sum_d out * grad_out, and dS = P * (dP - delta):
+The probabilities P are rebuilt from the scores and the saved lse. In natural units: the larger a probability, the closer
+its score is to lse, and the less is lost where exp multiplies the difference by log2(e). With dP the gradient of the
+probabilities and delta = sum_d out * grad_out, that of the scores is dS = P * (dP - delta), and
 grad_query = scale * dS K, grad_key = scale * dS' Q, grad_value = P' grad_out.
 """
 
@@ -42,7 +43,7 @@ def output_products(
 def query_gradient_step(
     b_query,
     b_grad_out,
-    b_lse_log2,
+    b_lse,
     b_delta,
     b_key,
     b_value,
@@ -50,7 +51,7 @@ def query_gradient_step(
     m_key,
     o_query,
     o_column,
-    scale_log2,
+    scale,
     p_seed,
     item_head,
     dropout_p,
@@ -59,8 +60,8 @@ def query_gradient_step(
 ):
     """Add what one block of keys (BN,BD) gives to grad_query / scale (BM,BD)."""
     # (BM, BN) each
-    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2
-    b_probs = tl.where(m_key[None, :], tl.exp2(b_scores - b_lse_log2[:, None]), 0.0)
+    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
+    b_probs = tl.where(m_key[None, :], tl.exp(b_scores - b_lse[:, None]), 0.0)
     b_grad_probs = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION)
     if p_seed is not None:
         keep = keep_mask(p_seed, item_head, o_query[:, None], o_column[None, :], dropout_p)
@@ -102,7 +103,6 @@ def query_gradient(
     PRECISION: tl.constexpr,
 ):
     """grad_query, laid out as (B,Lq,H,D). One program: BM queries of one item and head."""
-    LOG2_E: tl.constexpr = 1.4426950408889634
     blocks = tl.cdiv(num_queries, BM)
     item_head = tl.program_id(0) // blocks
     item = (item_head // H).to(tl.int64)
@@ -114,9 +114,9 @@ def query_gradient(
     b_query = load_tile(p_query, o_query.to(tl.int64), m_query, query_strides[2], D, BD)
     p_grad_out += item * grad_out_strides[0] + head * grad_out_strides[1]
     b_grad_out = load_tile(p_grad_out, o_query.to(tl.int64), m_query, grad_out_strides[2], D, BD)
-    # (BM,) each; exp2(score - inf) = 0 for rows that are not there
+    # (BM,) each; exp(score - inf) = 0 for rows that are not there
     o_row = item_head.to(tl.int64) * num_queries + o_query
-    b_lse_log2 = tl.load(p_lse + o_row, mask=m_query, other=float("inf")) * LOG2_E
+    b_lse = tl.load(p_lse + o_row, mask=m_query, other=float("inf"))
     b_delta = tl.load(p_delta + o_row, mask=m_query, other=0.0)
     b_grad = tl.zeros([BM, BD], tl.float32)
 
@@ -130,7 +130,7 @@ def query_gradient(
         b_grad = query_gradient_step(
             b_query,
             b_grad_out,
-            b_lse_log2,
+            b_lse,
             b_delta,
             b_prompt_key,
             b_prompt_value,
@@ -138,7 +138,7 @@ def query_gradient(
             o_prompt < N,
             o_query,
             o_prompt,
-            scale * LOG2_E,
+            scale,
             p_seed,
             item_head,
             dropout_p,
@@ -157,7 +157,7 @@ def query_gradient(
         b_grad = query_gradient_step(
             b_query,
             b_grad_out,
-            b_lse_log2,
+            b_lse,
             b_delta,
             b_key,
             b_value,
@@ -165,7 +165,7 @@ def query_gradient(
             o_key < visible,
             o_query,
             N + o_key,
-            scale * LOG2_E,
+            scale,
             p_seed,
             item_head,
             dropout_p,
@@ -210,7 +210,6 @@ def key_value_gradient(
 
     FIRST_COLUMN is where these keys start among [prompts; tokens]. Hidden keys get zeros.
     """
-    LOG2_E: tl.constexpr = 1.4426950408889634
     blocks = tl.cdiv(num_keys, BN)
     item_head = tl.program_id(0) // blocks
     item = (item_head // H).to(tl.int64)
@@ -236,11 +235,11 @@ def key_value_gradient(
         # (BM, BD) each
         b_query = load_tile(p_query, o_query.to(tl.int64), m_query, query_strides[2], D, BD)
         b_grad_out = load_tile(p_grad_out, o_query.to(tl.int64), m_query, grad_out_strides[2], D, BD)
-        # (BM,); exp2(score - inf) = 0 for rows that are not there
-        b_lse_log2 = tl.load(p_lse + o_query, mask=m_query, other=float("inf")) * LOG2_E
+        # (BM,); exp(score - inf) = 0 for rows that are not there
+        b_lse = tl.load(p_lse + o_query, mask=m_query, other=float("inf"))
         # (BN, BM)
-        b_scores = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION) * (scale * LOG2_E)
-        b_probs = tl.where(m_key[:, None], tl.exp2(b_scores - b_lse_log2[None, :]), 0.0)
+        b_scores = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION) * scale
+        b_probs = tl.where(m_key[:, None], tl.exp(b_scores - b_lse[None, :]), 0.0)
         if p_seed is not None:
             keep = keep_mask(p_seed, item_head, o_query[None, :], FIRST_COLUMN + o_key[:, None], dropout_p)
             b_dropped = tl.where(keep, b_probs * keep_scale, 0.0)
