@@ -141,11 +141,10 @@ def mope_attention_forward(
         )
 
     # A row without any visible key sums to 0: its output is 0, and lse = +inf makes its gradients 0.
-    empty = b_sum == 0.0
-    b_out = tl.where(empty[:, None], 0.0, b_out / b_sum[:, None])
+    b_lse = tl.where(b_sum == 0.0, float("inf"), b_max * 0.6931471805599453 + tl.log(tl.where(b_sum == 0.0, 1.0, b_sum)))
+    b_out /= tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     if p_seed is not None:
         b_out *= keep_scale
-    b_lse = tl.where(empty, float("inf"), b_max * 0.6931471805599453 + tl.log(b_sum))
     p_out += (item * num_queries * H + head) * D
     store_tile(p_out, o_query.to(tl.int64), m_query, H * D, b_out, D, BD)
     tl.store(p_lse + item_head.to(tl.int64) * num_queries + o_query, b_lse, mask=m_query)

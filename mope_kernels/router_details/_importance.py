@@ -7,9 +7,11 @@ import triton.language as tl
 
 @triton.jit
 def load_variation(b_load, m_expert, K: tl.constexpr):
-    """Mean, deviations from it (BK,), and the unbiased variance over the squared mean."""
+    """Mean, deviations from it (BK,), and the unbiased variance over the squared mean: 0 if nothing was loaded."""
     mean = tl.sum(b_load, 0) / K
     b_deviation = tl.where(m_expert, b_load - mean, 0.0)
+    # Probabilities sum to 1, so a mean of 0 is that of an empty batch, whose loads do not vary.
+    mean = tl.where(mean == 0.0, 1.0, mean)
     return mean, b_deviation, tl.sum(b_deviation * b_deviation, 0) / (K - 1) / (mean * mean)
 
 
@@ -34,8 +36,7 @@ def importance_forward(
     else:
         loss = tl.sum(b_load, 0) * 0.0
     tl.store(p_load + o_expert, b_load.to(p_load.dtype.element_ty), mask=m_expert)
-    # An empty batch has no mean to divide by.
-    tl.store(p_loss, tl.where(batch == 0, 0.0, loss).to(p_loss.dtype.element_ty))
+    tl.store(p_loss, loss.to(p_loss.dtype.element_ty))
 
 
 @triton.jit
@@ -47,6 +48,5 @@ def importance_backward(p_grad_loss, p_load, p_grad, threshold, K: tl.constexpr,
         b_load = tl.load(p_load + o_expert, mask=m_expert, other=0.0).to(tl.float64)
         mean, b_deviation, cv2 = load_variation(b_load, m_expert, K)
         b_grad_load = (b_deviation / (mean * mean) / (K - 1) - cv2 / mean / K) * 2.0 * tl.load(p_grad_loss)
-        # Probabilities sum to 1, so a mean of 0 is an empty batch.
-        b_grad = tl.where((cv2 <= threshold) | (mean == 0.0), 0.0, b_grad_load).to(tl.float32)
+        b_grad = tl.where(cv2 <= threshold, 0.0, b_grad_load).to(tl.float32)
     tl.store(p_grad + o_expert, b_grad, mask=m_expert)
