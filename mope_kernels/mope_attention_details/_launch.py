@@ -80,6 +80,8 @@ def mope_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from ._forward import mope_attention_forward
 
+    if dropout_p and seed is None:
+        raise ValueError(f"mope_attention: dropout_p={dropout_p} needs a seed, an int64 tensor of shape (1,) on {query.device}")
     query, key, value = (last_contiguous(t) for t in (query, key, value))
     prompts = _Prompts(bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value)
     batch, heads, num_queries, width = query.shape
