@@ -11,6 +11,7 @@ READY := $(VENV)/.ready
 # `make gpu` runs from a bare checkout with what the machine has.
 GPU_PYTHON ?= python3
 OUT ?= bench/results
+STAGE ?= tests,ops
 
 .PHONY: demo test test-all lint bench gpu wheel aot clean
 
@@ -35,7 +36,7 @@ bench: $(READY)
 	$(BIN)/python -m pytest bench -q --benchmark-json=out/benchmark.json --benchmark-group-by=group
 
 gpu:
-	OUT=$(OUT) $(GPU_PYTHON) -m bench.gpu
+	OUT="$(OUT)" STAGE="$(STAGE)" $(GPU_PYTHON) -m bench.gpu
 
 wheel: $(READY)
 	$(BIN)/python -m build --no-isolation --outdir dist
