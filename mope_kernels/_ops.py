@@ -122,29 +122,26 @@ def _fake_importance_loss_backward(grad_loss: Tensor, load: Tensor, threshold: f
 
 
 def _fake_mope_attention(
-    query: Tensor, key: Tensor, value: Tensor, logits: Tensor, noise: Tensor | None, *rest: object
+    query: Tensor, key: Tensor, value: Tensor, logits: Tensor, noise: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     top_k = rest[-6]
-    assert isinstance(top_k, int)
     batch, heads, length, width = query.shape
     out = empty_heads_last(query, batch, heads, length, width)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
     return out, lse, *_fake_route(logits, noise, top_k, 1.0, False)
 
 
-def _fake_mope_attention_backward(*args: object) -> tuple[Tensor, ...]:
+def _fake_mope_attention_backward(*args: Any) -> tuple[Tensor, ...]:
     needs = args[-1]
-    assert isinstance(needs, int)
     query, key, value, logits, _, *others = args[8:22]
-    inputs = [query, key, value, logits, *others]
     gradients = []
-    for i, like in enumerate(inputs):
+    for i, like in enumerate((query, key, value, logits, *others)):
         if not needs >> i & 1:
-            gradients.append(not_needed(query))  # type: ignore[arg-type]
+            gradients.append(not_needed(query))
         elif i < 3:
-            gradients.append(empty_heads_last(like, *like.shape))  # type: ignore[union-attr, arg-type]
+            gradients.append(empty_heads_last(like, *like.shape))
         else:
-            gradients.append(like.new_empty(like.shape))  # type: ignore[union-attr]
+            gradients.append(like.new_empty(like.shape))
     return tuple(gradients)
 
 

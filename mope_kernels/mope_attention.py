@@ -213,8 +213,8 @@ def mope_attention(
 
     # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
     seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
-    inputs = (query, key, value, logits, None if noise is None else noise.detach(), bank.key, bank.value, bank.gram)
-    inputs += (bank.key_offset, bank.value_offset, *prompts.values(), lengths, seed)
+    inputs: tuple[Tensor | None, ...] = (query, key, value, logits, None if noise is None else noise.detach(), bank.key, bank.value)
+    inputs += (bank.gram, bank.key_offset, bank.value_offset, *prompts.values(), lengths, seed)
     out, probs, weights, indices = MoPEAttentionFunction.apply(
         f"mope_{implementation}",
         _Options(top_k or 0, temperature, renormalize, bank.eps, scale, dropout_p),

@@ -300,7 +300,7 @@ def expert_adapter(
 
     (..., d), (r,d), (r,), (E,d,r), (E,d), (E,d), (E,) -> out (..., d), weights (..., E).
     """
-    activations = {"relu": F.relu, "gelu": F.gelu}
+    activations: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
     hidden = F.dropout(activations[activation](F.linear(x, down_weight, down_bias)), dropout_p)
     dtype = statistics_dtype(x)
     if router_weight is None:
