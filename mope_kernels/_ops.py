@@ -12,7 +12,7 @@ long as the last dimension is contiguous. `lengths` is int32 or int64, `seed` in
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
