@@ -1,7 +1,7 @@
 """How many operations one prompted layer dispatches, forward: `python -m bench.launches` prints the table of the README.
 
-Counted, not timed: operations below autograd that are no views. On a GPU each is at least one kernel launch, and the forward pass of
-`mope_attention` is exactly one (`tests/kernels` hold it to that). One layer is a model of three layers minus one of two.
+Counted, not timed: operations below autograd that are no views. On a GPU each is at least one kernel launch, and the forward pass
+of `mope_attention` is exactly one (`tests/kernels` hold it to that). One layer is a model of three layers minus one of two.
 """
 
 from __future__ import annotations

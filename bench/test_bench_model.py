@@ -1,4 +1,4 @@
-"""A whole fusion model: forward when serving, and one training step, beside the same model with its prompts concatenated by hand."""
+"""A whole fusion model, serving and one training step, beside the same model with its prompts concatenated by hand."""
 
 from __future__ import annotations
 

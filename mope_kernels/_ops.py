@@ -53,8 +53,8 @@ SCHEMAS = {
     " float temperature, bool renormalize) -> Tensor",
     "mix_prompts": "(Tensor experts, Tensor weights, Tensor indices) -> Tensor",
     # -> grad_experts (K,P,D), grad_weights (B,k)
-    "mix_prompts_backward": "(Tensor grad_out, Tensor experts, Tensor weights, Tensor indices, bool need_experts, bool need_weights)"
-    " -> (Tensor, Tensor)",
+    "mix_prompts_backward": "(Tensor grad_out, Tensor experts, Tensor weights, Tensor indices,"
+    " bool need_experts, bool need_weights) -> (Tensor, Tensor)",
     # -> loss (), load (K,)
     "importance_loss": "(Tensor probs, float threshold) -> (Tensor, Tensor)",
     # -> the gradient (K,) that every row of probs gets

@@ -81,7 +81,7 @@ def route(
 
     Args:
         logits: (B,K), floating point.
-        top_k: how many experts to select, by logits / temperature + noise; ties go to the lowest index. None: all of them, in order.
+        top_k: how many experts to select, by logits / temperature + noise; ties go to the lowest index. None: all, in order.
         temperature: positive.
         noise: (B,K), added after the temperature; gets no gradient.
         renormalize: divide the selected weights by their sum. With `top_k=1` the router then gets no gradient through them.

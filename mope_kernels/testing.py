@@ -1,7 +1,7 @@
 """For tests of ops, this library's and others': the memory layouts in which tensors and gradients reach an op.
 
-A kernel that takes its inputs, or the gradients that come in, to be contiguous gives wrong numbers after a transpose, an `expand` or a slice, and
-neither gradcheck nor opcheck sees it.
+A kernel that takes its inputs, or the gradients that come in, to be contiguous gives wrong numbers after a transpose, an
+`expand` or a slice, and neither gradcheck nor opcheck sees it.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def dtypes_of(impl: str) -> tuple[torch.dtype, ...]:
 def assert_accurate(name: str, triples: list[tuple[Tensor, Tensor, Tensor]], factor: float) -> None:
     """Of (actual, plain, exact): the error of `actual` is at most `factor` times that of `plain`, plus one rounding.
 
-    Errors are Euclidean norms over all triples together: they do not hang on the luck of one element or one draw, and one wrong element
-    still shows in them.
+    Errors are Euclidean norms over all triples together: they do not hang on the luck of one element or one draw, and one
+    wrong element still shows in them.
     """
     for actual, plain, exact in triples:
         assert actual.dtype == plain.dtype, f"{name}: {actual.dtype}, expected {plain.dtype}"
@@ -69,8 +69,8 @@ def check(
 ) -> None:
     """Run `op` and `plain` on the same tensors, `plain` also in float64, and compare outputs and gradients.
 
-    The incoming gradients are random, and for each output once plain, expanded, transposed and cut out of a larger tensor. Errors are
-    pooled over all `draws`: where few numbers are computed, one draw says more about luck than about accuracy.
+    The incoming gradients are random, and for each output once plain, expanded, transposed and cut out of a larger tensor.
+    Errors are pooled over all `draws`: where few numbers are computed, one draw says more about luck than about accuracy.
     """
     wanted = [name for name in grads_for.split() if draws[0][name] is not None]
     pooled: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
