@@ -115,7 +115,7 @@ def optimize(
     steps = epochs * -(-size // batch_size)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2), pct_start=0.1)
-    with tqdm(total=steps, desc=title, leave=False) as bar:
+    with tqdm(total=steps, desc=title) as bar:
         for _ in range(epochs):
             for batch in torch.randperm(size, generator=generator).split(batch_size):
                 loss = loss_of_batch(batch)

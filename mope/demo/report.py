@@ -109,6 +109,6 @@ def write(out: Path, runs: Sequence[Run], comparison: Comparison, settings: Sett
         "fused_against_plain": dataclasses.asdict(comparison),
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.md").write_text(text)
-    (out / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    (out / "results.md").write_text(text, encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return text

@@ -201,7 +201,7 @@ def _fit(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     best, best_state = -1.0, {}
-    with tqdm(total=steps, desc=f"{title:<24}", leave=False) as bar:
+    with tqdm(total=steps, desc=f"{title:<24}") as bar:
         for number in range(settings.rounds):
             model.train()
             for loss in losses(task.training_round(number)):

@@ -1,0 +1,149 @@
+"""`mope demo`, the model that comes with the package, and the ten lines that load it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mope
+from mope.demo import digit_model, plain
+from mope.demo.data import load_digits
+from mope.demo.pretrain import Backbones, build_image_processor, build_text, build_tokenizer, build_vision, freeze
+from mope.demo.train import BASE, FAST, MOPE, MOPE_TOP_1, Task, build, evaluate, methods, router_gradient, train, trained_parameters
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def backbones() -> Backbones:
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    vision, text = freeze(build_vision()).eval(), freeze(build_text(len(tokenizer))).eval()
+    return Backbones(vision, text, tokenizer, build_image_processor(), 0.0, 0.0)
+
+
+@pytest.fixture(scope="module")
+def task(backbones: Backbones) -> Task:
+    return Task(load_digits(seed=0), backbones, FAST, seed=0)
+
+
+@pytest.fixture(scope="module")
+def digits() -> mope.MoPEForClassification:
+    return mope.MoPEForClassification.from_pretrained(digit_model())
+
+
+def test_fast_demo(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mope.cli", "demo", "--fast", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)]
+    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert answer.returncode == 0, answer.stderr
+
+    record = json.loads((tmp_path / "results.json").read_text())
+    (run,) = record["runs"]
+    names = [result["method"] for result in run["results"]]
+    assert len(names) == 8 and names[-2:] == [MOPE, MOPE_TOP_1]
+    table = (tmp_path / "results.md").read_text()
+    assert table in answer.stdout
+    for result in run["results"]:
+        (line,) = [line for line in table.splitlines() if line.startswith(f"| {result['method']} ")]
+        assert f" {100 * result['held_out_digits']:.1f} |" in line
+    for name in ("image only", "text only"):
+        # No model of one modality can do otherwise on these questions, up to the ties of scans that were drawn several times.
+        (result,) = [result for result in run["results"] if result["method"] == name]
+        assert result["held_out_digits"] == 0.5
+    sizes = {result["method"]: result["trained_parameters"] for result in run["results"]}
+    for name in ("late concat, two layers", "static + mapped, longer"):
+        assert sizes[name] == pytest.approx(sizes[MOPE], rel=0.01)
+
+    fused = record["fused_against_plain"]
+    assert fused["logit_error"] < 1e-5 and fused["gradient_error"] < 1e-4
+    compiled = fused["implementations"]["mope_attention"] != "reference"
+    assert compiled == bool(fused["dispatched"]) == (fused["milliseconds"] is not None)
+    assert compiled != ("no fused kernel here" in table)
+    for name in ("routing_by_statement", "what_experts_like", "one_digit_four_statements"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert min(picture.size) > 500
+            assert np.asarray(picture.convert("L")).std() > 10
+    mope.MoPEForClassification.from_pretrained(tmp_path / "model")
+
+
+def test_methods_of_the_same_size(backbones: Backbones) -> None:
+    configs = methods(backbones)
+    sizes = {}
+    for name, config in configs.items():
+        model = build(config, backbones)
+        sizes[name] = trained_parameters(model)
+        model.detach()
+    for name in ("late concat, two layers", "static + mapped, longer"):
+        assert sizes[name] == pytest.approx(sizes[MOPE], rel=0.01)
+
+
+def test_head_on_cached_features_is_the_model(backbones: Backbones, task: Task) -> None:
+    """Heads are trained on features that were looked up: the accuracy they see is that of the whole model."""
+    model = build(methods(backbones)["late concat, two layers"], backbones)
+    best = train(model, task, title="late concat")
+    assert best == pytest.approx(evaluate(model, task, "validation", task.validation), abs=1e-6)
+    model.detach()
+
+
+def test_plain_forward_agrees_in_double_precision(backbones: Backbones, task: Task) -> None:
+    model = build(BASE, backbones)
+    inputs, labels = next(task.batches("test", task.test, 32))
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    try:
+        model.double().eval()
+        out = model(**inputs, labels=labels)
+        logits, routing = plain.forward(model, **inputs)
+        torch.testing.assert_close(out.logits, logits, rtol=0, atol=1e-10)
+        for block, probs in zip(out.routing, routing, strict=True):
+            torch.testing.assert_close(block.probs, probs, rtol=0, atol=1e-10)
+        torch.testing.assert_close(out.loss, plain.loss(model, labels, **inputs), rtol=0, atol=1e-10)
+    finally:
+        model.float().detach()
+
+
+def test_router_gets_a_gradient_unless_one_expert_is_chosen(digits: mope.MoPEForClassification, task: Task) -> None:
+    assert router_gradient(digits, task) > 100 * router_gradient(digits, task, top_k=1)
+
+
+def test_committed_model_is_small() -> None:
+    assert sum(file.stat().st_size for file in digit_model().rglob("*")) <= 1_000_000
+
+
+def test_committed_model_answers_held_out_questions(digits: mope.MoPEForClassification) -> None:
+    record = json.loads((ROOT / "docs" / "demo_results.json").read_text())
+    (measured,) = [result for result in record["runs"][0]["results"] if result["method"] == MOPE]
+    known = Backbones(digits.vision, digits.text, digits.tokenizer, digits.image_processor, 0.0, 0.0)
+    task = Task(load_digits(seed=0), known, FAST, seed=0)
+    accuracy = evaluate(digits, task, "test", task.test)
+    # Other questions of the same kind, and weights rounded to half precision.
+    assert accuracy == pytest.approx(measured["held_out_digits"], abs=0.06)
+    assert accuracy > 0.8
+
+
+def test_ten_lines_of_the_documentation() -> None:
+    """They run offline, within ten seconds of computing, and print what the document says."""
+    page = (ROOT / "docs" / "demo.md").read_text()
+    code, printed = re.findall(r"```(?:python|text)\n(.*?)```", page, flags=re.DOTALL)[:2]
+    assert len(code.strip().splitlines()) <= 10
+    before = os.times()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    after = os.times()
+    # Not the clock on the wall: tests run side by side.
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert answer.returncode == 0, answer.stderr
+    # Another processor may round the last digit differently.
+    number = re.compile(r"\d\.\d+")
+    assert number.sub("", answer.stdout) == number.sub("", printed)
+    weights, expected = (np.array(number.findall(text), dtype=float) for text in (answer.stdout, printed))
+    assert np.allclose(weights, expected, atol=0.011)
+    assert seconds < 10

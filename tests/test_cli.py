@@ -1,0 +1,87 @@
+"""The command line, as a user calls it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mope_kernels
+from mope import cli
+from mope_kernels import _extension
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mope.cli", *arguments], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["info", "--help"], ["build", "--help"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 0
+    assert "usage: mope" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["dmeo"], ["demo", "--seeds", "0"], ["demo", "--threads", "many"]])
+def test_wrong_arguments_exit_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: mope" in capsys.readouterr().err
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, mope.cli; mope.cli.parser().format_help(); print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_info_says_what_runs_and_why_the_rest_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__ in text
+    status = _extension.status()
+    assert (str(status.path) if status.loaded else status.reason) in text
+    for op in ("route", "mix_prompts", "importance_loss", "prompt_attention", "mope_attention", "window_prompt_attention"):
+        assert f"{op}: " in text
+    assert "mope_attention: " + ("cpu" if status.loaded else "reference") + " would run" in text
+    assert "Triton" in text
+
+
+def test_info_examples_are_valid_calls() -> None:
+    import torch
+
+    from mope.info import examples
+
+    for op, (args, kwargs) in examples(torch.device("cpu")).items():
+        getattr(mope_kernels, op)(*args, **kwargs, impl="reference")
+
+
+def test_info_without_the_extension_says_why() -> None:
+    answer = run("info", MOPE_DISABLE_EXTENSION="1")
+    assert answer.returncode == 0, answer.stderr
+    assert "switched off by MOPE_DISABLE_EXTENSION" in answer.stdout
+    assert "mope_attention: reference would run" in answer.stdout
+
+
+def test_build_without_a_compiler_fails_and_says_why(tmp_path: Path) -> None:
+    answer = run("build", "--force", PATH=str(tmp_path), CXX="", XDG_CACHE_HOME=str(tmp_path))
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("mope build: ")
+    assert "compiler" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_demo_without_its_extras_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert cli.main(["demo"]) == 1
+    assert 'pip install "mope-kernels[train,plot]"' in capsys.readouterr().err
