@@ -29,8 +29,9 @@ _HALF = {
     128: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(32, 64, 4, 2)),
 }
 _FLOAT = {
-    64: (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 2)),
-    128: (Blocks(16, 32, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2)),
+    32: (Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 2), Blocks(32, 16, 4, 2)),
+    64: (Blocks(16, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2)),
+    128: (Blocks(16, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2)),
 }
 
 
@@ -137,7 +138,8 @@ def attention_backward(
             keep_scale(dropout_p),
             N=num_prompts,
             **sizes,
-            BP=prompt_block(num_prompts, width),
+            # Fewer columns for 8 warps would take more shared memory than AMD has, to hand rows over between warps.
+            BP=max(prompt_block(num_prompts, width), 4 * query_blocks.num_warps),
             BM=query_blocks.queries,
             BN=query_blocks.keys,
             PRECISION=precision,
