@@ -29,7 +29,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for results, pictures and the model (out/)")
     demo.add_argument("--seeds", type=_positive, default=1, metavar="N", help="repeat with N seeds, for mean and deviation (1)")
     demo.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
-    demo.add_argument("--threads", type=_positive, metavar="N", help="threads on the CPU (torch's own choice)")
+    demo.add_argument(
+        "--threads", type=_positive, default=1, metavar="N", help="on the CPU (1: small models gain nothing from more)"
+    )
     demo.add_argument("--fast", action="store_true", help="a few steps of everything: seconds, learns nothing")
     demo.set_defaults(command=_demo)
 

@@ -79,7 +79,8 @@ def describe(comparison: Comparison) -> str:
 
 
 NOTE = """\
-Accuracy in per cent{spread}; one half of all questions is true, so that guessing, the scan alone or the sentence alone give 50.
+Accuracy in per cent{spread}.
+One half of all questions is true, so that guessing gives 50, and so do the scan alone and the sentence alone.
 Held-out digits: 400 scans that were never seen, known phrasings. Held-out phrasings: the same scans, in words that were never used
 for that statement. The round that is kept was chosen on 200 other scans. Router gradient: norm of the task loss's gradient on all
 routers after training; with top-1 it is that of a training step with one expert.

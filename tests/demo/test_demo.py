@@ -56,9 +56,9 @@ def test_fast_demo(tmp_path: Path) -> None:
         (line,) = [line for line in table.splitlines() if line.startswith(f"| {result['method']} ")]
         assert f" {100 * result['held_out_digits']:.1f} |" in line
     for name in ("image only", "text only"):
-        # No model of one modality can do otherwise on these questions, up to the ties of scans that were drawn several times.
+        # Exactly for scans; of a statement's wordings one may have been drawn for more true questions than another.
         (result,) = [result for result in run["results"] if result["method"] == name]
-        assert result["held_out_digits"] == 0.5
+        assert result["held_out_digits"] == pytest.approx(0.5, abs=1e-9 if name == "image only" else 0.1)
     sizes = {result["method"]: result["trained_parameters"] for result in run["results"]}
     for name in ("late concat, two layers", "static + mapped, longer"):
         assert sizes[name] == pytest.approx(sizes[MOPE], rel=0.01)
@@ -92,6 +92,18 @@ def test_head_on_cached_features_is_the_model(backbones: Backbones, task: Task) 
     best = train(model, task, title="late concat")
     assert best == pytest.approx(evaluate(model, task, "validation", task.validation), abs=1e-6)
     model.detach()
+
+
+def test_training_depends_on_the_seed_only(backbones: Backbones, task: Task) -> None:
+    states = []
+    for _ in range(2):
+        torch.manual_seed(task.seed)
+        model = build(BASE, backbones)
+        train(model, task, title=MOPE)
+        model.detach()
+        states.append(model.trained_state_dict())
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
 
 
 def test_plain_forward_agrees_in_double_precision(backbones: Backbones, task: Task) -> None:
