@@ -18,6 +18,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     import mope_kernels
     from mope_kernels._extension import STATUS
 
+    machine_info.pop("node", None)
     machine_info["torch"] = torch.__version__
     machine_info["mope_kernels"] = mope_kernels.__version__
     machine_info["extension"] = STATUS.loaded
