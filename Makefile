@@ -33,7 +33,8 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m pytest bench -q --benchmark-json=out/benchmark.json --benchmark-group-by=group
+	mkdir -p out
+	$(BIN)/python -m pytest bench -q --benchmark-json=out/benchmark.json
 
 gpu:
 	OUT="$(OUT)" STAGE="$(STAGE)" $(GPU_PYTHON) -m bench.gpu

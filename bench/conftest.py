@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -11,21 +9,29 @@ import pytest
 import torch
 from torch import Tensor
 
+from mope import environment
+from mope_kernels._extension import STATUS
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    import mope_kernels
-    from mope_kernels._extension import STATUS
+    """What a reader needs to place the numbers, and no more about the machine."""
+    machine_info.clear()
+    machine_info |= {
+        "device": environment.device_name(torch.device(DEVICE)),
+        "cuda": DEVICE == "cuda",
+        "threads": torch.get_num_threads(),
+        "extension": STATUS.target or STATUS.reason,
+        "versions": environment.versions(),
+        "commit": environment.commit(),
+    }
 
-    machine_info.pop("node", None)
-    machine_info["torch"] = torch.__version__
-    machine_info["mope_kernels"] = mope_kernels.__version__
-    machine_info["extension"] = STATUS.loaded
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    machine_info["commit"] = done.stdout.strip() or "unknown"
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Without each single time: medians and quartiles are what is read."""
+    for benchmark in output_json["benchmarks"]:
+        del benchmark["stats"]["data"]
 
 
 @pytest.fixture
