@@ -12,13 +12,15 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAD = """\
 # Benchmarks
 
-Made by `python -m bench.report` from the files in `bench/results`. Rows of one table line were measured side by side in one run, each after its
-result was checked against float64. Times are medians, with the interquartile range behind them; ratios are against ours, above 1 means
-that ours is faster. *cat+sdpa* mixes the same bank, concatenates and calls torch's `scaled_dot_product_attention`; *eager* is einsum or
-gather and sum; *concatenated* is the model written by hand with its prompts concatenated to the tokens; *compiled* is the same under
+Made by `python -m bench.report` from the files in `bench/results`. The entries of a line were measured side by side in one run,
+each after its result was checked. Times are medians, ± half the interquartile range; a ratio above 1 means that ours is
+faster. *cat+sdpa* mixes the same bank, concatenates and calls torch's `scaled_dot_product_attention`; *eager* is einsum, or gather
+and sum; *concatenated* is the model written by hand, prompts concatenated to the tokens; *compiled* is the same under
 `torch.compile`.
 """
-NO_GPU = "\nThere are no results of a GPU yet. What the kernels take there is in the report of `make aot`; how fast they are is not known.\n"
+NO_GPU = """
+There are no results of a GPU yet. What the kernels take there is in the report of `make aot`; how fast they are is not known.
+"""
 
 
 def way_of(benchmark: dict[str, Any]) -> str:
