@@ -67,3 +67,21 @@ def test_other_batch_sizes_and_lengths_compile_nothing_new(dtype):
     assert len(expected) == 7
     for batch, tokens in ((1, 197), (3, 256), (64, 577), (2, 100)):
         assert specialisations(batch=batch, tokens=tokens) == expected
+
+
+@pytest.mark.skipif(interpreting(), reason="the names of compiled kernels")
+@needs_triton
+def test_the_forward_is_one_launch():
+    with FakeTensorMode(), record_launches() as launches:
+        aot.attention_launches(torch.bfloat16, 64, top_k=2)
+    names = [kernel.__name__ for kernel, *_ in launches]
+    forward, *backward = names
+    assert forward == "mope_attention_forward"
+    assert backward == [
+        "build_prompts",
+        "output_products",
+        "query_gradient",
+        "key_value_gradient",
+        "key_value_gradient",
+        "route_backward",
+    ]
