@@ -20,8 +20,11 @@ from torch.library import Library
 
 NAMESPACES = ("mope_triton", "mope_cpu")
 
-# Of the inputs of `mope_attention` these can have a gradient. The order is that of the results of
-# `mope_attention_backward`; bit i of its `needs` asks for the i-th.
+# Of the inputs of `prompt_attention` these can have a gradient. The order is that of the results of
+# `prompt_attention_backward`; bit i of its `needs` asks for the i-th.
+PROMPT_ATTENTION_GRADIENTS = ("query", "key", "value", "prompt_key", "prompt_value")
+
+# The same for `mope_attention` and `mope_attention_backward`.
 MOPE_ATTENTION_GRADIENTS = (
     "query",
     "key",
@@ -38,6 +41,10 @@ MOPE_ATTENTION_GRADIENTS = (
     "instance_value",
 )
 
+_PROMPT_ATTENTION_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor prompt_value, Tensor? lengths, Tensor? attn_bias, "
+    "Tensor? seed, bool is_causal, float scale, float dropout_p"
+)
 _MOPE_ATTENTION_TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor logits, Tensor? noise, Tensor bank_key, Tensor bank_value, "
     "Tensor? gram, Tensor? key_offset, Tensor? value_offset, Tensor? static_key, Tensor? static_value, "
@@ -60,6 +67,9 @@ SCHEMAS = {
     # -> the gradient (K,) that every row of probs gets
     "importance_loss_backward": "(Tensor grad_loss, Tensor load, float threshold) -> Tensor",
     # lse (B,H,Lq): natural logarithm of the sum of exponentials of the scaled scores; +inf where no key is visible
+    "prompt_attention": f"({_PROMPT_ATTENTION_INPUTS}) -> (Tensor out, Tensor lse)",
+    "prompt_attention_backward": f"(Tensor grad_out, Tensor out, Tensor lse, {_PROMPT_ATTENTION_INPUTS}, int needs)"
+    f" -> ({', '.join(['Tensor'] * len(PROMPT_ATTENTION_GRADIENTS))})",
     "mope_attention": f"({_MOPE_ATTENTION_TENSORS}, {_MOPE_ATTENTION_OPTIONS})"
     " -> (Tensor out, Tensor lse, Tensor probs, Tensor weights, Tensor indices)",
     "mope_attention_backward": "(Tensor grad_out, Tensor? grad_probs, Tensor? grad_weights, Tensor out, Tensor lse, Tensor probs,"
@@ -121,6 +131,23 @@ def _fake_importance_loss_backward(grad_loss: Tensor, load: Tensor, threshold: f
     return load.new_empty(load.shape)
 
 
+def _fake_prompt_attention(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_heads_last(query, *query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _fake_prompt_attention_backward(grad_out: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    needs = rest[-1]
+    gradients = []
+    for i, like in enumerate(rest[: len(PROMPT_ATTENTION_GRADIENTS)]):
+        if not needs >> i & 1:
+            gradients.append(not_needed(grad_out))
+        elif i < 3:
+            gradients.append(empty_heads_last(like, *like.shape))
+        else:
+            gradients.append(like.new_empty(like.shape))
+    return tuple(gradients)
+
+
 def _fake_mope_attention(
     query: Tensor, key: Tensor, value: Tensor, logits: Tensor, noise: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
@@ -152,6 +179,8 @@ FAKES: dict[str, Callable[..., object]] = {
     "mix_prompts_backward": _fake_mix_prompts_backward,
     "importance_loss": _fake_importance_loss,
     "importance_loss_backward": _fake_importance_loss_backward,
+    "prompt_attention": _fake_prompt_attention,
+    "prompt_attention_backward": _fake_prompt_attention_backward,
     "mope_attention": _fake_mope_attention,
     "mope_attention_backward": _fake_mope_attention_backward,
 }

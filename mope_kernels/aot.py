@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ._triton import record_launches
 from .impl import interpreting
 from .mope_attention_details import _launch as mope_attention
+from .prompt_attention_details import _launch as prompt_attention
 from .prompts_details import _launch as prompts
 from .router_details import _launch as router
 
@@ -68,6 +69,12 @@ class Report:
         return ["spills"] * (self.spills > 0) + [f"shared memory > {limit}"] * (self.shared > limit)
 
 
+def from_projection(*shape: int, dtype: torch.dtype) -> Tensor:
+    """(..., H, L, D) as a view of a projection's output (..., L, H, D)."""
+    *outer, h, length, d = shape
+    return torch.empty(*outer, length, h, d, dtype=dtype).transpose(-3, -2)
+
+
 def attention_launches(
     dtype: torch.dtype,
     head_dim: int,
@@ -83,21 +90,15 @@ def attention_launches(
 ) -> None:
     """Launch `mope_attention`, forward and backward, as on the heads of a projection."""
     static, instance, routed = sizes
-
-    def from_projection(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        """(..., H, L, D) as a view of a projection's output (..., L, H, D)."""
-        *outer, h, length, d = shape
-        return torch.empty(*outer, length, h, d, dtype=dtype).transpose(-3, -2)
-
     tensors = (
-        *(from_projection(batch, heads, tokens, head_dim) for _ in range(3)),
+        *(from_projection(batch, heads, tokens, head_dim, dtype=dtype) for _ in range(3)),
         torch.empty(batch, experts),
         None,
         *(from_projection(experts, heads, routed, head_dim, dtype=torch.float32) for _ in range(2)),
         torch.empty(routed, experts, experts) if fold else None,
         *(torch.empty(heads, head_dim) if fold else None for _ in range(2)),
-        *(from_projection(heads, static, head_dim) if static else None for _ in range(2)),
-        *(from_projection(batch, heads, instance, head_dim) if instance else None for _ in range(2)),
+        *(from_projection(heads, static, head_dim, dtype=dtype) if static else None for _ in range(2)),
+        *(from_projection(batch, heads, instance, head_dim, dtype=dtype) if instance else None for _ in range(2)),
         torch.empty(batch, dtype=torch.int64),
         torch.empty(1, dtype=torch.int64) if dropout_p else None,
     )
@@ -107,6 +108,30 @@ def attention_launches(
     needs = sum((t is not None) << bit for bit, t in enumerate((*tensors[:4], *tensors[5:-2])))
     backward_inputs: Any = (torch.empty_like(out), None, None, out, *saved, *inputs, needs)
     mope_attention.mope_attention_backward(*backward_inputs)
+
+
+def prompt_attention_launches(
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    causal: bool = False,
+    bias: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    prompts: int = 8,
+    tokens: int = 197,
+    heads: int = 12,
+    batch: int = 8,
+) -> None:
+    """Launch `prompt_attention`, forward and backward, as on the heads of a projection, with prompts that the items share."""
+    tensors = [from_projection(batch, heads, tokens, head_dim, dtype=dtype) for _ in range(3)]
+    tensors += [from_projection(1, heads, prompts, head_dim, dtype=torch.float32) for _ in range(2)]
+    lengths = torch.empty(batch, dtype=torch.int64)
+    attn_bias = None if bias is None else torch.empty(batch, heads, tokens, tokens, dtype=bias)
+    seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
+    inputs: Any = (*tensors, lengths, attn_bias, seed, causal, head_dim**-0.5, dropout_p)
+    out, lse = prompt_attention.prompt_attention(*inputs)
+    backward_inputs: Any = (torch.empty_like(out), out, lse, *inputs, 0b11111)
+    prompt_attention.prompt_attention_backward(*backward_inputs)
 
 
 def router_launches(experts: int, top_k: int) -> None:
@@ -146,6 +171,19 @@ def variants() -> Iterator[tuple[str, Any]]:
         described = " ".join(f"{k}={v}".replace(" ", "") for k, v in options.items())
         name = f"mope_attention {_TYPES[dtype]} D={head_dim} {described}".rstrip()
         yield name, lambda d=dtype, h=head_dim, o=options: attention_launches(d, h, **o)
+    cases = [(torch.float16, 64, {"causal": True})]
+    for dtype in (torch.bfloat16, torch.float32):
+        for head_dim in (32, 64, 128):
+            cases += [(dtype, head_dim, {"causal": True}), (dtype, head_dim, {"bias": dtype})]
+    cases += [
+        (torch.bfloat16, 64, {}),
+        (torch.bfloat16, 64, {"causal": True, "bias": torch.float32}),
+        (torch.bfloat16, 64, {"dropout_p": 0.1}),
+    ]
+    for dtype, head_dim, options in cases:
+        described = " ".join(f"{k}={_TYPES.get(v, v)}" for k, v in options.items())
+        name = f"prompt_attention {_TYPES[dtype]} D={head_dim} {described}".rstrip()
+        yield name, lambda d=dtype, h=head_dim, o=options: prompt_attention_launches(d, h, **o)
 
 
 class Specialization:

@@ -11,12 +11,10 @@ from torch import Tensor
 from . import reference
 from ._checks import Arguments, last_dim_contiguous
 from ._ops import MOPE_ATTENTION_GRADIENTS
-from .impl import Operation, extension_check, reference_check, triton_check
+from .impl import Operation, extension_check, reference_check
 from .mope_attention_details import _launch as _launch
-from .prompt_attention import check_attention
+from .prompt_attention import check_attention, triton_attention_check
 from .router import Routing, check_routing, dense_routing
-
-TRITON_HEAD_DIMS = (16, 32, 48, 64, 72, 80, 88, 96, 128)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +94,7 @@ _TENSORS = (*MOPE_ATTENTION_GRADIENTS[:4], "noise", *MOPE_ATTENTION_GRADIENTS[4:
 
 
 def _triton_check(query: Tensor, key: Tensor, value: Tensor, logits: Tensor, bank: ExpertBank, **_: Any) -> list[str]:
-    reasons = triton_check(query, logits, bank.key, bank.value)
-    if query.shape[-1] not in TRITON_HEAD_DIMS:
-        reasons.append(f"head_dim must be one of {', '.join(map(str, TRITON_HEAD_DIMS))}, got {query.shape[-1]}")
-    return reasons
+    return triton_attention_check(query, logits, bank.key, bank.value)
 
 
 def _cpu_check(

@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments
-from .impl import Operation, reference_check
+from ._checks import Arguments, last_dim_contiguous
+from ._ops import PROMPT_ATTENTION_GRADIENTS
+from .impl import Operation, reference_check, triton_check
+from .prompt_attention_details import _launch as _launch
+
+TRITON_HEAD_DIMS = (16, 32, 48, 64, 72, 80, 88, 96, 128)
+
+
+class _Options(NamedTuple):
+    """What is no tensor, in the order of the raw op's schema."""
+
+    is_causal: bool
+    scale: float
+    dropout_p: float
+
+
+class PromptAttentionFunction(torch.autograd.Function):
+    """(namespace, options, *tensors) -> out; the tensors in the order of the raw op's schema."""
+
+    @staticmethod
+    def forward(ctx: Any, namespace: str, options: _Options, *tensors: Tensor | None) -> Tensor:
+        ctx.ops, ctx.options = getattr(torch.ops, namespace), options
+        out, lse = ctx.ops.prompt_attention.default(*tensors, *options)
+        ctx.save_for_backward(out, lse, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        # Of namespace, options and tensors; those that can have a gradient come first among the tensors.
+        needed = ctx.needs_input_grad[2 : 2 + len(PROMPT_ATTENTION_GRADIENTS)]
+        found = ctx.ops.prompt_attention_backward.default(
+            last_dim_contiguous(grads[0]), out, lse, *tensors, *ctx.options, sum(need << bit for bit, need in enumerate(needed))
+        )
+        gradients = (grad if need else None for grad, need in zip(found, needed, strict=True))
+        # lengths, attn_bias and seed have none.
+        return None, None, *gradients, None, None, None
 
 
 def sdpa_prompt_attention(
@@ -50,6 +85,18 @@ def sdpa_prompt_attention(
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def triton_attention_check(query: Tensor, *tensors: Tensor) -> list[str]:
+    """What speaks against the Triton kernels of attention."""
+    reasons = triton_check(query, *tensors)
+    if query.shape[-1] not in TRITON_HEAD_DIMS:
+        reasons.append(f"head_dim must be one of {', '.join(map(str, TRITON_HEAD_DIMS))}, got {query.shape[-1]}")
+    return reasons
+
+
+def _triton_check(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, **_: Any) -> list[str]:
+    return triton_attention_check(query, prompt_key, prompt_value)
+
+
 def _sdpa_check(
     query: Tensor,
     key: Tensor,
@@ -69,7 +116,7 @@ def _sdpa_check(
     return reasons
 
 
-_PROMPT_ATTENTION = Operation("prompt_attention", sdpa=_sdpa_check, reference=reference_check)
+_PROMPT_ATTENTION = Operation("prompt_attention", triton=_triton_check, sdpa=_sdpa_check, reference=reference_check)
 
 
 def check_attention(
@@ -108,7 +155,7 @@ def prompt_attention(
         is_causal: query i sees tokens 0..i and every prompt; needs Lq = Lk.
         dropout_p: of the attention probabilities, those of prompts too.
         scale: of the scores; D^-0.5 if None.
-        impl: "auto", "sdpa" (concatenation and torch's scaled_dot_product_attention) or "reference".
+        impl: "auto", "triton", "sdpa" (concatenation and torch's scaled_dot_product_attention) or "reference".
 
     Returns:
         (B,H,Lq,D) in the dtype of `query`, in memory (B,Lq,H,D). Zero where an item has neither prompts nor tokens.
@@ -135,6 +182,14 @@ def prompt_attention(
     implementation = _PROMPT_ATTENTION.choose(
         impl, query, key, value, prompt_key, prompt_value, lengths=lengths, attn_bias=attn_bias
     )
+    if implementation == "triton":
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
+        seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
+        tensors = (last_dim_contiguous(t) for t in (query, key, value, prompt_key, prompt_value))
+        return PromptAttentionFunction.apply(
+            "mope_triton", _Options(is_causal, scale, dropout_p), *tensors, lengths, attn_bias, seed
+        )
     attend = sdpa_prompt_attention if implementation == "sdpa" else reference.prompt_attention
     return attend(
         query,

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from mope_kernels.prompt_attention_details._forward import attend, load_tile, store_tile, visible_tokens
+from mope_kernels.prompt_attention_details._forward import attend, attend_tokens, load_tile, store_output, visible_tokens
 from mope_kernels.router_details._forward import route_item, store_routing
 
 from ._prompts import inverse_std, prompt_tile
@@ -104,7 +104,8 @@ def mope_attention_forward(
             b_out,
             b_max,
             b_sum,
-            o_prompt < N,
+            (o_prompt < N)[None, :],
+            None,
             o_query,
             o_prompt,
             scale_log2,
@@ -114,37 +115,31 @@ def mope_attention_forward(
             PRECISION,
         )
 
-    p_key += item * key_strides[0] + head * key_strides[1]
-    p_value += item * value_strides[0] + head * value_strides[1]
-    visible = visible_tokens(p_lengths, item, num_keys)
-    for start in tl.range(0, visible, BN):
-        o_key = start + tl.arange(0, BN)
-        m_key = o_key < visible
-        # (BN, BD) each; hidden tokens are not read, whatever they hold
-        b_key = load_tile(p_key, o_key.to(tl.int64), m_key, key_strides[2], D, BD)
-        b_value = load_tile(p_value, o_key.to(tl.int64), m_key, value_strides[2], D, BD)
-        b_out, b_max, b_sum = attend(
-            b_query,
-            b_key,
-            b_value,
-            b_out,
-            b_max,
-            b_sum,
-            m_key,
-            o_query,
-            N + o_key,
-            scale_log2,
-            p_seed,
-            item_head,
-            dropout_p,
-            PRECISION,
-        )
-
-    # A row without any visible key sums to 0: its output is 0, and lse = +inf makes its gradients 0.
-    b_lse = tl.where(b_sum == 0.0, float("inf"), b_max * 0.6931471805599453 + tl.log(tl.where(b_sum == 0.0, 1.0, b_sum)))
-    b_out /= tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    if p_seed is not None:
-        b_out *= keep_scale
-    p_out += (item * num_queries * H + head) * D
-    store_tile(p_out, o_query.to(tl.int64), m_query, H * D, b_out, D, BD)
-    tl.store(p_lse + item_head.to(tl.int64) * num_queries + o_query, b_lse, mask=m_query)
+    b_out, b_max, b_sum = attend_tokens(
+        b_query,
+        p_key,
+        p_value,
+        None,
+        p_seed,
+        b_out,
+        b_max,
+        b_sum,
+        key_strides,
+        value_strides,
+        None,
+        item_head,
+        block,
+        num_queries,
+        visible_tokens(p_lengths, item, num_keys),
+        scale_log2,
+        dropout_p,
+        False,
+        H,
+        N,
+        D,
+        BD,
+        BM,
+        BN,
+        PRECISION,
+    )
+    store_output(p_out, p_lse, p_seed, b_out, b_max, b_sum, item_head, o_query, num_queries, keep_scale, H, D, BD)

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from mope_kernels._ops import MOPE_ATTENTION_GRADIENTS, empty_heads_last, not_needed, triton_kernel
 from mope_kernels._triton import cdiv, last_contiguous, launch, next_power_of_2
-from mope_kernels.prompt_attention_details._launch import attention_backward, blocks_for, dot_precision, keep_scale, prompt_block
+from mope_kernels.prompt_attention_details._launch import (
+    attention_backward,
+    blocks_for,
+    dot_precision,
+    keep_scale,
+    prompt_block,
+    same_strides,
+)
 from mope_kernels.router_details._launch import empty_routing, route_backward
-
-
-def _same_strides(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values that are read with one set of strides."""
-    key, value = last_contiguous(key), last_contiguous(value)
-    return (key, value) if key.stride() == value.stride() else (key.contiguous(), value.contiguous())
 
 
 class _Prompts:
@@ -46,7 +47,7 @@ class _Prompts:
                 pairs += [None, None]
                 self.strides += (0,) * outer
             else:
-                key, value = _same_strides(key, value)
+                key, value = same_strides(key, value)
                 pairs += [key, value]
                 self.strides += key.stride()[:outer]
         small = (t.contiguous() if t is not None and num_routed else None for t in (gram, key_offset, value_offset))

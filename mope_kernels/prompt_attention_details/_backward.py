@@ -10,7 +10,7 @@ grad_query = scale * dS K, grad_key = scale * dS' Q, grad_value = P' grad_out.
 import triton
 import triton.language as tl
 
-from ._forward import keep_mask, load_tile, store_tile, visible_tokens
+from ._forward import keep_mask, load_bias, load_tile, store_tile, visible_tokens
 
 
 @triton.jit(do_not_specialize=["num_queries"])
@@ -48,7 +48,8 @@ def query_gradient_step(
     b_key,
     b_value,
     b_grad,
-    m_key,
+    m_score,
+    b_bias,
     o_query,
     o_column,
     scale,
@@ -58,10 +59,12 @@ def query_gradient_step(
     keep_scale,
     PRECISION: tl.constexpr,
 ):
-    """Add what one block of keys (BN,BD) gives to grad_query / scale (BM,BD)."""
+    """Add what one block of keys (BN,BD), of which `m_score` (1|BM,BN) shows some, gives to grad_query / scale (BM,BD)."""
     # (BM, BN) each
     b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
-    b_probs = tl.where(m_key[None, :], tl.exp(b_scores - b_lse[:, None]), 0.0)
+    if b_bias is not None:
+        b_scores += b_bias
+    b_probs = tl.where(m_score, tl.exp(b_scores - b_lse[:, None]), 0.0)
     b_grad_probs = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION)
     if p_seed is not None:
         keep = keep_mask(p_seed, item_head, o_query[:, None], o_column[None, :], dropout_p)
@@ -78,6 +81,7 @@ def query_gradient(
     p_prompt_key,
     p_prompt_value,
     p_lengths,
+    p_bias,
     p_seed,
     p_lse,
     p_delta,
@@ -87,12 +91,14 @@ def query_gradient(
     key_strides,
     value_strides,
     prompt_strides,
+    bias_strides,
     grad_out_strides,
     num_queries,
     num_keys,
     scale,
     dropout_p,
     keep_scale,
+    IS_CAUSAL: tl.constexpr,
     H: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -107,7 +113,8 @@ def query_gradient(
     item_head = tl.program_id(0) // blocks
     item = (item_head // H).to(tl.int64)
     head = (item_head % H).to(tl.int64)
-    o_query = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
+    block = tl.program_id(0) % blocks
+    o_query = block * BM + tl.arange(0, BM)
     m_query = o_query < num_queries
     # (BM, BD) each
     p_query += item * query_strides[0] + head * query_strides[1]
@@ -135,7 +142,8 @@ def query_gradient(
             b_prompt_key,
             b_prompt_value,
             b_grad,
-            o_prompt < N,
+            (o_prompt < N)[None, :],
+            None,
             o_query,
             o_prompt,
             scale,
@@ -149,11 +157,24 @@ def query_gradient(
     p_key += item * key_strides[0] + head * key_strides[1]
     p_value += item * value_strides[0] + head * value_strides[1]
     visible = visible_tokens(p_lengths, item, num_keys)
+    if IS_CAUSAL:
+        # No query of this block sees what lies behind its last one.
+        visible = tl.minimum(visible, block * BM + BM)
+    if p_bias is not None:
+        p_bias += item * bias_strides[0] + head * bias_strides[1] + block.to(tl.int64) * BM * bias_strides[2]
     for start in tl.range(0, visible, BN):
         o_key = start + tl.arange(0, BN)
+        # (1, BN) or (BM, BN)
+        m_score = (o_key < visible)[None, :]
+        if IS_CAUSAL:
+            m_score = m_score & (o_key[None, :] <= o_query[:, None])
         # (BN, BD) each
         b_key = load_tile(p_key, o_key.to(tl.int64), o_key < visible, key_strides[2], D, BD)
         b_value = load_tile(p_value, o_key.to(tl.int64), o_key < visible, value_strides[2], D, BD)
+        m_bias = m_score & m_query[:, None]
+        b_bias = load_bias(p_bias, tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], m_bias, bias_strides)
+        if p_bias is not None:
+            p_bias += BN * bias_strides[3]
         b_grad = query_gradient_step(
             b_query,
             b_grad_out,
@@ -162,7 +183,8 @@ def query_gradient(
             b_key,
             b_value,
             b_grad,
-            o_key < visible,
+            m_score,
+            b_bias,
             o_query,
             N + o_key,
             scale,
@@ -182,6 +204,7 @@ def key_value_gradient(
     p_key,
     p_value,
     p_lengths,
+    p_bias,
     p_seed,
     p_lse,
     p_delta,
@@ -191,6 +214,7 @@ def key_value_gradient(
     query_strides,
     key_strides,
     value_strides,
+    bias_strides,
     grad_out_strides,
     grad_strides,
     num_queries,
@@ -198,6 +222,7 @@ def key_value_gradient(
     scale,
     dropout_p,
     keep_scale,
+    IS_CAUSAL: tl.constexpr,
     FIRST_COLUMN: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -219,7 +244,8 @@ def key_value_gradient(
     visible = visible_tokens(p_lengths, item, num_keys)
     m_key = o_key < visible
     # (BN, BD) each
-    b_key = load_tile(p_key + item * key_strides[0] + head * key_strides[1], o_key.to(tl.int64), m_key, key_strides[2], D, BD)
+    p_key += item * key_strides[0] + head * key_strides[1]
+    b_key = load_tile(p_key, o_key.to(tl.int64), m_key, key_strides[2], D, BD)
     p_value += item * value_strides[0] + head * value_strides[1]
     b_value = load_tile(p_value, o_key.to(tl.int64), m_key, value_strides[2], D, BD)
     b_grad_key = tl.zeros([BN, BD], tl.float32)
@@ -229,9 +255,21 @@ def key_value_gradient(
     p_grad_out += item * grad_out_strides[0] + head * grad_out_strides[1]
     p_lse += item_head.to(tl.int64) * num_queries
     p_delta += item_head.to(tl.int64) * num_queries
-    for start in tl.range(0, tl.where(block * BN < visible, num_queries, 0), BM):
+    if p_bias is not None:
+        p_bias += item * bias_strides[0] + head * bias_strides[1] + block.to(tl.int64) * BN * bias_strides[3]
+    first = 0
+    if IS_CAUSAL:
+        # No query in front of these keys sees any of them.
+        first = block * BN
+        if p_bias is not None:
+            p_bias += block.to(tl.int64) * BN * bias_strides[2]
+    for start in tl.range(first, tl.where(block * BN < visible, num_queries, 0), BM):
         o_query = start + tl.arange(0, BM)
         m_query = o_query < num_queries
+        # (BN, 1) or (BN, BM)
+        m_score = m_key[:, None]
+        if IS_CAUSAL:
+            m_score = m_score & (o_key[:, None] <= o_query[None, :])
         # (BM, BD) each
         b_query = load_tile(p_query, o_query.to(tl.int64), m_query, query_strides[2], D, BD)
         b_grad_out = load_tile(p_grad_out, o_query.to(tl.int64), m_query, grad_out_strides[2], D, BD)
@@ -239,7 +277,13 @@ def key_value_gradient(
         b_lse = tl.load(p_lse + o_query, mask=m_query, other=float("inf"))
         # (BN, BM)
         b_scores = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION) * scale
-        b_probs = tl.where(m_key[:, None], tl.exp(b_scores - b_lse[None, :]), 0.0)
+        m_bias = m_score & m_query[None, :]
+        b_bias = load_bias(p_bias, tl.arange(0, BM)[None, :], tl.arange(0, BN)[:, None], m_bias, bias_strides)
+        if p_bias is not None:
+            p_bias += BM * bias_strides[2]
+        if b_bias is not None:
+            b_scores += b_bias
+        b_probs = tl.where(m_score, tl.exp(b_scores - b_lse[None, :]), 0.0)
         if p_seed is not None:
             keep = keep_mask(p_seed, item_head, o_query[None, :], FIRST_COLUMN + o_key[:, None], dropout_p)
             b_dropped = tl.where(keep, b_probs * keep_scale, 0.0)

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Blocks of attention kernels: tiles, dropout, and the online softmax."""
+"""Attention over [prompts; tokens], and the blocks that every attention kernel is made of."""
 
 import triton
 import triton.language as tl
@@ -35,6 +35,18 @@ def visible_tokens(p_lengths, item, num_keys):
 
 
 @triton.jit
+def load_bias(p_bias, i_query, i_key, mask, strides):
+    """Bias at i_query x i_key of the block that p_bias points to; one is a row, the other a column. None without a bias.
+
+    Offsets within a block have 32 bits, as 64 for each score would fill the registers.
+    """
+    if p_bias is None:
+        return None
+    else:
+        return tl.load(p_bias + (i_query * strides[2] + i_key * strides[3]), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def keep_mask(p_seed, item_head, o_query, o_column, dropout_p):
     """Which of the attention probabilities at o_query x o_column survive dropout; one of the two is a row, the other a column.
 
@@ -54,7 +66,8 @@ def attend(
     b_out,
     b_max,
     b_sum,
-    m_key,
+    m_score,
+    b_bias,
     o_query,
     o_column,
     scale_log2,
@@ -63,13 +76,15 @@ def attend(
     dropout_p,
     PRECISION: tl.constexpr,
 ):
-    """One step of the online softmax: attend to a block of keys (BN,BD); columns where `m_key` is false are hidden.
+    """One step of the online softmax: attend to a block of keys (BN,BD), to those that `m_score` (1|BM,BN) shows.
 
     b_out (BM,BD) sums exp2(score - b_max) * value, b_sum (BM,) the same without value.
     """
     # (BM, BN), in units of log 2
     b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2
-    b_scores = tl.where(m_key[None, :], b_scores, float("-inf"))
+    if b_bias is not None:
+        b_scores += b_bias * 1.4426950408889634
+    b_scores = tl.where(m_score, b_scores, float("-inf"))
     b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
     # A row whose scores are all -inf so far stays at zero; -inf - -inf would be NaN.
     b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
@@ -80,3 +95,212 @@ def attend(
         b_probs = tl.where(keep_mask(p_seed, item_head, o_query[:, None], o_column[None, :], dropout_p), b_probs, 0.0)
     b_out = tl.dot(b_probs.to(b_value.dtype), b_value, b_out * b_decay[:, None], input_precision=PRECISION)
     return b_out, b_new_max, b_sum
+
+
+@triton.jit
+def attend_tokens(
+    b_query,
+    p_key,
+    p_value,
+    p_bias,
+    p_seed,
+    b_out,
+    b_max,
+    b_sum,
+    key_strides,
+    value_strides,
+    bias_strides,
+    item_head,
+    block,
+    num_queries,
+    visible,
+    scale_log2,
+    dropout_p,
+    IS_CAUSAL: tl.constexpr,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Block number `block` of the queries attends to the first `visible` tokens, which stand behind N prompts."""
+    item = (item_head // H).to(tl.int64)
+    head = (item_head % H).to(tl.int64)
+    o_query = block * BM + tl.arange(0, BM)
+    p_key += item * key_strides[0] + head * key_strides[1]
+    p_value += item * value_strides[0] + head * value_strides[1]
+    if p_bias is not None:
+        p_bias += item * bias_strides[0] + head * bias_strides[1] + block.to(tl.int64) * BM * bias_strides[2]
+    for start in tl.range(0, visible, BN):
+        o_key = start + tl.arange(0, BN)
+        m_key = o_key < visible
+        # (1, BN) or (BM, BN)
+        m_score = m_key[None, :]
+        if IS_CAUSAL:
+            m_score = m_score & (o_key[None, :] <= o_query[:, None])
+        # (BN, BD) each; hidden tokens are not read, whatever they hold
+        b_key = load_tile(p_key, o_key.to(tl.int64), m_key, key_strides[2], D, BD)
+        b_value = load_tile(p_value, o_key.to(tl.int64), m_key, value_strides[2], D, BD)
+        m_bias = m_score & (o_query < num_queries)[:, None]
+        b_bias = load_bias(p_bias, tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], m_bias, bias_strides)
+        if p_bias is not None:
+            p_bias += BN * bias_strides[3]
+        b_out, b_max, b_sum = attend(
+            b_query,
+            b_key,
+            b_value,
+            b_out,
+            b_max,
+            b_sum,
+            m_score,
+            b_bias,
+            o_query,
+            N + o_key,
+            scale_log2,
+            p_seed,
+            item_head,
+            dropout_p,
+            PRECISION,
+        )
+    return b_out, b_max, b_sum
+
+
+@triton.jit
+def store_output(
+    p_out,
+    p_lse,
+    p_seed,
+    b_out,
+    b_max,
+    b_sum,
+    item_head,
+    o_query,
+    num_queries,
+    keep_scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """End the online softmax: out, laid out as (B,Lq,H,D), and lse (B,H,Lq) of BM queries of one item and head."""
+    item = (item_head // H).to(tl.int64)
+    head = (item_head % H).to(tl.int64)
+    m_query = o_query < num_queries
+    # A row without any visible key sums to 0: its output is 0, and lse = +inf makes its gradients 0.
+    b_lse = tl.where(b_sum == 0.0, float("inf"), b_max * 0.6931471805599453 + tl.log(tl.where(b_sum == 0.0, 1.0, b_sum)))
+    b_out /= tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    if p_seed is not None:
+        b_out *= keep_scale
+    p_out += (item * num_queries * H + head) * D
+    store_tile(p_out, o_query.to(tl.int64), m_query, H * D, b_out, D, BD)
+    tl.store(p_lse + item_head.to(tl.int64) * num_queries + o_query, b_lse, mask=m_query)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def prompt_attention_forward(
+    p_query,
+    p_key,
+    p_value,
+    p_prompt_key,
+    p_prompt_value,
+    p_lengths,
+    p_bias,
+    p_seed,
+    p_out,
+    p_lse,
+    query_strides,
+    key_strides,
+    value_strides,
+    prompt_strides,
+    bias_strides,
+    num_queries,
+    num_keys,
+    scale_log2,
+    dropout_p,
+    keep_scale,
+    IS_CAUSAL: tl.constexpr,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: BM queries of one item and head.
+
+    scale_log2 is the scale of the scores times log2(e), keep_scale is 1 / (1 - dropout_p).
+    """
+    blocks = tl.cdiv(num_queries, BM)
+    item_head = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    item = (item_head // H).to(tl.int64)
+    head = (item_head % H).to(tl.int64)
+    o_query = block * BM + tl.arange(0, BM)
+    # (BM, BD)
+    p_query += item * query_strides[0] + head * query_strides[1]
+    b_query = load_tile(p_query, o_query.to(tl.int64), o_query < num_queries, query_strides[2], D, BD)
+    b_out = tl.zeros([BM, BD], tl.float32)
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+
+    p_prompt_key += item * prompt_strides[0] + head * prompt_strides[1]
+    p_prompt_value += item * prompt_strides[0] + head * prompt_strides[1]
+    for first in tl.range(0, N, BP, num_stages=1):
+        o_prompt = first + tl.arange(0, BP)
+        m_prompt = o_prompt < N
+        # (BP, BD) each
+        b_prompt_key = load_tile(p_prompt_key, o_prompt, m_prompt, prompt_strides[2], D, BD).to(b_query.dtype)
+        b_prompt_value = load_tile(p_prompt_value, o_prompt, m_prompt, prompt_strides[2], D, BD).to(b_query.dtype)
+        b_out, b_max, b_sum = attend(
+            b_query,
+            b_prompt_key,
+            b_prompt_value,
+            b_out,
+            b_max,
+            b_sum,
+            m_prompt[None, :],
+            None,
+            o_query,
+            o_prompt,
+            scale_log2,
+            p_seed,
+            item_head,
+            dropout_p,
+            PRECISION,
+        )
+
+    visible = visible_tokens(p_lengths, item, num_keys)
+    if IS_CAUSAL:
+        # No query of this block sees what lies behind its last one.
+        visible = tl.minimum(visible, block * BM + BM)
+    b_out, b_max, b_sum = attend_tokens(
+        b_query,
+        p_key,
+        p_value,
+        p_bias,
+        p_seed,
+        b_out,
+        b_max,
+        b_sum,
+        key_strides,
+        value_strides,
+        bias_strides,
+        item_head,
+        block,
+        num_queries,
+        visible,
+        scale_log2,
+        dropout_p,
+        IS_CAUSAL,
+        H,
+        N,
+        D,
+        BD,
+        BM,
+        BN,
+        PRECISION,
+    )
+    store_output(p_out, p_lse, p_seed, b_out, b_max, b_sum, item_head, o_query, num_queries, keep_scale, H, D, BD)

@@ -1,14 +1,15 @@
-"""Launch configurations of attention kernels, and the launcher of the backward. Triton is imported by the first call."""
+"""Launchers of the attention kernels, and their configurations. Triton is imported by the first call."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mope_kernels._ops import empty_heads_last
+from mope_kernels._ops import PROMPT_ATTENTION_GRADIENTS, empty_heads_last, not_needed, triton_kernel
 from mope_kernels._triton import cdiv, last_contiguous, launch, next_power_of_2
 
 
@@ -33,11 +34,23 @@ _FLOAT = {
     64: (Blocks(16, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2)),
     128: (Blocks(16, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2)),
 }
+# A bias takes registers for each score, and in float32 so does a causal mask.
+_BIASED_HALF = {
+    64: (Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2)),
+    128: (Blocks(32, 32, 4, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 4, 2)),
+}
+_MASKED_FLOAT = {
+    32: (Blocks(32, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(32, 16, 4, 2)),
+    128: (Blocks(16, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 16, 4, 2)),
+}
 
 
-def blocks_for(query: Tensor) -> tuple[Blocks, Blocks, Blocks]:
-    """Static configurations by head_dim and dtype; short queries get smaller blocks."""
-    table = _FLOAT if query.dtype == torch.float32 else _HALF
+def blocks_for(query: Tensor, *, biased: bool = False, is_causal: bool = False) -> tuple[Blocks, Blocks, Blocks]:
+    """Static configurations by head_dim, dtype and mask; short queries get smaller blocks."""
+    if query.dtype == torch.float32:
+        table = _MASKED_FLOAT if biased or is_causal else _FLOAT
+    else:
+        table = _BIASED_HALF if biased else _HALF
     queries = max(next_power_of_2(query.shape[2]), 16)
     forward, query_gradient, key_gradient = next(blocks for width, blocks in table.items() if query.shape[3] <= width)
     return (
@@ -62,6 +75,12 @@ def keep_scale(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
+def same_strides(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values that are read with one set of strides."""
+    key, value = last_contiguous(key), last_contiguous(value)
+    return (key, value) if key.stride() == value.stride() else (key.contiguous(), value.contiguous())
+
+
 def attention_backward(
     grad_out: Tensor,
     out: Tensor,
@@ -76,11 +95,14 @@ def attention_backward(
     scale: float,
     dropout_p: float,
     need: Collection[str],
+    *,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
 ) -> dict[str, Tensor]:
     """Gradients of attention over [prompts; tokens] of those in `need`: query, key, value, prompt_key, prompt_value.
 
     prompt_key and prompt_value are (B,H,N,D) in the dtype of query and share their strides; their gradients are float32. Those
-    of query, key and value are laid out as (B,L,H,D).
+    of query, key and value are laid out as (B,L,H,D). `bias` is (B,H,Lq,Lk).
     """
     from ._backward import key_value_gradient, output_products, query_gradient
 
@@ -89,7 +111,7 @@ def attention_backward(
     grad_out = last_contiguous(grad_out)
     # As the forward wrote it, unless somebody saved a copy.
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    _, query_blocks, key_blocks = blocks_for(query)
+    _, query_blocks, key_blocks = blocks_for(query, biased=bias is not None, is_causal=is_causal)
     sizes = {"H": heads, "D": width, "BD": next_power_of_2(width)}
     precision = dot_precision(query)
     found: dict[str, Tensor] = {}
@@ -121,6 +143,7 @@ def attention_backward(
             prompt_key,
             prompt_value,
             lengths,
+            bias,
             seed,
             lse,
             delta,
@@ -130,12 +153,14 @@ def attention_backward(
             key.stride()[:3],
             value.stride()[:3],
             prompt_key.stride()[:3],
+            None if bias is None else bias.stride(),
             grad_out.stride()[:3],
             num_queries,
             num_keys,
             scale,
             dropout_p,
             keep_scale(dropout_p),
+            IS_CAUSAL=is_causal,
             N=num_prompts,
             **sizes,
             # Fewer columns for 8 warps would take more shared memory than AMD has, to hand rows over between warps.
@@ -147,7 +172,16 @@ def attention_backward(
             num_stages=query_blocks.num_stages,
         )
 
-    def keys_and_values(prefix: str, key: Tensor, value: Tensor, lengths: Tensor | None, first: int, block: int) -> None:
+    def keys_and_values(
+        prefix: str,
+        key: Tensor,
+        value: Tensor,
+        lengths: Tensor | None,
+        bias: Tensor | None,
+        is_causal: bool,
+        first: int,
+        block: int,
+    ) -> None:
         grad_key, grad_value = found.get(f"{prefix}key"), found.get(f"{prefix}value")
         grad = grad_key if grad_value is None else grad_value
         if grad is None:
@@ -159,6 +193,7 @@ def attention_backward(
             key,
             value,
             lengths,
+            bias,
             seed,
             lse,
             delta,
@@ -168,6 +203,7 @@ def attention_backward(
             query.stride()[:3],
             key.stride()[:3],
             value.stride()[:3],
+            None if bias is None else bias.stride(),
             grad_out.stride()[:3],
             grad.stride()[:3],
             num_queries,
@@ -175,6 +211,7 @@ def attention_backward(
             scale,
             dropout_p,
             keep_scale(dropout_p),
+            IS_CAUSAL=is_causal,
             FIRST_COLUMN=first,
             **sizes,
             BM=key_blocks.queries,
@@ -185,8 +222,150 @@ def attention_backward(
         )
 
     found |= {name: empty_heads_last(key, *key.shape) for name in ("key", "value") if name in need}
-    keys_and_values("", key, value, lengths, num_prompts, key_blocks.keys)
+    keys_and_values("", key, value, lengths, bias, is_causal, num_prompts, key_blocks.keys)
     # The prompts are one more block of keys, which every query sees.
-    found |= {name: torch.empty_like(prompt_key, dtype=torch.float32) for name in ("prompt_key", "prompt_value") if name in need}
-    keys_and_values("prompt_", prompt_key, prompt_value, None, 0, min(prompt_block(num_prompts, width), key_blocks.keys))
+    found |= {
+        name: prompt_key.new_empty(prompt_key.shape, dtype=torch.float32) for name in ("prompt_key", "prompt_value") if name in need
+    }
+    prompt_keys = min(prompt_block(num_prompts, width), key_blocks.keys)
+    keys_and_values("prompt_", prompt_key, prompt_value, None, None, False, 0, prompt_keys)
     return found
+
+
+class _Inputs(NamedTuple):
+    """The arguments of `prompt_attention` as the kernels take them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    # (B,H,P,D), with a stride of 0 over the items that share their prompts
+    prompt_key: Tensor
+    prompt_value: Tensor
+    lengths: Tensor | None
+    # (B,H,Lq,Lk), with a stride of 0 along axes that it is broadcast over
+    bias: Tensor | None
+    seed: Tensor | None
+
+
+def _prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths: Tensor | None,
+    attn_bias: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> _Inputs:
+    if dropout_p and seed is None:
+        raise ValueError(f"prompt_attention: dropout_p={dropout_p} needs a seed, an int64 tensor of shape (1,) on {query.device}")
+    query, key, value = (last_contiguous(t) for t in (query, key, value))
+    prompt_key, prompt_value = (t.expand(query.shape[0], -1, -1, -1) for t in same_strides(prompt_key, prompt_value))
+    bias = None if attn_bias is None else attn_bias.expand(*query.shape[:3], key.shape[2])
+    # No block has more than 128 rows or columns, and offsets within it have 32 bits.
+    if bias is not None and max(bias.stride()[2:]) >= 2**24:
+        bias = bias.contiguous()
+    return _Inputs(query, key, value, prompt_key, prompt_value, lengths, bias, seed if dropout_p else None)
+
+
+@triton_kernel("prompt_attention")
+def prompt_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths: Tensor | None,
+    attn_bias: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    from ._forward import prompt_attention_forward
+
+    inputs = _prepare(query, key, value, prompt_key, prompt_value, lengths, attn_bias, seed, dropout_p)
+    batch, heads, num_queries, width = query.shape
+    num_prompts = prompt_key.shape[2]
+    out = empty_heads_last(query, batch, heads, num_queries, width)
+    lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=query.device)
+    blocks, _, _ = blocks_for(query, biased=attn_bias is not None, is_causal=is_causal)
+    if dropout_p:
+        # Random numbers take registers for each score as well.
+        blocks = blocks._replace(keys=min(blocks.keys, 32))
+    launch(
+        prompt_attention_forward,
+        batch * heads * cdiv(num_queries, blocks.queries),
+        *inputs,
+        out,
+        lse,
+        inputs.query.stride()[:3],
+        inputs.key.stride()[:3],
+        inputs.value.stride()[:3],
+        inputs.prompt_key.stride()[:3],
+        None if inputs.bias is None else inputs.bias.stride(),
+        num_queries,
+        key.shape[2],
+        scale * math.log2(math.e),
+        dropout_p,
+        keep_scale(dropout_p),
+        IS_CAUSAL=is_causal,
+        H=heads,
+        N=num_prompts,
+        D=width,
+        BD=next_power_of_2(width),
+        BP=prompt_block(num_prompts, width),
+        BM=blocks.queries,
+        BN=blocks.keys,
+        PRECISION=dot_precision(query),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+    )
+    return out, lse
+
+
+@triton_kernel("prompt_attention_backward")
+def prompt_attention_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths: Tensor | None,
+    attn_bias: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    need = {name for bit, name in enumerate(PROMPT_ATTENTION_GRADIENTS) if needs >> bit & 1}
+    # Here the prompts are not converted by the kernels: these have no registers left for it.
+    prompts = (prompt_key.to(query.dtype), prompt_value.to(query.dtype))
+    inputs = _prepare(query, key, value, *prompts, lengths, attn_bias, seed, dropout_p)
+    found = attention_backward(
+        grad_out,
+        out,
+        lse,
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.prompt_key,
+        inputs.prompt_value,
+        inputs.lengths,
+        inputs.seed,
+        scale,
+        dropout_p,
+        need,
+        bias=inputs.bias,
+        is_causal=is_causal,
+    )
+    for name, like in (("prompt_key", prompt_key), ("prompt_value", prompt_value)):
+        if name in need:
+            # Prompts that the items share get the sum over the items.
+            found[name] = found[name].sum_to_size(like.shape).to(like.dtype)
+    return tuple(found[name] if name in need else not_needed(grad_out) for name in PROMPT_ATTENTION_GRADIENTS)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mope_kernels import _extension
 from mope_kernels.impl import interpreting
@@ -100,3 +101,17 @@ def check(
                 pooled[f"gradient of {name}"].append(tuple(triple))
     for name, triples in pooled.items():
         assert_accurate(name, triples, BACKWARD if name.startswith("gradient") else FORWARD)
+
+
+class RecordResults(TorchDispatchMode):
+    """Keeps what one raw op returned."""
+
+    def __init__(self, op: torch._ops.OpOverload) -> None:
+        super().__init__()
+        self.op, self.results = op, ()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is self.op:
+            self.results = out
+        return out

@@ -7,11 +7,12 @@ import torch
 
 import mope_kernels
 from mope_kernels import ExpertBank
-from mope_kernels._ops import MOPE_ATTENTION_GRADIENTS
+from mope_kernels._ops import MOPE_ATTENTION_GRADIENTS, PROMPT_ATTENTION_GRADIENTS
 
 from .numerics import DEVICE, implementations
 from .test_mix_prompts import example as mix_example
 from .test_mope_attention import example, run
+from .test_prompt_attention import example as prompt_attention_example
 
 
 @implementations("cpu", "triton")
@@ -43,6 +44,42 @@ def test_opcheck(impl, top_k):
         torch.library.opcheck(ops.importance_loss.default, (probs, 0.1), test_utils=tests)
         loss, load = ops.importance_loss.default(probs, 0.1)
         torch.library.opcheck(ops.importance_loss_backward.default, (loss, load, 0.1), test_utils=tests)
+
+
+@implementations("triton")
+@pytest.mark.parametrize("shared", [{}, {"shared": True}], ids=["own", "shared"])
+def test_opcheck_of_prompt_attention(impl, shared):
+    tests = ("test_schema", "test_faketensor")
+    tensors, _ = prompt_attention_example(torch.float16, DEVICE[impl], lengths=[9, 4], bias=(9, 9), **shared)
+    tensors |= {name: tensors[name].float() for name in ("prompt_key", "prompt_value")}
+    seed = torch.zeros(1, dtype=torch.int64, device=DEVICE[impl])
+    inputs = (*tensors.values(), seed, True, 0.25, 0.5)
+    torch.library.opcheck(torch.ops.mope_triton.prompt_attention.default, inputs, test_utils=tests)
+    out, lse = torch.ops.mope_triton.prompt_attention.default(*inputs)
+    for needs in (0, 1, 0b01010, 2 ** len(PROMPT_ATTENTION_GRADIENTS) - 1):
+        arguments = (torch.ones_like(out), out, lse, *inputs, needs)
+        torch.library.opcheck(torch.ops.mope_triton.prompt_attention_backward.default, arguments, test_utils=tests)
+
+
+@implementations("triton")
+def test_prompt_attention_compiles_whole_and_once(impl):
+    def step(*tensors):
+        return mope_kernels.prompt_attention(*tensors, is_causal=True, impl=impl).square().sum()
+
+    def inputs(batch: int):
+        shapes = (*[(batch, 2, 5, 16)] * 3, *[(1, 2, 3, 16)] * 2)
+        return tuple(torch.randn(*s, device=DEVICE[impl]).requires_grad_() for s in shapes)
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n, batch in enumerate((7, 6, 9)):
+        tensors = inputs(batch)
+        with torch._dynamo.config.patch(error_on_recompile=n > 0):
+            loss = compiled(*tensors)
+        eager = step(*tensors)
+        torch.testing.assert_close(loss, eager)
+        for a, b in zip(torch.autograd.grad(loss, tensors), torch.autograd.grad(eager, tensors), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @implementations("reference", "cpu", "triton")
@@ -84,4 +121,8 @@ def test_the_chosen_kernel_runs(impl):
 
     with Record():
         run(impl, options, **tensors)
+        if impl == "triton":
+            tensors, options = prompt_attention_example(torch.float32, DEVICE[impl])
+            mope_kernels.prompt_attention(**tensors, **options, impl=impl)
     assert f"mope_{impl}.mope_attention.default" in called
+    assert (f"mope_{impl}.prompt_attention.default" in called) == (impl == "triton")

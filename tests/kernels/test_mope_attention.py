@@ -11,7 +11,7 @@ from mope_kernels import ExpertBank, reference
 from mope_kernels._ops import MOPE_ATTENTION_GRADIENTS
 from mope_kernels.testing import strided_variants
 
-from .numerics import DEVICE, GPU, check, dtypes_of, implementations
+from .numerics import DEVICE, GPU, RecordResults, check, dtypes_of, implementations
 
 BASE = {
     "batch": 2, "heads": 2, "queries": 9, "keys": 9, "width": 16, "experts": 4, "prompts": 3, "static": 2, "instance": 1,
@@ -176,20 +176,6 @@ def test_only_what_needs_a_gradient_is_computed(impl):
         assert computed == set(wanted)
         seen.append(computed)
     assert len(seen) == 5
-
-
-class RecordResults(torch.utils._python_dispatch.TorchDispatchMode):
-    """Keeps what one raw op returned."""
-
-    def __init__(self, op: torch._ops.OpOverload) -> None:
-        super().__init__()
-        self.op, self.results = op, ()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func is self.op:
-            self.results = out
-        return out
 
 
 @implementations("cpu", "triton")

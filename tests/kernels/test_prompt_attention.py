@@ -8,9 +8,11 @@ from torch import Tensor
 
 import mope_kernels
 from mope_kernels import reference
+from mope_kernels._ops import PROMPT_ATTENTION_GRADIENTS
+from mope_kernels.prompt_attention import TRITON_HEAD_DIMS
 from mope_kernels.testing import strided_variants
 
-from .numerics import DEVICE, check, dtypes_of, implementations
+from .numerics import DEVICE, RecordResults, check, dtypes_of, implementations
 
 BASE = {
     "batch": 2,
@@ -34,13 +36,23 @@ CASES = {
     "causal": {"is_causal": True},
     "causal, padded": {"is_causal": True, "lengths": [3, 9]},
     "other queries": {"queries": 4},
+    "causal, biased, several blocks": {
+        "batch": 1,
+        "heads": 1,
+        "queries": 150,
+        "keys": 150,
+        "is_causal": True,
+        "lengths": [140],
+        "bias": (150, 150),
+    },
     "no prompts": {"prompts": 0},
+    "several blocks of prompts": {"prompts": 70, "heads": 1},
     "no tokens": {"keys": 0},
     "odd head": {"width": 72, "heads": 1},
     "empty batch": {"batch": 0},
     "long": {"batch": 1, "heads": 1, "queries": 70, "keys": 133, "lengths": [130]},
 }
-NAMES = "query key value prompt_key prompt_value"
+NAMES = " ".join(PROMPT_ATTENTION_GRADIENTS)
 
 
 def example(dtype: torch.dtype, device: str, **changes: object) -> tuple[dict[str, Tensor | None], dict[str, object]]:
@@ -59,7 +71,7 @@ def example(dtype: torch.dtype, device: str, **changes: object) -> tuple[dict[st
     return tensors, {"is_causal": size["is_causal"], "scale": 0.3}
 
 
-@implementations("sdpa")
+@implementations("sdpa", "triton")
 @pytest.mark.parametrize("case", CASES)
 def test_matches_float64(impl, case):
     for dtype in dtypes_of(impl):
@@ -72,10 +84,10 @@ def test_matches_float64(impl, case):
         )
 
 
-@implementations("sdpa")
-@pytest.mark.parametrize("name", NAMES.split())
+@implementations("sdpa", "triton")
+@pytest.mark.parametrize("name", [*NAMES.split(), "attn_bias"])
 def test_takes_any_strides(impl, name):
-    tensors, options = example(torch.float16, DEVICE[impl], lengths=[9, 4])
+    tensors, options = example(torch.float16, DEVICE[impl], lengths=[9, 4], bias=(2, 1, 9, 9) if name == "attn_bias" else None)
     for layout in strided_variants(tensors[name]):
         check(
             lambda **t: (mope_kernels.prompt_attention(**t, **options, impl=impl),),
@@ -85,13 +97,13 @@ def test_takes_any_strides(impl, name):
         )
 
 
-@implementations("reference", "sdpa")
+@implementations("reference", "sdpa", "triton")
 def test_output_is_ready_for_the_projection(impl):
     tensors, options = example(torch.float16, DEVICE[impl])
     assert mope_kernels.prompt_attention(**tensors, **options, impl=impl).transpose(1, 2).is_contiguous()
 
 
-@implementations("reference", "sdpa")
+@implementations("reference", "sdpa", "triton")
 def test_padding_may_hold_anything(impl):
     tensors, options = example(torch.float16, DEVICE[impl], lengths=[4, 0])
 
@@ -106,6 +118,165 @@ def test_padding_may_hold_anything(impl):
 
     for clean, poisoned in zip(gradients(0.0), gradients(math.nan), strict=True):
         assert torch.equal(clean, poisoned)
+
+
+@implementations("sdpa", "triton")
+@pytest.mark.parametrize("shared", [{}, {"shared": True}], ids=["own", "shared"])
+def test_prompts_of_another_dtype(impl, shared):
+    tensors, options = example(torch.float16, DEVICE[impl], **shared)
+    tensors |= {name: tensors[name].float() for name in ("prompt_key", "prompt_value")}
+    check(
+        lambda **t: (mope_kernels.prompt_attention(**t, **options, impl=impl),),
+        lambda **t: (reference.prompt_attention(**t, **options),),
+        tensors,
+        grads_for=NAMES,
+    )
+
+
+@implementations("reference", "triton")
+@pytest.mark.parametrize("hide", ["lengths", "bias"])
+def test_nothing_visible_gives_zero(impl, hide):
+    tensors, options = example(torch.float32, DEVICE[impl], prompts=0, lengths=[0 if hide == "lengths" else 9, 3])
+    if hide == "bias":
+        tensors["attn_bias"] = torch.zeros(2, 1, 1, 9, device=DEVICE[impl])
+        tensors["attn_bias"][0] = -math.inf
+    leaves = [tensors[n].requires_grad_() for n in ("query", "key", "value")]
+    out = mope_kernels.prompt_attention(**tensors, **options, impl=impl)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert all(torch.equal(t[0], torch.zeros_like(t[0])) and t.isfinite().all() for t in (out, *grads))
+    assert (out[1] != 0).any()
+
+
+@implementations("reference", "sdpa", "triton")
+@pytest.mark.parametrize("name", ["query", "key", "prompt_value", "attn_bias"])
+def test_nan_stays_in_its_item(impl, name):
+    tensors, options = example(torch.float16, DEVICE[impl], batch=3, bias=(3, 1, 9, 9))
+    clean = mope_kernels.prompt_attention(**tensors, **options, impl=impl)
+    tensors[name][1, 0] = math.nan
+    poisoned = mope_kernels.prompt_attention(**tensors, **options, impl=impl)
+    assert torch.equal(poisoned[[0, 2]], clean[[0, 2]]) and poisoned[1].isnan().any()
+
+
+@implementations("triton")
+@pytest.mark.parametrize("width", TRITON_HEAD_DIMS)
+def test_any_head_dim(impl, width):
+    for dtype in dtypes_of(impl):
+        draws = [example(dtype, DEVICE[impl], batch=1, heads=1, queries=5, keys=5, width=width) for _ in range(2)]
+        options = draws[0][1] | {"is_causal": True}
+        check(
+            lambda options=options, **t: (mope_kernels.prompt_attention(**t, **options, impl=impl),),
+            lambda options=options, **t: (reference.prompt_attention(**t, **options),),
+            *(tensors for tensors, _ in draws),
+            grads_for=NAMES,
+        )
+
+
+def test_triton_refuses_other_head_dims():
+    tensors, _ = example(torch.float32, "cpu", width=24)
+    with pytest.raises(ValueError, match=r"head_dim must be one of 16, .* got 24"):
+        mope_kernels.prompt_attention(**tensors, impl="triton")
+
+
+@implementations("triton")
+def test_only_what_needs_a_gradient_is_computed(impl):
+    tensors, options = example(torch.float32, DEVICE[impl], shared=True)
+    op = torch.ops.mope_triton.prompt_attention_backward.default
+    for wanted in (["query"], ["key"], ["value"], ["prompt_key"], ["prompt_value"], NAMES.split()):
+        inputs = {n: None if t is None else t.clone().requires_grad_(n in wanted) for n, t in tensors.items()}
+        with RecordResults(op) as record:
+            out = mope_kernels.prompt_attention(**inputs, **options, impl=impl)
+            torch.autograd.grad(out.sum(), [inputs[n] for n in wanted])
+        assert [n for n, g in zip(PROMPT_ATTENTION_GRADIENTS, record.results, strict=True) if g.numel()] == wanted
+
+
+@implementations("triton")
+def test_bitwise_repeatable(impl):
+    tensors, options = example(torch.float32, DEVICE[impl], batch=5, shared=True, bias=(9, 9), lengths=[9, 3, 0, 5, 8])
+
+    def once():
+        inputs = {n: None if t is None else t.clone().requires_grad_(n in NAMES.split()) for n, t in tensors.items()}
+        out = mope_kernels.prompt_attention(**inputs, **options, impl=impl)
+        return out, *torch.autograd.grad(out.square().sum(), [inputs[n] for n in NAMES.split()])
+
+    first = once()
+    assert all(torch.equal(a, b) for _ in range(2) for a, b in zip(first, once(), strict=True))
+
+
+@implementations("triton")
+def test_dropout_and_its_gradients(impl):
+    """Values that are rows of the identity make the output show the attention probabilities, and so what was dropped."""
+    dropout_p, prompts, tokens, device = 0.3, 4, 40, DEVICE[impl]
+    tensors, _ = example(
+        torch.float32, device, width=48, queries=tokens, keys=tokens, prompts=prompts, lengths=[40, 21], bias=(40, 40), shared=True
+    )
+    names = NAMES.split()
+
+    def attend(values: dict[str, Tensor], seed: int, dropout_p: float) -> tuple[Tensor, Tensor, tuple[object, ...]]:
+        given = {**tensors, **values}
+        options = (torch.tensor([seed], device=device), True, 0.3, dropout_p)
+        inputs = (*(given[n] for n in names), tensors["lengths"], tensors["attn_bias"], *options)
+        return *torch.ops.mope_triton.prompt_attention.default(*inputs), inputs
+
+    one_hot = torch.eye(prompts + tokens, 48, device=device)
+    shown = {"prompt_value": one_hot[:prompts].expand(1, 2, -1, -1), "value": one_hot[prompts:].expand(2, 2, -1, -1)}
+    probabilities = attend(shown, 7, 0.0)[0]
+    dropped = attend(shown, 7, dropout_p)[0]
+    torch.testing.assert_close(dropped, torch.where(dropped != 0, probabilities / (1 - dropout_p), 0.0))
+    visible = (probabilities != 0)[..., : prompts + tokens]
+    kept = (dropped != 0)[..., : prompts + tokens]
+    assert kept[visible].double().mean().item() == pytest.approx(1 - dropout_p, abs=0.03)
+    assert kept[..., :prompts].double().mean().item() == pytest.approx(1 - dropout_p, abs=0.06)
+    # Items, heads and seeds drop different entries; a seed always the same.
+    common = visible[0] & visible[1]
+    assert ((kept[0] != kept[1]) & common).any() and ((kept[:, 0] != kept[:, 1]) & visible[:, 0]).any()
+    assert torch.equal(attend(shown, 7, dropout_p)[0], dropped)
+    assert not torch.equal(attend(shown, 8, dropout_p)[0] != 0, dropped != 0)
+
+    # The same mask on other values, against plain PyTorch in float64.
+    exact = {name: tensors[name].double().requires_grad_() for name in names}
+    keys, values = (torch.cat([exact[f"prompt_{n}"].expand(2, -1, -1, -1), exact[n]], dim=2) for n in ("key", "value"))
+    bias = torch.nn.functional.pad(tensors["attn_bias"].double(), (prompts, 0))
+    scores = (exact["query"] @ keys.mT * 0.3 + bias).masked_fill(~visible, -math.inf)
+    expected = torch.where(kept, scores.softmax(-1) / (1 - dropout_p), 0.0) @ values
+    grad_out = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad(expected, [exact[name] for name in names], grad_out)
+
+    out, lse, inputs = attend({}, 7, dropout_p)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    grads = torch.ops.mope_triton.prompt_attention_backward.default(grad_out.float(), out, lse, *inputs, 0b11111)
+    for name, found, wanted in zip(names, grads, expected_grads, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@implementations("triton")
+def test_dropout_draws_a_new_mask_each_time_and_keeps_the_mean(impl):
+    query = torch.zeros(1, 1, 1024, 16, device=DEVICE[impl])
+    token = query[:, :, :1]
+    ones = torch.ones_like(token)
+    first, second = (
+        mope_kernels.prompt_attention(query, token, ones, token, ones, dropout_p=0.25, impl=impl)[0, 0, :, 0] for _ in range(2)
+    )
+    # Two columns of weight 1/2, each kept with probability 3/4 and then scaled by 4/3.
+    assert set(first.mul(3).round().int().tolist()) == {0, 2, 4}
+    assert first.mean().item() == pytest.approx(1.0, abs=0.05) and not torch.equal(first, second)
+
+
+@implementations("triton")
+def test_dropout_needs_a_seed(impl):
+    tensors, _ = example(torch.float32, DEVICE[impl])
+    with pytest.raises(ValueError, match=r"prompt_attention: dropout_p=0\.5 needs a seed"):
+        torch.ops.mope_triton.prompt_attention.default(*tensors.values(), None, False, 0.3, 0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_offsets_beyond_32_bits():
+    # 70,000 items and 2^31 elements of keys: past CUDA's limit on y and z, and past 32-bit offsets.
+    tensors, options = example(torch.float16, DEVICE["triton"], batch=70_000, heads=2, queries=1, keys=240, width=64)
+    out = mope_kernels.prompt_attention(**tensors, **options, impl="triton")
+    last = {name: None if t is None else t[-3:] for name, t in tensors.items()}
+    torch.testing.assert_close(out[-3:], reference.prompt_attention(**last, **options), rtol=1e-2, atol=1e-2)
 
 
 @implementations("reference", "sdpa")
