@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    values = {**os.environ, "OUT": str(out), **environment}
+    # This process may be one of several that pytest runs side by side, in which nothing is timed; the harness is none of them.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    values = {**inherited, "OUT": str(out), **environment}
     return subprocess.run([sys.executable, "-m", "bench.gpu"], cwd=ROOT, env=values, capture_output=True, text=True, check=False)
 
 
