@@ -106,6 +106,7 @@ def mope_attention_forward(
             b_sum,
             (o_prompt < N)[None, :],
             None,
+            0.0,
             o_query,
             o_prompt,
             scale_log2,

@@ -49,6 +49,7 @@ def query_gradient_step(
     b_value,
     b_grad,
     m_score,
+    p_bias,
     b_bias,
     o_query,
     o_column,
@@ -62,7 +63,7 @@ def query_gradient_step(
     """Add what one block of keys (BN,BD), of which `m_score` (1|BM,BN) shows some, gives to grad_query / scale (BM,BD)."""
     # (BM, BN) each
     b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
-    if b_bias is not None:
+    if p_bias is not None:
         b_scores += b_bias
     b_probs = tl.where(m_score, tl.exp(b_scores - b_lse[:, None]), 0.0)
     b_grad_probs = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION)
@@ -144,6 +145,7 @@ def query_gradient(
             b_grad,
             (o_prompt < N)[None, :],
             None,
+            0.0,
             o_query,
             o_prompt,
             scale,
@@ -184,6 +186,7 @@ def query_gradient(
             b_value,
             b_grad,
             m_score,
+            p_bias,
             b_bias,
             o_query,
             N + o_key,
@@ -280,9 +283,8 @@ def key_value_gradient(
         m_bias = m_score & m_query[None, :]
         b_bias = load_bias(p_bias, tl.arange(0, BM)[None, :], tl.arange(0, BN)[:, None], m_bias, bias_strides)
         if p_bias is not None:
-            p_bias += BM * bias_strides[2]
-        if b_bias is not None:
             b_scores += b_bias
+            p_bias += BM * bias_strides[2]
         b_probs = tl.where(m_score, tl.exp(b_scores - b_lse[None, :]), 0.0)
         if p_seed is not None:
             keep = keep_mask(p_seed, item_head, o_query[None, :], FIRST_COLUMN + o_key[:, None], dropout_p)

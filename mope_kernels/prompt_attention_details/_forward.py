@@ -36,12 +36,13 @@ def visible_tokens(p_lengths, item, num_keys):
 
 @triton.jit
 def load_bias(p_bias, i_query, i_key, mask, strides):
-    """Bias at i_query x i_key of the block that p_bias points to; one is a row, the other a column. None without a bias.
+    """Bias at i_query x i_key of the block that p_bias points to; one is a row, the other a column. A lone 0 without a bias.
 
     Offsets within a block have 32 bits, as 64 for each score would fill the registers.
     """
+    # Triton 3.6 lets no function return None inside a loop.
     if p_bias is None:
-        return None
+        return 0.0
     else:
         return tl.load(p_bias + (i_query * strides[2] + i_key * strides[3]), mask=mask, other=0.0).to(tl.float32)
 
@@ -67,6 +68,7 @@ def attend(
     b_max,
     b_sum,
     m_score,
+    p_bias,
     b_bias,
     o_query,
     o_column,
@@ -82,7 +84,7 @@ def attend(
     """
     # (BM, BN), in units of log 2
     b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2
-    if b_bias is not None:
+    if p_bias is not None:
         b_scores += b_bias * 1.4426950408889634
     b_scores = tl.where(m_score, b_scores, float("-inf"))
     b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
@@ -155,6 +157,7 @@ def attend_tokens(
             b_max,
             b_sum,
             m_score,
+            p_bias,
             b_bias,
             o_query,
             N + o_key,
@@ -263,6 +266,7 @@ def prompt_attention_forward(
             b_sum,
             m_prompt[None, :],
             None,
+            0.0,
             o_query,
             o_prompt,
             scale_log2,
