@@ -11,6 +11,7 @@ long as the last dimension is contiguous. `lengths` is int32 or int64, `seed` in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -66,7 +67,8 @@ SCHEMAS = {
     "importance_loss": "(Tensor probs, float threshold) -> (Tensor, Tensor)",
     # -> the gradient (K,) that every row of probs gets
     "importance_loss_backward": "(Tensor grad_loss, Tensor load, float threshold) -> Tensor",
-    # lse (B,H,Lq): natural logarithm of the sum of exponentials of the scaled scores; +inf where no key is visible
+    # lse (B,H,Lq): logarithm of the sum of exponentials of the scaled scores, +inf where no key is visible. For the backward of
+    # the same namespace only: natural and float32 in mope_cpu, to base 2 and float64 in mope_triton.
     "prompt_attention": f"({_PROMPT_ATTENTION_INPUTS}) -> (Tensor out, Tensor lse)",
     "prompt_attention_backward": f"(Tensor grad_out, Tensor out, Tensor lse, {_PROMPT_ATTENTION_INPUTS}, int needs)"
     f" -> ({', '.join(['Tensor'] * len(PROMPT_ATTENTION_GRADIENTS))})",
@@ -131,8 +133,8 @@ def _fake_importance_loss_backward(grad_loss: Tensor, load: Tensor, threshold: f
     return load.new_empty(load.shape)
 
 
-def _fake_prompt_attention(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return empty_heads_last(query, *query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+def _fake_prompt_attention(query: Tensor, *rest: Any, lse_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return empty_heads_last(query, *query.shape), query.new_empty(query.shape[:3], dtype=lse_dtype)
 
 
 def _fake_prompt_attention_backward(grad_out: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -149,12 +151,10 @@ def _fake_prompt_attention_backward(grad_out: Tensor, out: Tensor, lse: Tensor, 
 
 
 def _fake_mope_attention(
-    query: Tensor, key: Tensor, value: Tensor, logits: Tensor, noise: Tensor | None, *rest: Any
+    query: Tensor, key: Tensor, value: Tensor, logits: Tensor, noise: Tensor | None, *rest: Any, lse_dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     top_k = rest[-6]
-    batch, heads, length, width = query.shape
-    out = empty_heads_last(query, batch, heads, length, width)
-    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    out, lse = _fake_prompt_attention(query, lse_dtype=lse_dtype)
     return out, lse, *_fake_route(logits, noise, top_k, 1.0, False)
 
 
@@ -185,10 +185,15 @@ FAKES: dict[str, Callable[..., object]] = {
     "mope_attention_backward": _fake_mope_attention_backward,
 }
 
+LSE_DTYPES = {"mope_triton": torch.float64, "mope_cpu": torch.float32}
+
 for _namespace, _library in LIBRARIES.items():
     for _name, _schema in SCHEMAS.items():
         _library.define(_name + _schema)
-        torch.library.register_fake(f"{_namespace}::{_name}", FAKES[_name], lib=_library)
+        _fake = FAKES[_name]
+        if _name in ("prompt_attention", "mope_attention"):
+            _fake = functools.partial(_fake, lse_dtype=LSE_DTYPES[_namespace])
+        torch.library.register_fake(f"{_namespace}::{_name}", _fake, lib=_library)
 
 
 Launcher = TypeVar("Launcher", bound=Callable[..., object])

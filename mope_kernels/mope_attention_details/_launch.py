@@ -88,7 +88,7 @@ def mope_attention(
     batch, heads, num_queries, width = query.shape
     num_experts = logits.shape[1]
     out = empty_heads_last(query, batch, heads, num_queries, width)
-    lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=query.device)
+    lse = torch.empty(batch, heads, num_queries, dtype=torch.float64, device=query.device)
     probs, weights, indices = empty_routing(logits, top_k)
     blocks, _, _ = blocks_for(query)
     launch(

@@ -1,8 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Gradients of attention over [prompts; tokens]. Every sum is made by one program in a fixed order: no atomics.
 
-The probabilities P are rebuilt from the scores and the saved lse. In natural units: the larger a probability, the closer
-its score is to lse, and the less is lost where exp multiplies the difference by log2(e). With dP the gradient of the
+The probabilities P are rebuilt from the scores, rounded as in the forward, and the saved lse. With dP the gradient of the
 probabilities and delta = sum_d out * grad_out, that of the scores is dS = P * (dP - delta), and
 grad_query = scale * dS K, grad_key = scale * dS' Q, grad_value = P' grad_out.
 """
@@ -40,6 +39,17 @@ def output_products(
 
 
 @triton.jit
+def rebuild_probs(b_scores_log2, b_lse, PRECISION: tl.constexpr):
+    """exp2(score - lse) of scores and lse (float64) that broadcast."""
+    b_lse_high = b_lse.to(tl.float32)
+    b_difference = b_scores_log2 - b_lse_high
+    if PRECISION == "ieee":
+        # What float32 cannot hold of lse. Products of 16 bits have larger errors than that.
+        b_difference -= tl.where(b_lse_high == float("inf"), 0.0, b_lse - b_lse_high.to(tl.float64)).to(tl.float32)
+    return tl.exp2(b_difference)
+
+
+@triton.jit
 def query_gradient_step(
     b_query,
     b_grad_out,
@@ -53,7 +63,7 @@ def query_gradient_step(
     b_bias,
     o_query,
     o_column,
-    scale,
+    scale_log2,
     p_seed,
     item_head,
     dropout_p,
@@ -62,10 +72,10 @@ def query_gradient_step(
 ):
     """Add what one block of keys (BN,BD), of which `m_score` (1|BM,BN) shows some, gives to grad_query / scale (BM,BD)."""
     # (BM, BN) each
-    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
+    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2
     if p_bias is not None:
-        b_scores += b_bias
-    b_probs = tl.where(m_score, tl.exp(b_scores - b_lse[:, None]), 0.0)
+        b_scores += b_bias * 1.4426950408889634
+    b_probs = tl.where(m_score, rebuild_probs(b_scores, b_lse[:, None], PRECISION), 0.0)
     b_grad_probs = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION)
     if p_seed is not None:
         keep = keep_mask(p_seed, item_head, o_query[:, None], o_column[None, :], dropout_p)
@@ -97,6 +107,7 @@ def query_gradient(
     num_queries,
     num_keys,
     scale,
+    scale_log2,
     dropout_p,
     keep_scale,
     IS_CAUSAL: tl.constexpr,
@@ -122,7 +133,7 @@ def query_gradient(
     b_query = load_tile(p_query, o_query.to(tl.int64), m_query, query_strides[2], D, BD)
     p_grad_out += item * grad_out_strides[0] + head * grad_out_strides[1]
     b_grad_out = load_tile(p_grad_out, o_query.to(tl.int64), m_query, grad_out_strides[2], D, BD)
-    # (BM,) each; exp(score - inf) = 0 for rows that are not there
+    # (BM,) each; exp2(score - inf) = 0 for rows that are not there
     o_row = item_head.to(tl.int64) * num_queries + o_query
     b_lse = tl.load(p_lse + o_row, mask=m_query, other=float("inf"))
     b_delta = tl.load(p_delta + o_row, mask=m_query, other=0.0)
@@ -148,7 +159,7 @@ def query_gradient(
             0.0,
             o_query,
             o_prompt,
-            scale,
+            scale_log2,
             p_seed,
             item_head,
             dropout_p,
@@ -190,7 +201,7 @@ def query_gradient(
             b_bias,
             o_query,
             N + o_key,
-            scale,
+            scale_log2,
             p_seed,
             item_head,
             dropout_p,
@@ -223,6 +234,7 @@ def key_value_gradient(
     num_queries,
     num_keys,
     scale,
+    scale_log2,
     dropout_p,
     keep_scale,
     IS_CAUSAL: tl.constexpr,
@@ -276,16 +288,16 @@ def key_value_gradient(
         # (BM, BD) each
         b_query = load_tile(p_query, o_query.to(tl.int64), m_query, query_strides[2], D, BD)
         b_grad_out = load_tile(p_grad_out, o_query.to(tl.int64), m_query, grad_out_strides[2], D, BD)
-        # (BM,); exp(score - inf) = 0 for rows that are not there
+        # (BM,); exp2(score - inf) = 0 for rows that are not there
         b_lse = tl.load(p_lse + o_query, mask=m_query, other=float("inf"))
         # (BN, BM)
-        b_scores = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION) * scale
+        b_scores = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION) * scale_log2
         m_bias = m_score & m_query[None, :]
         b_bias = load_bias(p_bias, tl.arange(0, BM)[None, :], tl.arange(0, BN)[:, None], m_bias, bias_strides)
         if p_bias is not None:
-            b_scores += b_bias
+            b_scores += b_bias * 1.4426950408889634
             p_bias += BM * bias_strides[2]
-        b_probs = tl.where(m_score, tl.exp(b_scores - b_lse[None, :]), 0.0)
+        b_probs = tl.where(m_score, rebuild_probs(b_scores, b_lse[None, :], PRECISION), 0.0)
         if p_seed is not None:
             keep = keep_mask(p_seed, item_head, o_query[None, :], FIRST_COLUMN + o_key[:, None], dropout_p)
             b_dropped = tl.where(keep, b_probs * keep_scale, 0.0)

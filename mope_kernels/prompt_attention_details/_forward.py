@@ -186,12 +186,17 @@ def store_output(
     D: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """End the online softmax: out, laid out as (B,Lq,H,D), and lse (B,H,Lq) of BM queries of one item and head."""
+    """End the online softmax: out, laid out as (B,Lq,H,D), and lse (B,H,Lq) of BM queries of one item and head.
+
+    lse is the log2 of the sum of exp2 of the scores, in float64: rounded to float32 it would be wrong by as much as a score,
+    and every probability of the row with it.
+    """
     item = (item_head // H).to(tl.int64)
     head = (item_head % H).to(tl.int64)
     m_query = o_query < num_queries
     # A row without any visible key sums to 0: its output is 0, and lse = +inf makes its gradients 0.
-    b_lse = tl.where(b_sum == 0.0, float("inf"), b_max * 0.6931471805599453 + tl.log(tl.where(b_sum == 0.0, 1.0, b_sum)))
+    b_lse = b_max.to(tl.float64) + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)).to(tl.float64)
+    b_lse = tl.where(b_sum == 0.0, float("inf"), b_lse)
     b_out /= tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     if p_seed is not None:
         b_out *= keep_scale

@@ -116,7 +116,7 @@ def attention_backward(
     precision = dot_precision(query)
     found: dict[str, Tensor] = {}
 
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(lse, dtype=torch.float32)
     if not {"query", "key", "prompt_key"}.isdisjoint(need):
         rows = 2048 // sizes["BD"]
         launch(
@@ -158,6 +158,7 @@ def attention_backward(
             num_queries,
             num_keys,
             scale,
+            scale * math.log2(math.e),
             dropout_p,
             keep_scale(dropout_p),
             IS_CAUSAL=is_causal,
@@ -209,6 +210,7 @@ def attention_backward(
             num_queries,
             key.shape[2],
             scale,
+            scale * math.log2(math.e),
             dropout_p,
             keep_scale(dropout_p),
             IS_CAUSAL=is_causal,
@@ -289,7 +291,7 @@ def prompt_attention(
     batch, heads, num_queries, width = query.shape
     num_prompts = prompt_key.shape[2]
     out = empty_heads_last(query, batch, heads, num_queries, width)
-    lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=query.device)
+    lse = torch.empty(batch, heads, num_queries, dtype=torch.float64, device=query.device)
     blocks, _, _ = blocks_for(query, biased=attn_bias is not None, is_causal=is_causal)
     if dropout_p:
         # Random numbers take registers for each score as well.

@@ -47,16 +47,19 @@ def example(dtype: torch.dtype, device: str, **changes: object) -> tuple[dict[st
     def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, dtype=dtype, device=device)
 
-    # The square of a random matrix: a Gram matrix is positive, and so is the variance that it gives.
-    root = randn(prompts, experts, 2 * experts, dtype=torch.float32)
+    # Bank and Gram matrix of the same centred experts, as in use: what the fold normalises then has unit variance. The
+    # projections are a permutation for the keys and none for the values.
+    centred = randn(experts, prompts, heads * width, dtype=torch.float32)
+    centred = centred - centred.mean(-1, keepdim=True)
+    bank = centred.unflatten(-1, (heads, width)).transpose(1, 2)
     tensors = {
         "query": randn(batch, heads, size["queries"], width),
         "key": randn(batch, heads, size["keys"], width),
         "value": randn(batch, heads, size["keys"], width),
         "logits": randn(batch, experts),
-        "bank_key": randn(experts, heads, prompts, width, dtype=torch.float32),
-        "bank_value": randn(experts, heads, prompts, width, dtype=torch.float32),
-        "gram": root @ root.mT / experts if size["fold"] else None,
+        "bank_key": bank.flip(-1),
+        "bank_value": bank,
+        "gram": torch.einsum("ipc,jpc->pij", centred, centred) / (heads * width) if size["fold"] else None,
         "key_offset": randn(heads, width, dtype=torch.float32) if size["fold"] else None,
         "value_offset": randn(heads, width, dtype=torch.float32) if size["fold"] else None,
         "static_key": randn(heads, size["static"], width) if size["static"] else None,
