@@ -55,8 +55,3 @@ def next_power_of_2(n: int) -> int:
 
 def cdiv(n: int, block: int) -> int:
     return -(-n // block)
-
-
-def last_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor, copied if the elements of its last dimension do not lie beside each other."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

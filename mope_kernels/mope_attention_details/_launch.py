@@ -8,8 +8,9 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from mope_kernels._checks import last_dim_contiguous
 from mope_kernels._ops import MOPE_ATTENTION_GRADIENTS, empty_heads_last, not_needed, triton_kernel
-from mope_kernels._triton import cdiv, last_contiguous, launch, next_power_of_2
+from mope_kernels._triton import cdiv, launch, next_power_of_2
 from mope_kernels.prompt_attention_details._launch import (
     attention_backward,
     blocks_for,
@@ -83,7 +84,7 @@ def mope_attention(
 
     if dropout_p and seed is None:
         raise ValueError(f"mope_attention: dropout_p={dropout_p} needs a seed, an int64 tensor of shape (1,) on {query.device}")
-    query, key, value = (last_contiguous(t) for t in (query, key, value))
+    query, key, value = (last_dim_contiguous(t) for t in (query, key, value))
     prompts = _Prompts(bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value)
     batch, heads, num_queries, width = query.shape
     num_experts = logits.shape[1]
@@ -255,7 +256,7 @@ def mope_attention_backward(
     needs: int,
 ) -> tuple[Tensor, ...]:
     need = {name for bit, name in enumerate(MOPE_ATTENTION_GRADIENTS) if needs >> bit & 1}
-    query, key, value = (last_contiguous(t) for t in (query, key, value))
+    query, key, value = (last_dim_contiguous(t) for t in (query, key, value))
     prompts = _Prompts(bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value)
     prompt_key, prompt_value = _build_prompts(query, probs, weights, indices, prompts, eps)
 

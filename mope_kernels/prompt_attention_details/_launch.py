@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mope_kernels._checks import last_dim_contiguous
 from mope_kernels._ops import PROMPT_ATTENTION_GRADIENTS, empty_heads_last, not_needed, triton_kernel
-from mope_kernels._triton import cdiv, last_contiguous, launch, next_power_of_2
+from mope_kernels._triton import cdiv, launch, next_power_of_2
 
 
 class Blocks(NamedTuple):
@@ -77,7 +78,7 @@ def keep_scale(dropout_p: float) -> float:
 
 def same_strides(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values that are read with one set of strides."""
-    key, value = last_contiguous(key), last_contiguous(value)
+    key, value = last_dim_contiguous(key), last_dim_contiguous(value)
     return (key, value) if key.stride() == value.stride() else (key.contiguous(), value.contiguous())
 
 
@@ -108,7 +109,7 @@ def attention_backward(
 
     batch, heads, num_queries, width = query.shape
     num_keys, num_prompts = key.shape[2], prompt_key.shape[2]
-    grad_out = last_contiguous(grad_out)
+    grad_out = last_dim_contiguous(grad_out)
     # As the forward wrote it, unless somebody saved a copy.
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
     _, query_blocks, key_blocks = blocks_for(query, biased=bias is not None, is_causal=is_causal)
@@ -262,7 +263,7 @@ def _prepare(
 ) -> _Inputs:
     if dropout_p and seed is None:
         raise ValueError(f"prompt_attention: dropout_p={dropout_p} needs a seed, an int64 tensor of shape (1,) on {query.device}")
-    query, key, value = (last_contiguous(t) for t in (query, key, value))
+    query, key, value = (last_dim_contiguous(t) for t in (query, key, value))
     prompt_key, prompt_value = (t.expand(query.shape[0], -1, -1, -1) for t in same_strides(prompt_key, prompt_value))
     bias = None if attn_bias is None else attn_bias.expand(*query.shape[:3], key.shape[2])
     # No block has more than 128 rows or columns, and offsets within it have 32 bits.

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mope_kernels._checks import last_dim_contiguous
 from mope_kernels._ops import not_needed, triton_kernel
-from mope_kernels._triton import cdiv, last_contiguous, launch, next_power_of_2
+from mope_kernels._triton import cdiv, launch, next_power_of_2
 
 
 @triton_kernel("mix_prompts")
 def mix_prompts(experts: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     from ._forward import mix_forward
 
-    experts, weights, indices = (last_contiguous(t) for t in (experts, weights, indices))
+    experts, weights, indices = (last_dim_contiguous(t) for t in (experts, weights, indices))
     batch, top_k = weights.shape
     _, num_prompts, width = experts.shape
     out = experts.new_empty(batch, num_prompts, width)
@@ -43,7 +44,7 @@ def mix_prompts_backward(
 ) -> tuple[Tensor, Tensor]:
     from ._backward import mix_backward_experts, mix_backward_weights
 
-    grad_out, experts, weights, indices = (last_contiguous(t) for t in (grad_out, experts, weights, indices))
+    grad_out, experts, weights, indices = (last_dim_contiguous(t) for t in (grad_out, experts, weights, indices))
     batch, top_k = weights.shape
     num_experts, num_prompts, width = experts.shape
     grad_experts, grad_weights = not_needed(experts), not_needed(weights)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mope_kernels._checks import last_dim_contiguous
 from mope_kernels._ops import triton_kernel
-from mope_kernels._triton import last_contiguous, launch, next_power_of_2
+from mope_kernels._triton import launch, next_power_of_2
 
 
 def _warps(num_experts: int) -> int:
@@ -24,8 +25,8 @@ def empty_routing(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
 def route(logits: Tensor, noise: Tensor | None, top_k: int, temperature: float, renormalize: bool) -> tuple[Tensor, Tensor, Tensor]:
     from ._forward import route_forward
 
-    logits = last_contiguous(logits)
-    noise = None if noise is None else last_contiguous(noise)
+    logits = last_dim_contiguous(logits)
+    noise = None if noise is None else last_dim_contiguous(noise)
     batch, num_experts = logits.shape
     probs, weights, indices = empty_routing(logits, top_k)
     launch(
@@ -87,7 +88,7 @@ def route_backward(
 def importance_loss(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     from ._importance import importance_forward
 
-    probs = last_contiguous(probs)
+    probs = last_dim_contiguous(probs)
     batch, num_experts = probs.shape
     loss, load = probs.new_empty(()), probs.new_empty(num_experts)
     block = next_power_of_2(num_experts)
