@@ -19,9 +19,10 @@ def selected(selection, slot):
 
 @triton.jit
 def inverse_std(p_gram, selection, o_prompt, eps, K: tl.constexpr, SELECTED: tl.constexpr, SIZES: tl.constexpr, BP: tl.constexpr):
-    """(w' G_p w + eps)^-1/2 of the prompts that are routed: (BP,). None without LayerNorm."""
+    """(w' G_p w + eps)^-1/2 of the prompts that are routed: (BP,). 1 without LayerNorm."""
+    # Triton 3.6 lets no function return None inside a loop.
     if p_gram is None:
-        return None
+        return tl.full([BP], 1.0, tl.float32)
     else:
         b_slot, b_expert, b_weight = selection
         m_selected = b_slot < SELECTED
@@ -69,8 +70,7 @@ def prompt_tile(
             index, weight = selected(selection, slot)
             p_expert = p_bank + index.to(tl.int64) * bank_k + head * bank_h
             b_tile += weight * load_tile(p_expert, o_routed, m_routed, bank_p, D, BD).to(tl.float32)
-        if b_inverse_std is not None:
-            b_tile *= b_inverse_std[:, None]
+        b_tile *= b_inverse_std[:, None]
         if p_offset is not None:
             o_column = tl.arange(0, BD)
             b_tile += tl.load(p_offset + head * D + o_column, mask=o_column < D, other=0.0).to(tl.float32)[None, :]
