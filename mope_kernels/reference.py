@@ -277,8 +277,8 @@ def window_prompt_attention(
     out = rearrange(scores.softmax(-1).to(value.dtype) @ value, "i h n d -> i n (h d)")
 
     prompt_out, token_out = out.split([num_prompts, tokens_per_window], dim=1)
-    prompt_out = rearrange(prompt_out, f"{order} p c -> w b p c", b=batch).mean(0)
-    token_out = rearrange(token_out, "(b w) n c -> b w n c", b=batch)
+    prompt_out = rearrange(prompt_out, f"{order} p c -> w b p c", w=num_windows).mean(0)
+    token_out = rearrange(token_out, "(b w) n c -> b w n c", w=num_windows)
     return torch.cat([prompt_out, window_reverse(token_out, resolution, window_size, shift)], dim=1)
 
 

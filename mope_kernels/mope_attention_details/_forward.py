@@ -63,7 +63,8 @@ def mope_attention_forward(
     """
     N: tl.constexpr = SIZES[0] + SIZES[1] + SIZES[2]
     SELECTED: tl.constexpr = TOP_K if TOP_K > 0 else K
-    blocks = tl.cdiv(num_queries, BM)
+    # Items without queries are routed all the same.
+    blocks = tl.maximum(tl.cdiv(num_queries, BM), 1)
     item_head = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     item = (item_head // H).to(tl.int64)

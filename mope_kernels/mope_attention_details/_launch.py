@@ -94,7 +94,7 @@ def mope_attention(
     blocks, _, _ = blocks_for(query)
     launch(
         mope_attention_forward,
-        batch * heads * cdiv(num_queries, blocks.queries),
+        batch * heads * max(cdiv(num_queries, blocks.queries), 1),
         query,
         key,
         value,

@@ -20,15 +20,23 @@ GPU = "cuda" if torch.cuda.is_available() else "cpu"
 DEVICE = {"reference": GPU, "sdpa": GPU, "triton": GPU, "cpu": "cpu"}
 
 
+def unavailable(impl: str) -> str:
+    """Why this process cannot run an implementation, "" if it can."""
+    if impl == "cpu":
+        return _extension.STATUS.reason
+    if impl == "triton" and not torch.cuda.is_available() and not interpreting():
+        return "needs a GPU, or TRITON_INTERPRET=1 before the start"
+    return ""
+
+
 def implementations(*names: str) -> pytest.MarkDecorator:
-    """Run a test for each implementation that this process can run; the others are skipped with the reason."""
-    unavailable = {}
-    if not _extension.STATUS.loaded:
-        unavailable["cpu"] = _extension.STATUS.reason
-    if not torch.cuda.is_available() and not interpreting():
-        unavailable["triton"] = "needs a GPU, or TRITON_INTERPRET=1 before the start"
+    """Run a test for each implementation that this process can run; the others are skipped with the reason.
+
+    The interpreter's half of the tests is a run of its own (`make test`), and a GPU's another (`make gpu`).
+    """
+    reasons = {name: unavailable(name) for name in names}
     return pytest.mark.parametrize(
-        "impl", [pytest.param(n, marks=pytest.mark.skip(unavailable[n])) if n in unavailable else n for n in names]
+        "impl", [pytest.param(n, marks=pytest.mark.skip(reasons[n])) if reasons[n] else n for n in names]
     )
 
 

@@ -1,0 +1,418 @@
+"""The ops as the contract sees them: how to call each, on which tensors, and what holds for which of its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mope_kernels
+from mope_kernels import ExpertBank, reference
+from mope_kernels._ops import MOPE_ATTENTION_GRADIENTS, PROMPT_ATTENTION_GRADIENTS
+from tests.kernels.numerics import DEVICE, unavailable
+
+Sizes = dict[str, Any]
+Tensors = dict[str, Tensor | None]
+Options = dict[str, Any]
+Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op.
+
+    run: (implementation, options, tensors) -> its floating point outputs.
+    plain: (options, tensors) -> the same by the definition.
+    example: (dtype, device, sizes) -> tensors and options; `sizes` are `base`, some of them changed.
+    implementations: those beside the definition.
+    differentiable: the tensors that have a gradient.
+    per_item: the tensors whose first axis counts the items of a batch, which must not influence each other.
+    padded: the tensors that `lengths` hides a part of.
+    cases: the sizes that its accuracy is measured on.
+    """
+
+    name: str
+    run: Callable[[str, Options, Tensors], Outputs]
+    plain: Callable[[Options, Tensors], Outputs]
+    example: Callable[[torch.dtype, str, Sizes], tuple[Tensors, Options]]
+    implementations: tuple[str, ...]
+    differentiable: tuple[str, ...]
+    per_item: tuple[str, ...]
+    base: Sizes
+    cases: dict[str, Sizes]
+    padded: tuple[str, ...] = ()
+    # Cases of few numbers, in which one draw says more about luck than about accuracy.
+    small: frozenset[str] = field(default_factory=frozenset)
+
+    def draw(self, dtype: torch.dtype, impl: str, **changes: Any) -> tuple[Tensors, Options]:
+        """Fresh random tensors, on the device of an implementation, and the options to call the op with."""
+        return self.example(dtype, DEVICE[impl], self.base | changes)
+
+    def leaves(self, tensors: Tensors) -> list[str]:
+        """The differentiable tensors that are there."""
+        return [name for name in self.differentiable if tensors.get(name) is not None]
+
+
+def require_gradients(tensors: Tensors, names: list[str]) -> Tensors:
+    """Copies of the tensors in their layout, of which `names` require a gradient."""
+    return {n: None if t is None else t.detach().requires_grad_(n in names) for n, t in tensors.items()}
+
+
+def run_with_gradients(op: Op, impl: str, options: Options, tensors: Tensors, wanted: list[str] | None = None) -> dict[str, Tensor]:
+    """Outputs, and for incoming gradients of varied sign those of `wanted` (all that can have one), by name."""
+    wanted = op.leaves(tensors) if wanted is None else wanted
+    inputs = require_gradients(tensors, wanted)
+    outputs = op.run(impl, options, inputs)
+    generator = torch.Generator().manual_seed(5)
+    incoming = [(o, torch.randn(o.shape, generator=generator).to(o)) for o in outputs if o.requires_grad]
+    gradients = torch.autograd.grad([o for o, _ in incoming], [inputs[n] for n in wanted], [g for _, g in incoming])
+    results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    return results | {f"gradient of {n}": g for n, g in zip(wanted, gradients, strict=True)}
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Bit by bit, NaN included."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor.nan_to_num(7.25), wanted[name].nan_to_num(7.25)), f"{name} differs"
+        assert torch.equal(tensor.isnan(), wanted[name].isnan()), f"NaN in {name} differ"
+
+
+# The router
+
+
+def _logits(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
+    shape = (size["batch"], size["experts"])
+    noise = torch.randn(shape, device=device) / 8 if size["noise"] else None
+    logits = torch.randn(shape, dtype=dtype, device=device)
+    return {"logits": logits, "noise": noise}, {n: size[n] for n in ("top_k", "renormalize", "temperature")}
+
+
+def _route(impl: str, options: Options, tensors: Tensors) -> Outputs:
+    routing = mope_kernels.route(**tensors, **options, impl=impl)
+    return routing.weights, routing.probs
+
+
+ROUTE = Op(
+    "route",
+    run=_route,
+    plain=lambda options, tensors: reference.route(**tensors, **options)[::2],
+    example=_logits,
+    implementations=("triton",),
+    differentiable=("logits",),
+    per_item=("logits", "noise"),
+    base={"batch": 5, "experts": 4, "top_k": 2, "renormalize": False, "temperature": 0.5, "noise": True},
+    cases={
+        "dense": {"top_k": None, "temperature": 0.1},
+        "top1": {"batch": 3, "experts": 16, "top_k": 1, "temperature": 0.1, "noise": False},
+        "top2 renormalised": {"batch": 7, "experts": 5, "renormalize": True, "temperature": 1.0},
+        "top-all renormalised": {"batch": 2, "experts": 6, "top_k": 6, "renormalize": True, "noise": False},
+        "one expert": {"batch": 1, "experts": 1, "top_k": 1, "temperature": 1.0, "noise": False},
+        "many experts": {"batch": 4, "experts": 100, "top_k": 3, "temperature": 0.3},
+        "empty batch": {"batch": 0, "temperature": 1.0, "noise": False},
+    },
+    small=frozenset({"one expert"}),
+)
+
+
+def _probs(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
+    probs = (4 * torch.randn(size["batch"], size["experts"], device=device)).softmax(-1)
+    return {"probs": probs.to(dtype)}, {"threshold": size["threshold"]}
+
+
+IMPORTANCE_LOSS = Op(
+    "importance_loss",
+    run=lambda impl, options, tensors: (mope_kernels.importance_loss(**tensors, **options, impl=impl),),
+    plain=lambda options, tensors: (reference.importance_loss(**tensors, **options),),
+    example=_probs,
+    implementations=("triton",),
+    differentiable=("probs",),
+    # It looks at the batch as a whole.
+    per_item=(),
+    base={"batch": 6, "experts": 4, "threshold": 0.0},
+    cases={
+        "even": {"batch": 40, "experts": 2},
+        "above the threshold": {"batch": 3, "experts": 17, "threshold": 0.1},
+        "below the threshold": {"batch": 40, "experts": 3, "threshold": 1e9},
+        "one item": {"batch": 1, "experts": 5},
+        "one expert": {"batch": 5, "experts": 1},
+        "empty batch": {"batch": 0},
+    },
+)
+
+
+# Prompts
+
+
+def _experts(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
+    weights, indices, _ = reference.route(torch.randn(size["batch"], size["experts"], device=device), top_k=size["top_k"])
+    shape = (size["experts"], size["prompts"], size["width"])
+    return {"experts": torch.randn(shape, dtype=dtype, device=device), "weights": weights, "indices": indices}, {}
+
+
+MIX_PROMPTS = Op(
+    "mix_prompts",
+    run=lambda impl, options, tensors: (mope_kernels.mix_prompts(**tensors, impl=impl),),
+    plain=lambda options, tensors: (reference.mix_prompts(**tensors),),
+    example=_experts,
+    implementations=("cpu", "triton"),
+    differentiable=("experts", "weights"),
+    per_item=("weights",),
+    base={"batch": 5, "experts": 4, "top_k": 2, "prompts": 6, "width": 24},
+    cases={
+        "dense": {"top_k": None},
+        "top2": {"batch": 3, "experts": 16, "prompts": 1, "width": 40},
+        "odd width": {"batch": 9, "experts": 3, "top_k": 1, "prompts": 2, "width": 7},
+        "one of everything": {"batch": 1, "experts": 1, "top_k": 1, "prompts": 1, "width": 1},
+        "empty batch": {"batch": 0},
+        "no prompts": {"batch": 2, "prompts": 0},
+    },
+    small=frozenset({"one of everything"}),
+)
+
+
+# Attention
+
+
+def _lengths(size: Sizes, device: str) -> Tensor | None:
+    return None if size["lengths"] is None else torch.tensor(size["lengths"], dtype=torch.int64, device=device)
+
+
+def _attention(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
+    batch, heads, width = size["batch"], size["heads"], size["width"]
+    owners = 1 if size["shared"] else batch
+    rows = {"query": (batch, "queries"), "key": (batch, "keys"), "value": (batch, "keys")}
+    rows |= {"prompt_key": (owners, "prompts"), "prompt_value": (owners, "prompts")}
+    tensors: Tensors = {n: torch.randn(b, heads, size[rows], width, dtype=dtype, device=device) for n, (b, rows) in rows.items()}
+    tensors["lengths"] = _lengths(size, device)
+    tensors["attn_bias"] = None if size["bias"] is None else torch.randn(*size["bias"], device=device)
+    return tensors, {"is_causal": size["is_causal"], "scale": 0.3}
+
+
+PROMPT_ATTENTION = Op(
+    "prompt_attention",
+    run=lambda impl, options, tensors: (mope_kernels.prompt_attention(**tensors, **options, impl=impl),),
+    plain=lambda options, tensors: (reference.prompt_attention(**tensors, **options),),
+    example=_attention,
+    implementations=("sdpa", "triton"),
+    differentiable=PROMPT_ATTENTION_GRADIENTS,
+    per_item=("query", "key", "value", "prompt_key", "prompt_value"),
+    padded=("key", "value"),
+    base={
+        "batch": 2,
+        "heads": 2,
+        "queries": 9,
+        "keys": 9,
+        "width": 16,
+        "prompts": 3,
+        "shared": False,
+        "lengths": None,
+        "bias": None,
+        "is_causal": False,
+    },
+    cases={
+        "plain": {},
+        "shared prompts": {"shared": True},
+        "padded": {"lengths": [9, 4]},
+        "prompts only for one item": {"lengths": [0, 5]},
+        "bias": {"bias": (2, 2, 9, 9)},
+        "broadcast bias, padded": {"bias": (9,), "lengths": [2, 9]},
+        "causal": {"is_causal": True},
+        "causal, padded": {"is_causal": True, "lengths": [3, 9]},
+        "other queries": {"queries": 4},
+        "causal, biased, several blocks": {
+            "batch": 1,
+            "heads": 1,
+            "queries": 150,
+            "keys": 150,
+            "is_causal": True,
+            "lengths": [140],
+            "bias": (150, 150),
+        },
+        "no prompts": {"prompts": 0},
+        "several blocks of prompts": {"prompts": 70, "heads": 1},
+        "no tokens": {"keys": 0},
+        "odd head": {"width": 72, "heads": 1},
+        "empty batch": {"batch": 0},
+        "long": {"batch": 1, "heads": 1, "queries": 70, "keys": 133, "lengths": [130]},
+    },
+)
+
+
+def _routed_attention(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
+    batch, heads, width, experts, prompts = (size[n] for n in ("batch", "heads", "width", "experts", "prompts"))
+
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    # Bank and Gram matrix of the same centred experts, as in use: what the fold normalises then has unit variance. The
+    # projections are a permutation for the keys and none for the values.
+    centred = randn(experts, prompts, heads * width, dtype=torch.float32)
+    centred = centred - centred.mean(-1, keepdim=True)
+    bank = centred.unflatten(-1, (heads, width)).transpose(1, 2)
+    tensors = {
+        "query": randn(batch, heads, size["queries"], width),
+        "key": randn(batch, heads, size["keys"], width),
+        "value": randn(batch, heads, size["keys"], width),
+        "logits": randn(batch, experts),
+        "bank_key": bank.flip(-1),
+        "bank_value": bank,
+        "gram": torch.einsum("ipc,jpc->pij", centred, centred) / (heads * width) if size["fold"] else None,
+        "key_offset": randn(heads, width, dtype=torch.float32) if size["fold"] else None,
+        "value_offset": randn(heads, width, dtype=torch.float32) if size["fold"] else None,
+        "static_key": randn(heads, size["static"], width) if size["static"] else None,
+        "static_value": randn(heads, size["static"], width) if size["static"] else None,
+        "instance_key": randn(batch, heads, size["instance"], width) if size["instance"] else None,
+        "instance_value": randn(batch, heads, size["instance"], width) if size["instance"] else None,
+        "noise": randn(batch, experts, dtype=torch.float32) / 8 if size["noise"] else None,
+        "lengths": _lengths(size, device),
+    }
+    return tensors, {n: size[n] for n in ("top_k", "renormalize", "temperature")}
+
+
+def _mope_attention(impl: str, options: Options, tensors: Tensors) -> Outputs:
+    tensors = dict(tensors)
+    bank = ExpertBank(
+        tensors.pop("bank_key"),
+        tensors.pop("bank_value"),
+        **{name: tensors.pop(name) for name in ("gram", "key_offset", "value_offset")},
+    )
+    out, routing = mope_kernels.mope_attention(bank=bank, impl=impl, **tensors, **options)
+    return out, routing.weights, routing.probs
+
+
+def _plain_mope_attention(options: Options, tensors: Tensors) -> Outputs:
+    out, weights, _, probs = reference.mope_attention(**tensors, **options)
+    return out, weights, probs
+
+
+MOPE_ATTENTION = Op(
+    "mope_attention",
+    run=_mope_attention,
+    plain=_plain_mope_attention,
+    example=_routed_attention,
+    implementations=("cpu", "triton"),
+    differentiable=MOPE_ATTENTION_GRADIENTS,
+    per_item=("query", "key", "value", "logits", "instance_key", "instance_value"),
+    padded=("key", "value"),
+    base={
+        "batch": 2,
+        "heads": 2,
+        "queries": 9,
+        "keys": 9,
+        "width": 16,
+        "experts": 4,
+        "prompts": 3,
+        "static": 2,
+        "instance": 1,
+        "fold": True,
+        "lengths": None,
+        "top_k": None,
+        "renormalize": False,
+        "temperature": 0.5,
+        "noise": True,
+    },
+    cases={
+        "dense": {},
+        "top1": {"top_k": 1, "lengths": [9, 4]},
+        "top2 renormalised": {"top_k": 2, "renormalize": True},
+        "top-all": {"top_k": 4, "noise": False},
+        "post-LN, padded": {"fold": False, "lengths": [3, 7]},
+        "prompts only for one item": {"lengths": [0, 5]},
+        "no static, no instance": {"static": 0, "instance": 0},
+        "many prompts": {"static": 20, "instance": 2, "prompts": 13},
+        "one of everything": {"batch": 1, "heads": 1, "queries": 1, "keys": 1, "experts": 1, "prompts": 1, "static": 1},
+        "several blocks": {"batch": 1, "heads": 1, "queries": 70, "keys": 133, "lengths": [130], "top_k": 2},
+        "head of 48": {"width": 48, "heads": 1},
+        "head of 80": {"width": 80, "heads": 1, "batch": 1},
+        "more experts": {"experts": 33, "top_k": 3},
+        "empty batch": {"batch": 0},
+        "no tokens": {"keys": 0},
+    },
+    small=frozenset({"one of everything"}),
+)
+
+
+# Ops that so far are their definition only
+
+
+def _windows(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
+    heads, resolution, prompts = size["heads"], size["resolution"], size["prompts"]
+    tokens = min(size["window_size"], resolution) ** 2
+    tensors = {
+        "qkv": torch.randn(size["batch"], prompts + resolution**2, 3 * heads * size["width"], dtype=dtype, device=device),
+        "position_bias": torch.randn(heads, tokens, tokens, dtype=dtype, device=device),
+    }
+    options = {n: size[n] for n in ("resolution", "window_size", "shift")}
+    return tensors, options | {"num_prompts": prompts, "num_heads": heads}
+
+
+WINDOW_PROMPT_ATTENTION = Op(
+    "window_prompt_attention",
+    run=lambda impl, options, tensors: (mope_kernels.window_prompt_attention(**tensors, **options, impl=impl),),
+    plain=lambda options, tensors: (reference.window_prompt_attention(**tensors, **options),),
+    example=_windows,
+    implementations=(),
+    differentiable=("qkv", "position_bias"),
+    per_item=("qkv",),
+    base={"batch": 2, "heads": 2, "width": 8, "prompts": 3, "resolution": 4, "window_size": 2, "shift": 1},
+    cases={"shifted": {}, "one window": {"resolution": 2}, "no prompts": {"prompts": 0}, "empty batch": {"batch": 0}},
+)
+
+
+def _adapter(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
+    d, r, e = size["width"], size["bottleneck"], size["experts"]
+    shapes = {"x": (*size["batch"], d), "down_weight": (r, d), "down_bias": (r,), "up_weight": (e, d, r), "up_bias": (e, d)}
+    if size["router"]:
+        shapes |= {"router_weight": (e, d), "router_bias": (e,)}
+    return {n: torch.randn(*s, dtype=dtype, device=device) / s[-1] ** 0.5 for n, s in shapes.items()}, {
+        "activation": size["activation"]
+    }
+
+
+ADAPTER_WEIGHTS = ("down_weight", "down_bias", "up_weight", "up_bias", "router_weight", "router_bias")
+
+EXPERT_ADAPTER = Op(
+    "expert_adapter",
+    run=lambda impl, options, tensors: mope_kernels.expert_adapter(**tensors, **options, return_weights=True, impl=impl),
+    plain=lambda options, tensors: reference.expert_adapter(**tensors, **options),
+    example=_adapter,
+    implementations=(),
+    differentiable=("x", *ADAPTER_WEIGHTS),
+    per_item=("x",),
+    base={"batch": (3, 4), "width": 12, "bottleneck": 5, "experts": 3, "router": True, "activation": "gelu"},
+    cases={"routed": {}, "plain": {"experts": 1, "router": False, "activation": "relu"}, "empty": {"batch": (0, 4)}},
+)
+
+OPS = (ROUTE, IMPORTANCE_LOSS, MIX_PROMPTS, PROMPT_ATTENTION, MOPE_ATTENTION, WINDOW_PROMPT_ATTENTION, EXPERT_ADAPTER)
+
+
+def every(
+    *impls: str, among: tuple[Op, ...] = OPS, where: Callable[[Op], object] = lambda op: True, cases: bool = False
+) -> pytest.MarkDecorator:
+    """Run a test for each (op, impl), with `cases` for each (op, impl, case), of the implementations named.
+
+    Those that this process cannot run are skipped with the reason.
+    """
+
+    def parameters() -> Iterator[Any]:
+        for op in filter(where, among):
+            for impl in impls:
+                if impl != "reference" and impl not in op.implementations:
+                    continue
+                reason = unavailable(impl)
+                marks = [pytest.mark.skip(reason)] if reason else []
+                for case in op.cases if cases else ("",):
+                    values = (op, impl, case) if cases else (op, impl)
+                    yield pytest.param(*values, marks=marks, id=f"{op.name}-{impl}{'-' * cases}{case}")
+
+    return pytest.mark.parametrize(("op", "impl", "case") if cases else ("op", "impl"), list(parameters()))
+
+
+def resized(op: Op, **changes: Any) -> Op:
+    """The op with another base size."""
+    return replace(op, base=op.base | changes)

@@ -1,0 +1,161 @@
+"""Any sizes at all, drawn by hypothesis: the same in every run of `make test`, new ones in `make test-all`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("hypothesis", reason="shapes are drawn by hypothesis")
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from mope_kernels.prompt_attention import TRITON_HEAD_DIMS
+
+from .ops import OPS, Sizes, every, run_with_gradients
+
+EVERYTHING = os.environ.get("MOPE_TEST_EVERYTHING", "") not in ("", "0")
+
+
+def _head_dims(impl: str) -> st.SearchStrategy[int]:
+    return st.sampled_from(TRITON_HEAD_DIMS) if impl == "triton" else st.integers(1, 40)
+
+
+@st.composite
+def _router_sizes(draw: st.DrawFn) -> Sizes:
+    experts = draw(st.integers(1, 40))
+    return {
+        "batch": draw(st.integers(0, 5)),
+        "experts": experts,
+        "top_k": draw(st.none() | st.integers(1, experts)),
+        "renormalize": draw(st.booleans()),
+        "temperature": draw(st.sampled_from((0.1, 1.0, 3.0))),
+        "noise": draw(st.booleans()),
+    }
+
+
+@st.composite
+def _mixture_sizes(draw: st.DrawFn) -> Sizes:
+    experts = draw(st.integers(1, 20))
+    sizes = {n: draw(st.integers(low, high)) for n, low, high in (("batch", 0, 5), ("prompts", 0, 7), ("width", 1, 150))}
+    return sizes | {"experts": experts, "top_k": draw(st.none() | st.integers(1, experts))}
+
+
+@st.composite
+def _attention_sizes(draw: st.DrawFn, impl: str) -> Sizes:
+    batch, heads, queries = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.integers(0, 40))
+    is_causal = draw(st.booleans())
+    keys = queries if is_causal else draw(st.integers(0, 40))
+    bias = draw(st.none() | st.tuples(*(st.sampled_from((1, n)) for n in (batch, heads, queries, keys))))
+    return {
+        "batch": batch,
+        "heads": heads,
+        "queries": queries,
+        "keys": keys,
+        "width": draw(_head_dims(impl)),
+        # Without prompts an item may see nothing, which SDPA refuses.
+        "prompts": draw(st.integers(1 if impl == "sdpa" else 0, 20)),
+        "shared": draw(st.booleans()),
+        "is_causal": is_causal,
+        "lengths": draw(st.none() | st.lists(st.integers(0, keys + 2), min_size=batch, max_size=batch)),
+        "bias": bias,
+    }
+
+
+@st.composite
+def _routed_attention_sizes(draw: st.DrawFn, impl: str) -> Sizes:
+    batch, keys, experts = draw(st.integers(0, 3)), draw(st.integers(0, 40)), draw(st.integers(1, 20))
+    ranges = {"heads": (1, 3), "queries": (0, 40), "prompts": (1, 9), "static": (0, 5), "instance": (0, 3)}
+    return {n: draw(st.integers(*r)) for n, r in ranges.items()} | {
+        "batch": batch,
+        "keys": keys,
+        "experts": experts,
+        "width": draw(_head_dims(impl)),
+        "fold": draw(st.booleans()),
+        "noise": draw(st.booleans()),
+        "renormalize": draw(st.booleans()),
+        "top_k": draw(st.none() | st.integers(1, experts)),
+        "lengths": draw(st.none() | st.lists(st.integers(0, keys + 2), min_size=batch, max_size=batch)),
+    }
+
+
+@st.composite
+def _window_sizes(draw: st.DrawFn) -> Sizes:
+    window_size, per_side = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    return {
+        "batch": draw(st.integers(0, 3)),
+        "heads": draw(st.integers(1, 3)),
+        "width": draw(st.integers(1, 16)),
+        "prompts": draw(st.integers(0, 5)),
+        "window_size": window_size,
+        "resolution": per_side * window_size,
+        "shift": draw(st.integers(0, window_size - 1)),
+    }
+
+
+@st.composite
+def _adapter_sizes(draw: st.DrawFn) -> Sizes:
+    router = draw(st.booleans())
+    return {
+        "batch": draw(st.lists(st.integers(0, 4), max_size=3)),
+        "width": draw(st.integers(1, 40)),
+        "bottleneck": draw(st.integers(1, 20)),
+        "experts": draw(st.integers(1, 5)) if router else 1,
+        "router": router,
+        "activation": draw(st.sampled_from(("relu", "gelu"))),
+    }
+
+
+SHAPES: dict[str, Callable[[str], st.SearchStrategy[Sizes]]] = {
+    "route": lambda impl: _router_sizes(),
+    "importance_loss": lambda impl: st.fixed_dictionaries({"batch": st.integers(0, 50), "experts": st.integers(1, 40)}),
+    "mix_prompts": lambda impl: _mixture_sizes(),
+    "prompt_attention": _attention_sizes,
+    "mope_attention": _routed_attention_sizes,
+    "window_prompt_attention": lambda impl: _window_sizes(),
+    "expert_adapter": lambda impl: _adapter_sizes(),
+}
+
+
+def test_every_op_has_shapes():
+    assert list(SHAPES) == [op.name for op in OPS]
+
+
+@every("reference", "cpu", "sdpa", "triton")
+def test_any_sizes(op, impl):
+    dtype = torch.float16 if impl == "sdpa" else torch.float32
+
+    # Without the explaining phase, which traces every line of every kernel that the interpreter runs.
+    @settings(
+        max_examples=200 if EVERYTHING else 40,
+        derandomize=not EVERYTHING,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=(HealthCheck.too_slow, HealthCheck.function_scoped_fixture),
+    )
+    @given(sizes=SHAPES[op.name](impl), seed=st.integers(0, 2**31))
+    def hold(sizes: Sizes, seed: int) -> None:
+        torch.manual_seed(seed)
+        tensors, options = op.draw(dtype, impl, **sizes)
+        exact_tensors = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
+        found = run_with_gradients(op, impl, options, tensors)
+        exact = run_with_gradients(op, "reference", options, exact_tensors)
+        assert found.keys() == exact.keys()
+        for name, wanted in exact.items():
+            assert found[name].shape == wanted.shape, name
+            assert_near(name, found[name], wanted, dtype)
+
+    hold()
+
+
+def assert_near(name: str, found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """Within a thousand roundings of the largest number: how accurate is asked in test_accuracy.py, here that nothing is mixed up."""
+    if exact.numel():
+        bound = 1000 * torch.finfo(dtype).eps * max(exact.abs().max().item(), 1.0)
+        error = (found.double() - exact).abs().max().item()
+        assert error <= bound, f"{name}: {error:.3g} off, where {exact.abs().max().item():.3g} is the largest"
