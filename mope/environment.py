@@ -11,12 +11,13 @@ import torch
 
 import mope
 
-PACKAGES = ("torch", "triton", "transformers", "safetensors", "einops", "numpy", "scikit-learn", "xformers")
+PACKAGES = ("triton", "transformers", "safetensors", "einops", "numpy", "scikit-learn", "xformers")
 
 
 def versions() -> dict[str, str]:
     """Of this library, of Python and of the packages that matter to it; "not installed" is one of the answers."""
-    found = {"mope-kernels": mope.__version__, "python": platform.python_version()}
+    # Of torch the version that says for which CUDA it was built; the package's metadata leave that out.
+    found = {"mope-kernels": mope.__version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)

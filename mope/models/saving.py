@@ -23,7 +23,10 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
+
+# From where it is defined: in transformers 5.17 the top level name asks for torchvision, which it does not need.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .backbones import adapter_for, base_model, find_adapter, original_state_dict
 from .configuration import MoPEConfig
