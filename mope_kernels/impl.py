@@ -24,6 +24,8 @@ IMPLEMENTATIONS = ("triton", "cpu", "sdpa", "xformers", "reference")
 
 # A check gets the op's own arguments and returns what speaks against running it on them.
 Check = Callable[..., list[str]]
+# Where an implementation has several ways to run, this says which it goes on the op's own arguments.
+Way = Callable[..., str]
 
 _OPERATIONS: dict[str, Operation] = {}
 _warned: set[str] = set()
@@ -31,14 +33,18 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` answers. `impl` is None if nothing can run; `reasons` says for each other implementation why it would not."""
+    """What `explain` answers. `impl` is None if nothing can run; `reasons` says for each other implementation why it would not.
+
+    `way` says how it would run, where `impl` has several ways.
+    """
 
     op: str
     impl: str | None
     reasons: dict[str, list[str]]
+    way: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.impl or 'nothing'} would run"]
+        lines = [f"{self.op}: {self.impl or 'nothing'} would run" + (f" ({self.way})" if self.way else "")]
         lines += [f"  {name}: {'; '.join(why)}" for name, why in self.reasons.items() if name != self.impl]
         return "\n".join(lines)
 
@@ -46,9 +52,10 @@ class Explanation:
 class Operation:
     """One op and its implementations, each with the check that says what speaks against it."""
 
-    def __init__(self, name: str, **checks: Check) -> None:
+    def __init__(self, name: str, *, ways: dict[str, Way] | None = None, **checks: Check) -> None:
         self.name = name
         self.checks = {impl: checks.get(impl) for impl in IMPLEMENTATIONS}
+        self.ways = ways or {}
         _OPERATIONS[name] = self
 
     def against(self, impl: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -77,7 +84,8 @@ class Operation:
         for name in IMPLEMENTATIONS:
             if name != chosen and not reasons[name]:
                 reasons[name] = [f"{chosen} comes first" if name in preferences else f"{', '.join(preferences)} was asked for"]
-        return Explanation(self.name, chosen, {name: why for name, why in reasons.items() if name != chosen})
+        way = self.ways[chosen](*args, **kwargs) if chosen in self.ways else ""
+        return Explanation(self.name, chosen, {name: why for name, why in reasons.items() if name != chosen}, way)
 
     def _preferences(self, impl: str) -> tuple[str, ...]:
         if impl == "auto":

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -13,6 +13,7 @@ from ._checks import Arguments, last_dim_contiguous
 from ._ops import PROMPT_ATTENTION_GRADIENTS
 from .impl import Operation, reference_check, triton_check
 from .prompt_attention_details import _launch as _launch
+from .prompt_attention_details import _libraries
 
 TRITON_HEAD_DIMS = (16, 32, 48, 64, 72, 80, 88, 96, 128)
 
@@ -48,43 +49,6 @@ class PromptAttentionFunction(torch.autograd.Function):
         return None, None, *gradients, None, None, None
 
 
-def sdpa_prompt_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prompt_key: Tensor,
-    prompt_value: Tensor,
-    *,
-    lengths: Tensor | None,
-    attn_bias: Tensor | None,
-    is_causal: bool,
-    dropout_p: float,
-    scale: float | None,
-) -> Tensor:
-    """Concatenate prompts and tokens, and torch's scaled_dot_product_attention."""
-    batch, heads, num_queries, _ = query.shape
-    num_keys, num_prompts = key.shape[2], prompt_key.shape[2]
-    mask = None if attn_bias is None else attn_bias.to(query.dtype).expand(batch, heads, num_queries, num_keys)
-    if lengths is not None:
-        hidden = (torch.arange(num_keys, device=query.device) >= lengths[:, None])[:, None]
-        # The library multiplies what padding holds by zero, and 0 * NaN is NaN.
-        key, value = (t.masked_fill(hidden[..., None], 0.0) for t in (key, value))
-        mask = query.new_zeros(1, 1, 1, 1) if mask is None else mask
-        mask = mask.masked_fill(hidden[:, None], -torch.inf)
-    if is_causal:
-        above = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).triu(1)
-        mask = query.new_zeros(1, 1, 1, 1) if mask is None else mask
-        mask = mask.masked_fill(above, -torch.inf)
-    if mask is not None:
-        # Only the last axis may not be broadcast.
-        mask = F.pad(mask, (num_prompts, 0)).expand(-1, -1, num_queries, -1)
-    keys = torch.cat([prompt_key.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
-    values = torch.cat([prompt_value.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
-    with torch.autocast(query.device.type, enabled=False):
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout_p, scale=scale)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
-
-
 def triton_attention_check(query: Tensor, *tensors: Tensor) -> list[str]:
     """What speaks against the Triton kernels of attention."""
     reasons = triton_check(query, *tensors)
@@ -97,26 +61,20 @@ def _triton_check(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor,
     return triton_attention_check(query, prompt_key, prompt_value)
 
 
-def _sdpa_check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prompt_key: Tensor,
-    prompt_value: Tensor,
-    *,
-    lengths: Tensor | None = None,
-    attn_bias: Tensor | None = None,
-    **_: Any,
-) -> list[str]:
-    reasons = []
-    if query.device.type == "cpu" and query.dtype == torch.float32:
-        reasons.append("torch's CPU kernel approximates exp: in float32 its error is several times that of plain PyTorch")
-    if prompt_key.shape[2] == 0 and (key.shape[2] == 0 or lengths is not None or attn_bias is not None):
-        reasons.append("without prompts an item may see nothing at all, which scaled_dot_product_attention answers with NaN")
-    return reasons
-
-
-_PROMPT_ATTENTION = Operation("prompt_attention", triton=_triton_check, sdpa=_sdpa_check, reference=reference_check)
+_PROMPT_ATTENTION = Operation(
+    "prompt_attention",
+    triton=_triton_check,
+    sdpa=_libraries.sdpa_check,
+    xformers=_libraries.xformers_check,
+    reference=reference_check,
+    ways={"xformers": _libraries.xformers_way},
+)
+# Those whose gradients autograd finds by itself.
+_BY_AUTOGRAD: dict[str, Callable[..., Tensor]] = {
+    "sdpa": _libraries.sdpa,
+    "xformers": _libraries.xformers,
+    "reference": reference.prompt_attention,
+}
 
 
 def check_attention(
@@ -128,6 +86,18 @@ def check_attention(
     arguments.tensor("value", value, "B H Lk D", dtype=query.dtype)
     arguments.tensor("lengths", lengths, "B", integer=True)
     arguments.probability("dropout_p", dropout_p)
+
+
+def _check_bias(arguments: Arguments, attn_bias: Tensor | None, wanted: tuple[int, ...]) -> None:
+    if attn_bias is None:
+        return
+    padded = (1,) * (4 - attn_bias.dim()) + tuple(attn_bias.shape)
+    if len(padded) != 4 or any(size not in (1, want) for size, want in zip(padded, wanted, strict=True)):
+        raise arguments.error(f"attn_bias must be broadcastable to (B,H,Lq,Lk) = {wanted}, got shape {tuple(attn_bias.shape)}")
+    if not attn_bias.is_floating_point():
+        raise arguments.error(f"attn_bias must be a floating point tensor (0 visible, -inf hidden), got {attn_bias.dtype}")
+    if attn_bias.requires_grad:
+        raise arguments.error("attn_bias gets no gradient: pass attn_bias.detach()")
 
 
 def prompt_attention(
@@ -155,7 +125,7 @@ def prompt_attention(
         is_causal: query i sees tokens 0..i and every prompt; needs Lq = Lk.
         dropout_p: of the attention probabilities, those of prompts too.
         scale: of the scores; D^-0.5 if None.
-        impl: "auto", "triton", "sdpa" (concatenation and torch's scaled_dot_product_attention) or "reference".
+        impl: "auto", "triton", "sdpa" (concatenation and torch's scaled_dot_product_attention), "xformers" or "reference".
 
     Returns:
         (B,H,Lq,D) in the dtype of `query`, in memory (B,Lq,H,D). Zero where an item has neither prompts nor tokens.
@@ -165,41 +135,25 @@ def prompt_attention(
     """
     arguments = Arguments("prompt_attention")
     check_attention(arguments, query, key, value, lengths, dropout_p)
-    owner = "B" if prompt_key.dim() != 4 or prompt_key.shape[0] != 1 else "1"
+    owner = "1" if prompt_key.shape[:1] == (1,) else "B"
     arguments.tensor("prompt_key", prompt_key, f"{owner} H P D")
     arguments.tensor("prompt_value", prompt_value, f"{owner} H P D")
-    if attn_bias is not None:
-        wanted = (*query.shape[:3], key.shape[2])
-        padded = (1,) * (4 - attn_bias.dim()) + tuple(attn_bias.shape)
-        if len(padded) != 4 or any(size not in (1, want) for size, want in zip(padded, wanted, strict=True)):
-            raise arguments.error(f"attn_bias must be broadcastable to (B,H,Lq,Lk) = {wanted}, got shape {tuple(attn_bias.shape)}")
-        if not attn_bias.is_floating_point():
-            raise arguments.error(f"attn_bias must be a floating point tensor (0 visible, -inf hidden), got {attn_bias.dtype}")
-        if attn_bias.requires_grad:
-            raise arguments.error("attn_bias gets no gradient: pass attn_bias.detach()")
+    _check_bias(arguments, attn_bias, (*query.shape[:3], key.shape[2]))
     if is_causal and query.shape[2] != key.shape[2]:
         raise arguments.error(f"is_causal needs as many queries as tokens, got Lq={query.shape[2]} and Lk={key.shape[2]}")
-    implementation = _PROMPT_ATTENTION.choose(
-        impl, query, key, value, prompt_key, prompt_value, lengths=lengths, attn_bias=attn_bias
-    )
-    if implementation == "triton":
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
-        seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
-        tensors = (last_dim_contiguous(t) for t in (query, key, value, prompt_key, prompt_value))
-        return PromptAttentionFunction.apply(
-            "mope_triton", _Options(is_causal, scale, dropout_p), *tensors, lengths, attn_bias, seed
-        )
-    attend = sdpa_prompt_attention if implementation == "sdpa" else reference.prompt_attention
-    return attend(
-        query,
-        key,
-        value,
-        prompt_key,
-        prompt_value,
-        lengths=lengths,
-        attn_bias=attn_bias,
-        is_causal=is_causal,
-        dropout_p=dropout_p,
-        scale=scale,
+    tensors = (query, key, value, prompt_key, prompt_value)
+    options: dict[str, Any] = {"lengths": lengths, "attn_bias": attn_bias, "is_causal": is_causal, "dropout_p": dropout_p}
+    implementation = _PROMPT_ATTENTION.choose(impl, *tensors, **options)
+    if implementation != "triton":
+        return _BY_AUTOGRAD[implementation](*tensors, **options, scale=scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
+    seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
+    return PromptAttentionFunction.apply(
+        "mope_triton",
+        _Options(is_causal, scale, dropout_p),
+        *(last_dim_contiguous(t) for t in tensors),
+        lengths,
+        attn_bias,
+        seed,
     )

@@ -1,0 +1,254 @@
+"""Attention by the kernels of a library: torch's scaled_dot_product_attention, and xformers.
+
+Both take one sequence of keys and values, the prompts followed by the tokens, which costs a copy. xformers can also attend to
+prompts and tokens each on their own and merge the two results by their log-sum-exps, without that copy.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The libraries' kernels load 16 bytes at a time: 8 numbers of half precision, 4 of float32.
+_ALIGNMENT = 8
+_XFORMERS_DEVICES = ("cuda",)
+# CUDA's limit on the second and third dimension of a grid; xformers puts items and heads there.
+_LARGEST_GRID = 65_535
+
+
+def concatenate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths: Tensor | None,
+    attn_bias: Tensor | None,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values (B,H,P+Lk,D), and (B,H,Lq,P+Lk) to add to the scores; None where everything is visible.
+
+    The last addend has the dtype of `query` and aligned rows, and is broadcast in memory where `attn_bias` is.
+    """
+    batch, heads, num_queries, _ = query.shape
+    num_keys, num_prompts = key.shape[2], prompt_key.shape[2]
+    hidden = None
+    if lengths is not None:
+        hidden = (torch.arange(num_keys, device=query.device) >= lengths[:, None])[:, None, None]
+        # The libraries multiply what padding holds by zero, and 0 * NaN is NaN.
+        key, value = (t.masked_fill(hidden.mT, 0.0) for t in (key, value))
+    if is_causal:
+        above = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query.device).triu(1)
+        hidden = above if hidden is None else hidden | above
+
+    mask = None
+    if attn_bias is not None or hidden is not None:
+        mask = query.new_zeros(()) if attn_bias is None else attn_bias.to(query.dtype)
+        if hidden is not None:
+            mask = torch.where(hidden, -torch.inf, mask)
+        mask = mask[(None,) * (4 - mask.dim())].expand(-1, -1, -1, num_keys)
+        width = num_prompts + num_keys
+        mask = F.pad(mask, (num_prompts, -width % _ALIGNMENT))[..., :width].expand(batch, heads, num_queries, width)
+
+    def joined(prompt: Tensor, token: Tensor) -> Tensor:
+        return torch.cat([prompt.to(token.dtype).expand(batch, -1, -1, -1), token], dim=2)
+
+    return joined(prompt_key, key), joined(prompt_value, value), mask
+
+
+def nothing_visible_check(key: Tensor, prompt_key: Tensor, lengths: Tensor | None, attn_bias: Tensor | None) -> list[str]:
+    """No library promises zeros for an item that sees neither prompts nor tokens."""
+    if prompt_key.shape[2] == 0 and (key.shape[2] == 0 or lengths is not None or attn_bias is not None):
+        return ["without prompts an item may see nothing at all, which the library answers with NaN"]
+    return []
+
+
+def sdpa_check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    **_: Any,
+) -> list[str]:
+    reasons = nothing_visible_check(key, prompt_key, lengths, attn_bias)
+    if query.device.type == "cpu" and query.dtype == torch.float32:
+        reasons.append("torch's CPU kernel approximates exp: in float32 its error is several times that of plain PyTorch")
+    return reasons
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    *,
+    lengths: Tensor | None,
+    attn_bias: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float | None,
+) -> Tensor:
+    """`prompt_attention` by torch's scaled_dot_product_attention."""
+    keys, values, mask = concatenate(query, key, value, prompt_key, prompt_value, lengths, attn_bias, is_causal)
+    with torch.autocast(query.device.type, enabled=False):
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@functools.cache
+def load_xformers() -> tuple[Any, str]:
+    """The module `xformers.ops` and "", or None and the reason."""
+    try:
+        import xformers.ops
+        import xformers.ops.fmha.merge_training
+    # It checks the versions of torch and flash-attention while it is imported, and raises what it likes.
+    except Exception as error:
+        return None, f"xformers cannot be imported ({type(error).__name__}: {error})"
+    return xformers.ops, ""
+
+
+def _xformers_refuses(
+    query: Tensor, num_keys: int, *, has_mask: bool = False, dropout_p: float = 0.0, is_partial: bool = False
+) -> list[str]:
+    """What xformers has against attention of these sizes, in its own words. It looks at shapes and strides only."""
+    library, reason = load_xformers()
+    if library is None:
+        return [reason]
+    batch, heads, num_queries, width = query.shape
+    width += -width % _ALIGNMENT
+
+    def sized(*shape: int) -> Tensor:
+        return query.new_empty(1).expand(shape)
+
+    keys = sized(batch, num_keys, heads, width)
+    inputs = library.fmha.Inputs(
+        query=sized(batch, num_queries, heads, width),
+        key=keys,
+        value=keys,
+        attn_bias=sized(batch, heads, num_queries, num_keys) if has_mask else None,
+        p=dropout_p,
+        scale=1.0,
+        is_partial=is_partial,
+    )
+    reasons = []
+    for kernels in (library.MemoryEfficientAttentionFlashAttentionOp, library.MemoryEfficientAttentionCutlassOp):
+        refusals = ((kernel.NAME, kernel.not_supported_reasons(inputs)) for kernel in kernels)
+        refusal = next((f"{name}: {', '.join(why)}" for name, why in refusals if why), None)
+        if refusal is None:
+            return []
+        reasons.append(refusal)
+    return reasons
+
+
+def xformers_check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    **_: Any,
+) -> list[str]:
+    # First what needs no import: it takes seconds.
+    if query.device.type not in _XFORMERS_DEVICES:
+        return [f"xformers runs on NVIDIA GPUs, these tensors are on {query.device.type}"]
+    reasons = nothing_visible_check(key, prompt_key, lengths, attn_bias)
+    if max(query.shape[:2]) > _LARGEST_GRID:
+        reasons.append(f"xformers takes at most {_LARGEST_GRID} items and heads, got {tuple(query.shape[:2])}")
+    has_mask = lengths is not None or attn_bias is not None or is_causal
+    return reasons + _xformers_refuses(query, prompt_key.shape[2] + key.shape[2], has_mask=has_mask, dropout_p=dropout_p)
+
+
+def _against_merging(
+    query: Tensor,
+    key: Tensor,
+    prompt_key: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> list[str]:
+    """Why prompts and tokens have to be concatenated."""
+    given = {"lengths": lengths is not None, "attn_bias": attn_bias is not None, "dropout_p": dropout_p > 0}
+    reasons = [f"partial attentions take no {name}" for name, is_given in given.items() if is_given]
+    if key.shape[2] == 0 or prompt_key.shape[2] == 0:
+        reasons.append("there is but one part")
+    return reasons or _xformers_refuses(query, key.shape[2], is_partial=True)
+
+
+def xformers_way(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    **_: Any,
+) -> str:
+    """Which of the two ways `xformers` goes, for `explain`."""
+    against = _against_merging(query, key, prompt_key, lengths=lengths, attn_bias=attn_bias, dropout_p=dropout_p)
+    if against:
+        return f"prompts and tokens concatenated: {'; '.join(against)}"
+    return "partial attentions over prompts and tokens, merged by log-sum-exp"
+
+
+def _heads_inside(t: Tensor) -> Tensor:
+    """(B,H,L,D) -> (B,L,H,D), aligned, and D padded with zeros to a multiple of 8."""
+    if t.shape[-1] % _ALIGNMENT:
+        t = F.pad(t, (0, -t.shape[-1] % _ALIGNMENT))
+    t = t.transpose(1, 2)
+    *strides, last = t.stride()
+    is_aligned = last == 1 and not any(n % _ALIGNMENT for n in (*strides, t.storage_offset()))
+    return t if is_aligned else t.clone(memory_format=torch.contiguous_format)
+
+
+def xformers(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    *,
+    lengths: Tensor | None,
+    attn_bias: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float | None,
+) -> Tensor:
+    """`prompt_attention` by xformers; `xformers_check` has nothing against the arguments."""
+    library, _ = load_xformers()
+    batch, _, _, width = query.shape
+    scale = width**-0.5 if scale is None else scale
+    queries = _heads_inside(query)
+    if _against_merging(query, key, prompt_key, lengths=lengths, attn_bias=attn_bias, dropout_p=dropout_p):
+        keys, values, mask = concatenate(query, key, value, prompt_key, prompt_value, lengths, attn_bias, is_causal)
+        out = library.memory_efficient_attention(
+            queries, _heads_inside(keys), _heads_inside(values), attn_bias=mask, p=dropout_p, scale=scale
+        )
+    else:
+        # These have gradients; memory_efficient_attention_partial has none.
+        partial = library.fmha.merge_training.memory_efficient_attention_partial_autograd
+        merge = library.fmha.merge_training.merge_attentions_autograd
+        prompts = (t.to(query.dtype).expand(batch, -1, -1, -1) for t in (prompt_key, prompt_value))
+        causal = library.LowerTriangularMask() if is_causal else None
+        out = merge(
+            partial(queries, *(_heads_inside(t) for t in prompts), scale=scale),
+            partial(queries, _heads_inside(key), _heads_inside(value), attn_bias=causal, scale=scale),
+        )
+    return out[..., :width].contiguous().transpose(1, 2)
