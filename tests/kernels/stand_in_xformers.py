@@ -44,8 +44,8 @@ class Inputs:
                 raise RuntimeError("invalid dtype for bias - should match query's dtype")
         # The kernels load 16 bytes at a time, whatever the checks in Python let through.
         for t in (self.query, self.key, self.value, self.attn_bias):
-            if isinstance(t, Tensor) and t.numel() and t.data_ptr() % 16:
-                raise RuntimeError("misaligned address")
+            if isinstance(t, Tensor) and t.numel() and (t.stride(-1) != 1 or t.data_ptr() % 16):
+                raise RuntimeError("must be contiguous at last dim, and aligned")
 
 
 class _Kernel:

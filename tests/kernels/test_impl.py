@@ -23,7 +23,7 @@ def test_explain_names_what_runs_and_why_others_do_not():
     assert explanation.impl == "reference"
     assert "float64" in explanation.reasons["triton"][-1]
     assert explanation.reasons["xformers"] == ["mix_prompts has no xformers implementation"]
-    assert str(explanation).startswith("mix_prompts: reference would run\n  triton: ")
+    assert not explanation.way and str(explanation).startswith("mix_prompts: reference would run\n  triton: ")
 
 
 def test_explain_says_what_would_be_preferred():

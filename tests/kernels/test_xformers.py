@@ -125,11 +125,13 @@ def test_takes_any_strides(library, name):
 def test_takes_rows_that_are_not_aligned(library):
     tensors, options = example(torch.float16, library.device)
     for name in NAMES.split():
-        # One number too far in memory, and heads that are not a multiple of 8 numbers apart.
-        shape = tensors[name].shape
-        shifted = torch.cat([tensors[name].flatten()[:1], tensors[name].flatten()])[1:].view(shape)
-        apart = torch.nn.functional.pad(tensors[name], (0, 3))[..., : shape[-1]]
-        for layout in (shifted, apart):
+        t = tensors[name]
+        # One number too far in memory, rows that are not a multiple of 8 numbers apart, numbers that are not beside each other.
+        shifted = torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+        apart = torch.nn.functional.pad(t, (0, 3))[..., : t.shape[-1]]
+        strided = torch.stack([t, t], dim=-1)[..., 0]
+        expanded = t[..., :1].expand(t.shape)
+        for layout in (shifted, apart, strided, expanded):
             check_draws([({**tensors, name: layout}, options)])
 
 
