@@ -30,9 +30,9 @@ def concatenate(
     attn_bias: Tensor | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values (B,H,P+Lk,D), and (B,H,Lq,P+Lk) to add to the scores; None where everything is visible.
+    """Keys and values (B,H,P+Lk,D), and the mask (B,H,Lq,P+Lk) to add to the scores, None where everything is visible.
 
-    The last addend has the dtype of `query` and aligned rows, and is broadcast in memory where `attn_bias` is.
+    The mask has the dtype of `query` and aligned rows. Axes along which it does not vary are not stored.
     """
     batch, heads, num_queries, _ = query.shape
     num_keys, num_prompts = key.shape[2], prompt_key.shape[2]
@@ -61,9 +61,9 @@ def concatenate(
 
 
 def nothing_visible_check(key: Tensor, prompt_key: Tensor, lengths: Tensor | None, attn_bias: Tensor | None) -> list[str]:
-    """No library promises zeros for an item that sees neither prompts nor tokens."""
+    """An item that sees neither prompts nor tokens is to get zeros."""
     if prompt_key.shape[2] == 0 and (key.shape[2] == 0 or lengths is not None or attn_bias is not None):
-        return ["without prompts an item may see nothing at all, which the library answers with NaN"]
+        return ["without prompts an item may see nothing at all, and the library promises no zeros then"]
     return []
 
 
@@ -99,8 +99,7 @@ def sdpa(
 ) -> Tensor:
     """`prompt_attention` by torch's scaled_dot_product_attention."""
     keys, values, mask = concatenate(query, key, value, prompt_key, prompt_value, lengths, attn_bias, is_causal)
-    with torch.autocast(query.device.type, enabled=False):
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout_p, scale=scale)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -175,11 +174,14 @@ def xformers_check(
 def _against_merging(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     prompt_key: Tensor,
+    prompt_value: Tensor,
     *,
     lengths: Tensor | None = None,
     attn_bias: Tensor | None = None,
     dropout_p: float = 0.0,
+    **_: Any,
 ) -> list[str]:
     """Why prompts and tokens have to be concatenated."""
     given = {"lengths": lengths is not None, "attn_bias": attn_bias is not None, "dropout_p": dropout_p > 0}
@@ -189,21 +191,9 @@ def _against_merging(
     return reasons or _xformers_refuses(query, key.shape[2], is_partial=True)
 
 
-def xformers_way(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prompt_key: Tensor,
-    prompt_value: Tensor,
-    *,
-    lengths: Tensor | None = None,
-    attn_bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-    **_: Any,
-) -> str:
-    """Which of the two ways `xformers` goes, for `explain`."""
-    against = _against_merging(query, key, prompt_key, lengths=lengths, attn_bias=attn_bias, dropout_p=dropout_p)
-    if against:
+def xformers_way(*args: Any, **kwargs: Any) -> str:
+    """Which of its two ways `xformers` goes on these arguments, for `explain`."""
+    if against := _against_merging(*args, **kwargs):
         return f"prompts and tokens concatenated: {'; '.join(against)}"
     return "partial attentions over prompts and tokens, merged by log-sum-exp"
 
@@ -236,7 +226,9 @@ def xformers(
     batch, _, _, width = query.shape
     scale = width**-0.5 if scale is None else scale
     queries = _heads_inside(query)
-    if _against_merging(query, key, prompt_key, lengths=lengths, attn_bias=attn_bias, dropout_p=dropout_p):
+    if _against_merging(
+        query, key, value, prompt_key, prompt_value, lengths=lengths, attn_bias=attn_bias, dropout_p=dropout_p
+    ):
         keys, values, mask = concatenate(query, key, value, prompt_key, prompt_value, lengths, attn_bias, is_causal)
         out = library.memory_efficient_attention(
             queries, _heads_inside(keys), _heads_inside(values), attn_bias=mask, p=dropout_p, scale=scale
@@ -245,10 +237,10 @@ def xformers(
         # These have gradients; memory_efficient_attention_partial has none.
         partial = library.fmha.merge_training.memory_efficient_attention_partial_autograd
         merge = library.fmha.merge_training.merge_attentions_autograd
-        prompts = (t.to(query.dtype).expand(batch, -1, -1, -1) for t in (prompt_key, prompt_value))
+        prompts = (_heads_inside(t.to(query.dtype)).expand(batch, -1, -1, -1) for t in (prompt_key, prompt_value))
         causal = library.LowerTriangularMask() if is_causal else None
         out = merge(
-            partial(queries, *(_heads_inside(t) for t in prompts), scale=scale),
+            partial(queries, *prompts, scale=scale),
             partial(queries, _heads_inside(key), _heads_inside(value), attn_bias=causal, scale=scale),
         )
     return out[..., :width].contiguous().transpose(1, 2)
