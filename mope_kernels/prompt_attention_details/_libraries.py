@@ -226,9 +226,7 @@ def xformers(
     batch, _, _, width = query.shape
     scale = width**-0.5 if scale is None else scale
     queries = _heads_inside(query)
-    if _against_merging(
-        query, key, value, prompt_key, prompt_value, lengths=lengths, attn_bias=attn_bias, dropout_p=dropout_p
-    ):
+    if _against_merging(query, key, value, prompt_key, prompt_value, lengths=lengths, attn_bias=attn_bias, dropout_p=dropout_p):
         keys, values, mask = concatenate(query, key, value, prompt_key, prompt_value, lengths, attn_bias, is_causal)
         out = library.memory_efficient_attention(
             queries, _heads_inside(keys), _heads_inside(values), attn_bias=mask, p=dropout_p, scale=scale
