@@ -126,7 +126,7 @@ def _fake_mix_prompts_backward(
 
 
 def _fake_importance_loss(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    return probs.new_empty(()), probs.new_empty(probs.shape[1])
+    return probs.new_empty((), dtype=torch.float32), probs.new_empty(probs.shape[1], dtype=torch.float32)
 
 
 def _fake_importance_loss_backward(grad_loss: Tensor, load: Tensor, threshold: float) -> Tensor:

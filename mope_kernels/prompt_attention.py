@@ -145,7 +145,9 @@ def prompt_attention(
     options: dict[str, Any] = {"lengths": lengths, "attn_bias": attn_bias, "is_causal": is_causal, "dropout_p": dropout_p}
     implementation = _PROMPT_ATTENTION.choose(impl, *tensors, **options)
     if implementation != "triton":
-        return _BY_AUTOGRAD[implementation](*tensors, **options, scale=scale)
+        # The op computes in the dtypes of its arguments, and concatenates tensors of dtypes that autocast may not know.
+        with torch.autocast(query.device.type, enabled=False):
+            return _BY_AUTOGRAD[implementation](*tensors, **options, scale=scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
     seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None

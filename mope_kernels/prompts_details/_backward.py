@@ -28,7 +28,7 @@ def mix_backward_experts(
     expert = tl.program_id(0) // blocks
     o_element = tl.program_id(0) % blocks * BE + tl.arange(0, BE)
     m_element = o_element < P * D
-    o_grad = o_element // D * stride_prompt + o_element % D
+    o_grad = (o_element // D).to(tl.int64) * stride_prompt + o_element % D
     b_grad = tl.zeros([BE], tl.float32)
     for start in range(0, batch, BB):
         o_item = (start + tl.arange(0, BB)).to(tl.int64)
@@ -75,8 +75,8 @@ def mix_backward_weights(
     for start in range(0, P * D, BE):
         o_element = start + tl.arange(0, BE)
         m_element = o_element < P * D
-        o_grad = o_element // D * stride_grad_prompt + o_element % D
-        o_expert = o_element // D * stride_prompt + o_element % D
+        o_grad = (o_element // D).to(tl.int64) * stride_grad_prompt + o_element % D
+        o_expert = (o_element // D).to(tl.int64) * stride_prompt + o_element % D
         # (BE,) each
         b_grad_out = tl.load(p_grad_out + item * stride_item + o_grad, mask=m_element, other=0.0).to(tl.float32)
         b_expert = tl.load(p_experts + index * stride_expert + o_expert, mask=m_element, other=0.0).to(tl.float32)

@@ -25,7 +25,7 @@ def mix_forward(
     item = (tl.program_id(0) // blocks).to(tl.int64)
     o_element = tl.program_id(0) % blocks * BE + tl.arange(0, BE)
     m_element = o_element < P * D
-    o_expert = o_element // D * stride_prompt + o_element % D
+    o_expert = (o_element // D).to(tl.int64) * stride_prompt + o_element % D
     b_out = tl.zeros([BE], tl.float32)
     for slot in range(TOP_K):
         index = tl.load(p_indices + item * stride_indices + slot).to(tl.int64)

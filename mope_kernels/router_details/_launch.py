@@ -90,7 +90,7 @@ def importance_loss(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
     probs = last_dim_contiguous(probs)
     batch, num_experts = probs.shape
-    loss, load = probs.new_empty(()), probs.new_empty(num_experts)
+    loss, load = (torch.empty(shape, dtype=torch.float32, device=probs.device) for shape in ((), (num_experts,)))
     block = next_power_of_2(num_experts)
     launch(
         importance_forward,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -57,19 +58,36 @@ class Op:
         return [name for name in self.differentiable if tensors.get(name) is not None]
 
 
+RUNS = ("reference", "cpu", "sdpa", "xformers", "triton")
+
+
+def dtype_of(impl: str) -> torch.dtype:
+    """What an implementation is tested in where one dtype is enough: the libraries' kernels are made for 16 bits."""
+    return torch.float16 if impl in ("sdpa", "xformers") else torch.float32
+
+
 def require_gradients(tensors: Tensors, names: list[str]) -> Tensors:
     """Copies of the tensors in their layout, of which `names` require a gradient."""
     return {n: None if t is None else t.detach().requires_grad_(n in names) for n, t in tensors.items()}
 
 
-def run_with_gradients(op: Op, impl: str, options: Options, tensors: Tensors, wanted: list[str] | None = None) -> dict[str, Tensor]:
-    """Outputs, and for incoming gradients of varied sign those of `wanted` (all that can have one), by name."""
+def run_with_gradients(
+    op: Op,
+    impl: str,
+    options: Options,
+    tensors: Tensors,
+    wanted: list[str] | None = None,
+    forward_in: AbstractContextManager[object] | None = None,
+    incoming_as: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> dict[str, Tensor]:
+    """Outputs, and for always the same incoming gradients those of `wanted` (all that can have one), by name."""
     wanted = op.leaves(tensors) if wanted is None else wanted
     inputs = require_gradients(tensors, wanted)
-    outputs = op.run(impl, options, inputs)
+    with forward_in or nullcontext():
+        outputs = op.run(impl, options, inputs)
     generator = torch.Generator().manual_seed(5)
     incoming = [(o, torch.randn(o.shape, generator=generator).to(o)) for o in outputs if o.requires_grad]
-    gradients = torch.autograd.grad([o for o, _ in incoming], [inputs[n] for n in wanted], [g for _, g in incoming])
+    gradients = torch.autograd.grad([o for o, _ in incoming], [inputs[n] for n in wanted], [incoming_as(g) for _, g in incoming])
     results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
     return results | {f"gradient of {n}": g for n, g in zip(wanted, gradients, strict=True)}
 
@@ -198,7 +216,7 @@ PROMPT_ATTENTION = Op(
     run=lambda impl, options, tensors: (mope_kernels.prompt_attention(**tensors, **options, impl=impl),),
     plain=lambda options, tensors: (reference.prompt_attention(**tensors, **options),),
     example=_attention,
-    implementations=("sdpa", "triton"),
+    implementations=("sdpa", "xformers", "triton"),
     differentiable=PROMPT_ATTENTION_GRADIENTS,
     per_item=("query", "key", "value", "prompt_key", "prompt_value"),
     padded=("key", "value"),
@@ -392,7 +410,11 @@ OPS = (ROUTE, IMPORTANCE_LOSS, MIX_PROMPTS, PROMPT_ATTENTION, MOPE_ATTENTION, WI
 
 
 def every(
-    *impls: str, among: tuple[Op, ...] = OPS, where: Callable[[Op], object] = lambda op: True, cases: bool = False
+    *impls: str,
+    among: tuple[Op, ...] = OPS,
+    where: Callable[[Op], object] = lambda op: True,
+    slow: Callable[[Op, str], object] = lambda op, impl: False,
+    cases: bool = False,
 ) -> pytest.MarkDecorator:
     """Run a test for each (op, impl), with `cases` for each (op, impl, case), of the implementations named.
 
@@ -406,13 +428,9 @@ def every(
                     continue
                 reason = unavailable(impl)
                 marks = [pytest.mark.skip(reason)] if reason else []
+                marks += [pytest.mark.slow] if slow(op, impl) else []
                 for case in op.cases if cases else ("",):
                     values = (op, impl, case) if cases else (op, impl)
                     yield pytest.param(*values, marks=marks, id=f"{op.name}-{impl}{'-' * cases}{case}")
 
     return pytest.mark.parametrize(("op", "impl", "case") if cases else ("op", "impl"), list(parameters()))
-
-
-def resized(op: Op, **changes: Any) -> Op:
-    """The op with another base size."""
-    return replace(op, base=op.base | changes)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mope_kernels.prompt_attention import TRITON_HEAD_DIMS
 
-from .ops import OPS, Sizes, every, run_with_gradients
+from .ops import OPS, Sizes, dtype_of, every, run_with_gradients
 
 EVERYTHING = os.environ.get("MOPE_TEST_EVERYTHING", "") not in ("", "0")
 
@@ -127,11 +127,11 @@ def test_every_op_has_shapes():
 
 @every("reference", "cpu", "sdpa", "triton")
 def test_any_sizes(op, impl):
-    dtype = torch.float16 if impl == "sdpa" else torch.float32
+    dtype = dtype_of(impl)
 
     # Without the explaining phase, which traces every line of every kernel that the interpreter runs.
     @settings(
-        max_examples=200 if EVERYTHING else 40,
+        max_examples=200 if EVERYTHING else 20,
         derandomize=not EVERYTHING,
         database=None,
         deadline=None,
@@ -154,7 +154,7 @@ def test_any_sizes(op, impl):
 
 
 def assert_near(name: str, found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
-    """Within a thousand roundings of the largest number: how accurate is asked in test_accuracy.py, here that nothing is mixed up."""
+    """Within a thousand roundings of the largest number. That nothing is mixed up is asked here, accuracy in test_accuracy.py."""
     if exact.numel():
         bound = 1000 * torch.finfo(dtype).eps * max(exact.abs().max().item(), 1.0)
         error = (found.double() - exact).abs().max().item()

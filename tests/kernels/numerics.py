@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mope_kernels import _extension
 from mope_kernels.impl import interpreting
+from mope_kernels.prompt_attention_details._libraries import load_xformers
 from mope_kernels.testing import strided_gradients
 
 FORWARD, BACKWARD = 2.0, 3.0
 
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
-DEVICE = {"reference": GPU, "sdpa": GPU, "triton": GPU, "cpu": "cpu"}
+DEVICE = {"reference": GPU, "sdpa": GPU, "xformers": GPU, "triton": GPU, "cpu": "cpu"}
 
 
 def unavailable(impl: str) -> str:
@@ -26,6 +27,9 @@ def unavailable(impl: str) -> str:
         return _extension.STATUS.reason
     if impl == "triton" and not torch.cuda.is_available() and not interpreting():
         return "needs a GPU, or TRITON_INTERPRET=1 before the start"
+    if impl == "xformers":
+        # On the CPU its glue is tested with a stand-in (test_xformers.py).
+        return load_xformers()[1] if torch.cuda.is_available() else "xformers runs on NVIDIA GPUs"
     return ""
 
 
@@ -44,7 +48,7 @@ def dtypes_of(impl: str) -> tuple[torch.dtype, ...]:
     """What an implementation is tested in. The interpreter's bfloat16 products are wrong, so that dtype needs a GPU."""
     if impl == "cpu":
         return (torch.float32,)
-    if impl == "sdpa" and not torch.cuda.is_available():
+    if impl == "xformers" or (impl == "sdpa" and not torch.cuda.is_available()):
         return (torch.float16, torch.bfloat16)
     if impl == "triton" and not torch.cuda.is_available():
         return (torch.float32, torch.float16)

@@ -79,10 +79,11 @@ def test_the_cache_is_keyed_by_what_goes_into_the_library(monkeypatch, tmp_path)
 
 LESSER_TARGET = """
 from mope_kernels import _extension
-from tests.kernels import test_mope_attention as tests
+from tests.contract import ops, test_accuracy
 assert _extension.status().target == {target!r}, _extension.status()
-for case in ("dense", "several blocks", "head of 80", "no tokens"):
-    tests.test_matches_float64("cpu", case)
+for op in (ops.MIX_PROMPTS, ops.MOPE_ATTENTION):
+    for case in op.cases:
+        test_accuracy.test_matches_float64(op, "cpu", case)
 """
 
 

@@ -10,120 +10,17 @@ import mope_kernels
 from mope_kernels import reference
 from mope_kernels._ops import PROMPT_ATTENTION_GRADIENTS
 from mope_kernels.prompt_attention import TRITON_HEAD_DIMS
-from mope_kernels.testing import strided_variants
+from tests.contract.ops import PROMPT_ATTENTION
 
-from .numerics import DEVICE, RecordResults, check, dtypes_of, implementations
+from .numerics import DEVICE, check, dtypes_of, implementations
 
-BASE = {
-    "batch": 2,
-    "heads": 2,
-    "queries": 9,
-    "keys": 9,
-    "width": 16,
-    "prompts": 3,
-    "lengths": None,
-    "bias": None,
-    "is_causal": False,
-}
-
-CASES = {
-    "plain": {},
-    "shared prompts": {"shared": True},
-    "padded": {"lengths": [9, 4]},
-    "prompts only for one item": {"lengths": [0, 5]},
-    "bias": {"bias": (2, 2, 9, 9)},
-    "broadcast bias, padded": {"bias": (9,), "lengths": [2, 9]},
-    "causal": {"is_causal": True},
-    "causal, padded": {"is_causal": True, "lengths": [3, 9]},
-    "other queries": {"queries": 4},
-    "causal, biased, several blocks": {
-        "batch": 1,
-        "heads": 1,
-        "queries": 150,
-        "keys": 150,
-        "is_causal": True,
-        "lengths": [140],
-        "bias": (150, 150),
-    },
-    "no prompts": {"prompts": 0},
-    "several blocks of prompts": {"prompts": 70, "heads": 1},
-    "no tokens": {"keys": 0},
-    "odd head": {"width": 72, "heads": 1},
-    "empty batch": {"batch": 0},
-    "long": {"batch": 1, "heads": 1, "queries": 70, "keys": 133, "lengths": [130]},
-}
 NAMES = " ".join(PROMPT_ATTENTION_GRADIENTS)
-
-
-def example(dtype: torch.dtype, device: str, **changes: object) -> tuple[dict[str, Tensor | None], dict[str, object]]:
-    size = {**BASE, **changes}
-    batch, heads, width = size["batch"], size["heads"], size["width"]
-    shapes = {
-        "query": (batch, heads, size["queries"], width),
-        "key": (batch, heads, size["keys"], width),
-        "value": (batch, heads, size["keys"], width),
-        "prompt_key": (1 if "shared" in changes else batch, heads, size["prompts"], width),
-        "prompt_value": (1 if "shared" in changes else batch, heads, size["prompts"], width),
-    }
-    tensors = {name: torch.randn(*shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-    tensors["lengths"] = None if size["lengths"] is None else torch.tensor(size["lengths"], device=device)
-    tensors["attn_bias"] = None if size["bias"] is None else torch.randn(*size["bias"], device=device)
-    return tensors, {"is_causal": size["is_causal"], "scale": 0.3}
-
-
-@implementations("sdpa", "triton")
-@pytest.mark.parametrize("case", CASES)
-def test_matches_float64(impl, case):
-    for dtype in dtypes_of(impl):
-        tensors, options = example(dtype, DEVICE[impl], **CASES[case])
-        check(
-            lambda impl=impl, **t: (mope_kernels.prompt_attention(**t, **options, impl=impl),),
-            lambda **t: (reference.prompt_attention(**t, **options),),
-            tensors,
-            grads_for=NAMES,
-        )
-
-
-@implementations("sdpa", "triton")
-@pytest.mark.parametrize("name", [*NAMES.split(), "attn_bias"])
-def test_takes_any_strides(impl, name):
-    tensors, options = example(torch.float16, DEVICE[impl], lengths=[9, 4], bias=(2, 1, 9, 9) if name == "attn_bias" else None)
-    for layout in strided_variants(tensors[name]):
-        check(
-            lambda **t: (mope_kernels.prompt_attention(**t, **options, impl=impl),),
-            lambda **t: (reference.prompt_attention(**t, **options),),
-            {**tensors, name: layout},
-            grads_for=NAMES,
-        )
-
-
-@implementations("reference", "sdpa", "triton")
-def test_output_is_ready_for_the_projection(impl):
-    tensors, options = example(torch.float16, DEVICE[impl])
-    assert mope_kernels.prompt_attention(**tensors, **options, impl=impl).transpose(1, 2).is_contiguous()
-
-
-@implementations("reference", "sdpa", "triton")
-def test_padding_may_hold_anything(impl):
-    tensors, options = example(torch.float16, DEVICE[impl], lengths=[4, 0])
-
-    def gradients(padding: float) -> tuple[Tensor, ...]:
-        inputs = {n: None if t is None else t.clone() for n, t in tensors.items()}
-        for name in ("key", "value"):
-            inputs[name][0, :, 4:] = padding
-            inputs[name][1] = padding
-        leaves = [inputs[n].requires_grad_() for n in NAMES.split()]
-        out = mope_kernels.prompt_attention(**inputs, **options, impl=impl)
-        return out, *torch.autograd.grad(out.square().sum(), leaves)
-
-    for clean, poisoned in zip(gradients(0.0), gradients(math.nan), strict=True):
-        assert torch.equal(clean, poisoned)
 
 
 @implementations("sdpa", "triton")
 @pytest.mark.parametrize("shared", [{}, {"shared": True}], ids=["own", "shared"])
 def test_prompts_of_another_dtype(impl, shared):
-    tensors, options = example(torch.float16, DEVICE[impl], **shared)
+    tensors, options = PROMPT_ATTENTION.draw(torch.float16, impl, **shared)
     tensors |= {name: tensors[name].float() for name in ("prompt_key", "prompt_value")}
     check(
         lambda **t: (mope_kernels.prompt_attention(**t, **options, impl=impl),),
@@ -136,7 +33,7 @@ def test_prompts_of_another_dtype(impl, shared):
 @implementations("reference", "triton")
 @pytest.mark.parametrize("hide", ["lengths", "bias"])
 def test_nothing_visible_gives_zero(impl, hide):
-    tensors, options = example(torch.float32, DEVICE[impl], prompts=0, lengths=[0 if hide == "lengths" else 9, 3])
+    tensors, options = PROMPT_ATTENTION.draw(torch.float32, impl, prompts=0, lengths=[0 if hide == "lengths" else 9, 3])
     if hide == "bias":
         tensors["attn_bias"] = torch.zeros(2, 1, 1, 9, device=DEVICE[impl])
         tensors["attn_bias"][0] = -math.inf
@@ -147,21 +44,11 @@ def test_nothing_visible_gives_zero(impl, hide):
     assert (out[1] != 0).any()
 
 
-@implementations("reference", "sdpa", "triton")
-@pytest.mark.parametrize("name", ["query", "key", "prompt_value", "attn_bias"])
-def test_nan_stays_in_its_item(impl, name):
-    tensors, options = example(torch.float16, DEVICE[impl], batch=3, bias=(3, 1, 9, 9))
-    clean = mope_kernels.prompt_attention(**tensors, **options, impl=impl)
-    tensors[name][1, 0] = math.nan
-    poisoned = mope_kernels.prompt_attention(**tensors, **options, impl=impl)
-    assert torch.equal(poisoned[[0, 2]], clean[[0, 2]]) and poisoned[1].isnan().any()
-
-
 @implementations("triton")
 @pytest.mark.parametrize("width", TRITON_HEAD_DIMS)
 def test_any_head_dim(impl, width):
     for dtype in dtypes_of(impl):
-        draws = [example(dtype, DEVICE[impl], batch=1, heads=1, queries=5, keys=5, width=width) for _ in range(2)]
+        draws = [PROMPT_ATTENTION.draw(dtype, impl, batch=1, heads=1, queries=5, keys=5, width=width) for _ in range(2)]
         options = draws[0][1] | {"is_causal": True}
         check(
             lambda options=options, **t: (mope_kernels.prompt_attention(**t, **options, impl=impl),),
@@ -172,42 +59,17 @@ def test_any_head_dim(impl, width):
 
 
 def test_triton_refuses_other_head_dims():
-    tensors, _ = example(torch.float32, "cpu", width=24)
+    tensors, _ = PROMPT_ATTENTION.draw(torch.float32, "cpu", width=24)
     with pytest.raises(ValueError, match=r"head_dim must be one of 16, .* got 24"):
         mope_kernels.prompt_attention(**tensors, impl="triton")
-
-
-@implementations("triton")
-def test_only_what_needs_a_gradient_is_computed(impl):
-    tensors, options = example(torch.float32, DEVICE[impl], shared=True)
-    op = torch.ops.mope_triton.prompt_attention_backward.default
-    for wanted in (["query"], ["key"], ["value"], ["prompt_key"], ["prompt_value"], NAMES.split()):
-        inputs = {n: None if t is None else t.clone().requires_grad_(n in wanted) for n, t in tensors.items()}
-        with RecordResults(op) as record:
-            out = mope_kernels.prompt_attention(**inputs, **options, impl=impl)
-            torch.autograd.grad(out.sum(), [inputs[n] for n in wanted])
-        assert [n for n, g in zip(PROMPT_ATTENTION_GRADIENTS, record.results, strict=True) if g.numel()] == wanted
-
-
-@implementations("triton")
-def test_bitwise_repeatable(impl):
-    tensors, options = example(torch.float32, DEVICE[impl], batch=5, shared=True, bias=(9, 9), lengths=[9, 3, 0, 5, 8])
-
-    def once():
-        inputs = {n: None if t is None else t.clone().requires_grad_(n in NAMES.split()) for n, t in tensors.items()}
-        out = mope_kernels.prompt_attention(**inputs, **options, impl=impl)
-        return out, *torch.autograd.grad(out.square().sum(), [inputs[n] for n in NAMES.split()])
-
-    first = once()
-    assert all(torch.equal(a, b) for _ in range(2) for a, b in zip(first, once(), strict=True))
 
 
 @implementations("triton")
 def test_dropout_and_its_gradients(impl):
     """Values that are rows of the identity make the output show the attention probabilities, and so what was dropped."""
     dropout_p, prompts, tokens, device = 0.3, 4, 40, DEVICE[impl]
-    tensors, _ = example(
-        torch.float32, device, width=48, queries=tokens, keys=tokens, prompts=prompts, lengths=[40, 21], bias=(40, 40), shared=True
+    tensors, _ = PROMPT_ATTENTION.draw(
+        torch.float32, impl, width=48, queries=tokens, keys=tokens, prompts=prompts, lengths=[40, 21], bias=(40, 40), shared=True
     )
     names = NAMES.split()
 
@@ -263,8 +125,23 @@ def test_dropout_draws_a_new_mask_each_time_and_keeps_the_mean(impl):
 
 
 @implementations("triton")
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_opcheck_with_dropout_and_prompts_of_another_dtype(impl, shared):
+    tests = ("test_schema", "test_faketensor")
+    tensors, _ = PROMPT_ATTENTION.draw(torch.float16, impl, lengths=[9, 4], bias=(9, 9), shared=shared)
+    tensors |= {name: tensors[name].float() for name in ("prompt_key", "prompt_value")}
+    seed = torch.zeros(1, dtype=torch.int64, device=DEVICE[impl])
+    inputs = (*tensors.values(), seed, True, 0.25, 0.5)
+    torch.library.opcheck(torch.ops.mope_triton.prompt_attention.default, inputs, test_utils=tests)
+    out, lse = torch.ops.mope_triton.prompt_attention.default(*inputs)
+    for needs in (0, 1, 0b01010, 2 ** len(PROMPT_ATTENTION_GRADIENTS) - 1):
+        arguments = (torch.ones_like(out), out, lse, *inputs, needs)
+        torch.library.opcheck(torch.ops.mope_triton.prompt_attention_backward.default, arguments, test_utils=tests)
+
+
+@implementations("triton")
 def test_dropout_needs_a_seed(impl):
-    tensors, _ = example(torch.float32, DEVICE[impl])
+    tensors, _ = PROMPT_ATTENTION.draw(torch.float32, impl)
     with pytest.raises(ValueError, match=r"prompt_attention: dropout_p=0\.5 needs a seed"):
         torch.ops.mope_triton.prompt_attention.default(*tensors.values(), None, False, 0.3, 0.5)
 
@@ -273,7 +150,7 @@ def test_dropout_needs_a_seed(impl):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_offsets_beyond_32_bits():
     # 70,000 items and 2^31 elements of keys: past CUDA's limit on y and z, and past 32-bit offsets.
-    tensors, options = example(torch.float16, DEVICE["triton"], batch=70_000, heads=2, queries=1, keys=240, width=64)
+    tensors, options = PROMPT_ATTENTION.draw(torch.float16, "triton", batch=70_000, heads=2, queries=1, keys=240, width=64)
     out = mope_kernels.prompt_attention(**tensors, **options, impl="triton")
     last = {name: None if t is None else t[-3:] for name, t in tensors.items()}
     torch.testing.assert_close(out[-3:], reference.prompt_attention(**last, **options), rtol=1e-2, atol=1e-2)
@@ -291,7 +168,7 @@ def test_dropout_acts_on_prompts_and_keeps_the_mean(impl):
 
 
 def test_sdpa_refuses_what_it_answers_with_nan():
-    tensors, options = example(torch.float16, "cpu", prompts=0, lengths=[0, 9])
+    tensors, options = PROMPT_ATTENTION.draw(torch.float16, "cpu", prompts=0, lengths=[0, 9])
     with pytest.raises(ValueError, match="an item may see nothing at all"):
         mope_kernels.prompt_attention(**tensors, **options, impl="sdpa")
     out = mope_kernels.prompt_attention(**tensors, **options)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 import mope_kernels
 from mope_kernels import reference
-
-from .test_mope_attention import CASES, example
+from tests.contract.ops import MOPE_ATTENTION
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -143,7 +142,9 @@ def test_gradients_of_mix_prompts():
 
 @pytest.mark.parametrize("case", ["dense", "top2 renormalised", "prompts only for one item", "post-LN, padded"])
 def test_gradients_of_mope_attention(case):
-    tensors, options = example(torch.float64, "cpu", **{"queries": 3, "keys": 5, "width": 4, **CASES[case], "lengths": [5, 0]})
+    tensors, options = MOPE_ATTENTION.draw(
+        torch.float64, "cpu", **{"queries": 3, "keys": 5, "width": 4, **MOPE_ATTENTION.cases[case], "lengths": [5, 0]}
+    )
     inputs = {
         n: t.double().requires_grad_() for n, t in tensors.items() if t is not None and t.is_floating_point() and n != "noise"
     }

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mope_kernels import reference
 from mope_kernels._ops import MOPE_ATTENTION_GRADIENTS
+from tests.contract.ops import MOPE_ATTENTION
 
 from .numerics import DEVICE, check, dtypes_of, implementations
-from .test_mope_attention import example, plain, run
 
 GPU = DEVICE["triton"]
 ALL = " ".join(MOPE_ATTENTION_GRADIENTS)
@@ -21,9 +21,14 @@ SMALL = {"batch": 1, "heads": 1, "queries": 3, "keys": 5, "experts": 3, "prompts
 
 def assert_matches(grads_for: str = ALL, dtype: torch.dtype = torch.float32, **changes: object) -> None:
     """Over several draws: each computes few numbers, and says more about luck than about accuracy."""
-    draws = [example(dtype, GPU, **{**SMALL, **changes}) for _ in range(4)]
+    draws = [MOPE_ATTENTION.draw(dtype, "triton", **{**SMALL, **changes}) for _ in range(4)]
     tensors, options = [tensors for tensors, _ in draws], draws[0][1]
-    check(lambda **t: run("triton", options, **t), lambda **t: plain(options, **t), *tensors, grads_for=grads_for)
+    check(
+        lambda **t: MOPE_ATTENTION.run("triton", options, t),
+        lambda **t: MOPE_ATTENTION.plain(options, t),
+        *tensors,
+        grads_for=grads_for,
+    )
 
 
 @implementations("triton")
@@ -62,23 +67,23 @@ def test_many_experts(impl):
 
 @implementations("triton")
 def test_keys_and_values_may_lie_differently(impl):
-    tensors, options = example(torch.float32, GPU, **SMALL)
+    tensors, options = MOPE_ATTENTION.draw(torch.float32, "triton", **SMALL)
     for name in ("value", "bank_value", "static_value", "instance_value"):
         tensors[name] = tensors[name].mT.contiguous().mT
-    check(lambda **t: run(impl, options, **t), lambda **t: plain(options, **t), tensors, grads_for=ALL)
+    check(lambda **t: MOPE_ATTENTION.run(impl, options, t), lambda **t: MOPE_ATTENTION.plain(options, t), tensors, grads_for=ALL)
 
 
 @implementations("triton")
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_lengths_of_either_width_up_to_and_beyond_the_end(impl, dtype):
-    tensors, options = example(torch.float32, GPU, batch=4, heads=1, queries=2, keys=70)
+    tensors, options = MOPE_ATTENTION.draw(torch.float32, "triton", batch=4, heads=1, queries=2, keys=70)
     results = []
     for lengths in ([70, 64, 1, 0], [1000, 64, 1, -3]):
         tensors["lengths"] = torch.tensor(lengths, dtype=dtype, device=GPU)
-        results.append(run(impl, options, **tensors)[0])
+        results.append(MOPE_ATTENTION.run(impl, options, tensors)[0])
     tensors["lengths"] = tensors["lengths"].clamp(0, 70)
     assert torch.equal(*results)
-    torch.testing.assert_close(results[0], plain(options, **tensors)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[0], MOPE_ATTENTION.plain(options, tensors)[0], rtol=1e-5, atol=1e-5)
 
 
 def raw_inputs(tensors: dict[str, Tensor | None], seed: Tensor | None, dropout_p: float) -> tuple[object, ...]:
@@ -94,7 +99,9 @@ def attention_with_dropout(tensors: dict[str, Tensor | None], seed: int, dropout
 def test_dropout_and_its_gradients(impl):
     """Values that are rows of the identity make the output show the attention probabilities, and so what was dropped."""
     dropout_p, prompts = 0.3, 3 + 2 + 1
-    tensors, _ = example(torch.float32, GPU, width=64, queries=40, keys=50, lengths=[50, 31], fold=False, noise=False)
+    tensors, _ = MOPE_ATTENTION.draw(
+        torch.float32, "triton", width=64, queries=40, keys=50, lengths=[50, 31], fold=False, noise=False
+    )
     columns = prompts + 50
     one_hot = torch.eye(columns, 64, device=GPU)
     visible = torch.arange(columns, device=GPU) < (prompts + tensors["lengths"])[:, None]
@@ -145,7 +152,7 @@ def test_dropout_and_its_gradients(impl):
 
 @implementations("triton")
 def test_dropping_everything_gives_zeros(impl):
-    tensors, _ = example(torch.float32, GPU, **{**SMALL, "fold": False, "noise": False})
+    tensors, _ = MOPE_ATTENTION.draw(torch.float32, "triton", **{**SMALL, "fold": False, "noise": False})
     out, *saved = attention_with_dropout(tensors, 1, 1.0)
     assert (out == 0).all()
     inputs = raw_inputs(tensors, torch.tensor([1], device=GPU), 1.0)
@@ -155,8 +162,8 @@ def test_dropping_everything_gives_zeros(impl):
 
 @implementations("triton")
 def test_lse_is_the_logarithm_to_base_2(impl):
-    tensors, _ = example(
-        torch.float32, GPU, batch=2, heads=1, static=0, instance=0, prompts=0, fold=False, noise=False, lengths=[9, 0]
+    tensors, _ = MOPE_ATTENTION.draw(
+        torch.float32, "triton", batch=2, heads=1, static=0, instance=0, prompts=0, fold=False, noise=False, lengths=[9, 0]
     )
     _, lse, *_ = attention_with_dropout(tensors, 0, 0.0)
     scores = tensors["query"][0].double() @ tensors["key"][0].double().mT * 0.25
@@ -168,12 +175,12 @@ def test_lse_is_the_logarithm_to_base_2(impl):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_more_items_than_a_grid_has_rows():
     # 70,000 items and 2^31 elements of keys: past CUDA's limit on y and z, and past 32-bit offsets.
-    tensors, options = example(torch.float16, GPU, batch=70_000, heads=2, queries=1, keys=240, width=64, top_k=2)
-    out, *_ = run("triton", options, **tensors)
+    tensors, options = MOPE_ATTENTION.draw(torch.float16, "triton", batch=70_000, heads=2, queries=1, keys=240, width=64, top_k=2)
+    out, *_ = MOPE_ATTENTION.run("triton", options, tensors)
     last = {
         name: t[-3:]
         if t is not None and name in ("query", "key", "value", "logits", "noise", "instance_key", "instance_value")
         else t
         for name, t in tensors.items()
     }
-    torch.testing.assert_close(out[-3:], plain(options, **last)[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(out[-3:], MOPE_ATTENTION.plain(options, last)[0], rtol=1e-2, atol=1e-2)

@@ -1,0 +1,120 @@
+"""What holds whatever the numbers are: items stay apart, bits repeat, frozen inputs cost nothing, ties have one answer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import mope_kernels
+from mope_kernels import ExpertBank
+from tests.kernels.numerics import DEVICE, RecordResults
+
+from .ops import MOPE_ATTENTION, OPS, RUNS, assert_same, dtype_of, every, require_gradients, run_with_gradients
+
+
+@every(*RUNS, where=lambda op: op.per_item)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_items_stay_apart(op, impl, poison):
+    """NaN or infinity in one item changes no bit of another item's outputs and gradients."""
+    tensors, options = op.draw(dtype_of(impl), impl, batch=(3, 4) if op.name == "expert_adapter" else 3)
+    wanted = [name for name in op.per_item if name in op.differentiable]
+    clean = run_with_gradients(op, impl, options, tensors, wanted)
+    for name in op.per_item:
+        poisoned = tensors[name].clone()
+        poisoned[1].view(-1)[0] = poison
+        found = run_with_gradients(op, impl, options, tensors | {name: poisoned}, wanted)
+        assert_same({n: t[[0, 2]] for n, t in found.items()}, {n: t[[0, 2]] for n, t in clean.items()})
+        # The library answers a NaN in a query with zeros.
+        if math.isnan(poison) and impl != "sdpa":
+            assert found["output 0"][1].isnan().any(), f"NaN in {name} is lost"
+
+
+@every(*RUNS)
+def test_bitwise_repeatable(op, impl):
+    tensors, options = op.draw(dtype_of(impl), impl, batch=(5, 4) if op.name == "expert_adapter" else 5)
+    first = run_with_gradients(op, impl, options, tensors)
+    for _ in range(3):
+        assert_same(run_with_gradients(op, impl, options, tensors), first)
+
+
+@every("cpu")
+def test_does_not_depend_on_the_number_of_threads(op, impl):
+    tensors, options = op.draw(torch.float32, impl, batch=20)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run_with_gradients(op, impl, options, tensors))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+@every(*RUNS)
+def test_nothing_is_kept_where_nothing_needs_a_gradient(op, impl):
+    tensors, options = op.draw(dtype_of(impl), impl)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        outputs = op.run(impl, options, require_gradients(tensors, []))
+    assert not kept and not any(o.requires_grad for o in outputs)
+
+
+@every(*RUNS)
+def test_each_gradient_alone_is_the_same(op, impl):
+    """Work that is left out for frozen inputs changes nothing for the others."""
+    tensors, options = op.draw(dtype_of(impl), impl)
+    together = run_with_gradients(op, impl, options, tensors)
+    for name in op.leaves(tensors):
+        alone = run_with_gradients(op, impl, options, tensors, [name])
+        torch.testing.assert_close(alone[f"gradient of {name}"], together[f"gradient of {name}"], rtol=1e-5, atol=1e-6)
+
+
+# Of the others the backward has one gradient only, and is not called without it.
+@every("cpu", "triton", where=lambda op: len(op.differentiable) > 1)
+def test_only_what_needs_a_gradient_is_computed(op, impl):
+    tensors, options = op.draw(torch.float32, impl)
+    backward = getattr(getattr(torch.ops, f"mope_{impl}"), f"{op.name}_backward").default
+    for wanted in (*([name] for name in op.differentiable), list(op.differentiable)):
+        with RecordResults(backward) as record:
+            run_with_gradients(op, impl, options, tensors, wanted)
+        computed = [n for n, g in zip(op.differentiable, record.results, strict=True) if g.numel()]
+        assert computed == wanted
+
+
+@every("reference", "cpu", "triton", among=(MOPE_ATTENTION,))
+def test_attention_takes_the_lowest_of_tied_experts(op, impl):
+    """Values that are constant for each expert show which ones were mixed."""
+    device = DEVICE[impl]
+    logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0, 0.0], [0.0] * 6], device=device)
+    experts = torch.arange(6.0, device=device)[:, None, None, None].expand(6, 1, 1, 16)
+    query = torch.zeros(2, 1, 1, 16, device=device)
+    for top_k in (1, 3, 6):
+        bank = ExpertBank(torch.zeros_like(experts), experts)
+        token = query[:, :, :0]
+        out, routing = mope_kernels.mope_attention(query, token, token, logits, bank, top_k=top_k, renormalize=True, impl=impl)
+        order = torch.tensor([[1, 2, 4, 0, 3, 5], [0, 1, 2, 3, 4, 5]], device=device)[:, :top_k]
+        assert torch.equal(routing.indices, order)
+        mixed = (routing.weights * order).sum(1)
+        torch.testing.assert_close(out[:, 0, 0, 0], mixed, rtol=1e-6, atol=1e-6)
+
+
+@every("reference", "triton", where=lambda op: op.name == "route")
+def test_routing_takes_the_lowest_of_tied_experts(op, impl):
+    logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0, 0.0], [0.0] * 6, [-0.0, 0.0, -0.0, 0.0, 0.0, -0.0]], device=DEVICE[impl])
+    for top_k in (1, 3, 6):
+        indices = mope_kernels.route(logits, top_k=top_k, impl=impl).indices
+        assert indices.tolist() == [[1, 2, 4, 0, 3, 5][:top_k], *[[0, 1, 2, 3, 4, 5][:top_k]] * 2]
+
+
+def test_every_public_op_is_held_to_the_contract():
+    ops = {name for name in mope_kernels.__all__ if name[0].islower()} - {"explain"}
+    assert ops == {op.name for op in OPS}
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_every_implementation_is_held_to_the_contract(op):
+    checks = mope_kernels.impl._OPERATIONS[op.name].checks
+    assert {name for name, check in checks.items() if check is not None} == {"reference", *op.implementations}

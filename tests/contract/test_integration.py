@@ -1,0 +1,115 @@
+"""The ops in PyTorch: autocast, torch.library's own checks, torch.compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mope_kernels._ops import NAMESPACES
+from tests.kernels.numerics import DEVICE
+
+from .ops import PROMPT_ATTENTION, RUNS, Op, Options, Tensors, assert_same, dtype_of, every, require_gradients, run_with_gradients
+
+VARIED: dict[str, list[dict[str, Any]]] = {
+    "route": [{"top_k": None}, {"top_k": 2, "renormalize": True}],
+    "importance_loss": [{}],
+    "mix_prompts": [{"top_k": None}, {"top_k": 2}],
+    "prompt_attention": [{"shared": True, "lengths": [9, 4], "bias": (9, 9), "is_causal": True}, {}],
+    "mope_attention": [{"lengths": [9, 4]}, {"top_k": 2, "fold": False, "noise": False}],
+    "window_prompt_attention": [{}],
+    "expert_adapter": [{}],
+}
+
+
+@every(*RUNS)
+def test_autocast_changes_nothing(op, impl):
+    """An op gives what the dtypes of its arguments say."""
+    device = DEVICE[impl]
+    for changes in VARIED[op.name]:
+        tensors, options = op.draw(dtype_of(impl), impl, **changes)
+        clean = run_with_gradients(op, impl, options, tensors)
+        # As in training: the forward inside, the backward outside.
+        found = run_with_gradients(op, impl, options, tensors, forward_in=torch.autocast(device, dtype=torch.bfloat16))
+        assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in clean.items()}
+        assert_same(found, clean)
+
+
+@every("reference", "cpu", "triton")
+def test_dtypes_of_results(op, impl):
+    """Outputs in the dtype of the input, statistics in float32, gradients in the dtype of what they belong to."""
+    dtype = torch.float32 if impl == "cpu" else torch.float16
+    tensors, options = op.draw(dtype, impl)
+    outputs = op.run(impl, options, tensors)
+    statistics = {"route": (0, 1), "importance_loss": (0,), "mope_attention": (1, 2), "expert_adapter": (1,)}.get(op.name, ())
+    assert [o.dtype for o in outputs] == [torch.float32 if i in statistics else dtype for i in range(len(outputs))]
+    found = run_with_gradients(op, impl, options, tensors)
+    for name in op.leaves(tensors):
+        assert found[f"gradient of {name}"].dtype == tensors[name].dtype
+
+
+class RecordCalls(TorchDispatchMode):
+    """The calls of the operators in some namespaces."""
+
+    def __init__(self, namespaces: tuple[str, ...]) -> None:
+        super().__init__()
+        self.namespaces = namespaces
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in self.namespaces:
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@every("cpu", "triton")
+def test_opcheck(op, impl):
+    """Schema and fake of every raw op that runs, forward and backward, agree with what it does."""
+    for changes in VARIED[op.name]:
+        tensors, options = op.draw(torch.float32, impl, **changes)
+        for wanted in (None, op.leaves(tensors)[-1:]):
+            with RecordCalls(NAMESPACES) as record:
+                run_with_gradients(op, impl, options, tensors, wanted)
+            assert [func.name() for func, *_ in record.calls] == [f"mope_{impl}::{op.name}", f"mope_{impl}::{op.name}_backward"]
+            for func, args, kwargs in record.calls:
+                torch.library.opcheck(func, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+
+
+@every("reference", "sdpa", among=(PROMPT_ATTENTION,))
+def test_sdpa_is_what_runs_where_it_is_asked_for(op, impl):
+    tensors, options = op.draw(dtype_of(impl), impl)
+    with RecordCalls(("aten",)) as record:
+        op.run(impl, options, tensors)
+    called = any("scaled_dot_product" in func.name() for func, *_ in record.calls)
+    assert called == (impl == "sdpa")
+
+
+def batch(op: Op, impl: str, items: int) -> tuple[Tensors, Options]:
+    """A batch whose size no other axis happens to have."""
+    size = {"batch": (items, 11)} if op.name == "expert_adapter" else {"batch": items}
+    return op.draw(dtype_of(impl), impl, **size)
+
+
+# Symbolic shapes of many small tensors: tracing the definition of the window attention takes half a minute.
+@every(*RUNS, slow=lambda op, impl: op.name == "window_prompt_attention")
+def test_compiles_whole_and_once(op, impl):
+    """fullgraph, forward and backward, and no recompilation for another batch size."""
+    _, options = batch(op, impl, 7)
+
+    def step(tensors: Tensors) -> torch.Tensor:
+        return sum(o.float().square().sum() for o in op.run(impl, options, tensors) if o.requires_grad)
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n, items in enumerate((7, 6)):
+        tensors, _ = batch(op, impl, items)
+        names = op.leaves(tensors)
+        inputs = require_gradients(tensors, names)
+        leaves = [inputs[name] for name in names]
+        with torch._dynamo.config.patch(error_on_recompile=n > 0):
+            loss = compiled(inputs)
+        eager = step(inputs)
+        torch.testing.assert_close(loss, eager)
+        for a, b in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(eager, leaves), strict=True):
+            torch.testing.assert_close(a, b)

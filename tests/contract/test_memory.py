@@ -1,0 +1,121 @@
+"""What an implementation reads and writes: all of its outputs, nothing beside its inputs, and offsets beyond 32 bits."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.numerics import DEVICE
+
+from .ops import MOPE_ATTENTION, PROMPT_ATTENTION, RUNS, Op, Options, Tensors, assert_same, dtype_of, every, run_with_gradients
+
+LENGTHS = {"prompt_attention": {"lengths": [9, 4], "bias": (2, 2, 9, 9)}, "mope_attention": {"lengths": [9, 4], "top_k": 2}}
+
+
+def example(op: Op, impl: str) -> tuple[Tensors, Options]:
+    return op.draw(dtype_of(impl), impl, **LENGTHS.get(op.name, {}))
+
+
+@contextlib.contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """New memory holds NaN, or the largest integer: what is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@every(*RUNS, cases=True)
+def test_writes_all_of_its_results(op, impl, case):
+    if impl == "sdpa" and case in ("no prompts", "no tokens"):
+        pytest.skip("SDPA is not used where an item may see nothing")
+    tensors, options = op.draw(dtype_of(impl), impl, **op.cases[case])
+    clean = run_with_gradients(op, impl, options, tensors)
+    with poisoned_allocations():
+        poisoned = run_with_gradients(op, impl, options, tensors)
+    assert_same(poisoned, clean)
+    assert not any(t.isnan().any() for t in clean.values())
+
+
+def surrounded(tensor: Tensor) -> Tensor:
+    """The same values, cut out of the middle of a larger tensor of NaN (for integers: numbers that are no index)."""
+    shape = [n + 5 for n in tensor.shape]
+    filler = torch.full(shape, math.nan if tensor.is_floating_point() else 2**31 - 1, dtype=tensor.dtype, device=tensor.device)
+    middle = filler[tuple(slice(2, 2 + n) for n in tensor.shape)]
+    return middle.copy_(tensor)
+
+
+@every(*RUNS)
+def test_reads_nothing_beside_its_inputs(op, impl):
+    tensors, options = example(op, impl)
+    clean = run_with_gradients(op, impl, options, {n: t if t is None else t.clone() for n, t in tensors.items()})
+    found = run_with_gradients(op, impl, options, {n: t if t is None else surrounded(t) for n, t in tensors.items()})
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, clean[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@every(*RUNS, among=(PROMPT_ATTENTION, MOPE_ATTENTION))
+def test_padding_may_hold_anything(op, impl):
+    tensors, options = example(op, impl)
+    tensors["lengths"] = torch.tensor([4, 0], device=DEVICE[impl])
+
+    def with_padding(value: float) -> dict[str, Tensor]:
+        filled = dict(tensors)
+        for name in op.padded:
+            filled[name] = tensors[name].clone()
+            filled[name][0, :, 4:] = value
+            filled[name][1] = value
+        return run_with_gradients(op, impl, options, filled)
+
+    clean = with_padding(0.0)
+    for value in (math.nan, math.inf):
+        assert_same(with_padding(value), clean)
+
+
+@every(*RUNS)
+def test_leaves_its_inputs_alone(op, impl):
+    tensors, options = example(op, impl)
+    before = {n: t if t is None else t.clone() for n, t in tensors.items()}
+    run_with_gradients(op, impl, options, tensors)
+    assert_same({n: t for n, t in tensors.items() if t is not None}, {n: t for n, t in before.items() if t is not None})
+
+
+def far_apart(tensor: Tensor, axis: int) -> Tensor:
+    """The same values, the last of them along `axis` beyond 2^31 elements. On the CPU pages that nobody touches cost nothing."""
+    strides = list(tensor.contiguous().stride())
+    strides[axis] = -(-(2**31 + 64) // (tensor.shape[axis] - 1))
+    # Axes in front of it would otherwise overlap.
+    for outer in range(axis):
+        strides[outer] = max(strides[outer], math.prod(tensor.shape[outer + 1 :]))
+    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True))
+    view = torch.empty(extent, dtype=tensor.dtype, device=tensor.device).as_strided(tensor.shape, strides)
+    assert (tensor.shape[axis] - 1) * strides[axis] > 2**31
+    return view.copy_(tensor)
+
+
+@every("cpu", "sdpa", "triton")
+def test_offsets_beyond_32_bits(op, impl):
+    tensors, options = example(op, impl)
+    clean = run_with_gradients(op, impl, options, tensors)
+    found = run_with_gradients(op, impl, options, tensors, incoming_as=lambda g: far_apart(g, 0) if g.dim() > 1 else g)
+    assert_near(found, clean, "incoming gradients")
+    for name, tensor in tensors.items():
+        for axis in range(tensor.dim() - 1) if tensor is not None and tensor.is_floating_point() else ():
+            if tensor.shape[axis] > 1:
+                found = run_with_gradients(op, impl, options, tensors | {name: far_apart(tensor, axis)})
+                assert_near(found, clean, f"axis {axis} of {name}")
+
+
+def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor], moved: str) -> None:
+    for name, tensor in found.items():
+        torch.testing.assert_close(
+            tensor, wanted[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}, {moved} far apart: {m}"
+        )
