@@ -1,64 +1,106 @@
-"""Timing of one thing after its check passed. Rows of one group were measured side by side and are compared as ratios."""
+"""Each way of each case is one test: checked, then timed in turns with ours, then written down; what stands there is skipped.
+
+`--out FOLDER` says where (out/), `--seconds` how long a row may take, `--tiny` runs one small case of each op.
+"""
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from mope import environment
-from mope_kernels._extension import STATUS
+from mope.benchmark import problems, rows
+from mope.benchmark.baselines import Unavailable
+from mope.benchmark.cases import Case, cases
+from mope.benchmark.measure import Ceilings, Clock, measure
+from mope.benchmark.problem import Problem
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """What a reader needs to place the numbers, and no more about the machine."""
-    machine_info.clear()
-    machine_info |= {
-        "device": environment.device_name(torch.device(DEVICE)),
-        "cuda": DEVICE == "cuda",
-        "threads": torch.get_num_threads(),
-        "extension": STATUS.target or STATUS.reason,
-        "versions": environment.versions(),
-        "commit": environment.commit(),
-    }
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+CLOCK = Clock.of(DEVICE)
 
 
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Without each single time: medians and quartiles are what is read."""
-    for benchmark in output_json["benchmarks"]:
-        del benchmark["stats"]["data"]
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--out", type=Path, default=Path("out"), help="folder of the results")
+    parser.addoption("--seconds", type=float, default=1.0, help="time for the rounds of a row")
+    parser.addoption("--tiny", action="store_true", help="one small case of each op, to see whether everything works")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("benchmark"):
+        for item in items:
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK.now))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test named after an op gets that op's cases."""
+    if "case" in metafunc.fixturenames:
+        op = metafunc.function.__name__.removeprefix("test_")
+        where = "tiny" if metafunc.config.getoption("--tiny") else DEVICE.type
+        pairs = [(case, way) for case in cases(op, where) for way in case.ways]
+        metafunc.parametrize("case, way", pairs, ids=[f"{case} {way}".replace(" ", "-") for case, way in pairs])
+
+
+# The ways of a case follow each other.
+@functools.lru_cache(maxsize=1)
+def build(case: Case) -> Problem:
+    return problems.build(case, DEVICE, DTYPE)
+
+
+@pytest.fixture(scope="session")
+def results(pytestconfig: pytest.Config) -> Callable[[str], rows.Rows]:
+    """Of a stage, "ops" or "model"; the device's ceilings are measured when a file is begun."""
+
+    @functools.cache
+    def of(stage: str) -> rows.Rows:
+        name = "tiny" if pytestconfig.getoption("--tiny") else rows.slug(DEVICE)
+        found = rows.Rows(pytestconfig.getoption("--out") / f"{stage}-{name}.jsonl", {"stage": stage} | rows.header(DEVICE))
+        if not found.rows:
+            ceilings = Ceilings.measure(DEVICE, sorted({torch.float32, DTYPE}, key=str))
+            found.complete(date=time.strftime("%Y-%m-%d"), ceilings=vars(ceilings))
+        return found
+
+    return of
+
+
+Measured = Callable[..., None]
 
 
 @pytest.fixture
-def time_checked(benchmark: Any) -> Callable[..., None]:
-    """time_checked(function, exact, name, group, train_with): check `function()` against `exact`, then time it.
+def measured(request: pytest.FixtureRequest, results: Callable[[str], rows.Rows]) -> Measured:
+    """measured(case, way, build, stage): one row, of the problem that `build(case)` gives."""
 
-    With `train_with` (leaves) the time is that of forward and backward.
-    """
-
-    def run(function: Callable[[], Tensor], exact: Tensor, group: str, train_with: list[Tensor] | None = None) -> None:
-        out = function()
-        tolerance = 4e-6 if out.dtype == torch.float32 else 3e-2
-        torch.testing.assert_close(out.detach().double(), exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
-        grad = torch.randn_like(out)
-
-        def once() -> None:
-            if train_with is None:
-                with torch.no_grad():
-                    function()
-            else:
-                torch.autograd.grad(function(), train_with, grad)
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-
-        for _ in range(3):
-            once()
-        benchmark.group = group
-        benchmark(once)
+    def run(case: Any, way: str, build: Callable[[Any], Problem] = build, stage: str = "ops") -> None:
+        found, key = results(stage), {"op": case.op, "case": str(case), "way": way}
+        if found.has(**key):
+            pytest.skip("stands in the results")
+        rounds = None
+        if request.config.pluginmanager.hasplugin("benchmark"):
+            # Asked for only where something is timed.
+            rounds = lambda *run: pedantic(request.getfixturevalue("benchmark"), f"{case.op} {case}", *run)  # noqa: E731
+        ceilings, seconds = Ceilings(**found.header["ceilings"]), request.config.getoption("--seconds")
+        try:
+            row = measure(build(case), way, DEVICE, ceilings, CLOCK, seconds, rounds)
+        except Unavailable as reason:
+            found.add(key | {"unavailable": str(reason)})
+            pytest.skip(str(reason))
+        found.add(key | row)
 
     return run
+
+
+def pedantic(benchmark: Any, group: str, once: Callable[[], None], setup: Callable[[], object], rounds: int) -> list[float]:
+    """pytest-benchmark's rounds."""
+
+    def setup_without_result() -> None:
+        # A result would be taken for arguments.
+        setup()
+
+    benchmark.group = group
+    benchmark.pedantic(once, setup=setup_without_result, rounds=rounds)
+    return benchmark.stats.stats.data

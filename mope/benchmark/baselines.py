@@ -1,0 +1,199 @@
+"""What a user would write instead, on the same tensors: the honest opponents.
+
+*released* is the algorithm of the released systems, written plainly: experts are mixed for each item, then projected, put before
+the tokens, and attended with a softmax of its own. *cat+sdpa*, *flex* and *xformers* start from the same expert bank as ours,
+mix, concatenate and call the library. All compute what the op computes and are checked as ours is. Masks are made beforehand.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# query (B,H,Lq,D), keys and values (B,H,P+Lk,D) -> (B,H,Lq,D)
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Unavailable(Exception):
+    """Why an opponent cannot run here."""
+
+
+def released_route(logits: Tensor, top_k: int | None, temperature: float, threshold: float = 0.1) -> tuple[Tensor, ...]:
+    """Weights, probabilities, and an importance loss whose threshold the host looks at."""
+    probs = (logits.float() / temperature).softmax(-1)
+    weights = probs if top_k is None else probs.topk(top_k).values
+    load = probs.sum(0)
+    loss = (load.std() / load.mean()) ** 2
+    return weights, probs, loss if loss > threshold else loss * 0
+
+
+def branchless_route(logits: Tensor, top_k: int | None, temperature: float, threshold: float = 0.1) -> tuple[Tensor, ...]:
+    """The same without waiting for the device."""
+    probs = (logits.float() / temperature).softmax(-1)
+    weights = probs if top_k is None else probs.topk(top_k).values
+    load = probs.sum(0)
+    loss = load.var() / load.mean().square()
+    return weights, probs, torch.where(loss > threshold, loss, 0.0)
+
+
+def mix_einsum(experts: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """Dense routing as the released code does it; gather and sum where experts were selected."""
+    if weights.shape[1] == experts.shape[0]:
+        return torch.einsum("bk,kpd->bpd", weights.to(experts.dtype), experts)
+    return (experts[indices] * weights.to(experts.dtype)[:, :, None, None]).sum(1)
+
+
+def mix_embedding_bag(experts: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """A weighted sum of rows of a table."""
+    flat = F.embedding_bag(indices, experts.flatten(1), per_sample_weights=weights.to(experts.dtype), mode="sum")
+    return flat.unflatten(1, experts.shape[1:])
+
+
+def selected_weights(logits: Tensor, top_k: int | None, temperature: float) -> Tensor:
+    """(B,K), zero where an expert was not selected."""
+    probs = (logits.float() / temperature).softmax(-1)
+    if top_k is None:
+        return probs
+    weights, indices = probs.topk(top_k)
+    return torch.zeros_like(probs).scatter(1, indices, weights)
+
+
+def prompts_from_bank(
+    logits: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gram: Tensor | None,
+    key_offset: Tensor,
+    value_offset: Tensor,
+    top_k: int | None,
+    temperature: float,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of the routed prompts, (B,H,P,D) float32: mixtures of the bank (K,H,P,D), LayerNorm folded in."""
+    weights = selected_weights(logits, top_k, temperature)
+    scale: Tensor | float = 1.0
+    if gram is not None:
+        scale = (torch.einsum("bi,pij,bj->bp", weights, gram, weights) + eps).rsqrt()[:, None, :, None]
+    mixed_key, mixed_value = (torch.einsum("bk,khpd->bhpd", weights, bank) * scale for bank in (key, value))
+    return mixed_key + key_offset[:, None], mixed_value + value_offset[:, None]
+
+
+def prompts_of_items(
+    logits: Tensor,
+    experts: Tensor,
+    norm: nn.Module,
+    to_key: nn.Module,
+    to_value: nn.Module,
+    heads: int,
+    top_k: int | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """The same the released way: mix (K,P,C), then normalise and project the prompts of each item."""
+    weights = selected_weights(logits, top_k, temperature)
+    rows = norm(torch.einsum("bk,kpc->bpc", weights.to(experts.dtype), experts))
+    key, value = (project(rows).unflatten(-1, (heads, -1)).transpose(1, 2) for project in (to_key, to_value))
+    return key, value
+
+
+def concatenate(tokens: Tensor, *prompts: Tensor) -> Tensor:
+    """(B,H,L,D) behind prompts (B,H,P,D) or, for all items, (H,P,D)."""
+    return torch.cat([*(p.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1) for p in prompts), tokens], dim=2)
+
+
+def attention(kind: str, query: Tensor, num_keys: int, num_prompts: int, lengths: Tensor | None, training: bool) -> Attend:
+    """Attention over prompts and tokens, keys beyond `lengths` hidden, its mask made here and now.
+
+    kind: "released" (softmax of its own), "cat+sdpa", "flex" (to be compiled) or "xformers".
+
+    Raises:
+        Unavailable: it cannot run on this device.
+    """
+    total, mask = num_prompts + num_keys, None
+    if lengths is not None:
+        hidden = torch.arange(total, device=query.device) >= (lengths + num_prompts)[:, None]
+        # In the dtype of the query: some kernels misread any other.
+        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill(hidden, -math.inf)[:, None, None]
+    if kind == "released":
+        return lambda q, k, v: _own_softmax(q, k, v, mask)
+    if kind == "cat+sdpa":
+        wide = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
+        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=wide)
+    if kind == "flex":
+        return _flex(query, total, lengths, num_prompts, training)
+    if kind == "xformers":
+        return _xformers(query, total, mask)
+    raise ValueError(f"unknown attention {kind!r}")
+
+
+def _own_softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    return (scores if mask is None else scores + mask).softmax(-1) @ value
+
+
+def _flex(query: Tensor, total: int, lengths: Tensor | None, num_prompts: int, training: bool) -> Attend:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if query.device.type == "cpu" and training:
+        raise Unavailable("FlexAttention has no backward on the CPU")
+    block_mask: Any = None
+    if lengths is not None:
+        ends = lengths + num_prompts
+        block_mask = create_block_mask(
+            lambda b, h, q, k: k < ends[b], query.shape[0], None, query.shape[2], total, device=query.device.type
+        )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Any = flex_attention(q, k, v, block_mask=block_mask)
+        return out
+
+    return attend
+
+
+def _xformers(query: Tensor, total: int, mask: Tensor | None) -> Attend:
+    if importlib.util.find_spec("xformers") is None:
+        raise Unavailable("xformers is not installed")
+    if query.device.type == "cpu":
+        raise Unavailable("xformers' kernels run on GPUs")
+    from xformers.ops import memory_efficient_attention
+
+    bias = None
+    if mask is not None:
+        # Its kernels want rows that start at multiples of eight.
+        room = mask.new_zeros(query.shape[0], query.shape[1], query.shape[2], (total + 7) // 8 * 8)
+        bias = room[..., :total].copy_(mask.expand(-1, query.shape[1], query.shape[2], -1))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_bias=bias)
+        return out.transpose(1, 2)
+
+    return attend
+
+
+def released_layer(layer: Any, x: Tensor, cross: Tensor, mapped: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """One prompted layer as released: prompts before the tokens through the whole layer, their own outputs cut off again.
+
+    layer: norm (or None), query, key, value, output, heads, and prompts with router, static (S,C) and experts.prompts (K,P,C).
+    """
+    batch, tokens, _ = x.shape
+    router, visible = layer.prompts.router, None
+    pooled = x.float().mean(1)
+    if lengths is not None:
+        visible = torch.arange(tokens, device=x.device) < lengths[:, None]
+        pooled = (x.float() * visible[..., None]).sum(1) / lengths[:, None]
+    query = torch.cat([router.self_projection(pooled), router.cross_projection(cross)], dim=-1)
+    weights = (query @ router.expert_embedding / router.temperature).softmax(-1)
+    dynamic = torch.einsum("bk,kpc->bpc", weights, layer.prompts.experts.prompts).to(x.dtype)
+    rows = torch.cat([layer.prompts.static.to(x.dtype).expand(batch, -1, -1), mapped, dynamic, x], dim=1)
+    prompts, mask = rows.shape[1] - tokens, None
+    if visible is not None:
+        hidden = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill(~visible, -math.inf)
+        mask = F.pad(hidden, (prompts, 0))[:, None, None]
+    rows = rows if layer.norm is None else layer.norm(rows)
+    q, k, v = (p(rows).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for p in (layer.query, layer.key, layer.value))
+    return layer.output(_own_softmax(q, k, v, mask).transpose(1, 2).flatten(2))[:, prompts:]

@@ -1,0 +1,98 @@
+"""An op on one input, every way to compute it, and what has to come out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .baselines import Unavailable
+from .shapes import Work
+
+# The inputs of the attention ops that have one row for each item.
+BATCHED = {"query", "key", "value", "logits", "prompt_key", "prompt_value", "instance_key", "instance_value", "lengths"}
+
+Outputs = tuple[Tensor, ...]
+# A tensor for each name, or None where there is none.
+Inputs = dict[str, Any]
+
+
+@dataclass
+class Problem:
+    """Inputs, the ways to compute the op from them, and its definition.
+
+    inputs: what every way is called with, by name.
+    ways: name -> function, or the reason why it cannot run.
+    definition: the op in plain PyTorch, in the dtype of the tensors that it is given.
+    implementation: which one of ours runs.
+    work: what the op must at least do; None: not said.
+    trained: the names of the inputs that get a gradient, and `gradients` what comes in for each output; both empty in inference.
+    pieces: by how many parts of the batch the definition is computed, for want of memory; only where items are apart.
+    """
+
+    inputs: Inputs
+    ways: dict[str, Callable[..., Outputs] | str]
+    definition: Callable[..., Outputs]
+    implementation: str
+    work: Work | None
+    dtype: torch.dtype
+    trained: tuple[str, ...] = ()
+    gradients: tuple[Tensor, ...] = ()
+    pieces: int = 1
+
+    def prepare(self, way: str) -> Callable[[], list[Tensor]]:
+        """A function that computes the outputs, and in training the gradients behind them.
+
+        Raises:
+            Unavailable: why this way cannot run.
+        """
+        function = self.ways[way.removesuffix(" compiled")]
+        if isinstance(function, str):
+            raise Unavailable(function)
+        if way.endswith(" compiled") or way == "flex":
+            # Each is compiled for itself: none finds the cache full, or what another left there.
+            torch.compiler.reset()
+            function = torch.compile(function, dynamic=False)
+        return functools.partial(self._evaluate, function, self.inputs, self.gradients)
+
+    def _evaluate(self, function: Callable[..., Outputs], inputs: Inputs, gradients: tuple[Tensor, ...]) -> list[Tensor]:
+        if not self.trained:
+            with torch.no_grad():
+                return list(function(**inputs))
+        outputs = function(**inputs)
+        leaves = [inputs[name] for name in self.trained]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [g.to(o) for g, o in zip(gradients, outputs, strict=True)])]
+
+    @functools.cached_property
+    def exact(self) -> list[Tensor]:
+        """The results in float64."""
+        return self._define(torch.float64)
+
+    @functools.cached_property
+    def plain(self) -> list[Tensor]:
+        """The results of the definition in the dtype of the inputs."""
+        return self._define(None)
+
+    def _define(self, dtype: torch.dtype | None) -> list[Tensor]:
+        inputs: Inputs = {
+            name: t.detach().to(dtype or t.dtype).requires_grad_(t.requires_grad) if t is not None and t.is_floating_point() else t
+            for name, t in self.inputs.items()
+        }
+        if self.pieces == 1:
+            return [t.detach() for t in self._evaluate(self.definition, inputs, self.gradients)]
+        batch = len(next(t for t in inputs.values() if t is not None))
+        outputs, gradients = [], None
+        for rows in torch.arange(batch).chunk(self.pieces):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+
+            def of_part(part: slice = part, **whole: Any) -> Outputs:
+                return self.definition(**{n: t[part] if t is not None and n in BATCHED else t for n, t in whole.items()})
+
+            out, *found = self._evaluate(of_part, inputs, tuple(g[part] for g in self.gradients))
+            outputs.append(out.detach())
+            gradients = found if gradients is None else [a + b for a, b in zip(gradients, found, strict=True)]
+        return [torch.cat(outputs), *(gradients or [])]

@@ -1,0 +1,97 @@
+"""Results in a file that nothing is lost from: a header and then one JSON line for each row, as soon as it is measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mope import environment
+from mope_kernels import _extension
+
+PACKAGES = Path(__file__).resolve().parents[2]
+
+
+def header(device: torch.device) -> dict[str, Any]:
+    """What rows have in common. Rows of equal headers may stand in one file."""
+    return {
+        "device": environment.device_name(device),
+        "type": device.type,
+        "threads": torch.get_num_threads(),
+        "extension": _extension.STATUS.target or _extension.STATUS.reason,
+        "versions": environment.versions(),
+        "commit": environment.commit(),
+        "sources": sources(),
+    }
+
+
+def sources() -> str:
+    """Digest of the installed Python sources: a commit says nothing where there is no git, or where files differ from it."""
+    digest = hashlib.sha256()
+    for package in ("mope", "mope_kernels"):
+        for path in sorted((PACKAGES / package).rglob("*.py")):
+            digest.update(path.relative_to(PACKAGES).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def slug(device: torch.device) -> str:
+    """The device in a file's name."""
+    if device.type == "cuda":
+        return re.sub(r"[^A-Za-z0-9.]+", "-", torch.cuda.get_device_name(device))
+    threads = torch.get_num_threads()
+    return f"cpu-{threads}-thread{'s' if threads > 1 else ''}"
+
+
+class Rows:
+    """The rows of one file, old ones first.
+
+    A file with the same header is continued; one with another header is put aside as `<name>.old`. What `measured` adds to a header
+    (a date, the device's ceilings) is kept from the first time and not compared.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path, self.rows = path, list[dict[str, Any]]()
+        self.header = json.loads(json.dumps(header))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            found, rows = read(path)
+            if {name: found.get(name) for name in self.header} == self.header:
+                self.header, self.rows = found, rows
+                return
+            path.rename(path.with_name(path.name + ".old"))
+
+    def complete(self, **measured: Any) -> None:
+        """What belongs into the header and takes time to find out; to be called before the first row of a new file."""
+        if not self.path.exists():
+            self.header |= measured
+            self._append(self.header)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.complete()
+        self.rows.append(row)
+        self._append(row)
+
+    def has(self, **key: Any) -> bool:
+        return any(key.items() <= row.items() for row in self.rows)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and rows. The last line may have been cut off when the writer was killed; then it is no row."""
+    header: dict[str, Any] = {}
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True)):
+        if not line.endswith("\n"):
+            break
+        if number == 0:
+            header = json.loads(line)
+        else:
+            rows.append(json.loads(line))
+    return header, rows

@@ -1,0 +1,159 @@
+"""The shapes that are timed, named after the models that they come from, and what an op must at least move and compute there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# How the items of a batch spread over the experts.
+SKEWS = ("uniform", "zipf", "all-to-one")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention: B items, H heads of D, L tokens; P routed, S static and M instance prompts, K experts.
+
+    padding: share of the tokens that are padding in the most padded item; lengths go down evenly.
+    norm: whether a LayerNorm precedes the projections (pre-LN layers, ViT) or not (post-LN layers, BERT).
+    """
+
+    batch: int
+    heads: int
+    width: int
+    tokens: int
+    experts: int = 4
+    prompts: int = 6
+    static: int = 6
+    instance: int = 1
+    padding: float = 0.0
+    norm: bool = True
+
+    @property
+    def dim(self) -> int:
+        return self.heads * self.width
+
+    def lengths(self) -> list[int]:
+        steps = max(self.batch - 1, 1)
+        return [round(self.tokens * (1 - self.padding * b / steps)) for b in range(self.batch)]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """B items, K experts of P prompts of width C."""
+
+    batch: int
+    experts: int
+    prompts: int
+    dim: int
+
+
+ATTENTION = {
+    "tiny": Attention(2, heads=2, width=16, tokens=5, experts=3, padding=0.5),
+    "digits-b64": Attention(64, heads=4, width=16, tokens=17, experts=8),
+    "vit-b-b8": Attention(8, heads=12, width=64, tokens=197),
+    "bert-128-b16": Attention(16, heads=12, width=64, tokens=128, padding=0.75, norm=False),
+    "vit-b-b64": Attention(64, heads=12, width=64, tokens=197),
+    "vit-b-b64-k64": Attention(64, heads=12, width=64, tokens=197, experts=64),
+    "bert-128-b64": Attention(64, heads=12, width=64, tokens=128, padding=0.75, norm=False),
+    "bert-512-b64": Attention(64, heads=12, width=64, tokens=512, padding=0.75, norm=False),
+    "vit-l-b64": Attention(64, heads=16, width=64, tokens=577),
+    "long-2k-b16": Attention(16, heads=12, width=64, tokens=2048),
+    "long-8k-b4": Attention(4, heads=16, width=128, tokens=8192),
+}
+MIXTURE = {
+    "tiny": Mixture(2, experts=3, prompts=2, dim=8),
+    **{f"swin-b-stage{i + 1}-b64": Mixture(64, experts=4, prompts=6, dim=128 << i) for i in range(4)},
+    "swin-b-stage3-b64-k16": Mixture(64, experts=16, prompts=6, dim=512),
+    "vit-b-b64-k64": Mixture(64, experts=64, prompts=6, dim=768),
+}
+# items, experts
+ROUTER = {"tiny": (4, 3), "b64-k4": (64, 4), "b64-k16": (64, 16), "b1024-k64": (1024, 64)}
+
+
+def logits(batch: int, experts: int, skew: str, temperature: float) -> Tensor:
+    """(B,K) router logits with a little noise, in which each item prefers one expert by twice the temperature.
+
+    uniform: every expert is preferred equally often. zipf: the i-th with a probability in proportion to 1/i.
+    all-to-one: always the first.
+    """
+    if skew == "uniform":
+        preferred = torch.arange(batch) % experts
+    elif skew == "zipf":
+        preferred = torch.multinomial(1 / torch.arange(1.0, experts + 1), batch, replacement=True)
+    elif skew == "all-to-one":
+        preferred = torch.zeros(batch, dtype=torch.int64)
+    else:
+        raise ValueError(f"skew must be one of {', '.join(SKEWS)}, got {skew!r}")
+    noise = 0.1 * torch.randn(batch, experts)
+    return temperature * (noise + 2.0 * F.one_hot(preferred, experts))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an op must at least do in one pass, whoever implements it: bytes to and from memory, floating point operations."""
+
+    bytes: float
+    flops: float
+
+    @classmethod
+    def of(cls, read: float, written: float, flops: float, training: bool) -> Work:
+        """From the forward pass alone.
+
+        Forward: each input is read once and each output written once. Backward: the inputs and the outputs' gradients are read,
+        the inputs' gradients written, and each product of the forward pass becomes two. What is computed again is not counted.
+        """
+        return cls(3 * read + 2 * written, 3 * flops) if training else cls(read + written, flops)
+
+
+def attention_work(shape: Attention, selected: int | None, element: int, training: bool) -> Work:
+    """Of `mope_attention` with `selected` experts for each item (bank in float32), or of `prompt_attention` (None: given prompts).
+
+    element: bytes of a token's number. Padding is neither read nor attended; queries and outputs have it.
+    """
+    row = shape.dim * element
+    visible = sum(shape.lengths())
+    prompts = shape.static + shape.instance + shape.prompts
+    queries = shape.batch * shape.tokens
+    # One multiplication and one addition each in scores and output, for each query and each key that it sees.
+    seen = visible + shape.batch * prompts
+    flops = 4.0 * shape.tokens * seen * shape.dim
+    read = (queries + 2 * visible) * row
+    if selected is not None:
+        experts = min(shape.experts, shape.batch * selected)
+        read += 2 * (shape.static + shape.batch * shape.instance) * row + 2 * experts * shape.prompts * shape.dim * 4
+        read += shape.batch * shape.experts * 4
+        flops += 4.0 * shape.batch * selected * shape.prompts * shape.dim
+    else:
+        read += 2 * shape.batch * prompts * row
+    return Work.of(read, queries * row, flops, training)
+
+
+def mixture_work(shape: Mixture, selected: int, element: int, training: bool) -> Work:
+    experts = min(shape.experts, shape.batch * selected)
+    size = shape.prompts * shape.dim
+    # A weight is four bytes, an index eight.
+    read = experts * size * element + shape.batch * selected * 12
+    return Work.of(read, shape.batch * size * element, 2.0 * shape.batch * selected * size, training)
+
+
+def router_work(batch: int, experts: int, selected: int, training: bool) -> Work:
+    """Logits in; probabilities, weights and indices out, and one loss. The arithmetic is nothing beside the bytes."""
+    return Work.of(batch * experts * 4, batch * (experts * 4 + selected * 12) + 4, 0.0, training)
+
+
+def layer_work(shape: Attention, element: int, training: bool) -> Work:
+    """One prompted attention layer that serves, or trains prompts only: tokens in, tokens out, four frozen projections.
+
+    Frozen weights are read in both passes and get no gradient. The projections of experts and static prompts are left out.
+    """
+    attention = attention_work(shape, shape.experts, element, training)
+    rows, weights = shape.batch * shape.tokens, 4 * shape.dim**2
+    mapped = shape.batch * shape.instance
+    projections = 2.0 * (rows * weights + mapped * weights / 2)
+    bank = 2 * shape.experts * shape.prompts * shape.dim * 4
+    passes = 2 if training else 1
+    tokens = Work.of((rows + mapped) * shape.dim * element + bank, rows * shape.dim * element, 0.0, training)
+    return Work(tokens.bytes + passes * weights * element, attention.flops + passes * projections)
