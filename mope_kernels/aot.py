@@ -1,20 +1,29 @@
 """Compile the Triton kernels where no GPU is, and report what they take: `python -m mope_kernels.aot --arch sm_90 gfx942`.
 
 The launchers run on fake tensors of representative shapes, and what they would have launched is compiled for each target,
-with the very specialisations that a launch makes. A variant that spills registers or needs more shared memory than the
-target has makes the exit status 1.
+with the very specialisations that a launch makes. A kernel that spills registers or needs more shared memory than the
+target has is named at the end, and makes the exit status 1.
+
+All of it is every op x dtype x head_dim x option that changes the code, each option alone and all of them together; float16,
+which takes what bfloat16 takes, without the options alone. `--short` is a list of at most 200 kernels in which each of these
+occurs, but not each with each. What was compiled is kept in Triton's cache (TRITON_CACHE_DIR): a second run only reads it.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ._triton import record_launches
 from .impl import interpreting
 from .mope_attention_details import _launch as mope_attention
+from .prompt_attention import TRITON_HEAD_DIMS
 from .prompt_attention_details import _launch as prompt_attention
 from .prompts_details import _launch as prompts
 from .router_details import _launch as router
@@ -76,13 +86,13 @@ class Report:
         return ["spills"] * (self.spills > 0) + [f"shared memory > {limit}"] * (self.shared > limit)
 
 
-def from_projection(*shape: int, dtype: torch.dtype) -> Tensor:
-    """(..., H, L, D) as a view of a projection's output (..., L, H, D)."""
+def from_projection(*shape: int, dtype: torch.dtype, row: int = 0) -> Tensor:
+    """(..., H, L, D) as a view of a projection's output (..., L, H, D), or of one whose rows lie `row` elements apart."""
     *outer, h, length, d = shape
-    return torch.empty(*outer, length, h, d, dtype=dtype).transpose(-3, -2)
+    return torch.empty(*outer, length, max(row, h * d), dtype=dtype)[..., : h * d].unflatten(-1, (h, d)).transpose(-3, -2)
 
 
-def attention_launches(
+def mope_attention_launches(
     dtype: torch.dtype,
     head_dim: int,
     *,
@@ -91,6 +101,7 @@ def attention_launches(
     fold: bool = True,
     dropout_p: float = 0.0,
     tokens: int = 197,
+    row: int = 0,
     sizes: tuple[int, int, int] = (6, 1, 6),
     heads: int = 12,
     batch: int = 8,
@@ -98,7 +109,7 @@ def attention_launches(
     """Launch `mope_attention`, forward and backward, as on the heads of a projection."""
     static, instance, routed = sizes
     tensors = (
-        *(from_projection(batch, heads, tokens, head_dim, dtype=dtype) for _ in range(3)),
+        *(from_projection(batch, heads, tokens, head_dim, dtype=dtype, row=row) for _ in range(3)),
         torch.empty(batch, experts),
         None,
         *(from_projection(experts, heads, routed, head_dim, dtype=torch.float32) for _ in range(2)),
@@ -124,13 +135,14 @@ def prompt_attention_launches(
     causal: bool = False,
     bias: torch.dtype | None = None,
     dropout_p: float = 0.0,
-    prompts: int = 8,
+    prompts: int = 13,
     tokens: int = 197,
+    row: int = 0,
     heads: int = 12,
     batch: int = 8,
 ) -> None:
     """Launch `prompt_attention`, forward and backward, as on the heads of a projection, with prompts that the items share."""
-    tensors = [from_projection(batch, heads, tokens, head_dim, dtype=dtype) for _ in range(3)]
+    tensors = [from_projection(batch, heads, tokens, head_dim, dtype=dtype, row=row) for _ in range(3)]
     tensors += [from_projection(1, heads, prompts, head_dim, dtype=torch.float32) for _ in range(2)]
     lengths = torch.empty(batch, dtype=torch.int64)
     attn_bias = None if bias is None else torch.empty(batch, heads, tokens, tokens, dtype=bias)
@@ -141,62 +153,81 @@ def prompt_attention_launches(
     prompt_attention.prompt_attention_backward(*backward_inputs)
 
 
-def router_launches(experts: int, top_k: int) -> None:
-    probs, weights, indices = router.route(torch.empty(64, experts), torch.empty(64, experts), top_k, 0.1, top_k > 1)
+def route_launches(dtype: torch.dtype, experts: int, top_k: int) -> None:
+    logits = torch.empty(64, experts, dtype=dtype)
+    probs, weights, indices = router.route(logits, torch.empty(64, experts), top_k, 0.1, top_k > 1)
     router.route_backward(probs, weights, probs, weights, indices, 0.1, top_k > 1)
-    loss, load = router.importance_loss(probs, 0.1)
+
+
+def importance_loss_launches(experts: int) -> None:
+    loss, load = router.importance_loss(torch.empty(64, experts), 0.1)
     router.importance_loss_backward(loss, load, 0.1)
 
 
-def prompt_launches(dtype: torch.dtype, selected: int) -> None:
+def mix_prompts_launches(dtype: torch.dtype, selected: int) -> None:
     experts, weights = torch.empty(16, 6, 768, dtype=dtype), torch.empty(64, selected)
     indices = torch.empty(64, selected, dtype=torch.int64)
     out = prompts.mix_prompts(experts, weights, indices)
     prompts.mix_prompts_backward(out, experts, weights, indices, True, True)
 
 
-def variants() -> Iterator[tuple[str, Any]]:
+# Rows so far apart that offsets need 64 bits.
+_FAR_APART = {"row": 1 << 24}
+_MANY_PROMPTS = (32, 1, 16)
+
+
+def attention_options(dtype: torch.dtype) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Options of `mope_attention` and of `prompt_attention`: none, each alone, and all that cost registers together."""
+    top_k, dropout = {"top_k": 2}, {"dropout_p": 0.1}
+    mope: list[dict[str, Any]] = [{}, top_k, {"fold": False, **top_k}, dropout, {"tokens": 1}, _FAR_APART]
+    mope += [{"experts": 64, "top_k": 4}, {"sizes": _MANY_PROMPTS}, {**top_k, **dropout, **_FAR_APART, "sizes": _MANY_PROMPTS}]
+    biases: list[dict[str, Any]] = [{"bias": bias} for bias in dict.fromkeys((dtype, torch.float32))]
+    plain: list[dict[str, Any]] = [{}, {"causal": True}, *biases, {"causal": True, **biases[0]}, dropout, {"tokens": 1}, _FAR_APART]
+    return mope, [*plain, {"causal": True, **biases[-1], **dropout, **_FAR_APART}]
+
+
+def variants(short: bool = False) -> Iterator[tuple[str, Any]]:
     """(name, what launches it) for each declared variant."""
-    for experts, top_k in ((4, 0), (16, 1), (16, 2), (64, 4), (1024, 8)):
-        yield f"route K={experts} k={top_k or 'all'}", lambda e=experts, k=top_k: router_launches(e, k)
-    for dtype in (torch.bfloat16, torch.float32):
-        for selected in (1, 16):
-            yield f"mix_prompts {_TYPES[dtype]} k={selected}", lambda d=dtype, s=selected: prompt_launches(d, s)
-    cases: list[tuple[torch.dtype, int, dict[str, Any]]] = [(torch.float16, 64, {})]
-    for dtype in (torch.bfloat16, torch.float32):
-        cases += [(dtype, head_dim, {}) for head_dim in (16, 32, 64, 80, 128)]
-        cases += [(dtype, head_dim, {"top_k": 2}) for head_dim in (64, 128)]
-    cases += [
-        (torch.bfloat16, 64, {"fold": False, "experts": 64, "top_k": 1}),
-        (torch.bfloat16, 64, {"experts": 64, "top_k": 4}),
-        (torch.bfloat16, 64, {"sizes": (32, 1, 16)}),
-        (torch.bfloat16, 128, {"sizes": (32, 1, 16)}),
-        (torch.bfloat16, 64, {"dropout_p": 0.1}),
-        (torch.bfloat16, 64, {"tokens": 1}),
-    ]
-    for dtype, head_dim, options in cases:
-        described = " ".join(f"{k}={v}".replace(" ", "") for k, v in options.items())
-        name = f"mope_attention {_TYPES[dtype]} D={head_dim} {described}".rstrip()
-        yield name, lambda d=dtype, h=head_dim, o=options: attention_launches(d, h, **o)
-    cases = [(torch.float16, 64, {"causal": True})]
-    for dtype in (torch.bfloat16, torch.float32):
-        for head_dim in (32, 64, 128):
-            cases += [(dtype, head_dim, {"causal": True}), (dtype, head_dim, {"bias": dtype})]
-    cases += [
-        (torch.bfloat16, 64, {}),
-        (torch.bfloat16, 64, {"causal": True, "bias": torch.float32}),
-        (torch.bfloat16, 64, {"dropout_p": 0.1}),
-    ]
-    for dtype, head_dim, options in cases:
-        described = " ".join(f"{k}={_TYPES.get(v, v)}" for k, v in options.items())
-        name = f"prompt_attention {_TYPES[dtype]} D={head_dim} {described}".rstrip()
-        yield name, lambda d=dtype, h=head_dim, o=options: prompt_attention_launches(d, h, **o)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for dtype in dtypes:
+        for experts, top_k in ((4, 0), (16, 1), (16, 2), (64, 4), (1024, 8)):
+            if short and (dtype == torch.float16) != (experts == 4):
+                continue
+            yield (
+                f"route {_TYPES[dtype]} K={experts} k={top_k or 'all'}",
+                lambda d=dtype, e=experts, k=top_k: route_launches(d, e, k),
+            )
+    for experts in (4, 16, 64, 1024):
+        yield f"importance_loss K={experts}", lambda e=experts: importance_loss_launches(e)
+    for dtype in dtypes:
+        for selected in (1, 2, 16):
+            yield f"mix_prompts {_TYPES[dtype]} k={selected}", lambda d=dtype, s=selected: mix_prompts_launches(d, s)
+    for dtype, head_dim in product(dtypes, TRITON_HEAD_DIMS):
+        for launches, options in zip((mope_attention_launches, prompt_attention_launches), attention_options(dtype), strict=True):
+            if short:
+                options = _short(dtype, head_dim, options)
+            elif dtype == torch.float16:
+                options = [options[0], options[-1]]
+            for given in options:
+                op = launches.__name__.removesuffix("_launches")
+                described = " ".join(f"{k}={_TYPES.get(v, v)}".replace(" ", "") for k, v in given.items())
+                name = f"{op} {_TYPES[dtype]} D={head_dim} {described}".rstrip()
+                yield name, lambda f=launches, d=dtype, h=head_dim, o=given: f(d, h, **o)
+
+
+def _short(dtype: torch.dtype, head_dim: int, options: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the options of an op, those in the short list: each for bfloat16 heads of 64, all together for some other heads."""
+    if head_dim == 64:
+        return options if dtype == torch.bfloat16 else options[:1]
+    return options[-1:] if head_dim in (32, 72, 128) and dtype != torch.float16 else []
 
 
 class Specialization:
-    """Types, constants and attributes of a kernel's arguments, as a launch would specialise them."""
+    """What is compiled for one launch: a kernel; types, constants and attributes of its arguments; options of the compiler."""
 
     def __init__(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        # Only by name can a kernel be sent to another process.
+        self.module, self.kernel = kernel.__module__, kernel.__name__
         self.signature: dict[str, Any] = {}
         self.constants: dict[tuple[int, ...], Any] = {}
         self.attributes: dict[tuple[int, ...], list[Any]] = {}
@@ -222,17 +253,16 @@ class Specialization:
             return "fp32"
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
+    def compile(self, arch: str) -> Any:
+        """The kernel compiled for "sm_<number>" or "gfx<number>"."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
 
-def compile_launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], arch: str) -> Any:
-    """Compile one recorded launch for "sm_<number>" or "gfx<number>"."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    launch = Specialization(kernel, args, constants)
-    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    source = ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
-    return triton.compile(source, target=target, options=launch.options)
+        kernel = getattr(importlib.import_module(self.module), self.kernel)
+        target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+        source = ASTSource(kernel, self.signature, self.constants, self.attributes)
+        return triton.compile(source, target=target, options=self.options)
 
 
 def _nvidia_tool(name: str, *args: str) -> str:
@@ -271,44 +301,126 @@ def measure(variant: str, compiled: Any, arch: str) -> Report:
     return Report(variant, metadata.name, arch, metadata.num_warps, registers, spills, stack, max(shared, metadata.shared), matrix)
 
 
-def reports(architectures: list[str], only: str = "") -> Iterator[Report]:
-    """Compile every declared variant whose name or kernel contains `only`, each distinct launch once."""
+def specializations(only: str = "", short: bool = False) -> Iterator[tuple[str, Specialization]]:
+    """Each distinct launch of the declared variants once, with the name of the first variant that makes it."""
     seen = set()
-    for name, run in variants():
+    for name, run in variants(short):
         with FakeTensorMode(), record_launches() as launches:
             run()
-        for kernel, args, constants in launches:
-            if only not in f"{name} {kernel.__name__}":
-                continue
-            launch = Specialization(kernel, args, constants)
-            identity = repr((kernel.__name__, launch.signature, launch.constants, launch.attributes, launch.options))
-            if identity in seen:
-                continue
-            seen.add(identity)
-            for arch in architectures:
-                yield measure(name, compile_launch(kernel, args, constants, arch), arch)
+        for launch in launches:
+            found = Specialization(*launch)
+            if only in f"{name} {found.kernel}" and (identity := repr(vars(found))) not in seen:
+                seen.add(identity)
+                yield name, found
+
+
+def report(task: tuple[str, Specialization, str]) -> Report:
+    """Compile one launch for one target, and measure it."""
+    name, found, arch = task
+    try:
+        return measure(name, found.compile(arch), arch)
+    except Exception as error:
+        # Errors of compilers cannot all be sent to another process.
+        raise RuntimeError(f"{name}: {found.kernel} does not compile for {arch}: {error!r}") from None
+
+
+def reports(architectures: list[str], only: str = "", short: bool = False, jobs: int = 1) -> Iterator[Report]:
+    """Compile every declared variant whose name or kernel contains `only`, in `jobs` processes."""
+    tasks = [(name, found, arch) for name, found in specializations(only, short) for arch in architectures]
+    if jobs == 1:
+        yield from map(report, tasks)
+    else:
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as workers:
+            yield from workers.map(report, tasks)
+
+
+_FIELDS = ("variant", "kernel", "target", "warps", "registers", "spills", "stack", "shared", "matrix instructions")
+
+
+def _print_table(found: Iterable[Report]) -> None:
+    row = "{:58} {:24} {:7} {:>5} {:>9} {:>6} {:>5} {:>7}  {}"
+    print(row.format(*_FIELDS))
+    for each in found:
+        *fields, matrix = dataclasses.astuple(each)
+        print(row.format(*fields, "; ".join([matrix or "none", *each.problems])), flush=True)
+
+
+def _print_markdown(found: list[Report]) -> None:
+    """docs/resources.md."""
+    import triton
+
+    def op(each: Report) -> str:
+        return each.variant.split()[0]
+
+    def print_row(*cells: object) -> None:
+        print(f"| {' | '.join(map(str, cells))} |")
+
+    print(
+        f"""# Resources
+
+What the Triton kernels take on each target, compiled without a GPU by Triton {triton.__version__}. Written by `make aot`, that is
+`python -m mope_kernels.aot --markdown`; not edited by hand.
+
+Registers are those of a thread, spills the instructions that spill (AMD: the registers), stack is bytes of a thread, shared
+bytes of a block. A launch that several variants have in common is listed with the first of them.
+
+## Summary
+"""
+    )
+    print_row("op", "target", "kernels", "most registers", "spilling", "most stack", "most shared memory", "of")
+    print_row(*["---"] * 8)
+    tables = {key: list(rows) for key, rows in groupby(sorted(found, key=lambda r: (op(r), r.arch)), lambda r: (op(r), r.arch))}
+    for (name, arch), rows in tables.items():
+        spilling = sum(row.spills > 0 for row in rows)
+        most = (max(getattr(row, field) for row in rows) for field in ("registers", "stack", "shared"))
+        registers, stack, shared = most
+        print_row(name, arch, len(rows), registers, spilling, stack, shared, SHARED_MEMORY[arch])
+    for (name, arch), rows in tables.items():
+        print(f"\n## {name}, {arch}\n")
+        print_row("variant", *(field for field in _FIELDS if field not in ("variant", "target")))
+        print_row(*["---"] * 8)
+        for row in rows:
+            variant, kernel, _, *numbers, matrix = dataclasses.astuple(row)
+            print_row(variant.removeprefix(name).strip(), kernel, *numbers, matrix)
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mope_kernels.aot", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m mope_kernels.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", nargs="+", choices=sorted(SHARED_MEMORY), default=list(DEFAULT_ARCHITECTURES))
+    parser.add_argument("--short", action="store_true", help="the short list: at most 200 kernels, every feature once")
     parser.add_argument("--only", default="", metavar="TEXT", help="only variants whose name or kernel contains this")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument(
+        "--jobs", type=int, default=_usable_cores(), metavar="N", help="processes (default: one a core, %(default)s)"
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="one JSON object a line")
+    output.add_argument("--markdown", action="store_true", help="docs/resources.md, to the standard output")
     options = parser.parse_args(arguments)
     if interpreting():
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
 
-    failed = 0
-    columns = "{:44} {:24} {:7} {:>5} {:>5} {:>6} {:>5} {:>7}  {}"
-    if not options.json:
-        print(columns.format("variant", "kernel", "target", "warps", "regs", "spills", "stack", "shared", "matrix instructions"))
-    for report in reports(options.arch, options.only):
-        failed += bool(report.problems)
-        if options.json:
-            print(json.dumps(dataclasses.asdict(report) | {"problems": report.problems}), flush=True)
-        else:
-            *fields, matrix = dataclasses.astuple(report)
-            print(columns.format(*fields, "; ".join([matrix or "none", *report.problems])), flush=True)
+    failed: list[Report] = []
+
+    def watched() -> Iterator[Report]:
+        for each in reports(options.arch, options.only, options.short, options.jobs):
+            failed.extend([each] * bool(each.problems))
+            yield each
+
+    if options.json:
+        for each in watched():
+            print(json.dumps(dataclasses.asdict(each) | {"problems": each.problems}), flush=True)
+    elif options.markdown:
+        _print_markdown(list(watched()))
+    else:
+        _print_table(watched())
+    for each in failed:
+        print(f"{each.variant}, {each.kernel}, {each.arch}: {', '.join(each.problems)}", file=sys.stderr)
     return 1 if failed else 0
 
 

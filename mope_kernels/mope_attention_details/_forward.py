@@ -4,7 +4,14 @@
 import triton
 import triton.language as tl
 
-from mope_kernels.prompt_attention_details._forward import attend, attend_tokens, load_tile, store_output, visible_tokens
+from mope_kernels.prompt_attention_details._forward import (
+    attend,
+    attend_tokens,
+    load_tile,
+    matrix_offset,
+    store_output,
+    visible_tokens,
+)
 from mope_kernels.router_details._forward import route_item, store_routing
 
 from ._prompts import inverse_std, prompt_tile
@@ -52,6 +59,7 @@ def mope_attention_forward(
     D: tl.constexpr,
     BK: tl.constexpr,
     BD: tl.constexpr,
+    WIDE: tl.constexpr,
     BP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -80,8 +88,8 @@ def mope_attention_forward(
     selection = (b_rank, tl.arange(0, BK), b_weights)
 
     # (BM, BD)
-    p_query += item * query_strides[0] + head * query_strides[1]
-    b_query = load_tile(p_query, o_query.to(tl.int64), m_query, query_strides[2], D, BD)
+    p_query += matrix_offset(item, head, query_strides)
+    b_query = load_tile(p_query, o_query, m_query, query_strides[2], D, BD, WIDE)
     b_out = tl.zeros([BM, BD], tl.float32)
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
@@ -92,11 +100,11 @@ def mope_attention_forward(
         sources = (p_bank_key, p_key_offset, p_static_key, p_instance_key)
         # (BP, BD) each
         b_prompt_key = prompt_tile(
-            sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, BP
+            sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, WIDE, BP
         )
         sources = (p_bank_value, p_value_offset, p_static_value, p_instance_value)
         b_prompt_value = prompt_tile(
-            sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, BP
+            sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, WIDE, BP
         )
         b_out, b_max, b_sum = attend(
             b_query,
@@ -140,8 +148,9 @@ def mope_attention_forward(
         N,
         D,
         BD,
+        WIDE,
         BM,
         BN,
         PRECISION,
     )
-    store_output(p_out, p_lse, p_seed, b_out, b_max, b_sum, item_head, o_query, num_queries, keep_scale, H, D, BD)
+    store_output(p_out, p_lse, p_seed, b_out, b_max, b_sum, item_head, o_query, num_queries, keep_scale, H, D, BD, WIDE)

@@ -8,14 +8,15 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from mope_kernels._checks import last_dim_contiguous
 from mope_kernels._ops import MOPE_ATTENTION_GRADIENTS, empty_heads_last, not_needed, triton_kernel
 from mope_kernels._triton import cdiv, launch, next_power_of_2
 from mope_kernels.prompt_attention_details._launch import (
+    aligned_rows,
     attention_backward,
     blocks_for,
     dot_precision,
     keep_scale,
+    needs_wide_offsets,
     prompt_block,
     same_strides,
 )
@@ -41,17 +42,19 @@ class _Prompts:
         num_instance = 0 if instance_key is None else instance_key.shape[2]
         num_routed = bank_key.shape[2]
         self.sizes = (num_static, num_instance, num_routed)
-        self.strides: tuple[int, ...] = ()
+        self.strides: tuple[tuple[int, ...], ...] = ()
         pairs: list[Tensor | None] = []
-        for key, value, outer in ((bank_key, bank_value, 3), (static_key, static_value, 2), (instance_key, instance_value, 3)):
+        for key, value in ((bank_key, bank_value), (static_key, static_value), (instance_key, instance_value)):
             if key is None or value is None or key.numel() == 0:
                 pairs += [None, None]
-                self.strides += (0,) * outer
+                self.strides += ((0, 0, 0),)
             else:
                 key, value = same_strides(key, value)
                 pairs += [key, value]
-                self.strides += key.stride()[:outer]
+                # All items share the static prompts.
+                self.strides += ((0,) * (4 - key.dim()) + key.stride()[:-1],)
         small = (t.contiguous() if t is not None and num_routed else None for t in (gram, key_offset, value_offset))
+        self.matrices = tuple(pairs)
         self.tensors = (*pairs[:2], *small, *pairs[2:])
 
 
@@ -84,7 +87,7 @@ def mope_attention(
 
     if dropout_p and seed is None:
         raise ValueError(f"mope_attention: dropout_p={dropout_p} needs a seed, an int64 tensor of shape (1,) on {query.device}")
-    query, key, value = (last_dim_contiguous(t) for t in (query, key, value))
+    query, key, value = (aligned_rows(t) for t in (query, key, value))
     prompts = _Prompts(bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value)
     batch, heads, num_queries, width = query.shape
     num_experts = logits.shape[1]
@@ -127,6 +130,7 @@ def mope_attention(
         D=width,
         BK=next_power_of_2(num_experts),
         BD=next_power_of_2(width),
+        WIDE=needs_wide_offsets(query, key, value, out, *prompts.matrices),
         BP=prompt_block(sum(prompts.sizes), width),
         BM=blocks.queries,
         BN=blocks.keys,
@@ -165,6 +169,7 @@ def _build_prompts(
         D=width,
         BT=next_power_of_2(selected),
         BD=next_power_of_2(width),
+        WIDE=needs_wide_offsets(prompt_key, *prompts.matrices),
         BP=prompt_block(num_prompts, width),
         num_warps=4,
     )
@@ -256,7 +261,7 @@ def mope_attention_backward(
     needs: int,
 ) -> tuple[Tensor, ...]:
     need = {name for bit, name in enumerate(MOPE_ATTENTION_GRADIENTS) if needs >> bit & 1}
-    query, key, value = (last_dim_contiguous(t) for t in (query, key, value))
+    query, key, value = (aligned_rows(t) for t in (query, key, value))
     prompts = _Prompts(bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value)
     prompt_key, prompt_value = _build_prompts(query, probs, weights, indices, prompts, eps)
 

@@ -7,7 +7,7 @@ A selection is a tuple (slot, expert, weight) of three vectors: the expert with 
 import triton
 import triton.language as tl
 
-from mope_kernels.prompt_attention_details._forward import load_tile, store_tile
+from mope_kernels.prompt_attention_details._forward import load_tile, matrix_offset, store_tile
 
 
 @triton.jit
@@ -51,6 +51,7 @@ def prompt_tile(
     SIZES: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
+    WIDE: tl.constexpr,
     BP: tl.constexpr,
 ):
     """Keys, or values, of some prompts of an item and head: (BP,BD) float32.
@@ -58,7 +59,7 @@ def prompt_tile(
     sources are the pointers of bank, offset, static and instance prompts, SIZES the numbers of static, instance and routed ones.
     """
     p_bank, p_offset, p_static, p_instance = sources
-    bank_k, bank_h, bank_p, static_h, static_s, instance_b, instance_h, instance_m = strides
+    bank_strides, static_strides, instance_strides = strides
     S: tl.constexpr = SIZES[0]
     M: tl.constexpr = SIZES[1]
     P: tl.constexpr = SIZES[2]
@@ -68,8 +69,8 @@ def prompt_tile(
         m_routed = (o_routed >= 0) & (o_routed < P)
         for slot in range(SELECTED):
             index, weight = selected(selection, slot)
-            p_expert = p_bank + index.to(tl.int64) * bank_k + head * bank_h
-            b_tile += weight * load_tile(p_expert, o_routed, m_routed, bank_p, D, BD).to(tl.float32)
+            p_expert = p_bank + matrix_offset(index.to(tl.int64), head, bank_strides)
+            b_tile += weight * load_tile(p_expert, o_routed, m_routed, bank_strides[2], D, BD, WIDE).to(tl.float32)
         b_tile *= b_inverse_std[:, None]
         if p_offset is not None:
             o_column = tl.arange(0, BD)
@@ -77,12 +78,13 @@ def prompt_tile(
         b_tile = tl.where(m_routed[:, None], b_tile, 0.0)
     # The rows of the three kinds are disjoint, so adding puts each in its place.
     if S > 0:
-        b_tile += load_tile(p_static + head * static_h, o_prompt, o_prompt < S, static_s, D, BD).to(tl.float32)
+        p_static += matrix_offset(item, head, static_strides)
+        b_tile += load_tile(p_static, o_prompt, o_prompt < S, static_strides[2], D, BD, WIDE).to(tl.float32)
     if M > 0:
         o_instance = o_prompt - S
         m_instance = (o_instance >= 0) & (o_instance < M)
-        p_instance += item * instance_b + head * instance_h
-        b_tile += load_tile(p_instance, o_instance, m_instance, instance_m, D, BD).to(tl.float32)
+        p_instance += matrix_offset(item, head, instance_strides)
+        b_tile += load_tile(p_instance, o_instance, m_instance, instance_strides[2], D, BD, WIDE).to(tl.float32)
     return b_tile
 
 
@@ -110,6 +112,7 @@ def build_prompts(
     D: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
+    WIDE: tl.constexpr,
     BP: tl.constexpr,
 ):
     """Write the prompts (B,H,N,D) of given weights (B,k) and indices (B,k), None if dense. One program: BP of one (item, head)."""
@@ -130,10 +133,10 @@ def build_prompts(
 
     sources = (p_bank_key, p_key_offset, p_static_key, p_instance_key)
     # (BP, BD)
-    b_key = prompt_tile(sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, BP)
-    store_tile(p_prompt_key + o_out, o_prompt, o_prompt < N, D, b_key, D, BD)
+    b_key = prompt_tile(sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, WIDE, BP)
+    store_tile(p_prompt_key + o_out, o_prompt, o_prompt < N, D, b_key, D, BD, WIDE)
 
     sources = (p_bank_value, p_value_offset, p_static_value, p_instance_value)
     # (BP, BD)
-    b_value = prompt_tile(sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, BP)
-    store_tile(p_prompt_value + o_out, o_prompt, o_prompt < N, D, b_value, D, BD)
+    b_value = prompt_tile(sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, WIDE, BP)
+    store_tile(p_prompt_value + o_out, o_prompt, o_prompt < N, D, b_value, D, BD, WIDE)

@@ -9,7 +9,7 @@ grad_query = scale * dS K, grad_key = scale * dS' Q, grad_value = P' grad_out.
 import triton
 import triton.language as tl
 
-from ._forward import keep_mask, load_bias, load_tile, store_tile, visible_tokens
+from ._forward import keep_mask, load_bias, load_tile, matrix_offset, store_tile, visible_tokens
 
 
 @triton.jit(do_not_specialize=["num_queries"])
@@ -22,6 +22,7 @@ def output_products(
     H: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
+    WIDE: tl.constexpr,
     BM: tl.constexpr,
 ):
     """delta (B,H,Lq) = sum_d out * grad_out; out is laid out as (B,Lq,H,D). One program: BM queries of one item and head."""
@@ -29,12 +30,12 @@ def output_products(
     item_head = tl.program_id(0) // blocks
     item = (item_head // H).to(tl.int64)
     head = (item_head % H).to(tl.int64)
-    o_query = (tl.program_id(0) % blocks * BM + tl.arange(0, BM)).to(tl.int64)
+    o_query = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
     m_query = o_query < num_queries
     # (BM, BD) each
-    b_out = load_tile(p_out + (item * num_queries * H + head) * D, o_query, m_query, H * D, D, BD).to(tl.float32)
-    p_grad_out += item * grad_out_strides[0] + head * grad_out_strides[1]
-    b_grad_out = load_tile(p_grad_out, o_query, m_query, grad_out_strides[2], D, BD).to(tl.float32)
+    b_out = load_tile(p_out + (item * num_queries * H + head) * D, o_query, m_query, H * D, D, BD, WIDE).to(tl.float32)
+    p_grad_out += matrix_offset(item, head, grad_out_strides)
+    b_grad_out = load_tile(p_grad_out, o_query, m_query, grad_out_strides[2], D, BD, WIDE).to(tl.float32)
     tl.store(p_delta + item_head.to(tl.int64) * num_queries + o_query, tl.sum(b_out * b_grad_out, 1), mask=m_query)
 
 
@@ -115,6 +116,7 @@ def query_gradient(
     N: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
+    WIDE: tl.constexpr,
     BP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -129,23 +131,23 @@ def query_gradient(
     o_query = block * BM + tl.arange(0, BM)
     m_query = o_query < num_queries
     # (BM, BD) each
-    p_query += item * query_strides[0] + head * query_strides[1]
-    b_query = load_tile(p_query, o_query.to(tl.int64), m_query, query_strides[2], D, BD)
-    p_grad_out += item * grad_out_strides[0] + head * grad_out_strides[1]
-    b_grad_out = load_tile(p_grad_out, o_query.to(tl.int64), m_query, grad_out_strides[2], D, BD)
+    p_query += matrix_offset(item, head, query_strides)
+    b_query = load_tile(p_query, o_query, m_query, query_strides[2], D, BD, WIDE)
+    p_grad_out += matrix_offset(item, head, grad_out_strides)
+    b_grad_out = load_tile(p_grad_out, o_query, m_query, grad_out_strides[2], D, BD, WIDE)
     # (BM,) each; exp2(score - inf) = 0 for rows that are not there
     o_row = item_head.to(tl.int64) * num_queries + o_query
     b_lse = tl.load(p_lse + o_row, mask=m_query, other=float("inf"))
     b_delta = tl.load(p_delta + o_row, mask=m_query, other=0.0)
     b_grad = tl.zeros([BM, BD], tl.float32)
 
-    p_prompt_key += item * prompt_strides[0] + head * prompt_strides[1]
-    p_prompt_value += item * prompt_strides[0] + head * prompt_strides[1]
+    p_prompt_key += matrix_offset(item, head, prompt_strides)
+    p_prompt_value += matrix_offset(item, head, prompt_strides)
     for first in tl.range(0, N, BP, num_stages=1):
         o_prompt = first + tl.arange(0, BP)
         # (BP, BD) each
-        b_prompt_key = load_tile(p_prompt_key, o_prompt, o_prompt < N, prompt_strides[2], D, BD)
-        b_prompt_value = load_tile(p_prompt_value, o_prompt, o_prompt < N, prompt_strides[2], D, BD)
+        b_prompt_key = load_tile(p_prompt_key, o_prompt, o_prompt < N, prompt_strides[2], D, BD, WIDE)
+        b_prompt_value = load_tile(p_prompt_value, o_prompt, o_prompt < N, prompt_strides[2], D, BD, WIDE)
         b_grad = query_gradient_step(
             b_query,
             b_grad_out,
@@ -167,8 +169,8 @@ def query_gradient(
             PRECISION,
         )
 
-    p_key += item * key_strides[0] + head * key_strides[1]
-    p_value += item * value_strides[0] + head * value_strides[1]
+    p_key += matrix_offset(item, head, key_strides)
+    p_value += matrix_offset(item, head, value_strides)
     visible = visible_tokens(p_lengths, item, num_keys)
     if IS_CAUSAL:
         # No query of this block sees what lies behind its last one.
@@ -182,8 +184,8 @@ def query_gradient(
         if IS_CAUSAL:
             m_score = m_score & (o_key[None, :] <= o_query[:, None])
         # (BN, BD) each
-        b_key = load_tile(p_key, o_key.to(tl.int64), o_key < visible, key_strides[2], D, BD)
-        b_value = load_tile(p_value, o_key.to(tl.int64), o_key < visible, value_strides[2], D, BD)
+        b_key = load_tile(p_key, o_key, o_key < visible, key_strides[2], D, BD, WIDE)
+        b_value = load_tile(p_value, o_key, o_key < visible, value_strides[2], D, BD, WIDE)
         m_bias = m_score & m_query[:, None]
         b_bias = load_bias(p_bias, tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], m_bias, bias_strides)
         if p_bias is not None:
@@ -209,7 +211,7 @@ def query_gradient(
             PRECISION,
         )
     p_grad_query += (item * num_queries * H + head) * D
-    store_tile(p_grad_query, o_query.to(tl.int64), m_query, H * D, b_grad * scale, D, BD)
+    store_tile(p_grad_query, o_query, m_query, H * D, b_grad * scale, D, BD, WIDE)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
@@ -242,6 +244,7 @@ def key_value_gradient(
     H: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
+    WIDE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -259,15 +262,15 @@ def key_value_gradient(
     visible = visible_tokens(p_lengths, item, num_keys)
     m_key = o_key < visible
     # (BN, BD) each
-    p_key += item * key_strides[0] + head * key_strides[1]
-    b_key = load_tile(p_key, o_key.to(tl.int64), m_key, key_strides[2], D, BD)
-    p_value += item * value_strides[0] + head * value_strides[1]
-    b_value = load_tile(p_value, o_key.to(tl.int64), m_key, value_strides[2], D, BD)
+    p_key += matrix_offset(item, head, key_strides)
+    b_key = load_tile(p_key, o_key, m_key, key_strides[2], D, BD, WIDE)
+    p_value += matrix_offset(item, head, value_strides)
+    b_value = load_tile(p_value, o_key, m_key, value_strides[2], D, BD, WIDE)
     b_grad_key = tl.zeros([BN, BD], tl.float32)
     b_grad_value = tl.zeros([BN, BD], tl.float32)
 
-    p_query += item * query_strides[0] + head * query_strides[1]
-    p_grad_out += item * grad_out_strides[0] + head * grad_out_strides[1]
+    p_query += matrix_offset(item, head, query_strides)
+    p_grad_out += matrix_offset(item, head, grad_out_strides)
     p_lse += item_head.to(tl.int64) * num_queries
     p_delta += item_head.to(tl.int64) * num_queries
     if p_bias is not None:
@@ -286,8 +289,8 @@ def key_value_gradient(
         if IS_CAUSAL:
             m_score = m_score & (o_key[:, None] <= o_query[None, :])
         # (BM, BD) each
-        b_query = load_tile(p_query, o_query.to(tl.int64), m_query, query_strides[2], D, BD)
-        b_grad_out = load_tile(p_grad_out, o_query.to(tl.int64), m_query, grad_out_strides[2], D, BD)
+        b_query = load_tile(p_query, o_query, m_query, query_strides[2], D, BD, WIDE)
+        b_grad_out = load_tile(p_grad_out, o_query, m_query, grad_out_strides[2], D, BD, WIDE)
         # (BM,); exp2(score - inf) = 0 for rows that are not there
         b_lse = tl.load(p_lse + o_query, mask=m_query, other=float("inf"))
         # (BN, BM)
@@ -312,8 +315,8 @@ def key_value_gradient(
             b_grad_scores = b_dropped * b_grad_probs - b_probs * b_delta[None, :]
             b_grad_key = tl.dot(b_grad_scores.to(b_query.dtype), b_query, b_grad_key, input_precision=PRECISION)
 
-    o_grad = item * grad_strides[0] + head * grad_strides[1]
+    o_grad = matrix_offset(item, head, grad_strides)
     if p_grad_key is not None:
-        store_tile(p_grad_key + o_grad, o_key.to(tl.int64), o_key < num_keys, grad_strides[2], b_grad_key * scale, D, BD)
+        store_tile(p_grad_key + o_grad, o_key, o_key < num_keys, grad_strides[2], b_grad_key * scale, D, BD, WIDE)
     if p_grad_value is not None:
-        store_tile(p_grad_value + o_grad, o_key.to(tl.int64), o_key < num_keys, grad_strides[2], b_grad_value, D, BD)
+        store_tile(p_grad_value + o_grad, o_key, o_key < num_keys, grad_strides[2], b_grad_value, D, BD, WIDE)

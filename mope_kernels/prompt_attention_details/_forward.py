@@ -6,23 +6,39 @@ import triton.language as tl
 
 
 @triton.jit
-def load_tile(p_matrix, o_row, m_row, stride_row, D: tl.constexpr, BD: tl.constexpr):
+def matrix_offset(item, head, strides):
+    """Where the (L,D) matrix of an item and head, both int64, starts."""
+    # The launchers copy what does not start at multiples of 8 elements. Triton by itself sees multiples of 16 only, and would read
+    # heads of 72 or 88 columns element by element.
+    return tl.multiple_of(item * strides[0] + head * strides[1], 8)
+
+
+@triton.jit
+def row_offsets(o_row, stride_row, WIDE: tl.constexpr):
+    """Where rows of an (L,D) matrix start: (rows, 1), in 64 bits if WIDE."""
+    if WIDE:
+        o_row = o_row.to(tl.int64)
+    return tl.multiple_of(o_row[:, None] * stride_row, (8, 8))
+
+
+@triton.jit
+def load_tile(p_matrix, o_row, m_row, stride_row, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
     """Rows of an (L,D) matrix: (rows, BD), zero where masked and beyond column D."""
     o_column = tl.arange(0, BD)
     mask = m_row[:, None]
     if D != BD:
         mask = mask & (o_column < D)[None, :]
-    return tl.load(p_matrix + o_row[:, None] * stride_row + o_column[None, :], mask=mask, other=0.0)
+    return tl.load(p_matrix + row_offsets(o_row, stride_row, WIDE) + o_column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store_tile(p_matrix, o_row, m_row, stride_row, b_tile, D: tl.constexpr, BD: tl.constexpr):
+def store_tile(p_matrix, o_row, m_row, stride_row, b_tile, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
     """Write a (rows, BD) tile into rows of an (L,D) matrix, in its dtype."""
     o_column = tl.arange(0, BD)
     mask = m_row[:, None]
     if D != BD:
         mask = mask & (o_column < D)[None, :]
-    tl.store(p_matrix + o_row[:, None] * stride_row + o_column[None, :], b_tile.to(p_matrix.dtype.element_ty), mask=mask)
+    tl.store(p_matrix + row_offsets(o_row, stride_row, WIDE) + o_column[None, :], b_tile.to(p_matrix.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -123,6 +139,7 @@ def attend_tokens(
     N: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
+    WIDE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -131,8 +148,8 @@ def attend_tokens(
     item = (item_head // H).to(tl.int64)
     head = (item_head % H).to(tl.int64)
     o_query = block * BM + tl.arange(0, BM)
-    p_key += item * key_strides[0] + head * key_strides[1]
-    p_value += item * value_strides[0] + head * value_strides[1]
+    p_key += matrix_offset(item, head, key_strides)
+    p_value += matrix_offset(item, head, value_strides)
     if p_bias is not None:
         p_bias += item * bias_strides[0] + head * bias_strides[1] + block.to(tl.int64) * BM * bias_strides[2]
     for start in tl.range(0, visible, BN):
@@ -143,8 +160,8 @@ def attend_tokens(
         if IS_CAUSAL:
             m_score = m_score & (o_key[None, :] <= o_query[:, None])
         # (BN, BD) each; hidden tokens are not read, whatever they hold
-        b_key = load_tile(p_key, o_key.to(tl.int64), m_key, key_strides[2], D, BD)
-        b_value = load_tile(p_value, o_key.to(tl.int64), m_key, value_strides[2], D, BD)
+        b_key = load_tile(p_key, o_key, m_key, key_strides[2], D, BD, WIDE)
+        b_value = load_tile(p_value, o_key, m_key, value_strides[2], D, BD, WIDE)
         m_bias = m_score & (o_query < num_queries)[:, None]
         b_bias = load_bias(p_bias, tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], m_bias, bias_strides)
         if p_bias is not None:
@@ -185,6 +202,7 @@ def store_output(
     H: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """End the online softmax: out, laid out as (B,Lq,H,D), and lse (B,H,Lq) of BM queries of one item and head.
 
@@ -201,7 +219,7 @@ def store_output(
     if p_seed is not None:
         b_out *= keep_scale
     p_out += (item * num_queries * H + head) * D
-    store_tile(p_out, o_query.to(tl.int64), m_query, H * D, b_out, D, BD)
+    store_tile(p_out, o_query, m_query, H * D, b_out, D, BD, WIDE)
     tl.store(p_lse + item_head.to(tl.int64) * num_queries + o_query, b_lse, mask=m_query)
 
 
@@ -232,6 +250,7 @@ def prompt_attention_forward(
     N: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
+    WIDE: tl.constexpr,
     BP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -248,20 +267,20 @@ def prompt_attention_forward(
     head = (item_head % H).to(tl.int64)
     o_query = block * BM + tl.arange(0, BM)
     # (BM, BD)
-    p_query += item * query_strides[0] + head * query_strides[1]
-    b_query = load_tile(p_query, o_query.to(tl.int64), o_query < num_queries, query_strides[2], D, BD)
+    p_query += matrix_offset(item, head, query_strides)
+    b_query = load_tile(p_query, o_query, o_query < num_queries, query_strides[2], D, BD, WIDE)
     b_out = tl.zeros([BM, BD], tl.float32)
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
 
-    p_prompt_key += item * prompt_strides[0] + head * prompt_strides[1]
-    p_prompt_value += item * prompt_strides[0] + head * prompt_strides[1]
+    p_prompt_key += matrix_offset(item, head, prompt_strides)
+    p_prompt_value += matrix_offset(item, head, prompt_strides)
     for first in tl.range(0, N, BP, num_stages=1):
         o_prompt = first + tl.arange(0, BP)
         m_prompt = o_prompt < N
         # (BP, BD) each
-        b_prompt_key = load_tile(p_prompt_key, o_prompt, m_prompt, prompt_strides[2], D, BD).to(b_query.dtype)
-        b_prompt_value = load_tile(p_prompt_value, o_prompt, m_prompt, prompt_strides[2], D, BD).to(b_query.dtype)
+        b_prompt_key = load_tile(p_prompt_key, o_prompt, m_prompt, prompt_strides[2], D, BD, WIDE).to(b_query.dtype)
+        b_prompt_value = load_tile(p_prompt_value, o_prompt, m_prompt, prompt_strides[2], D, BD, WIDE).to(b_query.dtype)
         b_out, b_max, b_sum = attend(
             b_query,
             b_prompt_key,
@@ -308,8 +327,9 @@ def prompt_attention_forward(
         N,
         D,
         BD,
+        WIDE,
         BM,
         BN,
         PRECISION,
     )
-    store_output(p_out, p_lse, p_seed, b_out, b_max, b_sum, item_head, o_query, num_queries, keep_scale, H, D, BD)
+    store_output(p_out, p_lse, p_seed, b_out, b_max, b_sum, item_head, o_query, num_queries, keep_scale, H, D, BD, WIDE)

@@ -31,7 +31,7 @@ def report(*arguments: str) -> list[dict[str, object]]:
 
 @needs_triton
 def test_reports_every_target():
-    lines = report("--arch", "sm_80", "sm_90", "gfx942", "--only", "k=2 route_forward")
+    lines = report("--arch", "sm_80", "sm_90", "gfx942", "--only", "route fp32 K=16 k=2 route_forward")
     assert [line["arch"] for line in lines] == ["sm_80", "sm_90", "gfx942"]
     for line in lines:
         assert line["kernel"] == "route_forward" and line["registers"] > 0 and line["problems"] == []
@@ -39,18 +39,35 @@ def test_reports_every_target():
 
 @needs_triton
 def test_the_attention_of_hopper_runs_on_its_matrix_units():
-    lines = report("--arch", "sm_90", "--only", "fp16 D=64 mope_attention_forward")
+    lines = report("--arch", "sm_90", "--short", "--only", "fp16 D=64 mope_attention_forward")
     assert len(lines) == 1 and "wgmma" in lines[0]["matrix"] and lines[0]["shared"] > 0
 
 
-def test_spills_and_too_much_shared_memory_are_problems(monkeypatch):
+def test_spills_and_too_much_shared_memory_are_problems(monkeypatch, capsys):
     good = aot.Report("variant", "kernel", "gfx942", num_warps=4, registers=64, spills=0, stack=0, shared=65536, matrix="")
     spilling, large = dataclasses.replace(good, spills=1), dataclasses.replace(good, shared=65537)
     assert good.problems == [] and spilling.problems == ["spills"] and large.problems == ["shared memory > 65536"]
     monkeypatch.setattr(aot, "interpreting", lambda: False)
-    for found, status in (([good], 0), ([good, spilling], 1), ([large, good], 1)):
-        monkeypatch.setattr(aot, "reports", lambda *_, found=found: iter(found))
-        assert aot.main([]) == status
+    for arguments in ([], ["--json"], ["--markdown"]):
+        for found, status in (([good], 0), ([good, spilling], 1), ([large, good], 1)):
+            monkeypatch.setattr(aot, "reports", lambda *_, found=found: iter(found))
+            assert aot.main(arguments) == status
+            said = capsys.readouterr().err
+            assert said == "".join(f"variant, kernel, gfx942: {', '.join(r.problems)}\n" for r in found if r.problems)
+
+
+def test_the_markdown_has_a_row_for_each_kernel(monkeypatch, capsys):
+    first = aot.Report("op D=16", "forward", "sm_80", num_warps=4, registers=64, spills=0, stack=0, shared=512, matrix="8 mma")
+    second = dataclasses.replace(first, variant="op D=32", registers=72, shared=256)
+    other = dataclasses.replace(first, variant="another", arch="gfx942", spills=3, stack=8, matrix="")
+    monkeypatch.setattr(aot, "interpreting", lambda: False)
+    monkeypatch.setattr(aot, "reports", lambda *_: iter([first, other, second]))
+    assert aot.main(["--markdown"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "| op | sm_80 | 2 | 72 | 0 | 0 | 512 | 166912 |" in lines
+    assert "| another | gfx942 | 1 | 64 | 1 | 8 | 512 | 65536 |" in lines
+    table = lines[lines.index("## op, sm_80") :]
+    assert table[4:] == ["| D=16 | forward | 4 | 64 | 0 | 0 | 512 | 8 mma |", "| D=32 | forward | 4 | 72 | 0 | 0 | 256 | 8 mma |"]
 
 
 @pytest.mark.skipif(interpreting(), reason="interpreted kernels have no specialisations")
@@ -59,7 +76,7 @@ def test_spills_and_too_much_shared_memory_are_problems(monkeypatch):
 def test_other_batch_sizes_and_lengths_compile_nothing_new(dtype):
     def specialisations(**sizes: int) -> list[object]:
         with FakeTensorMode(), record_launches() as launches:
-            aot.attention_launches(dtype, 64, top_k=2, **sizes)
+            aot.mope_attention_launches(dtype, 64, top_k=2, **sizes)
         found = [aot.Specialization(*launch) for launch in launches]
         return [(s.signature, s.constants, s.attributes, s.options) for s in found]
 
@@ -69,11 +86,40 @@ def test_other_batch_sizes_and_lengths_compile_nothing_new(dtype):
         assert specialisations(batch=batch, tokens=tokens) == expected
 
 
+@needs_triton
+def test_processes_share_the_work_and_keep_the_order():
+    arguments = ("--arch", "sm_90", "gfx942", "--only", "importance_loss")
+    alone, shared = report(*arguments, "--jobs", "1"), report(*arguments, "--jobs", "2")
+    assert len(alone) == 16 and shared == alone
+
+
+@needs_triton
+def test_the_short_list_is_short_and_has_every_feature():
+    def compiled(short: bool) -> list[tuple[str, aot.Specialization]]:
+        return list(aot.specializations(short=short))
+
+    short, full = compiled(True), compiled(False)
+    assert len(short) <= 200
+
+    def kernels(found: list[tuple[str, aot.Specialization]]) -> set[tuple[str, str]]:
+        return {(name.split()[0], each.kernel) for name, each in found}
+
+    def features(found: list[tuple[str, aot.Specialization]]) -> set[tuple[str, str, str]]:
+        """(op, dtype, "") and (op, option, value), where head_dim is no option."""
+        words = [name.split() for name, _ in found]
+        return {(op, *word.partition("=")[::2]) for op, *rest in words for word in rest if not word.startswith("D=")}
+
+    assert kernels(short) == kernels(full)
+    assert features(short) == features(full)
+    # Each shape of block in the tables.
+    assert {word for name, _ in short for word in name.split() if word.startswith("D=")} >= {"D=32", "D=64", "D=72", "D=128"}
+
+
 @pytest.mark.skipif(interpreting(), reason="the names of compiled kernels")
 @needs_triton
 def test_the_forward_is_one_launch():
     with FakeTensorMode(), record_launches() as launches:
-        aot.attention_launches(torch.bfloat16, 64, top_k=2)
+        aot.mope_attention_launches(torch.bfloat16, 64, top_k=2)
     names = [kernel.__name__ for kernel, *_ in launches]
     forward, *backward = names
     assert forward == "mope_attention_forward"
