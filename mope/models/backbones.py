@@ -7,6 +7,7 @@ state and never touches a weight. `attach` replaces layers by `PromptedLayer`, w
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,11 +19,12 @@ from mope.fused import FrozenAttention, MoPEAttention
 from mope_kernels import Routing
 
 
-class BackboneAdapter:
-    """What this library has to know of an architecture. Subclass it and `register_backbone` the class; five methods suffice.
+class BackboneAdapter(ABC):
+    """What this library has to know of an architecture. Subclass it and `register_backbone` the class.
 
     A block has to be: attention over its (normalised) input with separate query, key and value projections, all tokens attending
-    to all, then anything. The model's feature is that of its first token.
+    to all, then anything. The model's feature is that of its first token. A class without one of the abstract methods cannot be
+    registered.
     """
 
     modality: ClassVar[str]
@@ -38,24 +40,24 @@ class BackboneAdapter:
         "layer_norm_eps",
     )
 
+    @abstractmethod
     def layers(self, model: Any) -> nn.ModuleList:
         """The blocks, in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embed(self, model: Any, inputs: dict[str, Tensor], token_mask: Tensor | None) -> Tensor:
         """What goes into the first block, from `pixel_values` or `input_ids` and its companions -> (B,L,C).
 
         `token_mask` (B,L) bool is given where padding may stand anywhere, so that positions can be counted without it.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def attention(self, layer: Any) -> FrozenAttention:
         """The modules of the block's attention."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
         """The block from its attention on: input of the block (B,L,C), output projection (B,L,C) -> output of the block (B,L,C)."""
-        raise NotImplementedError
 
     def normalize(self, model: Any, features: Tensor) -> Tensor:
         """What the model does to its features after the last block: (..., C) -> (..., C)."""
@@ -189,22 +191,22 @@ class RobertaAdapter(BertAdapter):
         return model.embeddings(**inputs)
 
 
-_ADAPTERS: dict[str, BackboneAdapter] = {}
+_ADAPTERS: dict[str, BackboneAdapter] = {
+    "vit": ViTAdapter(),
+    "dinov2": Dinov2Adapter(),
+    "clip_vision_model": CLIPVisionAdapter(),
+    "bert": BertAdapter(),
+    "roberta": RobertaAdapter(),
+}
 
 
 def register_backbone(model_type: str, adapter_class: type[BackboneAdapter]) -> None:
-    """Teach the library the architecture whose config says `model_type`. A second registration replaces the first."""
+    """Teach the library the architecture whose config says `model_type`. A second registration replaces the first.
+
+    Raises:
+        TypeError: `adapter_class` leaves abstract methods of `BackboneAdapter` out; the message names them.
+    """
     _ADAPTERS[model_type] = adapter_class()
-
-
-for _model_type, _adapter_class in {
-    "vit": ViTAdapter,
-    "dinov2": Dinov2Adapter,
-    "clip_vision_model": CLIPVisionAdapter,
-    "bert": BertAdapter,
-    "roberta": RobertaAdapter,
-}.items():
-    register_backbone(_model_type, _adapter_class)
 
 
 def adapter_for(model_type: str | None) -> BackboneAdapter:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import shutil
 import warnings
+from abc import ABC, abstractmethod
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Self
@@ -38,7 +39,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 PROCESSORS: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
 
 
-class SavedModel(nn.Module):
+class SavedModel(nn.Module, ABC):
     """`save_pretrained` and `from_pretrained` of a fusion model, and the tokenizer and image processor that travel with it."""
 
     config: MoPEConfig
@@ -48,14 +49,17 @@ class SavedModel(nn.Module):
         # A processor, or the folder to load it from when it is first used.
         self._processors: dict[str, Any] = {}
 
+    @abstractmethod
     def backbone(self, modality: str) -> nn.Module:
-        raise NotImplementedError
+        """The encoder of a modality."""
 
+    @abstractmethod
     def trained_state_dict(self) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """What is not frozen, by name."""
 
+    @abstractmethod
     def detach(self) -> None:
-        raise NotImplementedError
+        """Take the prompts out: the backbones' own layers, as they were."""
 
     @property
     def tokenizer(self) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 import mope
 from mope import MoPEConfig, MoPEForClassification
 from mope.models import PromptedLayer, attach
-from mope.models.backbones import _ADAPTERS, BertAdapter, ViTAdapter, original_state_dict
+from mope.models.backbones import _ADAPTERS, BackboneAdapter, BertAdapter, ViTAdapter, original_state_dict
 
 from .tiny import SIZES, TEXT, TEXTS, VISION, backbone, fusion, inputs
 
@@ -158,6 +158,18 @@ def test_a_task_head_is_left_aside() -> None:
     classifier = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **TEXT)).double()
     model = MoPEForClassification(MoPEConfig(num_labels=3, method="text_only"), text=classifier)
     assert model.text is classifier.bert
+
+
+def test_an_incomplete_adapter_is_refused_by_name() -> None:
+    class Incomplete(BackboneAdapter):
+        modality = "text"
+
+        def layers(self, model: Any) -> torch.nn.ModuleList:
+            return model.layers
+
+    with pytest.raises(TypeError, match=r"Incomplete.*attention.*embed.*finish"):
+        mope.register_backbone("incomplete", Incomplete)
+    assert "incomplete" not in _ADAPTERS
 
 
 def test_a_new_architecture() -> None:
