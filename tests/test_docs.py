@@ -50,3 +50,11 @@ def test_every_public_op_is_described():
         if name in _OPERATIONS:
             assert f"`{name}`" in readme
     assert set(_OPERATIONS) <= set(mope_kernels.__all__)
+
+
+def test_the_contract_names_tests_that_exist():
+    text = (ROOT / "docs" / "adding_an_op.md").read_text()
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 10
+    assert not {name for name in named if f"def {name}(" not in sources}
