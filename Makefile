@@ -5,32 +5,44 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton>=3.6)
 VENV ?= .venv
+# What else to pin, as arguments of pip.
+PINS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 # `make gpu` runs from a bare checkout with what the machine has.
 GPU_PYTHON ?= python3
 OUT ?= bench/results
 STAGE ?= tests,ops
 
-.PHONY: demo test test-all lint bench gpu wheel aot clean
+.PHONY: demo test test-all test-oldest lint compile bench gpu wheel aot clean
 
 demo: $(READY)
 	$(BIN)/mope demo --out out $(DEMO)
 
 # Interpreted kernels run in a process of their own: Triton reads the variable when it is imported.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations 10 -q
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k triton -n 2 -m "not slow" --durations 10 -q
+	$(PYTEST) -m "not slow" --durations 10
+	TRITON_INTERPRET=1 $(PYTEST) tests/contract tests/kernels -k triton -m "not slow" --durations 10
 
-test-all: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 20 -q
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k triton -n 2 --durations 20 -q
+# Everything: slow tests, shapes that no run has seen, and the oldest supported versions in an environment of their own.
+test-all: $(READY) test-oldest
+	MOPE_TEST_EVERYTHING=1 $(PYTEST) --durations 20
+	MOPE_TEST_EVERYTHING=1 TRITON_INTERPRET=1 $(PYTEST) tests/contract tests/kernels -k triton --durations 20
+
+# Triton 3.6 interprets no loop with bounds of NumPy 2.4 or newer.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest TORCH=torch==2.11.0 TRITON=triton==3.6.0 PINS='"transformers==5.17.0" "numpy<2.4"'
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The short list of kernels, for the GPU that most have: no spills, and they fit.
+compile: $(READY)
+	$(BIN)/python -m mope_kernels.aot --arch sm_90 --short
 
 bench: $(READY)
 	mkdir -p out
@@ -44,15 +56,15 @@ wheel: $(READY)
 	MOPE_BUILD_NATIVE=0 $(BIN)/python -m build --no-isolation --wheel --outdir dist/pure
 
 aot: $(READY)
-	$(BIN)/python -m mope_kernels.aot --arch sm_80 sm_90 sm_100 gfx942
+	$(BIN)/python -m mope_kernels.aot --arch sm_80 sm_90 sm_100 gfx942 --markdown > docs/resources.md
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info mope_kernels/_C.so
+	rm -rf $(VENV) .venv-oldest build dist out *.egg-info mope_kernels/_C.so
 
 # torch goes first, alone: the extension is compiled against it, and nothing later may choose another.
 $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=24" "setuptools>=77" wheel
 	$(BIN)/python -m pip install -q $(TORCH) $(addsuffix ",$(addprefix ",$(TRITON)))
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev,train,plot,bench]"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev,train,plot,bench]" $(PINS)
 	touch $@
