@@ -142,6 +142,15 @@ def test_prompts_of_another_dtype(library, changes):
     check_draws([(tensors, options)])
 
 
+@pytest.mark.parametrize("changes", [{}, {"lengths": [9, 4]}], ids=["merged", "concatenated"])
+def test_autocast_changes_nothing(library, changes):
+    tensors, options = example(torch.float16, library.device, **changes)
+    tensors |= {name: tensors[name].float() for name in ("prompt_key", "prompt_value")}
+    with torch.autocast(library.device, dtype=torch.bfloat16):
+        (found,) = run(options, tensors)
+    assert torch.equal(found, run(options, tensors)[0])
+
+
 @pytest.mark.parametrize("width", [16, 20])
 @pytest.mark.parametrize("changes", [{}, {"lengths": [9, 4]}], ids=["merged", "concatenated"])
 def test_output_is_ready_for_the_projection(library, changes, width):
