@@ -30,7 +30,8 @@ def strided_variants(tensor: Tensor) -> Iterator[Tensor]:
 def strided_gradients(outputs: list[Tensor]) -> Iterator[list[Tensor]]:
     """Random gradients for the outputs of an op, in the layouts in which autograd hands them over.
 
-    Contiguous; expanded from one number, as after `sum`; transposed; and cut out of a larger tensor, as after `cat`.
+    Contiguous; expanded from one number, as after `sum`; transposed; with heads and rows exchanged, as after a projection; and
+    cut out of a larger tensor, as after `cat`.
 
     >>> for gradients in strided_gradients([out]):
     ...     found = torch.autograd.grad(out, inputs, gradients, retain_graph=True)
@@ -44,4 +45,5 @@ def strided_gradients(outputs: list[Tensor]) -> Iterator[list[Tensor]]:
     yield [randn(o, *o.shape) for o in outputs]
     yield [randn(o).expand(o.shape) for o in outputs]
     yield [randn(o, *o.mT.shape).mT if o.dim() > 1 else randn(o, *o.shape) for o in outputs]
+    yield [randn(o, *o.transpose(-3, -2).shape).transpose(-3, -2) if o.dim() > 2 else randn(o, *o.shape) for o in outputs]
     yield [randn(o, *o.shape[:-1], o.shape[-1] + 3)[..., 2:-1] if o.dim() else randn(o) for o in outputs]
