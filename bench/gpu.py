@@ -1,11 +1,12 @@
 """`make gpu`: the tests of the Triton kernels, then the benchmarks, on the GPU of this machine, in ten minutes at most.
 
 Runs from a bare checkout with the machine's own Python: nothing is installed and nothing fetched. Results go to the folder in OUT
-(bench/results), named after the device. STAGE picks what runs, several with commas between them:
+(bench/results), a line for each test and each row as soon as it is there: called again after it was stopped, it does the rest.
+STAGE picks what runs, several with commas between them:
 
     tests     the kernels against float64, on the GPU
     ops       the ops beside what a user would write instead
-    model     a whole model beside the same with its prompts concatenated
+    model     a layer and a whole model beside the same with the prompts concatenated
     sanitize  small cases under compute-sanitizer: memcheck, then racecheck
 
 The default is tests,ops. DRY=1 goes through the motions without a GPU, with one small case each, so that it stays ready.
@@ -13,8 +14,8 @@ The default is tests,ops. DRY=1 goes through the motions without a GPU, with one
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,48 +24,72 @@ from pathlib import Path
 
 import torch
 
+from mope.benchmark import rows
+
 BUDGET_SECONDS = 570
 ROOT = Path(__file__).resolve().parents[1]
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no"]
+TESTS = [folder for folder in ("tests/kernels", "tests/contract") if (ROOT / folder).is_dir()]
 SMALL_CASES = "triton and (test_selects_like_a_sort or test_padding_may_hold_anything or test_importance_loss_by_hand)"
+OPS = ["mope_attention", "prompt_attention", "mix_prompts", "route"]
+STAGES = ("tests", "ops", "model", "sanitize")
+# pytest: no test was selected. Those that passed before are not.
+NOTHING_LEFT = 5
 
 
 def commands(stage: str, out: Path, device: str, dry: bool) -> list[list[str]]:
     """What a stage runs, one after the other."""
+    resume = [*PYTEST, "-p", "bench.resume", "--resume"]
     if stage == "tests":
+        # Most of the time goes into compiling.
+        workers = ["-n", "2" if dry else str(min(os.cpu_count() or 1, 8))] if installed("xdist") else []
         which = "test_ties or test_takes_heads" if dry else "triton"
-        report = f"--junitxml={out / f'tests-{device}.xml'}"
-        return [[*PYTEST, "tests/kernels", "-m", "not slow", "-k", which, report]]
+        return [[*resume, str(out / f"tests-{device}.jsonl"), *workers, *TESTS, "-m", "not slow", "-k", which]]
     if stage == "sanitize":
         tool = shutil.which("compute-sanitizer")
         if tool is None and not dry:
             raise SystemExit("STAGE=sanitize needs compute-sanitizer, which is not on the PATH")
-        small = [*PYTEST, "tests/kernels", "-k", SMALL_CASES]
-        return [
-            [*([] if dry else [str(tool), "--tool", check, "--error-exitcode", "1"]), *small] for check in ("memcheck", "racecheck")
-        ]
-    file = {
-        "ops": ["bench/test_bench_mix_prompts.py", "bench/test_bench_mope_attention.py"],
-        "model": ["bench/test_bench_model.py"],
+        found = []
+        for check in ("memcheck", "racecheck"):
+            watched = [] if dry else [str(tool), "--tool", check, "--error-exitcode", "1"]
+            found.append([*watched, *resume, str(out / f"{check}-{device}.jsonl"), *TESTS, "-k", SMALL_CASES])
+        return found
+    files = [f"bench/test_bench_{name}.py" for name in (OPS if stage == "ops" else ["layer", "model"])]
+    few = ["--tiny", "-k", "not compiled and not flex"] if dry else []
+    return [[*PYTEST, *files, f"--out={out}", f"--seconds={0.02 if dry else 0.3}", *few]]
+
+
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def missing() -> list[str]:
+    """What this machine lacks, and what that changes."""
+    consequences = {
+        "pytest_benchmark": "rows are timed by a plain loop",
+        "xdist": "tests run one after the other",
+        "hypothesis": "tests that need it are skipped",
+        "xformers": "its rows say so",
     }
-    if stage not in file:
-        raise SystemExit(f"STAGE must be of tests, ops, model, sanitize, got {stage!r}")
-    one = {"ops": "eager and stage3-inference", "model": "ours and serving"}[stage]
-    report = f"--benchmark-json={out / f'{stage}-{device}.json'}"
-    return [[*PYTEST, *file[stage], report, "--benchmark-max-time=0.5", *(["-k", one] if dry else [])]]
+    return [f"no {module} here: {consequence}" for module, consequence in consequences.items() if not installed(module)]
 
 
 def main() -> int:
     dry = os.environ.get("DRY", "") not in ("", "0")
+    stages = (os.environ.get("STAGE") or "tests,ops").split(",")
+    for stage in stages:
+        if stage not in STAGES:
+            raise SystemExit(f"STAGE must be of {', '.join(STAGES)}, got {stage!r}")
     if not dry and not torch.cuda.is_available():
         print("make gpu: no CUDA device here; DRY=1 goes through the motions on the CPU", file=sys.stderr)
         return 2
-    device = "dry" if dry else re.sub(r"[^A-Za-z0-9.]+", "-", torch.cuda.get_device_name())
+    if not installed("pytest"):
+        print("make gpu needs pytest", file=sys.stderr)
+        return 2
+    device = "dry" if dry else rows.slug(torch.device("cuda"))
     out = Path(os.environ.get("OUT") or ROOT / "bench" / "results").resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    print(f"{device}: torch {torch.__version__}, results in {out}", flush=True)
+    print(f"{device}: torch {torch.__version__}, results in {out}", *missing(), sep="\n", flush=True)
     deadline = time.monotonic() + BUDGET_SECONDS
-    stages = (os.environ.get("STAGE") or "tests,ops").split(",")
     planned = [(stage, command) for stage in stages for command in commands(stage, out, device, dry)]
     return max([run(stage, command, deadline) for stage, command in planned])
 
@@ -72,12 +97,14 @@ def main() -> int:
 def run(stage: str, command: list[str], deadline: float) -> int:
     """The exit status, 124 where the time was up."""
     start = time.monotonic()
+    # The sanitizer sees only what CUDA itself allocates.
+    environment = {**os.environ, **({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if stage == "sanitize" else {})}
     try:
-        code = subprocess.run(command, cwd=ROOT, timeout=max(deadline - start, 1), check=False).returncode
+        code = subprocess.run(command, cwd=ROOT, env=environment, timeout=max(deadline - start, 1), check=False).returncode
     except subprocess.TimeoutExpired:
         code = 124
     print(f"{stage}: exit {code} after {time.monotonic() - start:.0f} s", flush=True)
-    return code
+    return 0 if code == NOTHING_LEFT else code
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The command line: `mope demo`, `mope info`, `mope build`."""
+"""The command line: `mope demo`, `mope info`, `mope bench`, `mope build`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,13 @@ def parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, devices, which implementations run here and why the others do not")
     info.set_defaults(command=_info)
 
+    bench = commands.add_parser("bench", help="check the ops on this device, then time them beside what you would write instead")
+    bench.add_argument("--quick", action="store_true", help="one shape of each op, nothing compiled: about a minute")
+    bench.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the results and a picture (out/)")
+    bench.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
+    bench.add_argument("--threads", type=_positive, default=1, metavar="N", help="on the CPU (1)")
+    bench.set_defaults(command=_bench)
+
     build = commands.add_parser("build", help="compile the C++ kernels against the installed torch, into the user's cache")
     build.add_argument("--force", action="store_true", help="even if they have been compiled already")
     build.set_defaults(command=_build)
@@ -71,6 +79,14 @@ def _info(options: argparse.Namespace) -> int:
 
     print(describe())
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    # Memory on the CPU comes from torch's profiler, which else writes a line to the terminal for each row.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    from mope.benchmark.run import bench
+
+    return bench(out=options.out, quick=options.quick, device=options.device, threads=options.threads)
 
 
 def _build(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from mope.benchmark import rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,11 +19,27 @@ def run(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "bench.gpu"], cwd=ROOT, env=values, capture_output=True, text=True, check=False)
 
 
-def test_dry_run_leaves_results(tmp_path):
-    pytest.importorskip("pytest_benchmark")
+def test_dry_run_leaves_results_and_continues_them(tmp_path):
     done = run(tmp_path, DRY="1", STAGE="tests,ops")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"tests-dry.xml", "ops-dry.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"tests-dry.jsonl", "ops-dry.jsonl"}
+    _, tests = rows.read(tmp_path / "tests-dry.jsonl")
+    assert tests and {row["outcome"] for row in tests} <= {"passed", "skipped"}
+    header, found = rows.read(tmp_path / "ops-dry.jsonl")
+    assert header["ceilings"]["copy"] > 0 and header["ceilings"]["matmul"]["float32"] > 0
+    for op in ("route", "mix_prompts", "prompt_attention", "mope_attention"):
+        assert any(row["op"] == op and row["way"] == "ours" and row["ms"] > 0 for row in found), op
+    assert all("ms" in row or row["unavailable"] for row in found)
+
+    # As if it had been killed while it wrote its last line; and the machine it goes on on has no pytest-benchmark.
+    text = (tmp_path / "ops-dry.jsonl").read_text()
+    (tmp_path / "ops-dry.jsonl").write_text(text[:-20])
+    again = run(tmp_path, DRY="1", STAGE="tests,ops", PYTEST_ADDOPTS="-p no:benchmark")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert len(rows.read(tmp_path / "tests-dry.jsonl")[1]) == len(tests) + sum(row["outcome"] == "skipped" for row in tests)
+    assert [(row["op"], row["case"], row["way"]) for row in rows.read(tmp_path / "ops-dry.jsonl")[1]] == [
+        (row["op"], row["case"], row["way"]) for row in found
+    ]
 
 
 def test_unknown_stage_is_named(tmp_path):

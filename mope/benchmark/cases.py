@@ -53,7 +53,7 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
         "route": [("b64-k16", 2)],
         "mix_prompts": [("swin-b-stage3-b64", None), ("swin-b-stage3-b64-k16", None), ("vit-b-b64-k64", 2)],
         "prompt_attention": [("vit-b-b8", None), ("bert-128-b16", None)],
-        "mope_attention": [("digits-b64", None), ("vit-b-b8", None), ("vit-b-b8", 1), ("bert-128-b16", None)],
+        "mope_attention": [("vit-b-b8", None), ("vit-b-b8", 1), ("bert-128-b16", None), ("digits-b64", None)],
         "layer": [("vit-b-b8", None), ("bert-128-b16", None)],
     },
     "cuda": {

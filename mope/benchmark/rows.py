@@ -13,7 +13,7 @@ import torch
 from mope import environment
 from mope_kernels import _extension
 
-PACKAGES = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def header(device: torch.device) -> dict[str, Any]:
@@ -25,16 +25,16 @@ def header(device: torch.device) -> dict[str, Any]:
         "extension": _extension.STATUS.target or _extension.STATUS.reason,
         "versions": environment.versions(),
         "commit": environment.commit(),
-        "sources": sources(),
+        "sources": sources("mope", "mope_kernels"),
     }
 
 
-def sources() -> str:
-    """Digest of the installed Python sources: a commit says nothing where there is no git, or where files differ from it."""
+def sources(*folders: str) -> str:
+    """Digest of Python sources beside this package: a commit says nothing where there is no git, or where files differ from it."""
     digest = hashlib.sha256()
-    for package in ("mope", "mope_kernels"):
-        for path in sorted((PACKAGES / package).rglob("*.py")):
-            digest.update(path.relative_to(PACKAGES).as_posix().encode() + path.read_bytes())
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -49,8 +49,8 @@ def slug(device: torch.device) -> str:
 class Rows:
     """The rows of one file, old ones first.
 
-    A file with the same header is continued; one with another header is put aside as `<name>.old`. What `measured` adds to a header
-    (a date, the device's ceilings) is kept from the first time and not compared.
+    A file with the same header is continued; one with another header is put aside as `<name>.old`. What `begin` adds to a header
+    stays as it was the first time and is not compared.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
@@ -61,17 +61,19 @@ class Rows:
             found, rows = read(path)
             if {name: found.get(name) for name in self.header} == self.header:
                 self.header, self.rows = found, rows
-                return
-            path.rename(path.with_name(path.name + ".old"))
+                # Without what was half written.
+                path.write_text("".join(json.dumps(line) + "\n" for line in (found, *rows)))
+            else:
+                path.rename(path.with_name(path.name + ".old"))
 
-    def complete(self, **measured: Any) -> None:
-        """What belongs into the header and takes time to find out; to be called before the first row of a new file."""
+    def begin(self, **measured: Any) -> None:
+        """Write the header, with what takes time to find out, unless it stands there."""
         if not self.path.exists():
             self.header |= measured
             self._append(self.header)
 
     def add(self, row: dict[str, Any]) -> None:
-        self.complete()
+        self.begin()
         self.rows.append(row)
         self._append(row)
 

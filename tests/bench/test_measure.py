@@ -1,0 +1,151 @@
+"""What is measured is right, and what is wrong is not measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+import torch
+
+from mope.benchmark import measure, problems, shapes
+from mope.benchmark.baselines import Unavailable
+from mope.benchmark.cases import WAYS, Case, cases
+from mope.benchmark.measure import Ceilings, Clock
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(copy=1e9, matmul={"float32": 1e9})
+
+
+def tiny(op: str) -> list[Case]:
+    return cases(op, "tiny")
+
+
+@pytest.mark.parametrize("case", [case for op in WAYS for case in tiny(op)], ids=lambda case: f"{case.op} {case}")
+def test_every_opponent_computes_the_op(case):
+    problem = problems.build(case, CPU, torch.float32)
+    for way in case.ways:
+        if way.endswith(" compiled") or way == "flex":
+            continue
+        try:
+            error = measure.check(problem, way, problem.prepare(way)())
+        except Unavailable as reason:
+            assert way == "xformers" and "xformers" in str(reason)
+        else:
+            assert error < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["cat+sdpa compiled", "flex", "released compiled"])
+def test_compiled_opponents_compute_the_op(way):
+    problem = problems.build(tiny("mope_attention")[0], CPU, torch.float32)
+    assert measure.check(problem, way, problem.prepare(way)()) < 1e-6
+
+
+@pytest.mark.parametrize("op", ["mope_attention", "prompt_attention"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_large_definition_is_computed_in_pieces(op, training):
+    problem = problems.build(Case(op, "tiny", training), CPU, torch.float32)
+    in_pieces = dataclasses.replace(problem, pieces=2)
+    for whole, parts in zip(problem.exact, in_pieces.exact, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_wrong_result_is_not_timed(training):
+    problem = problems.build(Case("mix_prompts", "tiny", training), CPU, torch.float32)
+    right = problem.ways["ours"]
+    problem.ways["ours"] = lambda **inputs: (right(**inputs)[0] * 1.0001,)
+    with pytest.raises(measure.WrongResult, match="ours, output 0: error"):
+        measure.measure(problem, "ours", CPU, CEILINGS, Clock.of(CPU), 0.01)
+
+
+def test_a_wrong_gradient_is_not_timed():
+    problem = problems.build(Case("mix_prompts", "tiny", True), CPU, torch.float32)
+    right = problem.ways["ours"]
+    problem.ways["ours"] = lambda experts, **inputs: right(experts * 2 - experts.detach(), **inputs)
+    with pytest.raises(measure.WrongResult, match="ours, gradients: error"):
+        measure.check(problem, "ours", problem.prepare("ours")())
+
+
+def test_an_opponent_that_fails_is_a_row_with_its_reason():
+    problem = problems.build(Case("mix_prompts", "tiny"), CPU, torch.float32)
+
+    def fails(**inputs):
+        raise RuntimeError("out of memory\nand more")
+
+    problem.ways |= {"ours": fails, "released": fails}
+    with pytest.raises(Unavailable, match="^RuntimeError: out of memory$"):
+        measure.measure(problem, "released", CPU, CEILINGS, Clock.of(CPU), 0.01)
+    with pytest.raises(RuntimeError):
+        measure.measure(problem, "ours", CPU, CEILINGS, Clock.of(CPU), 0.01)
+
+
+def test_a_row_by_its_parts():
+    problem = problems.build(Case("mix_prompts", "swin-b-stage1-b64"), CPU, torch.float32)
+    row = measure.measure(problem, "embedding_bag", CPU, CEILINGS, Clock.of(CPU), 0.02)
+    assert row["ms"] > 0 and row["rounds"] >= 7 and 0 < row["ratio"] < 100
+    # The output alone is 64 x 6 x 128 floats.
+    assert 64 * 6 * 128 * 4 <= row["memory"] < 2 * 64 * 6 * 128 * 4
+    # Experts, weights and indices in, prompts out, at a gigabyte a second: 64 x 6 x 128 x 4 + 4 x 6 x 128 x 4 + 64 x 4 x 12 bytes.
+    assert row["floor_ms"] == pytest.approx(0.212, rel=1e-2)
+    assert row["roofline"] == pytest.approx(row["floor_ms"] / row["ms"], rel=1e-2)
+
+
+def test_time_is_that_of_one_call():
+    times, beside = measure.sample(Clock.of(CPU), lambda: time.sleep(0.0003), 0.03, lambda: time.sleep(0.0012))
+    assert 0.0003 <= min(times) < 0.0011 and min(beside) >= 0.0012
+
+
+def test_memory_is_the_peak_beyond_what_there_was():
+    before = torch.ones(1000)
+
+    def once():
+        first = before + 1
+        second = first + before
+        del first
+        return second * 2
+
+    assert measure.peak_memory(once, CPU) == 8000
+
+
+def test_work_of_attention_by_hand():
+    """2 items of 2 heads of 3: item 0 sees 4 tokens, item 1 sees 2; 1 static, 1 instance and 2 routed prompts, 3 experts, top-1."""
+    shape = shapes.Attention(2, heads=2, width=3, tokens=4, experts=3, prompts=2, static=1, instance=1, padding=0.5)
+    assert shape.lengths() == [4, 2]
+    row = 2 * 3 * 2
+    read = (8 + 6 + 6) * row + 2 * (1 + 2) * row + 2 * (2 * 2 * 6 * 4) + 2 * 3 * 4
+    scores_and_output = 4 * 4 * ((4 + 4) + (2 + 4)) * 6
+    mixing = 4 * 2 * 1 * 2 * 6
+    inference = shapes.attention_work(shape, 1, 2, False)
+    assert inference == shapes.Work(read + 8 * row, scores_and_output + mixing)
+    assert shapes.attention_work(shape, 1, 2, True) == shapes.Work(3 * read + 2 * 8 * row, 3 * (scores_and_output + mixing))
+
+
+def test_floor_of_a_vit_is_that_of_its_bytes():
+    """ViT-B/16, 64 items, 13 prompts of each item, bfloat16, at 3 TB/s and 800 TFLOP/s: 80 MB, 26.7 us."""
+    work = shapes.attention_work(shapes.ATTENTION["vit-b-b64"], None, 2, False)
+    assert work.bytes == pytest.approx(80.0e6, rel=1e-2) and work.flops == pytest.approx(8.13e9, rel=1e-2)
+    assert Ceilings(3.0e12, {"bfloat16": 800e12}).floor(work, torch.bfloat16) == pytest.approx(26.7e-6, rel=1e-2)
+
+
+@pytest.mark.parametrize(("skew", "loads"), [("uniform", [16] * 4), ("all-to-one", [64, 0, 0, 0])])
+def test_skews(skew, loads):
+    chosen = shapes.logits(64, 4, skew, 0.1).argmax(1)
+    assert chosen.bincount(minlength=4).tolist() == loads
+
+
+def test_zipf_favours_the_first():
+    chosen = shapes.logits(4000, 4, "zipf", 0.1).argmax(1).bincount(minlength=4) / 4000
+    torch.testing.assert_close(chosen, torch.tensor([12, 6, 4, 3]) / 25, rtol=0, atol=0.05)
+
+
+def test_an_unknown_skew_is_refused():
+    with pytest.raises(ValueError, match="skew must be one of uniform, zipf, all-to-one, got 'even'"):
+        shapes.logits(4, 4, "even", 0.1)
+
+
+@pytest.mark.parametrize("where", ["tiny", "cpu", "cuda"])
+def test_names_of_rows_are_unique(where):
+    named = [(case.op, str(case)) for op in WAYS for case in cases(op, where)]
+    assert len(set(named)) == len(named)

@@ -1,0 +1,57 @@
+"""Nothing that was measured is lost, and nothing is continued that does not belong together."""
+
+from __future__ import annotations
+
+from mope.benchmark.rows import Rows, header, read, sources
+
+HEADER = {"device": "a", "commit": "1", "threads": 1}
+
+
+def test_continues_what_was_begun(tmp_path):
+    path = tmp_path / "new" / "ops.jsonl"
+    first = Rows(path, HEADER)
+    first.begin(date="today")
+    first.add({"op": "route", "ms": 1.0})
+    again = Rows(path, HEADER)
+    again.begin(date="tomorrow")
+    assert again.header == {**HEADER, "date": "today"}
+    assert again.has(op="route") and not again.has(op="mix_prompts") and not again.has(op="route", ms=2.0)
+    again.add({"op": "mix_prompts"})
+    assert read(path) == ({**HEADER, "date": "today"}, [{"op": "route", "ms": 1.0}, {"op": "mix_prompts"}])
+
+
+def test_another_header_begins_anew_and_keeps_the_old(tmp_path):
+    path = tmp_path / "ops.jsonl"
+    Rows(path, HEADER).add({"op": "route"})
+    other = Rows(path, HEADER | {"commit": "2"})
+    assert not other.has(op="route")
+    other.add({"op": "mix_prompts"})
+    assert read(path) == (HEADER | {"commit": "2"}, [{"op": "mix_prompts"}])
+    assert read(tmp_path / "ops.jsonl.old") == (HEADER, [{"op": "route"}])
+
+
+def test_a_line_that_was_cut_off_is_no_row(tmp_path):
+    path = tmp_path / "ops.jsonl"
+    rows = Rows(path, HEADER)
+    rows.add({"op": "route"})
+    rows.add({"op": "mix_prompts"})
+    path.write_text(path.read_text()[:-5])
+    again = Rows(path, HEADER)
+    assert again.rows == [{"op": "route"}]
+    again.add({"op": "importance_loss"})
+    assert read(path)[1] == [{"op": "route"}, {"op": "importance_loss"}]
+
+
+def test_a_header_that_was_cut_off_begins_anew(tmp_path):
+    path = tmp_path / "ops.jsonl"
+    path.write_text('{"device": ')
+    Rows(path, HEADER).add({"op": "route"})
+    assert read(path) == (HEADER, [{"op": "route"}])
+
+
+def test_header_tells_states_of_the_code_apart():
+    import torch
+
+    found = header(torch.device("cpu"))
+    assert found["sources"] == sources("mope", "mope_kernels") != sources("mope_kernels")
+    assert {"device", "versions", "commit", "threads", "extension"} <= found.keys()

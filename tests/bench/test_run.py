@@ -1,0 +1,69 @@
+"""`mope bench`, as a user calls it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+import mope_kernels
+from mope import cli
+from mope.benchmark import cases, run, show
+from mope.benchmark.rows import read
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(cases._SHAPES, "cpu", cases._SHAPES["tiny"])
+    monkeypatch.setattr(run, "cold_start", lambda device: [1.0, 2.0, 3.0])
+    monkeypatch.setattr(run, "ROUNDS_SECONDS", {True: 0.01, False: 0.01})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_quick_prints_tables_and_draws(small, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert cli.main(["bench", "--quick", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    for said in ("8 cases are right", "\nroute\n", "\nmope_attention\n", "xformers is not installed", "2 s for the first call"):
+        assert said in text
+    header, rows = read(tmp_path / "bench.jsonl")
+    assert header["cold_start"] == [1.0, 2.0, 3.0] and {row["op"] for row in rows} >= {"route", "prompt_attention"}
+    assert "mope_attention" in (tmp_path / "bench.svg").read_text()
+
+
+def test_a_wrong_op_stops_it_before_anything_is_timed(small, tmp_path, capsys, monkeypatch):
+    right = mope_kernels.mix_prompts
+    monkeypatch.setattr(mope_kernels, "mix_prompts", lambda *arguments: right(*arguments) + 1e-3)
+    assert cli.main(["bench", "--quick", "--out", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "mix_prompts, tiny dense inference: ours, output 0: error" in captured.err and "Nothing was timed" in captured.err
+    assert "ratio" not in captured.out and not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_it_says_what_the_picture_needs(small, tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["bench", "--quick", "--out", str(tmp_path)]) == 0
+    assert 'The picture needs matplotlib: pip install "mope-kernels[plot]"' in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.jsonl"]
+
+
+def test_cold_start_is_that_of_a_fresh_process():
+    imported, first, second = run.cold_start(torch.device("cpu"))
+    assert imported > 0.1 and first > 0 and second > 0
+
+
+def test_table_by_hand():
+    ours = {"case": "a", "way": "ours", "implementation": "cpu", "ms": 1.0, "spread_ms": 0.1, "memory": 2**20, "roofline": 0.5}
+    other = {"case": "a", "way": "flex", "ms": 2.0, "spread_ms": 0.2, "ratio": 2.01, "ratio_spread": 0.02, "memory": 2**21}
+    absent = {"case": "a", "way": "xformers", "unavailable": "not here"}
+    assert show.table([ours, other, absent]).splitlines() == [
+        "| case | way        | ms      | ratio       | memory | of the roofline |",
+        "| :--- | :--------- | ------: | ----------: | -----: | --------------: |",
+        "| a    | ours (cpu) | 1 ± 0.1 |             |   1 MB |            50 % |",
+        "|      | flex       | 2 ± 0.2 | 2.01 ± 0.02 |   2 MB |                 |",
+        "",
+        "Not run: xformers in 1 case (not here).",
+    ]
