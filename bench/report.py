@@ -1,63 +1,80 @@
-"""docs/benchmarks.md from the committed results: `python -m bench.report`. Says nothing that is not in a file of bench/results."""
+"""docs/benchmarks.md and its pictures from the committed results, and from nothing else: `python -m bench.report`."""
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from mope.benchmark import rows, show
+from mope.benchmark.cases import WAYS
+
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
+OPS = (*WAYS, "model")
 
 HEAD = """\
 # Benchmarks
 
-Made by `python -m bench.report` from the files in `bench/results`. The entries of a line were measured side by side in one run,
-each after its result was checked. Times are medians, ± half the interquartile range; a ratio above 1 means that ours is
-faster. *cat+sdpa* mixes the same bank, concatenates and calls torch's `scaled_dot_product_attention`; *eager* is einsum, or gather
-and sum; *concatenated* is the model written by hand, prompts concatenated to the tokens; *compiled* is the same under
-`torch.compile`.
+Made by `python -m bench.report` from the rows in `bench/results`: `make bench` measures them on a CPU, `make gpu` on a GPU.
+`mope bench` does the like on your own device.
+
+| way | what it is |
+|:---|:---|
+| ours | this library; in brackets what ran, "reference" being the definition in plain PyTorch where nothing else exists |
+| released | the algorithm of the released systems written plainly: mix for each item, project, concatenate, a softmax of its own |
+| cat+sdpa | the same expert bank as ours: mix, concatenate, `scaled_dot_product_attention` |
+| flex | the same with FlexAttention, always compiled; its block mask is made beforehand |
+| xformers | the same with `memory_efficient_attention` |
+| branchless | *released* without waiting for the device |
+| embedding_bag | torch's weighted sum of the rows of a table |
+| concatenated | the whole model written by hand, prompts concatenated with the tokens |
+| ... compiled | the same under `torch.compile(dynamic=False)` |
+
+- A row is timed only after its result was checked: its error against float64 is at most five times that of plain PyTorch in the
+  same dtype and of one rounding.
+- *ms*: median of a call, ± half the interquartile range. CPU: wall time, caches warm. GPU: between two events on the device, its
+  second-level cache emptied before. "training" is forward and backward.
+- *ratio*: the time as a multiple of ours, above 1 ours is faster. Both run in turns, and this is the median of the quotients.
+- *memory*: the most that a call holds at once beyond its inputs. CPU: what torch's profiler sees. GPU: the allocator's count.
+- *of the roofline*: the least time that the device allows, as a share of the time. That is the larger of the bytes that the op
+  must move at the speed of a large copy, and of the operations that it must do at the speed of a large product, both measured in
+  the same run ([formulas](../mope/benchmark/shapes.py)). Neither padding nor recomputation counts.
+- Shapes are named after models, with the batch size behind the *b* ([sizes](../mope/benchmark/shapes.py)). Items spread evenly over
+  the experts unless the case says "zipf" (the i-th is preferred with a probability in proportion to 1/i) or "all-to-one".
 """
 NO_GPU = """
+## GPU
+
 There are no results of a GPU yet. What the kernels take there is in the report of `make aot`; how fast they are is not known.
 """
 
 
-def way_of(benchmark: dict[str, Any]) -> str:
-    return benchmark["params"]["way"]
-
-
-def milliseconds(stats: dict[str, float]) -> str:
-    return f"{1e3 * stats['median']:.3g} ± {1e3 * stats['iqr'] / 2:.2g}"
-
-
-def table(benchmarks: list[dict[str, Any]]) -> str:
-    """One line for each group, one column for each way."""
-    groups: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
-    for benchmark in benchmarks:
-        groups[benchmark["group"]][way_of(benchmark)] = benchmark["stats"]
-    sections: dict[str, list[str]] = defaultdict(list)
-    for group, ways in groups.items():
-        kind, _, case = group.partition(" ")
-        others = [way for way in ways if way != "ours"]
-        if not sections[kind]:
-            sections[kind] += [f"\n### {kind}\n", f"| case | ours, ms | {' | '.join(f'{way}, ms | ratio' for way in others)} |"]
-            sections[kind].append("|:---|---:|" + "---:|---:|" * len(others))
-        cells = [f"{milliseconds(ways[way])} | {ways[way]['median'] / ways['ours']['median']:.2f}" for way in others]
-        sections[kind].append(f"| {case} | {milliseconds(ways['ours'])} | {' | '.join(cells)} |")
-    return "\n".join(line for lines in sections.values() for line in lines)
-
-
 def main() -> None:
-    text, on_gpu = HEAD, False
-    for path in sorted((ROOT / "bench" / "results").glob("*.json")):
-        results = json.loads(path.read_text())
-        machine = results["machine_info"]
-        on_gpu |= machine["cuda"]
-        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version != "not installed")
-        text += f"\n## {machine['device']}\n\n`{path.name}`: C++ kernels {machine['extension']}; {versions}; "
-        text += f"commit {machine['commit']}; {results['datetime'][:10]}.\n{table(results['benchmarks'])}\n"
-    (ROOT / "docs" / "benchmarks.md").write_text(text if on_gpu else text + NO_GPU)
+    (DOCS / "benchmarks.md").write_text(report(RESULTS, DOCS))
+
+
+def report(results: Path, docs: Path) -> str:
+    """The page, and its pictures in `docs`/images."""
+    files = [rows.read(path) for path in sorted(results.glob("*.jsonl"))]
+    files = [(header, found) for header, found in files if header["stage"] in ("ops", "model")]
+    text = HEAD + "".join(section(header, found, docs) for header, found in files)
+    return text if any(header["type"] == "cuda" for header, _ in files) else text + NO_GPU
+
+
+def section(header: dict[str, Any], found: list[dict[str, Any]], docs: Path) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version != "not installed")
+    products = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in header["ceilings"]["matmul"].items())
+    text = (
+        f"\n## {header['device']}: {header['stage']}\n\n{header['date']}, commit {header['commit'] or 'unknown'}, sources "
+        f"{header['sources']}; {versions}; C++ kernels {header['extension']}. Copies ran at "
+        f"{header['ceilings']['copy'] / 1e9:.3g} GB/s, products at {products}.\n"
+    )
+    for op in OPS:
+        if of_op := [row for row in found if row["op"] == op]:
+            picture = docs / "images" / f"{op}-{header['slug']}.svg"
+            show.picture(of_op, picture)
+            text += f"\n### {op}\n\n![{op}: times as multiples of ours](images/{picture.name})\n\n{show.table(of_op)}\n"
+    return text
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["info", "--help"], ["build", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["demo", "--help"], ["info", "--help"], ["bench", "--help"], ["build", "--help"]]
+)
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -28,7 +30,7 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: mope" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["dmeo"], ["demo", "--seeds", "0"], ["demo", "--threads", "many"]])
+@pytest.mark.parametrize("arguments", [[], ["dmeo"], ["demo", "--seeds", "0"], ["demo", "--threads", "many"], ["bench", "--slow"]])
 def test_wrong_arguments_exit_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)

@@ -59,11 +59,12 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
     "cuda": {
         "route": [("b64-k4", None), ("b64-k16", 2), ("b1024-k64", 2)],
         "mix_prompts": [
-            *((f"swin-b-stage{i}-b64", None) for i in (1, 2, 3, 4)),
+            ("swin-b-stage1-b64", None),
+            ("swin-b-stage4-b64", None),
             ("swin-b-stage3-b64-k16", None),
             ("vit-b-b64-k64", 2),
         ],
-        "prompt_attention": [(s, None) for s in ("vit-b-b64", "bert-128-b64", "bert-512-b64", "vit-l-b64", "long-2k-b16")],
+        "prompt_attention": [(s, None) for s in ("vit-b-b64", "bert-512-b64", "long-2k-b16")],
         "mope_attention": [
             *((s, None) for s in ("vit-b-b64", "bert-128-b64", "bert-512-b64", "vit-l-b64", "long-2k-b16")),
             *(("vit-b-b64-k64", k) for k in (None, 1, 2)),

@@ -20,6 +20,7 @@ def header(device: torch.device) -> dict[str, Any]:
     """What rows have in common. Rows of equal headers may stand in one file."""
     return {
         "device": environment.device_name(device),
+        "slug": slug(device),
         "type": device.type,
         "threads": torch.get_num_threads(),
         "extension": _extension.STATUS.target or _extension.STATUS.reason,

@@ -1,0 +1,121 @@
+"""`mope bench`: check the ops on the user's own device, then time them beside what a user would write instead."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from . import problems, rows, show
+from .baselines import Unavailable
+from .cases import WAYS, Case, cases
+from .measure import Ceilings, Clock, WrongResult, check, measure
+
+# For the rounds of a row: quick, and not.
+ROUNDS_SECONDS = {True: 0.3, False: 1.0}
+
+# In a process of its own, without the rest of the package: what a first call costs where nothing was compiled before.
+COLD_START = """
+import json, sys, time
+start = time.perf_counter()
+import torch, mope_kernels
+imported, device = time.perf_counter(), sys.argv[1]
+q, k, v = torch.randn(3, 8, 12, 197, 64, device=device, requires_grad=True)
+bank = mope_kernels.ExpertBank(*torch.randn(2, 4, 12, 6, 64, device=device))
+logits = torch.randn(8, 4, device=device)
+times = [imported - start]
+for _ in range(2):
+    before = time.perf_counter()
+    mope_kernels.mope_attention(q, k, v, logits, bank)[0].sum().backward()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    times.append(time.perf_counter() - before)
+print(json.dumps(times))
+"""
+
+
+def bench(*, out: Path, quick: bool, device: str = "auto", threads: int = 1) -> int:
+    """Print tables, draw a picture -> the exit status, 1 where an op is wrong.
+
+    Args:
+        out: folder for bench.jsonl and bench.svg.
+        quick: one shape of each op, nothing compiled: about a minute. Otherwise all shapes and torch.compile: minutes.
+        device: "auto" takes CUDA where there is one.
+        threads: of torch, on the CPU.
+    """
+    torch.set_num_threads(threads)
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    ops = [op for op in WAYS if not (quick and op == "layer")]
+    # Inference and training of the first shape.
+    planned = [case for op in ops for case in cases(op, place.type)[: 2 if quick else None]]
+    header = rows.header(place)
+    print(f"{header['device']}, torch {header['versions']['torch']}, triton {header['versions']['triton']}, {dtype}")
+
+    for case in planned:
+        problem = problems.build(case, place, dtype)
+        try:
+            check(problem, "ours", problem.prepare("ours")())
+        except WrongResult as wrong:
+            print(f"{case.op}, {case}: {wrong}. Nothing was timed: please report this, with `mope info`.", file=sys.stderr)
+            return 1
+    print(f"{len(planned)} cases are right, against float64.")
+
+    path = out / "bench.jsonl"
+    path.unlink(missing_ok=True)
+    clock, ceilings = Clock.of(place), Ceilings.measure(place, sorted({torch.float32, dtype}, key=str))
+    found = rows.Rows(path, header)
+    found.begin(date=time.strftime("%Y-%m-%d"), ceilings=vars(ceilings), cold_start=cold_start(place))
+    for op in ops:
+        for case in planned:
+            if case.op == op:
+                measure_case(found, case, place, dtype, clock, ceilings, quick)
+        print(f"\n{op}\n" + show.table([row for row in found.rows if row["op"] == op]))
+    imported, first, second = found.header["cold_start"]
+    print(
+        f"\nratio: time in multiples of ours. Copies ran at {ceilings.copy / 1e9:.0f} GB/s, "
+        f"products at {ceilings.matmul[str(dtype).removeprefix('torch.')] / 1e12:.3g} TFLOP/s."
+        f"\nCold start, in a fresh process: {imported:.1f} s to import torch and mope_kernels, {first:.2g} s for the first call of "
+        f"mope_attention, forward and backward, with an empty Triton cache; {second:.2g} s for the second."
+    )
+    try:
+        show.picture(found.rows, out / "bench.svg")
+        print(f"{path}\n{out / 'bench.svg'}")
+    except ModuleNotFoundError:
+        print(f'{path}\nThe picture needs matplotlib: pip install "mope-kernels[plot]"')
+    return 0
+
+
+def measure_case(
+    found: rows.Rows, case: Case, device: torch.device, dtype: torch.dtype, clock: Clock, ceilings: Ceilings, quick: bool
+) -> None:
+    problem = problems.build(case, device, dtype)
+    for way in case.ways:
+        if quick and (way == "flex" or way.endswith(" compiled")):
+            continue
+        key = {"op": case.op, "case": str(case), "way": way}
+        try:
+            found.add(key | measure(problem, way, device, ceilings, clock, ROUNDS_SECONDS[quick]))
+        except (Unavailable, WrongResult) as reason:
+            # Ours was checked before; an opponent that is wrong is no measure of anything.
+            found.add(key | {"unavailable": str(reason)})
+
+
+def cold_start(device: torch.device) -> list[float]:
+    """Seconds of the import, of the first call and of the second, in a fresh process with an empty Triton cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, "-c", COLD_START, str(device)],
+            env={**os.environ, "TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    times: list[float] = json.loads(done.stdout)
+    return times

@@ -1,0 +1,95 @@
+"""Rows as a table and as a picture."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+COLUMNS = ("case", "way", "ms", "ratio", "memory", "of the roofline")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a line for each way of each case of one op, and what did not run."""
+    lines, before = [], ""
+    for row in rows:
+        if "ms" in row:
+            case = "" if row["case"] == before else row["case"]
+            before = row["case"]
+            lines.append((case, way_of(row), number(row, "ms"), number(row, "ratio"), megabytes(row["memory"]), share(row)))
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *lines, strict=True)]
+    # Words to the left, numbers to the right.
+    rule = [":".ljust(w, "-") if i < 2 else ":".rjust(w, "-") for i, w in enumerate(widths)]
+    cells = [[c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))] for line in lines]
+    head = [c.ljust(w) for c, w in zip(COLUMNS, widths, strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *cells)) + not_run(rows)
+
+
+def not_run(rows: Sequence[Row]) -> str:
+    reasons = Counter((row["way"], row["unavailable"]) for row in rows if "unavailable" in row)
+    listed = "; ".join(f"{way} in {count} case{'s' if count > 1 else ''} ({why})" for (way, why), count in reasons.items())
+    return f"\n\nNot run: {listed}." if listed else ""
+
+
+def way_of(row: Row) -> str:
+    return f"ours ({row['implementation']})" if row["way"] == "ours" else row["way"]
+
+
+def number(row: Row, name: str) -> str:
+    spread = {"ms": "spread_ms", "ratio": "ratio_spread"}[name]
+    return f"{row[name]:.3g} ± {row[spread]:.1g}" if name in row else ""
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 2**20:.3g} MB"
+
+
+def share(row: Row) -> str:
+    return f"{100 * row['roofline']:.2g} %" if "roofline" in row else ""
+
+
+def picture(rows: Sequence[Row], path: Path) -> None:
+    """The time of every way in multiples of ours, for each case of each op.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if "ratio" in row]
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    cases = {op: list(dict.fromkeys(row["case"] for row in rows if row["op"] == op)) for op in ops}
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    heights = [len(cases[op]) + 1 for op in ops]
+    figure = Figure(figsize=(9, 1.2 + 0.32 * sum(heights)), layout="constrained")
+    all_axes = figure.subplots(len(ops), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, op in zip(all_axes, ops, strict=True):
+        for way in ways:
+            found = [row for row in rows if row["op"] == op and row["way"] == way]
+            axes.errorbar(
+                [row["ratio"] for row in found],
+                [cases[op].index(row["case"]) for row in found],
+                xerr=[row["ratio_spread"] for row in found],
+                fmt="os^vDPX<>"[ways.index(way) % 9],
+                color=f"C{ways.index(way)}",
+                label=way if op == ops[0] else None,
+            )
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_title(op, loc="left", fontsize=10)
+        axes.set_yticks(range(len(cases[op])), cases[op])
+        axes.set_ylim(len(cases[op]) - 0.5, -0.5)
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    # Twice and half as fast are equally far from the line.
+    all_axes[-1].set_xscale("log", base=2)
+    all_axes[-1].xaxis.set_major_formatter("{x:g}")
+    all_axes[-1].set_xlabel("time as a multiple of ours: right of the line ours is faster")
+    figure.legend(loc="outside upper center", ncols=min(len(ways), 6), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The same rows give the same file.
+    with rc_context({"svg.hashsalt": "mope"}):
+        FigureCanvasSVG(figure).print_figure(path, metadata={"Date": None})
