@@ -38,7 +38,8 @@ Made by `python -m bench.report` from the rows in `bench/results`: `make bench` 
 - *memory*: the most that a call holds at once beyond its inputs. CPU: what torch's profiler sees. GPU: the allocator's count.
 - *of the roofline*: the least time that the device allows, as a share of the time. That is the larger of the bytes that the op
   must move at the speed of a large copy, and of the operations that it must do at the speed of a large product, both measured in
-  the same run ([formulas](../mope/benchmark/shapes.py)). Neither padding nor recomputation counts.
+  the same run ([formulas](../mope/benchmark/shapes.py)). Neither padding nor recomputation counts. Data that stay in a cache can
+  lift it above 100 %.
 - Shapes are named after models, with the batch size behind the *b* ([sizes](../mope/benchmark/shapes.py)). Items spread evenly over
   the experts unless the case says "zipf" (the i-th is preferred with a probability in proportion to 1/i) or "all-to-one".
 """
@@ -57,6 +58,8 @@ def report(results: Path, docs: Path) -> str:
     """The page, and its pictures in `docs`/images."""
     files = [rows.read(path) for path in sorted(results.glob("*.jsonl"))]
     files = [(header, found) for header, found in files if header["stage"] in ("ops", "model")]
+    # GPUs first, the ops before the model.
+    files.sort(key=lambda file: (file[0]["type"] == "cpu", file[0]["slug"], file[0]["stage"] == "model"))
     text = HEAD + "".join(section(header, found, docs) for header, found in files)
     return text if any(header["type"] == "cuda" for header, _ in files) else text + NO_GPU
 

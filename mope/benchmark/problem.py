@@ -30,7 +30,7 @@ class Problem:
     definition: the op in plain PyTorch, in the dtype of the tensors that it is given.
     implementation: which one of ours runs.
     work: what the op must at least do; None: not said.
-    trained: the names of the inputs that get a gradient, and `gradients` what comes in for each output; both empty in inference.
+    trained: the names of the inputs that get a gradient, none in inference; `gradients`: what then comes in for each output.
     pieces: by how many parts of the batch the definition is computed, for want of memory; only where items are apart.
     """
 

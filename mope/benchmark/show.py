@@ -39,15 +39,20 @@ def way_of(row: Row) -> str:
 
 def number(row: Row, name: str) -> str:
     spread = {"ms": "spread_ms", "ratio": "ratio_spread"}[name]
-    return f"{row[name]:.3g} ± {row[spread]:.1g}" if name in row else ""
+    return f"{digits(row[name], 3)} ± {digits(row[spread], 1)}" if name in row else ""
 
 
 def megabytes(size: int) -> str:
-    return f"{size / 2**20:.3g} MB"
+    return f"{digits(size / 2**20, 3)} MB"
 
 
 def share(row: Row) -> str:
-    return f"{100 * row['roofline']:.2g} %" if "roofline" in row else ""
+    return f"{digits(100 * row['roofline'], 2)} %" if "roofline" in row else ""
+
+
+def digits(value: float, count: int) -> str:
+    """Rounded to so many digits, never with an exponent."""
+    return f"{float(f'{value:.{count}g}'):.9f}".rstrip("0").rstrip(".")
 
 
 def picture(rows: Sequence[Row], path: Path) -> None:
@@ -91,5 +96,5 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     figure.legend(loc="outside upper center", ncols=min(len(ways), 6), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The same rows give the same file.
-    with rc_context({"svg.hashsalt": "mope"}):
+    with rc_context({"svg.hashsalt": "mope", "svg.fonttype": "none"}):
         FigureCanvasSVG(figure).print_figure(path, metadata={"Date": None})

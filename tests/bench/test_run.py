@@ -67,3 +67,10 @@ def test_table_by_hand():
         "",
         "Not run: xformers in 1 case (not here).",
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "count", "text"), [(1234.5, 3, "1230"), (0.012345, 3, "0.0123"), (20.4, 1, "20"), (0.0, 1, "0"), (100.0, 2, "100")]
+)
+def test_numbers_have_no_exponent(value, count, text):
+    assert show.digits(value, count) == text
