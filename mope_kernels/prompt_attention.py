@@ -146,7 +146,7 @@ def prompt_attention(
     implementation = _PROMPT_ATTENTION.choose(impl, *tensors, **options)
     if implementation != "triton":
         # The op computes in the dtypes of its arguments, and concatenates tensors of dtypes that autocast may not know.
-        with torch.autocast(query.device.type, enabled=False):
+        with reference.autocast_off(query.device):
             return _BY_AUTOGRAD[implementation](*tensors, **options, scale=scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.

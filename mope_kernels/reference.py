@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -24,11 +25,16 @@ Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 
+def autocast_off(device: torch.device) -> AbstractContextManager[object]:
+    """Computation in the dtypes of the arguments. Devices that know no autocast (meta) need nothing."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
 def _without_autocast(function: Callable[Params, Result]) -> Callable[Params, Result]:
     @functools.wraps(function)
     def run(*args: Params.args, **kwargs: Params.kwargs) -> Result:
-        device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-        with torch.autocast(device, enabled=False):
+        device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        with autocast_off(device):
             return function(*args, **kwargs)
 
     return run
@@ -236,8 +242,9 @@ def window_reverse(windows: Tensor, resolution: int, window_size: int, shift: in
 
 def shift_mask(resolution: int, window_size: int, shift: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """What a shifted window adds to its scores: -100 between tokens of different regions of the image -> (nW, w*w, w*w)."""
-    edges = torch.tensor([0, resolution - window_size, resolution - shift], device=device)
-    band = torch.bucketize(torch.arange(resolution, device=device), edges[1:], right=True)
+    place = torch.arange(resolution, device=device)
+    # Bands of rows, and of columns, that only meet because of the shift. Counted, not looked up: nothing is copied from the host.
+    band = (place >= resolution - window_size).long() + (place >= resolution - shift).long()
     region = rearrange(3 * band[:, None] + band[None, :], "y x -> 1 (y x) 1")
     region = rearrange(window_partition(region, resolution, window_size, 0), "1 w n 1 -> w n")
     return torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0).to(dtype)

@@ -3,5 +3,14 @@
 from .attention import FrozenAttention, MoPEAttention, PromptBank
 from .prompts import PromptExperts
 from .router import MultimodalRouter
+from .swin import MoPESwinBlock, PromptedPatchMerging
 
-__all__ = ["FrozenAttention", "MoPEAttention", "MultimodalRouter", "PromptBank", "PromptExperts"]
+__all__ = [
+    "FrozenAttention",
+    "MoPEAttention",
+    "MoPESwinBlock",
+    "MultimodalRouter",
+    "PromptBank",
+    "PromptExperts",
+    "PromptedPatchMerging",
+]

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 import mope_kernels
 from mope_kernels import ExpertBank
+from mope_kernels.reference import autocast_off
 
 HALF = {torch.float16, torch.bfloat16}
 FLOATS = HALF | {torch.float32, torch.float64}
@@ -23,7 +24,7 @@ def call_in_full_precision(module: nn.Module | Callable[[Tensor], Tensor], rows:
 
     A 16-bit module runs with float32 copies of its parameters, made for this call; a quantised one decides for itself.
     """
-    with torch.autocast(rows.device.type, enabled=False):
+    with autocast_off(rows.device):
         if isinstance(module, nn.Module):
             tensors = dict(chain(module.named_parameters(), module.named_buffers()))
             dtypes = {t.dtype for t in tensors.values()}
@@ -93,7 +94,7 @@ def project_prompts(
             raise TypeError(f"a bank needs norm to be None or nn.LayerNorm({dim}), got {norm}")
         eps = norm.eps
         gamma, bias = (None if t is None else t.to(experts.dtype) for t in (norm.weight, norm.bias))
-        with torch.autocast(experts.device.type, enabled=False):
+        with autocast_off(experts.device):
             shared = F.layer_norm(shared, (dim,), gamma, bias, eps)
             experts = experts - experts.mean(-1, keepdim=True)
             gram = torch.einsum("ipc,jpc->pij", experts, experts) / dim

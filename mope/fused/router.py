@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import mope_kernels
 from mope_kernels import Routing
+from mope_kernels.reference import autocast_off
 
 
 class MultimodalRouter(nn.Module):
@@ -66,7 +67,7 @@ class MultimodalRouter(nn.Module):
         """(B,C), (B,Cc) -> (B,K) in the dtype of the router's parameters."""
         keys = self.expert_embedding
         parts = ((self.self_projection, pooled), (self.cross_projection, cross))
-        with torch.autocast(keys.device.type, enabled=False):
+        with autocast_off(keys.device):
             query = torch.cat([project(x.to(keys.dtype)) for project, x in parts if project is not None], dim=-1)
             return query @ keys
 

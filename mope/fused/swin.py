@@ -1,0 +1,158 @@
+"""Blocks of a Swin Transformer whose windows also hold prompts."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+import mope_kernels
+from mope_kernels import Routing
+
+from .prompts import PromptExperts
+from .router import MultimodalRouter
+
+
+def position_bias(table: Tensor, window_size: int) -> Tensor:
+    """What Swin adds to the scores of a window: ((2w-1)^2, H), one row for each distance of two tokens -> (H, w*w, w*w)."""
+    place = torch.arange(window_size, device=table.device)
+    distance = place[:, None] - place[None, :] + window_size - 1
+    index = rearrange(distance, "yq yk -> yq 1 yk 1") * (2 * window_size - 1) + rearrange(distance, "xq xk -> 1 xq 1 xk")
+    return rearrange(table[index], "yq xq yk xk h -> h (yq xq) (yk xk)").contiguous()
+
+
+class MoPESwinBlock(nn.Module):
+    """A block of a Swin Transformer over [prompts; tokens], (B, P + R*R, C), tokens row by row.
+
+    A routed block replaces the P prompts that arrive by its own, [static; dynamic; mapped]; the mean over all that arrives, prompts
+    included, goes to its router. Without prompts of its own it takes those that arrive. Prompts have no position, so their
+    order means nothing. See `mope_kernels.window_prompt_attention`. (MoPE, arXiv 2403.10568, prompted Swin Transformer.)
+
+    Args:
+        dim, num_heads: C, H.
+        resolution: R, tokens on a side.
+        window_size, shift: of the windows; R <= window_size gives one window and no shift.
+        num_prompts: P, of every block of a stage.
+        mlp_ratio, eps: of the MLP's width, of the LayerNorms.
+        prompt_length: l, static prompts and prompts of an expert; 0: the block has no prompts of its own.
+        num_experts: K.
+        cross_dim: Cc, width of the complementary modality's feature; None: no router, routing is given.
+        prompt_owner: "instance", or "reference" for the released code's order of windows.
+        impl: of the ops inside.
+    """
+
+    position_bias: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        resolution: int,
+        *,
+        window_size: int = 7,
+        shift: int = 0,
+        num_prompts: int = 0,
+        mlp_ratio: float = 4.0,
+        eps: float = 1e-5,
+        prompt_length: int = 0,
+        num_experts: int = 0,
+        cross_dim: int | None = None,
+        self_width: int = 2,
+        cross_width: int = 8,
+        prompt_owner: str = "instance",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if resolution > window_size and resolution % window_size:
+            raise ValueError(
+                f"MoPESwinBlock: resolution must divide by window_size, got {resolution} and {window_size}: choose an image size "
+                "whose stages do"
+            )
+        self.num_heads, self.resolution, self.num_prompts = num_heads, resolution, num_prompts
+        self.window_size, self.shift = (resolution, 0) if resolution <= window_size else (window_size, shift)
+        self.prompt_owner, self.impl = prompt_owner, impl
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        # Not the table of the checkpoints: a window's bias is looked up once, when weights are loaded.
+        self.register_buffer("position_bias", torch.zeros(num_heads, self.window_size**2, self.window_size**2))
+        self.static: nn.Parameter | None = None
+        self.experts: PromptExperts | None = None
+        self.router: MultimodalRouter | None = None
+        if prompt_length:
+            bound = (3 / dim) ** 0.5
+            self.static = nn.Parameter(torch.empty(prompt_length, dim).uniform_(-bound, bound))
+            self.experts = PromptExperts(num_experts, prompt_length, dim, bound=bound, impl=impl)
+            if cross_dim is not None:
+                self.router = MultimodalRouter(
+                    dim, cross_dim, num_experts, self_width=self_width, cross_width=cross_width, impl=impl
+                )
+
+    def route(self, x: Tensor, cross: Tensor, noise: Tensor | None = None, top_k: int | None = None) -> Routing:
+        """Route by the mean of everything that arrives, (B, P + R*R, C), and psi (B, Cc)."""
+        if self.router is None:
+            raise ValueError(
+                "MoPESwinBlock: this block has no router: give prompt_length and cross_dim when it is made, or routing"
+            )
+        return self.router(x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32)), cross, noise, top_k)
+
+    def with_prompts(self, x: Tensor, routing: Routing, mapped: Tensor | None) -> Tensor:
+        """Replace the prompts that arrive: (B, P + R*R, C), mapped (B, M, C) -> (B, P + R*R, C)."""
+        if self.static is None or self.experts is None:
+            raise ValueError("MoPESwinBlock: this block has no prompts of its own: give prompt_length when it is made")
+        dynamic = self.experts(routing.weights, routing.indices)
+        parts = (self.static.expand(len(x), -1, -1), dynamic, mapped)
+        prompts = [part.to(x.dtype) for part in parts if part is not None]
+        if (found := sum(p.shape[1] for p in prompts)) != self.num_prompts:
+            raise ValueError(f"MoPESwinBlock: {found} prompts where every block of the stage has {self.num_prompts}")
+        return torch.cat([*prompts, x[:, self.num_prompts :]], dim=1)
+
+    def forward(self, x: Tensor, routing: Routing | None = None, mapped: Tensor | None = None) -> Tensor:
+        """(B, P + R*R, C) -> (B, P + R*R, C); with `routing` the block's own prompts take the place of those that arrive."""
+        if routing is not None:
+            x = self.with_prompts(x, routing, mapped)
+        attended = mope_kernels.window_prompt_attention(
+            self.qkv(self.norm1(x)),
+            self.position_bias,
+            num_prompts=self.num_prompts,
+            num_heads=self.num_heads,
+            resolution=self.resolution,
+            window_size=self.window_size,
+            shift=self.shift,
+            prompt_owner=self.prompt_owner,
+            impl=self.impl,
+        )
+        x = x + self.proj(attended)
+        return x + self.mlp(self.norm2(x))
+
+    def extra_repr(self) -> str:
+        return f"resolution={self.resolution}, window_size={self.window_size}, shift={self.shift}, num_prompts={self.num_prompts}"
+
+
+class PromptedPatchMerging(nn.Module):
+    """Between two stages: four neighbours become one token of twice the width. A prompt stands for all four.
+
+    Args:
+        dim: C of the stage that ends.
+        resolution: R, even.
+        num_prompts: P.
+        eps: of the LayerNorm.
+    """
+
+    def __init__(self, dim: int, resolution: int, num_prompts: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        if resolution % 2:
+            raise ValueError(f"PromptedPatchMerging: resolution must be even, got {resolution}")
+        self.resolution, self.num_prompts = resolution, num_prompts
+        self.norm = nn.LayerNorm(4 * dim, eps=eps)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, P + R*R, C) -> (B, P + R*R/4, 2C)."""
+        prompts, tokens = x[:, : self.num_prompts], x[:, self.num_prompts :]
+        # Of the four neighbours those of one column come first.
+        tokens = rearrange(tokens, "b (y two_y x two_x) c -> b (y x) (two_x two_y c)", two_y=2, two_x=2, y=self.resolution // 2)
+        return self.reduction(self.norm(torch.cat([repeat(prompts, "b p c -> b p (four c)", four=4), tokens], dim=1)))
