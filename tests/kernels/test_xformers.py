@@ -20,6 +20,7 @@ from mope_kernels import reference
 from mope_kernels._ops import PROMPT_ATTENTION_GRADIENTS
 from mope_kernels.prompt_attention_details import _libraries
 from mope_kernels.testing import strided_variants
+from tests.contract.ops import PROMPT_ATTENTION
 
 from . import stand_in_xformers as stand_in
 from .numerics import check
@@ -57,16 +58,9 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def example(dtype: torch.dtype, device: str, **changes: object) -> tuple[dict[str, Tensor | None], dict[str, object]]:
-    base = {"batch": 2, "heads": 2, "queries": 9, "keys": 9, "width": 16, "prompts": 3, "shared": False}
-    size = base | {"lengths": None, "bias": None, "is_causal": False, "dropout_p": 0.0} | changes
-    owners = 1 if size["shared"] else size["batch"]
-    tokens = {"query": size["queries"], "key": size["keys"], "value": size["keys"]}
-    shapes = {name: (size["batch"], size["heads"], length, size["width"]) for name, length in tokens.items()}
-    shapes |= {name: (owners, size["heads"], size["prompts"], size["width"]) for name in ("prompt_key", "prompt_value")}
-    tensors = {name: torch.randn(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-    tensors["lengths"] = None if size["lengths"] is None else torch.tensor(size["lengths"], device=device)
-    tensors["attn_bias"] = None if size["bias"] is None else torch.randn(size["bias"], device=device)
-    return tensors, {"is_causal": size["is_causal"], "dropout_p": size["dropout_p"], "scale": 0.3}
+    dropout_p = changes.pop("dropout_p", 0.0)
+    tensors, options = PROMPT_ATTENTION.example(dtype, device, PROMPT_ATTENTION.base | changes)
+    return tensors, options | {"dropout_p": dropout_p}
 
 
 def run(options: dict[str, object], tensors: dict[str, Tensor | None], impl: str = "xformers") -> tuple[Tensor, ...]:
