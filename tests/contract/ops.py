@@ -207,7 +207,7 @@ def _attention(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, O
     rows |= {"prompt_key": (owners, "prompts"), "prompt_value": (owners, "prompts")}
     tensors: Tensors = {n: torch.randn(b, heads, size[rows], width, dtype=dtype, device=device) for n, (b, rows) in rows.items()}
     tensors["lengths"] = _lengths(size, device)
-    tensors["attn_bias"] = None if size["bias"] is None else torch.randn(*size["bias"], device=device)
+    tensors["attn_bias"] = None if size["bias"] is None else torch.randn(size["bias"], device=device)
     return tensors, {"is_causal": size["is_causal"], "scale": 0.3}
 
 
