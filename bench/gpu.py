@@ -2,6 +2,8 @@
 
 Runs from a bare checkout with the machine's own Python: nothing is installed and nothing fetched. Results go to the folder in OUT
 (bench/results), a line for each test and each row as soon as it is there: called again after it was stopped, it does the rest.
+An empty OUT starts from what stands in bench/results.
+
 STAGE picks what runs, several with commas between them:
 
     tests     the kernels against float64, on the GPU
@@ -28,6 +30,7 @@ from mope.benchmark import rows
 
 BUDGET_SECONDS = 570
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no"]
 TESTS = [folder for folder in ("tests/kernels", "tests/contract") if (ROOT / folder).is_dir()]
 SMALL_CASES = "triton and (test_selects_like_a_sort or test_padding_may_hold_anything or test_importance_loss_by_hand)"
@@ -74,6 +77,14 @@ def missing() -> list[str]:
     return [f"no {module} here: {consequence}" for module, consequence in consequences.items() if not installed(module)]
 
 
+def take_over(begun: Path, out: Path, device: str) -> None:
+    """Copy a device's files that `out` does not have, so that they are continued there."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in begun.glob(f"*-{device}.jsonl"):
+        if not (out / path.name).exists():
+            shutil.copy(path, out)
+
+
 def main() -> int:
     dry = os.environ.get("DRY", "") not in ("", "0")
     stages = (os.environ.get("STAGE") or "tests,ops").split(",")
@@ -87,7 +98,8 @@ def main() -> int:
         print("make gpu needs pytest", file=sys.stderr)
         return 2
     device = "dry" if dry else rows.slug(torch.device("cuda"))
-    out = Path(os.environ.get("OUT") or ROOT / "bench" / "results").resolve()
+    out = Path(os.environ.get("OUT") or RESULTS).resolve()
+    take_over(RESULTS, out, device)
     print(f"{device}: torch {torch.__version__}, results in {out}", *missing(), sep="\n", flush=True)
     deadline = time.monotonic() + BUDGET_SECONDS
     planned = [(stage, command) for stage in stages for command in commands(stage, out, device, dry)]

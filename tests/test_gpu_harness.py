@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench import gpu
 from mope.benchmark import rows
 
 ROOT = Path(__file__).parents[1]
@@ -50,3 +51,14 @@ def test_unknown_stage_is_named(tmp_path):
 def test_without_a_gpu_it_says_so(tmp_path):
     done = run(tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2 and "no CUDA device here" in done.stderr
+
+
+def test_an_empty_folder_starts_from_what_there_is(tmp_path):
+    begun, out = tmp_path / "begun", tmp_path / "out"
+    begun.mkdir()
+    for name in ("ops-a.jsonl", "tests-a.jsonl", "ops-b.jsonl"):
+        (begun / name).write_text("old")
+    out.mkdir()
+    (out / "tests-a.jsonl").write_text("new")
+    gpu.take_over(begun, out, "a")
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"ops-a.jsonl": "old", "tests-a.jsonl": "new"}

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def header(device: torch.device) -> dict[str, Any]:
-    """What rows have in common. Rows of equal headers may stand in one file."""
+    """What the rows of a file have in common."""
     return {
         "device": environment.device_name(device),
         "slug": slug(device),
@@ -26,15 +26,15 @@ def header(device: torch.device) -> dict[str, Any]:
         "extension": _extension.STATUS.target or _extension.STATUS.reason,
         "versions": environment.versions(),
         "commit": environment.commit(),
-        "sources": sources("mope", "mope_kernels"),
+        "sources": sources("mope", "mope_kernels", "csrc"),
     }
 
 
 def sources(*folders: str) -> str:
-    """Digest of Python sources beside this package: a commit says nothing where there is no git, or where files differ from it."""
+    """Digest of sources. A commit says nothing without git or where files differ from it, and too much where others do."""
     digest = hashlib.sha256()
     for folder in folders:
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        for path in sorted(p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h")):
             digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -50,8 +50,8 @@ def slug(device: torch.device) -> str:
 class Rows:
     """The rows of one file, old ones first.
 
-    A file with the same header is continued; one with another header is put aside as `<name>.old`. What `begin` adds to a header
-    stays as it was the first time and is not compared.
+    A file with the same header is continued; one with another header is put aside as `<name>.old`. Not compared are what `begin`
+    adds, which stays as it was the first time, and the commit: the digest of the sources says more.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ class Rows:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             found, rows = read(path)
-            if {name: found.get(name) for name in self.header} == self.header:
+            if all(found.get(name) == value for name, value in self.header.items() if name != "commit"):
                 self.header, self.rows = found, rows
                 # Without what was half written.
                 path.write_text("".join(json.dumps(line) + "\n" for line in (found, *rows)))
