@@ -1,0 +1,124 @@
+"""Checkpoints of the released code: Lightning's `.ckpt` files, read without running anything in them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+# Every tensor is there under both names.
+_ALIASES = {"classifier.vision_model.": "vision_classifier.", "classifier.text_model.": "text_classifier."}
+_CLASSIFIERS = tuple(_ALIASES.values())
+# Buffers that older versions of transformers saved.
+_OBSOLETE = re.compile(r"\.position_ids$")
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceCheckpoint:
+    """What a checkpoint of the released code holds.
+
+    options: of the training script, what of it JSON can hold.
+    tensors: each once, under `vision_classifier.` or `text_classifier.`. The weights of attention, MLPs and patch merging are not
+        among them: the released code leaves them out, and they come from the backbones again.
+    """
+
+    options: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under a prefix, without it."""
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
+    def save(self, path: str | Path) -> None:
+        """Write tensors and options as one `.safetensors` file, which `read_reference_checkpoint` reads too."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        save_file(tensors, path, metadata={"options": json.dumps(self.options)})
+
+
+def read_reference_checkpoint(path: str | Path) -> ReferenceCheckpoint:
+    """Read a Lightning `.ckpt` of the released code, or what `ReferenceCheckpoint.save` made of one.
+
+    A `.ckpt` is a pickle. It is read with `weights_only=True` and an allow-list of one class, argparse.Namespace: nothing in it is
+    executed. Tensors that are neither of the vision nor of the text classifier are left out with a warning that names them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, holds something else than tensors and options, or two copies of a tensor differ.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    options, state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_lightning(path)
+    tensors: dict[str, Tensor] = {}
+    unknown = []
+    for name, tensor in state.items():
+        own = name
+        for alias, prefix in _ALIASES.items():
+            if name.startswith(alias):
+                own = prefix + name.removeprefix(alias)
+        if not own.startswith(_CLASSIFIERS):
+            unknown.append(name)
+        elif _OBSOLETE.search(own):
+            continue
+        elif own in tensors and not torch.equal(tensors[own], tensor):
+            raise ValueError(f"{path}: the two copies of {own} differ, so one of them is not what was trained")
+        else:
+            tensors[own] = tensor
+    if not tensors:
+        raise ValueError(
+            f"{path}: no tensors of a vision_classifier or text_classifier: this is no checkpoint of the released code; "
+            f"it holds {', '.join(unknown[:5]) or 'nothing'}"
+        )
+    if unknown:
+        warnings.warn(f"{path}: {len(unknown)} unknown tensors are left out: {', '.join(unknown[:8])}", stacklevel=2)
+    return ReferenceCheckpoint(options, tensors)
+
+
+def _read_lightning(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        named = f"it asks for {found[1]}" if found else str(error).splitlines()[0]
+        raise ValueError(
+            f"{path}: {named}, and only tensors, plain values and argparse.Namespace are read. Nothing was executed. If you trust "
+            "the file, load it where it was made and save {'state_dict': ..., 'hyper_parameters': {'args': vars(args)}} again."
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: not a readable checkpoint, perhaps cut off ({type(error).__name__}: {error})") from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"{path}: a checkpoint of the released code is a dict with a 'state_dict', this is {type(checkpoint).__name__}"
+        )
+    strangers = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if strangers:
+        raise ValueError(f"{path}: in state_dict these are no tensors: {', '.join(map(str, strangers[:5]))}")
+    options = (checkpoint.get("hyper_parameters") or {}).get("args", {})
+    return _plain(vars(options) if isinstance(options, argparse.Namespace) else dict(options)), state
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON can hold; the rest as its description."""
+    return json.loads(json.dumps(dict(options), default=repr))
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            return json.loads(metadata.get("options", "{}")), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
