@@ -12,11 +12,21 @@ if TYPE_CHECKING:
     from mope_kernels import __version__
 
     from .models import MoPEConfig, MoPEForClassification, register_backbone
+    from .reference import accelerate, load_reference_encoder
 
-__all__ = ["MoPEConfig", "MoPEForClassification", "__version__", "register_backbone"]
+__all__ = [
+    "MoPEConfig",
+    "MoPEForClassification",
+    "__version__",
+    "accelerate",
+    "load_reference_encoder",
+    "register_backbone",
+]
+
+_ELSEWHERE = {"__version__": "mope_kernels", "accelerate": ".reference", "load_reference_encoder": ".reference"}
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(importlib.import_module("mope_kernels" if name == "__version__" else ".models", __name__), name)
+        return getattr(importlib.import_module(_ELSEWHERE.get(name, ".models"), __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
-"""What users of the released code have: its state dicts and checkpoints."""
+"""What users of the released code have: its state dicts, checkpoints and live models."""
 
+from .accelerate import Acceleration, accelerate
 from .checkpoint import ReferenceCheckpoint, read_reference_checkpoint
 from .encoder import load_reference_encoder
 
-__all__ = ["ReferenceCheckpoint", "load_reference_encoder", "read_reference_checkpoint"]
+__all__ = ["Acceleration", "ReferenceCheckpoint", "accelerate", "load_reference_encoder", "read_reference_checkpoint"]
