@@ -32,8 +32,9 @@ class WrongResult(Exception):
 
 
 def check(problem: Problem, way: str, found: list[Tensor]) -> float:
-    """Compare results with float64 -> the largest relative error. Errors are Euclidean norms, of each output and of all gradients
-    together: in one draw, a gradient of a few numbers has its luck.
+    """Compare results with float64 -> the largest relative error.
+
+    Errors are Euclidean norms, of each output and of all gradients together: in one draw, a gradient of a few numbers has its luck.
 
     Raises:
         WrongResult: too far off, or not a number.
