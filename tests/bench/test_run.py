@@ -16,6 +16,7 @@ from mope.benchmark.rows import read
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setitem(cases._SHAPES, "cpu", cases._SHAPES["tiny"])
+    monkeypatch.setattr(cases, "_SKEWED", {})
     monkeypatch.setattr(run, "cold_start", lambda device: [1.0, 2.0, 3.0])
     monkeypatch.setattr(run, "ROUNDS_SECONDS", {True: 0.01, False: 0.01})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -30,6 +31,16 @@ def test_quick_prints_tables_and_draws(small, tmp_path, capsys):
     header, rows = read(tmp_path / "bench.jsonl")
     assert header["cold_start"] == [1.0, 2.0, 3.0] and {row["op"] for row in rows} >= {"route", "prompt_attention"}
     assert "mope_attention" in (tmp_path / "bench.svg").read_text()
+
+
+@pytest.mark.slow
+def test_without_quick_everything_is_timed(small, tmp_path, capsys):
+    assert cli.main(["bench", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    for said in ("10 cases are right", "\nlayer\n", "released compiled", "cat+sdpa compiled", "flex"):
+        assert said in text
+    _, rows = read(tmp_path / "bench.jsonl")
+    assert {row["way"] for row in rows if "unavailable" in row} <= {"xformers", "flex"}
 
 
 def test_a_wrong_op_stops_it_before_anything_is_timed(small, tmp_path, capsys, monkeypatch):
