@@ -15,7 +15,7 @@ import torch
 from . import problems, rows, show
 from .baselines import Unavailable
 from .cases import WAYS, Case, cases
-from .measure import Ceilings, Clock, WrongResult, check, measure
+from .measure import Ceilings, Clock, WrongResult, check, measure, name_of
 
 # For the rounds of a row: quick, and not.
 ROUNDS_SECONDS = {True: 0.3, False: 1.0}
@@ -51,6 +51,8 @@ def bench(*, out: Path, quick: bool, device: str = "auto", threads: int = 1) -> 
     """
     torch.set_num_threads(threads)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     ops = [op for op in WAYS if not (quick and op == "layer")]
     # Inference and training of the first shape.
@@ -80,7 +82,7 @@ def bench(*, out: Path, quick: bool, device: str = "auto", threads: int = 1) -> 
     imported, first, second = found.header["cold_start"]
     print(
         f"\nratio: time in multiples of ours. Copies ran at {ceilings.copy / 1e9:.0f} GB/s, "
-        f"products at {ceilings.matmul[str(dtype).removeprefix('torch.')] / 1e12:.3g} TFLOP/s."
+        f"products at {ceilings.matmul[name_of(dtype)] / 1e12:.3g} TFLOP/s."
         f"\nCold start, in a fresh process: {imported:.1f} s to import torch and mope_kernels, {first:.2g} s for the first call of "
         f"mope_attention, forward and backward, with an empty Triton cache; {second:.2g} s for the second."
     )
