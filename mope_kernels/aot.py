@@ -4,9 +4,10 @@ The launchers run on fake tensors of representative shapes, and what they would 
 with the very specialisations that a launch makes. A kernel that spills registers or needs more shared memory than the
 target has is named at the end, and makes the exit status 1.
 
-All of it is every op x dtype x head_dim x option that changes the code, each option alone and all of them together; float16,
-which takes what bfloat16 takes, without the options alone. `--short` is a list of at most 200 kernels in which each of these
-occurs, but not each with each. What was compiled is kept in Triton's cache (TRITON_CACHE_DIR): a second run only reads it.
+All of it is every op x dtype x head_dim, without options and with all of them that cost registers together; and, for bfloat16,
+float32 and the head_dims that others are padded to, each option that changes the code alone. `--short` is a list of at most
+200 kernels in which each of these occurs, but not each with each. What was compiled is kept in Triton's cache
+(TRITON_CACHE_DIR): a second run only reads it.
 """
 
 from __future__ import annotations
@@ -179,10 +180,10 @@ _MANY_PROMPTS = (32, 1, 16)
 def attention_options(dtype: torch.dtype) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Options of `mope_attention` and of `prompt_attention`: none, each alone, and all that cost registers together."""
     top_k, dropout = {"top_k": 2}, {"dropout_p": 0.1}
-    mope: list[dict[str, Any]] = [{}, top_k, {"fold": False, **top_k}, dropout, {"tokens": 1}, _FAR_APART]
-    mope += [{"experts": 64, "top_k": 4}, {"sizes": _MANY_PROMPTS}, {**top_k, **dropout, **_FAR_APART, "sizes": _MANY_PROMPTS}]
+    mope: list[dict[str, Any]] = [{}, top_k, {"fold": False, **top_k}, dropout, {"experts": 64, "top_k": 4}]
+    mope += [{"sizes": _MANY_PROMPTS}, {**top_k, **dropout, **_FAR_APART, "sizes": _MANY_PROMPTS}]
     biases: list[dict[str, Any]] = [{"bias": bias} for bias in dict.fromkeys((dtype, torch.float32))]
-    plain: list[dict[str, Any]] = [{}, {"causal": True}, *biases, {"causal": True, **biases[0]}, dropout, {"tokens": 1}, _FAR_APART]
+    plain: list[dict[str, Any]] = [{}, {"causal": True}, *biases, {"causal": True, **biases[0]}, dropout, {"tokens": 1}]
     return mope, [*plain, {"causal": True, **biases[-1], **dropout, **_FAR_APART}]
 
 
@@ -204,22 +205,22 @@ def variants(short: bool = False) -> Iterator[tuple[str, Any]]:
             yield f"mix_prompts {_TYPES[dtype]} k={selected}", lambda d=dtype, s=selected: mix_prompts_launches(d, s)
     for dtype, head_dim in product(dtypes, TRITON_HEAD_DIMS):
         for launches, options in zip((mope_attention_launches, prompt_attention_launches), attention_options(dtype), strict=True):
-            if short:
-                options = _short(dtype, head_dim, options)
-            elif dtype == torch.float16:
-                options = [options[0], options[-1]]
-            for given in options:
+            for given in _declared(dtype, head_dim, options, short):
                 op = launches.__name__.removesuffix("_launches")
                 described = " ".join(f"{k}={_TYPES.get(v, v)}".replace(" ", "") for k, v in given.items())
                 name = f"{op} {_TYPES[dtype]} D={head_dim} {described}".rstrip()
                 yield name, lambda f=launches, d=dtype, h=head_dim, o=given: f(d, h, **o)
 
 
-def _short(dtype: torch.dtype, head_dim: int, options: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the options of an op, those in the short list: each for bfloat16 heads of 64, all together for some other heads."""
-    if head_dim == 64:
-        return options if dtype == torch.bfloat16 else options[:1]
-    return options[-1:] if head_dim in (32, 72, 128) and dtype != torch.float16 else []
+def _declared(dtype: torch.dtype, head_dim: int, options: list[dict[str, Any]], short: bool) -> list[dict[str, Any]]:
+    """Which of the options of an op (none, each, all together) are compiled for a dtype and head_dim."""
+    if short:
+        if head_dim == 64:
+            return options if dtype == torch.bfloat16 else options[:1]
+        return options[-1:] if head_dim in (32, 72, 128) and dtype != torch.float16 else []
+    # float16 takes what bfloat16 takes, and other heads are padded to one of these.
+    alone = dtype != torch.float16 and head_dim in (16, 32, 64, 128)
+    return options if alone else [options[0], options[-1]]
 
 
 class Specialization:

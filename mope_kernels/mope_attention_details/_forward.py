@@ -94,7 +94,7 @@ def mope_attention_forward(
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
 
-    for first in tl.static_range(0, N, BP):
+    for first in tl.range(0, N, BP, num_stages=1):
         o_prompt = first + tl.arange(0, BP)
         b_inverse_std = inverse_std(p_gram, selection, o_prompt, eps, K, SELECTED, SIZES, BP)
         sources = (p_bank_key, p_key_offset, p_static_key, p_instance_key)

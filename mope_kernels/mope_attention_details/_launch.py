@@ -94,7 +94,11 @@ def mope_attention(
     out = empty_heads_last(query, batch, heads, num_queries, width)
     lse = torch.empty(batch, heads, num_queries, dtype=torch.float64, device=query.device)
     probs, weights, indices = empty_routing(logits, top_k)
-    blocks, _, _ = blocks_for(query)
+    blocks, _, _ = blocks_for(query, dropped=dropout_p > 0.0)
+    num_prompts, prompts_at_once = sum(prompts.sizes), prompt_block(sum(prompts.sizes), query)
+    if num_prompts > prompts_at_once:
+        # A loop over the prompts takes registers as well.
+        blocks = blocks._replace(keys=min(blocks.keys, 64 // query.element_size()))
     launch(
         mope_attention_forward,
         batch * heads * max(cdiv(num_queries, blocks.queries), 1),
@@ -131,12 +135,11 @@ def mope_attention(
         BK=next_power_of_2(num_experts),
         BD=next_power_of_2(width),
         WIDE=needs_wide_offsets(query, key, value, out, *prompts.matrices),
-        BP=prompt_block(sum(prompts.sizes), width),
+        BP=prompts_at_once,
         BM=blocks.queries,
         BN=blocks.keys,
         PRECISION=dot_precision(query),
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        **blocks.options(query),
     )
     return out, lse, probs, weights, indices
 
@@ -154,7 +157,7 @@ def _build_prompts(
     selected = top_k or num_experts
     launch(
         build_prompts,
-        batch * heads * cdiv(num_prompts, prompt_block(num_prompts, width)),
+        batch * heads * cdiv(num_prompts, prompt_block(num_prompts, query)),
         weights.contiguous() if top_k else probs.contiguous(),
         indices.contiguous() if top_k else None,
         *prompts.tensors,
@@ -170,8 +173,8 @@ def _build_prompts(
         BT=next_power_of_2(selected),
         BD=next_power_of_2(width),
         WIDE=needs_wide_offsets(prompt_key, *prompts.matrices),
-        BP=prompt_block(num_prompts, width),
-        num_warps=4,
+        BP=prompt_block(num_prompts, query),
+        num_warps=2,
     )
     return prompt_key, prompt_value
 

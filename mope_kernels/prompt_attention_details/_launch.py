@@ -21,6 +21,14 @@ class Blocks(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def options(self, query: Tensor) -> dict[str, int]:
+        """Options of the compiler."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if query.dtype == torch.float32 and not torch.version.hip:
+            # Left to itself, NVIDIA's assembler spills a few registers of these to have more warps at once.
+            options["maxnreg"] = 255
+        return options
+
 
 # Widest head -> blocks of the forward, of the gradient of the queries, and of the gradients of keys and values.
 # 64 queries for each 4 warps is what Hopper's wgmma wants. Products of float32 use no tensor cores on NVIDIA, and their
@@ -32,28 +40,35 @@ _HALF = {
 _FLOAT = {
     16: (Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 2), Blocks(32, 16, 8, 2)),
     32: (Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 2), Blocks(32, 16, 4, 2)),
-    64: (Blocks(16, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2)),
-    128: (Blocks(16, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2)),
+    64: (Blocks(16, 16, 4, 2), Blocks(32, 16, 8, 2), Blocks(16, 32, 8, 2)),
+    128: (Blocks(16, 16, 8, 2), Blocks(32, 16, 4, 2), Blocks(16, 32, 8, 2)),
 }
-# A bias takes registers for each score, and in float32 so does a causal mask.
-_BIASED_HALF = {
+# Dropout takes registers for each score, a bias more of them, and in float32 a causal mask does too.
+_DROPPED_HALF = {
     64: (Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2)),
-    128: (Blocks(32, 32, 4, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 4, 2)),
+    128: (Blocks(128, 32, 8, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
+}
+_BIASED_HALF = {
+    64: (Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2), Blocks(16, 64, 4, 2)),
+    128: (Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 2), Blocks(32, 32, 4, 2)),
 }
 _MASKED_FLOAT = {
-    32: (Blocks(32, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(32, 16, 4, 2)),
-    128: (Blocks(16, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 16, 4, 2)),
+    32: (Blocks(16, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 16, 4, 2)),
+    64: (Blocks(16, 16, 4, 2), Blocks(32, 16, 8, 2), Blocks(16, 16, 4, 2)),
+    128: (Blocks(16, 16, 8, 2), Blocks(32, 16, 4, 2), Blocks(16, 16, 8, 2)),
 }
 
 
-def blocks_for(query: Tensor, *, biased: bool = False, is_causal: bool = False) -> tuple[Blocks, Blocks, Blocks]:
-    """Static configurations by head_dim, dtype and mask; short queries get smaller blocks."""
+def blocks_for(query: Tensor, *, dropped: bool, biased: bool = False, is_causal: bool = False) -> tuple[Blocks, Blocks, Blocks]:
+    """Static configurations by head_dim, dtype and what happens to the scores; short queries get smaller blocks."""
     if query.dtype == torch.float32:
-        table = _MASKED_FLOAT if biased or is_causal else _FLOAT
+        table = _MASKED_FLOAT if biased or is_causal or dropped else _FLOAT
     else:
-        table = _BIASED_HALF if biased else _HALF
+        table = _BIASED_HALF if biased else _DROPPED_HALF if dropped else _HALF
     queries = max(next_power_of_2(query.shape[2]), 16)
     forward, query_gradient, key_gradient = next(blocks for width, blocks in table.items() if query.shape[3] <= width)
+    if biased and dropped:
+        forward = forward._replace(keys=min(forward.keys, 32))
     return (
         forward._replace(queries=min(forward.queries, queries)),
         query_gradient._replace(queries=min(query_gradient.queries, queries)),
@@ -61,9 +76,10 @@ def blocks_for(query: Tensor, *, biased: bool = False, is_causal: bool = False) 
     )
 
 
-def prompt_block(num_prompts: int, width: int) -> int:
+def prompt_block(num_prompts: int, query: Tensor) -> int:
     """Prompts in a block: all of them, if that is not too large a tile. Tensor cores multiply at least 16."""
-    return min(max(next_power_of_2(num_prompts), 16), 64, 4096 // next_power_of_2(width))
+    largest = 4096 // (query.element_size() * next_power_of_2(query.shape[3]))
+    return max(min(next_power_of_2(num_prompts), 64, largest), 16)
 
 
 def dot_precision(query: Tensor) -> str:
@@ -131,7 +147,7 @@ def attention_backward(
     grad_out = aligned_rows(grad_out)
     # As the forward wrote it, unless somebody saved a copy.
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    _, query_blocks, key_blocks = blocks_for(query, biased=bias is not None, is_causal=is_causal)
+    _, query_blocks, key_blocks = blocks_for(query, dropped=seed is not None, biased=bias is not None, is_causal=is_causal)
     found = {
         name: empty_heads_last(like, *like.shape)
         for name, like in (("query", query), ("key", key), ("value", value))
@@ -192,12 +208,11 @@ def attention_backward(
             N=num_prompts,
             **sizes,
             # Fewer columns for 8 warps would take more shared memory than AMD has, to hand rows over between warps.
-            BP=max(prompt_block(num_prompts, width), 4 * query_blocks.num_warps),
+            BP=max(prompt_block(num_prompts, query), 4 * query_blocks.num_warps),
             BM=query_blocks.queries,
             BN=query_blocks.keys,
             PRECISION=precision,
-            num_warps=query_blocks.num_warps,
-            num_stages=query_blocks.num_stages,
+            **query_blocks.options(query),
         )
 
     def keys_and_values(
@@ -246,13 +261,12 @@ def attention_backward(
             BM=key_blocks.queries,
             BN=block,
             PRECISION=precision,
-            num_warps=key_blocks.num_warps,
-            num_stages=key_blocks.num_stages,
+            **key_blocks.options(query),
         )
 
     keys_and_values("", key, value, lengths, bias, is_causal, num_prompts, key_blocks.keys)
     # The prompts are one more block of keys, which every query sees.
-    prompt_keys = min(prompt_block(num_prompts, width), key_blocks.keys)
+    prompt_keys = min(prompt_block(num_prompts, query), key_blocks.keys)
     keys_and_values("prompt_", prompt_key, prompt_value, None, None, False, 0, prompt_keys)
     return found
 
@@ -315,10 +329,7 @@ def prompt_attention(
     num_prompts = prompt_key.shape[2]
     out = empty_heads_last(query, batch, heads, num_queries, width)
     lse = torch.empty(batch, heads, num_queries, dtype=torch.float64, device=query.device)
-    blocks, _, _ = blocks_for(query, biased=attn_bias is not None, is_causal=is_causal)
-    if dropout_p:
-        # Random numbers take registers for each score as well.
-        blocks = blocks._replace(keys=min(blocks.keys, 32))
+    blocks, _, _ = blocks_for(query, dropped=dropout_p > 0.0, biased=attn_bias is not None, is_causal=is_causal)
     launch(
         prompt_attention_forward,
         batch * heads * cdiv(num_queries, blocks.queries),
@@ -341,12 +352,11 @@ def prompt_attention(
         D=width,
         BD=next_power_of_2(width),
         WIDE=needs_wide_offsets(*inputs[:5], out),
-        BP=prompt_block(num_prompts, width),
+        BP=prompt_block(num_prompts, query),
         BM=blocks.queries,
         BN=blocks.keys,
         PRECISION=dot_precision(query),
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        **blocks.options(query),
     )
     return out, lse
 

@@ -60,4 +60,4 @@ def test_rows_far_apart(impl, far):
     grads = torch.autograd.grad(out.float().square().sum(), list(spread.values()))
     expected_grads = torch.autograd.grad(expected.square().sum(), list(tensors.values()))
     for name, grad, wanted in zip(spread, grads, expected_grads, strict=True):
-        torch.testing.assert_close(grad.cpu(), wanted, rtol=2e-2, atol=5e-3, msg=lambda m, name=name: f"{name}: {m}")
+        assert grad.dtype == torch.float16 and (grad.cpu().double() - wanted.double()).abs().max() < 1e-2, name
