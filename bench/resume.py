@@ -19,6 +19,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Resume(config), "resume tests")
 
 
+def name(nodeid: str) -> str:
+    """Without the group that pytest-xdist appends."""
+    return nodeid.split("@")[0]
+
+
 class Resume:
     def __init__(self, config: pytest.Config) -> None:
         worker: dict[str, Any] | None = getattr(config, "workerinput", None)
@@ -39,11 +44,11 @@ class Resume:
         node.workerinput["passed"] = sorted(self.passed)
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in self.passed])
-        items[:] = [item for item in items if item.nodeid not in self.passed]
+        config.hook.pytest_deselected(items=[item for item in items if name(item.nodeid) in self.passed])
+        items[:] = [item for item in items if name(item.nodeid) not in self.passed]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if self.rows is None or (report.when != "call" and report.passed):
             return
-        row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+        row = {"test": name(report.nodeid), "outcome": report.outcome, "seconds": round(report.duration, 2)}
         self.rows.add(row if report.passed else row | {"why": report.longreprtext[-2000:]})

@@ -62,3 +62,14 @@ def test_an_empty_folder_starts_from_what_there_is(tmp_path):
     (out / "tests-a.jsonl").write_text("new")
     gpu.take_over(begun, out, "a")
     assert {path.name: path.read_text() for path in out.iterdir()} == {"ops-a.jsonl": "old", "tests-a.jsonl": "new"}
+
+
+def test_what_passed_is_left_out_and_what_failed_runs_again(tmp_path):
+    (tmp_path / "test_some.py").write_text("def test_good(): pass\ndef test_bad(): assert 0, 'a reason'\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.resume", "--resume"]
+    for count in (2, 3):
+        subprocess.run([*command, str(tmp_path / "rows.jsonl"), str(tmp_path)], cwd=ROOT, capture_output=True, check=False)
+        _, found = rows.read(tmp_path / "rows.jsonl")
+        assert len(found) == count
+        assert found[-1]["test"].endswith("test_bad") and found[-1]["outcome"] == "failed" and "a reason" in found[-1]["why"]
+    assert found[0]["test"].endswith("test_good") and found[0]["outcome"] == "passed"
