@@ -11,6 +11,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
+# Of `make bench`. Rows to commit: BENCH_OUT=bench/results.
+BENCH_OUT ?= out
+
 # `make gpu` runs from a bare checkout with what the machine has.
 GPU_PYTHON ?= python3
 OUT ?= bench/results
@@ -45,8 +48,7 @@ compile: $(READY)
 	$(BIN)/python -m mope_kernels.aot --arch sm_90 --short
 
 bench: $(READY)
-	mkdir -p out
-	$(BIN)/python -m pytest bench -q --benchmark-json=out/benchmark.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench -q --show-capture=no --out $(BENCH_OUT)
 
 gpu:
 	OUT="$(OUT)" STAGE="$(STAGE)" $(GPU_PYTHON) -m bench.gpu

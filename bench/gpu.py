@@ -44,9 +44,9 @@ def commands(stage: str, out: Path, device: str, dry: bool) -> list[list[str]]:
     """What a stage runs, one after the other."""
     resume = [*PYTEST, "-p", "bench.resume", "--resume"]
     if stage == "tests":
-        # Most of the time goes into compiling.
-        workers = ["-n", "2" if dry else str(min(os.cpu_count() or 1, 8))] if installed("xdist") else []
-        which = "test_ties or test_takes_heads" if dry else "triton"
+        # Most of the time goes into compiling. What takes much memory runs in one worker.
+        workers = ["-n", "2" if dry else str(min(os.cpu_count() or 1, 8)), "--dist", "loadgroup"] if installed("xdist") else []
+        which = "test_ties or test_takes_heads" if dry else "triton or xformers"
         return [[*resume, str(out / f"tests-{device}.jsonl"), *workers, *TESTS, "-m", "not slow", "-k", which]]
     if stage == "sanitize":
         tool = shutil.which("compute-sanitizer")

@@ -101,6 +101,8 @@ def far_apart(tensor: Tensor, axis: int) -> Tensor:
     return view.copy_(tensor)
 
 
+# On a GPU each takes 9 GB.
+@pytest.mark.xdist_group("much memory")
 @every("cpu", "sdpa", "triton")
 def test_offsets_beyond_32_bits(op, impl):
     tensors, options = example(op, impl)

@@ -147,6 +147,7 @@ def test_dropout_needs_a_seed(impl):
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("much memory")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_offsets_beyond_32_bits():
     # 70,000 items and 2^31 elements of keys: past CUDA's limit on y and z, and past 32-bit offsets.

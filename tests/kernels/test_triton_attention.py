@@ -172,6 +172,7 @@ def test_lse_is_the_logarithm_to_base_2(impl):
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("much memory")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_more_items_than_a_grid_has_rows():
     # 70,000 items and 2^31 elements of keys: past CUDA's limit on y and z, and past 32-bit offsets.
