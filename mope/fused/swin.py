@@ -21,12 +21,21 @@ def position_bias(table: Tensor, window_size: int) -> Tensor:
     return rearrange(table[index], "yq xq yk xk h -> h (yq xq) (yk xk)").contiguous()
 
 
+def position_table(bias: Tensor, window_size: int) -> Tensor:
+    """Back to what `position_bias` was made from: (H, w*w, w*w) -> ((2w-1)^2, H)."""
+    distance = torch.arange(1 - window_size, window_size, device=bias.device)
+    query, key = distance.clamp_min(0), distance.neg().clamp_min(0)
+    rows, columns = (window_size * rearrange(place, "y -> y 1") + place for place in (query, key))
+    return rearrange(bias[:, rows, columns], "h y x -> (y x) h").contiguous()
+
+
 class MoPESwinBlock(nn.Module):
     """A block of a Swin Transformer over [prompts; tokens], (B, P + R*R, C), tokens row by row.
 
-    A routed block replaces the P prompts that arrive by its own, [static; dynamic; mapped]; the mean over all that arrives, prompts
-    included, goes to its router. Without prompts of its own it takes those that arrive. Prompts have no position, so their
-    order means nothing. See `mope_kernels.window_prompt_attention`. (MoPE, arXiv 2403.10568, prompted Swin Transformer.)
+    A routed block replaces the P prompts that arrive by its own, [static; dynamic; mapped], each of which may be absent; the mean
+    over all that arrives, prompts included, goes to its router. Without prompts of its own it takes those that arrive. Prompts have
+    no position, so their order means nothing. See `mope_kernels.window_prompt_attention`. (MoPE, arXiv 2403.10568, prompted Swin
+    Transformer.)
 
     Args:
         dim, num_heads: C, H.
@@ -34,9 +43,12 @@ class MoPESwinBlock(nn.Module):
         window_size, shift: of the windows; R <= window_size gives one window and no shift.
         num_prompts: P, of every block of a stage.
         mlp_ratio, eps: of the MLP's width, of the LayerNorms.
-        prompt_length: l, static prompts and prompts of an expert; 0: the block has no prompts of its own.
-        num_experts: K.
+        prompt_length: l, prompts of an expert.
+        num_experts: K, 0 for no dynamic prompts.
+        static_length: S, prompts that all images share. Default: `prompt_length`.
+        bound: prompts start as U(-bound, bound). Default: sqrt(3 / C).
         cross_dim: Cc, width of the complementary modality's feature; None: no router, routing is given.
+        self_width, cross_width, temperature, noise_std, router_embedding, renormalize: see `MultimodalRouter`.
         prompt_owner: "instance", or "reference" for the released code's order of windows.
         impl: of the ops inside.
     """
@@ -56,9 +68,15 @@ class MoPESwinBlock(nn.Module):
         eps: float = 1e-5,
         prompt_length: int = 0,
         num_experts: int = 0,
+        static_length: int | None = None,
+        bound: float | None = None,
         cross_dim: int | None = None,
         self_width: int = 2,
         cross_width: int = 8,
+        temperature: float = 0.1,
+        noise_std: float = 1 / 256,
+        router_embedding: str = "frozen",
+        renormalize: bool = False,
         prompt_owner: str = "instance",
         impl: str = "auto",
     ) -> None:
@@ -79,16 +97,25 @@ class MoPESwinBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         # Not the table of the checkpoints: a window's bias is looked up once, when weights are loaded.
         self.register_buffer("position_bias", torch.zeros(num_heads, self.window_size**2, self.window_size**2))
-        self.static: nn.Parameter | None = None
+        bound = (3 / dim) ** 0.5 if bound is None else bound
+        static_length = prompt_length if static_length is None else static_length
+        self.static = nn.Parameter(torch.empty(static_length, dim).uniform_(-bound, bound)) if static_length else None
         self.experts: PromptExperts | None = None
         self.router: MultimodalRouter | None = None
-        if prompt_length:
-            bound = (3 / dim) ** 0.5
-            self.static = nn.Parameter(torch.empty(prompt_length, dim).uniform_(-bound, bound))
+        if num_experts and prompt_length:
             self.experts = PromptExperts(num_experts, prompt_length, dim, bound=bound, impl=impl)
             if cross_dim is not None:
                 self.router = MultimodalRouter(
-                    dim, cross_dim, num_experts, self_width=self_width, cross_width=cross_width, impl=impl
+                    dim,
+                    cross_dim,
+                    num_experts,
+                    self_width=self_width,
+                    cross_width=cross_width,
+                    temperature=temperature,
+                    noise_std=noise_std,
+                    embedding=router_embedding,
+                    renormalize=renormalize,
+                    impl=impl,
                 )
 
     def route(self, x: Tensor, cross: Tensor, noise: Tensor | None = None, top_k: int | None = None) -> Routing:
@@ -99,20 +126,24 @@ class MoPESwinBlock(nn.Module):
             )
         return self.router(x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32)), cross, noise, top_k)
 
-    def with_prompts(self, x: Tensor, routing: Routing, mapped: Tensor | None) -> Tensor:
+    def with_prompts(self, x: Tensor, routing: Routing | None = None, mapped: Tensor | None = None) -> Tensor:
         """Replace the prompts that arrive: (B, P + R*R, C), mapped (B, M, C) -> (B, P + R*R, C)."""
-        if self.static is None or self.experts is None:
-            raise ValueError("MoPESwinBlock: this block has no prompts of its own: give prompt_length when it is made")
-        dynamic = self.experts(routing.weights, routing.indices)
-        parts = (self.static.expand(len(x), -1, -1), dynamic, mapped)
-        prompts = [part.to(x.dtype) for part in parts if part is not None]
+        parts = [] if self.static is None else [self.static.expand(len(x), -1, -1)]
+        if routing is not None:
+            if self.experts is None:
+                raise ValueError(
+                    "MoPESwinBlock: this block has no experts to mix: give prompt_length and num_experts when it is made"
+                )
+            parts.append(self.experts(routing.weights, routing.indices))
+        parts += [] if mapped is None else [mapped]
+        prompts = [part.to(x.dtype) for part in parts]
         if (found := sum(p.shape[1] for p in prompts)) != self.num_prompts:
             raise ValueError(f"MoPESwinBlock: {found} prompts where every block of the stage has {self.num_prompts}")
         return torch.cat([*prompts, x[:, self.num_prompts :]], dim=1)
 
     def forward(self, x: Tensor, routing: Routing | None = None, mapped: Tensor | None = None) -> Tensor:
-        """(B, P + R*R, C) -> (B, P + R*R, C); with `routing` the block's own prompts take the place of those that arrive."""
-        if routing is not None:
+        """(B, P + R*R, C) -> (B, P + R*R, C). With `routing` or `mapped` its own prompts take the place of those that arrive."""
+        if routing is not None or mapped is not None:
             x = self.with_prompts(x, routing, mapped)
         attended = mope_kernels.window_prompt_attention(
             self.qkv(self.norm1(x)),

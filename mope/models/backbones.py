@@ -19,13 +19,8 @@ from mope.fused import FrozenAttention, MoPEAttention
 from mope_kernels import Routing
 
 
-class BackboneAdapter(ABC):
-    """What this library has to know of an architecture. Subclass it and `register_backbone` the class.
-
-    A block has to be: attention over its (normalised) input with separate query, key and value projections, all tokens attending
-    to all, then anything. The model's feature is that of its first token. A class without one of the abstract methods cannot be
-    registered.
-    """
+class Architecture:
+    """What has to be known of any architecture, however its prompts get in: which models are the same."""
 
     modality: ClassVar[str]
     # Parameters under these names play no part here: not fingerprinted, not copied; `load_options` keeps them from being made.
@@ -39,6 +34,41 @@ class BackboneAdapter(ABC):
         "hidden_act",
         "layer_norm_eps",
     )
+
+    def hidden_size(self, model: Any) -> int:
+        """C."""
+        return model.config.hidden_size
+
+    def stable_name(self, name: str) -> str:
+        """The name under which a tensor goes into the fingerprint, where versions of transformers name it differently."""
+        return name
+
+    def stable_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What goes into the fingerprint, from the names and tensors of `original_state_dict`."""
+        return {self.stable_name(name): tensor for name, tensor in state.items()}
+
+    def objections(self, config: Any) -> list[str]:
+        """Why a model with this config cannot be prompted here."""
+        found = []
+        if getattr(config, "is_decoder", False):
+            found.append("is_decoder=True: causal attention and its cache are not supported, use the encoder")
+        if getattr(config, "add_cross_attention", False):
+            found.append("add_cross_attention=True: blocks with cross-attention are not supported")
+        position = getattr(config, "position_embedding_type", None) or "absolute"
+        if position != "absolute":
+            found.append(f"position_embedding_type={position!r}: only absolute positions are supported")
+        if getattr(config, "output_attentions", False):
+            found.append("output_attentions=True: the fused attention never forms the attention matrix")
+        return found
+
+
+class BackboneAdapter(Architecture, ABC):
+    """How prompts get into the layers of an architecture. Subclass it and `register_backbone` the class.
+
+    A block has to be: attention over its (normalised) input with separate query, key and value projections, all tokens attending
+    to all, then anything. The model's feature is that of its first token. A class without one of the abstract methods cannot be
+    registered.
+    """
 
     @abstractmethod
     def layers(self, model: Any) -> nn.ModuleList:
@@ -62,28 +92,6 @@ class BackboneAdapter(ABC):
     def normalize(self, model: Any, features: Tensor) -> Tensor:
         """What the model does to its features after the last block: (..., C) -> (..., C)."""
         return features
-
-    def hidden_size(self, model: Any) -> int:
-        """C."""
-        return model.config.hidden_size
-
-    def stable_name(self, name: str) -> str:
-        """The name under which a tensor goes into the fingerprint, where versions of transformers name it differently."""
-        return name
-
-    def objections(self, config: Any) -> list[str]:
-        """Why a model with this config cannot be prompted here."""
-        found = []
-        if getattr(config, "is_decoder", False):
-            found.append("is_decoder=True: causal attention and its cache are not supported, use the encoder")
-        if getattr(config, "add_cross_attention", False):
-            found.append("add_cross_attention=True: blocks with cross-attention are not supported")
-        position = getattr(config, "position_embedding_type", None) or "absolute"
-        if position != "absolute":
-            found.append(f"position_embedding_type={position!r}: only absolute positions are supported")
-        if getattr(config, "output_attentions", False):
-            found.append("output_attentions=True: the fused attention never forms the attention matrix")
-        return found
 
 
 class VisionAdapter(BackboneAdapter):
@@ -191,7 +199,7 @@ class RobertaAdapter(BertAdapter):
         return model.embeddings(**inputs)
 
 
-_ADAPTERS: dict[str, BackboneAdapter] = {
+_ADAPTERS: dict[str, Architecture] = {
     "vit": ViTAdapter(),
     "dinov2": Dinov2Adapter(),
     "clip_vision_model": CLIPVisionAdapter(),
@@ -200,7 +208,7 @@ _ADAPTERS: dict[str, BackboneAdapter] = {
 }
 
 
-def register_backbone(model_type: str, adapter_class: type[BackboneAdapter]) -> None:
+def register_backbone(model_type: str, adapter_class: type[Architecture]) -> None:
     """Teach the library the architecture whose config says `model_type`. A second registration replaces the first.
 
     Raises:
@@ -209,8 +217,8 @@ def register_backbone(model_type: str, adapter_class: type[BackboneAdapter]) -> 
     _ADAPTERS[model_type] = adapter_class()
 
 
-def adapter_for(model_type: str | None) -> BackboneAdapter:
-    """The adapter of an architecture; ValueError if nobody has registered one."""
+def architecture_for(model_type: str | None) -> Architecture:
+    """What is registered for an architecture; ValueError if nothing is."""
     if model_type not in _ADAPTERS:
         raise ValueError(
             f"model_type {model_type!r} is not known; known are {', '.join(sorted(_ADAPTERS))}. Write a subclass of "
@@ -219,8 +227,8 @@ def adapter_for(model_type: str | None) -> BackboneAdapter:
     return _ADAPTERS[model_type]
 
 
-def find_adapter(backbone: nn.Module, modality: str | None = None) -> BackboneAdapter:
-    """The adapter of a backbone.
+def find_architecture(backbone: nn.Module, modality: str | None = None) -> Architecture:
+    """What is known of a backbone.
 
     Raises:
         ValueError: its architecture is unknown, it is of the other modality, or its config cannot be honoured.
@@ -228,20 +236,28 @@ def find_adapter(backbone: nn.Module, modality: str | None = None) -> BackboneAd
     config = getattr(backbone, "config", None)
     name = type(backbone).__name__
     try:
-        adapter = adapter_for(getattr(config, "model_type", None))
+        architecture = architecture_for(getattr(config, "model_type", None))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if modality not in (None, adapter.modality):
-        raise ValueError(f"{modality} was given {name}, a {adapter.modality} model")
-    if objections := adapter.objections(config):
+    if modality not in (None, architecture.modality):
+        raise ValueError(f"{modality} was given {name}, a {architecture.modality} model")
+    if objections := architecture.objections(config):
         raise ValueError(f"{name} cannot be prompted: {'; '.join(objections)}")
+    return architecture
+
+
+def find_adapter(backbone: nn.Module, modality: str | None = None) -> BackboneAdapter:
+    """The adapter of a backbone that is prompted layer by layer; ValueError as in `find_architecture`, or if it is not."""
+    adapter = find_architecture(backbone, modality)
+    if not isinstance(adapter, BackboneAdapter):
+        raise ValueError(f"{type(backbone).__name__} is not prompted layer by layer: its prompts stand in windows")
     return adapter
 
 
 def original_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
     """The state dict of a backbone under the names that it has without prompts; what plays no part here is left out."""
     prefixes = {f"{name}.layer.": f"{name}." for name, module in backbone.named_modules() if isinstance(module, PromptedLayer)}
-    unused = find_adapter(backbone).unused
+    unused = find_architecture(backbone).unused
 
     def original(name: str) -> str:
         prefix = next((p for p in prefixes if name.startswith(p)), None)

@@ -10,6 +10,26 @@ from typing import Any
 
 import mope
 
+# What was published, for a Swin Transformer and BERT (MoPE, arXiv 2403.10568): v4, and v1, whose routing embedding is learned.
+_MOPE_V4 = {
+    "method": "mope",
+    "main": "vision",
+    "num_experts": 4,
+    "prompt_length": 6,
+    "static_length": 6,
+    "use_mapped": True,
+    "cross_prompt_length": 4,
+    "temperature": 0.1,
+    "noise_std": 1 / 256,
+    "router_self_width": 2,
+    "router_cross_width": 8,
+    "router_embedding": "frozen",
+    "mapper_hidden": 384,
+    "prompt_dropout": 0.1,
+    "importance_weight": 0.01,
+    "importance_threshold": 0.1,
+}
+PRESETS: dict[str, dict[str, Any]] = {"mope-v4": _MOPE_V4, "mope-v1": {**_MOPE_V4, "router_embedding": "learned"}}
 METHODS = ("mope", "static_mapped", "late_concat", "image_only", "text_only")
 # Not fields of `MoPEConfig`, but part of a saved file.
 EXTRA_KEYS = ("mope_version", "backbones")
@@ -33,7 +53,8 @@ class MoPEConfig:
             methods mope and static_mapped, else 0; more than 0 there is deep visual (or text) prompt tuning.
         use_mapped: one prompt made by the mapper from the complementary feature; always on in static_mapped.
         cross_prompt_length: static prompts in every layer of the complementary encoder, 0 for none.
-        prompted_layers: which layers of the main encoder are prompted, None for all; negative indices count from the last.
+        prompted_layers: which layers of the main encoder are prompted, None for all; negative indices count from the last. A Swin
+            Transformer is prompted in all.
         train_top_k, eval_top_k: selected experts in training and evaluation, None for all. Training with 1 leaves the router
             almost without a gradient.
         renormalize: divide the weights of the selected experts by their sum.
@@ -41,10 +62,14 @@ class MoPEConfig:
         router_self_width, router_cross_width: widths of the two parts of the router's query; `router_self_width=0` routes by
             the complementary modality only.
         router_embedding: "frozen" or "learned".
-        mapper_hidden: hidden width of the mapper, which all layers share.
+        mapper_hidden: hidden width of the mapper, which all layers share; in a Swin Transformer all layers of a stage, and the
+            hidden layer all stages.
         head: "linear" or "mlp" (one hidden layer of `head_hidden`, GELU).
-        prompt_init_bound: prompts start as U(-bound, bound). Default: sqrt(3 / C) in pre-LN encoders, else 0.3.
-        prompt_dropout: on the prompts in training.
+        prompt_init_bound: prompts start as U(-bound, bound). Default: sqrt(3 / C) in pre-LN encoders,
+            sqrt(6 / (3 patch_size^2 + embed_dim)) in a Swin Transformer, else 0.3.
+        prompt_dropout: on the prompts in training; in a Swin Transformer on those of the input and on mapped ones.
+        prompt_owner: whose prompts a window of a Swin Transformer attends: "instance", those of its own image; "reference", those
+            of the released code's order, in which items of a batch reach each other.
         importance_weight, importance_threshold: weight of the importance loss in the loss, and the CV^2 up to which it is 0.
         padding_side: of the tokenizer. "right" is fast (lengths); "left" takes any attention mask.
         impl: of the ops: "auto", the name of an implementation, or several with commas between them, tried in that order.
@@ -77,6 +102,7 @@ class MoPEConfig:
     head_hidden: int = 256
     prompt_init_bound: float | None = None
     prompt_dropout: float = 0.0
+    prompt_owner: str = "instance"
     importance_weight: float = 0.01
     importance_threshold: float = 0.1
     padding_side: str = "right"
@@ -90,6 +116,7 @@ class MoPEConfig:
             "problem_type": ("single_label", "multi_label"),
             "router_embedding": ("frozen", "learned"),
             "head": ("linear", "mlp"),
+            "prompt_owner": ("instance", "reference"),
             "padding_side": ("right", "left"),
         }.items():
             if getattr(self, name) not in allowed:
@@ -172,6 +199,19 @@ class MoPEConfig:
     def modalities(self) -> tuple[str, ...]:
         """The encoders that the model needs, the main one first."""
         return (self.main, self.complementary) if self.complementary else (self.main,)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> MoPEConfig:
+        """A published configuration: "mope-v4" (frozen routing embedding) or "mope-v1" (learned).
+
+        >>> MoPEConfig.preset("mope-v4", num_labels=23, problem_type="multi_label", num_experts=16)
+
+        Raises:
+            ValueError: there is no such preset, or `changes` do not fit.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"MoPEConfig: preset must be one of {', '.join(map(repr, PRESETS))}, got {name!r}")
+        return cls(**{**PRESETS[name], **changes})
 
     def replace(self, **changes: Any) -> MoPEConfig:
         return dataclasses.replace(self, **changes)

@@ -13,15 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import SwinModel
 from transformers.utils.generic import ModelOutput
 
 import mope_kernels
 from mope.fused import FrozenAttention, MoPEAttention, PromptBank
 from mope_kernels import Routing
 
-from .backbones import Attachment, PromptedLayer, attach, base_model, find_adapter
+from .backbones import Attachment, PromptedLayer, attach, base_model, find_adapter, find_architecture
 from .configuration import MoPEConfig
 from .saving import SavedModel
+from .swin import MoPESwinEncoder, encoder_for
+
+NO_BANKS = (
+    "a Swin Transformer has no banks: its prompts pass through every part of a block, not only as keys and values: leave banks out"
+)
 
 
 @dataclass
@@ -72,12 +78,18 @@ class MoPEForClassification(SavedModel):
     The backbones are frozen, prompted and kept in eval mode from construction to `detach`. Prompts stand in `blocks` (main
     encoder) and `cross_blocks` (complementary encoder), one `MoPEAttention` for each prompted layer.
 
+    A `SwinModel` is copied into a `MoPESwinEncoder`, which stands in `vision` and holds prompts, routers and mapper of its own; its
+    feature is the mean over prompts and tokens. The model that was given is not changed, nothing is shared with it, and
+    it may be deleted; `detach` has nothing to give back. As MoPE was published: vision a Swin Transformer, text a BERT,
+    `MoPEConfig.preset("mope-v4")`.
+
     Args:
         config: what to build.
         vision, text: transformers models of a known architecture (see `register_backbone`), those that the method needs.
 
     Raises:
-        ValueError: a backbone is missing, superfluous, of the wrong modality, prompted already, or cannot be prompted.
+        ValueError: a backbone is missing, superfluous, of the wrong modality, prompted already, or cannot be prompted; or the
+            config asks for something that this backbone does not have.
     """
 
     def __init__(self, config: MoPEConfig, *, vision: nn.Module | None = None, text: nn.Module | None = None) -> None:
@@ -89,22 +101,31 @@ class MoPEForClassification(SavedModel):
                     f"{modality} must {'not ' if backbone is not None else ''}be given"
                 )
         self.config = config
-        self.vision = None if vision is None else base_model(vision)
-        self.text = None if text is None else base_model(text)
-        self._adapters = {modality: find_adapter(self.backbone(modality), modality) for modality in config.modalities}
+        self.vision: nn.Module | None = None if vision is None else base_model(vision)
+        self.text: nn.Module | None = None if text is None else base_model(text)
+        main, other = config.main, config.complementary
+        prompted = config.method in ("mope", "static_mapped")
+        widths = {m: find_architecture(self.backbone(m), m).hidden_size(self.backbone(m)) for m in config.modalities}
+        dim, cross_dim = widths[main], widths[other] if other else None
+        if isinstance(self.vision, SwinModel):
+            self.vision = self._prompted_swin(self.vision, cross_dim)
+        elif config.prompt_owner != "instance":
+            raise ValueError(
+                f"prompt_owner={config.prompt_owner!r} is an order of windows, which only a SwinModel has: "
+                "set it to 'instance', or give a SwinModel as vision"
+            )
+        # By modality, of the backbones that are prompted layer by layer.
+        self._adapters = {m: find_adapter(self.backbone(m), m) for m in config.modalities if not self._is_swin(m)}
         self._checkpointing = False
         self._warned_top_k = False
 
-        main, other = config.main, config.complementary
-        prompted = config.method in ("mope", "static_mapped")
         layers = {main: config.prompted_layers if prompted or config.static_length else ()}
         if other:
             layers[other] = None if config.cross_prompt_length else ()
-        self._layers = {modality: self._existing_layers(modality, wanted) for modality, wanted in layers.items()}
+        self._layers = {m: () if self._is_swin(m) else self._existing_layers(m, wanted) for m, wanted in layers.items()}
         self._attachments: dict[str, Attachment] = {}
         self.attach()
 
-        dim, cross_dim = self._width(main), self._width(other) if other else None
         self.blocks = self._prompts_for(
             main,
             cross_dim=cross_dim,
@@ -120,7 +141,7 @@ class MoPEForClassification(SavedModel):
         )
         self.cross_blocks = self._prompts_for(other, static_length=config.cross_prompt_length) if other else nn.ModuleList()
         self.mapper = None
-        if cross_dim is not None and prompted and config.use_mapped:
+        if cross_dim is not None and prompted and config.use_mapped and not self._is_swin(main):
             self.mapper = nn.Sequential(nn.Linear(cross_dim, config.mapper_hidden), nn.GELU(), nn.Linear(config.mapper_hidden, dim))
         width = dim + cross_dim if config.method == "late_concat" and cross_dim is not None else dim
         if config.head == "mlp":
@@ -137,6 +158,40 @@ class MoPEForClassification(SavedModel):
 
     def _width(self, modality: str) -> int:
         return self._adapters[modality].hidden_size(self.backbone(modality))
+
+    def _is_swin(self, modality: str) -> bool:
+        return isinstance(self.backbone(modality), MoPESwinEncoder)
+
+    def _prompted_swin(self, swin: SwinModel, cross_dim: int | None) -> MoPESwinEncoder:
+        config = self.config
+        shared = {
+            "bound": config.prompt_init_bound,
+            "prompt_dropout": config.prompt_dropout,
+            "prompt_owner": config.prompt_owner,
+            "impl": config.impl,
+        }
+        if config.main != "vision":
+            return encoder_for(swin, cross_dim=None, num_experts=0, static_length=config.cross_prompt_length, **shared)
+        if config.prompted_layers is not None:
+            raise ValueError(
+                "prompted_layers is not supported with a SwinModel, whose prompts pass from layer to layer: leave it None, for all"
+            )
+        return encoder_for(
+            swin,
+            cross_dim=cross_dim,
+            num_experts=config.num_experts if config.method == "mope" else 0,
+            prompt_length=config.prompt_length,
+            static_length=config.static_length,
+            use_mapped=config.method in ("mope", "static_mapped") and config.use_mapped,
+            mapper_hidden=config.mapper_hidden,
+            self_width=config.router_self_width,
+            cross_width=config.router_cross_width,
+            temperature=config.temperature,
+            noise_std=config.noise_std,
+            router_embedding=config.router_embedding,
+            renormalize=config.renormalize,
+            **shared,
+        )
 
     def _existing_layers(self, modality: str, wanted: Sequence[int] | None) -> tuple[int, ...]:
         count = len(self._adapters[modality].layers(self.backbone(modality)))
@@ -174,13 +229,13 @@ class MoPEForClassification(SavedModel):
 
     @property
     def attached(self) -> bool:
-        """Whether the backbones are frozen and wait for prompts."""
-        return bool(self._attachments)
+        """Whether the backbones are frozen and wait for prompts. Always so for a Swin Transformer alone, which is a copy."""
+        return set(self._adapters) == set(self._attachments)
 
     def attach(self) -> None:
         """Freeze and prompt the backbones again after `detach`."""
         try:
-            for modality in self.config.modalities:
+            for modality in self._adapters:
                 if modality not in self._attachments:
                     self._attachments[modality] = attach(self.backbone(modality), self._layers[modality])
         except ValueError:
@@ -188,7 +243,10 @@ class MoPEForClassification(SavedModel):
             raise
 
     def detach(self) -> None:
-        """Give the backbones back as they were: modules, requires_grad, training mode. The model does not run any more."""
+        """Give the backbones back as they were: modules, requires_grad, training mode. The model does not run any more.
+
+        There is nothing to give back of a Swin Transformer, which was copied.
+        """
         while self._attachments:
             self._attachments.popitem()[1].detach()
 
@@ -204,8 +262,10 @@ class MoPEForClassification(SavedModel):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def trained_state_dict(self) -> dict[str, Tensor]:
-        """Everything but the backbones: parameters, and the routers' frozen expert embeddings."""
-        frozen = tuple(f"{modality}." for modality in self.config.modalities)
+        """Everything but the backbones: parameters, frozen expert embeddings of routers, statistics of a mapper's BatchNorm."""
+        frozen: tuple[str, ...] = tuple(f"{modality}." for modality in self._adapters)
+        if isinstance(self.vision, MoPESwinEncoder):
+            frozen += tuple(f"vision.{name}" for name in self.vision.swin_tensors())
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(frozen)}
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
@@ -335,7 +395,12 @@ class MoPEForClassification(SavedModel):
         banks: Sequence[PromptBank | None] | None = None,
         router_noise: bool = False,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """Run one encoder with its prompts -> the normalised feature of the first token (B,C), and the routing of each block."""
+        """Run one encoder with its prompts -> its feature (B,C), and the routing of each block.
+
+        The feature is the normalised one of the first token, that of a Swin Transformer the mean over prompts and tokens.
+        """
+        if self._is_swin(modality):
+            return self._encode_swin(inputs, cross, top_k, banks, router_noise)
         if modality not in self._attachments:
             raise RuntimeError(f"the prompts of the {modality} backbone were detached and would be skipped: call attach() first")
         backbone, adapter, where = self.backbone(modality), self._adapters[modality], padding[modality]
@@ -378,6 +443,29 @@ class MoPEForClassification(SavedModel):
                     routing.append(routed)
             return adapter.normalize(backbone, where.first_tokens(hidden_states)), tuple(routing)
 
+    def _encode_swin(
+        self,
+        inputs: dict[str, dict[str, Tensor]],
+        cross: Tensor | None,
+        top_k: int | None,
+        banks: Sequence[PromptBank | None] | None,
+        router_noise: bool,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        if banks is not None:
+            raise ValueError(NO_BANKS)
+        encoder: Any = self.vision
+        # Without prompts nothing in here is trained.
+        with nullcontext() if encoder.num_prompts else torch.no_grad():
+            output = encoder(
+                **inputs["vision"],
+                cross=cross,
+                router_noise=router_noise,
+                top_k=top_k,
+                checkpointing=self._checkpointing and self.training,
+                importance=False,
+            )
+        return output.features, output.routing
+
     def _run(self, layer: nn.Module, hidden_states: Tensor, **inputs: Any) -> tuple[Tensor, Routing | None]:
         if self._checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, hidden_states, use_reentrant=False, **inputs)
@@ -388,8 +476,13 @@ class MoPEForClassification(SavedModel):
 
         Differentiable where gradients are enabled. A bank refuses to run after its prompts have changed; build new ones as well
         after a change to the backbone's own weights. None for a layer without experts.
+
+        Raises:
+            ValueError: the main encoder is a Swin Transformer.
         """
         main = self.config.main
+        if self._is_swin(main):
+            raise ValueError(NO_BANKS)
         return tuple(
             None if block.experts is None else block.build_bank(self._frozen(main, i))
             for i, block in self._prompts_of(main).items()
@@ -397,7 +490,7 @@ class MoPEForClassification(SavedModel):
 
     @contextmanager
     def serving(self) -> Iterator[Callable[..., MoPEOutput]]:
-        """Evaluation mode, no gradients, prompts projected once.
+        """Evaluation mode, no gradients, prompts projected once (not in a Swin Transformer, see `build_banks`).
 
         >>> with model.serving() as predict:
         ...     logits = predict(pixel_values=pixel_values, input_ids=input_ids).logits
@@ -406,7 +499,7 @@ class MoPEForClassification(SavedModel):
         self.eval()
         try:
             with torch.no_grad():
-                yield partial(self, banks=self.build_banks())
+                yield self if self._is_swin(self.config.main) else partial(self, banks=self.build_banks())
         finally:
             self.train(was_training)
 

@@ -29,8 +29,9 @@ from transformers import AutoTokenizer
 # From where it is defined: in transformers 5.17 the top level name asks for torchvision, which it does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from .backbones import adapter_for, base_model, find_adapter, original_state_dict
+from .backbones import architecture_for, base_model, find_architecture, original_state_dict
 from .configuration import MoPEConfig
+from .swin import MoPESwinEncoder
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Of a backbone in config.json.
@@ -113,8 +114,7 @@ class SavedModel(nn.Module, ABC):
         folder.mkdir(parents=True, exist_ok=True)
         records = {}
         for modality in self.config.modalities:
-            backbone = self.backbone(modality)
-            state = original_state_dict(backbone)
+            backbone, state = _original(self.backbone(modality))
             if backbones == "copy":
                 stored = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in state.items()}
                 _save_copy(backbone, stored, folder / modality)
@@ -189,14 +189,19 @@ class SavedModel(nn.Module, ABC):
         self.load_state_dict(on_device, strict=False, assign=True)
 
 
+def _original(backbone: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The backbone as it was given, and its weights."""
+    return backbone.swin_model() if isinstance(backbone, MoPESwinEncoder) else (backbone, original_state_dict(backbone))
+
+
 def describe(backbone: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Any]:
     """Which model a backbone is: class, source, dtype, and a fingerprint of its weights and of what its config says about them."""
     config: Any = backbone.config
     state = original_state_dict(backbone) if state is None else state
-    adapter = find_adapter(backbone)
-    identity = {name: getattr(config, name, None) for name in ("model_type", *adapter.identity)}
+    architecture = find_architecture(backbone)
+    identity = {name: getattr(config, name, None) for name in ("model_type", *architecture.identity)}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(((adapter.stable_name(name), tensor) for name, tensor in state.items()), key=itemgetter(0)):
+    for name, tensor in sorted(architecture.stable_state(state).items(), key=itemgetter(0)):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -232,7 +237,7 @@ def _load_backbone(folder: Path, modality: str, record: dict[str, Any]) -> nn.Mo
             dtype=getattr(torch, record["dtype"]),
             local_files_only=copied,
             use_safetensors=True,
-            **adapter_for(record["model_type"]).load_options,
+            **architecture_for(record["model_type"]).load_options,
         )
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"cannot load the {modality} backbone, a {class_name}, from {source} ({error}): {ask}") from error

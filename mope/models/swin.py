@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,11 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import SwinModel
+from torch.utils.checkpoint import checkpoint
+from transformers import SwinConfig, SwinModel
 
 import mope_kernels
-from mope.fused.swin import MoPESwinBlock, PromptedPatchMerging, position_bias
+from mope.fused.swin import MoPESwinBlock, PromptedPatchMerging, position_bias, position_table
 from mope_kernels import Routing
+
+from .backbones import Architecture, find_architecture, register_backbone
 
 # transformers' names for what the original Swin Transformer's checkpoints call otherwise; both of transformers' generations.
 _RENAMED = (
@@ -42,20 +46,53 @@ def swin_state_dict(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tenso
     state: Any = source.state_dict() if isinstance(source, nn.Module) else source.get("model", source)
     named: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        for pattern, new in _RENAMED:
-            name = re.sub(pattern, new, name)
-        named[name] = tensor
+        named[_original_name(name)] = tensor
     for name in [n for n in named if re.search(r"\.attn\.q\.", n)]:
         parts = [named.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
         named[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
     return {name: tensor for name, tensor in named.items() if not _SUPERFLUOUS.search(name)}
 
 
+def _original_name(name: str) -> str:
+    for pattern, new in _RENAMED:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+class SwinArchitecture(Architecture):
+    """Prompted in windows, by `MoPESwinEncoder`; not layer by layer."""
+
+    modality = "vision"
+    unused, load_options = ("pooler.",), {"add_pooling_layer": False}
+    identity = (
+        *("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "hidden_act", "layer_norm_eps"),
+        *("image_size", "patch_size", "num_channels"),
+    )
+
+    def stable_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return swin_state_dict(state)
+
+    def objections(self, config: Any) -> list[str]:
+        found = super().objections(config)
+        for name, only in {"num_channels": 3, "qkv_bias": True, "hidden_act": "gelu", "use_absolute_embeddings": False}.items():
+            if getattr(config, name) != only:
+                found.append(f"{name}={getattr(config, name)!r}: only {only!r} is supported")
+        found += [
+            f"{name}={getattr(config, name)!r}: only squares are supported, given as one integer"
+            for name in ("image_size", "patch_size", "window_size")
+            if not isinstance(getattr(config, name), int)
+        ]
+        return found
+
+
+register_backbone("swin", SwinArchitecture)
+
+
 class SwinOutput(NamedTuple):
     """What the encoder returns.
 
     features: (B, C), the mean over prompts and tokens of the last stage.
-    importance_loss: () mean over the routed blocks, 0 if none is.
+    importance_loss: () mean over the routed blocks, 0 if none is or if it was not asked for.
     routing: of every routed block, in order.
     """
 
@@ -65,22 +102,32 @@ class SwinOutput(NamedTuple):
 
 
 class MoPESwinEncoder(nn.Module):
-    """A frozen Swin Transformer with P = 2 l + 1 prompts (l without experts) beside its tokens in every block.
+    """A frozen Swin Transformer with P prompts beside its tokens in every block.
 
     The prompts of the input pass through the first block of each stage; every later block replaces them by its own, as its router
-    says: [static; dynamic; mapped]. (MoPE, arXiv 2403.10568, the published configuration.)
+    says: [static; dynamic; mapped], P = S + l + 1. Each of the three may be absent; without any it is the Swin Transformer, and
+    with static prompts alone it is VPT-deep. (MoPE, arXiv 2403.10568, the published configuration.)
 
     Args:
-        image_size, patch_size, embed_dim, depths, num_heads, window_size, mlp_ratio, eps: the Swin Transformer.
-        cross_dim: Cc, width of psi.
-        num_experts: K.
-        prompt_length: l.
+        image_size, patch_size, embed_dim, depths, num_heads, window_size, mlp_ratio, eps: the Swin Transformer; eps is of the
+            LayerNorms in and after the blocks.
+        cross_dim: Cc, width of psi; None: neither routers nor mapper.
+        num_experts: K, 0 for no dynamic prompts.
+        prompt_length: l, prompts of an expert.
+        static_length: S, static prompts of a block. Default: `prompt_length`.
+        use_mapped: one prompt made by the mapper from psi, for all blocks of a stage.
         mapper_hidden: width between psi and the mapped prompts.
+        bound: prompts start as U(-bound, bound). Default: sqrt(6 / (3 patch_size^2 + embed_dim)).
         prompt_dropout: on the prompts of the input and on mapped prompts, in training.
         importance_threshold: see `mope_kernels.importance_loss`.
         route_first_block: give the first block of each stage prompts of its own too (for routing that is given from outside).
-        prompt_owner, self_width, cross_width, impl: see `MoPESwinBlock`.
+        impl, block_options: see `MoPESwinBlock`: self_width, cross_width, temperature, noise_std, router_embedding, renormalize,
+            prompt_owner.
+
+    `config` is that of the transformers model that the weights came from, if they did.
     """
+
+    config: SwinConfig | None = None
 
     def __init__(
         self,
@@ -93,30 +140,41 @@ class MoPESwinEncoder(nn.Module):
         window_size: int = 7,
         mlp_ratio: float = 4.0,
         eps: float = 1e-5,
-        cross_dim: int = 768,
+        cross_dim: int | None = 768,
         num_experts: int = 4,
         prompt_length: int = 6,
+        static_length: int | None = None,
+        use_mapped: bool = True,
         mapper_hidden: int = 384,
+        bound: float | None = None,
         prompt_dropout: float = 0.1,
         importance_threshold: float = 0.1,
         route_first_block: bool = False,
-        prompt_owner: str = "instance",
-        self_width: int = 2,
-        cross_width: int = 8,
         impl: str = "auto",
+        **block_options: Any,
     ) -> None:
         super().__init__()
-        self.num_prompts, self.importance_threshold, self.impl = 2 * prompt_length + 1, importance_threshold, impl
+        static_length = prompt_length if static_length is None else static_length
+        own: dict[str, Any] = {"static_length": static_length, "prompt_length": prompt_length, "num_experts": num_experts}
+        none: dict[str, Any] = dict.fromkeys(own, 0)
+        use_mapped = use_mapped and cross_dim is not None
+        self.num_prompts = static_length + prompt_length * (num_experts > 0) + use_mapped
+        self.importance_threshold, self.impl = importance_threshold, impl
         self.patch_embed = nn.Conv2d(3, embed_dim, patch_size, patch_size)
-        self.patch_norm = nn.LayerNorm(embed_dim, eps=eps)
-        bound = (3 / embed_dim) ** 0.5
-        self.input_prompts = nn.Parameter(torch.empty(self.num_prompts, embed_dim).uniform_(-bound, bound))
+        self.patch_norm = nn.LayerNorm(embed_dim)
+        bound = (6 / (3 * patch_size**2 + embed_dim)) ** 0.5 if bound is None else bound
+        self.input_prompts: nn.Parameter | None = None
+        if self.num_prompts:
+            self.input_prompts = nn.Parameter(torch.empty(self.num_prompts, embed_dim).uniform_(-bound, bound))
         self.prompt_dropout = nn.Dropout(prompt_dropout)
-        self.mapper = nn.Sequential(nn.Linear(cross_dim, mapper_hidden), nn.BatchNorm1d(mapper_hidden), nn.GELU())
+        self.mapper: nn.Sequential | None = None
+        if use_mapped and cross_dim is not None:
+            self.mapper = nn.Sequential(nn.Linear(cross_dim, mapper_hidden), nn.BatchNorm1d(mapper_hidden), nn.GELU())
         self.stage_mappers, self.stages, self.merges = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for stage, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
             dim, resolution = embed_dim * 2**stage, image_size // patch_size // 2**stage
-            self.stage_mappers.append(nn.Sequential(nn.Linear(mapper_hidden, dim), nn.GELU()))
+            if self.mapper is not None:
+                self.stage_mappers.append(nn.Sequential(nn.Linear(mapper_hidden, dim), nn.GELU()))
             self.stages.append(
                 nn.ModuleList(
                     MoPESwinBlock(
@@ -128,19 +186,17 @@ class MoPESwinEncoder(nn.Module):
                         num_prompts=self.num_prompts,
                         mlp_ratio=mlp_ratio,
                         eps=eps,
-                        prompt_length=prompt_length if i or route_first_block else 0,
-                        num_experts=num_experts,
+                        bound=bound,
                         cross_dim=cross_dim if i else None,
-                        self_width=self_width,
-                        cross_width=cross_width,
-                        prompt_owner=prompt_owner,
                         impl=impl,
+                        **(own if i or route_first_block else none),
+                        **block_options,
                     )
                     for i in range(depth)
                 )
             )
             if stage < len(depths) - 1:
-                self.merges.append(PromptedPatchMerging(dim, resolution, self.num_prompts, eps=eps))
+                self.merges.append(PromptedPatchMerging(dim, resolution, self.num_prompts))
         self.norm = nn.LayerNorm(embed_dim * 2 ** (len(depths) - 1), eps=eps)
         for module in self.frozen_modules():
             module.requires_grad_(False)
@@ -159,8 +215,13 @@ class MoPESwinEncoder(nn.Module):
     def train(self, mode: bool = True) -> MoPESwinEncoder:
         """Training mode of prompts and routers. The mapper's BatchNorm keeps its statistics: it is an affine map."""
         super().train(mode)
-        self.mapper[1].eval()
+        if self.mapper is not None:
+            self.mapper[1].eval()
         return self
+
+    def swin_tensors(self) -> set[str]:
+        """Names in the state dict of what belongs to the Swin Transformer itself."""
+        return {name for _, name, _ in self._original_names()}
 
     def load_swin(self, source: nn.Module | Mapping[str, Tensor]) -> None:
         """Take the weights of a transformers `SwinModel` or of an original Swin checkpoint (see `swin_state_dict`).
@@ -209,6 +270,32 @@ class MoPESwinEncoder(nn.Module):
         ]
         return found + tables
 
+    def swin_model(self) -> tuple[SwinModel, dict[str, Tensor]]:
+        """The transformers model that the weights came from, on the meta device, and its state dict with the weights of here.
+
+        Raises:
+            ValueError: the weights came from somewhere else, so that there is no `config`.
+        """
+        if self.config is None:
+            raise ValueError("MoPESwinEncoder: there is no transformers config: make it with encoder_for(model)")
+        with torch.device("meta"):
+            model = SwinModel(self.config, add_pooling_layer=False)
+        own, original = self.state_dict(), {}
+        for name, here, _ in self._original_names():
+            tensor = own[here]
+            is_table = name.endswith("relative_position_bias_table")
+            original[name] = position_table(tensor, int(tensor.shape[-1] ** 0.5)) if is_table else tensor
+        state = {}
+        for name in model.state_dict():
+            known_as = _original_name(name)
+            if part := re.search(r"\.attn\.([qkv])\.", known_as):
+                merged = original[known_as.replace(part[0], ".attn.qkv.")]
+                state[name] = merged.chunk(3)["qkv".index(part[1])].clone()
+            elif known_as in original:
+                state[name] = original[known_as]
+        nn.Module.to(model, self.patch_embed.weight.dtype)
+        return model, state
+
     def mapped_prompts(self, mapper_input: Tensor) -> list[Tensor]:
         """The mapped prompt of each stage, (B, 1, C_s), from what the shared part of the mapper gives, (B, mapper_hidden)."""
         return [self.prompt_dropout(mapper(mapper_input))[:, None] for mapper in self.stage_mappers]
@@ -222,6 +309,8 @@ class MoPESwinEncoder(nn.Module):
         route_weights: Tensor | None = None,
         router_noise: bool = False,
         top_k: int | None = None,
+        checkpointing: bool = False,
+        importance: bool = True,
     ) -> SwinOutput:
         """Encode images.
 
@@ -233,18 +322,24 @@ class MoPESwinEncoder(nn.Module):
                 a row, L is one less than there are blocks (the released text-only router). Every block then takes its own prompts.
             router_noise: add noise outside training too.
             top_k: experts for each item, None for all.
+            checkpointing: recompute blocks in the backward pass; routing and noise are not drawn again.
+            importance: whether to compute the importance loss.
         """
-        if mapper_input is None:
-            if cross is None:
-                raise ValueError("MoPESwinEncoder: needs cross, or mapper_input and route_weights")
-            mapper_input = self.mapper(cross)
-        mapped = self.mapped_prompts(mapper_input)
-        x = self.patch_norm(rearrange(self.patch_embed(pixel_values), "b c y x -> b (y x) c"))
-        x = torch.cat([self.prompt_dropout(self.input_prompts).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        mapped: list[Tensor | None] = [None] * len(self.stages)
+        if self.mapper is not None:
+            if mapper_input is None:
+                if cross is None:
+                    raise ValueError("MoPESwinEncoder: needs cross, or mapper_input and route_weights")
+                first: Any = self.mapper[0]
+                mapper_input = self.mapper(cross.to(first.weight.dtype))
+            mapped = [*self.mapped_prompts(mapper_input)]
+        x = self.patch_norm(rearrange(self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)), "b c y x -> b (y x) c"))
+        if self.input_prompts is not None:
+            x = torch.cat([self.prompt_dropout(self.input_prompts).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
         rows = None if route_weights is None else self._rows(route_weights)
         routed: list[Routing] = []
         for stage, blocks in enumerate(self.blocks()):
-            for block in blocks:
+            for i, block in enumerate(blocks):
                 routing = None
                 if rows is not None:
                     routing = next(rows)
@@ -254,13 +349,18 @@ class MoPESwinEncoder(nn.Module):
                     noise = block.router.sample_noise(len(x), always=router_noise)
                     routing = block.route(x, cross, noise, top_k)
                     routed.append(routing)
-                x = block(x, routing, mapped[stage])
+                # The first block of a stage takes the prompts that arrive, unless routing is given for it.
+                if self.num_prompts and (i or routing is not None):
+                    x = block.with_prompts(x, routing, mapped[stage])
+                x = checkpoint(block, x, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(x)
             if stage < len(self.merges):
                 x = self.merges[stage](x)
         features: Tensor = self.norm(x).mean(1)
-        losses = [mope_kernels.importance_loss(r.probs, threshold=self.importance_threshold, impl=self.impl) for r in routed]
-        importance = torch.stack(losses).mean() if losses else features.new_zeros(())
-        return SwinOutput(features, importance, tuple(routed))
+        losses = [
+            mope_kernels.importance_loss(r.probs, threshold=self.importance_threshold, impl=self.impl) for r in routed if importance
+        ]
+        importance_loss = torch.stack(losses).mean() if losses else features.new_zeros(())
+        return SwinOutput(features, importance_loss, tuple(routed))
 
     def _rows(self, route_weights: Tensor) -> Iterator[Routing]:
         """Dense routing of each block."""
@@ -276,7 +376,14 @@ class MoPESwinEncoder(nn.Module):
 
 
 def encoder_for(model: SwinModel, **options: Any) -> MoPESwinEncoder:
-    """A prompted encoder of the sizes and with the weights of a transformers `SwinModel`."""
+    """A prompted encoder of the sizes of a transformers `SwinModel`, with copies of its weights in their dtype, on its device.
+
+    The model itself is not changed, and nothing is shared with it. Its dropout and stochastic depth are left out.
+
+    Raises:
+        ValueError: its config asks for what the encoder does not have; the message names it.
+    """
+    find_architecture(model, "vision")
     config: Any = model.config
     encoder = MoPESwinEncoder(
         image_size=config.image_size,
@@ -289,5 +396,12 @@ def encoder_for(model: SwinModel, **options: Any) -> MoPESwinEncoder:
         eps=config.layer_norm_eps,
         **options,
     )
+    encoder.config = copy.deepcopy(config)
+    encoder.to(model.device)
+    for module in encoder.frozen_modules():
+        module.to(model.dtype)
+    for stage in encoder.blocks():
+        for block in stage:
+            block.position_bias = block.position_bias.to(model.dtype)
     encoder.load_swin(model)
     return encoder

@@ -123,7 +123,7 @@ def test_unknown_architectures_are_refused_with_the_known_ones() -> None:
     unknown = transformers.DistilBertModel(
         transformers.DistilBertConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=32, vocab_size=9)
     )
-    with pytest.raises(ValueError, match=r"distilbert.*bert, clip_vision_model, dinov2, roberta, vit.*register_backbone"):
+    with pytest.raises(ValueError, match=r"distilbert.*bert, clip_vision_model, dinov2, roberta, swin, vit.*register_backbone"):
         MoPEForClassification(MoPEConfig(num_labels=2, method="text_only"), text=unknown)
     with pytest.raises(ValueError, match="Linear: model_type None is not known"):
         attach(nn.Linear(2, 2))

@@ -167,7 +167,7 @@ def test_a_block_says_what_it_lacks():
         block.route(x, torch.zeros(1, 8))
     routed = MoPESwinBlock(8, 1, 4, window_size=2, num_prompts=3, prompt_length=2, num_experts=2, cross_dim=8)
     routing = routed.route(x, torch.zeros(1, 8))
-    with pytest.raises(ValueError, match="this block has no prompts of its own"):
+    with pytest.raises(ValueError, match="this block has no experts to mix"):
         block(x, routing)
     with pytest.raises(ValueError, match="4 prompts where every block of the stage has 3"):
         routed(x, routing)
