@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -389,3 +391,12 @@ def test_blocks_that_would_drop_are_refused():
     with pytest.raises(RuntimeError, match=r"drop_path of a block would drop.* train\(\) and eval\(\)"):
         run(encoder, *inputs())
     run(encoder.train(), *inputs())
+
+
+def test_the_comparison_of_the_document_runs(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "migrate.md").read_text()
+    (code,) = (c for c in re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL) if "largest difference" in c)
+    pixels, cross = inputs()
+    exec(code, {"encoder": small_encoder(), "images": pixels, "psi": cross})
+    found = re.fullmatch(r"largest difference (\S+) of (\S+)\n", capsys.readouterr().out)
+    assert found and float(found[1]) < 1e-10 and float(found[2]) > 0.1
