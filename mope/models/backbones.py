@@ -250,7 +250,10 @@ def find_adapter(backbone: nn.Module, modality: str | None = None) -> BackboneAd
     """The adapter of a backbone that is prompted layer by layer; ValueError as in `find_architecture`, or if it is not."""
     adapter = find_architecture(backbone, modality)
     if not isinstance(adapter, BackboneAdapter):
-        raise ValueError(f"{type(backbone).__name__} is not prompted layer by layer: its prompts stand in windows")
+        raise ValueError(
+            f"{type(backbone).__name__} is not prompted layer by layer: give the model of transformers itself, without wrappers, "
+            "to MoPEForClassification"
+        )
     return adapter
 
 

@@ -100,6 +100,8 @@ class MoPEForClassification(SavedModel):
                     f"method {config.method!r} works on {' and '.join(config.modalities)}: "
                     f"{modality} must {'not ' if backbone is not None else ''}be given"
                 )
+        if isinstance(vision, MoPESwinEncoder):
+            raise ValueError("vision was given a MoPESwinEncoder, which holds the prompts of another model: give a SwinModel")
         self.config = config
         self.vision: nn.Module | None = None if vision is None else base_model(vision)
         self.text: nn.Module | None = None if text is None else base_model(text)

@@ -159,7 +159,7 @@ class MoPESwinEncoder(nn.Module):
         none: dict[str, Any] = dict.fromkeys(own, 0)
         use_mapped = use_mapped and cross_dim is not None
         self.num_prompts = static_length + prompt_length * (num_experts > 0) + use_mapped
-        self.importance_threshold, self.impl = importance_threshold, impl
+        self.image_size, self.importance_threshold, self.impl = image_size, importance_threshold, impl
         self.patch_embed = nn.Conv2d(3, embed_dim, patch_size, patch_size)
         self.patch_norm = nn.LayerNorm(embed_dim)
         bound = (6 / (3 * patch_size**2 + embed_dim)) ** 0.5 if bound is None else bound
@@ -324,7 +324,13 @@ class MoPESwinEncoder(nn.Module):
             top_k: experts for each item, None for all.
             checkpointing: recompute blocks in the backward pass; routing and noise are not drawn again.
             importance: whether to compute the importance loss.
+
+        Raises:
+            ValueError: images of another size, `cross` is missing, or `route_weights` has another shape.
         """
+        size, shape = self.image_size, tuple(pixel_values.shape)
+        if shape[1:] != (3, size, size):
+            raise ValueError(f"MoPESwinEncoder: pixel_values must be (B, 3, {size}, {size}), got {shape}")
         mapped: list[Tensor | None] = [None] * len(self.stages)
         if self.mapper is not None:
             if mapper_input is None:

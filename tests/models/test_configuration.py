@@ -25,6 +25,19 @@ def test_what_follows_from_other_fields_is_filled_in() -> None:
     assert MoPEConfig(num_labels=2).id2label == {0: "LABEL_0", 1: "LABEL_1"}
 
 
+def test_presets() -> None:
+    """As published."""
+    v4 = MoPEConfig.preset("mope-v4", num_labels=23, problem_type="multi_label")
+    assert (v4.num_experts, v4.prompt_length, v4.static_length, v4.cross_prompt_length, v4.mapper_hidden) == (4, 6, 6, 4, 384)
+    assert (v4.temperature, v4.noise_std, v4.router_self_width, v4.router_cross_width) == (0.1, 1 / 256, 2, 8)
+    assert (v4.importance_weight, v4.importance_threshold, v4.prompt_dropout) == (0.01, 0.1, 0.1)
+    assert (v4.router_embedding, v4.prompt_owner, v4.train_top_k) == ("frozen", "instance", None)
+    assert v4.replace(router_embedding="learned") == MoPEConfig.preset("mope-v1", num_labels=23, problem_type="multi_label")
+    assert MoPEConfig.preset("mope-v4", num_labels=2, num_experts=16).num_experts == 16
+    with pytest.raises(ValueError, match=r"preset must be one of 'mope-v4', 'mope-v1', got 'mope'"):
+        MoPEConfig.preset("mope", num_labels=2)
+
+
 def test_unknown_keys_are_named() -> None:
     with pytest.warns(UserWarning, match="flavour, colour|colour, flavour"):
         config = MoPEConfig.from_dict({"num_labels": 2, "colour": 1, "flavour": 2})
@@ -60,6 +73,7 @@ def test_configs_do_not_change() -> None:
         ({"prompt_dropout": 1.0}, "prompt_dropout must be in"),
         ({"router_self_width": 0, "router_cross_width": 0}, "would see nothing"),
         ({"method": "static_mapped", "use_mapped": False}, "image_only"),
+        ({"prompt_owner": "window"}, "prompt_owner must be one of 'instance', 'reference'"),
         ({"padding_side": "both"}, "padding_side must be one of"),
     ],
 )

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, SwinConfig, SwinForImageClassification, SwinModel
 
 from mope import MoPEConfig, MoPEForClassification
 from mope.fused import MoPESwinBlock
+from mope.models import attach
 from mope.models.saving import describe
 from mope.models.swin import MoPESwinEncoder, encoder_for, swin_state_dict
+from mope.reference import load_reference_encoder
 
+from .test_swin import NothingOnTheHost
 from .tiny import backbone
 
 BATCH = 4
@@ -155,6 +161,55 @@ def test_is_the_published_composition() -> None:
     assert len(loads) == 2
     torch.testing.assert_close(output.importance_loss, importance)
     torch.testing.assert_close(output.loss, nn.functional.cross_entropy(output.logits, labels) + 0.5 * importance)
+
+
+GOLDEN = Path(__file__).parents[1] / "data" / "swin.safetensors"
+
+
+@pytest.mark.parametrize(("case", "owner"), [("b3", "reference"), ("b1", "reference"), ("b1", "instance")])
+def test_matches_the_released_code(case: str, owner: str) -> None:
+    """Its weights in a SwinModel, its prompts in what the config makes of one; its numbers, in float64 on random weights."""
+    numbers = load_file(GOLDEN)
+    with safe_open(GOLDEN, "pt") as file:
+        sizes = json.loads(file.metadata()["cfg"])
+    released = load_reference_encoder(
+        {n.removeprefix("sd."): t.double() if t.is_floating_point() else t for n, t in numbers.items() if n.startswith("sd.")},
+        num_heads=sizes["num_heads"],
+    )
+    stages = released.blocks()
+    depths = [len(stage) for stage in stages]
+    released.config = SwinConfig(embed_dim=released.input_prompts.shape[1], depths=depths, num_heads=sizes["num_heads"])
+    vision = SwinModel(released.config, add_pooling_layer=False).double()
+    vision.load_state_dict(released.swin_model()[1])
+    text = BertModel(BertConfig(num_hidden_layers=1, intermediate_size=8, vocab_size=8))
+    experts, length, _ = stages[0][1].experts.prompts.shape
+    config = MoPEConfig.preset(
+        "mope-v4", num_labels=2, num_experts=experts, prompt_length=length, static_length=length, prompt_owner=owner
+    )
+    config = config.replace(mapper_hidden=released.mapper[0].out_features)
+    model = MoPEForClassification(config, vision=vision, text=text).double().eval()
+    prompts = {n: t for n, t in released.state_dict().items() if n not in released.swin_tensors()}
+    missing, unknown = model.vision.load_state_dict(prompts, strict=False)
+    assert set(missing) == released.swin_tensors()
+    # First blocks are not routed.
+    assert set(unknown) == {f"stages.{s}.0.{name}" for s in range(len(depths)) for name in ("static", "experts.prompts")}
+    count = len(numbers[f"{case}.features"])
+    output = model.vision(numbers["pixel_values"][:count].double(), numbers["cross"][:count].double())
+    torch.testing.assert_close(output.features, numbers[f"{case}.features"], rtol=0, atol=1e-10)
+    torch.testing.assert_close(output.importance_loss, numbers[f"{case}.importance"][0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("owner", ["instance", "reference"])
+def test_the_host_never_waits(owner: str) -> None:
+    """From images and texts to gradients: see the trap in test_swin.py."""
+    with torch.device("meta"):
+        model = fusion(dtype=torch.float32, prompt_owner=owner, prompt_dropout=0.1)
+        pixels, ids = torch.empty(BATCH, 3, 56, 56), torch.empty(BATCH, 7, dtype=torch.long)
+        batch = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.empty_like(ids)}
+        labels = torch.empty(BATCH, dtype=torch.long)
+    with NothingOnTheHost():
+        model(**batch, labels=labels).loss.backward()
+    assert all(p.grad.is_meta for p in model.trainable_parameters())
 
 
 def test_prompts_start_as_published() -> None:
@@ -323,6 +378,12 @@ def test_what_a_swin_or_another_backbone_does_not_have_is_refused() -> None:
         MoPEForClassification(MoPEConfig(num_labels=2, method="text_only", prompt_owner="reference"), text=backbone("bert"))
     with pytest.raises(ValueError, match="text was given SwinModel, a vision model"):
         MoPEForClassification(MoPEConfig(num_labels=2), vision=swin(), text=swin())
+    with pytest.raises(ValueError, match="vision was given a MoPESwinEncoder"):
+        MoPEForClassification(MoPEConfig(num_labels=2, method="image_only"), vision=encoder_for(swin()))
+    with pytest.raises(ValueError, match="SwinModel is not prompted layer by layer"):
+        attach(swin())
+    with pytest.raises(ValueError, match=r"pixel_values must be \(B, 3, 56, 56\), got \(4, 3, 58, 58\)"):
+        fusion()(**{**inputs(), "pixel_values": torch.zeros(BATCH, 3, 58, 58)})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
