@@ -212,6 +212,21 @@ def test_the_host_never_waits(owner: str) -> None:
     assert all(p.grad.is_meta for p in model.trainable_parameters())
 
 
+def test_options_reach_every_block() -> None:
+    options = {"temperature": 0.7, "noise_std": 0.2, "renormalize": True, "router_self_width": 3, "router_cross_width": 5}
+    model = fusion(**options, prompt_init_bound=1e-3, prompt_dropout=0.2, router_embedding="learned", prompt_owner="reference")
+    routers = [block.router for stage in model.vision.blocks() for block in stage[1:]]
+    assert len(routers) == 2
+    for router in routers:
+        assert (router.temperature, router.noise_std, router.renormalize) == (0.7, 0.2, True)
+        assert (router.self_projection.out_features, router.cross_projection.out_features) == (3, 5)
+        assert isinstance(router.expert_embedding, nn.Parameter)
+    assert {block.prompt_owner for stage in model.vision.blocks() for block in stage} == {"reference"}
+    assert model.vision.prompt_dropout.p == 0.2
+    assert model.vision.input_prompts.abs().max() <= 1e-3 and model.cross_blocks[0].static.abs().max() <= 1e-3
+    assert all(r.weights.shape == (BATCH, 2) for r in fusion(eval_top_k=2).eval()(**inputs()).routing)
+
+
 def test_prompts_start_as_published() -> None:
     model = fusion(prompt_length=50, static_length=50)
     bound = (6 / (3 * 16 + 16)) ** 0.5
@@ -297,6 +312,16 @@ def test_noise_and_dropout_in_training_only() -> None:
         model.eval()
         assert torch.equal(model(**batch).logits, model(**batch).logits)
         assert torch.equal(model(**batch, router_noise=True).logits, model(**batch).logits) == (not options["noise_std"])
+
+
+def test_nothing_else_differs_in_training() -> None:
+    """The mapper's BatchNorm is an affine map; no stochastic depth, no dropout of the frozen encoders."""
+    model, batch = fusion(noise_std=0.0), inputs()
+    statistics = model.vision.mapper[1]
+    torch.nn.init.normal_(statistics.running_mean)
+    before = statistics.running_mean.clone()
+    torch.testing.assert_close(model.train()(**batch).logits, model.eval()(**batch).logits, rtol=1e-12, atol=1e-12)
+    assert torch.equal(statistics.running_mean, before)
 
 
 def test_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
