@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from mope_kernels import __version__
 
     from .models import MoPEConfig, MoPEForClassification, register_backbone
-    from .reference import accelerate, load_reference_encoder
+    from .reference.accelerate import accelerate
+    from .reference.encoder import load_reference_encoder
 
 __all__ = [
     "MoPEConfig",

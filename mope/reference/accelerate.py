@@ -2,228 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator
-from operator import attrgetter
-from typing import Any, cast
+from torch import nn
 
-import torch
-from torch import Tensor, nn
-
-import mope_kernels
-from mope.fused.swin import MoPESwinBlock, position_bias
-from mope_kernels import Routing
-from mope_kernels.reference import autocast_off
-
+from . import live_bert, live_swin
 from .encoder import MODES
-
-# Written as numbers in the released code.
-TEMPERATURE, NOISE_STD, IMPORTANCE_THRESHOLD = 0.1, 1 / 16**2, 0.1
-# Never on in the released models, and not repeated here.
-_DROPOUTS = ("drop_path", "attn.attn_drop", "attn.proj_drop")
-
-
-class _Accelerated(nn.Module):
-    """In front of a released class it replaces methods and adds no state: parameters, keys and the optimizer stay as they are."""
-
-    released: Any
-    prompt_owner: str
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class was made here and cannot be found by name: copies and pickles make it again.
-        state = {name: value for name, value in self.__dict__.items() if name != "_looked_up"}
-        return _remake, (self.released, self.prompt_owner), state
-
-    def extra_repr(self) -> str:
-        return ", ".join(filter(None, (super().extra_repr(), f"accelerated, prompt_owner={self.prompt_owner}")))
-
-
-class _Block(_Accelerated):
-    """A released block has what `MoPESwinBlock` computes with, under other names."""
-
-    attn: Any
-    input_resolution: tuple[int, int]
-    shift_size: int
-    impl = "auto"
-    qkv = property(lambda self: self.attn.qkv)
-    proj = property(lambda self: self.attn.proj)
-    resolution = property(lambda self: self.input_resolution[0])
-    shift = property(lambda self: self.shift_size)
-    mm_prompt_self_proj: nn.Linear
-    mm_prompt_cross_proj: nn.Linear
-    mm_frozen_expert_key_embed: Tensor
-
-    @property
-    def position_bias(self) -> Tensor:
-        """Looked up again only when the table was written to, moved or cast."""
-        table = self.attn.relative_position_bias_table
-        if table.requires_grad:
-            return position_bias(table, self.attn.window_size[0])
-        key = (table._version, table.data_ptr(), table.device, table.dtype)
-        if self.__dict__.get("_looked_up", (None,))[0] != key:
-            # Also when a model is first used in inference mode: what is made there could not be trained with later.
-            with torch.inference_mode(False), torch.no_grad():
-                self.__dict__["_looked_up"] = key, position_bias(table, self.attn.window_size[0])
-        return self.__dict__["_looked_up"][1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, P + R*R, C) -> (B, P + R*R, C)."""
-        if dropping := [name for name in _DROPOUTS if _drops(attrgetter(name)(self))]:
-            raise RuntimeError(
-                f"accelerate: {', '.join(dropping)} of a block would drop, which is not supported. The released encoder's "
-                "train() and eval() both turn it off: call one of them first"
-            )
-        return MoPESwinBlock.forward(cast(Any, self), x)
-
-    def route(self, x: Tensor, cross: Tensor) -> Routing:
-        """(B, P + R*R, C), (B, Cc) -> `Routing`. Noise is added in eval mode too, as the released code does."""
-        keys = self.mm_frozen_expert_key_embed
-        noise = torch.randn(len(x), keys.shape[1], device=x.device) * NOISE_STD
-        with autocast_off(x.device):
-            pooled = x.mean(1, dtype=keys.dtype)
-            query = torch.cat([self.mm_prompt_self_proj(pooled), self.mm_prompt_cross_proj(cross.to(keys.dtype))], dim=1)
-            logits = query @ keys
-        return mope_kernels.route(logits, temperature=TEMPERATURE, noise=noise.to(logits.dtype), impl=self.impl)
-
-
-class _Encoder(_Accelerated):
-    """The routed forward, without windows in memory, copies of the experts for each item, or waiting for the device.
-
-    The other methods of the released encoder run unchanged over accelerated blocks.
-    """
-
-    layers: Any
-    norm: nn.Module
-    num_prompts: int
-    incorporate_prompt: Any
-    mm_prompt_instruction_proj: nn.Module
-    prompt_proj_act: nn.Module
-    prompt_dropout: nn.Module
-
-    def forward_features_instruct_multimodal_moe(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """(B, 3, S, S), psi (B, Cc) -> features (B, C), all rows (B, N, C), {"importance_loss": ()}."""
-        x = self.incorporate_prompt(x)
-        mapper_input = self.mm_prompt_instruction_proj(y)
-        # All of them before the first block: random numbers are drawn in the released order.
-        mapped = [
-            self.prompt_dropout(self.prompt_proj_act(getattr(self, f"prompt_proj_{stage}")(mapper_input)))[:, None]
-            for stage in range(len(self.layers))
-        ]
-        losses = []
-        for stage, layer in enumerate(self.layers):
-            # (1 + K, depth, l, C): the static prompts come first.
-            own = getattr(self, f"deep_prompt_embeddings_{stage}")
-            for i, (block, static, experts) in enumerate(zip(layer.blocks, own[0].unbind(0), own[1:].unbind(1), strict=True)):
-                if i:
-                    routing = block.route(x, y)
-                    losses.append(mope_kernels.importance_loss(routing.probs, threshold=IMPORTANCE_THRESHOLD))
-                    dynamic = mope_kernels.mix_prompts(experts, routing.weights, routing.indices)
-                    x = torch.cat([static.expand(len(x), -1, -1), dynamic, mapped[stage], x[:, self.num_prompts :]], dim=1)
-                x = block(x)
-            if layer.downsample is not None:
-                x = layer.downsample(x)
-        rows = self.norm(x)
-        return rows.mean(1), rows, {"importance_loss": torch.stack(losses).mean()}
-
-
-@functools.cache
-def _class_for(released: Any, prompt_owner: str) -> type[_Accelerated]:
-    """Instances stay instances of the released class, under its name."""
-    ours = _Encoder if hasattr(released, "incorporate_prompt") else _Block
-    members = {"released": released, "prompt_owner": prompt_owner, "__module__": released.__module__}
-    return cast(type[_Accelerated], type(released.__name__, (ours, released), members))
-
-
-def _remake(released: Any, prompt_owner: str) -> nn.Module:
-    made = _class_for(released, prompt_owner)
-    return made.__new__(made)
-
-
-def _drops(module: nn.Module) -> bool:
-    """Dropout or timm's DropPath, switched on."""
-    return module.training and any(getattr(module, name, None) for name in ("p", "drop_prob"))
-
-
-def _blocks(encoder: Any) -> Iterator[tuple[str, nn.Module]]:
-    for stage, layer in enumerate(encoder.layers):
-        for i, block in enumerate(layer.blocks):
-            yield f"layers.{stage}.blocks.{i}", block
-
-
-# What the code above reads.
-_ENCODER_PARTS = [
-    *("forward_features_instruct_multimodal_moe", "incorporate_prompt", "num_prompts", "norm"),
-    *("prompt_dropout", "prompt_proj_act", "mm_prompt_instruction_proj"),
-]
-_BLOCK_PARTS = [
-    *("forward_mm_moe", "num_prompts", "num_heads", "input_resolution", "window_size", "shift_size", "norm1", "norm2", "mlp"),
-    *("mm_prompt_self_proj", "mm_prompt_cross_proj", "mm_frozen_expert_key_embed"),
-    *("attn.qkv", "attn.proj", "attn.scale", "attn.window_size", "attn.relative_position_bias_table"),
-    *_DROPOUTS,
-]
-
-
-def _missing(module: nn.Module, parts: Iterable[str]) -> list[str]:
-    """Those of `parts`, dots in them, that `module` lacks."""
-    missing = []
-    for part in parts:
-        try:
-            attrgetter(part)(module)
-        except AttributeError:
-            missing.append(part)
-    return missing
-
-
-def _differences(encoder: Any) -> Iterator[str]:
-    """How a module with deep prompts is not the released prompted Swin Transformer."""
-    try:
-        blocks, stages = dict(_blocks(encoder)), range(len(encoder.layers))
-    except AttributeError as error:
-        yield str(error)
-        return
-    parts = (f"{part}_{stage}" for part in ("deep_prompt_embeddings", "prompt_proj") for stage in stages)
-    if missing := _missing(encoder, (*_ENCODER_PARTS, *parts)):
-        yield f"{', '.join(missing)} missing"
-        return
-    for stage, layer in enumerate(encoder.layers):
-        if getattr(encoder, f"deep_prompt_embeddings_{stage}").shape[1] != len(layer.blocks):
-            yield f"deep_prompt_embeddings_{stage} is not for {len(layer.blocks)} blocks"
-        if _has_hooks(layer):
-            yield f"layers.{stage} has hooks, which would not run"
-    if "forward_features_instruct_multimodal_moe" in vars(encoder):
-        yield "forward_features_instruct_multimodal_moe was replaced on the instance"
-    for name, block in blocks.items():
-        yield from (f"{name}{problem}" for problem in _block_differences(block))
-
-
-def _block_differences(block: Any) -> Iterator[str]:
-    if missing := _missing(block, _BLOCK_PARTS):
-        yield f": {', '.join(missing)} missing"
-        return
-    if len(set(block.input_resolution)) != 1 or block.input_resolution[0] % block.window_size:
-        yield f" has input_resolution {block.input_resolution}, not a square of windows of {block.window_size}"
-    if getattr(block, "prompt_location", "prepend") != "prepend":
-        yield f" has prompt_location {block.prompt_location!r}, not 'prepend'"
-    if block.attn.scale != (block.norm1.normalized_shape[0] // block.num_heads) ** -0.5:
-        yield f".attn has scale {block.attn.scale}, not (C / H)^-0.5"
-    if _has_hooks(block.attn):
-        yield ".attn has hooks, which would not run"
-    if "forward" in vars(block) or "forward_mm_moe" in vars(block):
-        yield " has its forward replaced on the instance"
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
-
-
-def _released(module: nn.Module) -> Any:
-    return module.released if isinstance(module, _Accelerated) else type(module)
+from .live import Accelerated, replace
 
 
 class Acceleration:
     """What `accelerate` did to a model.
 
-    modules: the accelerated modules by name, encoders and their blocks.
+    modules: by name, those that compute otherwise now.
     """
 
     def __init__(self, modules: dict[str, nn.Module], mode: str) -> None:
@@ -232,9 +21,8 @@ class Acceleration:
     def undo(self) -> None:
         """Give every module its released class back; a second time it does nothing."""
         for module in self.modules.values():
-            if isinstance(module, _Accelerated):
-                module.__class__ = module.released
-                module.__dict__.pop("_looked_up", None)
+            if isinstance(module, Accelerated):
+                module.restore()
 
     def __repr__(self) -> str:
         return f"Acceleration(mode={self.mode!r}, modules={list(self.modules)})"
@@ -243,16 +31,18 @@ class Acceleration:
 def accelerate(model: nn.Module, *, mode: str = "reference") -> Acceleration:
     """Give a live model of the released code this library's forward, in place.
 
-    Every prompted Swin Transformer in `model` keeps its parameters, state-dict keys, return values, dropout and router noise (drawn
-    on the device, in the released order) and computes without windows in memory and without waiting for the device. An optimizer
-    made before keeps working. The class of encoders and blocks changes, to one that inherits the released class; copies and pickles
-    are accelerated too. Calling it again sets the mode.
+    Every prompted Swin Transformer and prompted BERT classifier in `model` keeps its parameters, state-dict keys, return values,
+    dropout and router noise, and computes without windows in memory, without attention matrices, and without waiting for the
+    device. An optimizer made before keeps working. The class of the modules changes, to one that inherits the released class;
+    copies and pickles are accelerated too. Calling it again sets the mode.
 
-    Position biases are looked up once for each table that needs no gradient; a table written to through `.data` is not noticed.
+    In the Swin Transformer random numbers are drawn in the released order, the routers' noise on the device. In BERT prompts are
+    keys and values only, so attention dropout draws others. Position biases are looked up once for each table that needs no
+    gradient; a table written to through `.data` is not noticed.
 
     Args:
-        model: a released PromptedSwinTransformer, or anything that holds one. It is recognised by its parts, not by its class, so
-            changes to the released forward are not seen: compare once with and without, under one seed.
+        model: a released PromptedSwinTransformer or BertClassifier, or anything that holds one. They are recognised by their parts,
+            not by their class, so changes to the released forward are not seen: compare once with and without, under one seed.
         mode: "reference" repeats the released order of windows, in which items of a batch share prompts; "instance" gives each
             image its own. For one image they agree.
 
@@ -260,25 +50,35 @@ def accelerate(model: nn.Module, *, mode: str = "reference") -> Acceleration:
         The handle whose `undo()` restores the model.
 
     Raises:
-        ValueError: `mode` is neither, nothing in `model` is a prompted Swin Transformer, or one differs from the released code or
-            is part of a segmentation model; the message says how. The model is then as it was.
+        ValueError: `mode` is neither, nothing in `model` is recognised, or something differs from the released code or is part of
+            a segmentation model; the message says how. The model is then as it was.
     """
     if mode not in MODES:
         raise ValueError(f"accelerate: mode must be one of {', '.join(MODES)}, got {mode!r}")
-    encoders = {name: module for name, module in model.named_modules() if hasattr(module, "deep_prompt_embeddings_0")}
-    problems = [f"{name} is a segmentation model" for name, module in model.named_modules() if hasattr(module, "segmentor")]
-    for name, encoder in encoders.items():
-        problems += [f"{name or type(encoder).__name__}: {problem}" for problem in _differences(encoder)]
-    if not encoders:
-        problems.append(f"{type(model).__name__} holds no prompted Swin Transformer (nothing has deep_prompt_embeddings_0)")
+    modules: dict[str, nn.Module] = {}
+    replacements: list[tuple[nn.Module, type[Accelerated]]] = []
+    problems = []
+    for name, module in model.named_modules():
+        if hasattr(module, "segmentor"):
+            problems.append(f"{name or type(module).__name__} is a segmentation model")
+        for kind in (live_swin, live_bert):
+            if not kind.recognise(module):
+                continue
+            if differences := list(kind.differences(module)):
+                problems += [f"{name or type(module).__name__}: {difference}" for difference in differences]
+                continue
+            for inner, (part, ours) in kind.replaced(module).items():
+                modules[f"{name}.{inner}".strip(".")] = part
+                replacements.append((part, ours))
+    if not problems and not modules:
+        problems.append(
+            f"{type(model).__name__} holds neither a prompted Swin Transformer (nothing has deep_prompt_embeddings_0) nor a "
+            "prompted BERT classifier (nothing has bert_encoder and prompt_vector)"
+        )
     if problems:
         raise ValueError(
             "accelerate: " + "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         )
-    modules: dict[str, nn.Module] = {}
-    for name, encoder in encoders.items():
-        modules[name] = encoder
-        modules |= {f"{name}.{block}".lstrip("."): module for block, module in _blocks(encoder)}
-    for module in modules.values():
-        cast(Any, module).__class__ = _class_for(_released(module), mode)
+    for part, ours in replacements:
+        replace(part, ours, mode)
     return Acceleration(modules, mode)

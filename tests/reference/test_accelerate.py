@@ -190,7 +190,7 @@ def test_parameters_keys_and_classes_stay():
     encoder = model.vision_model.encoder
     assert isinstance(encoder, PromptedSwin) and type(encoder).__name__ == "PromptedSwin"
     assert isinstance(encoder.layers[0].blocks[0], stand_in_swin.Block)
-    assert "accelerated, prompt_owner=reference" in repr(model)
+    assert "accelerated, mode=reference" in repr(model)
 
 
 def test_an_optimizer_made_before_keeps_working():
@@ -255,7 +255,7 @@ def test_copies_are_accelerated_and_apart(how):
     assert not {id(p) for p in copy_of.parameters()} & {id(p) for p in model.parameters()}
     handle.undo()
     # The copy is as it was; a handle to it comes from another call.
-    assert "prompt_owner=instance" in repr(copy_of) and "accelerated" not in repr(model)
+    assert "mode=instance" in repr(copy_of) and "accelerated" not in repr(model)
     accelerate(copy_of).undo()
     assert "accelerated" not in repr(copy_of)
     assert type(copy_of.vision_model.encoder) is PromptedSwin
@@ -354,7 +354,7 @@ def break_encoder(change: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("nothing prompted", "Linear holds no prompted Swin Transformer"),
+        ("nothing prompted", "Linear holds neither a prompted Swin Transformer"),
         ("segmentation", "0 is a segmentation model"),
         ("no layers", "0: 'PromptedSwin' object has no attribute 'layers'"),
         ("encoder part", "0: mm_prompt_instruction_proj missing"),

@@ -1,0 +1,182 @@
+"""The released prompted Swin Transformer with this library's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+import mope_kernels
+from mope.fused.swin import MoPESwinBlock, position_bias
+from mope_kernels import Routing
+from mope_kernels.reference import autocast_off
+
+from .live import Accelerated, has_hooks, missing
+
+# Written as numbers in the released code.
+TEMPERATURE, NOISE_STD, IMPORTANCE_THRESHOLD = 0.1, 1 / 16**2, 0.1
+# Never on in the released models, and not repeated here.
+_DROPOUTS = ("drop_path", "attn.attn_drop", "attn.proj_drop")
+
+
+class Block(Accelerated):
+    """A released block has what `MoPESwinBlock` computes with, under other names."""
+
+    attn: Any
+    input_resolution: tuple[int, int]
+    shift_size: int
+    impl = "auto"
+    prompt_owner = property(lambda self: self.mode)
+    qkv = property(lambda self: self.attn.qkv)
+    proj = property(lambda self: self.attn.proj)
+    resolution = property(lambda self: self.input_resolution[0])
+    shift = property(lambda self: self.shift_size)
+    mm_prompt_self_proj: nn.Linear
+    mm_prompt_cross_proj: nn.Linear
+    mm_frozen_expert_key_embed: Tensor
+
+    @property
+    def position_bias(self) -> Tensor:
+        """Looked up again only when the table was written to, moved or cast."""
+        table = self.attn.relative_position_bias_table
+        if table.requires_grad:
+            return position_bias(table, self.attn.window_size[0])
+        key = (table._version, table.data_ptr(), table.device, table.dtype)
+        if self.__dict__.get("_cached_position_bias", (None,))[0] != key:
+            # Also when a model is first used in inference mode: what is made there could not be trained with later.
+            with torch.inference_mode(False), torch.no_grad():
+                self.__dict__["_cached_position_bias"] = key, position_bias(table, self.attn.window_size[0])
+        return self.__dict__["_cached_position_bias"][1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, P + R*R, C) -> (B, P + R*R, C)."""
+        if dropping := [name for name in _DROPOUTS if _drops(attrgetter(name)(self))]:
+            raise RuntimeError(
+                f"accelerate: {', '.join(dropping)} of a block would drop, which is not supported. The released encoder's "
+                "train() and eval() both turn it off: call one of them first"
+            )
+        return MoPESwinBlock.forward(cast(Any, self), x)
+
+    def route(self, x: Tensor, cross: Tensor) -> Routing:
+        """(B, P + R*R, C), (B, Cc) -> `Routing`. Noise is added in eval mode too, as the released code does."""
+        keys = self.mm_frozen_expert_key_embed
+        noise = torch.randn(len(x), keys.shape[1], device=x.device) * NOISE_STD
+        with autocast_off(x.device):
+            pooled = x.mean(1, dtype=keys.dtype)
+            query = torch.cat([self.mm_prompt_self_proj(pooled), self.mm_prompt_cross_proj(cross.to(keys.dtype))], dim=1)
+            logits = query @ keys
+        return mope_kernels.route(logits, temperature=TEMPERATURE, noise=noise.to(logits.dtype), impl=self.impl)
+
+
+class Encoder(Accelerated):
+    """The routed forward, without windows in memory, copies of the experts for each item, or waiting for the device.
+
+    The other methods of the released encoder run unchanged over accelerated blocks.
+    """
+
+    layers: Any
+    norm: nn.Module
+    num_prompts: int
+    incorporate_prompt: Any
+    mm_prompt_instruction_proj: nn.Module
+    prompt_proj_act: nn.Module
+    prompt_dropout: nn.Module
+
+    def forward_features_instruct_multimodal_moe(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """(B, 3, S, S), psi (B, Cc) -> features (B, C), all rows (B, N, C), {"importance_loss": ()}."""
+        x = self.incorporate_prompt(x)
+        mapper_input = self.mm_prompt_instruction_proj(y)
+        # All of them before the first block: random numbers are drawn in the released order.
+        mapped = [
+            self.prompt_dropout(self.prompt_proj_act(getattr(self, f"prompt_proj_{stage}")(mapper_input)))[:, None]
+            for stage in range(len(self.layers))
+        ]
+        losses = []
+        for stage, layer in enumerate(self.layers):
+            # (1 + K, depth, l, C): the static prompts come first.
+            own = getattr(self, f"deep_prompt_embeddings_{stage}")
+            for i, (block, static, experts) in enumerate(zip(layer.blocks, own[0].unbind(0), own[1:].unbind(1), strict=True)):
+                if i:
+                    routing = block.route(x, y)
+                    losses.append(mope_kernels.importance_loss(routing.probs, threshold=IMPORTANCE_THRESHOLD))
+                    dynamic = mope_kernels.mix_prompts(experts, routing.weights, routing.indices)
+                    x = torch.cat([static.expand(len(x), -1, -1), dynamic, mapped[stage], x[:, self.num_prompts :]], dim=1)
+                x = block(x)
+            if layer.downsample is not None:
+                x = layer.downsample(x)
+        rows = self.norm(x)
+        return rows.mean(1), rows, {"importance_loss": torch.stack(losses).mean()}
+
+
+def _drops(module: nn.Module) -> bool:
+    """Dropout or timm's DropPath, switched on."""
+    return module.training and any(getattr(module, name, None) for name in ("p", "drop_prob"))
+
+
+def _blocks(encoder: Any) -> Iterator[tuple[str, nn.Module]]:
+    for stage, layer in enumerate(encoder.layers):
+        for i, block in enumerate(layer.blocks):
+            yield f"layers.{stage}.blocks.{i}", block
+
+
+# What the code above reads.
+_ENCODER_PARTS = [
+    *("forward_features_instruct_multimodal_moe", "incorporate_prompt", "num_prompts", "norm"),
+    *("prompt_dropout", "prompt_proj_act", "mm_prompt_instruction_proj"),
+]
+_BLOCK_PARTS = [
+    *("forward_mm_moe", "num_prompts", "num_heads", "input_resolution", "window_size", "shift_size", "norm1", "norm2", "mlp"),
+    *("mm_prompt_self_proj", "mm_prompt_cross_proj", "mm_frozen_expert_key_embed"),
+    *("attn.qkv", "attn.proj", "attn.scale", "attn.window_size", "attn.relative_position_bias_table"),
+    *_DROPOUTS,
+]
+
+
+def recognise(module: nn.Module) -> bool:
+    return hasattr(module, "deep_prompt_embeddings_0")
+
+
+def replaced(encoder: nn.Module) -> dict[str, tuple[nn.Module, type[Accelerated]]]:
+    """What gets other methods, by name within the encoder."""
+    return {"": (encoder, Encoder)} | {name: (block, Block) for name, block in _blocks(encoder)}
+
+
+def differences(encoder: Any) -> Iterator[str]:
+    """How a module with deep prompts is not the released prompted Swin Transformer."""
+    try:
+        blocks, stages = dict(_blocks(encoder)), range(len(encoder.layers))
+    except AttributeError as error:
+        yield str(error)
+        return
+    parts = (f"{part}_{stage}" for part in ("deep_prompt_embeddings", "prompt_proj") for stage in stages)
+    if lacking := missing(encoder, (*_ENCODER_PARTS, *parts)):
+        yield f"{', '.join(lacking)} missing"
+        return
+    for stage, layer in enumerate(encoder.layers):
+        if getattr(encoder, f"deep_prompt_embeddings_{stage}").shape[1] != len(layer.blocks):
+            yield f"deep_prompt_embeddings_{stage} is not for {len(layer.blocks)} blocks"
+        if has_hooks(layer):
+            yield f"layers.{stage} has hooks, which would not run"
+    if "forward_features_instruct_multimodal_moe" in vars(encoder):
+        yield "forward_features_instruct_multimodal_moe was replaced on the instance"
+    for name, block in blocks.items():
+        yield from (f"{name}{problem}" for problem in _block_differences(block))
+
+
+def _block_differences(block: Any) -> Iterator[str]:
+    if lacking := missing(block, _BLOCK_PARTS):
+        yield f": {', '.join(lacking)} missing"
+        return
+    if len(set(block.input_resolution)) != 1 or block.input_resolution[0] % block.window_size:
+        yield f" has input_resolution {block.input_resolution}, not a square of windows of {block.window_size}"
+    if getattr(block, "prompt_location", "prepend") != "prepend":
+        yield f" has prompt_location {block.prompt_location!r}, not 'prepend'"
+    if block.attn.scale != (block.norm1.normalized_shape[0] // block.num_heads) ** -0.5:
+        yield f".attn has scale {block.attn.scale}, not (C / H)^-0.5"
+    if has_hooks(block.attn):
+        yield ".attn has hooks, which would not run"
+    if "forward" in vars(block) or "forward_mm_moe" in vars(block):
+        yield " has its forward replaced on the instance"
