@@ -14,17 +14,20 @@ if TYPE_CHECKING:
     from .models import MoPEConfig, MoPEForClassification, register_backbone
     from .reference.accelerate import accelerate
     from .reference.encoder import load_reference_encoder
+    from .reference.loading import load_reference_checkpoint
 
 __all__ = [
     "MoPEConfig",
     "MoPEForClassification",
     "__version__",
     "accelerate",
+    "load_reference_checkpoint",
     "load_reference_encoder",
     "register_backbone",
 ]
 
-_ELSEWHERE = {"__version__": "mope_kernels", "accelerate": ".reference", "load_reference_encoder": ".reference"}
+_REFERENCE = ("accelerate", "load_reference_checkpoint", "load_reference_encoder")
+_ELSEWHERE = {"__version__": "mope_kernels", **dict.fromkeys(_REFERENCE, ".reference")}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: `mope demo`, `mope info`, `mope bench`, `mope build`."""
+"""The command line: `mope demo`, `mope bench`, `mope convert`, `mope info`, `mope build`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--fast", action="store_true", help="a few steps of everything: seconds, learns nothing")
     demo.set_defaults(command=_demo)
 
+    convert = commands.add_parser("convert", help="a checkpoint of the released code as safetensors, without running what is in it")
+    convert.add_argument("checkpoint", type=Path, metavar="CKPT", help="Lightning's .ckpt")
+    convert.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file to write, for mope.load_reference_checkpoint")
+    convert.set_defaults(command=_convert)
+
     info = commands.add_parser("info", help="versions, devices, which implementations run here and why the others do not")
     info.set_defaults(command=_info)
 
@@ -71,6 +76,23 @@ def _demo(options: argparse.Namespace) -> int:
     from mope.demo.run import demo
 
     demo(out=options.out, seeds=options.seeds, fast=options.fast, device=options.device, threads=options.threads)
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from mope.reference import read_reference_checkpoint
+
+    if options.out.suffix != ".safetensors":
+        print(f"mope convert: {options.out} must end in .safetensors", file=sys.stderr)
+        return 1
+    try:
+        checkpoint = read_reference_checkpoint(options.checkpoint)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"mope convert: {error}", file=sys.stderr)
+        return 1
+    checkpoint.save(options.out)
+    method = checkpoint.options.get("fuse_method", "not said")
+    print(f"{options.out}: {len(checkpoint.tensors)} tensors, fusion method {method}")
     return 0
 
 

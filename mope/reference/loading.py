@@ -1,0 +1,116 @@
+"""A checkpoint of the released code as a fusion model of this library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mope.models import MoPEConfig, MoPEForClassification
+from mope.models.backbones import base_model
+from mope.models.swin import swin_state_dict
+
+from .checkpoint import read_reference_checkpoint
+from .encoder import MODES, _prompt_tensors
+
+# Of the released text classifier and of first blocks: never used. The pooler plays no part either.
+_DEAD = re.compile(r"^(prompt_vectors\.|heads\.|bert_encoder\.pooler\.)|^head\.|\.blocks\.0\.mm_")
+_METHODS = ("mope", "instruct_mm_moe_t2v")
+
+
+def load_reference_checkpoint(
+    path: str | Path, *, vision: nn.Module, text: nn.Module, mode: str = "reference"
+) -> MoPEForClassification:
+    """A `.ckpt` of the released code (`--fuse_method mope`), or what `mope convert` made of it, as a `MoPEForClassification`.
+
+    The checkpoint holds prompts, routers, mapper and head, and of the frozen encoders only what their names did not exclude: the
+    encoders are given again. What the checkpoint does hold of them has to be the same.
+
+    Args:
+        path: see `read_reference_checkpoint`.
+        vision: the transformers `SwinModel` that was trained on.
+        text: the transformers `BertModel` that was trained on.
+        mode: "reference", the released order of windows, or "instance"; see `load_reference_encoder`.
+
+    Returns:
+        The model in eval mode, without router noise, which the released code adds in evaluation too.
+
+    Raises:
+        ValueError: the file cannot be read or is of another method, tensors are missing, unknown or of another shape, or an encoder
+            is not the one that was trained on.
+    """
+    if mode not in MODES:
+        raise ValueError(f"load_reference_checkpoint: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    checkpoint = read_reference_checkpoint(path)
+    method = checkpoint.options.get("fuse_method", "mope")
+    if method not in _METHODS:
+        raise ValueError(f"{path}: was trained with --fuse_method {method}; only {' and '.join(_METHODS)} can be loaded")
+    vision_part, text_part = checkpoint.part("vision_classifier."), checkpoint.part("text_classifier.")
+    encoder = {name.removeprefix("encoder."): t for name, t in vision_part.items() if name.startswith("encoder.")}
+    needed = {
+        "vision_classifier.classifier.weight": vision_part.get("classifier.weight"),
+        "vision_classifier.encoder.deep_prompt_embeddings_0": encoder.get("deep_prompt_embeddings_0"),
+        "vision_classifier.encoder.mm_prompt_instruction_proj.0.weight": encoder.get("mm_prompt_instruction_proj.0.weight"),
+        "text_classifier.prompt_vector": text_part.get("prompt_vector"),
+    }
+    if missing := [name for name, tensor in needed.items() if tensor is None]:
+        raise ValueError(f"{path}: {', '.join(missing)} missing: this is no checkpoint of --fuse_method mope")
+
+    head, experts, mapper, text_prompts = (tensor for tensor in needed.values() if tensor is not None)
+    config = MoPEConfig.preset(
+        "mope-v4",
+        num_labels=len(head),
+        num_experts=experts.shape[0] - 1,
+        prompt_length=experts.shape[2],
+        static_length=experts.shape[2],
+        mapper_hidden=len(mapper),
+        cross_prompt_length=text_prompts.shape[1],
+        prompt_owner=mode,
+    )
+    known = {name for name in encoder if _DEAD.search(name) or _is_prompt(name)}
+    _check_backbone(path, "vision", {n: t for n, t in encoder.items() if n not in known}, swin_state_dict(base_model(vision)))
+    known = {"prompt_vector"} | {name for name in text_part if _DEAD.search(name)}
+    bert = {name.removeprefix("bert_encoder."): t for name, t in text_part.items() if name not in known}
+    _check_backbone(path, "text", bert, base_model(text).state_dict())
+
+    state = {f"head.0.{name.removeprefix('classifier.')}": t for name, t in vision_part.items() if name.startswith("classifier.")}
+    state |= {f"cross_blocks.{i}.static": prompt for i, prompt in enumerate(text_prompts)}
+    # Blocks that do not route have no prompts here.
+    first = re.compile(r"^stages\.\d+\.0\.")
+    state |= {f"vision.{name}": t for name, t in _prompt_tensors(encoder).items() if not first.match(name)}
+    model = MoPEForClassification(config, vision=vision, text=text)
+    try:
+        _check_shapes(path, state, model.trained_state_dict())
+    except ValueError:
+        # The encoders go back as they came.
+        model.detach()
+        raise
+    model.load_state_dict(state, strict=False)
+    return model.eval()
+
+
+def _is_prompt(name: str) -> bool:
+    return bool(_prompt_tensors({name: torch.empty(1, 0)})) or name.startswith("deep_prompt_embeddings_")
+
+
+def _check_shapes(path: str | Path, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    wrong = [f"{name} is missing" for name in sorted(wanted.keys() - state.keys())]
+    wrong += [f"{name} is unknown" for name in sorted(state.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & state.keys()):
+        if state[name].shape != wanted[name].shape:
+            wrong.append(f"{name} is {tuple(state[name].shape)}, expected {tuple(wanted[name].shape)}")
+    if wrong:
+        raise ValueError(f"{path}: {'; '.join(wrong[:8])}" + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+
+
+def _check_backbone(path: str | Path, modality: str, found: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """What a checkpoint holds of a frozen encoder tells which one it was."""
+    unknown = sorted(found.keys() - given.keys())
+    if unknown:
+        raise ValueError(f"{path}: the {modality} encoder has no {', '.join(unknown[:5])}")
+    for name, tensor in found.items():
+        if tensor.shape != given[name].shape or not torch.equal(tensor.float(), given[name].float().cpu()):
+            raise ValueError(f"{path}: was trained on another {modality} encoder than the one given: {name} differs")
