@@ -339,7 +339,7 @@ _FIELDS = ("variant", "kernel", "target", "warps", "registers", "spills", "stack
 
 
 def _print_table(found: Iterable[Report]) -> None:
-    row = "{:58} {:24} {:7} {:>5} {:>9} {:>6} {:>5} {:>7}  {}"
+    row = "{:76} {:24} {:7} {:>5} {:>9} {:>6} {:>5} {:>7}  {}"
     print(row.format(*_FIELDS))
     for each in found:
         *fields, matrix = dataclasses.astuple(each)

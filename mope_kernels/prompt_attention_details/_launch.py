@@ -55,7 +55,7 @@ _BIASED_HALF = {
 _MASKED_FLOAT = {
     32: (Blocks(16, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 16, 4, 2)),
     64: (Blocks(16, 16, 4, 2), Blocks(32, 16, 8, 2), Blocks(16, 16, 4, 2)),
-    128: (Blocks(16, 16, 8, 2), Blocks(32, 16, 4, 2), Blocks(16, 16, 8, 2)),
+    128: (Blocks(16, 16, 8, 2), Blocks(16, 16, 4, 2), Blocks(16, 16, 8, 2)),
 }
 
 
