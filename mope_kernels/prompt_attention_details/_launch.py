@@ -32,7 +32,8 @@ class Blocks(NamedTuple):
 
 # Widest head -> blocks of the forward, of the gradient of the queries, and of the gradients of keys and values.
 # 64 queries for each 4 warps is what Hopper's wgmma wants. Products of float32 use no tensor cores on NVIDIA, and their
-# operands live in registers. None of these spills on sm_80, sm_90, sm_100 or gfx942 (python -m mope_kernels.aot).
+# operands live in registers. Chosen by hand so that nothing spills on sm_80, sm_90, sm_100 and gfx942, which
+# `python -m mope_kernels.aot` checks.
 _HALF = {
     64: (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2)),
     128: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(32, 64, 4, 2)),
@@ -111,8 +112,8 @@ def same_strides(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 def needs_wide_offsets(*matrices: Tensor | None) -> bool:
     """Whether an offset within an (L,D) matrix of these tensors (...,L,D) can need more than 32 bits.
 
-    Where a matrix starts always has 64 bits. The offsets of its rows are computed in every loop, where 64 bits take 3 to 11 % more
-    instructions on sm_90 with operands of 16 bits, and 1 % with float32.
+    Where a matrix starts always has 64 bits. The offsets of its rows are computed in every loop, where 64 bits take up to an
+    eighth more instructions on sm_90 with operands of 16 bits, and hardly more with float32.
     """
     return any(t is not None and (t.shape[-2] - 1) * t.stride(-2) + t.shape[-1] > 2**31 for t in matrices)
 
