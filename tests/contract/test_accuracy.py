@@ -7,9 +7,9 @@ import torch
 
 from mope_kernels import reference
 from mope_kernels.testing import strided_variants
-from tests.kernels.numerics import DEVICE, check, dtypes_of
+from tests.kernels.numerics import DEVICE, FORWARD, assert_accurate, check, dtypes_of
 
-from .ops import MOPE_ATTENTION, OPS, PROMPT_ATTENTION, RUNS, Op, dtype_of, every, run_with_gradients
+from .ops import MOPE_ATTENTION, OPS, PROMPT_ATTENTION, RUNS, Op, dtype_of, every, require_gradients, run_with_gradients
 
 
 def number_of_draws(op: Op, impl: str, case: str) -> int:
@@ -33,6 +33,23 @@ def test_matches_float64(op, impl, case):
             *(tensors for tensors, _ in draws),
             grads_for=" ".join(op.differentiable),
         )
+
+
+@pytest.mark.parametrize("case", [c for c in PROMPT_ATTENTION.cases if c not in ("no prompts", "no tokens", "empty batch")])
+def test_sdpa_in_float32_without_gradients(case):
+    """On the CPU it is refused where gradients are needed, and is what runs where they are not."""
+    op = PROMPT_ATTENTION
+    draws = [op.draw(torch.float32, "cpu", **op.cases[case]) for _ in range(6)]
+    options = draws[0][1]
+    triples = []
+    for tensors, _ in draws:
+        exact = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
+        with torch.no_grad():
+            found = op.run("sdpa", options, require_gradients(tensors, op.leaves(tensors)))
+            triples.append((found[0], op.plain(options, tensors)[0], op.plain(options, exact)[0]))
+    assert_accurate("output", triples, FORWARD)
+    with pytest.raises(ValueError, match="approximates exp"):
+        op.run("sdpa", options, require_gradients(draws[0][0], ["prompt_value"]))
 
 
 @every(*RUNS)
