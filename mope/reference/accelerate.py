@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+
 from torch import nn
 
 from . import live_bert, live_swin
@@ -13,10 +15,11 @@ class Acceleration:
     """What `accelerate` did to a model.
 
     modules: by name, those that compute otherwise now.
+    unchanged: names of what has parameters and computes as before.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], mode: str) -> None:
-        self.modules, self.mode = modules, mode
+    def __init__(self, modules: dict[str, nn.Module], unchanged: list[str], mode: str) -> None:
+        self.modules, self.unchanged, self.mode = modules, unchanged, mode
 
     def undo(self) -> None:
         """Give every module its released class back; a second time it does nothing."""
@@ -25,16 +28,29 @@ class Acceleration:
                 module.restore()
 
     def __repr__(self) -> str:
-        return f"Acceleration(mode={self.mode!r}, modules={list(self.modules)})"
+        # Without the blocks of encoders.
+        names = [name for name in self.modules if not any(name != n and name.startswith(f"{n}.".lstrip(".")) for n in self.modules)]
+        return f"Acceleration(mode={self.mode!r}, accelerated={names}, unchanged={self.unchanged})"
+
+
+def _unchanged(name: str, module: nn.Module, changed: Collection[nn.Module]) -> Iterator[str]:
+    """The largest modules that hold parameters and neither are changed nor hold what is."""
+    if module in changed:
+        return
+    if any(inner in changed for inner in module.modules()):
+        for child_name, child in module.named_children():
+            yield from _unchanged(f"{name}.{child_name}".lstrip("."), child, changed)
+    elif any(True for _ in module.parameters()):
+        yield name
 
 
 def accelerate(model: nn.Module, *, mode: str = "reference") -> Acceleration:
     """Give a live model of the released code this library's forward, in place.
 
     Every prompted Swin Transformer and prompted BERT classifier in `model` keeps its parameters, state-dict keys, return values,
-    dropout and router noise, and computes without windows in memory, without attention matrices, and without waiting for the
-    device. An optimizer made before keeps working. The class of the modules changes, to one that inherits the released class;
-    copies and pickles are accelerated too. Calling it again sets the mode.
+    dropout and router noise, and computes with `mope_kernels.window_prompt_attention` and `prompt_attention`, without copying
+    experts for each item or waiting for the device. An optimizer made before keeps working. The class of the modules changes, to
+    one that inherits the released class; copies and pickles are accelerated too. Calling it again sets the mode.
 
     In the Swin Transformer random numbers are drawn in the released order, the routers' noise on the device. In BERT prompts are
     keys and values only, so attention dropout draws others. Position biases are looked up once for each table that needs no
@@ -47,7 +63,7 @@ def accelerate(model: nn.Module, *, mode: str = "reference") -> Acceleration:
             image its own. For one image they agree.
 
     Returns:
-        The handle whose `undo()` restores the model.
+        The handle whose `undo()` restores the model. It also says what computes as before.
 
     Raises:
         ValueError: `mode` is neither, nothing in `model` is recognised, or something differs from the released code or is part of
@@ -81,4 +97,4 @@ def accelerate(model: nn.Module, *, mode: str = "reference") -> Acceleration:
         )
     for part, ours in replacements:
         replace(part, ours, mode)
-    return Acceleration(modules, mode)
+    return Acceleration(modules, list(_unchanged("", model, set(modules.values()))), mode)

@@ -72,7 +72,7 @@ class Block(Accelerated):
 
 
 class Encoder(Accelerated):
-    """The routed forward, without windows in memory, copies of the experts for each item, or waiting for the device.
+    """The routed forward, without copying the experts for each item or waiting for the device.
 
     The other methods of the released encoder run unchanged over accelerated blocks.
     """
@@ -128,8 +128,8 @@ _ENCODER_PARTS = [
     *("prompt_dropout", "prompt_proj_act", "mm_prompt_instruction_proj"),
 ]
 _BLOCK_PARTS = [
-    *("forward_mm_moe", "num_prompts", "num_heads", "input_resolution", "window_size", "shift_size", "norm1", "norm2", "mlp"),
-    *("mm_prompt_self_proj", "mm_prompt_cross_proj", "mm_frozen_expert_key_embed"),
+    *("forward_mm_moe", "num_prompts", "num_heads", "input_resolution", "window_size", "shift_size", "norm2", "mlp"),
+    *("norm1.normalized_shape", "mm_prompt_self_proj", "mm_prompt_cross_proj", "mm_frozen_expert_key_embed"),
     *("attn.qkv", "attn.proj", "attn.scale", "attn.window_size", "attn.relative_position_bias_table"),
     *_DROPOUTS,
 ]
@@ -151,8 +151,8 @@ def differences(encoder: Any) -> Iterator[str]:
     except AttributeError as error:
         yield str(error)
         return
-    parts = (f"{part}_{stage}" for part in ("deep_prompt_embeddings", "prompt_proj") for stage in stages)
-    if lacking := missing(encoder, (*_ENCODER_PARTS, *parts)):
+    of_stages = ("deep_prompt_embeddings_{}", "prompt_proj_{}", "layers.{}.downsample")
+    if lacking := missing(encoder, _ENCODER_PARTS + [part.format(stage) for part in of_stages for stage in stages]):
         yield f"{', '.join(lacking)} missing"
         return
     for stage, layer in enumerate(encoder.layers):

@@ -193,6 +193,14 @@ def test_parameters_keys_and_classes_stay():
     assert "accelerated, mode=reference" in repr(model)
 
 
+def test_the_handle_says_what_is_accelerated_and_what_is_not():
+    model = fusion()
+    handle = accelerate(nn.ModuleDict({"classifier": model, "same": model.vision_model}))
+    assert list(handle.modules)[:2] == ["classifier.vision_model.encoder", "classifier.vision_model.encoder.layers.0.blocks.0"]
+    assert handle.unchanged == ["classifier.vision_model.classifier", "classifier.text_model", "same.classifier"]
+    assert "accelerated=['classifier.vision_model.encoder'], unchanged=['classifier.vision" in repr(handle)
+
+
 def test_an_optimizer_made_before_keeps_working():
     def train(with_acceleration: bool) -> tuple[Fusion, list[float]]:
         model, losses = fusion(), []
@@ -329,7 +337,7 @@ def break_encoder(change: str) -> nn.Module:
     elif change == "no layers":
         del encoder.layers
     elif change == "encoder part":
-        del encoder.mm_prompt_instruction_proj
+        del encoder.mm_prompt_instruction_proj, encoder.layers[0].downsample
     elif change == "prompts":
         encoder.deep_prompt_embeddings_1 = nn.Parameter(encoder.deep_prompt_embeddings_1[:, :2].detach())
     elif change == "block part":
@@ -357,7 +365,7 @@ def break_encoder(change: str) -> nn.Module:
         ("nothing prompted", "Linear holds neither a prompted Swin Transformer"),
         ("segmentation", "0 is a segmentation model"),
         ("no layers", "0: 'PromptedSwin' object has no attribute 'layers'"),
-        ("encoder part", "0: mm_prompt_instruction_proj missing"),
+        ("encoder part", r"0: mm_prompt_instruction_proj, layers\.0\.downsample missing"),
         ("prompts", "0: deep_prompt_embeddings_1 is not for 3 blocks"),
         ("block part", r"0: layers\.1\.blocks\.2: attn\.qkv missing"),
         ("resolution", r"blocks\.2 has input_resolution \(7, 14\), not a square of windows of 7"),
