@@ -42,7 +42,7 @@ _FLOAT = {
     16: (Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 2), Blocks(32, 16, 8, 2)),
     32: (Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 2), Blocks(32, 16, 4, 2)),
     64: (Blocks(16, 16, 4, 2), Blocks(32, 16, 8, 2), Blocks(16, 32, 8, 2)),
-    128: (Blocks(16, 16, 8, 2), Blocks(32, 16, 4, 2), Blocks(16, 32, 8, 2)),
+    128: (Blocks(16, 16, 8, 2), Blocks(16, 16, 4, 2), Blocks(16, 32, 8, 2)),
 }
 # Dropout takes registers for each score, a bias more of them, and in float32 a causal mask does too.
 _DROPPED_HALF = {
