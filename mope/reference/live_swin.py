@@ -42,7 +42,8 @@ class Block(Accelerated):
     def position_bias(self) -> Tensor:
         """Looked up again only when the table was written to, moved or cast."""
         table = self.attn.relative_position_bias_table
-        if table.requires_grad:
+        # A compiled graph would be made anew for every table that is kept.
+        if table.requires_grad or torch.compiler.is_compiling():
             return position_bias(table, self.attn.window_size[0])
         key = (table._version, table.data_ptr(), table.device, table.dtype)
         if self.__dict__.get("_cached_position_bias", (None,))[0] != key:

@@ -309,6 +309,18 @@ def test_training_after_a_first_use_in_inference_mode():
     assert_same(run(encoder, *inputs()), wanted)
 
 
+@pytest.mark.slow
+def test_compiles_into_one_graph():
+    encoder = small_encoder(depths=(1, 2))
+    wanted = run(encoder, *inputs())
+    accelerate(encoder)
+    compiled = torch.compile(encoder.forward_features_instruct_multimodal_moe, backend="aot_eager", fullgraph=True)
+    encoder.forward_features_instruct_multimodal_moe = compiled
+    assert_same(run(encoder, *inputs()), wanted)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_same(run(encoder, *inputs()), wanted)
+
+
 def test_autocast():
     """bfloat16 products: as near to float64 as the stand-in, whose router also rounds."""
     encoder = small_encoder().float()
