@@ -341,7 +341,9 @@ class MoPESwinEncoder(nn.Module):
             mapped = [*self.mapped_prompts(mapper_input)]
         x = self.patch_norm(rearrange(self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)), "b c y x -> b (y x) c"))
         if self.input_prompts is not None:
-            x = torch.cat([self.prompt_dropout(self.input_prompts).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+            # Each image drops others.
+            prompts = self.prompt_dropout(self.input_prompts.expand(len(x), -1, -1))
+            x = torch.cat([prompts.to(x.dtype), x], dim=1)
         rows = None if route_weights is None else self._rows(route_weights)
         routed: list[Routing] = []
         for stage, blocks in enumerate(self.blocks()):

@@ -171,3 +171,16 @@ def test_a_block_says_what_it_lacks():
         block(x, routing)
     with pytest.raises(ValueError, match="4 prompts where every block of the stage has 3"):
         routed(x, routing)
+
+
+def test_each_image_drops_prompts_of_its_own():
+    encoder, pixels, cross = example()
+    pixels, cross = pixels[:1].expand(2, -1, -1, -1), cross[:1].expand(2, -1)
+    torch.testing.assert_close(*encoder.eval()(pixels, cross).features)
+    for router in (m for m in encoder.modules() if hasattr(m, "noise_std")):
+        router.noise_std = 0.0
+    for mapper in encoder.stage_mappers:
+        torch.nn.init.zeros_(mapper[0].weight)
+        torch.nn.init.zeros_(mapper[0].bias)
+    one, other = encoder.train()(pixels, cross).features
+    assert not torch.equal(one, other)
