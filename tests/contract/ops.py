@@ -96,11 +96,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """Bit by bit, NaN included."""
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
-        assert torch.equal(tensor.nan_to_num(7.25), wanted[name].nan_to_num(7.25)), f"{name} differs"
-        assert torch.equal(tensor.isnan(), wanted[name].isnan()), f"NaN in {name} differ"
-
-
-# The router
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=0, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def _logits(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
@@ -163,9 +159,6 @@ IMPORTANCE_LOSS = Op(
 )
 
 
-# Prompts
-
-
 def _experts(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
     weights, indices, _ = reference.route(torch.randn(size["batch"], size["experts"], device=device), top_k=size["top_k"])
     shape = (size["experts"], size["prompts"], size["width"])
@@ -191,9 +184,6 @@ MIX_PROMPTS = Op(
     },
     small=frozenset({"one of everything"}),
 )
-
-
-# Attention
 
 
 def _lengths(size: Sizes, device: str) -> Tensor | None:
@@ -353,9 +343,6 @@ MOPE_ATTENTION = Op(
     },
     small=frozenset({"one of everything"}),
 )
-
-
-# Ops that so far are their definition only
 
 
 def _windows(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
