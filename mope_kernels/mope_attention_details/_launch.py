@@ -139,7 +139,7 @@ def mope_attention(
         BM=blocks.queries,
         BN=blocks.keys,
         PRECISION=dot_precision(query),
-        **blocks.options(query),
+        **blocks.options(query, dropped=dropout_p > 0.0),
     )
     return out, lse, probs, weights, indices
 

@@ -21,10 +21,10 @@ class Blocks(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def options(self, query: Tensor) -> dict[str, int]:
+    def options(self, query: Tensor, *, dropped: bool = False) -> dict[str, int]:
         """Options of the compiler."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if query.dtype == torch.float32 and not torch.version.hip:
+        if (query.dtype == torch.float32 or dropped) and not torch.version.hip:
             # Left to itself, NVIDIA's assembler spills a few registers of these to have more warps at once.
             options["maxnreg"] = 255
         return options
@@ -357,7 +357,7 @@ def prompt_attention(
         BM=blocks.queries,
         BN=blocks.keys,
         PRECISION=dot_precision(query),
-        **blocks.options(query),
+        **blocks.options(query, dropped=dropout_p > 0.0),
     )
     return out, lse
 
