@@ -50,6 +50,7 @@ class TextClassifier(Accelerated):
         unsupported |= {"prompt_depth_override": prompt_depth_override not in (None, len(layers))}
         if any(unsupported.values()):
             asked = ", ".join(name for name, given in unsupported.items() if given)
+            # Refused and not passed on to the released method: that one needs the patched BertLayer of its own environment.
             raise NotImplementedError(f"accelerate: {asked} of the released BertClassifier is not supported, undo() it first")
         device = self.bert_encoder.device
         encoded = self.tokenizer(text_input, return_tensors="pt", padding=True, truncation=True)

@@ -413,6 +413,7 @@ def every(
             for impl in impls:
                 if impl != "reference" and impl not in op.implementations:
                     continue
+                # Another run of the same test has it: the interpreter's half of `make test`, or `make gpu`.
                 reason = unavailable(impl)
                 marks = [pytest.mark.skip(reason)] if reason else []
                 marks += [pytest.mark.slow] if slow(op, impl) else []

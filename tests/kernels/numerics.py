@@ -38,6 +38,7 @@ def implementations(*names: str) -> pytest.MarkDecorator:
 
     The interpreter's half of the tests is a run of its own (`make test`), and a GPU's another (`make gpu`).
     """
+    # Skipped here is not left out: a name that no run can have would show as skipped in all of them.
     reasons = {name: unavailable(name) for name in names}
     return pytest.mark.parametrize(
         "impl", [pytest.param(n, marks=pytest.mark.skip(reasons[n])) if reasons[n] else n for n in names]

@@ -105,6 +105,7 @@ def _attend(inputs: Inputs) -> tuple[Tensor, Tensor]:
     inputs.validate()
     refusals = [reasons for kernel in (Flash, Cutlass) if (reasons := kernel.not_supported_reasons(inputs))]
     if len(refusals) == 2:
+        # The error that the library raises where no kernel takes the inputs.
         raise NotImplementedError(f"No operator found: {refusals}")
     query, key, value = (t.float().transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value))
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale)
@@ -137,6 +138,7 @@ def memory_efficient_attention_partial_autograd(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     if p:
+        # The error of the library, whose partial attention has no dropout.
         raise NotImplementedError("dropout is not supported.")
     return _attend(Inputs(query, key, value, attn_bias, p, scale, is_partial=True))
 
