@@ -39,9 +39,9 @@ def is_distributed() -> bool:
 def warn_of_local_batches() -> None:
     """In the released order of windows each process mixes prompts within its own part of the batch."""
     warnings.warn(
-        f"prompt_owner='reference' with {dist.get_world_size()} processes: prompts reach other items within the part of the batch that "
-        "a process holds, and the importance loss is that of this part, as in the released code. So results depend on the number of "
-        "processes; with prompt_owner='instance' they do not",
+        f"prompt_owner='reference' with {dist.get_world_size()} processes: prompts reach other items within the part of the batch "
+        "that a process holds, and the importance loss is that of this part, as in the released code. So results depend on the "
+        "number of processes; with prompt_owner='instance' they do not",
         stacklevel=4,
     )
 
