@@ -34,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
         "--threads", type=_positive, default=1, metavar="N", help="on the CPU (1: small models gain nothing from more)"
     )
     demo.add_argument("--fast", action="store_true", help="a few steps of everything: seconds, learns nothing")
+    demo.add_argument(
+        "--export", type=Path, metavar="FOLDER", help="only write questions, scans and encoders there, as data for mope train"
+    )
     demo.set_defaults(command=_demo)
 
     convert = commands.add_parser("convert", help="a checkpoint of the released code as safetensors, without running what is in it")
@@ -71,6 +74,12 @@ def _demo(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         print(f'mope demo needs {error.name}: pip install "mope-kernels[train,plot]"', file=sys.stderr)
         return 1
+    if options.export:
+        from mope.demo.export import export
+
+        export(options.export)
+        print(f"{options.export}: train, dev and test, labels.txt, images/, vision/, text/")
+        return 0
     # Pictures go to files: no display is looked for.
     matplotlib.use("Agg")
     from mope.demo.run import demo

@@ -1,0 +1,69 @@
+"""The demo's questions and frozen encoders as files, in the form in which a user's own data would come."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mope import MoPEForClassification
+from mope.demo import digit_model
+from mope.demo.data import Digits, draw_examples, load_digits
+from mope.demo.pretrain import build_image_processor
+
+# From the scans' 17 grey levels, 0 to 16, to those of a PNG file: what is read back is exactly what was there.
+LEVEL = 15
+SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+
+
+def export(folder: Path, *, draws: int = 20, seed: int = 0) -> None:
+    """Write data for `mope train --format jsonl`, and the encoders of the committed digit model, as transformers saves them.
+
+        train.jsonl  dev.jsonl  test.jsonl     {"id", "image", "text", "label"} in each line
+        labels.txt                             no, yes
+        images/0000.png ...                    the scans, 8 x 8, grey
+        vision/  text/                         a ViT with its image processor, a BERT with its tokenizer
+
+    Args:
+        folder: made if need be; files of the same names are replaced.
+        draws: for each of the 19 pairs of statements in training, 76 * draws questions in all; a quarter of it in dev and test.
+        seed: of the split of the scans and of the questions. The committed encoders have seen the training scans of seed 0.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "labels.txt").write_text("no\nyes\n")
+    scans = load_digits(seed=seed)
+    for number, (name, split) in enumerate(SPLITS.items()):
+        digits = scans[split]
+        for pixels, index in zip(digits.pixels, digits.index, strict=True):
+            Image.fromarray((pixels * LEVEL).astype(np.uint8)).save(folder / image_name(index))
+        rng = np.random.default_rng((seed, number))
+        lines = questions(digits, draws if name == "train" else max(1, draws // 4), rng)
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    model = MoPEForClassification.from_pretrained(digit_model())
+    model.detach()
+    processor = build_image_processor()
+    processor.rescale_factor /= LEVEL
+    for encoder, companion, place in ((model.vision, processor, "vision"), (model.text, model.tokenizer, "text")):
+        encoder.save_pretrained(folder / place)
+        companion.save_pretrained(folder / place)
+
+
+def image_name(index: int) -> str:
+    """The file of a scan, by its place in scikit-learn's set."""
+    return f"images/{index:04d}.png"
+
+
+def questions(digits: Digits, draws: int, rng: np.random.Generator) -> list[dict[str, str]]:
+    """Lines of a JSONL file."""
+    drawn = draw_examples(digits, draws, rng)
+    return [
+        {
+            "id": f"{i:05d}",
+            "image": image_name(digits.index[scan]),
+            "text": sentence,
+            "label": "yes" if label else "no",
+        }
+        for i, (scan, sentence, label) in enumerate(zip(drawn.scan, drawn.sentence, drawn.label, strict=True))
+    ]
