@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -45,9 +46,10 @@ def export(folder: Path, *, draws: int = 20, seed: int = 0) -> None:
     model.detach()
     processor = build_image_processor()
     processor.rescale_factor /= LEVEL
-    for encoder, companion, place in ((model.vision, processor, "vision"), (model.text, model.tokenizer, "text")):
-        encoder.save_pretrained(folder / place)
-        companion.save_pretrained(folder / place)
+    for modality, companion in (("vision", processor), ("text", model.tokenizer)):
+        for part in (model.backbone(modality), companion):
+            save: Any = part.save_pretrained
+            save(folder / modality)
 
 
 def image_name(index: int) -> str:
