@@ -16,18 +16,21 @@ from torch.utils.checkpoint import checkpoint
 from transformers import SwinModel
 from transformers.utils.generic import ModelOutput
 
-import mope_kernels
 from mope.fused import FrozenAttention, MoPEAttention, PromptBank
 from mope_kernels import Routing
 
 from .backbones import Attachment, PromptedLayer, attach, base_model, find_adapter, find_architecture
 from .configuration import MoPEConfig
+from .distributed import importance, is_distributed, warn_of_local_batches
 from .saving import SavedModel
 from .swin import MoPESwinEncoder, encoder_for
 
 NO_BANKS = (
     "a Swin Transformer has no banks: its prompts pass through every part of a block, not only as keys and values: leave banks out"
 )
+
+# The input that an encoder cannot do without.
+REQUIRED = {"vision": "pixel_values", "text": "input_ids"}
 
 
 @dataclass
@@ -107,8 +110,8 @@ class MoPEForClassification(SavedModel):
         self.text: nn.Module | None = None if text is None else base_model(text)
         main, other = config.main, config.complementary
         prompted = config.method in ("mope", "static_mapped")
-        widths = {m: find_architecture(self.backbone(m), m).hidden_size(self.backbone(m)) for m in config.modalities}
-        dim, cross_dim = widths[main], widths[other] if other else None
+        self._widths = {m: find_architecture(self.backbone(m), m).hidden_size(self.backbone(m)) for m in config.modalities}
+        dim, cross_dim = self._widths[main], self._widths[other] if other else None
         if isinstance(self.vision, SwinModel):
             self.vision = self._prompted_swin(self.vision, cross_dim)
         elif config.prompt_owner != "instance":
@@ -119,7 +122,7 @@ class MoPEForClassification(SavedModel):
         # By modality, of the backbones that are prompted layer by layer.
         self._adapters = {m: find_adapter(self.backbone(m), m) for m in config.modalities if not self._is_swin(m)}
         self._checkpointing = False
-        self._warned_top_k = False
+        self._warned_top_k = self._warned_local = False
 
         layers = {main: config.prompted_layers if prompted or config.static_length else ()}
         if other:
@@ -157,9 +160,6 @@ class MoPEForClassification(SavedModel):
         """The "vision" or "text" encoder."""
         backbone: nn.Module = getattr(self, modality)
         return backbone
-
-    def _width(self, modality: str) -> int:
-        return self._adapters[modality].hidden_size(self.backbone(modality))
 
     def _is_swin(self, modality: str) -> bool:
         return isinstance(self.backbone(modality), MoPESwinEncoder)
@@ -207,7 +207,7 @@ class MoPEForClassification(SavedModel):
         return nn.ModuleList(
             MoPEAttention(
                 self._frozen(modality, i),
-                self._width(modality),
+                self._widths[modality],
                 bound=self.config.prompt_init_bound,
                 prompt_dropout=self.config.prompt_dropout,
                 impl=self.config.impl,
@@ -259,6 +259,20 @@ class MoPEForClassification(SavedModel):
             self.backbone(modality).eval()
         return self
 
+    def routed_blocks(self) -> tuple[str, ...]:
+        """Names of the blocks whose routing `forward` returns, in its order; layers, stages and blocks count from 0."""
+        if isinstance(encoder := self.backbone(self.config.main), MoPESwinEncoder):
+            return encoder.routed_blocks()
+        return tuple(f"layer {i}" for i, prompts in self._prompts_of(self.config.main).items() if prompts.router is not None)
+
+    def trains(self, modality: str) -> bool:
+        """Whether anything is trained that the feature of this encoder depends on: its weights, or prompts in it.
+
+        Where it is False for the complementary encoder, `encode_complementary` gives the same in every epoch.
+        """
+        prompts = self.blocks if modality == self.config.main else self.cross_blocks
+        return any(p.requires_grad for module in (prompts, self.backbone(modality)) for p in module.parameters())
+
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """What an optimizer should be given."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
@@ -288,6 +302,7 @@ class MoPEForClassification(SavedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        cross_features: Tensor | None = None,
         banks: Sequence[PromptBank | None] | None = None,
         router_noise: bool = False,
         output_attentions: bool = False,
@@ -298,13 +313,14 @@ class MoPEForClassification(SavedModel):
             pixel_values: (B,channels,height,width), as the vision backbone wants them.
             input_ids, attention_mask, token_type_ids, position_ids: (B,L) integer, as the text backbone wants them.
             labels: (B,) integer, or (B,num_labels) of 0 and 1 with problem_type "multi_label".
+            cross_features: (B,Cc) of `encode_complementary`. The complementary encoder then does not run, and needs no inputs.
             banks: of `build_banks`, to project the prompts once for many batches.
             router_noise: add router noise in evaluation too.
             output_attentions: refused.
 
         Raises:
-            ValueError: an input is missing, the attention mask is not that of `padding_side` (looked at on the CPU), a bank is
-                stale, or attention matrices are asked for.
+            ValueError: an input is missing, `cross_features` have another shape, the attention mask is not that of `padding_side`
+                (looked at on the CPU), a bank is stale, or attention matrices are asked for.
             RuntimeError: prompts would be skipped, because a backbone was detached or its layers were replaced.
         """
         if output_attentions:
@@ -312,20 +328,14 @@ class MoPEForClassification(SavedModel):
                 "output_attentions=True: the fused attention never forms the attention matrix, so it cannot be returned"
             )
         config = self.config
-        texts = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
-        inputs = {
-            "vision": {} if pixel_values is None else {"pixel_values": pixel_values},
-            "text": {name: tensor for name, tensor in texts.items() if tensor is not None},
-        }
-        for modality, name in (("vision", "pixel_values"), ("text", "input_ids")):
-            if modality in config.modalities and name not in inputs[modality]:
-                raise ValueError(f"method {config.method!r} works on {' and '.join(config.modalities)}: {name} must be given")
-        padding = {"vision": Padding(), "text": self._padding(attention_mask)}
-
-        self._warn_of_untrained_router()
+        inputs, padding = self._inputs(pixel_values, input_ids, attention_mask, token_type_ids, position_ids)
+        self._check_given(inputs, config.modalities if cross_features is None else (config.main,))
+        self._warn()
 
         psi = mapped = None
-        if config.complementary:
+        if cross_features is not None:
+            psi = self._check_cross_features(cross_features, len(inputs[config.main][REQUIRED[config.main]]))
+        elif config.complementary:
             psi, _ = self._encode(config.complementary, inputs, padding)
         if self.mapper is not None and psi is not None:
             mapped = self.mapper(psi.to(_dtype(self.mapper)))[:, None]
@@ -343,25 +353,88 @@ class MoPEForClassification(SavedModel):
             features = torch.cat([features, psi.to(features.dtype)], dim=-1)
         logits = self.head(features.to(_dtype(self.head)))
 
-        importance = None
-        if routing and (self.training or labels is not None):
-            losses = [
-                mope_kernels.importance_loss(r.probs, threshold=config.importance_threshold, impl=config.impl) for r in routing
-            ]
-            importance = torch.stack(losses).mean()
+        unevenness = self._importance(routing) if routing and (self.training or labels is not None) else None
         loss = None if labels is None else self._task_loss(logits, labels)
-        if loss is not None and importance is not None:
-            loss = loss + config.importance_weight * importance
-        return MoPEOutput(loss, logits, importance, routing or None, features)
+        if loss is not None and unevenness is not None:
+            loss = loss + config.importance_weight * unevenness
+        return MoPEOutput(loss, logits, unevenness, routing or None, features)
 
-    def _warn_of_untrained_router(self) -> None:
+    def encode_complementary(
+        self,
+        *,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """psi (B,Cc), the feature of the complementary encoder, from what `forward` takes; the main encoder's part is ignored.
+
+        `forward(..., cross_features=psi)` then runs the main encoder alone, which saves time in every epoch but the first where the
+        complementary encoder trains nothing (`trains`).
+
+        Raises:
+            ValueError: the method has no complementary encoder, or its input is missing.
+        """
+        other = self.config.complementary
+        if other is None:
+            raise ValueError(f"method {self.config.method!r} has no complementary encoder")
+        inputs, padding = self._inputs(pixel_values, input_ids, attention_mask, token_type_ids, position_ids)
+        self._check_given(inputs, (other,))
+        return self._encode(other, inputs, padding)[0]
+
+    def _inputs(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Padding]]:
+        """What each encoder reads, and where its padding is."""
+        given = {
+            "vision": {"pixel_values": pixel_values},
+            "text": {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids},
+        }
+        inputs = {m: {name: tensor for name, tensor in of.items() if tensor is not None} for m, of in given.items()}
+        return inputs, {"vision": Padding(), "text": self._padding(attention_mask)}
+
+    def _check_given(self, inputs: dict[str, dict[str, Tensor]], modalities: Sequence[str]) -> None:
+        for modality in modalities:
+            if REQUIRED[modality] not in inputs[modality]:
+                works_on = " and ".join(self.config.modalities)
+                raise ValueError(f"method {self.config.method!r} works on {works_on}: {REQUIRED[modality]} must be given")
+
+    def _check_cross_features(self, psi: Tensor, batch: int) -> Tensor:
+        other = self.config.complementary
+        if other is None:
+            raise ValueError(f"method {self.config.method!r} has no complementary encoder: cross_features must not be given")
+        if tuple(psi.shape) != (batch, self._widths[other]):
+            raise ValueError(f"cross_features must be {(batch, self._widths[other])}, got {tuple(psi.shape)}")
+        return psi
+
+    def _importance(self, routing: Sequence[Routing]) -> Tensor:
+        """In training over the batch of all processes; those that evaluate need not all come here."""
         config = self.config
+        return importance(
+            [r.probs for r in routing],
+            threshold=config.importance_threshold,
+            impl=config.impl,
+            across_processes=self.training and config.prompt_owner == "instance",
+        )
+
+    def _warn(self) -> None:
+        """Once each."""
+        config = self.config
+        if self.training and config.prompt_owner == "reference" and is_distributed() and not self._warned_local:
+            self._warned_local = True
+            warn_of_local_batches()
         if self.training and config.method == "mope" and config.train_top_k == 1 < config.num_experts and not self._warned_top_k:
             self._warned_top_k = True
             warnings.warn(
                 "training with train_top_k=1: the task loss hardly reaches the router (not at all with renormalize); "
                 "train with train_top_k=None and set eval_top_k=1",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -419,8 +492,7 @@ class MoPEForClassification(SavedModel):
             )
 
         routing = []
-        # Without prompts nothing in here is trained.
-        with nullcontext() if blocks else torch.no_grad():
+        with nullcontext() if mapped is not None or self.trains(modality) else torch.no_grad():
             hidden_states = adapter.embed(backbone, inputs[modality], where.token_mask)
             mask = where.as_mask(hidden_states.shape[1])
             for i, layer in enumerate(layers):
@@ -456,8 +528,7 @@ class MoPEForClassification(SavedModel):
         if banks is not None:
             raise ValueError(NO_BANKS)
         encoder: Any = self.vision
-        # Without prompts nothing in here is trained.
-        with nullcontext() if encoder.num_prompts else torch.no_grad():
+        with nullcontext() if self.trains("vision") else torch.no_grad():
             output = encoder(
                 **inputs["vision"],
                 cross=cross,

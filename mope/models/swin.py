@@ -212,6 +212,15 @@ class MoPESwinEncoder(nn.Module):
         stages: Any = self.stages
         return [list(stage) for stage in stages]
 
+    def routed_blocks(self) -> tuple[str, ...]:
+        """Names of the blocks with a router, in the order of `SwinOutput.routing`; stages and blocks count from 0."""
+        return tuple(
+            f"stage {s}, block {i}"
+            for s, stage in enumerate(self.blocks())
+            for i, block in enumerate(stage)
+            if block.router is not None
+        )
+
     def train(self, mode: bool = True) -> MoPESwinEncoder:
         """Training mode of prompts and routers. The mapper's BatchNorm keeps its statistics: it is an affine map."""
         super().train(mode)

@@ -1,0 +1,77 @@
+"""What training, feature caches and pictures of routing ask of a fusion model."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mope import MoPEForClassification
+
+from . import test_swin_classification as with_swin
+from .tiny import fusion, inputs
+
+CASES: list[dict[str, Any]] = [{}, {"main": "text"}, {"method": "static_mapped"}, {"method": "late_concat"}]
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+@pytest.mark.parametrize("swin", [False, True])
+def test_features_computed_before_give_the_same(options: dict[str, Any], swin: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = (with_swin.fusion if swin else fusion)(**options).eval()
+    batch = with_swin.inputs() if swin else inputs()
+    expected = model(**batch).logits
+    psi = model.encode_complementary(**batch)
+    assert psi.shape == (len(expected), model._widths[model.config.complementary])
+    of_main = {n: t for n, t in batch.items() if (n == "pixel_values") == (model.config.main == "vision")}
+    complementary = model.backbone(model.config.complementary)
+    complementary.register_forward_pre_hook(lambda *_: pytest.fail("the complementary encoder ran"))
+    for module in complementary.modules():
+        module.register_forward_pre_hook(lambda *_: pytest.fail("the complementary encoder ran"))
+    torch.testing.assert_close(model(**of_main, cross_features=psi).logits, expected, rtol=1e-12, atol=1e-12)
+    # A cache may hold another dtype.
+    torch.testing.assert_close(model(**of_main, cross_features=psi.float()).logits, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_features_that_do_not_fit_are_refused() -> None:
+    model, batch = fusion(), inputs()
+    for shape in ((4, 32), (5, 31), (5, 1, 32)):
+        with pytest.raises(ValueError, match=r"cross_features must be \(5, 32\), got"):
+            model(**batch, cross_features=torch.zeros(shape))
+    with pytest.raises(ValueError, match="pixel_values must be given"):
+        model(cross_features=torch.zeros(5, 32))
+    with pytest.raises(ValueError, match="input_ids must be given"):
+        model.encode_complementary(pixel_values=batch["pixel_values"])
+    alone = fusion(text=None, method="image_only")
+    with pytest.raises(ValueError, match="'image_only' has no complementary encoder"):
+        alone(pixel_values=batch["pixel_values"], cross_features=torch.zeros(5, 32))
+    with pytest.raises(ValueError, match="'image_only' has no complementary encoder"):
+        alone.encode_complementary(**batch)
+
+
+@pytest.mark.parametrize("make", [fusion, with_swin.fusion])
+@pytest.mark.parametrize("main", ["vision", "text"])
+def test_trains_where_prompts_or_weights_do(make: Any, main: str) -> None:
+    model: MoPEForClassification = make(main=main, cross_prompt_length=0)
+    other = model.config.complementary
+    assert model.trains(main) and not model.trains(other)
+    assert not make(method="late_concat", static_length=0, main=main).trains(main)
+    model = make(main=main, cross_prompt_length=2)
+    assert model.trains(other)
+    for module in (model.cross_blocks, model.backbone(other)):
+        module.requires_grad_(False)
+    assert not model.trains(other)
+    # A part of the encoder that somebody trains, such as an adapter that was put in.
+    model.backbone(other).adapter = nn.Linear(1, 1)
+    assert model.trains(other)
+
+
+def test_names_of_routed_blocks() -> None:
+    for model, batch, expected in (
+        (fusion(), inputs(), ("layer 0", "layer 1", "layer 2")),
+        (fusion(prompted_layers=[-1, 0]), inputs(), ("layer 0", "layer 2")),
+        (fusion(method="static_mapped"), inputs(), ()),
+        (with_swin.fusion(), with_swin.inputs(), ("stage 0, block 1", "stage 1, block 1")),
+        (with_swin.fusion(main="text"), with_swin.inputs(), ("layer 0", "layer 1", "layer 2")),
+    ):
+        assert model.routed_blocks() == expected
+        assert len(model(**batch).routing or ()) == len(expected)
