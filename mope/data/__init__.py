@@ -1,0 +1,22 @@
+"""A user's own data: files on disk, examples, batches, cached features."""
+
+from .augment import RandAugment
+from .examples import Collator, Examples, check_classes
+from .features import FeatureCache, cached_features
+from .formats import FORMATS, DataError, Example, Split, read_split
+from .preprocessing import published_image_processor
+
+__all__ = [
+    "FORMATS",
+    "Collator",
+    "DataError",
+    "Example",
+    "Examples",
+    "FeatureCache",
+    "RandAugment",
+    "Split",
+    "cached_features",
+    "check_classes",
+    "published_image_processor",
+    "read_split",
+]

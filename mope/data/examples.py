@@ -1,0 +1,144 @@
+"""Examples of a split as a dataset, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .augment import RandAugment
+from .features import FeatureCache
+from .formats import Split
+from .preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from mope import MoPEForClassification
+
+
+class Examples(Dataset[dict[str, Any]]):
+    """What a model reads of each example of a split: a dict of `labels`, `pixel_values`, `input_ids`, `cross_features`.
+
+    It holds nothing of the model but its tokenizer and image processor. What augmentation does to an image follows from
+    `seed`, the epoch (`set_epoch`, which accelerate's data loaders and so transformers' Trainer call) and the example, not from
+    the number of workers or from where a run was resumed.
+
+    Args:
+        split: what to read.
+        model: whose encoders it is for.
+        training: allow augmentation.
+        augment: distort images in training: a `RandAugment`, or True for the default one.
+        features: of `cached_features` for this split, in place of the input of the complementary encoder.
+        seed: of the augmentation.
+
+    Raises:
+        ValueError: classes or problem type of the data are not those of the model, the model has no tokenizer or image processor,
+            or the features are not for this.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        model: MoPEForClassification,
+        *,
+        training: bool = False,
+        augment: bool | RandAugment = False,
+        features: FeatureCache | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_classes(split, model)
+        self.split, self._features, self._seed = split, features, seed
+        self._augment = (augment if isinstance(augment, RandAugment) else RandAugment()) if training and augment else None
+        modalities: Sequence[str] = model.config.modalities
+        if features is not None:
+            modalities = [m for m in modalities if m != features.modality]
+            self._check_features(features, model)
+        self._preprocessing = Preprocessing(model, modalities)
+        # Shared, so that workers that live through several epochs see it change.
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        if self._augment:
+            self._epoch.share_memory_()
+
+    def _check_features(self, features: FeatureCache, model: MoPEForClassification) -> None:
+        if features.modality != model.config.complementary:
+            raise ValueError(
+                f"features of the {features.modality} encoder were given: {model.config.complementary} is complementary"
+            )
+        if len(features) != len(self.split):
+            raise ValueError(f"features of {len(features)} examples were given for a split of {len(self.split)}")
+        if model.trains(features.modality):
+            raise ValueError(f"features change while the {features.modality} encoder trains: leave features out")
+        if self._augment and features.modality == "vision":
+            raise ValueError("features of images do not change with augmentation: leave features or augment out")
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch begins: augmentation is another one in each."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.split.examples[index]
+        augment = None
+        if self._augment:
+            augment = partial(self._augment, rng=np.random.default_rng((self._seed, int(self._epoch), index)))
+        item = self._preprocessing(example, augment=augment)
+        if self._features is not None:
+            item["cross_features"] = self._features[index]
+        item["labels"] = example.labels
+        return item
+
+
+class Collator:
+    """Items of `Examples` -> the keyword arguments of a model, `labels` among them: (B,) int64, or (B,num_labels) float32."""
+
+    def __init__(self, model: MoPEForClassification) -> None:
+        self._preprocessing = Preprocessing(model, model.config.modalities)
+        self._num_labels = model.config.num_labels
+        self._multi = model.config.problem_type == "multi_label"
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = self._preprocessing.collate(items)
+        if "cross_features" in items[0]:
+            batch["cross_features"] = torch.stack([item["cross_features"] for item in items])
+        batch["labels"] = self._labels([item["labels"] for item in items])
+        return batch
+
+    def _labels(self, labels: Sequence[Sequence[int]]) -> Tensor:
+        if not self._multi:
+            return torch.tensor([label for (label,) in labels])
+        rows = torch.zeros(len(labels), self._num_labels)
+        for row, of_example in zip(rows, labels, strict=True):
+            row[list(of_example)] = 1
+        return rows
+
+
+def check_classes(split: Split, model: MoPEForClassification) -> None:
+    """Hold the classes of the data to those of a model.
+
+    Raises:
+        ValueError: their number, names, order or problem type differ.
+    """
+    config = model.config
+    if split.problem_type != config.problem_type:
+        raise ValueError(
+            f"the {split.name} data is {split.problem_type}, the model {config.problem_type}: set problem_type in MoPEConfig"
+        )
+    names = [config.id2label[i] for i in range(config.num_labels)]  # type: ignore[index]
+    # Nobody has named the classes of this model.
+    unnamed = names == [f"LABEL_{i}" for i in range(config.num_labels)]
+    if len(names) != len(split.names) or (list(split.names) != names and not unnamed):
+        raise ValueError(
+            f"the classes of the {split.name} data are not those of the model, or in another order: {_few(split.names)} and "
+            f"{_few(names)}. Read the data with names=tuple(model.config.id2label.values()), "
+            "or make the model with id2label=split.names"
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})"

@@ -1,0 +1,283 @@
+"""Features of the complementary encoder, computed once.
+
+    FOLDER/<digest of model and preprocessing>/
+      <random>.features.npy     (n,Cc) float32, read through a memory map
+      <random>.index.npy        (n,) of the example's key and the seconds that it took; written last, and only then both count
+
+Parts are added and never changed: a run that is killed loses the part in work, and processes that work at once write
+parts of their own, at worst the same features twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .formats import Example, Split
+from .preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from mope import MoPEForClassification
+
+KEY_BYTES = 16
+INDEX = np.dtype([("key", np.uint8, (KEY_BYTES,)), ("seconds", np.float32)])
+# Examples of a part: what is lost at most when a run is killed.
+PART = 4096
+
+
+class FeatureCache:
+    """psi of every example of a split: `cache[i]` is (Cc,) float32, out of memory-mapped files.
+
+    modality: of the encoder, "vision" or "text".
+    computed: how many features were computed now; the others were there. In a distributed run by this process.
+    seconds: what that took, and looking up the others.
+    seconds_per_epoch: what the encoder took for all examples of the split when their features were computed.
+    """
+
+    def __init__(
+        self,
+        modality: str,
+        files: Sequence[Path],
+        places: NDArray[np.int64],
+        *,
+        computed: int,
+        seconds: float,
+        seconds_per_epoch: float,
+    ) -> None:
+        self.modality, self.computed = modality, computed
+        self.seconds, self.seconds_per_epoch = seconds, seconds_per_epoch
+        # places (N,2): number of the file, and the row in it.
+        self._files, self._places = tuple(files), places
+        self._maps: dict[int, NDArray[np.float32]] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Tensor:
+        number, row = self._places[index]
+        if number not in self._maps:
+            self._maps[number] = np.load(self._files[number], mmap_mode="r")
+        return torch.from_numpy(self._maps[number][row].copy())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Maps would be pickled with all that they show: each process opens its own.
+        return {**self.__dict__, "_maps": {}}
+
+    def saved(self, epochs: float) -> float:
+        """Seconds that a run of so many epochs need not spend, less those spent on the cache."""
+        return epochs * self.seconds_per_epoch - self.seconds
+
+    def describe(self, epochs: float) -> str:
+        """One line about time spent and saved."""
+        return (
+            f"features of the {self.modality} encoder: {self.computed} computed for {len(self)} examples in {self.seconds:.1f} s; "
+            f"{epochs:g} epochs without it save {self.saved(epochs):.1f} s"
+        )
+
+
+def cached_features(
+    model: MoPEForClassification, split: Split, folder: str | Path, *, batch_size: int = 64, num_workers: int = 0
+) -> FeatureCache:
+    """psi of every example of a split, from the cache in `folder` where it has it, else computed now and put there.
+
+    A feature is kept under what it was made of: the text, or path, size and time of change of the image file; the weights of the
+    encoder; tokenizer or image processor, and the versions of the libraries behind them. Whatever of it changes, the features
+    concerned are computed anew, and no others. (The bytes of images are not read: that would take as long as training reads them. A
+    changed image whose size and time of change are the old ones goes unnoticed.)
+
+    Under torch.distributed every process computes a part; all have to call this.
+
+    Args:
+        model: `encode_complementary` of it runs on its device, in its dtype, without autocast.
+        split: whose examples.
+        folder: made if need be. It may be shared by models, splits and processes, and removed at any time between runs.
+        batch_size, num_workers: of the computation.
+
+    Raises:
+        ValueError: the method has no complementary encoder, or training changes what it computes.
+    """
+    modality = model.config.complementary
+    if modality is None:
+        raise ValueError(f"method {model.config.method!r} has no complementary encoder whose features could be kept")
+    if model.trains(modality):
+        raise ValueError(f"the {modality} encoder is trained, or prompts in it: its features change with every step")
+    start = time.perf_counter()
+    preprocessing = Preprocessing(model, (modality,))
+    digest = hashlib.sha256(f"{_fingerprint(model, modality)} {preprocessing.digest()}".encode()).hexdigest()
+    place = Path(folder) / digest[:32]
+    place.mkdir(parents=True, exist_ok=True)
+    keys = [_key(example, modality) for example in split.examples]
+    parts = _Parts(place)
+    missing = _missing(keys, split.examples, parts)
+    if modality == "text":
+        # Texts of one length beside each other: little padding.
+        missing.sort(key=lambda item: len(item[1].text))
+    rank, world = _rank()
+    computed = _compute(model, preprocessing, missing[rank::world], parts, batch_size, num_workers)
+    if world > 1:
+        torch.distributed.barrier()
+    if missing:
+        parts = _Parts(place)
+        # Whoever came later found less missing, and processes on other machines may have another disk.
+        rest = _missing(keys, split.examples, parts)
+        computed += _compute(model, preprocessing, rest, parts, batch_size, num_workers)
+        parts = _Parts(place) if rest else parts
+    found = [parts.places[key] for key in keys]
+    return FeatureCache(
+        modality,
+        parts.files,
+        np.array([(number, row) for number, row, _ in found], np.int64).reshape(-1, 2),
+        computed=computed,
+        seconds=time.perf_counter() - start,
+        seconds_per_epoch=sum(seconds for _, _, seconds in found),
+    )
+
+
+def _fingerprint(model: MoPEForClassification, modality: str) -> str:
+    """Of all that psi depends on besides its input: the encoder, and prompts in it, which may be there and frozen."""
+    from mope.models.saving import describe
+    from mope.models.swin import MoPESwinEncoder
+
+    encoder = model.backbone(modality)
+    record = describe(*encoder.swin_model()) if isinstance(encoder, MoPESwinEncoder) else describe(encoder)
+    digest = hashlib.sha256(record["fingerprint"].encode())
+    for name, tensor in sorted(model.trained_state_dict().items()):
+        if name.startswith(("cross_blocks.", f"{modality}.")):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _key(example: Example, modality: str) -> bytes:
+    if modality == "text":
+        source = example.text
+    elif example.image is None:
+        source = ""
+    else:
+        stat = example.image.stat()
+        source = f"{os.path.abspath(example.image)}\n{stat.st_size} {stat.st_mtime_ns}"
+    return hashlib.sha256(source.encode(errors="surrogateescape")).digest()[:KEY_BYTES]
+
+
+def _missing(keys: Sequence[bytes], examples: Sequence[Example], parts: _Parts) -> list[tuple[bytes, Example]]:
+    """One example for each key that no part has."""
+    return list({key: example for key, example in zip(keys, examples, strict=True) if key not in parts.places}.items())
+
+
+class _Parts:
+    """The files in a folder, and what they hold. What cannot be read is left out, with a warning, and so computed again."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.files: list[Path] = []
+        # By key: number of the file, row, seconds.
+        self.places: dict[bytes, tuple[int, int, float]] = {}
+        for index_file in sorted(place.glob("*.index.npy")):
+            file = index_file.with_name(index_file.name.replace(".index.", ".features."))
+            try:
+                index, features = np.load(index_file), np.load(file, mmap_mode="r")
+                if index.dtype != INDEX or index.shape != features.shape[:1] or features.dtype != np.float32 or features.ndim != 2:
+                    raise ValueError("index and features do not fit each other")
+            except (OSError, ValueError, EOFError) as error:
+                warnings.warn(f"{index_file} or its features cannot be used ({error}): remove both", stacklevel=4)
+                continue
+            for row, (key, seconds) in enumerate(zip(index["key"], index["seconds"].tolist(), strict=True)):
+                self.places.setdefault(key.tobytes(), (len(self.files), row, seconds))
+            self.files.append(file)
+
+    def add(self, keys: Sequence[bytes], features: NDArray[np.float32], seconds: float) -> None:
+        """Write a part; it counts when this returns."""
+        index = np.empty(len(keys), INDEX)
+        index["key"] = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
+        index["seconds"] = seconds / len(keys)
+        name = uuid.uuid4().hex
+        _write(self.place / f"{name}.features.npy", features)
+        _write(self.place / f"{name}.index.npy", index)
+
+
+def _write(file: Path, array: NDArray[Any]) -> None:
+    """All of a file or nothing of it."""
+    unfinished = file.with_suffix(".unfinished")
+    try:
+        with unfinished.open("wb") as stream:
+            np.save(stream, array)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+class _Inputs(Dataset[dict[str, Any]]):
+    """What the complementary encoder reads."""
+
+    def __init__(self, examples: Sequence[Example], preprocessing: Preprocessing) -> None:
+        self._examples, self._preprocessing = examples, preprocessing
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._preprocessing(self._examples[index])
+
+
+def _compute(
+    model: MoPEForClassification,
+    preprocessing: Preprocessing,
+    missing: Sequence[tuple[bytes, Example]],
+    parts: _Parts,
+    batch_size: int,
+    num_workers: int,
+) -> int:
+    """Compute and write features -> how many."""
+    loader = DataLoader(
+        _Inputs([example for _, example in missing], preprocessing),
+        batch_size,
+        collate_fn=preprocessing.collate,
+        num_workers=num_workers,
+        # Of its own, so that a run with the cache draws the random numbers of one without it.
+        generator=torch.Generator(),
+    )
+    keys = iter([key for key, _ in missing])
+    batches = _encode(model, loader)
+    start = time.perf_counter()
+    while batch := list(islice(batches, max(1, PART // batch_size))):
+        features = np.concatenate(batch)
+        now = time.perf_counter()
+        parts.add(list(islice(keys, len(features))), features, now - start)
+        start = now
+    return len(missing)
+
+
+def _encode(model: MoPEForClassification, loader: DataLoader[dict[str, Any]]) -> Iterator[NDArray[np.float32]]:
+    """(B,Cc) for each batch."""
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in loader:
+            with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+                psi = model.encode_complementary(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+            yield psi.float().cpu().numpy()
+    finally:
+        model.train(was_training)
+
+
+def _rank() -> tuple[int, int]:
+    """This process' number and the number of processes."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()

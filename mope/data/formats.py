@@ -1,0 +1,426 @@
+"""Data on disk: one JSON object in each line of train.jsonl, dev.jsonl (or val.jsonl) and test.jsonl, class names in labels.txt.
+
+    food101     {"id", "label", "text", "img"}
+    mm-imdb     {"id", "label": [...], "text", "img"}                 several classes for each example
+    snli-ve     {"gold_label", "sentence2", "Flickr30K_ID"}           images in Flickr30K/flickr30k_images/<id>.jpg
+    jsonl       {"label" | "labels": [...], "text", "image"}
+
+Everything is read and checked at once, so that training does not stop in its third hour at a line that was always wrong.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import difflib
+import filecmp
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SPLITS = {"train": ("train.jsonl",), "dev": ("dev.jsonl", "val.jsonl"), "test": ("test.jsonl",)}
+LABELS = "labels.txt"
+# How many problems an error shows.
+SHOWN = 10
+
+
+class DataError(ValueError):
+    """Data that cannot be used: names file, line and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A text, an image and the indices of their classes: exactly one with problem type "single_label".
+
+    Where `image` is None, a grey one stands in its place.
+    """
+
+    id: str
+    text: str
+    image: Path | None
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples of one split. `names` are those of the classes, in the order of their indices.
+
+    `problem_type` is "single_label" or "multi_label", as in `MoPEConfig`.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    names: tuple[str, ...]
+    problem_type: str
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def subset(self, shots: int, seed: int = 0) -> Split:
+        """Few-shot data: `shots` random examples of each class, in the order of the file.
+
+        Examples are looked at in a random order, and one is taken if one of its classes has not got `shots` yet. With one label for
+        each example this gives exactly `shots` of each class, and fewer shots with the same seed give some of the same examples.
+        With several labels a frequent class may get more than that, as a companion of rarer ones. A class with fewer
+        examples than `shots` gives all that it has, with a warning.
+
+        Raises:
+            ValueError: `shots` is less than 1.
+        """
+        if shots < 1:
+            raise ValueError(f"subset: shots must be at least 1, got {shots}")
+        counts: Counter[int] = Counter()
+        taken = []
+        for i in np.random.default_rng(seed).permutation(len(self.examples)):
+            labels = self.examples[i].labels
+            if any(counts[label] < shots for label in labels):
+                counts.update(labels)
+                taken.append(i)
+        if few := [f"{name!r} ({counts[i]})" for i, name in enumerate(self.names) if counts[i] < shots]:
+            warnings.warn(f"{self.name}: fewer than {shots} examples of {_listed(few)}: all are taken", stacklevel=2)
+        return dataclasses.replace(self, examples=tuple(self.examples[i] for i in sorted(taken)))
+
+
+class _Format(NamedTuple):
+    """Under which keys a format has what. With two keys for labels, the first line decides."""
+
+    id: str
+    text: str
+    image: str
+    single: str | None
+    multi: str | None
+    image_path: str = "{}"
+
+
+_FORMATS = {
+    "food101": _Format("id", "text", "img", "label", None),
+    "mm-imdb": _Format("id", "text", "img", None, "label"),
+    "snli-ve": _Format("pairID", "sentence2", "Flickr30K_ID", "gold_label", None, "Flickr30K/flickr30k_images/{}.jpg"),
+    "jsonl": _Format("id", "text", "image", "label", "labels"),
+}
+FORMATS = tuple(_FORMATS)
+
+
+class _Row(NamedTuple):
+    """A line that can be read: what it says, nothing looked up yet."""
+
+    line: int
+    id: str
+    text: str
+    image: str | None
+    labels: Sequence[str | int]
+
+
+class _Problem(Exception):
+    """What is wrong with a line."""
+
+
+class _Problems:
+    """Those of one file: all are counted, the first few are kept."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.found = file, list[tuple[int, str]]()
+
+    def add(self, line: int, problem: object) -> None:
+        self.found.append((line, str(problem)))
+
+    def raise_if_any(self) -> None:
+        if not self.found:
+            return
+        self.found.sort()
+        shown = [f"{self.file}:{line}: {problem}" for line, problem in self.found[:SHOWN]]
+        if (hidden := len(self.found) - SHOWN) > 0:
+            shown.append(f"and {hidden} more")
+        raise DataError("\n".join(shown))
+
+
+def read_split(
+    folder: str | Path,
+    format: str,
+    split: str,
+    *,
+    names: Sequence[str] | None = None,
+    on_missing_image: str = "error",
+) -> Split:
+    """Read and check one split.
+
+    Args:
+        folder: holds {train,dev|val,test}.jsonl and labels.txt; paths of images are relative to it. An absolute path, or one with
+            "..", must lie in it too: images that are elsewhere are reached through a symbolic link in the folder.
+        format: "food101", "mm-imdb", "snli-ve" or "jsonl".
+        split: "train", "dev" (dev.jsonl or val.jsonl) or "test".
+        names: of the classes, such as those of a trained model. Default: the lines of labels.txt; without that file the sorted
+            names in train.jsonl, or "0", "1", ... up to the highest index there.
+        on_missing_image: an image that is named but not there is an "error", or "grey" takes its place, with a warning. An image
+            that is null or "" is grey in any case.
+
+    Raises:
+        DataError: a file is missing, empty or ambiguous, or lines of it cannot be used; the first ten are listed as file:line.
+        ValueError: there is no such format, split or `on_missing_image`.
+
+    Ids that stand in several lines are warned about.
+    """
+    for what, value, allowed in (
+        ("format", format, FORMATS),
+        ("split", split, tuple(SPLITS)),
+        ("on_missing_image", on_missing_image, ("error", "grey")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"read_split: {what} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    place = Path(folder)
+    file = _find(place, split)
+    rows, multi, problems = _read(file, _FORMATS[format])
+    if names is None:
+        names = _read_names(place / LABELS)
+    if names is None:
+        names = _names_in(file, rows) if split == "train" else _training_names(place, format)
+    labels = _Labels(names)
+    images = _Images(place, _FORMATS[format], grey=on_missing_image == "grey")
+    examples = []
+    for row in rows:
+        try:
+            examples.append(Example(row.id, row.text, images.find(row.image), labels.find(row.labels)))
+        except _Problem as problem:
+            problems.add(row.line, problem)
+    problems.raise_if_any()
+    if not examples:
+        raise DataError(f"{file} holds no examples: write one JSON object in each line")
+    _warn_of_duplicates(file, rows)
+    images.warn(file)
+    return Split(split, tuple(examples), tuple(names), "multi_label" if multi else "single_label")
+
+
+def _find(folder: Path, split: str) -> Path:
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}")
+    wanted = SPLITS[split]
+    found = [folder / name for name in wanted if (folder / name).is_file()]
+    if not found:
+        others = sorted(path.name for path in folder.glob("*.jsonl"))
+        raise DataError(f"{folder} has no {' or '.join(wanted)}; it has {', '.join(others) or 'no .jsonl file at all'}")
+    if len(found) == 2 and not filecmp.cmp(found[0], found[1], shallow=False):
+        raise DataError(f"{found[0]} and {found[1]} differ, and both are the {split} split: keep one of them")
+    return found[0]
+
+
+def _read(file: Path, format: _Format) -> tuple[list[_Row], bool, _Problems]:
+    """Every line of a file, whether its examples have several labels, and what is wrong with it so far."""
+    rows, problems = [], _Problems(file)
+    # None: the first readable line decides.
+    multi = None if format.single and format.multi else format.multi is not None
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.isspace():
+                continue
+            try:
+                record = _parse(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+                if multi is None and (format.single in record or format.multi in record):
+                    multi = format.multi in record
+                rows.append(_row(number, record, format, bool(multi)))
+            except _Problem as problem:
+                problems.add(number, problem)
+    return rows, bool(multi), problems
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise _Problem(f"not UTF-8 (0x{line[error.start]:02x} as byte {error.start + 1}): save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise _Problem(f"not JSON ({error.msg} at column {error.colno}): each line must be one JSON object") from None
+    except (RecursionError, ValueError) as error:
+        # Brackets in brackets without end, or a number of more than 4300 digits.
+        raise _Problem(f"not JSON that can be read ({error})") from None
+    if not isinstance(record, dict):
+        raise _Problem(f"must be a JSON object with keys, got {_shown(record)}")
+    return record
+
+
+def _row(number: int, record: dict[str, Any], format: _Format, multi: bool) -> _Row:
+    label = (format.multi if multi else format.single) or ""
+    other = format.single if multi else format.multi
+    if other in record:
+        raise _Problem(f'"{other}": the first line has "{label}", and all lines must have the same one of the two')
+    if missing := [key for key in (format.text, format.image, label) if key not in record]:
+        has = ", ".join(f'"{key}"' for key in record) or "none"
+        raise _Problem(f"lacks the key {_quoted(missing)}; its keys are {has}")
+    identity, text, image = record.get(format.id, number), record[format.text], record[format.image]
+    if not _is_key(identity):
+        raise _Problem(f'"{format.id}" must be a text or an integer, got {_shown(identity)}')
+    if not isinstance(text, str):
+        raise _Problem(f'"{format.text}" must be a text, got {_shown(text)}')
+    if not (image is None or isinstance(image, str) or (format.image_path != "{}" and _is_key(image))):
+        raise _Problem(f'"{format.image}" must be the path of an image, or null for none, got {_shown(image)}')
+    labels = record[label] if multi else [record[label]]
+    if not isinstance(labels, list) or not all(_is_key(value) for value in labels):
+        what = "a list of names or indices of classes" if multi else "the name of a class or its index"
+        raise _Problem(f'"{label}" must be {what}, got {_shown(record[label])}')
+    for key, value in ((format.text, text), (format.image, image)):
+        if isinstance(value, str) and not _encodable(value):
+            raise _Problem(f'"{key}" holds half of a character (a lone surrogate such as \\ud83d): no tokenizer or file has that')
+    return _Row(number, str(identity), text, None if image in (None, "") else format.image_path.format(image), labels)
+
+
+def _is_key(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_names(file: Path) -> tuple[str, ...] | None:
+    if not file.is_file():
+        return None
+    try:
+        lines = file.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start + 1}): save it as UTF-8") from None
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise DataError(f"{file} is empty: write the name of a class in each line, or remove it")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"{file} has {_listed([repr(name) for name in twice])} more than once")
+    return tuple(names)
+
+
+def _names_in(file: Path, rows: Iterable[_Row]) -> tuple[str, ...]:
+    """The classes that training examples mention."""
+    known: dict[str | int, int] = {}
+    for row in rows:
+        for label in row.labels:
+            known.setdefault(label, row.line)
+    numbers, names = [k for k in known if isinstance(k, int)], sorted(k for k in known if isinstance(k, str))
+    write = f"write {LABELS}, a name in each line, beside it"
+    if numbers and names:
+        line = max(known[numbers[0]], known[names[0]])
+        raise DataError(f"{file}:{line}: some labels are names ({names[0]!r}) and some are indices ({numbers[0]}): {write}")
+    if not numbers:
+        return tuple(names)
+    # A mistaken index of a billion shall not become a billion classes.
+    if max(numbers) > len(known) + 1000:
+        raise DataError(f"{file}:{known[max(numbers)]}: {max(numbers)} is no index among {len(known)} classes: {write}")
+    return tuple(map(str, range(max(numbers) + 1)))
+
+
+def _training_names(folder: Path, format: str) -> tuple[str, ...]:
+    if not (folder / "train.jsonl").is_file():
+        raise DataError(f"{folder} has neither {LABELS} nor train.jsonl: the classes have their names from one of them")
+    file = _find(folder, "train")
+    rows, _, problems = _read(file, _FORMATS[format])
+    problems.raise_if_any()
+    return _names_in(file, rows)
+
+
+class _Labels:
+    """Class indices by name."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._index = {name: i for i, name in enumerate(names)}
+
+    def find(self, labels: Iterable[str | int]) -> tuple[int, ...]:
+        return tuple(sorted({self._find(label) for label in labels}))
+
+    def _find(self, label: str | int) -> int:
+        if isinstance(label, int):
+            if 0 <= label < len(self._names):
+                return label
+            raise _Problem(f"unknown label {label}: indices of the {len(self._names)} classes go from 0 to {len(self._names) - 1}")
+        # Names of labels.txt are stripped, too.
+        index = self._index.get(label)
+        index = self._index.get(label.strip()) if index is None else index
+        if index is None:
+            close = difflib.get_close_matches(label, self._names, 1)
+            known = f"did you mean {close[0]!r}?" if close else f"the classes are {_listed([repr(name) for name in self._names])}"
+            raise _Problem(f"unknown label {label!r}: {known}")
+        return index
+
+
+class _Images:
+    """Files of images. Folders are listed, and not every file asked for: that is much faster over a network."""
+
+    def __init__(self, folder: Path, format: _Format, *, grey: bool) -> None:
+        self._folder, self._key, self._grey = folder, format.image, grey
+        self._inside = os.path.join(os.path.abspath(folder), "")
+        self._files: dict[str, set[str]] = {}
+        self._found: dict[str, Path | None] = {}
+        self._missing: list[str] = []
+
+    def find(self, name: str | None) -> Path | None:
+        if name is None:
+            return None
+        if name not in self._found:
+            self._found[name] = self._look(name)
+        return self._found[name]
+
+    def _look(self, name: str) -> Path | None:
+        path = os.path.normpath(name)
+        path = path.removeprefix(self._inside)
+        if os.path.isabs(path) or path.split(os.sep, 1)[0] == os.pardir:
+            raise _Problem(
+                f'"{self._key}" leaves the folder of the data ({_shown(name)}): put a link to the images into {self._folder}'
+            )
+        path = os.path.join(self._folder, path)
+        if self._exists(path):
+            return Path(path)
+        if not self._grey:
+            raise _Problem(f"no image {path}: put it there, or take grey ones in place of missing ones (on_missing_image='grey')")
+        self._missing.append(path)
+        return None
+
+    def _exists(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in self._files:
+            self._files[folder] = _files_in(folder)
+        # Asked for itself where the list lacks it: there are file systems to which A.jpg is a.jpg.
+        return name in self._files[folder] or os.path.isfile(path)
+
+    def warn(self, file: Path) -> None:
+        if self._missing:
+            count = f"{len(self._missing)} of {len(self._found)}"
+            warnings.warn(
+                f"{file}: {count} images are missing, grey ones take their places: {_listed(self._missing)}", stacklevel=3
+            )
+
+
+def _files_in(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except OSError:
+        return set()
+
+
+def _warn_of_duplicates(file: Path, rows: Sequence[_Row]) -> None:
+    lines: dict[str, int] = {}
+    twice = [
+        f"{row.id!r} (lines {first} and {row.line})" for row in rows if (first := lines.setdefault(row.id, row.line)) != row.line
+    ]
+    if twice:
+        warnings.warn(f"{file}: {len(twice)} lines repeat an id: {_listed(twice)}", stacklevel=3)
+
+
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(items[:SHOWN]) + (f", and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
+
+
+def _quoted(keys: Iterable[str]) -> str:
+    return ", ".join(f'"{key}"' for key in keys)
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
