@@ -1,0 +1,107 @@
+"""`mope routes`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+SPLITS = ("train", "dev", "test")
+
+
+def add_routes(commands: Any) -> None:
+    """The command and its options, for `subparsers`. Nothing is imported before it runs."""
+    routes = commands.add_parser(
+        "routes", help="which experts a trained model takes: load, balance, classes, images and words, as pictures, page and tables"
+    )
+    routes.add_argument("model", type=Path, metavar="MODEL", help="a folder that save_pretrained or mope train wrote")
+    routes.add_argument("--data", type=Path, required=True, metavar="DIR", help="with train.jsonl, dev.jsonl, test.jsonl")
+    routes.add_argument("--format", default="jsonl", help="food101, mm-imdb, snli-ve or jsonl (jsonl)")
+    routes.add_argument("--split", default="test", choices=SPLITS, help="(test)")
+    routes.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for page, pictures and tables (out/)")
+    routes.add_argument(
+        "--block",
+        action="append",
+        metavar="NAME",
+        help='to show in detail: "layer 3", "all", ...; may be repeated (the one whose routing depends on the example most)',
+    )
+    routes.add_argument("--top", type=_positive, default=8, metavar="N", help="images of each expert (8)")
+    routes.add_argument("--words", type=_positive, default=12, metavar="N", help="at most, of each expert (12)")
+    routes.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="(32)")
+    routes.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images (0: none of their own)")
+    routes.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
+    routes.add_argument("--on-missing-image", default="error", choices=("error", "grey"), help="(error)")
+    routes.set_defaults(command=_routes)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _routes(options: argparse.Namespace) -> int:
+    try:
+        import matplotlib  # noqa: F401
+        import PIL  # noqa: F401
+    except ModuleNotFoundError as error:
+        print(f'mope routes needs {error.name}: pip install "mope-kernels[train,plot]"', file=sys.stderr)
+        return 1
+    try:
+        _run(options)
+    except (OSError, ValueError) as error:
+        print(f"mope routes: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    import torch
+    from torch.utils.data import DataLoader
+    from tqdm.auto import tqdm
+
+    from mope import MoPEForClassification
+    from mope.data import Collator, Examples, read_split
+
+    from .page import write_html
+    from .pictures import draw
+    from .routing import collect
+    from .summary import summarize
+
+    model = MoPEForClassification.from_pretrained(options.model)
+    blocks = _numbers(options.block, model.routed_blocks())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device if options.device == "auto" else options.device)
+    split = read_split(
+        options.data, options.format, options.split, names=_class_names(model.config), on_missing_image=options.on_missing_image
+    )
+    loader = DataLoader(Examples(split, model), options.batch_size, collate_fn=Collator(model), num_workers=options.workers)
+    options.out.mkdir(parents=True, exist_ok=True)
+    probabilities = options.out / "probabilities.npy"
+    routes = collect(model, tqdm(loader, desc=split.name, leave=False), split, storage=probabilities)
+    summary = summarize(routes, top=options.top, words=options.words)
+    tables, page = options.out / "routes.npz", options.out / "index.html"
+    summary.save(tables)
+    pictures = draw(summary, routes, options.out, blocks=blocks)
+    write_html(summary, routes, page, blocks=blocks)
+    print(summary.table())
+    print("\n".join(map(str, (page, *pictures, tables, probabilities))))
+
+
+def _class_names(config: Any) -> tuple[str, ...] | None:
+    """Those of the model, None if nobody has named its classes."""
+    names = tuple(config.id2label[i] for i in range(config.num_labels))
+    return None if names == tuple(f"LABEL_{i}" for i in range(config.num_labels)) else names
+
+
+def _numbers(wanted: list[str] | None, names: tuple[str, ...]) -> list[int] | None:
+    """Blocks by name -> their numbers; None if no one was asked for."""
+    if wanted is None:
+        return None
+    if "all" in wanted:
+        return list(range(len(names)))
+    if unknown := [name for name in wanted if name not in names]:
+        raise ValueError(f"no routed block {', '.join(map(repr, unknown))}: there are {', '.join(map(repr, names)) or 'none'}")
+    return [names.index(name) for name in dict.fromkeys(wanted)]

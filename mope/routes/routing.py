@@ -1,0 +1,107 @@
+"""Run a model over a split and keep what its routers say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mope import MoPEForClassification
+
+if TYPE_CHECKING:
+    from mope.data import Split
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The routing of N examples in L blocks over K experts; C classes.
+
+    blocks: L names. classes: C names. ids, texts: N each. images: N, None where an example has none.
+    labels, predictions: (N,C) bool, one True in a row of single_label.
+    probabilities: (N,L,K) float32, of all experts whether or not they were selected; each row sums to 1.
+    """
+
+    blocks: tuple[str, ...]
+    classes: tuple[str, ...]
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    images: tuple[Path | None, ...]
+    labels: NDArray[np.bool_]
+    predictions: NDArray[np.bool_]
+    probabilities: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def collect(
+    model: MoPEForClassification, loader: Iterable[dict[str, Tensor]], split: Split, *, storage: Path | None = None
+) -> Routes:
+    """Evaluate a model and keep the probabilities of its routers.
+
+    Args:
+        model: stays as it is; it runs in evaluation mode, without router noise.
+        loader: batches of the model's inputs, in the order of the split. `labels` among them are compared with the split's.
+        split: the examples, with their labels and the names of the classes.
+        storage: a `.npy` file for the probabilities, of 4 * N * L * K bytes, which then need no memory. None: they stay in memory.
+
+    Raises:
+        ValueError: the model routes nothing, the loader gives other examples than the split, or a result is not finite.
+    """
+    blocks = model.routed_blocks()
+    if not blocks:
+        raise ValueError(f"this model routes nothing (method {model.config.method!r}): there are no experts to show")
+    if not len(split):
+        raise ValueError(f"the {split.name} split is empty: there is nothing to route")
+    shape = (len(split), len(blocks), model.config.num_experts)
+    if storage is None:
+        probabilities = np.empty(shape, np.float32)
+    else:
+        probabilities = np.lib.format.open_memmap(storage, mode="w+", dtype=np.float32, shape=shape)
+    labels = np.zeros((len(split), len(split.names)), np.bool_)
+    for row, example in enumerate(split.examples):
+        labels[row, list(example.labels)] = True
+    predictions = np.zeros_like(labels)
+    multi_label = model.config.problem_type == "multi_label"
+
+    start = 0
+    with model.serving() as predict:
+        for batch in loader:
+            given = batch.get("labels")
+            out: Any = predict(**{name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"})
+            part = slice(start, start := start + len(out.logits))
+            if start > len(split) or (given is not None and not _same(given, labels[part])):
+                raise ValueError(f"the loader does not give the {len(split)} examples of the {split.name} split in their order")
+            probs = torch.stack([routing.probs for routing in out.routing], dim=1).float().cpu().numpy()
+            logits = out.logits.float().cpu().numpy()
+            broken = ~(np.isfinite(probs).all((1, 2)) & np.isfinite(logits).all(1))
+            if broken.any():
+                example = split.examples[part.start + int(broken.argmax())]
+                raise ValueError(f"the model gives numbers that are not finite for example {example.id!r}")
+            probabilities[part] = probs
+            predictions[part] = logits > 0 if multi_label else np.eye(labels.shape[1], dtype=bool)[logits.argmax(1)]
+    if start != len(split):
+        raise ValueError(f"the loader gave {start} of the {len(split)} examples of the {split.name} split")
+    examples = split.examples
+    return Routes(
+        blocks,
+        tuple(split.names),
+        tuple(example.id for example in examples),
+        tuple(example.text for example in examples),
+        tuple(example.image for example in examples),
+        labels,
+        predictions,
+        probabilities,
+    )
+
+
+def _same(given: Tensor, labels: NDArray[np.bool_]) -> bool:
+    """Whether labels (B,) or (B,num_labels) of a batch are those of the rows (B,C)."""
+    values = given.cpu().numpy()
+    return np.array_equal(values, labels.argmax(1)) if values.ndim == 1 else np.array_equal(values > 0.5, labels)

@@ -1,0 +1,65 @@
+"""Routes that nobody's model took, and a folder of data for the digit model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mope import MoPEForClassification
+from mope.data import Example, Split
+from mope.demo import digit_model
+from mope.demo.export import LEVEL, export
+from mope.routes import Routes
+
+
+def routes(
+    count: int = 60,
+    blocks: int = 2,
+    experts: int = 4,
+    *,
+    classes: tuple[str, ...] = ("cat", "dog", "bird"),
+    images: tuple[Path | None, ...] = (None,),
+    texts: tuple[str, ...] = ("a text",),
+    seed: int = 0,
+) -> Routes:
+    """Random routing; images and texts go round, the last class has no examples."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(count, blocks, experts)) * 3
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    labels = np.eye(len(classes), dtype=bool)[rng.integers(max(1, len(classes) - 1), size=count)]
+    return Routes(
+        blocks=tuple(f"layer {i}" for i in range(blocks)),
+        classes=classes,
+        ids=tuple(f"id{i}" for i in range(count)),
+        texts=tuple(texts[i % len(texts)] for i in range(count)),
+        images=tuple(images[i % len(images)] for i in range(count)),
+        labels=labels,
+        predictions=np.roll(labels, 1, axis=0),
+        probabilities=probabilities.astype(np.float32),
+    )
+
+
+def pictures(folder: Path, count: int) -> tuple[Path, ...]:
+    """Files of one colour each."""
+    paths = tuple(folder / f"{i}.png" for i in range(count))
+    for i, path in enumerate(paths):
+        Image.new("RGB", (10 + i, 7), (20 * i % 256, 100, 200)).save(path)
+    return paths
+
+
+def digits(folder: Path) -> Path:
+    """The demo's questions with the committed model beside them -> the folder of the model."""
+    export(folder, draws=8)
+    model = MoPEForClassification.from_pretrained(digit_model())
+    processor = model.image_processor
+    processor.rescale_factor /= LEVEL
+    model.save_pretrained(folder / "model", backbones="copy")
+    return folder / "model"
+
+
+def split(count: int, *, names: tuple[str, ...], problem_type: str = "single_label") -> Split:
+    """Labels go round."""
+    examples = tuple(Example(f"id{i}", f"text {i}", None, (i % len(names),)) for i in range(count))
+    return Split("test", examples, names, problem_type)
