@@ -217,10 +217,13 @@ def _read(file: Path, format: _Format) -> tuple[list[_Row], bool, _Problems]:
     multi = None if format.single and format.multi else format.multi is not None
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if line.isspace():
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            line = line.strip()
+            if not line:
                 continue
             try:
-                record = _parse(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+                record = _parse(line)
                 if multi is None and (format.single in record or format.multi in record):
                     multi = format.multi in record
                 rows.append(_row(number, record, format, bool(multi)))
@@ -235,7 +238,9 @@ def _parse(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise _Problem(f"not UTF-8 (0x{line[error.start]:02x} as byte {error.start + 1}): save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise _Problem(f"not JSON ({error.msg} at column {error.colno}): each line must be one JSON object") from None
+        raise _Problem(
+            f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno}): each line must be one JSON object"
+        ) from None
     except (RecursionError, ValueError) as error:
         # Brackets in brackets without end, or a number of more than 4300 digits.
         raise _Problem(f"not JSON that can be read ({error})") from None
@@ -252,7 +257,7 @@ def _row(number: int, record: dict[str, Any], format: _Format, multi: bool) -> _
     if missing := [key for key in (format.text, format.image, label) if key not in record]:
         has = ", ".join(f'"{key}"' for key in record) or "none"
         raise _Problem(f"lacks the key {_quoted(missing)}; its keys are {has}")
-    identity, text, image = record.get(format.id, number), record[format.text], record[format.image]
+    identity, text, image = record.get(format.id, f"line {number}"), record[format.text], record[format.image]
     if not _is_key(identity):
         raise _Problem(f'"{format.id}" must be a text or an integer, got {_shown(identity)}')
     if not isinstance(text, str):
@@ -391,9 +396,7 @@ class _Images:
     def warn(self, file: Path) -> None:
         if self._missing:
             count = f"{len(self._missing)} of {len(self._found)}"
-            warnings.warn(
-                f"{file}: {count} images are missing, grey ones take their places: {_listed(self._missing)}", stacklevel=3
-            )
+            warnings.warn(f"{file}: {count} images are missing, grey ones replace them: {_listed(self._missing)}", stacklevel=3)
 
 
 def _files_in(folder: str) -> set[str]:
@@ -410,7 +413,7 @@ def _warn_of_duplicates(file: Path, rows: Sequence[_Row]) -> None:
         f"{row.id!r} (lines {first} and {row.line})" for row in rows if (first := lines.setdefault(row.id, row.line)) != row.line
     ]
     if twice:
-        warnings.warn(f"{file}: {len(twice)} lines repeat an id: {_listed(twice)}", stacklevel=3)
+        warnings.warn(f"{file}: {len(twice)} of its lines repeat an id: {_listed(twice)}", stacklevel=3)
 
 
 def _listed(items: Sequence[str]) -> str:
