@@ -42,11 +42,11 @@ class RandAugment:
         return image
 
 
-def _affine(image: Any, *coefficients: float) -> Any:
+def _affine(image: Any, a: float, b: float, c: float, d: float, e: float, f: float) -> Any:
     """The pixel at (x, y) comes from (a x + b y + c, d x + e y + f), black where there is nothing."""
     from PIL import Image
 
-    return image.transform(image.size, Image.Transform.AFFINE, coefficients)
+    return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f))
 
 
 def _enhance(name: str) -> Callable[[Any, float], Any]:
