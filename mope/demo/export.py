@@ -26,6 +26,7 @@ def export(folder: Path, *, draws: int = 20, seed: int = 0) -> None:
         labels.txt                             no, yes
         images/0000.png ...                    the scans, 8 x 8, grey
         vision/  text/                         a ViT with its image processor, a BERT with its tokenizer
+        model/                                 the committed digit model, for these images
 
     Args:
         folder: made if need be; files of the same names are replaced.
@@ -43,9 +44,11 @@ def export(folder: Path, *, draws: int = 20, seed: int = 0) -> None:
         lines = questions(digits, draws if name == "train" else max(1, draws // 4), rng)
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     model = MoPEForClassification.from_pretrained(digit_model())
-    model.detach()
     processor = build_image_processor()
     processor.rescale_factor /= LEVEL
+    model.image_processor = processor
+    model.save_pretrained(folder / "model", backbones="copy")
+    model.detach()
     for modality, companion in (("vision", processor), ("text", model.tokenizer)):
         for part in (model.backbone(modality), companion):
             save: Any = part.save_pretrained

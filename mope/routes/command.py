@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 SPLITS = ("train", "dev", "test")
 
@@ -58,7 +61,6 @@ def _routes(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    import torch
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
 
@@ -67,13 +69,12 @@ def _run(options: argparse.Namespace) -> None:
 
     from .page import write_html
     from .pictures import draw
-    from .routing import collect
+    from .routing import collect, routed_blocks
     from .summary import summarize
 
-    model = MoPEForClassification.from_pretrained(options.model)
-    blocks = _numbers(options.block, model.routed_blocks())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device if options.device == "auto" else options.device)
+    device = _device(options.device)
+    model = MoPEForClassification.from_pretrained(options.model).to(device)
+    blocks = _numbers(options.block, routed_blocks(model))
     split = read_split(
         options.data, options.format, options.split, names=_class_names(model.config), on_missing_image=options.on_missing_image
     )
@@ -90,6 +91,18 @@ def _run(options: argparse.Namespace) -> None:
     print("\n".join(map(str, (page, *pictures, tables, probabilities))))
 
 
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    # An AssertionError where torch was built without CUDA.
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
 def _class_names(config: Any) -> tuple[str, ...] | None:
     """Those of the model, None if nobody has named its classes."""
     names = tuple(config.id2label[i] for i in range(config.num_labels))
@@ -103,5 +116,5 @@ def _numbers(wanted: list[str] | None, names: tuple[str, ...]) -> list[int] | No
     if "all" in wanted:
         return list(range(len(names)))
     if unknown := [name for name in wanted if name not in names]:
-        raise ValueError(f"no routed block {', '.join(map(repr, unknown))}: there are {', '.join(map(repr, names)) or 'none'}")
+        raise ValueError(f"no routed block {', '.join(map(repr, unknown))}: there are {', '.join(map(repr, names))}")
     return [names.index(name) for name in dict.fromkeys(wanted)]

@@ -54,9 +54,7 @@ def collect(
     Raises:
         ValueError: the model routes nothing, the loader gives other examples than the split, or a result is not finite.
     """
-    blocks = model.routed_blocks()
-    if not blocks:
-        raise ValueError(f"this model routes nothing (method {model.config.method!r}): there are no experts to show")
+    blocks = routed_blocks(model)
     if not len(split):
         raise ValueError(f"the {split.name} split is empty: there is nothing to route")
     shape = (len(split), len(blocks), model.config.num_experts)
@@ -99,6 +97,18 @@ def collect(
         predictions,
         probabilities,
     )
+
+
+def routed_blocks(model: MoPEForClassification) -> tuple[str, ...]:
+    """Names of the blocks of a model that route.
+
+    Raises:
+        ValueError: there are none.
+    """
+    blocks = model.routed_blocks()
+    if not blocks:
+        raise ValueError(f"this model routes nothing (method {model.config.method!r}): there are no experts to show")
+    return blocks
 
 
 def _same(given: Tensor, labels: NDArray[np.bool_]) -> bool:

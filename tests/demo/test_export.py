@@ -64,3 +64,14 @@ def test_encoders_are_those_of_the_committed_model(folder: Path) -> None:
             assert torch.equal(state[key], tensor), key
     text = "the digit is a seven"
     assert AutoTokenizer.from_pretrained(folder / "text")(text)["input_ids"] == model.tokenizer(text)["input_ids"]
+
+
+def test_model_is_the_committed_one_for_these_images(folder: Path) -> None:
+    digits = load_digits()["validation"]
+    image = Image.open(folder / "images" / f"{digits.index[0]:04d}.png")
+    committed, exported = (MoPEForClassification.from_pretrained(path) for path in (digit_model(), folder / "model"))
+    pixel_values = exported.image_processor(np.array(image)[..., None], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixel_values, to_pixel_values(digits.pixels[:1]), rtol=0, atol=1e-6)
+    texts = exported.tokenizer("the digit is a seven", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(*(model(pixel_values=pixel_values, **texts).logits for model in (committed, exported)))

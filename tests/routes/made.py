@@ -1,4 +1,4 @@
-"""Routes that nobody's model took, and a folder of data for the digit model."""
+"""Routes that nobody's model took."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mope import MoPEForClassification
 from mope.data import Example, Split
-from mope.demo import digit_model
-from mope.demo.export import LEVEL, export
 from mope.routes import Routes
 
 
@@ -47,16 +44,6 @@ def pictures(folder: Path, count: int) -> tuple[Path, ...]:
     for i, path in enumerate(paths):
         Image.new("RGB", (10 + i, 7), (20 * i % 256, 100, 200)).save(path)
     return paths
-
-
-def digits(folder: Path) -> Path:
-    """The demo's questions with the committed model beside them -> the folder of the model."""
-    export(folder, draws=8)
-    model = MoPEForClassification.from_pretrained(digit_model())
-    processor = model.image_processor
-    processor.rescale_factor /= LEVEL
-    model.save_pretrained(folder / "model", backbones="copy")
-    return folder / "model"
 
 
 def split(count: int, *, names: tuple[str, ...], problem_type: str = "single_label") -> Split:

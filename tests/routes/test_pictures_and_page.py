@@ -1,0 +1,181 @@
+"""Pictures and page: what they show, and that nothing in the data can become more than text."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import re
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from PIL import Image
+
+from mope.routes import draw, summarize, write_html
+from mope.routes.page import POLICY
+from mope.routes.pictures import MOST_CLASSES, MOST_EXPERTS, shown_classes, shown_experts
+from mope.routes.thumbnails import GREY, SIZE, data_uri, thumbnail
+
+from . import made
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "$\\frac{1}{",
+    "</style></title><base href=https://example.org>",
+    "one\ntwo\x00\x1b[31m",
+    "\u202eright to left",
+    "犬 и 🐶",
+    "_" + "long " * 100,
+)
+
+
+class Page(HTMLParser):
+    """The elements of a page, with attributes, and what stands between them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = self.styles = ""
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "style":
+            self.styles += data
+        else:
+            self.text += data
+
+
+def test_pictures(tmp_path: Path) -> None:
+    routes = made.routes(images=made.pictures(tmp_path, 9), texts=("cats purr", "dogs bark"))
+    tables = summarize(routes)
+    paths = draw(tables, routes, tmp_path / "out", blocks=[0, 1])
+    names = [f"{name}.png" for name in ("load", "classes_layer_0", "experts_layer_0", "classes_layer_1", "experts_layer_1")]
+    assert [path.name for path in paths] == names
+    for path in paths:
+        with Image.open(path) as picture:
+            assert min(picture.size) > 200
+            assert np.asarray(picture.convert("L")).std() > 10
+    assert not plt.get_fignums()
+    first = [path.read_bytes() for path in paths]
+    assert [path.read_bytes() for path in draw(tables, routes, tmp_path / "out", blocks=[0, 1])] == first
+    # Without a choice, the block whose routing depends on the example most.
+    best = tables.most_decided
+    assert [path.name for path in draw(tables, routes, tmp_path / "one")] == [names[0], *names[1 + 2 * best : 3 + 2 * best]]
+
+
+def test_pictures_do_not_depend_on_the_users_style(tmp_path: Path) -> None:
+    routes = made.routes()
+    tables = summarize(routes)
+    (plain,) = draw(tables, routes, tmp_path / "a", blocks=[])
+    with plt.style.context("dark_background"):
+        before = dict(plt.rcParams)
+        (dark,) = draw(tables, routes, tmp_path / "b", blocks=[])
+        assert dict(plt.rcParams) == before
+    assert plain.read_bytes() == dark.read_bytes()
+
+
+def test_hostile_names_and_texts(tmp_path: Path) -> None:
+    routes = made.routes(count=200, classes=(*HOSTILE, "unused"), texts=HOSTILE, images=made.pictures(tmp_path, 3))
+    # Each text has an expert, so that words stand out.
+    probabilities = np.eye(4, dtype=np.float32)[np.arange(200) % 4][:, None].repeat(2, axis=1)
+    ids = tuple(f"{HOSTILE[i % 2]}{i}" for i in range(200))
+    routes = dataclasses.replace(routes, probabilities=probabilities, ids=ids, blocks=("a<b>", "b"))
+    tables = summarize(routes, top=20)
+    draw(tables, routes, tmp_path, blocks=[0])
+    write_html(tables, routes, tmp_path / "index.html", blocks=[0, 1])
+    page = Page(tmp_path / "index.html")
+    assert not page.open
+    assert {tag for tag, _ in page.tags} == {
+        *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "table", "tr", "th", "td", "img"),
+        *("section", "div", "span", "bdi", "figure", "figcaption", "b", "br"),
+    }
+    for tag, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes), attributes
+        assert "href" not in attributes
+        assert tag == "img" or "src" not in attributes
+    assert all(attributes["src"].startswith("data:image/png;base64,") for tag, attributes in page.tags if tag == "img")
+    assert all(url.startswith("data:image/jpeg;base64,") for url in re.findall(r"url\((.*?)\)", page.styles))
+    assert page.styles.count("url(") == 3 and "base href" not in page.styles
+    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": POLICY}) in page.tags
+    # What was said is to be read, as it was said.
+    for text in (*HOSTILE[:4], *HOSTILE[5:7]):
+        assert text in page.text
+    titles = {attributes["title"] for _, attributes in page.tags if attributes.get("role") == "img"}
+    assert titles <= {name[:60] for name in routes.ids}
+
+
+def test_page(tmp_path: Path) -> None:
+    routes = made.routes(images=(*made.pictures(tmp_path, 5), None), texts=("cats purr", "dogs bark"))
+    tables = summarize(routes, top=3)
+    write_html(tables, routes, tmp_path / "a.html")
+    write_html(tables, routes, tmp_path / "b.html")
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+    page = Page(tmp_path / "a.html")
+    block = tables.most_decided
+    assert f"Layer {block}" in page.text and f"Layer {1 - block}" not in page.text
+    assert page.text.count("Expert ") == 4
+    for expert in range(4):
+        assert f"mean probability {tables.load[block, expert]:.1%}, first choice of {tables.top1[block, expert]:.1%}" in page.text
+        for row in tables.top_examples[block, expert]:
+            (truth,), (said,) = np.flatnonzero(routes.labels[row]), np.flatnonzero(routes.predictions[row])
+            wrong = "" if truth == said else f", taken for {routes.classes[said]}"
+            assert f"{routes.probabilities[row, block, expert]:.2f} {routes.classes[truth]}{wrong}{routes.texts[row]}" in page.text
+    # Each image stands in it once, one or two PNG pictures aside.
+    used = {routes.images[row] for row in tables.top_examples[block].flat}
+    assert page.styles.count("url(") == len(used)
+
+
+def test_many_experts_and_classes(tmp_path: Path) -> None:
+    classes = tuple(f"class {i}" for i in range(150))
+    routes = made.routes(count=2000, blocks=1, experts=256, classes=classes, images=made.pictures(tmp_path, 3))
+    tables = summarize(routes, top=2)
+    experts, rows = shown_experts(tables, 0), shown_classes(tables, 0)
+    assert len(experts) == MOST_EXPERTS and len(rows) == MOST_CLASSES
+    assert tables.load[0, experts].min() >= np.delete(tables.load[0], experts).max()
+    assert tables.class_counts[rows].min() >= np.delete(tables.class_counts, rows).max()
+    draw(tables, routes, tmp_path, blocks=[0])
+    write_html(tables, routes, tmp_path / "index.html")
+    page = Page(tmp_path / "index.html")
+    assert page.text.count("Expert ") == MOST_EXPERTS and "The 32 of 256 experts with the largest load" in page.text
+    assert (tmp_path / "index.html").stat().st_size < 2e6
+
+
+@pytest.mark.parametrize("count, experts", [(1, 1), (3, 2)])
+def test_little(count: int, experts: int, tmp_path: Path) -> None:
+    routes = made.routes(count=count, blocks=1, experts=experts)
+    # In multi_label an example may have no class.
+    routes = dataclasses.replace(routes, labels=np.zeros_like(routes.labels))
+    tables = summarize(routes)
+    assert len(draw(tables, routes, tmp_path, blocks=[0])) == 3
+    write_html(tables, routes, tmp_path / "index.html")
+    assert "nothing, taken for" in Page(tmp_path / "index.html").text
+
+
+def test_thumbnails(tmp_path: Path) -> None:
+    assert thumbnail(None).getpixel((0, 0)) == GREY
+    levels = np.array([[0, 240], [120, 60]], np.uint8)
+    Image.fromarray(levels).save(tmp_path / "small.png")
+    enlarged = np.asarray(thumbnail(tmp_path / "small.png"))
+    assert enlarged.shape == (SIZE, SIZE, 3)
+    np.testing.assert_array_equal(enlarged[:: SIZE // 2, :: SIZE // 2, 0], levels)
+    Image.new("RGBA", (900, 300), (10, 200, 30, 255)).save(tmp_path / "wide.png")
+    wide = thumbnail(tmp_path / "wide.png")
+    assert wide.size == (SIZE, SIZE // 3) and wide.getpixel((40, 10)) == (10, 200, 30)
+    kind, _, data = data_uri(wide).partition(",")
+    assert kind == "data:image/jpeg;base64"
+    with Image.open(BytesIO(base64.b64decode(data))) as image:
+        assert image.size == wide.size
