@@ -1,4 +1,4 @@
-"""The command line: `mope demo`, `mope bench`, `mope convert`, `mope info`, `mope build`."""
+"""The command line: `mope demo`, `mope train`, `mope evaluate`, `mope bench`, `mope convert`, `mope info`, `mope build`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from mope.routes import add_routes
+from mope.training.commands import add_evaluate, add_train
 
 # Each command imports what it needs when it runs: `mope --help` answers at once, and `mope build` works without transformers.
 
@@ -38,6 +41,10 @@ def parser() -> argparse.ArgumentParser:
         "--export", type=Path, metavar="FOLDER", help="only write questions, scans and encoders there, as data for mope train"
     )
     demo.set_defaults(command=_demo)
+
+    add_train(commands)
+    add_evaluate(commands)
+    add_routes(commands)
 
     convert = commands.add_parser("convert", help="a checkpoint of the released code as safetensors, without running what is in it")
     convert.add_argument("checkpoint", type=Path, metavar="CKPT", help="Lightning's .ckpt")
@@ -78,7 +85,7 @@ def _demo(options: argparse.Namespace) -> int:
         from mope.demo.export import export
 
         export(options.export)
-        print(f"{options.export}: train, dev and test, labels.txt, images/, vision/, text/")
+        print(f"{options.export}: train, dev and test, labels.txt, images/, vision/, text/, model/")
         return 0
     # Pictures go to files: no display is looked for.
     matplotlib.use("Agg")

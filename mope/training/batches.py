@@ -1,0 +1,87 @@
+"""Which items make up a batch: a function of seed and epoch alone, for any number of processes and after any interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class Batches(Sampler[list[int]]):
+    """Batches over all processes, of which each process takes its share: lists of indices.
+
+    Batches are the same for any number of processes, and none is filled up with items of another, so that a model trains
+    on the same gradients whatever it runs on.
+
+    Args:
+        items: what the indices are of; its `set_epoch`, if it has one, is called too.
+        size: items of a batch, over all processes and `parts`.
+        parts: a process gets its share in that many pieces, one after the other.
+        seed: of the order in training, where all processes get something of each batch: a last batch that is too small for that
+            is left out. None: for evaluation, every item once and in the given order.
+        process, processes: rank and world size.
+
+    Raises:
+        ValueError: in training a full batch has less than one item for each process and part.
+    """
+
+    def __init__(
+        self, items: Dataset[Any], size: int, *, parts: int = 1, seed: int | None = None, process: int = 0, processes: int = 1
+    ) -> None:
+        if seed is not None and size < processes * parts:
+            raise ValueError(f"a batch of {size} cannot be split over {processes} processes in {parts} parts")
+        self.items, self.size, self.parts, self.seed = items, size, parts, seed
+        self.process, self.processes, self.epoch = process, processes, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order, and other augmentation."""
+        self.epoch = epoch
+        if (follow := getattr(self.items, "set_epoch", None)) is not None:
+            follow(epoch)
+
+    @property
+    def steps(self) -> int:
+        """Batches of an epoch, each of all processes and parts."""
+        full, rest = divmod(len(self.items), self.size)  # type: ignore[arg-type]
+        smallest = 1 if self.seed is None else self.processes * self.parts
+        return full + (rest >= smallest)
+
+    def __len__(self) -> int:
+        if self.seed is not None:
+            return self.steps * self.parts
+        return sum(1 for _ in self._shares())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for share in self._shares():
+            yield share.tolist()
+
+    def _shares(self) -> Iterator[NDArray[np.int64]]:
+        order = np.arange(len(self.items))  # type: ignore[arg-type]
+        if self.seed is not None:
+            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
+        for step in range(self.steps):
+            mine = order[step * self.size : (step + 1) * self.size][self.process :: self.processes]
+            yield from (part for part in np.array_split(mine, self.parts) if len(part))
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader over `Batches`. It draws nothing from the global random generators, which are left to the model."""
+
+    def __init__(self, batches: Batches, collate: Callable[[list[Any]], Any], *, workers: int = 0, pin: bool = False) -> None:
+        super().__init__(
+            batches.items,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=pin,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Trainer calls it; where it skips batches to resume, it calls that of the batches."""
+        batches: Any = self.batch_sampler
+        batches.set_epoch(epoch)

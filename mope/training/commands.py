@@ -1,0 +1,188 @@
+"""`mope train` and `mope evaluate`. Torch is imported when a command runs, so that help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .recipe import METRICS, PRECISIONS, RECIPES, Recipe
+
+# Of 128 + number, as shells report it.
+SIGNALLED = 128
+
+
+def add_train(commands: Any) -> None:
+    """Add `train` to what `ArgumentParser.add_subparsers` returned."""
+    train = commands.add_parser(
+        "train",
+        help="train a fusion model on your data",
+        description="Train a fusion model. Defaults are the published ones of each format. Several processes: "
+        "torchrun --nproc-per-node N -m mope.cli train ...",
+    )
+    _add_data(train)
+    train.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for checkpoints, the best model and results")
+    model = train.add_argument_group("model")
+    kind = model.add_mutually_exclusive_group()
+    kind.add_argument("--method", metavar="NAME", help="a fusion method (mope)")
+    kind.add_argument("--preset", metavar="NAME", help="a published configuration, such as mope-v4 or cpt")
+    kind.add_argument("--from-checkpoint", type=Path, metavar="PATH", help="start from a saved model or a released .ckpt")
+    model.add_argument("--mode", choices=("reference", "instance"), help="whose prompts a window of a Swin Transformer gets")
+    model.add_argument(
+        "--set", nargs="+", default=[], type=_assignment, metavar="FIELD=VALUE", help="fields of MoPEConfig: --set num_experts=16"
+    )
+    _add_encoders(model)
+    model.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory")
+    model.add_argument("--copy-backbones", action="store_true", help="put copies of the encoders into the saved model")
+
+    recipe = train.add_argument_group("recipe", "default: what was published for the format")
+    for name in ("epochs", "batch_size", "accumulation", "augment"):
+        recipe.add_argument(_flag(name), type=int, metavar="N", help=_RECIPE_HELP[name])
+    for name in ("vision_lr", "text_lr", "weight_decay", "gamma", "clip", "label_smoothing"):
+        recipe.add_argument(_flag(name), type=float, metavar="X", help=_RECIPE_HELP[name])
+    recipe.add_argument("--milestones", type=int, nargs="*", metavar="EPOCH", help=_RECIPE_HELP["milestones"])
+    recipe.add_argument("--precision", choices=PRECISIONS, help=_RECIPE_HELP["precision"])
+    recipe.add_argument("--metric", choices=sum(METRICS.values(), ()), help=_RECIPE_HELP["metric"])
+
+    run = train.add_argument_group("run")
+    run.add_argument("--shots", type=int, metavar="N", help="few-shot: N training examples of each class, drawn with the seed")
+    seeds = run.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order, augmentation, dropout and noise (0)")
+    seeds.add_argument("--seeds", type=int, nargs="+", metavar="N", help="one run for each, and a table with mean and deviation")
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="go on from the last checkpoint, or this one",
+    )
+    run.add_argument("--max-steps", type=int, metavar="N", help="stop after N steps")
+    run.add_argument("--save-steps", type=int, metavar="N", help="write a checkpoint every N steps, not only after each epoch")
+    run.add_argument(
+        "--cache-features",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compute features of the complementary encoder once, where training does not change them (auto)",
+    )
+    run.add_argument("--features", type=Path, metavar="FOLDER", help="where these are kept (in --out)")
+    _add_machine(run)
+    train.set_defaults(command=_train)
+
+
+def add_evaluate(commands: Any) -> None:
+    """Add `evaluate` to what `ArgumentParser.add_subparsers` returned."""
+    evaluate = commands.add_parser("evaluate", help="accuracy or F1 of a trained model on your data")
+    evaluate.add_argument("model", type=Path, metavar="MODEL", help="a folder that save_pretrained wrote, or a released .ckpt")
+    _add_data(evaluate)
+    evaluate.add_argument("--split", choices=("train", "dev", "test"), default="test", help="(test)")
+    evaluate.add_argument("--mode", choices=("reference", "instance"), help="whose prompts a window of a Swin Transformer gets")
+    evaluate.add_argument("--compare-modes", action="store_true", help="in both modes, at each of --batch-sizes")
+    evaluate.add_argument(
+        "--batch-sizes", type=_positive, nargs="+", metavar="N", help="one row for each (32; with --compare-modes 1 8 32)"
+    )
+    evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="for results.json and results.md")
+    _add_encoders(evaluate)
+    _add_machine(evaluate)
+    evaluate.set_defaults(command=_evaluate)
+
+
+_RECIPE_HELP = {
+    "epochs": "passes over the training data",
+    "batch_size": "items of an optimizer step, over all processes",
+    "accumulation": "parts in which a process computes its share of a batch",
+    "augment": "magnitude (1 to 30) of RandAugment on training images, 0 for none",
+    "vision_lr": "learning rate in and around the vision encoder",
+    "text_lr": "learning rate in and around the text encoder",
+    "weight_decay": "of everything trained",
+    "milestones": "epochs after which learning rates fall",
+    "gamma": "factor by which they fall",
+    "clip": "largest norm of the gradient, 0 for any",
+    "precision": "of activations (auto: fp16 on an accelerator, fp32 on a CPU)",
+    "label_smoothing": "with one label for each example",
+    "metric": "chooses the best checkpoint",
+}
+assert set(_RECIPE_HELP) == {field.name for field in fields(Recipe)}
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="holds train.jsonl, dev.jsonl, test.jsonl, ...")
+    parser.add_argument("--format", choices=tuple(RECIPES), default="jsonl", help="of the data (jsonl)")
+    parser.add_argument("--on-missing-image", choices=("error", "grey"), default="error", help="(error)")
+
+
+def _add_encoders(parser: Any) -> None:
+    for name, what in (("vision", "vision encoder"), ("text", "text encoder"), ("tokenizer", "tokenizer")):
+        parser.add_argument(f"--{name}", metavar="NAME_OR_FOLDER", help=f"{what}, from the hub or a folder")
+    parser.add_argument(
+        "--image-processor", metavar="NAME_OR_FOLDER", help='image processor; "published": that of the published training'
+    )
+
+
+def _add_machine(parser: Any) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU where there is one")
+    parser.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that load images (0: this one does)")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """num_experts=16 -> its name and value: JSON where it is such, else text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"must be FIELD=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _train(options: argparse.Namespace) -> int:
+    if (problem := _missing_packages()) is not None:
+        print(f"mope train: {problem}", file=sys.stderr)
+        return 1
+    from .jobs import TrainingJob
+
+    try:
+        job = TrainingJob(options)
+    except (ValueError, OSError) as error:
+        print(f"mope train: {error}", file=sys.stderr)
+        return 1
+    stopped_by = job.train()
+    return 0 if stopped_by is None else SIGNALLED + stopped_by
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if (problem := _missing_packages()) is not None:
+        print(f"mope evaluate: {problem}", file=sys.stderr)
+        return 1
+    from .jobs import EvaluationJob
+
+    try:
+        job = EvaluationJob(options)
+    except (ValueError, OSError) as error:
+        print(f"mope evaluate: {error}", file=sys.stderr)
+        return 1
+    job.evaluate()
+    return 0
+
+
+def _missing_packages() -> str | None:
+    try:
+        import accelerate  # noqa: F401
+        import PIL  # noqa: F401
+    except ModuleNotFoundError as error:
+        return f'{error.name} is needed: pip install "mope-kernels[train]"'
+    return None

@@ -1,0 +1,134 @@
+"""How good a trained model is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from mope import MoPEForClassification
+from mope.data import Collator, Examples, Split
+from mope.fused import MoPESwinBlock
+from mope.models.distributed import is_distributed
+
+from .batches import Batches, Loader
+from .metrics import Counts
+
+MODES = ("reference", "instance")
+
+
+def evaluate(
+    model: MoPEForClassification,
+    split: Split,
+    *,
+    batch_size: int = 32,
+    mode: str | None = None,
+    features: Any = None,
+    num_workers: int = 0,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Metrics of a model on a split, on the device where it is -> "accuracy", or "f1_micro" and "f1_macro", and "loss".
+
+    With torch.distributed each process computes its part; every item counts once, and all get the metrics of the whole.
+
+    Args:
+        model: with tokenizer and image processor.
+        split: of the same classes.
+        batch_size: over all processes.
+        mode: "reference" or "instance", of a Swin Transformer: whose prompts a window gets. None: as the model has it.
+        features: a `FeatureCache` of the split.
+        num_workers: processes that load images.
+        progress: show a bar.
+
+    Raises:
+        ValueError: the classes are others than the model's, or the model has no mode.
+    """
+    with prompt_owner(model, mode):
+        items = Examples(split, model, features=features)
+        return measure(
+            model, items, Collator(model), batch_size=batch_size, num_workers=num_workers, title=split.name if progress else None
+        )
+
+
+def measure(
+    model: MoPEForClassification,
+    items: Dataset[Any],
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    title: str | None = None,
+) -> dict[str, float]:
+    """`evaluate` for any items that `collate` makes into arguments of the model."""
+    process, processes = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+    batches = Batches(items, batch_size, process=process, processes=processes)
+    counts = Counts(model.config.problem_type, model.config.num_labels, model.device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            loader = Loader(batches, collate, workers=num_workers, pin=model.device.type == "cuda")
+            for batch in tqdm(loader, desc=title, leave=False, disable=title is None or process > 0):
+                batch = {name: tensor.to(model.device, non_blocking=True) for name, tensor in batch.items()}
+                labels = batch.pop("labels")
+                with autocast():
+                    logits = model(**batch).logits
+                counts.add(logits, labels)
+    finally:
+        model.train(was_training)
+    return counts.over_processes().metrics()
+
+
+def compare_modes(
+    model: MoPEForClassification, split: Split, batch_sizes: Sequence[int] = (1, 8, 32), **options: Any
+) -> list[dict[str, Any]]:
+    """Metrics in both modes at several batch sizes: one dict for each, with "batch_size" and "mode".
+
+    In the released order of windows the prompts of an image reach others of its batch: there the metric depends on the batch size.
+
+    Raises:
+        ValueError: as in `evaluate`.
+    """
+    return [
+        {"batch_size": size, "mode": mode, **evaluate(model, split, batch_size=size, mode=mode, **options)}
+        for size in batch_sizes
+        for mode in MODES
+    ]
+
+
+@contextmanager
+def prompt_owner(model: MoPEForClassification, mode: str | None) -> Iterator[None]:
+    """`set_prompt_owner` for a while; None changes nothing."""
+    before = model.config.prompt_owner
+    if mode is not None:
+        set_prompt_owner(model, mode)
+    try:
+        yield
+    finally:
+        if mode is not None:
+            set_prompt_owner(model, before)
+
+
+def set_prompt_owner(model: MoPEForClassification, mode: str) -> None:
+    """Put a model over a Swin Transformer into "reference" or "instance" mode.
+
+    Raises:
+        ValueError: the mode is unknown, or the model has no windows.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    blocks = [module for module in model.modules() if isinstance(module, MoPESwinBlock)]
+    if not blocks:
+        raise ValueError(
+            "modes are two orders of windows, which only a Swin Transformer has: each item of this model uses its own prompts"
+        )
+    model.config = model.config.replace(prompt_owner=mode)
+    for block in blocks:
+        block.prompt_owner = mode

@@ -1,0 +1,207 @@
+"""What `mope train` and `mope evaluate` do with their options."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from mope import MoPEForClassification, environment
+from mope.data import Examples, Split, read_split
+from mope.data.formats import SPLITS
+
+from . import report
+from .evaluation import MODES, evaluate, prompt_owner
+from .loading import adopt_classes, make_config, new_model, open_model
+from .recipe import RECIPES, Recipe
+from .runs import TrainingRun
+
+
+class TrainingJob:
+    """`mope train`: one run for each seed. What can be wrong with the options is found when it is made: ValueError or OSError."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        # The process group, before anything asks for it.
+        self.state = PartialState(cpu=options.device == "cpu" or not torch.cuda.is_available())
+        self.seeds: list[int] = options.seeds or [options.seed]
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"--seeds {' '.join(map(str, self.seeds))}: the same one twice")
+        if isinstance(options.resume, str) and len(self.seeds) > 1:
+            raise ValueError("--resume CHECKPOINT goes with one seed; --resume alone continues every run of --seeds")
+        given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)}
+        self.recipe = RECIPES[options.format].replace(**{name: value for name, value in given.items() if value is not None})
+        self.splits = _read_splits(options)
+        # Only the first: the others differ in nothing that could be wrong.
+        self.run = self._make_run(self.seeds[0])
+
+    def train(self) -> int | None:
+        """All runs, and their table -> the signal that stopped it, if one did."""
+        results = []
+        for seed in self.seeds:
+            run = self.run if seed == self.seeds[0] else self._make_run(seed)
+            self._announce(run)
+            result = run.train()
+            run.model.detach()
+            if result["stopped"]:
+                self.state.print(f"\nstopped at step {result['steps']}; the same command with --resume continues")
+                return run.trainer.interruption.arrived
+            results.append(result)
+        if self.state.is_main_process:
+            text = report.runs_table(results)
+            report.write(self.options.out, {**self._description(), "runs": results}, text)
+            print(f"\n{text}")
+            for seed in self.seeds:
+                print(self._out(seed) / "model")
+        return None
+
+    def _out(self, seed: int) -> Path:
+        out: Path = self.options.out
+        return out / f"seed-{seed}" if len(self.seeds) > 1 else out
+
+    def _make_run(self, seed: int) -> TrainingRun:
+        options = self.options
+        torch.manual_seed(seed)
+        splits = dict(self.splits)
+        if options.shots is not None:
+            splits["train"] = splits["train"].subset(options.shots, seed)
+        model = self._make_model(splits["train"])
+        if options.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        out = self._out(seed)
+        # Of several runs some may be finished, or not have begun.
+        resume = options.resume if len(self.seeds) == 1 else bool(options.resume) and (out / "run.json").exists()
+        try:
+            return TrainingRun(
+                model,
+                splits,
+                self.recipe,
+                out,
+                seed=seed,
+                resume=resume,
+                cache_features=options.cache_features,
+                features=options.features or options.out / "features",
+                device=options.device,
+                num_workers=options.num_workers,
+                max_steps=options.max_steps,
+                save_steps=options.save_steps,
+                copy_backbones=options.copy_backbones,
+            )
+        except ValueError:
+            model.detach()
+            raise
+
+    def _make_model(self, train: Split) -> MoPEForClassification:
+        options, sources = self.options, {"vision": self.options.vision, "text": self.options.text}
+        processors = {"tokenizer": options.tokenizer, "image_processor": options.image_processor}
+        if options.from_checkpoint is not None:
+            if options.set:
+                raise ValueError("--set changes a new model, and --from-checkpoint brings its own configuration")
+            model = open_model(options.from_checkpoint, sources, mode=options.mode, **processors)
+            adopt_classes(model, train)
+            return model
+        fields = dict(options.set) | ({"prompt_owner": options.mode} if options.mode else {})
+        config = make_config(options.preset or options.method or "mope", train, **fields)
+        return new_model(config, sources, **processors)
+
+    def _announce(self, run: TrainingRun) -> None:
+        config, recipe = run.model.config, run.recipe
+        trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        sizes = ", ".join(f"{len(split)} {name}" for name, split in run.splits.items())
+        self.state.print(
+            f"{config.method}, main encoder {config.main}: {trained:,} trained parameters; {sizes} examples of {config.num_labels} "
+            f"classes; seed {run.seed}, {recipe.epochs} epochs of {run.trainer.batches.steps} steps of {recipe.batch_size} on "
+            f"{environment.device_name(run.trainer.args.device)}, {self.state.num_processes} process(es)"
+        )
+        if (gpus := torch.cuda.device_count()) > self.state.num_processes and run.trainer.args.device.type == "cuda":
+            self.state.print(
+                f"{gpus} GPUs, {self.state.num_processes} used: torchrun --nproc-per-node {gpus} -m mope.cli train ... takes all"
+            )
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "config": self.run.model.config.to_dict(),
+            "recipe": dataclasses.asdict(self.run.recipe),
+            "data": {"folder": str(self.options.data), "format": self.options.format, "shots": self.options.shots},
+            **_where(self.run.trainer.args.device),
+        }
+
+
+class EvaluationJob:
+    """`mope evaluate`. What can be wrong with the options is found when it is made: ValueError or OSError."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        on_cpu = options.device == "cpu" or not torch.cuda.is_available()
+        self.state = PartialState(cpu=on_cpu)
+        if options.compare_modes and options.mode:
+            raise ValueError("--compare-modes takes both modes: leave --mode out")
+        self.batch_sizes = options.batch_sizes or ([1, 8, 32] if options.compare_modes else [32])
+        self.model = open_model(
+            options.model,
+            {"vision": options.vision, "text": options.text},
+            mode=options.mode,
+            tokenizer=options.tokenizer,
+            image_processor=options.image_processor,
+        )
+        self.split = _read_split(options, self.model)
+        adopt_classes(self.model, self.split)
+        if options.compare_modes:
+            # Says why not, where there is one mode only.
+            with prompt_owner(self.model, "instance"):
+                pass
+        self.model.to(self.state.device)
+        # Holds classes, tokenizer and image processor to what is needed.
+        Examples(self.split, self.model)
+
+    def evaluate(self) -> list[dict[str, Any]]:
+        """A dict for each row of the printed table."""
+        modes = MODES if self.options.compare_modes else (None,)
+        rows = []
+        for size in self.batch_sizes:
+            for mode in modes:
+                metrics = evaluate(
+                    self.model, self.split, batch_size=size, mode=mode, num_workers=self.options.num_workers, progress=True
+                )
+                rows.append({"batch_size": size, **({"mode": mode} if mode else {}), **metrics})
+        if self.state.is_main_process:
+            text = report.metrics_table(rows)
+            print(text)
+            if self.options.out is not None:
+                description = {
+                    "model": str(self.options.model),
+                    "data": {"folder": str(self.options.data), "format": self.options.format, "split": self.options.split},
+                    "examples": len(self.split),
+                    "processes": self.state.num_processes,
+                    **_where(self.state.device),
+                }
+                report.write(self.options.out, {**description, "rows": rows}, text)
+        return rows
+
+
+def _read_splits(options: argparse.Namespace) -> dict[str, Split]:
+    """train, and those of dev and test that are there."""
+    read = partial(read_split, options.data, options.format, on_missing_image=options.on_missing_image)
+    splits = {"train": read("train")}
+    for name in ("dev", "test"):
+        if any((options.data / file).is_file() for file in SPLITS[name]):
+            splits[name] = read(name, names=splits["train"].names)
+    return splits
+
+
+def _read_split(options: argparse.Namespace, model: MoPEForClassification) -> Split:
+    """The split to evaluate, with the model's classes where it knows their names."""
+    config = model.config
+    assert config.id2label is not None
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    known = None if names == [f"LABEL_{i}" for i in range(config.num_labels)] else names
+    return read_split(options.data, options.format, options.split, names=known, on_missing_image=options.on_missing_image)
+
+
+def _where(device: torch.device) -> dict[str, Any]:
+    return {"versions": environment.versions(), "device": environment.device_name(device), "commit": environment.commit()}

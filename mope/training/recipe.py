@@ -1,0 +1,95 @@
+"""How a fusion model is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+METRICS = {"single_label": ("accuracy",), "multi_label": ("f1_micro", "f1_macro")}
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a fusion model is trained; the defaults are the published ones. Immutable; `replace` makes a changed copy.
+
+    AdamW, whose learning rates fall by `gamma` at each of the `milestones`.
+
+    Args:
+        epochs: passes over the training split.
+        batch_size: items of one optimizer step, over all processes and accumulated batches.
+        accumulation: in how many parts a process goes through its share of a batch; more need less memory. The importance loss is
+            the mean over the parts.
+        vision_lr, text_lr: of what is trained in and around the two encoders; mapper and head belong to the main one.
+        weight_decay: of everything trained.
+        milestones: epochs after which the learning rates are multiplied by gamma.
+        gamma: see milestones.
+        clip: largest norm of the gradient, 0 for no clipping.
+        precision: "fp32", "bf16" or "fp16" (autocast; weights stay as they are), "auto": fp16, as published, on an accelerator and
+            fp32 on a CPU.
+        label_smoothing: weight of the uniform distribution in the target, with one label for each item.
+        augment: magnitude from 1 to 30 of RandAugment with two operations on training images, 0 for none.
+        metric: what the best checkpoint is chosen by: "accuracy" with one label for each item, "f1_micro" or "f1_macro" with
+            several. None: the first that fits.
+
+    Raises:
+        ValueError: names the value and what is allowed.
+    """
+
+    epochs: int = 10
+    batch_size: int = 16
+    accumulation: int = 1
+    vision_lr: float = 4e-4
+    text_lr: float = 5e-4
+    weight_decay: float = 1e-3
+    milestones: Sequence[int] = (3, 6)
+    gamma: float = 0.4
+    clip: float = 1.0
+    precision: str = "auto"
+    label_smoothing: float = 0.0
+    augment: int = 0
+    metric: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(sorted(self.milestones)))
+        for name in ("epochs", "batch_size", "accumulation"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"Recipe: {name} must be an integer of at least 1, got {value!r}")
+        for name in ("vision_lr", "text_lr", "weight_decay", "clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"Recipe: {name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"Recipe: gamma must be above 0 and at most 1, got {self.gamma}")
+        if not all(isinstance(epoch, int) and epoch > 0 for epoch in self.milestones):
+            raise ValueError(f"Recipe: milestones must be positive integers, got {list(self.milestones)}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"Recipe: label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if not isinstance(self.augment, int) or not 0 <= self.augment <= 30:
+            raise ValueError(f"Recipe: augment must be an integer from 0 to 30, got {self.augment!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"Recipe: precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+    def replace(self, **changes: Any) -> Recipe:
+        return dataclasses.replace(self, **changes)
+
+    def for_problem(self, problem_type: str) -> Recipe:
+        """The same with a metric; ValueError if a field does not go with "single_label" or "multi_label"."""
+        fitting = METRICS[problem_type]
+        metric = self.metric or fitting[0]
+        if metric not in fitting:
+            raise ValueError(f"Recipe: metric must be one of {', '.join(fitting)} with {problem_type} data, got {metric!r}")
+        if self.label_smoothing and problem_type == "multi_label":
+            raise ValueError("Recipe: label_smoothing needs data with one label for each item, these have several")
+        return self.replace(metric=metric)
+
+
+# Published for each data set; "jsonl" is anything else.
+RECIPES = {
+    "food101": Recipe(batch_size=38, metric="accuracy"),
+    "mm-imdb": Recipe(batch_size=16, metric="f1_micro", augment=7),
+    "snli-ve": Recipe(batch_size=64, metric="accuracy", augment=5),
+    "jsonl": Recipe(),
+}

@@ -1,0 +1,258 @@
+"""One training run: a model, data, a recipe and a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mope import MoPEForClassification
+from mope.data import Collator, Examples, FeatureCache, RandAugment, Split, cached_features
+from mope.models.distributed import is_distributed
+from mope.models.saving import describe
+from mope.models.swin import MoPESwinEncoder
+
+from .evaluation import evaluate
+from .recipe import Recipe
+from .trainer import FusionTrainer, last_checkpoint, read_state
+
+CACHE = ("auto", "on", "off")
+# Of a run that may be continued with another number of epochs.
+RUN = "run.json"
+
+
+class TrainingRun:
+    """Everything that can be wrong is found when it is made; `train` then does the work.
+
+    `out` gets `run.json` (what is trained on what), `checkpoint-STEP/` (the last and the best), `tensorboard/`, `features/` and
+    `model/`, the best model as `save_pretrained` writes it.
+
+    Args:
+        model: with tokenizer and image processor.
+        splits: "train", and "dev" and "test" where there are such. Without dev no epoch is the best, and the last weights stay.
+        recipe: how.
+        out: folder, new or of a run to resume.
+        seed: of order, augmentation, dropout and router noise. (That of the weights is drawn when the model is made.)
+        resume: continue from the last checkpoint in `out`, or from the given one.
+        cache_features: "auto" computes what the complementary encoder says once, where training does not change it; "on" raises an
+            error where it does; "off" never.
+        features: folder of the cache; default: in `out`.
+        device: "auto" or "cpu".
+        num_workers: processes that load images.
+        eval_batch_size: over all processes; default: that of training.
+        max_steps, save_steps: see `FusionTrainer`.
+        copy_backbones: put copies of the encoders into the saved model.
+        progress: show bars, and print what is done.
+
+    Raises:
+        ValueError: data, model, recipe or folder do not go together; the message says what does.
+    """
+
+    def __init__(
+        self,
+        model: MoPEForClassification,
+        splits: Mapping[str, Split],
+        recipe: Recipe,
+        out: str | Path,
+        *,
+        seed: int = 0,
+        resume: bool | str | Path = False,
+        cache_features: str = "auto",
+        features: str | Path | None = None,
+        device: str = "auto",
+        num_workers: int = 0,
+        eval_batch_size: int | None = None,
+        max_steps: int | None = None,
+        save_steps: int | None = None,
+        copy_backbones: bool = False,
+        progress: bool = True,
+    ) -> None:
+        if cache_features not in CACHE:
+            raise ValueError(f"cache_features must be one of {', '.join(CACHE)}, got {cache_features!r}")
+        if "train" not in splits:
+            raise ValueError(f"splits must hold 'train', got {', '.join(splits) or 'none'}")
+        self.model, self.splits, self.out, self.seed = model, dict(splits), Path(out), seed
+        self.recipe = recipe.for_problem(splits["train"].problem_type)
+        self.features_folder = self.out / "features" if features is None else Path(features)
+        self.num_workers, self.eval_batch_size = num_workers, eval_batch_size or recipe.batch_size
+        self.copy_backbones, self.progress = copy_backbones, progress
+        self.caches_features = self._caches_features(cache_features)
+        self.augment = RandAugment(magnitude=self.recipe.augment) if self.recipe.augment else False
+        self.checkpoint = self._checkpoint(resume)
+        # Made for what they check; those of training may hold features.
+        items = {name: self._examples(name) for name in self.splits}
+        self.trainer = FusionTrainer(
+            model,
+            self.recipe,
+            self.out,
+            collate=Collator(model),
+            train_items=items["train"],
+            dev_items=items.get("dev"),
+            seed=seed,
+            device=device,
+            num_workers=num_workers,
+            eval_batch_size=self.eval_batch_size,
+            max_steps=max_steps,
+            save_steps=save_steps,
+            progress=progress,
+        )
+
+    def train(self) -> dict[str, Any]:
+        """Train, take the best weights, evaluate, save -> the results of the run, the same on every process.
+
+        "stopped" is true in them where a signal ended it early; then only a checkpoint was written.
+        """
+        start = time.perf_counter()
+        caches = self._cache_features()
+        trainer = self.trainer
+        if caches:
+            trainer.train_dataset = trainer.batches.items = self._examples("train", caches["train"])
+            if "dev" in caches:
+                trainer.eval_dataset = self._examples("dev", caches["dev"])
+        if self._is_first_process():
+            (self.out / RUN).write_text(json.dumps(self.identity(), indent=2) + "\n")
+        trainer.train_until_stopped(self.checkpoint)
+        state = trainer.state
+        results: dict[str, Any] = {
+            "seed": self.seed,
+            "steps": state.global_step,
+            "epochs": state.epoch,
+            "stopped": trainer.interruption.arrived is not None,
+            "best_step": None,
+            "parameters": {
+                "trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+                "all": sum(p.numel() for p in self.model.parameters()),
+            },
+            "processes": trainer.args.world_size,
+        }
+        if not results["stopped"]:
+            results["best_step"] = trainer.load_best()
+            for name in [name for name in self.splits if name != "train"]:
+                results[name] = evaluate(
+                    self.model,
+                    self.splits[name],
+                    batch_size=self.eval_batch_size,
+                    features=caches.get(name),
+                    num_workers=self.num_workers,
+                    progress=self.progress,
+                )
+            if self._is_first_process():
+                self.model.save_pretrained(self.out / "model", backbones="copy" if self.copy_backbones else "reference")
+            if is_distributed():
+                dist.barrier()
+        if caches:
+            results["features"] = {
+                name: {"computed": cache.computed, "seconds": cache.seconds, "seconds_per_epoch": cache.seconds_per_epoch}
+                for name, cache in caches.items()
+            }
+        return {**results, "seconds": time.perf_counter() - start}
+
+    def identity(self) -> dict[str, Any]:
+        """What has to stay the same for a run to be resumed."""
+        digest = hashlib.sha256()
+        for example in self.splits["train"].examples:
+            digest.update(json.dumps([example.id, example.text, example.image and example.image.name, example.labels]).encode())
+        recipe = dataclasses.asdict(self.recipe)
+        # More epochs continue a run; how a batch is split changes nothing but rounding.
+        for name in ("epochs", "accumulation", "precision"):
+            del recipe[name]
+        return json.loads(
+            json.dumps(
+                {
+                    "config": {name: value for name, value in self.model.config.to_dict().items() if name != "mope_version"},
+                    "recipe": recipe,
+                    "backbones": {m: self._fingerprint(m) for m in self.model.config.modalities},
+                    "seed": self.seed,
+                    "train": {"examples": len(self.splits["train"]), "sha256": digest.hexdigest()},
+                }
+            )
+        )
+
+    def _fingerprint(self, modality: str) -> str:
+        if modality in self.model.config.finetuned:
+            return "trained"
+        backbone = self.model.backbone(modality)
+        record = describe(*backbone.swin_model()) if isinstance(backbone, MoPESwinEncoder) else describe(backbone)
+        return record["fingerprint"]
+
+    def _checkpoint(self, resume: bool | str | Path) -> Path | None:
+        out, last = self.out, last_checkpoint(self.out)
+        if resume is False:
+            if last is not None or (out / RUN).exists():
+                raise ValueError(f"{out} holds a run already: take another folder, remove it, or resume")
+            if out.exists() and not out.is_dir():
+                raise ValueError(f"{out} is a file: give a folder")
+            return None
+        checkpoint = last if resume is True else Path(resume)
+        if checkpoint is None:
+            raise ValueError(f"{out} has no checkpoint to resume from")
+        read_state(checkpoint)
+        try:
+            before = json.loads((checkpoint.parent / RUN).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{checkpoint.parent / RUN}: cannot tell what was trained ({error})") from error
+        if changed := _differences(before, self.identity()):
+            raise ValueError(f"{checkpoint} is of another run: {'; '.join(changed[:5])}")
+        return checkpoint
+
+    def _caches_features(self, wanted: str) -> bool:
+        modality = self.model.config.complementary
+        if wanted == "off":
+            return False
+        against = ""
+        if modality is None:
+            against = f"method {self.model.config.method!r} has no complementary encoder"
+        elif self.model.trains(modality):
+            against = f"training changes what the {modality} encoder says"
+        elif modality == "vision" and self.recipe.augment:
+            against = "images are augmented"
+        if wanted == "on" and against:
+            raise ValueError(f"features cannot be cached: {against}")
+        return not against
+
+    def _cache_features(self) -> dict[str, FeatureCache]:
+        if not self.caches_features:
+            return {}
+        caches = {}
+        self.model.eval()
+        for name, split in self.splits.items():
+            caches[name] = cached_features(
+                self.model, split, self.features_folder, batch_size=self.eval_batch_size, num_workers=self.num_workers
+            )
+            if self.progress and self._is_first_process():
+                print(f"{name}: {caches[name].describe(self.recipe.epochs if name != 'test' else 1)}")
+        return caches
+
+    def _examples(self, name: str, features: FeatureCache | None = None) -> Examples:
+        return Examples(
+            self.splits[name],
+            self.model,
+            training=name == "train",
+            augment=self.augment if name == "train" else False,
+            features=features,
+            seed=self.seed,
+        )
+
+    def _is_first_process(self) -> bool:
+        return self.trainer.args.process_index == 0
+
+
+def train(
+    model: MoPEForClassification, splits: Mapping[str, Split], recipe: Recipe, out: str | Path, **options: Any
+) -> dict[str, Any]:
+    """`TrainingRun(model, splits, recipe, out, **options).train()`."""
+    return TrainingRun(model, splits, recipe, out, **options).train()
+
+
+def _differences(before: Any, now: Any, where: str = "") -> list[str]:
+    """Where two trees of values differ. What only `now` has is a newer library's."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        named = [(f"{where}.{name}" if where else name, value, now.get(name)) for name, value in before.items()]
+        return [difference for name, value, current in named for difference in _differences(value, current, name)]
+    return [] if before == now else [f"{where} was {before!r} and is {now!r}"]

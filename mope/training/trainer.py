@@ -1,0 +1,372 @@
+"""transformers' Trainer for fusion models."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from mope import MoPEForClassification
+from mope.models.saving import WEIGHTS
+
+from .batches import Batches, Loader
+from .evaluation import measure
+from .metrics import loss_sum
+from .recipe import Recipe
+
+Collate = Callable[[list[Any]], dict[str, Tensor]]
+STATE = "trainer_state.json"
+
+
+class Trained(nn.Module):
+    """A fusion model as Trainer sees it: without a transformers config, and with the parts of the loss instead of a loss."""
+
+    # Trainer then counts the labels of all parts of a batch, over all processes.
+    accepts_loss_kwargs = True
+
+    def __init__(self, fusion: MoPEForClassification) -> None:
+        super().__init__()
+        self.fusion = fusion
+
+    def forward(self, **inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Arguments of the model -> logits (B,K) and importance loss ()."""
+        output = self.fusion(**inputs)
+        return output.logits, output.importance_loss
+
+
+class FusionTrainer(Trainer):
+    """Trains a `MoPEForClassification` by a `Recipe`.
+
+    What differs from Trainer: batches and loss are those of the global batch, and so do not depend on the number of processes;
+    learning rates are those of the recipe for each encoder; a checkpoint holds what is trained and not the frozen backbones; a
+    metric is counted over processes exactly; an interruption saves a checkpoint first.
+
+    Args:
+        fusion: the model, on any device.
+        recipe: with a metric (`Recipe.for_problem`).
+        out: folder for checkpoints and TensorBoard's files.
+        collate: items -> arguments of the model, with labels.
+        train_items, dev_items: items, without dev_items nothing is evaluated.
+        seed: of order, augmentation, dropout and router noise.
+        device: "auto", or "cpu".
+        num_workers: processes that load images.
+        eval_batch_size: over all processes; default: that of training.
+        max_steps: stop after so many, None for the recipe's epochs. The learning rates follow the epochs.
+        save_steps: write a checkpoint every so many steps too, beside that after each epoch.
+        progress: show bars.
+
+    Raises:
+        ValueError: the batch cannot be split over the processes, or the precision does not run here.
+    """
+
+    def __init__(
+        self,
+        fusion: MoPEForClassification,
+        recipe: Recipe,
+        out: str | Path,
+        *,
+        collate: Collate,
+        train_items: Dataset[Any],
+        dev_items: Dataset[Any] | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        num_workers: int = 0,
+        eval_batch_size: int | None = None,
+        max_steps: int | None = None,
+        save_steps: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        out = Path(out).resolve()
+        on_cpu = device == "cpu" or not torch.cuda.is_available()
+        precision = resolve_precision(recipe.precision, on_cpu=on_cpu)
+        arguments = TrainingArguments(
+            output_dir=str(out),
+            num_train_epochs=recipe.epochs,
+            max_steps=-1 if max_steps is None else max_steps,
+            gradient_accumulation_steps=recipe.accumulation,
+            max_grad_norm=recipe.clip,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            use_cpu=on_cpu,
+            # All that is trained gets a gradient, and buffers never change.
+            ddp_find_unused_parameters=False,
+            ddp_broadcast_buffers=False,
+            eval_strategy="no" if dev_items is None else "epoch",
+            save_strategy="epoch",
+            # The last and the best.
+            save_total_limit=2,
+            metric_for_best_model=None if dev_items is None else recipe.metric,
+            greater_is_better=True,
+            # By its own name, which the released code has not: Trainer must not touch the columns or the labels.
+            label_names=["labels"],
+            remove_unused_columns=False,
+            # Reading the loss in each step would make the host wait.
+            logging_nan_inf_filter=False,
+            report_to="none",
+            disable_tqdm=not progress,
+            seed=seed,
+            dataloader_num_workers=num_workers,
+        )
+        # Trainer would split each batch over all GPUs that a lone process sees.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        self.fusion, self.recipe, self.out, self.collate = fusion, recipe, out, collate
+        self.batches = Batches(
+            train_items,
+            recipe.batch_size,
+            parts=recipe.accumulation,
+            seed=seed,
+            process=arguments.process_index,
+            processes=arguments.world_size,
+        )
+        if not self.batches.steps:
+            raise ValueError(f"too few training items for {arguments.world_size} processes with {recipe.accumulation} parts each")
+        arguments.logging_steps = max(10, self.batches.steps // 4)
+        arguments.per_device_train_batch_size = math.ceil(recipe.batch_size / arguments.world_size / recipe.accumulation)
+        self.eval_batch_size = eval_batch_size or recipe.batch_size
+        self.interruption = Interruption()
+        super().__init__(
+            Trained(fusion),
+            arguments,
+            data_collator=collate,
+            train_dataset=train_items,
+            eval_dataset=dev_items,
+            callbacks=[Checkpoints(self, save_steps), TensorBoardCallback(_Writer(out / "tensorboard"))],
+        )
+        # It prints each line of the log where there are no bars.
+        self.remove_callback(PrinterCallback)
+
+    def get_train_dataloader(self) -> Loader:  # type: ignore[override]
+        return Loader(self.batches, self.collate, workers=self.args.dataloader_num_workers, pin=self.args.device.type == "cuda")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with a learning rate for each encoder."""
+        if self.optimizer is None:
+            rates = {"vision": self.recipe.vision_lr, "text": self.recipe.text_lr}
+            groups = [
+                {"params": parameters, "lr": rates[modality]}
+                for modality, parameters in parameters_by_modality(self.fusion).items()
+            ]
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.recipe.weight_decay)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.create_optimizer()
+            milestones = [epoch * self.batches.steps for epoch in self.recipe.milestones]
+            self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(  # type: ignore[assignment]
+                optimizer, milestones, self.recipe.gamma
+            )
+        assert self.lr_scheduler is not None
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This process's part of the loss of the global batch, times the number of processes, over which gradients are averaged."""
+        labels = inputs["labels"]
+        logits, importance = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
+        # A mean over parts of unequal size would weigh their items differently.
+        count = labels.numel() if num_items_in_batch is None else num_items_in_batch
+        loss = loss_sum(logits, labels, label_smoothing=self.recipe.label_smoothing) * self.args.world_size / count
+        if importance is not None:
+            loss = loss + self.fusion.config.importance_weight / self.current_gradient_accumulation_steps * importance
+        return (loss, (logits,)) if return_outputs else loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics over all processes, logged."""
+        items: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        found = measure(
+            self.fusion,
+            items,
+            self.collate,
+            batch_size=self.eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            autocast=self.accelerator.autocast,
+            title=None if self.args.disable_tqdm else metric_key_prefix,
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def train_until_stopped(self, checkpoint: Path | None = None) -> None:
+        """Train from the beginning or from a checkpoint; `interruption.arrived` says afterwards whether a signal ended it.
+
+        With several processes signals end training as usual, and the last checkpoint is that of the last epoch or of `save_steps`:
+        they would not all stop at the same step.
+        """
+        with self.interruption.watched() if self.args.world_size == 1 else nullcontext():
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            folder = self.out if output_dir is None else Path(output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = {name: tensor.contiguous() for name, tensor in self.fusion.trained_state_dict().items()}
+            save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(self.fusion, Path(resume_from_checkpoint))
+
+    def load_best(self) -> int | None:
+        """Take the weights of the best checkpoint -> its step; None where nothing was evaluated, and the last ones stay."""
+        step: int | None = self.state.best_global_step
+        if step is None or not (folder := self.out / f"checkpoint-{step}").is_dir():
+            return None
+        load_trained(self.fusion, folder)
+        return step
+
+
+class Interruption:
+    """Whether SIGINT or SIGTERM arrived. The second one ends the process as usual."""
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.arrived: int | None = None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Only in the main thread, where Python takes signals."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in self.signals}
+
+        def arrive(number: int, frame: Any) -> None:
+            self.arrived = number
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+        for number in self.signals:
+            signal.signal(number, arrive)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Checkpoints(TrainerCallback):
+    """When checkpoints are written beside after each epoch, and different random numbers on each process."""
+
+    def __init__(self, trainer: FusionTrainer, save_steps: int | None) -> None:
+        self.trainer, self.save_steps = trainer, save_steps
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        # A checkpoint that was written on as many processes brings its own generators later.
+        torch.manual_seed(args.seed + 1000003 * args.process_index + 7919 * state.global_step)
+        # Where the folder was moved since.
+        best = self.trainer.out / f"checkpoint-{state.best_global_step}"
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.save_steps and state.global_step % self.save_steps == 0:
+            control.should_save = True
+        if self.trainer.interruption.arrived is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.interruption.arrived is not None:
+            # It is no epoch's end, and the checkpoint is written.
+            control.should_evaluate = control.should_save = False
+
+
+class _Writer:
+    """TensorBoard's writer, made when it first writes: only the first process does."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: Any = None
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def __getattr__(self, name: str) -> Any:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(log_dir=str(self._folder))
+        return getattr(self._writer, name)
+
+
+def parameters_by_modality(fusion: MoPEForClassification) -> dict[str, list[nn.Parameter]]:
+    """What is trained in and around each encoder; head, mapper and whatever joins the two belong to the main one."""
+    groups: dict[str, list[nn.Parameter]] = {modality: [] for modality in fusion.config.modalities}
+    complementary = fusion.config.complementary or ""
+    for name, parameter in fusion.named_parameters():
+        if parameter.requires_grad:
+            other = name.startswith(("cross_blocks.", f"{complementary}."))
+            groups[complementary if complementary and other else fusion.config.main].append(parameter)
+    return {modality: parameters for modality, parameters in groups.items() if parameters}
+
+
+def load_trained(fusion: MoPEForClassification, folder: Path) -> None:
+    """Put what a checkpoint holds into a model of the same config.
+
+    Raises:
+        ValueError: the file cannot be read, or holds other tensors than the model trains.
+    """
+    file = folder / WEIGHTS
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: not a readable checkpoint ({error})") from error
+    own = fusion.trained_state_dict()
+    wrong = sorted(own.keys() ^ tensors.keys())
+    wrong += sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
+    if wrong:
+        raise ValueError(f"{file}: is of another model: {', '.join(wrong[:5])} are missing, unknown or of another shape")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The complete checkpoint of the most steps."""
+    found = [(read_state(folder)["global_step"], folder) for folder in out.glob("checkpoint-*") if (folder / STATE).is_file()]
+    return max(found)[1] if found else None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What Trainer writes last into a checkpoint: "global_step", "epoch", "best_metric", ..."""
+    try:
+        return json.loads((checkpoint / STATE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{checkpoint}: not a checkpoint of mope train ({error})") from error
+
+
+def resolve_precision(precision: str, *, on_cpu: bool) -> str:
+    """What "auto" means here.
+
+    Raises:
+        ValueError: fp16 on a CPU.
+    """
+    if precision == "auto":
+        return "fp32" if on_cpu else "fp16"
+    if precision == "fp16" and on_cpu:
+        raise ValueError("precision fp16 needs a GPU: take fp32 or bf16 on a CPU")
+    return precision

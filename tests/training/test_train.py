@@ -1,0 +1,430 @@
+"""Training on a user's data: from the published recipe to a folder with the best model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from mope import MoPEForClassification, cli
+from mope.data import FORMATS, Collator, Examples, Split
+from mope.training import RECIPES, Recipe, TrainingRun, evaluate
+from mope.training.batches import Batches
+from mope.training.trainer import last_checkpoint, parameters_by_modality
+from tests.training.brightness import make_model, read_splits, write_data, write_encoders
+
+FAST = Recipe(epochs=3, batch_size=6, vision_lr=2e-2, text_lr=1e-2, milestones=(2,))
+QUIET: dict[str, Any] = {"device": "cpu", "progress": False}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def splits(data: Path) -> dict[str, Split]:
+    return read_splits(data)
+
+
+def run_of(splits: dict[str, Split], out: Path, recipe: Recipe = FAST, **options: Any) -> TrainingRun:
+    model_options = options.pop("model", {"noise_std": 0.1, "prompt_dropout": 0.2})
+    return TrainingRun(make_model(splits, **model_options), splits, recipe, out, **{**QUIET, **options})
+
+
+def weights(run: TrainingRun, step: int) -> dict[str, Tensor]:
+    return load_file(run.out / f"checkpoint-{step}" / "model.safetensors")
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert not [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def test_it_learns_and_saves_the_best_model(splits: dict[str, Split], tmp_path: Path) -> None:
+    run = run_of(splits, tmp_path / "out", FAST.replace(epochs=8, milestones=(6,)), model={})
+    result = run.train()
+    assert result["steps"] == 32
+    assert result["stopped"] is False
+    assert result["test"]["loss"] < 0.5 < 0.6 < evaluate(make_model(splits), splits["test"])["loss"]
+    history = [entry for entry in run.trainer.state.log_history if "eval_accuracy" in entry]
+    assert len(history) == 8
+    best = max(history, key=lambda entry: entry["eval_accuracy"])
+    assert (result["best_step"], result["dev"]["accuracy"]) == (best["step"], best["eval_accuracy"])
+    # Only the best and the last are kept.
+    assert {path.name for path in run.out.glob("checkpoint-*")} == {f"checkpoint-{result['best_step']}", "checkpoint-32"}
+    assert list((run.out / "tensorboard").iterdir())
+
+    backbones = {m: run.model.backbone(m) for m in ("vision", "text")}
+    run.model.detach()
+    saved = MoPEForClassification.from_pretrained(run.out / "model", **backbones)
+    assert evaluate(saved, splits["test"]) == pytest.approx(result["test"])
+    assert_same(saved.trained_state_dict(), weights(run, result["best_step"]))
+
+
+def test_checkpoints_hold_no_frozen_backbone(splits: dict[str, Split], tmp_path: Path) -> None:
+    run = run_of(splits, tmp_path / "out", FAST.replace(epochs=1))
+    run.train()
+    trained = sum(p.numel() * p.element_size() for p in run.model.trainable_parameters())
+    folder = run.out / "checkpoint-4"
+    # Two moments and a little of AdamW.
+    assert sum(file.stat().st_size for file in folder.rglob("*")) < 3 * trained + 60_000
+    assert not [name for name in weights(run, 4) if name.startswith(("vision.", "text."))]
+
+
+class StopAt(TrainerCallback):
+    """As if somebody pressed Ctrl-C."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("step", [2, 7, 8])
+def test_an_interrupted_run_resumes_to_the_same_weights(splits: dict[str, Split], tmp_path: Path, step: int) -> None:
+    """In the middle of an epoch, in another one, and at its end; with dropout, router noise and augmentation."""
+    recipe = FAST.replace(augment=9)
+    whole = run_of(splits, tmp_path / "whole", recipe).train()
+    before = signal.getsignal(signal.SIGINT)
+    first = run_of(splits, tmp_path / "parts", recipe)
+    first.trainer.add_callback(StopAt(step - 1))
+    stopped = first.train()
+    assert (stopped["stopped"], stopped["steps"]) == (True, step)
+    assert "test" not in stopped
+    assert not (first.out / "model").exists()
+    assert signal.getsignal(signal.SIGINT) is before
+
+    second = run_of(splits, tmp_path / "parts", recipe, resume=True)
+    resumed = second.train()
+    last = whole["steps"]
+    assert resumed["steps"] == last == 12
+    assert_same(load_file(tmp_path / "whole" / f"checkpoint-{last}" / "model.safetensors"), weights(second, last))
+    assert {name: resumed[name] for name in ("dev", "test", "best_step")} == {n: whole[n] for n in ("dev", "test", "best_step")}
+
+
+def test_max_steps_and_then_the_rest_is_the_whole(splits: dict[str, Split], tmp_path: Path) -> None:
+    whole = run_of(splits, tmp_path / "whole")
+    whole.train()
+    assert run_of(splits, tmp_path / "parts", max_steps=5).train()["steps"] == 5
+    # A folder may be moved in between.
+    shutil.move(tmp_path / "parts", tmp_path / "moved")
+    rest = run_of(splits, tmp_path / "moved", resume=True)
+    rest.train()
+    assert_same(weights(whole, 12), weights(rest, 12))
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_others(splits: dict[str, Split], tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run = run_of(splits, tmp_path / name, FAST.replace(epochs=1), seed=seed)
+        run.train()
+        found.append(weights(run, 4))
+    assert_same(found[0], found[1])
+    assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
+
+
+def test_training_is_what_a_plain_loop_computes(splits: dict[str, Split], tmp_path: Path) -> None:
+    """AdamW with two learning rates, milestones, clipping and label smoothing; the last batch of an epoch is smaller."""
+    recipe = FAST.replace(label_smoothing=0.2, clip=0.5, weight_decay=0.1, milestones=(1,), gamma=0.1, epochs=2)
+    quiet = {"noise_std": 0.0, "cross_prompt_length": 2, "dtype": torch.float64}
+    run = run_of(splits, tmp_path / "out", recipe, model=quiet)
+    start = {name: tensor.clone() for name, tensor in run.model.trained_state_dict().items()}
+    run.train()
+
+    model = make_model(splits, **quiet)
+    assert_same(start, model.trained_state_dict())
+    parameters = parameters_by_modality(model)
+    groups = [{"params": parameters["vision"], "lr": 2e-2}, {"params": parameters["text"], "lr": 1e-2}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    items, collate = Examples(splits["train"], model), Collator(model)
+    batches = Batches(items, 6, seed=0)
+    model.train()
+    for epoch in range(2):
+        batches.set_epoch(epoch)
+        for indices in batches:
+            batch = collate([items[i] for i in indices])
+            labels = batch.pop("labels")
+            output = model(**batch)
+            loss = F.cross_entropy(output.logits, labels, label_smoothing=0.2) + 0.01 * output.importance_loss
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(list(model.trainable_parameters()), 0.5)
+            optimizer.step()
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.1 if epoch == 0 else 1
+    trained = weights(run, 8)
+    for name, tensor in model.trained_state_dict().items():
+        torch.testing.assert_close(trained[name], tensor, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_parts_of_a_batch_add_up_to_it(splits: dict[str, Split], tmp_path: Path) -> None:
+    """Without the importance loss, which is that of each part."""
+    exact = {"dtype": torch.float64, "noise_std": 0.0, "importance_weight": 0.0}
+    found = []
+    for accumulation in (1, 4):
+        run = run_of(splits, tmp_path / str(accumulation), FAST.replace(epochs=1, accumulation=accumulation), model=exact)
+        run.train()
+        found.append(weights(run, 4))
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_each_encoder_has_its_learning_rate(splits: dict[str, Split]) -> None:
+    model = make_model(splits, cross_prompt_length=2, main="vision")
+    groups = parameters_by_modality(model)
+    text = set(model.cross_blocks.parameters())
+    assert set(groups["text"]) == text
+    assert set(groups["vision"]) == set(model.trainable_parameters()) - text
+    model.detach()
+    swapped = parameters_by_modality(make_model(splits, cross_prompt_length=2, main="text"))
+    assert len(swapped["vision"]) == len(groups["text"])
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_cached_features_change_nothing(splits: dict[str, Split], tmp_path: Path, cache: str) -> None:
+    options = {"dtype": torch.float64}
+    whole = run_of(splits, tmp_path / "off", model=options, cache_features="off")
+    run = run_of(splits, tmp_path / "out", model=options, cache_features=cache)
+    result, expected = run.train(), whole.train()
+    assert ("features" in result) == (cache == "on")
+    assert result["dev"]["accuracy"] == expected["dev"]["accuracy"]
+    # Features are kept in float32.
+    for name, tensor in weights(whole, 12).items():
+        torch.testing.assert_close(weights(run, 12)[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    if cache == "on":
+        assert result["features"]["train"]["computed"] == len({e.text for e in splits["train"].examples})
+
+
+def test_several_labels_are_chosen_by_f1(tmp_path: Path) -> None:
+    splits = read_splits(write_data(tmp_path / "data", several_labels=True))
+    run = run_of(splits, tmp_path / "out", FAST.replace(epochs=4))
+    result = run.train()
+    assert result["dev"].keys() == {"f1_micro", "f1_macro", "loss"}
+    best = max(entry["eval_f1_micro"] for entry in run.trainer.state.log_history if "eval_f1_micro" in entry)
+    assert result["dev"]["f1_micro"] == best > 0.6
+
+
+def test_bfloat16_trains(splits: dict[str, Split], tmp_path: Path) -> None:
+    run = run_of(splits, tmp_path / "out", FAST.replace(epochs=1, precision="bf16"))
+    dtypes = []
+    run.model.head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    assert torch.isfinite(torch.tensor(run.train()["test"]["loss"]))
+    assert torch.bfloat16 in dtypes
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+
+
+def test_gradient_checkpointing_gives_the_same_weights(splits: dict[str, Split], tmp_path: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        run = run_of(splits, tmp_path / str(checkpointing), FAST.replace(epochs=1))
+        if checkpointing:
+            run.model.gradient_checkpointing_enable()
+        run.train()
+        found.append(weights(run, 4))
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], msg=name)
+
+
+def test_without_a_dev_split_the_last_weights_stay(splits: dict[str, Split], tmp_path: Path) -> None:
+    del splits["dev"]
+    run = run_of(splits, tmp_path / "out", FAST.replace(epochs=1))
+    result = run.train()
+    assert result["best_step"] is None
+    assert_same(run.model.trained_state_dict(), weights(run, 4))
+
+
+def test_fine_tuned_encoders_are_in_the_checkpoints(splits: dict[str, Split], tmp_path: Path) -> None:
+    options = {"finetuned": ("vision",)}
+    whole = run_of(splits, tmp_path / "whole", FAST.replace(epochs=1), model=options)
+    whole.train()
+    run_of(splits, tmp_path / "parts", FAST.replace(epochs=1), model=options, max_steps=2).train()
+    rest = run_of(splits, tmp_path / "parts", FAST.replace(epochs=1), model=options, resume=True)
+    rest.train()
+    assert any(name.startswith("vision.") for name in weights(rest, 4))
+    assert_same(weights(whole, 4), weights(rest, 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"recipe": FAST.replace(metric="f1_micro")}, "metric must be one of accuracy"),
+        ({"recipe": FAST.replace(precision="fp16")}, "fp16 needs a GPU"),
+        ({"recipe": FAST.replace(batch_size=2, accumulation=3)}, "a batch of 2 cannot be split"),
+        ({"cache_features": "on", "model": {"cross_prompt_length": 1}}, "training changes what the text encoder says"),
+        ({"cache_features": "on", "model": {"method": "image_only"}}, "no complementary encoder"),
+        ({"cache_features": "sometimes"}, "must be one of auto, on, off"),
+        ({"resume": True}, "no checkpoint to resume from"),
+        ({"model": {"id2label": ("no", "perhaps", "yes")}}, "the classes of the train data are not those of the model"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(
+    splits: dict[str, Split], tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        run_of(splits, tmp_path / "out", **changes)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_a_run_is_not_overwritten_and_another_one_not_resumed(splits: dict[str, Split], tmp_path: Path) -> None:
+    recipe = FAST.replace(epochs=1)
+    run_of(splits, tmp_path / "out", recipe).train()
+    with pytest.raises(ValueError, match="holds a run already"):
+        run_of(splits, tmp_path / "out", recipe)
+    for changes, says in (
+        ({"recipe": recipe.replace(vision_lr=0.5)}, "recipe.vision_lr was 0.02 and is 0.5"),
+        ({"seed": 3}, "seed was 0 and is 3"),
+        ({"model": {"num_experts": 5}}, "config.num_experts was 4 and is 5"),
+        ({"splits": {**splits, "train": splits["train"].subset(2)}}, "train.examples was 22 and is 4"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            run_of(changes.pop("splits", splits), tmp_path / "out", resume=True, **{"recipe": recipe, **changes})
+    # More epochs are no other run.
+    assert run_of(splits, tmp_path / "out", recipe.replace(epochs=2), resume=True).train()["steps"] == 8
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_taken(splits: dict[str, Split], tmp_path: Path) -> None:
+    run = run_of(splits, tmp_path / "out", FAST.replace(epochs=1))
+    run.train()
+    (run.out / "checkpoint-5").mkdir()
+    shutil.copy(run.out / "checkpoint-4" / "model.safetensors", run.out / "checkpoint-5")
+    assert last_checkpoint(run.out) == run.out / "checkpoint-4"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
+        ({"vision_lr": -1.0}, "vision_lr must be 0 or more"),
+        ({"gamma": 0.0}, "gamma must be above 0"),
+        ({"milestones": (0,)}, "milestones must be positive"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be in"),
+        ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16, fp16"),
+        ({"augment": 31}, "augment must be"),
+    ],
+)
+def test_recipes_are_checked(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Recipe(**wrong)
+
+
+def test_published_recipes() -> None:
+    assert tuple(RECIPES) == FORMATS
+    assert [RECIPES[name].batch_size for name in ("food101", "mm-imdb", "snli-ve")] == [38, 16, 64]
+    for recipe in RECIPES.values():
+        assert (recipe.epochs, recipe.milestones, recipe.gamma, recipe.clip) == (10, (3, 6), 0.4, 1.0)
+        assert (recipe.vision_lr, recipe.text_lr, recipe.weight_decay) == (4e-4, 5e-4, 1e-3)
+    with pytest.raises(ValueError, match="label_smoothing"):
+        Recipe(label_smoothing=0.1).for_problem("multi_label")
+
+
+@pytest.mark.parametrize(
+    ("items", "size", "parts", "processes"), [(22, 6, 1, 2), (22, 6, 2, 3), (7, 7, 1, 1), (20, 6, 1, 4), (5, 9, 2, 2)]
+)
+def test_batches_are_the_same_for_any_number_of_processes(items: int, size: int, parts: int, processes: int) -> None:
+    def steps(process: int, processes: int, parts: int) -> list[list[list[int]]]:
+        batches = Batches(list(range(items)), size, parts=parts, seed=3, process=process, processes=processes)  # type: ignore[arg-type]
+        batches.set_epoch(2)
+        found = list(batches)
+        assert len(found) == len(batches) == batches.steps * parts
+        assert all(found)
+        return [found[i : i + parts] for i in range(0, len(found), parts)]
+
+    alone = [sorted(part) for (part,) in steps(0, 1, 1)]
+    shared: Iterator[Any] = zip(*(steps(process, processes, parts) for process in range(processes)), strict=True)
+    together = [sorted(i for share in step for part in share for i in part) for step in shared]
+    # A last batch that is too small to share is left out.
+    assert together == [batch for batch in alone if len(batch) >= processes * parts]
+    assert len({i for batch in alone for i in batch}) == items
+
+
+# The command line
+
+
+def command(data: Path, encoders: Path, out: Path, *more: str) -> list[str]:
+    named = ["--vision", f"{encoders}/vision", "--text", f"{encoders}/text", "--device", "cpu"]
+    fast = ["--epochs", "2", "--batch-size", "8", "--vision-lr", "0.02"]
+    small = (
+        [] if "--from-checkpoint" in more else ["--set", "num_experts=3", "prompt_length=2", "static_length=2", "mapper_hidden=8"]
+    )
+    return ["train", "--data", str(data), "--out", str(out), *named, *fast, *small, *more]
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_encoders(tmp_path_factory.mktemp("encoders"))
+
+
+def test_train_command(data: Path, encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert cli.main(command(data, encoders, out, "--seeds", "0", "1", "--method", "static_mapped", "--shots", "4")) == 0
+    text = capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert [run["seed"] for run in results["runs"]] == [0, 1]
+    assert results["config"]["method"] == "static_mapped"
+    assert results["recipe"]["batch_size"] == 8
+    table = (out / "results.md").read_text()
+    assert table in text
+    mean = sum(run["test"]["accuracy"] for run in results["runs"]) / 2
+    assert f"{100 * mean:.2f} ±" in table.splitlines()[-1]
+    assert "save" in text
+
+    # The second run's model, in the hands of a user, and as the start of another training.
+    assert cli.main(["evaluate", str(out / "seed-1" / "model"), "--data", str(data), "--device", "cpu"]) == 0
+    assert f"| 32 | {100 * results['runs'][1]['test']['accuracy']:.2f} |" in capsys.readouterr().out
+    assert cli.main(command(data, encoders, tmp_path / "more", "--from-checkpoint", str(out / "seed-1" / "model"))) == 0
+
+
+def test_train_command_stops_and_resumes(data: Path, encoders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert cli.main(command(data, encoders, whole)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("mope.training.trainer.Checkpoints.on_step_begin", on_step_begin)
+        assert cli.main(command(data, encoders, parts)) == 128 + signal.SIGTERM
+    assert cli.main(command(data, encoders, parts, "--resume")) == 0
+    assert_same(*(load_file(folder / "model" / "model.safetensors") for folder in (whole, parts)))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--method", "mopee"], "must be one of"),
+        (["--set", "experts=3"], "has no experts"),
+        (["--set", "num_labels=3"], "num_labels cannot be set"),
+        (["--vision", "nowhere/at/all"], "vision encoder nowhere/at/all"),
+        (["--text", "{encoders}/vision"], "a vit model is a vision encoder"),
+        (["--tokenizer", "{encoders}/vision"], "--tokenizer"),
+        (["--mode", "reference"], "Swin"),
+        (["--epochs", "0"], "epochs must be an integer of at least 1"),
+        (["--resume"], "no checkpoint"),
+        (["--format", "food101"], 'lacks the key "img"'),
+        (["--seeds", "1", "1"], "the same one twice"),
+        (["--shots", "0"], "shots must be at least 1"),
+    ],
+)
+def test_train_command_says_what_is_wrong(
+    data: Path, encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str
+) -> None:
+    more = [word.format(encoders=encoders) for word in more]
+    assert cli.main(command(data, encoders, tmp_path / "out", *more)) == 1
+    answer = capsys.readouterr().err
+    assert "mope train: " in answer
+    assert says in answer
+    assert not (tmp_path / "out" / "run.json").exists()
