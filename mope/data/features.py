@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 from .formats import Example, Split
 from .preprocessing import Preprocessing
@@ -267,7 +268,8 @@ def _encode(model: MoPEForClassification, loader: DataLoader[dict[str, Any]]) ->
     was_training = model.training
     model.eval()
     try:
-        for batch in loader:
+        # A bar, on a terminal only.
+        for batch in tqdm(loader, f"features of the {model.config.complementary} encoder", disable=_rank()[0] > 0 or None):
             with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
                 psi = model.encode_complementary(**{name: tensor.to(model.device) for name, tensor in batch.items()})
             yield psi.float().cpu().numpy()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pickle
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mope import MoPEForClassification
-from mope.data import Collator, Example, Examples, FeatureCache, Split, cached_features, features
+from mope.data import FORMATS, Collator, DataError, Example, Examples, FeatureCache, Split, cached_features, features, read_split
 from tests.models.test_swin_classification import swin
 from tests.training.test_examples import grey_processor, model_of, tokenizer
 
@@ -357,3 +359,39 @@ def test_time_spent_and_saved(split: Split, tmp_path: Path, monkeypatch: pytest.
 def test_an_empty_split(split: Split, tmp_path: Path) -> None:
     cache = cached_features(model_of(), dataclasses.replace(split, examples=()), tmp_path / "cache")
     assert len(cache) == cache.computed == 0
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_about_data_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/data.md: its lines of each format can be read, its bad ones give its error, and its Python runs."""
+    page = (ROOT / "docs" / "data.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data"
+    rows = re.findall(r"^\| `([\w-]+)` \| `(\{.*\})` \| (one|several) \|$", page, flags=re.MULTILINE)
+    assert {format for format, _, _ in rows} == set(FORMATS)
+    for format, line, classes in rows:
+        record = json.loads(line)
+        image = data / record.get("image", record.get("img", "Flickr30K/flickr30k_images/36979.jpg"))
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(image)
+        (data / "train.jsonl").write_text(line)
+        split = read_split("data", format, "train")
+        assert split.examples[0].image == image.relative_to(tmp_path)
+        assert split.problem_type == {"one": "single_label", "several": "multi_label"}[classes]
+
+    (data / "labels.txt").write_text("apple_pie\nwaffles\n")
+    (lines,) = re.findall(r"^```json\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    _, error = re.findall(r"^```text\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    (data / "train.jsonl").write_text(lines)
+    with pytest.raises(DataError) as raised:
+        read_split("data", "jsonl", "train")
+    assert f"{raised.value}\n" == error
+
+    for name in ("train", "dev"):
+        (data / f"{name}.jsonl").write_text(lines.splitlines()[0])
+    scope: dict[str, Any] = {"model": model_of(num_labels=0, id2label=("apple_pie", "waffles"))}
+    with pytest.warns(UserWarning, match="fewer than 16 examples"):
+        exec("\n".join(re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)), scope)
+    assert len(scope["dev"]) == 1 and scope["loss"].isfinite() and scope["cache"].computed == 1
