@@ -1,16 +1,19 @@
 """Layers with the fused ops inside. Needs torch and mope_kernels only."""
 
 from .attention import FrozenAttention, MoPEAttention, PromptBank
-from .prompts import PromptExperts
-from .router import MultimodalRouter
+from .prompts import InputPrompts, PromptExperts
+from .router import ComplementaryRouter, MultimodalRouter, Router
 from .swin import MoPESwinBlock, PromptedPatchMerging
 
 __all__ = [
+    "ComplementaryRouter",
     "FrozenAttention",
+    "InputPrompts",
     "MoPEAttention",
     "MoPESwinBlock",
     "MultimodalRouter",
     "PromptBank",
     "PromptExperts",
     "PromptedPatchMerging",
+    "Router",
 ]

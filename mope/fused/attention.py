@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ import mope_kernels
 from mope_kernels import ExpertBank, Routing
 
 from .prompts import PromptExperts, project_prompts, split_heads
-from .router import MultimodalRouter
+from .router import Router, make_router
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +53,11 @@ class FrozenAttention:
         return self.output(heads.transpose(1, 2).flatten(2))
 
     def plain(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """The layer's own attention, without prompts: (B,L,C), (B,L) bool True where a token is no padding -> (B,L,C)."""
-        mask = None if token_mask is None else token_mask[:, None, None]
+        """The layer's own attention, without prompts: (B,L,C) -> (B,L,C).
+
+        `token_mask`: (B,L) bool, True where a token is no padding; or (B,L,L), True where a query (row) sees a token.
+        """
+        mask = None if token_mask is None else token_mask[:, None, None] if token_mask.ndim == 2 else token_mask[:, None]
         return self.merge(F.scaled_dot_product_attention(*self.project(x), attn_mask=mask, scale=self.scale))
 
 
@@ -85,7 +89,8 @@ class MoPEAttention(nn.Module):
         static_length: S, prompts that all instances share.
         bound: prompts start as U(-bound, bound). Default: sqrt(3 / C) in front of a LayerNorm, else 0.3.
         prompt_dropout: on all prompts in training. Needs the prompts of each instance, so the one-pass op is not used then.
-        self_width, cross_width, temperature, noise_std, router_embedding, renormalize: see `MultimodalRouter`.
+        router: "multimodal", "complementary", or None: the router is given in each call, since several layers share it.
+        router_options: self_width, cross_width, temperature, noise_std, router_embedding, renormalize, see `MultimodalRouter`.
         impl: of the ops inside.
     """
 
@@ -100,38 +105,21 @@ class MoPEAttention(nn.Module):
         static_length: int = 0,
         bound: float | None = None,
         prompt_dropout: float = 0.0,
-        self_width: int = 2,
-        cross_width: int = 8,
-        temperature: float = 0.1,
-        noise_std: float = 1 / 256,
-        router_embedding: str = "frozen",
-        renormalize: bool = False,
+        router: str | None = "multimodal",
         impl: str = "auto",
+        **router_options: Any,
     ) -> None:
         super().__init__()
         if num_experts and cross_dim is None:
             raise ValueError("MoPEAttention: a router needs the width of the complementary modality's feature: give cross_dim")
-        if bound is None:
-            bound = 0.3 if frozen.norm is None else math.sqrt(3 / dim)
+        bound = default_bound(frozen.norm, dim) if bound is None else bound
         self.frozen, self.impl = frozen, impl
         self.static = nn.Parameter(torch.empty(static_length, dim).uniform_(-bound, bound)) if static_length else None
         self.prompt_dropout = nn.Dropout(prompt_dropout)
         self.experts: PromptExperts | None = None
-        self.router: MultimodalRouter | None = None
-        if num_experts and cross_dim is not None:
+        if num_experts:
             self.experts = PromptExperts(num_experts, prompt_length, dim, bound=bound, impl=impl)
-            self.router = MultimodalRouter(
-                dim,
-                cross_dim,
-                num_experts,
-                self_width=self_width,
-                cross_width=cross_width,
-                temperature=temperature,
-                noise_std=noise_std,
-                embedding=router_embedding,
-                renormalize=renormalize,
-                impl=impl,
-            )
+        self.router = make_router(router, dim, cross_dim, num_experts, impl=impl, **router_options)
 
     def forward(
         self,
@@ -145,6 +133,7 @@ class MoPEAttention(nn.Module):
         noise: Tensor | None = None,
         top_k: int | None = None,
         bank: PromptBank | None = None,
+        router: Router | None = None,
         frozen: FrozenAttention | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Attend from every token.
@@ -159,22 +148,25 @@ class MoPEAttention(nn.Module):
             noise: (B,K) router noise, drawn by the caller (`router.sample_noise`) so that a recomputation sees the same.
             top_k: number of selected experts; None: all of them.
             bank: of `build_bank`, to project the prompts once for many batches.
+            router: the one that layers share, where this layer has none of its own.
             frozen: the layer's modules, where they were replaced after construction.
 
         Returns:
             (B,L,C), the attention's output projection before the residual, and the `Routing` (None without experts).
         """
-        frozen = frozen or self.frozen
+        frozen, router = frozen or self.frozen, router or self.router
         if bank is not None:
             self._check_bank(bank)
-        if self.router is None or self.experts is None:
+        if self.experts is None:
             return self._attend(frozen, x, (mapped,), lengths, token_mask, attn_bias), None
 
+        if router is None:
+            raise ValueError("MoPEAttention: this layer has experts and no router of its own: give router")
         if cross is None:
             raise ValueError("MoPEAttention: the router needs cross, the (B,Cc) feature of the complementary modality")
-        pooled = mean_over_tokens(x, lengths, token_mask)
+        pooled = mean_over_tokens(x, lengths, token_mask) if router.sees_tokens else None
         if token_mask is not None or attn_bias is not None or not self._bank_pays(frozen, x.shape[0], bank):
-            routing = self.router(pooled, cross, noise, top_k)
+            routing = router(pooled, cross, noise, top_k)
             dynamic = self.experts(routing.weights, routing.indices)
             return self._attend(frozen, x, (mapped, dynamic), lengths, token_mask, attn_bias), routing
 
@@ -184,16 +176,16 @@ class MoPEAttention(nn.Module):
             instance_key, instance_value = frozen.keys_and_values(frozen.normalize(mapped.to(x.dtype)))
         out, routing = mope_kernels.mope_attention(
             *frozen.project(x),
-            self.router.logits(pooled, cross),
+            router.logits(pooled, cross),
             bank.experts,
             static_key=bank.static_key,
             static_value=bank.static_value,
             instance_key=instance_key,
             instance_value=instance_value,
             top_k=top_k,
-            temperature=self.router.temperature,
+            temperature=router.temperature,
             noise=noise,
-            renormalize=self.router.renormalize,
+            renormalize=router.renormalize,
             lengths=lengths,
             scale=frozen.scale,
             impl=self.impl,
@@ -215,11 +207,11 @@ class MoPEAttention(nn.Module):
 
     def _bank_pays(self, frozen: FrozenAttention, batch: int, bank: PromptBank | None) -> bool:
         """Whether to take the one-pass op: its bank has K*P rows to project, prompts mixed before the projection B*P."""
-        assert self.router is not None
+        assert self.experts is not None
         if self._drops_prompts or not (frozen.norm is None or isinstance(frozen.norm, nn.LayerNorm)):
             return False
         # An implementation that is asked for by name is one of the one-pass op.
-        return bank is not None or self.impl not in ("auto", "reference") or self.router.num_experts <= batch
+        return bank is not None or self.impl not in ("auto", "reference") or len(self.experts.prompts) <= batch
 
     def _attend(
         self,
@@ -265,6 +257,11 @@ class MoPEAttention(nn.Module):
             raise ValueError("MoPEAttention: the prompts have changed since this bank was built: call build_bank() again")
         if self.training and torch.is_grad_enabled() and not bank.experts.key.requires_grad:
             raise ValueError("MoPEAttention: this bank was built without gradients, the experts would not train: leave bank out")
+
+
+def default_bound(norm: nn.Module | None, dim: int) -> float:
+    """Prompts start as U(-bound, bound): with the variance that a LayerNorm would give them, or as published for BERT."""
+    return 0.3 if norm is None else math.sqrt(3 / dim)
 
 
 def mean_over_tokens(x: Tensor, lengths: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:

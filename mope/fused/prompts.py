@@ -75,6 +75,44 @@ class PromptExperts(nn.Module):
         return "num_experts={}, prompt_length={}, dim={}".format(*self.prompts.shape)
 
 
+class InputPrompts(nn.Module):
+    """S prompts in front of the tokens of the first layer, which pass through all layers with them (VPT-shallow, PromptFuse).
+
+    Args:
+        length: S.
+        dim: C.
+        bound: prompts start as U(-bound, bound).
+        dropout: on all prompts, mapped ones too, in training.
+        blind: they see each other only, and none of the tokens or mapped prompts, all of which see them (BlindPrompt).
+    """
+
+    def __init__(self, length: int, dim: int, *, bound: float, dropout: float = 0.0, blind: bool = False) -> None:
+        super().__init__()
+        self.prompts = nn.Parameter(torch.empty(length, dim).uniform_(-bound, bound))
+        self.dropout, self.blind = nn.Dropout(dropout), blind
+
+    def forward(self, x: Tensor, mapped: Tensor | None = None) -> Tensor:
+        """Tokens (B,L,C), mapped prompts (B,M,C) -> [prompts; mapped; tokens], (B,S+M+L,C)."""
+        prompts = self.prompts.to(x.dtype).expand(len(x), -1, -1)
+        added = prompts if mapped is None else torch.cat([prompts, mapped.to(x.dtype)], dim=1)
+        return torch.cat([self.dropout(added), x], dim=1)
+
+    def visible(self, token_mask: Tensor | None, x: Tensor) -> Tensor | None:
+        """What attention may see, for `FrozenAttention.plain`: (B,L) without the prompts, what `forward` gave -> with them."""
+        rows = x.shape[1]
+        if token_mask is not None:
+            added = token_mask.new_ones(len(x), rows - token_mask.shape[1])
+            token_mask = torch.cat([added, token_mask], dim=1)
+        if not self.blind:
+            return token_mask
+        is_prompt = torch.arange(rows, device=x.device) < len(self.prompts)
+        sees = ~is_prompt[:, None] | is_prompt
+        return sees[None] if token_mask is None else sees & token_mask[:, None]
+
+    def extra_repr(self) -> str:
+        return "length={}, dim={}, blind={}".format(*self.prompts.shape, self.blind)
+
+
 def project_prompts(
     experts: Tensor,
     static: Tensor | None,

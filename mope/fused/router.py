@@ -1,6 +1,9 @@
-"""The multimodal router."""
+"""Routers: from what a block sees to weights of its prompt experts."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,24 +12,79 @@ import mope_kernels
 from mope_kernels import Routing
 from mope_kernels.reference import autocast_off
 
+ROUTERS = ("multimodal", "complementary")
 
-class MultimodalRouter(nn.Module):
-    """r = softmax(q K / temperature + noise), q = [W_self pool(x) ; W_cross psi] (MoPE, arXiv 2403.10568).
+
+class Router(nn.Module, ABC):
+    """r = softmax(logits / temperature + noise); a subclass says what the logits are.
 
     Computes in the dtype of its parameters, also under autocast: a selection made in half precision is another selection.
+
+    Args:
+        num_experts: K.
+        temperature: positive.
+        noise_std: standard deviation of what `sample_noise` draws.
+        renormalize: divide the weights of the selected experts by their sum.
+        impl: as in `mope_kernels.route`.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        *,
+        temperature: float = 0.1,
+        noise_std: float = 1 / 256,
+        renormalize: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"{type(self).__name__}: needs num_experts >= 1, got {num_experts}")
+        self.num_experts, self.temperature, self.noise_std = num_experts, temperature, noise_std
+        self.renormalize, self.impl = renormalize, impl
+
+    @property
+    @abstractmethod
+    def sees_tokens(self) -> bool:
+        """Whether the logits depend on the pooled tokens, and so on the block."""
+
+    @abstractmethod
+    def logits(self, pooled: Tensor | None, cross: Tensor) -> Tensor:
+        """(B,C), (B,Cc) -> (B,K) in the dtype of the router's parameters. `pooled` may be None where tokens are not seen."""
+
+    def sample_noise(self, batch: int, *, always: bool = False) -> Tensor | None:
+        """Noise (B,K) from the device's generator; None outside training, unless it is asked for always."""
+        if not (self.training or always) or self.noise_std == 0:
+            return None
+        like = next(self.parameters())
+        return self.noise_std * torch.randn(batch, self.num_experts, device=like.device, dtype=like.dtype)
+
+    def forward(self, pooled: Tensor | None, cross: Tensor, noise: Tensor | None = None, top_k: int | None = None) -> Routing:
+        """(B,C), (B,Cc) -> `Routing` with weights (B,k), indices (B,k), probs (B,K); see `mope_kernels.route`."""
+        return mope_kernels.route(
+            self.logits(pooled, cross),
+            top_k=top_k,
+            temperature=self.temperature,
+            noise=noise,
+            renormalize=self.renormalize,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, temperature={self.temperature:g}, noise_std={self.noise_std:g}"
+
+
+class MultimodalRouter(Router):
+    """logits = q K, q = [W_self pool(x) ; W_cross psi] (MoPE, arXiv 2403.10568).
 
     Args:
         dim: C, width of the main modality.
         cross_dim: Cc, width of the complementary modality's feature psi.
         num_experts: K.
-        self_width, cross_width: widths of the two parts of the query. `self_width=0` is the router that sees the
-            complementary modality only.
-        temperature: positive.
-        noise_std: standard deviation of what `sample_noise` draws.
+        self_width, cross_width: widths of the two parts of the query. With `self_width=0` it sees psi only.
         embedding: the expert embedding K (self_width + cross_width, K), orthogonal at the start: "frozen", a buffer, or
             "learned", a parameter. Both stand in the state dict under the same name.
-        renormalize: divide the weights of the selected experts by their sum.
-        impl: as in `mope_kernels.route`.
+        temperature, noise_std, renormalize, impl: see `Router`.
     """
 
     expert_embedding: Tensor
@@ -45,16 +103,13 @@ class MultimodalRouter(nn.Module):
         renormalize: bool = False,
         impl: str = "auto",
     ) -> None:
-        super().__init__()
-        if num_experts < 1 or self_width < 0 or cross_width < 0 or self_width + cross_width == 0:
+        super().__init__(num_experts, temperature=temperature, noise_std=noise_std, renormalize=renormalize, impl=impl)
+        if self_width < 0 or cross_width < 0 or self_width + cross_width == 0:
             raise ValueError(
-                "MultimodalRouter: needs num_experts >= 1 and a query of at least one value, got "
-                f"num_experts={num_experts}, self_width={self_width}, cross_width={cross_width}"
+                f"MultimodalRouter: needs a query of at least one value, got self_width={self_width}, cross_width={cross_width}"
             )
         if embedding not in ("frozen", "learned"):
             raise ValueError(f"MultimodalRouter: embedding must be 'frozen' or 'learned', got {embedding!r}")
-        self.num_experts, self.temperature, self.noise_std = num_experts, temperature, noise_std
-        self.renormalize, self.impl = renormalize, impl
         self.self_projection = nn.Linear(dim, self_width) if self_width else None
         self.cross_projection = nn.Linear(cross_dim, cross_width) if cross_width else None
         keys = nn.init.orthogonal_(torch.empty(self_width + cross_width, num_experts))
@@ -63,32 +118,98 @@ class MultimodalRouter(nn.Module):
         else:
             self.register_buffer("expert_embedding", keys)
 
-    def logits(self, pooled: Tensor, cross: Tensor) -> Tensor:
-        """(B,C), (B,Cc) -> (B,K) in the dtype of the router's parameters."""
+    @property
+    def sees_tokens(self) -> bool:
+        return self.self_projection is not None
+
+    def logits(self, pooled: Tensor | None, cross: Tensor) -> Tensor:
         keys = self.expert_embedding
         parts = ((self.self_projection, pooled), (self.cross_projection, cross))
         with autocast_off(keys.device):
-            query = torch.cat([project(x.to(keys.dtype)) for project, x in parts if project is not None], dim=-1)
+            query = torch.cat([project(x.to(keys.dtype)) for project, x in parts if project is not None and x is not None], dim=-1)
             return query @ keys
 
-    def sample_noise(self, batch: int, *, always: bool = False) -> Tensor | None:
-        """Noise (B,K) from the device's generator; None outside training, unless it is asked for always."""
-        if not (self.training or always) or self.noise_std == 0:
-            return None
-        return self.noise_std * torch.randn(
-            batch, self.num_experts, device=self.expert_embedding.device, dtype=self.expert_embedding.dtype
-        )
 
-    def forward(self, pooled: Tensor, cross: Tensor, noise: Tensor | None = None, top_k: int | None = None) -> Routing:
-        """(B,C), (B,Cc) -> `Routing` with weights (B,k), indices (B,k), probs (B,K); see `mope_kernels.route`."""
-        return mope_kernels.route(
-            self.logits(pooled, cross),
-            top_k=top_k,
-            temperature=self.temperature,
-            noise=noise,
-            renormalize=self.renormalize,
-            impl=self.impl,
-        )
+class ComplementaryRouter(Router):
+    """logits = W psi + b: sees the complementary modality only (Conditional Prompt Tuning, arXiv 2312.03734).
 
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, temperature={self.temperature:g}, noise_std={self.noise_std:g}"
+    Args:
+        cross_dim: Cc, width of psi.
+        num_experts, temperature, noise_std, renormalize, impl: see `Router`.
+    """
+
+    def __init__(
+        self,
+        cross_dim: int,
+        num_experts: int,
+        *,
+        temperature: float = 0.1,
+        noise_std: float = 1 / 256,
+        renormalize: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(num_experts, temperature=temperature, noise_std=noise_std, renormalize=renormalize, impl=impl)
+        self.projection = nn.Linear(cross_dim, num_experts)
+
+    @property
+    def sees_tokens(self) -> bool:
+        return False
+
+    def logits(self, pooled: Tensor | None, cross: Tensor) -> Tensor:
+        weight = self.projection.weight
+        with autocast_off(weight.device):
+            return self.projection(cross.to(weight.dtype))
+
+
+def make_router(
+    kind: str | None,
+    dim: int,
+    cross_dim: int | None,
+    num_experts: int,
+    *,
+    self_width: int = 2,
+    cross_width: int = 8,
+    temperature: float = 0.1,
+    noise_std: float = 1 / 256,
+    router_embedding: str = "frozen",
+    renormalize: bool = False,
+    impl: str = "auto",
+) -> Router | None:
+    """A "multimodal" or a "complementary" router, from the options of both; None where there is no `kind`, psi or expert."""
+    if kind is None or cross_dim is None or num_experts == 0:
+        return None
+    if kind not in ROUTERS:
+        raise ValueError(f"router must be one of {', '.join(map(repr, ROUTERS))}, got {kind!r}")
+    if kind == "complementary":
+        return ComplementaryRouter(
+            cross_dim, num_experts, temperature=temperature, noise_std=noise_std, renormalize=renormalize, impl=impl
+        )
+    return MultimodalRouter(
+        dim,
+        cross_dim,
+        num_experts,
+        self_width=self_width,
+        cross_width=cross_width,
+        temperature=temperature,
+        noise_std=noise_std,
+        embedding=router_embedding,
+        renormalize=renormalize,
+        impl=impl,
+    )
+
+
+def sample_noise(routers: Sequence[Router], batch: int, *, always: bool = False) -> list[Tensor | None]:
+    """Noise for each place of a router. A router that stands in several places draws once: it decides once for all of them."""
+    drawn: dict[int, Tensor | None] = {}
+    for router in routers:
+        if id(router) not in drawn:
+            drawn[id(router)] = router.sample_noise(batch, always=always)
+    return [drawn[id(router)] for router in routers]
+
+
+def without_noise(probs: Tensor, noise: Tensor | None) -> Tensor:
+    """softmax(z) from probs = softmax(z + noise), (B,K) each."""
+    if noise is None:
+        return probs
+    scores = probs * torch.exp(-noise.to(probs.dtype))
+    return scores / scores.sum(-1, keepdim=True)

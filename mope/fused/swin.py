@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ import mope_kernels
 from mope_kernels import Routing
 
 from .prompts import PromptExperts
-from .router import MultimodalRouter
+from .router import Router, make_router
 
 
 def position_bias(table: Tensor, window_size: int) -> Tensor:
@@ -48,12 +50,15 @@ class MoPESwinBlock(nn.Module):
         static_length: S, prompts that all images share. Default: `prompt_length`.
         bound: prompts start as U(-bound, bound). Default: sqrt(3 / C).
         cross_dim: Cc, width of the complementary modality's feature; None: no router, routing is given.
-        self_width, cross_width, temperature, noise_std, router_embedding, renormalize: see `MultimodalRouter`.
+        router: "multimodal" or "complementary"; None: no router, routing is given.
+        router_options: self_width, cross_width, temperature, noise_std, router_embedding, renormalize, see `MultimodalRouter`.
         prompt_owner: "instance", or "reference" for the released code's order of windows.
         impl: of the ops inside.
     """
 
-    position_bias: Tensor
+    position_bias: Tensor | None
+    # Only where it trains, in place of `position_bias`.
+    position_table: Any
 
     def __init__(
         self,
@@ -71,14 +76,10 @@ class MoPESwinBlock(nn.Module):
         static_length: int | None = None,
         bound: float | None = None,
         cross_dim: int | None = None,
-        self_width: int = 2,
-        cross_width: int = 8,
-        temperature: float = 0.1,
-        noise_std: float = 1 / 256,
-        router_embedding: str = "frozen",
-        renormalize: bool = False,
+        router: str | None = "multimodal",
         prompt_owner: str = "instance",
         impl: str = "auto",
+        **router_options: Any,
     ) -> None:
         super().__init__()
         if resolution > window_size and resolution % window_size:
@@ -95,39 +96,48 @@ class MoPESwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         hidden = int(dim * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-        # Not the table of the checkpoints: a window's bias is looked up once, when weights are loaded.
+        # Not the table of the checkpoints: a window's bias is looked up once, when weights are loaded. See `finetune`.
         self.register_buffer("position_bias", torch.zeros(num_heads, self.window_size**2, self.window_size**2))
+        self.register_parameter("position_table", None)
         bound = (3 / dim) ** 0.5 if bound is None else bound
         static_length = prompt_length if static_length is None else static_length
         self.static = nn.Parameter(torch.empty(static_length, dim).uniform_(-bound, bound)) if static_length else None
         self.experts: PromptExperts | None = None
-        self.router: MultimodalRouter | None = None
         if num_experts and prompt_length:
             self.experts = PromptExperts(num_experts, prompt_length, dim, bound=bound, impl=impl)
-            if cross_dim is not None:
-                self.router = MultimodalRouter(
-                    dim,
-                    cross_dim,
-                    num_experts,
-                    self_width=self_width,
-                    cross_width=cross_width,
-                    temperature=temperature,
-                    noise_std=noise_std,
-                    embedding=router_embedding,
-                    renormalize=renormalize,
-                    impl=impl,
-                )
+        self.router = make_router(router if self.experts else None, dim, cross_dim, num_experts, impl=impl, **router_options)
 
-    def route(self, x: Tensor, cross: Tensor, noise: Tensor | None = None, top_k: int | None = None) -> Routing:
-        """Route by the mean of everything that arrives, (B, P + R*R, C), and psi (B, Cc)."""
-        if self.router is None:
+    def swin_modules(self) -> list[nn.Module]:
+        """What belongs to the Swin Transformer itself, but for the position bias."""
+        return [self.norm1, self.qkv, self.proj, self.norm2, self.mlp]
+
+    def finetune(self) -> None:
+        """Train the block's own weights. The position bias then is looked up in each call, in a table that trains."""
+        for module in self.swin_modules():
+            module.requires_grad_(True)
+        if self.position_bias is not None:
+            self.position_table = nn.Parameter(position_table(self.position_bias, self.window_size))
+            self.position_bias = None
+
+    def route(
+        self, x: Tensor, cross: Tensor, noise: Tensor | None = None, top_k: int | None = None, *, router: Router | None = None
+    ) -> Routing:
+        """Route by the mean of everything that arrives, (B, P + R*R, C), and psi (B, Cc); `router`: one that blocks share."""
+        router = router or self.router
+        if router is None:
             raise ValueError(
                 "MoPESwinBlock: this block has no router: give prompt_length and cross_dim when it is made, or routing"
             )
-        return self.router(x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32)), cross, noise, top_k)
+        pooled = x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32)) if router.sees_tokens else None
+        return router(pooled, cross, noise, top_k)
 
-    def with_prompts(self, x: Tensor, routing: Routing | None = None, mapped: Tensor | None = None) -> Tensor:
-        """Replace the prompts that arrive: (B, P + R*R, C), mapped (B, M, C) -> (B, P + R*R, C)."""
+    def with_prompts(
+        self, x: Tensor, routing: Routing | None = None, mapped: Tensor | None = None, *, dropout: nn.Module | None = None
+    ) -> Tensor:
+        """Replace the prompts that arrive, if any do: (B, P + R*R or R*R, C), mapped (B, M, C) -> (B, P + R*R, C).
+
+        `dropout` acts on static and dynamic prompts, on those of each image apart.
+        """
         parts = [] if self.static is None else [self.static.expand(len(x), -1, -1)]
         if routing is not None:
             if self.experts is None:
@@ -135,11 +145,12 @@ class MoPESwinBlock(nn.Module):
                     "MoPESwinBlock: this block has no experts to mix: give prompt_length and num_experts when it is made"
                 )
             parts.append(self.experts(routing.weights, routing.indices))
+        parts = parts if dropout is None else [dropout(part) for part in parts]
         parts += [] if mapped is None else [mapped]
         prompts = [part.to(x.dtype) for part in parts]
         if (found := sum(p.shape[1] for p in prompts)) != self.num_prompts:
             raise ValueError(f"MoPESwinBlock: {found} prompts where every block of the stage has {self.num_prompts}")
-        return torch.cat([*prompts, x[:, self.num_prompts :]], dim=1)
+        return torch.cat([*prompts, x[:, -(self.resolution**2) :]], dim=1)
 
     def forward(self, x: Tensor, routing: Routing | None = None, mapped: Tensor | None = None) -> Tensor:
         """(B, P + R*R, C) -> (B, P + R*R, C). With `routing` or `mapped` its own prompts take the place of those that arrive."""
@@ -147,7 +158,7 @@ class MoPESwinBlock(nn.Module):
             x = self.with_prompts(x, routing, mapped)
         attended = mope_kernels.window_prompt_attention(
             self.qkv(self.norm1(x)),
-            self.position_bias,
+            position_bias(self.position_table, self.window_size) if self.position_bias is None else self.position_bias,
             num_prompts=self.num_prompts,
             num_heads=self.num_heads,
             resolution=self.resolution,

@@ -3,8 +3,11 @@
 from .backbones import Attachment, BackboneAdapter, PromptedLayer, attach, register_backbone
 from .configuration import MoPEConfig
 from .modeling import MoPEForClassification, MoPEOutput
+from .presets import PRESETS
+from .swin_weights import swin_model_from_checkpoint
 
 __all__ = [
+    "PRESETS",
     "Attachment",
     "BackboneAdapter",
     "MoPEConfig",
@@ -13,4 +16,5 @@ __all__ = [
     "PromptedLayer",
     "attach",
     "register_backbone",
+    "swin_model_from_checkpoint",
 ]

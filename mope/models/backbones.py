@@ -25,6 +25,8 @@ class Architecture:
     modality: ClassVar[str]
     # Parameters under these names play no part here: not fingerprinted, not copied; `load_options` keeps them from being made.
     unused: ClassVar[tuple[str, ...]] = ()
+    # Parameters that no input given here reaches, so that fine-tuning leaves them out, beside those of `unused`.
+    unreached: ClassVar[tuple[str, ...]] = ()
     load_options: ClassVar[dict[str, Any]] = {}
     # What else, beside the weights, says which function the model computes.
     identity: ClassVar[tuple[str, ...]] = (
@@ -100,6 +102,7 @@ class VisionAdapter(BackboneAdapter):
 
 
 class ViTAdapter(VisionAdapter):
+    unreached = ("embeddings.mask_token",)
     unused, load_options = ("pooler.",), {"add_pooling_layer": False}
 
     def layers(self, model: Any) -> nn.ModuleList:
@@ -121,6 +124,8 @@ class ViTAdapter(VisionAdapter):
 
 
 class Dinov2Adapter(VisionAdapter):
+    unreached = ("embeddings.mask_token",)
+
     def layers(self, model: Any) -> nn.ModuleList:
         return model.encoder.layer
 
@@ -295,16 +300,18 @@ class PromptedLayer(nn.Module):
 
 
 class Attachment:
-    """A backbone that is frozen, in eval mode, and prompted in some of its layers. `detach` undoes all three."""
+    """A backbone that is frozen (unless it is fine-tuned), in eval mode, and prompted in some of its layers. `detach` undoes it."""
 
-    def __init__(self, backbone: nn.Module, layers: Sequence[int], adapter: BackboneAdapter) -> None:
+    def __init__(self, backbone: nn.Module, layers: Sequence[int], adapter: BackboneAdapter, finetune: bool = False) -> None:
         self.backbone, self.adapter, self.attached = backbone, adapter, True
         blocks = adapter.layers(backbone)
         self.layers = tuple(layers)
         self._original = {i: blocks[i] for i in self.layers}
         self._training = {module: module.training for module in backbone.modules()}
         self._requires_grad = {parameter: parameter.requires_grad for parameter in backbone.parameters()}
-        backbone.requires_grad_(False).eval()
+        backbone.eval()
+        for name, parameter in backbone.named_parameters():
+            parameter.requires_grad_(finetune and not name.startswith((*adapter.unused, *adapter.unreached)))
         for i, layer in self._original.items():
             blocks[i] = PromptedLayer(layer, adapter).eval()
 
@@ -322,8 +329,10 @@ class Attachment:
         self.attached = False
 
 
-def attach(backbone: nn.Module, layers: Sequence[int] | None = None) -> Attachment:
+def attach(backbone: nn.Module, layers: Sequence[int] | None = None, *, finetune: bool = False) -> Attachment:
     """Freeze a transformers model and make its `layers` (all of them by default) wait for prompts.
+
+    With `finetune` its own parameters train as well, all that play a part here.
 
     Raises:
         ValueError: the architecture is unknown or its config cannot be honoured, prompts are attached already, or a layer
@@ -338,4 +347,4 @@ def attach(backbone: nn.Module, layers: Sequence[int] | None = None) -> Attachme
     layers = range(len(blocks)) if layers is None else layers
     if any(not 0 <= i < len(blocks) for i in layers):
         raise ValueError(f"layers to prompt must lie in 0..{len(blocks) - 1}, got {list(layers)}")
-    return Attachment(backbone, layers, adapter)
+    return Attachment(backbone, layers, adapter, finetune)

@@ -9,28 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import mope
+from mope.fused.router import ROUTERS
 
-# What was published, for a Swin Transformer and BERT (MoPE, arXiv 2403.10568): v4, and v1, whose routing embedding is learned.
-_MOPE_V4 = {
-    "method": "mope",
-    "main": "vision",
-    "num_experts": 4,
-    "prompt_length": 6,
-    "static_length": 6,
-    "use_mapped": True,
-    "cross_prompt_length": 4,
-    "temperature": 0.1,
-    "noise_std": 1 / 256,
-    "router_self_width": 2,
-    "router_cross_width": 8,
-    "router_embedding": "frozen",
-    "mapper_hidden": 384,
-    "prompt_dropout": 0.1,
-    "importance_weight": 0.01,
-    "importance_threshold": 0.1,
-}
-PRESETS: dict[str, dict[str, Any]] = {"mope-v4": _MOPE_V4, "mope-v1": {**_MOPE_V4, "router_embedding": "learned"}}
-METHODS = ("mope", "static_mapped", "late_concat", "image_only", "text_only")
+from .presets import PRESETS
+
+METHODS = ("mope", "static_mapped", "late_concat", "ensemble", "image_only", "text_only")
 # Not fields of `MoPEConfig`, but part of a saved file.
 EXTRA_KEYS = ("mope_version", "backbones")
 
@@ -41,7 +24,7 @@ class MoPEConfig:
 
     Args:
         method: "mope" (static, mapped and dynamic prompts), "static_mapped" (no experts), "late_concat" (both features side by
-            side), "image_only", "text_only".
+            side), "ensemble" (a head on each feature, mean of the logits), "image_only", "text_only".
         main: the modality that is prompted and classified, "vision" or "text"; the other one is complementary.
             Given by the method for image_only and text_only.
         num_labels, id2label: number of classes and their names, a sequence of names or {index: name}. One follows from the other.
@@ -52,25 +35,39 @@ class MoPEConfig:
         static_length: S prompts that all instances share, in each prompted layer of the main encoder. Default: 4 with the
             methods mope and static_mapped, else 0; more than 0 there is deep visual (or text) prompt tuning.
         use_mapped: one prompt made by the mapper from the complementary feature; always on in static_mapped.
+        prompt_depth: "deep", prompts of its own for each layer; "shallow", static and mapped prompts in front of the first layer,
+            which pass through all layers with the tokens (not with the method mope).
+        blind_prompts: shallow static prompts see each other only.
         cross_prompt_length: static prompts in every layer of the complementary encoder, 0 for none.
         prompted_layers: which layers of the main encoder are prompted, None for all; negative indices count from the last. A Swin
             Transformer is prompted in all.
+        prompt_first_blocks: in a Swin Transformer give the first block of each stage prompts of its own too, instead of those that
+            arrive there; the input then has none. In other encoders every layer has its own anyway.
+        finetuned: encoders whose weights train as well, of "vision" and "text".
         train_top_k, eval_top_k: selected experts in training and evaluation, None for all. Training with 1 leaves the router
             almost without a gradient.
         renormalize: divide the weights of the selected experts by their sum.
-        temperature, noise_std: of the router; noise only in training.
+        router: "multimodal", softmax(q K / temperature + noise) with q = [W_self pool(x); W_cross psi]; or "complementary",
+            softmax((W psi + b) / temperature + noise).
+        router_scope: "layer", a router for each prompted layer; "shared", one for all, which cannot see the tokens of a Swin
+            Transformer.
+        temperature, noise_std: of the router; noise only in training. noise_std=None: 1 / num_experts^2.
         router_self_width, router_cross_width: widths of the two parts of the router's query; `router_self_width=0` routes by
             the complementary modality only.
-        router_embedding: "frozen" or "learned".
+        router_embedding: K, "frozen" or "learned".
         mapper_hidden: hidden width of the mapper, which all layers share; in a Swin Transformer all layers of a stage, and the
-            hidden layer all stages.
+            hidden layer all stages. 0: one linear map, and none where psi is as wide as the tokens.
+        mapper_batchnorm: a BatchNorm in front of the hidden GELU. It keeps its first statistics and so is an affine map.
+        mapper_last_gelu: a GELU on the mapped prompt. Both default to what was published: yes in a Swin Transformer, else no.
         head: "linear" or "mlp" (one hidden layer of `head_hidden`, GELU).
         prompt_init_bound: prompts start as U(-bound, bound). Default: sqrt(3 / C) in pre-LN encoders,
             sqrt(6 / (3 patch_size^2 + embed_dim)) in a Swin Transformer, else 0.3.
-        prompt_dropout: on the prompts in training; in a Swin Transformer on those of the input and on mapped ones.
+        prompt_dropout: on the prompts in training; in a Swin Transformer on those of the input and on mapped ones,
+            with drop_block_prompts also on the blocks' own.
         prompt_owner: whose prompts a window of a Swin Transformer attends: "instance", those of its own image; "reference", those
             of the released code's order, in which items of a batch reach each other.
         importance_weight, importance_threshold: weight of the importance loss in the loss, and the CV^2 up to which it is 0.
+        importance_noise: whether the importance loss sees the router's noise.
         padding_side: of the tokenizer. "right" is fast (lengths); "left" takes any attention mask.
         impl: of the ops: "auto", the name of an implementation, or several with commas between them, tried in that order.
 
@@ -87,24 +84,34 @@ class MoPEConfig:
     prompt_length: int = 6
     static_length: int | None = None
     use_mapped: bool = True
+    prompt_depth: str = "deep"
+    blind_prompts: bool = False
     cross_prompt_length: int = 0
     prompted_layers: Sequence[int] | None = None
+    prompt_first_blocks: bool = False
+    finetuned: Sequence[str] = ()
     train_top_k: int | None = None
     eval_top_k: int | None = None
     renormalize: bool = False
+    router: str = "multimodal"
+    router_scope: str = "layer"
     temperature: float = 0.1
-    noise_std: float = 1 / 256
+    noise_std: float | None = 1 / 256
     router_self_width: int = 2
     router_cross_width: int = 8
     router_embedding: str = "frozen"
     mapper_hidden: int = 128
+    mapper_batchnorm: bool | None = None
+    mapper_last_gelu: bool | None = None
     head: str = "linear"
     head_hidden: int = 256
     prompt_init_bound: float | None = None
     prompt_dropout: float = 0.0
+    drop_block_prompts: bool = False
     prompt_owner: str = "instance"
     importance_weight: float = 0.01
     importance_threshold: float = 0.1
+    importance_noise: bool = True
     padding_side: str = "right"
     impl: str = "auto"
 
@@ -114,6 +121,9 @@ class MoPEConfig:
             "method": METHODS,
             "main": ("vision", "text"),
             "problem_type": ("single_label", "multi_label"),
+            "prompt_depth": ("deep", "shallow"),
+            "router": ROUTERS,
+            "router_scope": ("layer", "shared"),
             "router_embedding": ("frozen", "learned"),
             "head": ("linear", "mlp"),
             "prompt_owner": ("instance", "reference"),
@@ -129,7 +139,7 @@ class MoPEConfig:
             "cross_prompt_length": 0,
             "router_self_width": 0,
             "router_cross_width": 0,
-            "mapper_hidden": 1,
+            "mapper_hidden": 0,
             "head_hidden": 1,
         }.items():
             value = getattr(self, name)
@@ -150,12 +160,36 @@ class MoPEConfig:
                 raise ValueError(f"MoPEConfig: {name} must be positive, got {value}")
         if not 0 <= self.prompt_dropout < 1:
             raise ValueError(f"MoPEConfig: prompt_dropout must be in [0, 1), got {self.prompt_dropout}")
-        if self.router_self_width + self.router_cross_width == 0:
+        if self.router == "multimodal" and self.router_self_width + self.router_cross_width == 0:
             raise ValueError("MoPEConfig: router_self_width and router_cross_width are both 0: the router would see nothing")
         if self.method == "static_mapped" and not self.use_mapped:
             raise ValueError(
                 "MoPEConfig: static_mapped without the mapped prompt has nothing of the other modality; "
                 "for static prompts alone use method='image_only' or 'text_only' with static_length"
+            )
+        self._check_depth()
+        if strangers := [m for m in self.finetuned if m not in self.modalities]:
+            raise ValueError(
+                f"MoPEConfig: finetuned names {', '.join(map(repr, strangers))}, "
+                f"but method {self.method!r} works on {' and '.join(self.modalities)}"
+            )
+
+    def _check_depth(self) -> None:
+        """What prompts in front of the first layer alone cannot be."""
+        if self.prompt_depth == "shallow":
+            if self.method == "mope":
+                raise ValueError(
+                    "MoPEConfig: prompt_depth='shallow' has static and mapped prompts only, since experts are routed layer by "
+                    "layer: set prompt_depth='deep', or method='static_mapped'"
+                )
+            if self.prompted_layers is not None:
+                raise ValueError(
+                    "MoPEConfig: prompted_layers says which layers have prompts of their own, and with prompt_depth='shallow' "
+                    "none has: leave it None"
+                )
+        elif self.blind_prompts:
+            raise ValueError(
+                "MoPEConfig: blind_prompts needs prompt_depth='shallow': deep prompts ask nothing, so they see nothing anyway"
             )
 
     def _resolve(self) -> None:
@@ -168,6 +202,9 @@ class MoPEConfig:
             put("main", "vision" if self.method == "image_only" else "text")
         if self.static_length is None:
             put("static_length", 4 if self.method in ("mope", "static_mapped") else 0)
+        if self.noise_std is None:
+            put("noise_std", 1 / max(self.num_experts, 1) ** 2)
+        put("finetuned", tuple(self.finetuned))
         if self.prompted_layers is not None:
             put("prompted_layers", tuple(self.prompted_layers))
         names = self.id2label
@@ -196,13 +233,28 @@ class MoPEConfig:
         return "text" if self.main == "vision" else "vision"
 
     @property
+    def experts(self) -> int:
+        """num_experts where the method has any, else 0."""
+        return self.num_experts if self.method == "mope" else 0
+
+    @property
+    def maps(self) -> bool:
+        """Whether there is a mapped prompt."""
+        return self.method in ("mope", "static_mapped") and self.use_mapped
+
+    @property
+    def prompts_main(self) -> bool:
+        """Whether the main encoder has any prompts."""
+        return self.method in ("mope", "static_mapped") or bool(self.static_length)
+
+    @property
     def modalities(self) -> tuple[str, ...]:
         """The encoders that the model needs, the main one first."""
         return (self.main, self.complementary) if self.complementary else (self.main,)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MoPEConfig:
-        """A published configuration: "mope-v4" (frozen routing embedding) or "mope-v1" (learned).
+        """A published configuration, or a method of the released code by its name there; see `mope.models.presets.PRESETS`.
 
         >>> MoPEConfig.preset("mope-v4", num_labels=23, problem_type="multi_label", num_experts=16)
 

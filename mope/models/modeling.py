@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,14 +16,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import SwinModel
 from transformers.utils.generic import ModelOutput
 
-from mope.fused import FrozenAttention, MoPEAttention, PromptBank
+from mope.fused import FrozenAttention, InputPrompts, MoPEAttention, PromptBank, Router
+from mope.fused.attention import default_bound
+from mope.fused.router import make_router, sample_noise, without_noise
 from mope_kernels import Routing
 
-from .backbones import Attachment, PromptedLayer, attach, base_model, find_adapter, find_architecture
+from .backbones import Attachment, BackboneAdapter, PromptedLayer, attach, base_model, find_adapter, find_architecture
 from .configuration import MoPEConfig
 from .distributed import importance, is_distributed, warn_of_local_batches
+from .mapper import mapper_layers
 from .saving import SavedModel
-from .swin import MoPESwinEncoder, encoder_for
+from .swin import MoPESwinEncoder, distinct, encoder_for
 
 NO_BANKS = (
     "a Swin Transformer has no banks: its prompts pass through every part of a block, not only as keys and values: leave banks out"
@@ -41,7 +44,7 @@ class MoPEOutput(ModelOutput):
     logits: (B,num_labels).
     importance_loss: (), mean over the routed blocks; None in evaluation without labels, and where nothing is routed.
     routing: the `Routing` of each routed block, first block first; None where nothing is routed.
-    features: (B,C), what the head sees; late_concat: (B, C + Cc).
+    features: (B,C), what the head sees; (B, C + Cc) of both encoders in late_concat and ensemble.
     """
 
     loss: Tensor | None = None
@@ -76,7 +79,9 @@ class MoPEForClassification(SavedModel):
 
     The complementary encoder runs first. The feature of its first token, psi (B,Cc), goes to the routers and the mapper,
     Linear(Cc, mapper_hidden) -> GELU -> Linear(mapper_hidden, C): one mapped prompt for all layers, which each layer projects
-    with its own keys and values. The main encoder runs with its prompts, and the head reads its first token.
+    with its own keys and values. The main encoder runs with its prompts, and the head reads its first token. What else there is,
+    `MoPEConfig` says; with `finetuned` the weights of the encoders train as well, in place, in training mode but without the
+    dropout of attention probabilities.
 
     The backbones are frozen, prompted and kept in eval mode from construction to `detach`. Prompts stand in `blocks` (main
     encoder) and `cross_blocks` (complementary encoder), one `MoPEAttention` for each prompted layer.
@@ -109,7 +114,6 @@ class MoPEForClassification(SavedModel):
         self.vision: nn.Module | None = None if vision is None else base_model(vision)
         self.text: nn.Module | None = None if text is None else base_model(text)
         main, other = config.main, config.complementary
-        prompted = config.method in ("mope", "static_mapped")
         self._widths = {m: find_architecture(self.backbone(m), m).hidden_size(self.backbone(m)) for m in config.modalities}
         dim, cross_dim = self._widths[main], self._widths[other] if other else None
         if isinstance(self.vision, SwinModel):
@@ -124,37 +128,73 @@ class MoPEForClassification(SavedModel):
         self._checkpointing = False
         self._warned_top_k = self._warned_local = False
 
-        layers = {main: config.prompted_layers if prompted or config.static_length else ()}
+        layers = {main: config.prompted_layers if config.prompts_main and config.prompt_depth == "deep" else ()}
         if other:
             layers[other] = None if config.cross_prompt_length else ()
         self._layers = {m: () if self._is_swin(m) else self._existing_layers(m, wanted) for m, wanted in layers.items()}
         self._attachments: dict[str, Attachment] = {}
         self.attach()
 
+        own_main = not self._is_swin(main)
+        self.router: Router | None = None
+        if config.router_scope == "shared" and own_main:
+            self.router = make_router(config.router, dim, cross_dim, config.experts, impl=config.impl, **self._router_options())
         self.blocks = self._prompts_for(
             main,
             cross_dim=cross_dim,
             static_length=config.static_length,
-            num_experts=config.num_experts if config.method == "mope" else 0,
+            num_experts=config.experts,
             prompt_length=config.prompt_length,
-            self_width=config.router_self_width,
-            cross_width=config.router_cross_width,
-            temperature=config.temperature,
-            noise_std=config.noise_std,
-            router_embedding=config.router_embedding,
-            renormalize=config.renormalize,
+            router=None if self.router else config.router,
+            **self._router_options(),
         )
+        self.input_prompts: InputPrompts | None = None
+        if config.prompts_main and config.prompt_depth == "shallow" and own_main:
+            self.input_prompts = self._shallow_prompts()
         self.cross_blocks = self._prompts_for(other, static_length=config.cross_prompt_length) if other else nn.ModuleList()
-        self.mapper = None
-        if cross_dim is not None and prompted and config.use_mapped and not self._is_swin(main):
-            self.mapper = nn.Sequential(nn.Linear(cross_dim, config.mapper_hidden), nn.GELU(), nn.Linear(config.mapper_hidden, dim))
-        width = dim + cross_dim if config.method == "late_concat" and cross_dim is not None else dim
-        if config.head == "mlp":
-            hidden = config.head_hidden
-            self.head = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, config.num_labels))
-        else:
-            self.head = nn.Sequential(nn.Linear(width, config.num_labels))
+        self.mapper: nn.Module | None = None
+        if cross_dim is not None and config.maps and own_main:
+            self.mapper = self._new_mapper(cross_dim, dim)
+        joined = config.method == "late_concat" and cross_dim is not None
+        self.head = self._new_head(dim + cross_dim if joined and cross_dim else dim)
+        if config.method == "ensemble" and cross_dim is not None:
+            self.cross_head = self._new_head(cross_dim)
         self.to(self.device)
+
+    def _router_options(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "self_width": config.router_self_width,
+            "cross_width": config.router_cross_width,
+            "temperature": config.temperature,
+            "noise_std": config.noise_std,
+            "router_embedding": config.router_embedding,
+            "renormalize": config.renormalize,
+        }
+
+    def _new_mapper(self, cross_dim: int, dim: int) -> nn.Module:
+        config = self.config
+        gelu = bool(config.mapper_last_gelu)
+        if config.mapper_hidden:
+            hidden = mapper_layers(cross_dim, config.mapper_hidden, batchnorm=bool(config.mapper_batchnorm))
+            return nn.Sequential(*hidden, *mapper_layers(config.mapper_hidden, dim, gelu=gelu))
+        return nn.Identity() if cross_dim == dim else mapper_layers(cross_dim, dim, gelu=gelu)
+
+    def _new_head(self, width: int) -> nn.Sequential:
+        config = self.config
+        if config.head == "linear":
+            return nn.Sequential(nn.Linear(width, config.num_labels))
+        return nn.Sequential(nn.Linear(width, config.head_hidden), nn.GELU(), nn.Linear(config.head_hidden, config.num_labels))
+
+    def _shallow_prompts(self) -> InputPrompts:
+        config, main = self.config, self.config.main
+        assert config.static_length is not None
+        adapter = self._adapters[main]
+        norm = adapter.attention(adapter.layers(self.backbone(main))[0]).norm
+        bound = config.prompt_init_bound or default_bound(norm, self._widths[main])
+        return InputPrompts(
+            config.static_length, self._widths[main], bound=bound, dropout=config.prompt_dropout, blind=config.blind_prompts
+        )
 
     def backbone(self, modality: str) -> nn.Module:
         """The "vision" or "text" encoder."""
@@ -166,34 +206,46 @@ class MoPEForClassification(SavedModel):
 
     def _prompted_swin(self, swin: SwinModel, cross_dim: int | None) -> MoPESwinEncoder:
         config = self.config
-        shared = {
+        published: dict[str, Any] = {
             "bound": config.prompt_init_bound,
+            "first_blocks": "own" if config.prompt_first_blocks else "pass",
             "prompt_dropout": config.prompt_dropout,
+            "drop_block_prompts": config.drop_block_prompts,
             "prompt_owner": config.prompt_owner,
             "impl": config.impl,
         }
         if config.main != "vision":
-            return encoder_for(swin, cross_dim=None, num_experts=0, static_length=config.cross_prompt_length, **shared)
-        if config.prompted_layers is not None:
-            raise ValueError(
-                "prompted_layers is not supported with a SwinModel, whose prompts pass from layer to layer: leave it None, for all"
+            encoder = encoder_for(swin, cross_dim=None, num_experts=0, static_length=config.cross_prompt_length, **published)
+        else:
+            if config.prompted_layers is not None:
+                raise ValueError(
+                    "prompted_layers is not supported with a SwinModel, whose prompts pass from layer to layer: "
+                    "leave it None, for all"
+                )
+            if config.blind_prompts:
+                raise ValueError(
+                    "blind_prompts is not supported with a SwinModel as the main encoder, whose windows let prompts see all "
+                    "tokens: set main='text', or give a ViT as vision"
+                )
+            encoder = encoder_for(
+                swin,
+                cross_dim=cross_dim,
+                num_experts=config.experts,
+                prompt_length=config.prompt_length,
+                static_length=config.static_length,
+                use_mapped=config.maps,
+                mapper_hidden=config.mapper_hidden,
+                mapper_batchnorm=config.mapper_batchnorm is not False,
+                mapper_last_gelu=config.mapper_last_gelu is not False,
+                prompt_depth=config.prompt_depth,
+                router=config.router,
+                router_scope=config.router_scope,
+                **self._router_options(),
+                **published,
             )
-        return encoder_for(
-            swin,
-            cross_dim=cross_dim,
-            num_experts=config.num_experts if config.method == "mope" else 0,
-            prompt_length=config.prompt_length,
-            static_length=config.static_length,
-            use_mapped=config.method in ("mope", "static_mapped") and config.use_mapped,
-            mapper_hidden=config.mapper_hidden,
-            self_width=config.router_self_width,
-            cross_width=config.router_cross_width,
-            temperature=config.temperature,
-            noise_std=config.noise_std,
-            router_embedding=config.router_embedding,
-            renormalize=config.renormalize,
-            **shared,
-        )
+        if "vision" in config.finetuned:
+            encoder.finetune()
+        return encoder
 
     def _existing_layers(self, modality: str, wanted: Sequence[int] | None) -> tuple[int, ...]:
         count = len(self._adapters[modality].layers(self.backbone(modality)))
@@ -239,7 +291,8 @@ class MoPEForClassification(SavedModel):
         try:
             for modality in self._adapters:
                 if modality not in self._attachments:
-                    self._attachments[modality] = attach(self.backbone(modality), self._layers[modality])
+                    finetune = modality in self.config.finetuned
+                    self._attachments[modality] = attach(self.backbone(modality), self._layers[modality], finetune=finetune)
         except ValueError:
             self.detach()
             raise
@@ -253,36 +306,53 @@ class MoPEForClassification(SavedModel):
             self._attachments.popitem()[1].detach()
 
     def train(self, mode: bool = True) -> MoPEForClassification:
-        """Training mode of prompts, routers, mapper and head; frozen backbones stay in eval mode."""
+        """Training mode of prompts, routers, mapper, head and encoders that train; frozen ones stay in eval mode."""
         super().train(mode)
         for modality in self._attachments:
-            self.backbone(modality).eval()
+            if modality not in self.config.finetuned:
+                self.backbone(modality).eval()
         return self
 
     def routed_blocks(self) -> tuple[str, ...]:
         """Names of the blocks whose routing `forward` returns, in its order; layers, stages and blocks count from 0."""
+        return tuple(self._routers())
+
+    def _routers(self) -> dict[str, Router]:
+        """The router of each routed block, which blocks may share."""
         if isinstance(encoder := self.backbone(self.config.main), MoPESwinEncoder):
             return encoder.routed_blocks()
-        return tuple(f"layer {i}" for i, prompts in self._prompts_of(self.config.main).items() if prompts.router is not None)
+        routers = {f"layer {i}": prompts.router or self.router for i, prompts in self._prompts_of(self.config.main).items()}
+        return {name: router for name, router in routers.items() if router is not None}
 
     def trains(self, modality: str) -> bool:
         """Whether anything is trained that the feature of this encoder depends on: its weights, or prompts in it.
 
         Where it is False for the complementary encoder, `encode_complementary` gives the same in every epoch.
         """
-        prompts = self.blocks if modality == self.config.main else self.cross_blocks
-        return any(p.requires_grad for module in (prompts, self.backbone(modality)) for p in module.parameters())
+        main = (self.blocks, self.input_prompts, self.router)
+        modules = (*(main if modality == self.config.main else (self.cross_blocks,)), self.backbone(modality))
+        return any(p.requires_grad for module in modules if module is not None for p in module.parameters())
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """What an optimizer should be given."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def trained_state_dict(self) -> dict[str, Tensor]:
-        """Everything but the backbones: parameters, frozen expert embeddings of routers, statistics of a mapper's BatchNorm."""
-        frozen: tuple[str, ...] = tuple(f"{modality}." for modality in self._adapters)
-        if isinstance(self.vision, MoPESwinEncoder):
-            frozen += tuple(f"vision.{name}" for name in self.vision.swin_tensors())
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(frozen)}
+        """All that is not frozen: what was added to the encoders, and the encoders that train."""
+        return self._state_dict_without(m for m in self.config.modalities if m not in self.config.finetuned)
+
+    def added_state_dict(self) -> dict[str, Tensor]:
+        """All but the encoders: parameters, frozen expert embeddings of routers, statistics of a mapper's BatchNorm."""
+        return self._state_dict_without(self.config.modalities)
+
+    def _state_dict_without(self, modalities: Iterable[str]) -> dict[str, Tensor]:
+        left_out: tuple[str, ...] = ()
+        for modality in modalities:
+            if isinstance(encoder := self.backbone(modality), MoPESwinEncoder):
+                left_out += tuple(f"vision.{name}" for name in encoder.swin_tensors())
+            else:
+                left_out += (f"{modality}.",)
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(left_out)}
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute prompted blocks in the backward pass instead of keeping their activations, with the same noise and routing."""
@@ -338,22 +408,22 @@ class MoPEForClassification(SavedModel):
         elif config.complementary:
             psi, _ = self._encode(config.complementary, inputs, padding)
         if self.mapper is not None and psi is not None:
-            mapped = self.mapper(psi.to(_dtype(self.mapper)))[:, None]
+            mapped = self.mapper(psi.to(_dtype(self.mapper, psi.dtype)))[:, None]
+        batch = len(inputs[config.main][REQUIRED[config.main]])
+        noise = sample_noise(list(self._routers().values()), batch, always=router_noise)
         features, routing = self._encode(
             config.main,
             inputs,
             padding,
             cross=psi,
             mapped=mapped,
+            noise=noise,
             top_k=config.train_top_k if self.training else config.eval_top_k,
             banks=banks,
-            router_noise=router_noise,
         )
-        if config.method == "late_concat" and psi is not None:
-            features = torch.cat([features, psi.to(features.dtype)], dim=-1)
-        logits = self.head(features.to(_dtype(self.head)))
+        logits, features = self._classify(features, psi)
 
-        unevenness = self._importance(routing) if routing and (self.training or labels is not None) else None
+        unevenness = self._importance(routing, noise) if routing and (self.training or labels is not None) else None
         loss = None if labels is None else self._task_loss(logits, labels)
         if loss is not None and unevenness is not None:
             loss = loss + config.importance_weight * unevenness
@@ -413,11 +483,21 @@ class MoPEForClassification(SavedModel):
             raise ValueError(f"cross_features must be {(batch, self._widths[other])}, got {tuple(psi.shape)}")
         return psi
 
-    def _importance(self, routing: Sequence[Routing]) -> Tensor:
+    def _classify(self, features: Tensor, psi: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Features of both encoders, (B,C) and (B,Cc) -> logits (B,num_labels), and the features that they were made from."""
+        if self.config.method not in ("late_concat", "ensemble") or psi is None:
+            return self.head(features.to(_dtype(self.head))), features
+        both = torch.cat([features, psi.to(features.dtype)], dim=-1)
+        if self.config.method == "late_concat":
+            return self.head(both.to(_dtype(self.head))), both
+        return (self.head(features.to(_dtype(self.head))) + self.cross_head(psi.to(_dtype(self.cross_head)))) / 2, both
+
+    def _importance(self, routing: Sequence[Routing], noise: Sequence[Tensor | None]) -> Tensor:
         """In training over the batch of all processes; those that evaluate need not all come here."""
         config = self.config
+        noise_of = {id(r): n for r, n in zip(routing, noise, strict=True)}
         return importance(
-            [r.probs for r in routing],
+            [r.probs if config.importance_noise else without_noise(r.probs, noise_of[id(r)]) for r in distinct(routing)],
             threshold=config.importance_threshold,
             impl=config.impl,
             across_processes=self.training and config.prompt_owner == "instance",
@@ -429,7 +509,7 @@ class MoPEForClassification(SavedModel):
         if self.training and config.prompt_owner == "reference" and is_distributed() and not self._warned_local:
             self._warned_local = True
             warn_of_local_batches()
-        if self.training and config.method == "mope" and config.train_top_k == 1 < config.num_experts and not self._warned_top_k:
+        if self.training and config.experts and config.train_top_k == 1 < config.num_experts and not self._warned_top_k:
             self._warned_top_k = True
             warnings.warn(
                 "training with train_top_k=1: the task loss hardly reaches the router (not at all with renormalize); "
@@ -466,16 +546,16 @@ class MoPEForClassification(SavedModel):
         *,
         cross: Tensor | None = None,
         mapped: Tensor | None = None,
+        noise: Sequence[Tensor | None] = (),
         top_k: int | None = None,
         banks: Sequence[PromptBank | None] | None = None,
-        router_noise: bool = False,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Run one encoder with its prompts -> its feature (B,C), and the routing of each block.
 
         The feature is the normalised one of the first token, that of a Swin Transformer the mean over prompts and tokens.
         """
         if self._is_swin(modality):
-            return self._encode_swin(inputs, cross, top_k, banks, router_noise)
+            return self._encode_swin(inputs, cross, noise, top_k, banks)
         if modality not in self._attachments:
             raise RuntimeError(f"the prompts of the {modality} backbone were detached and would be skipped: call attach() first")
         backbone, adapter, where = self.backbone(modality), self._adapters[modality], padding[modality]
@@ -491,15 +571,19 @@ class MoPEForClassification(SavedModel):
                 "others were put in their place after attach(), and prompts would be skipped"
             )
 
-        routing = []
+        routing: list[Routing] = []
+        # Drawn outside of what gradient checkpointing runs twice.
+        noise_of_layer = iter(noise)
         with nullcontext() if mapped is not None or self.trains(modality) else torch.no_grad():
-            hidden_states = adapter.embed(backbone, inputs[modality], where.token_mask)
-            mask = where.as_mask(hidden_states.shape[1])
+            tokens = adapter.embed(backbone, inputs[modality], where.token_mask)
+            hidden_states, mask = tokens, where.as_mask(tokens.shape[1])
+            if modality == self.config.main and self.input_prompts is not None:
+                hidden_states = self.input_prompts(tokens, mapped)
+                mask = self.input_prompts.visible(mask, hidden_states)
             for i, layer in enumerate(layers):
                 if i not in blocks:
-                    hidden_states = adapter.finish(layer, hidden_states, adapter.attention(layer).plain(hidden_states, mask))
+                    hidden_states = self._run(partial(_plain_layer, adapter, layer), hidden_states, mask=mask)
                     continue
-                router = blocks[i].router
                 hidden_states, routed = self._run(
                     layer,
                     hidden_states,
@@ -508,22 +592,23 @@ class MoPEForClassification(SavedModel):
                     mapped=mapped,
                     lengths=where.lengths,
                     token_mask=where.token_mask,
-                    # Drawn here, outside of what gradient checkpointing runs twice.
-                    noise=None if router is None else router.sample_noise(len(hidden_states), always=router_noise),
+                    noise=None if blocks[i].experts is None else next(noise_of_layer),
                     top_k=top_k,
                     bank=bank_of[i],
+                    router=self.router,
                 )
                 if routed is not None:
                     routing.append(routed)
-            return adapter.normalize(backbone, where.first_tokens(hidden_states)), tuple(routing)
+            first = where.first_tokens(hidden_states[:, -tokens.shape[1] :])
+            return adapter.normalize(backbone, first), tuple(routing)
 
     def _encode_swin(
         self,
         inputs: dict[str, dict[str, Tensor]],
         cross: Tensor | None,
+        noise: Sequence[Tensor | None],
         top_k: int | None,
         banks: Sequence[PromptBank | None] | None,
-        router_noise: bool,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         if banks is not None:
             raise ValueError(NO_BANKS)
@@ -532,14 +617,14 @@ class MoPEForClassification(SavedModel):
             output = encoder(
                 **inputs["vision"],
                 cross=cross,
-                router_noise=router_noise,
+                noise=noise,
                 top_k=top_k,
                 checkpointing=self._checkpointing and self.training,
                 importance=False,
             )
         return output.features, output.routing
 
-    def _run(self, layer: nn.Module, hidden_states: Tensor, **inputs: Any) -> tuple[Tensor, Routing | None]:
+    def _run(self, layer: Callable[..., Any], hidden_states: Tensor, **inputs: Any) -> Any:
         if self._checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, hidden_states, use_reentrant=False, **inputs)
         return layer(hidden_states, **inputs)
@@ -577,5 +662,11 @@ class MoPEForClassification(SavedModel):
             self.train(was_training)
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
+def _plain_layer(adapter: BackboneAdapter, layer: nn.Module, hidden_states: Tensor, *, mask: Tensor | None) -> Tensor:
+    """A layer without prompts of its own: (B,L,C) -> (B,L,C)."""
+    return adapter.finish(layer, hidden_states, adapter.attention(layer).plain(hidden_states, mask))
+
+
+def _dtype(module: nn.Module, without: torch.dtype = torch.float32) -> torch.dtype:
+    """Of its parameters, `without` where it has none."""
+    return next((p.dtype for p in module.parameters()), without)

@@ -2,7 +2,7 @@
 
     config.json          MoPEConfig, the version of this library, one record for each backbone
     model.safetensors    prompts, routers, mapper, head
-    vision/  text/       copies of the backbones, if asked for
+    vision/  text/       copies of the backbones, if asked for or if they were fine-tuned
     tokenizer/  image_processor/     if the model has them
 
 Nothing in it is code: no pickle, no remote code. Nothing needs a network unless a backbone's source is on the hub.
@@ -55,8 +55,8 @@ class SavedModel(nn.Module, ABC):
         """The encoder of a modality."""
 
     @abstractmethod
-    def trained_state_dict(self) -> dict[str, Tensor]:
-        """What is not frozen, by name."""
+    def added_state_dict(self) -> dict[str, Tensor]:
+        """All but the encoders, by name."""
 
     @abstractmethod
     def detach(self) -> None:
@@ -98,7 +98,8 @@ class SavedModel(nn.Module, ABC):
 
         Args:
             path: of the folder; made if need be.
-            backbones: "reference" keeps the backbones' names and fingerprints, "copy" the backbones themselves too.
+            backbones: "reference" keeps the backbones' names and fingerprints, "copy" the backbones themselves too. One that was
+                fine-tuned is copied in any case.
             dtype: of the copies' files; they are cast back when they are loaded. None: as they are.
 
         Raises:
@@ -115,18 +116,19 @@ class SavedModel(nn.Module, ABC):
         records = {}
         for modality in self.config.modalities:
             backbone, state = _original(self.backbone(modality))
-            if backbones == "copy":
+            kept = "copy" if modality in self.config.finetuned else backbones
+            if kept == "copy":
                 stored = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in state.items()}
                 _save_copy(backbone, stored, folder / modality)
                 # What will be loaded: rounded to the dtype of the file.
                 state = {name: stored[name].to(t.dtype) for name, t in state.items()}
-            records[modality] = {"stored": backbones, **describe(backbone, state)}
+            records[modality] = {"stored": kept, **describe(backbone, state)}
         for name, processor in self._processors.items():
             if not isinstance(processor, Path):
                 processor.save_pretrained(folder / name)
             elif processor.resolve() != (folder / name).resolve():
                 shutil.copytree(processor, folder / name, dirs_exist_ok=True)
-        save_file({name: t.contiguous() for name, t in self.trained_state_dict().items()}, folder / WEIGHTS, {"format": "pt"})
+        save_file({name: t.contiguous() for name, t in self.added_state_dict().items()}, folder / WEIGHTS, {"format": "pt"})
         # Last, so that a folder with a config is complete.
         (folder / CONFIG).write_text(json.dumps({**self.config.to_dict(), "backbones": records}, indent=2) + "\n")
 
@@ -136,8 +138,8 @@ class SavedModel(nn.Module, ABC):
 
         Args:
             path: a folder that `save_pretrained` wrote.
-            vision, text: the backbones it was trained with. Those not given are loaded: from the copies in the folder, else by
-                the name that they had.
+            vision, text: the backbones it was trained with, fine-tuned ones with the weights that they have now. Those not
+                given are loaded: from the copies in the folder, else by the name that they had.
 
         Raises:
             FileNotFoundError: there is no checkpoint, or a backbone without a copy was loaded from nowhere.
@@ -172,7 +174,7 @@ class SavedModel(nn.Module, ABC):
         return model.eval()
 
     def _load_trained(self, tensors: dict[str, Tensor], file: Path) -> None:
-        expected = self.trained_state_dict()
+        expected = self.added_state_dict()
         if missing := sorted(set(expected) - set(tensors)):
             raise ValueError(f"{file} lacks {', '.join(missing)}")
         wrong = [

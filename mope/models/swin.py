@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,49 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import SwinConfig, SwinModel
 
 import mope_kernels
+from mope.fused.router import Router, make_router, sample_noise
 from mope.fused.swin import MoPESwinBlock, PromptedPatchMerging, position_bias, position_table
 from mope_kernels import Routing
 
 from .backbones import Architecture, find_architecture, register_backbone
-
-# transformers' names for what the original Swin Transformer's checkpoints call otherwise; both of transformers' generations.
-_RENAMED = (
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^embeddings\.norm\.", "patch_embed.norm."),
-    (r"^layernorm\.", "norm."),
-    (r"^encoder\.layers\.", "layers."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.(?:self\.(query|key|value)|([qkv])_proj)\.", lambda m: f".attn.{(m[1] or m[2])[0]}."),
-    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
-    (r"\.attention\.(?:self|relative_position_bias)\.relative_position_bias_table$", ".attn.relative_position_bias_table"),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.blocks\.(\d+)\.output\.dense\.", r".blocks.\1.mlp.fc2."),
-)
-# What a checkpoint may hold and nobody needs: made anew from sizes, or the head of another task.
-_SUPERFLUOUS = re.compile(r"relative_position_index$|attn_mask$|^head\.|^pooler\.|position_ids$")
-
-
-def swin_state_dict(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a Swin Transformer under the original checkpoints' names: from a transformers `SwinModel` or an original `.pth`.
-
-    A `.pth` is given as what `torch.load(path, weights_only=True)` returns, with its tensors under "model" or at the top.
-    Query, key and value of transformers' models become one projection.
-    """
-    state: Any = source.state_dict() if isinstance(source, nn.Module) else source.get("model", source)
-    named: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        named[_original_name(name)] = tensor
-    for name in [n for n in named if re.search(r"\.attn\.q\.", n)]:
-        parts = [named.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
-        named[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
-    return {name: tensor for name, tensor in named.items() if not _SUPERFLUOUS.search(name)}
-
-
-def _original_name(name: str) -> str:
-    for pattern, new in _RENAMED:
-        name = re.sub(pattern, new, name)
-    return name
+from .mapper import mapper_layers
+from .swin_weights import swin_state_dict, transformers_state_dict
 
 
 class SwinArchitecture(Architecture):
@@ -106,7 +69,7 @@ class MoPESwinEncoder(nn.Module):
 
     The prompts of the input pass through the first block of each stage; every later block replaces them by its own, as its router
     says: [static; dynamic; mapped], P = S + l + 1. Each of the three may be absent; without any it is the Swin Transformer, and
-    with static prompts alone it is VPT-deep. (MoPE, arXiv 2403.10568, the published configuration.)
+    with static prompts alone it is VPT. (MoPE, arXiv 2403.10568, the published configuration.)
 
     Args:
         image_size, patch_size, embed_dim, depths, num_heads, window_size, mlp_ratio, eps: the Swin Transformer; eps is of the
@@ -116,13 +79,19 @@ class MoPESwinEncoder(nn.Module):
         prompt_length: l, prompts of an expert.
         static_length: S, static prompts of a block. Default: `prompt_length`.
         use_mapped: one prompt made by the mapper from psi, for all blocks of a stage.
-        mapper_hidden: width between psi and the mapped prompts.
+        mapper_hidden: width between psi and the mapped prompts, 0 for none.
+        mapper_batchnorm, mapper_last_gelu: see `mapper_layers`.
         bound: prompts start as U(-bound, bound). Default: sqrt(6 / (3 patch_size^2 + embed_dim)).
+        prompt_depth: "deep"; "shallow": static and mapped prompts stand in front of the first block and pass through all.
+        first_blocks: what the first block of each stage takes: "pass", the prompts that arrive; "own", prompts of its own, and then
+            the input has none; "either", its own where routing is given from outside, else those that arrive.
         prompt_dropout: on the prompts of the input and on mapped prompts, in training.
+        drop_block_prompts: on static and dynamic prompts of the blocks as well.
+        router_scope: "layer", a router for each block; "shared", one for all, which then sees psi only.
         importance_threshold: see `mope_kernels.importance_loss`.
-        route_first_block: give the first block of each stage prompts of its own too (for routing that is given from outside).
-        impl, block_options: see `MoPESwinBlock`: self_width, cross_width, temperature, noise_std, router_embedding, renormalize,
-            prompt_owner.
+        router, impl, block_options: see `MoPESwinBlock`: self_width, cross_width, temperature, noise_std, router_embedding,
+            renormalize, prompt_owner. With prompt_owner "reference" and first_blocks "own" the first two blocks share a
+            complementary router, as in the released code.
 
     `config` is that of the transformers model that the weights came from, if they did.
     """
@@ -146,37 +115,62 @@ class MoPESwinEncoder(nn.Module):
         static_length: int | None = None,
         use_mapped: bool = True,
         mapper_hidden: int = 384,
+        mapper_batchnorm: bool = True,
+        mapper_last_gelu: bool = True,
         bound: float | None = None,
+        prompt_depth: str = "deep",
+        first_blocks: str = "pass",
         prompt_dropout: float = 0.1,
+        drop_block_prompts: bool = False,
+        router: str = "multimodal",
+        router_scope: str = "layer",
         importance_threshold: float = 0.1,
-        route_first_block: bool = False,
         impl: str = "auto",
         **block_options: Any,
     ) -> None:
         super().__init__()
         static_length = prompt_length if static_length is None else static_length
-        own: dict[str, Any] = {"static_length": static_length, "prompt_length": prompt_length, "num_experts": num_experts}
-        none: dict[str, Any] = dict.fromkeys(own, 0)
-        use_mapped = use_mapped and cross_dim is not None
+        deep, use_mapped = prompt_depth == "deep", use_mapped and cross_dim is not None
+        num_experts = num_experts if deep else 0
         self.num_prompts = static_length + prompt_length * (num_experts > 0) + use_mapped
         self.image_size, self.importance_threshold, self.impl = image_size, importance_threshold, impl
+        self.deep, self.own_first = deep, deep and first_blocks == "own"
+        self.drop_block_prompts = drop_block_prompts
         self.patch_embed = nn.Conv2d(3, embed_dim, patch_size, patch_size)
         self.patch_norm = nn.LayerNorm(embed_dim)
         bound = (6 / (3 * patch_size**2 + embed_dim)) ** 0.5 if bound is None else bound
         self.input_prompts: nn.Parameter | None = None
-        if self.num_prompts:
-            self.input_prompts = nn.Parameter(torch.empty(self.num_prompts, embed_dim).uniform_(-bound, bound))
+        # A mapped prompt joins the shallow ones in each call.
+        at_input = 0 if self.own_first else self.num_prompts if deep else static_length
+        if at_input:
+            self.input_prompts = nn.Parameter(torch.empty(at_input, embed_dim).uniform_(-bound, bound))
         self.prompt_dropout = nn.Dropout(prompt_dropout)
+        self.use_mapped = use_mapped
         self.mapper: nn.Sequential | None = None
-        if use_mapped and cross_dim is not None:
-            self.mapper = nn.Sequential(nn.Linear(cross_dim, mapper_hidden), nn.BatchNorm1d(mapper_hidden), nn.GELU())
+        if use_mapped and cross_dim is not None and mapper_hidden:
+            self.mapper = mapper_layers(cross_dim, mapper_hidden, batchnorm=mapper_batchnorm)
+        shared = router_scope == "shared"
+        # In the released code the first two blocks have one such router.
+        self.pairs_first = router == "complementary" and self.own_first and block_options.get("prompt_owner") == "reference"
+        of_router = {name: value for name, value in block_options.items() if name != "prompt_owner"}
+        self.router = make_router(router if shared else None, embed_dim, cross_dim, num_experts, impl=impl, **of_router)
+        if self.router is not None and self.router.sees_tokens:
+            raise ValueError(
+                "a router shared by all blocks of a Swin Transformer cannot see their tokens, whose width changes from stage to "
+                "stage: set router='complementary' or router_self_width=0, or router_scope='layer'"
+            )
+        own: dict[str, Any] = {"static_length": static_length, "prompt_length": prompt_length, "num_experts": num_experts}
+        none: dict[str, Any] = dict.fromkeys(own, 0)
         self.stage_mappers, self.stages, self.merges = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for stage, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
             dim, resolution = embed_dim * 2**stage, image_size // patch_size // 2**stage
-            if self.mapper is not None:
-                self.stage_mappers.append(nn.Sequential(nn.Linear(mapper_hidden, dim), nn.GELU()))
-            self.stages.append(
-                nn.ModuleList(
+            if use_mapped and cross_dim is not None and (deep or not stage):
+                self.stage_mappers.append(mapper_layers(mapper_hidden or cross_dim, dim, gelu=mapper_last_gelu))
+            blocks = nn.ModuleList()
+            for i in range(depth):
+                first = not i and not self.own_first
+                routes = not shared and not first and not (self.pairs_first and not stage and not i)
+                blocks.append(
                     MoPESwinBlock(
                         dim,
                         heads,
@@ -187,46 +181,54 @@ class MoPESwinEncoder(nn.Module):
                         mlp_ratio=mlp_ratio,
                         eps=eps,
                         bound=bound,
-                        cross_dim=cross_dim if i else None,
+                        cross_dim=cross_dim,
+                        router=router if routes else None,
                         impl=impl,
-                        **(own if i or route_first_block else none),
+                        **(none if not deep or (first and first_blocks != "either") else own),
                         **block_options,
                     )
-                    for i in range(depth)
                 )
-            )
+            self.stages.append(blocks)
             if stage < len(depths) - 1:
                 self.merges.append(PromptedPatchMerging(dim, resolution, self.num_prompts))
         self.norm = nn.LayerNorm(embed_dim * 2 ** (len(depths) - 1), eps=eps)
-        for module in self.frozen_modules():
+        for module in self.swin_modules():
             module.requires_grad_(False)
 
-    def frozen_modules(self) -> list[nn.Module]:
-        """The Swin Transformer itself."""
-        blocks = (block for stage in self.blocks() for block in stage)
-        of_blocks = [module for b in blocks for module in (b.norm1, b.qkv, b.proj, b.norm2, b.mlp)]
+    def swin_modules(self) -> list[nn.Module]:
+        """The Swin Transformer itself, but for the position bias of its blocks."""
+        of_blocks = [module for stage in self.blocks() for block in stage for module in block.swin_modules()]
         return [self.patch_embed, self.patch_norm, *of_blocks, *self.merges, self.norm]
+
+    def finetune(self) -> None:
+        """Train the Swin Transformer itself too, position bias included. Its dropout and stochastic depth stay left out."""
+        for module in self.swin_modules():
+            module.requires_grad_(True)
+        for stage in self.blocks():
+            for block in stage:
+                block.finetune()
 
     def blocks(self) -> list[list[MoPESwinBlock]]:
         """The blocks of each stage."""
         stages: Any = self.stages
         return [list(stage) for stage in stages]
 
-    def routed_blocks(self) -> tuple[str, ...]:
-        """Names of the blocks with a router, in the order of `SwinOutput.routing`; stages and blocks count from 0."""
-        return tuple(
-            f"stage {s}, block {i}"
-            for s, stage in enumerate(self.blocks())
-            for i, block in enumerate(stage)
-            if block.router is not None
-        )
+    def router_of(self, stage: int, i: int) -> Router | None:
+        """The router of a block, None where nothing is routed. Blocks may share one."""
+        blocks = self.blocks()[stage]
+        if self.pairs_first and stage == i == 0:
+            return self.router_of(0, 1)
+        return (self.router or blocks[i].router) if blocks[i].experts is not None else None
 
-    def train(self, mode: bool = True) -> MoPESwinEncoder:
-        """Training mode of prompts and routers. The mapper's BatchNorm keeps its statistics: it is an affine map."""
-        super().train(mode)
-        if self.mapper is not None:
-            self.mapper[1].eval()
-        return self
+    def routed_blocks(self) -> dict[str, Router]:
+        """Blocks with a router, by name, in the order of `SwinOutput.routing`; stages and blocks count from 0."""
+        found = {}
+        for stage, blocks in enumerate(self.blocks()):
+            for i in range(len(blocks)):
+                router = self.router_of(stage, i)
+                if router is not None:
+                    found[f"stage {stage}, block {i}"] = router
+        return found
 
     def swin_tensors(self) -> set[str]:
         """Names in the state dict of what belongs to the Swin Transformer itself."""
@@ -254,7 +256,7 @@ class MoPESwinEncoder(nn.Module):
         with torch.no_grad():
             for name, target, _ in self._original_names():
                 value = state[name]
-                if name.endswith("relative_position_bias_table"):
+                if target.endswith(".position_bias"):
                     value = position_bias(value, int((own[target].shape[-1]) ** 0.5))
                 own[target].copy_(value)
 
@@ -268,8 +270,9 @@ class MoPESwinEncoder(nn.Module):
                 modules |= {f"{original}.{name}": f"{here}.{name}" for name in ("norm1", "norm2")}
                 modules |= {f"{original}.attn.{name}": f"{here}.{name}" for name in ("qkv", "proj")}
                 modules |= {f"{original}.mlp.fc1": f"{here}.mlp.0", f"{original}.mlp.fc2": f"{here}.mlp.2"}
-                rows = (2 * block.window_size - 1) ** 2
-                tables.append((f"{original}.attn.relative_position_bias_table", f"{here}.position_bias", (rows, block.num_heads)))
+                shape = ((2 * block.window_size - 1) ** 2, block.num_heads)
+                bias = f"{here}.position_bias" if block.position_table is None else f"{here}.position_table"
+                tables.append((f"{original}.attn.relative_position_bias_table", bias, shape))
             if s < len(self.merges):
                 modules |= {f"layers.{s}.downsample.{name}": f"merges.{s}.{name}" for name in ("norm", "reduction")}
         found = [
@@ -292,16 +295,9 @@ class MoPESwinEncoder(nn.Module):
         own, original = self.state_dict(), {}
         for name, here, _ in self._original_names():
             tensor = own[here]
-            is_table = name.endswith("relative_position_bias_table")
-            original[name] = position_table(tensor, int(tensor.shape[-1] ** 0.5)) if is_table else tensor
-        state = {}
-        for name in model.state_dict():
-            known_as = _original_name(name)
-            if part := re.search(r"\.attn\.([qkv])\.", known_as):
-                merged = original[known_as.replace(part[0], ".attn.qkv.")]
-                state[name] = merged.chunk(3)["qkv".index(part[1])].clone()
-            elif known_as in original:
-                state[name] = original[known_as]
+            is_looked_up = here.endswith(".position_bias")
+            original[name] = position_table(tensor, int(tensor.shape[-1] ** 0.5)) if is_looked_up else tensor
+        state = transformers_state_dict(model, original)
         nn.Module.to(model, self.patch_embed.weight.dtype)
         return model, state
 
@@ -316,6 +312,7 @@ class MoPESwinEncoder(nn.Module):
         *,
         mapper_input: Tensor | None = None,
         route_weights: Tensor | None = None,
+        noise: Sequence[Tensor | None] | None = None,
         router_noise: bool = False,
         top_k: int | None = None,
         checkpointing: bool = False,
@@ -329,7 +326,8 @@ class MoPESwinEncoder(nn.Module):
             mapper_input: (B, mapper_hidden), in place of the shared part of the mapper.
             route_weights: (B, L, K) given routing weights, one row for each block in order; where the first stage's blocks share
                 a row, L is one less than there are blocks (the released text-only router). Every block then takes its own prompts.
-            router_noise: add noise outside training too.
+            noise: (B, K) for each routed block. Default: drawn here, in training.
+            router_noise: draw noise outside training too.
             top_k: experts for each item, None for all.
             checkpointing: recompute blocks in the backward pass; routing and noise are not drawn again.
             importance: whether to compute the importance loss.
@@ -340,44 +338,58 @@ class MoPESwinEncoder(nn.Module):
         size, shape = self.image_size, tuple(pixel_values.shape)
         if shape[1:] != (3, size, size):
             raise ValueError(f"MoPESwinEncoder: pixel_values must be (B, 3, {size}, {size}), got {shape}")
-        mapped: list[Tensor | None] = [None] * len(self.stages)
-        if self.mapper is not None:
-            if mapper_input is None:
-                if cross is None:
-                    raise ValueError("MoPESwinEncoder: needs cross, or mapper_input and route_weights")
-                first: Any = self.mapper[0]
-                mapper_input = self.mapper(cross.to(first.weight.dtype))
-            mapped = [*self.mapped_prompts(mapper_input)]
+        mapped = self._mapped(cross, mapper_input)
         x = self.patch_norm(rearrange(self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)), "b c y x -> b (y x) c"))
         if self.input_prompts is not None:
             # Each image drops others.
-            prompts = self.prompt_dropout(self.input_prompts.expand(len(x), -1, -1))
-            x = torch.cat([prompts.to(x.dtype), x], dim=1)
+            x = torch.cat([self.prompt_dropout(self.input_prompts.expand(len(x), -1, -1)).to(x.dtype), x], dim=1)
+        if self.use_mapped and not self.deep:
+            x = torch.cat([mapped[0].to(x.dtype), x], dim=1)
         rows = None if route_weights is None else self._rows(route_weights)
+        if noise is None:
+            noise = sample_noise(list(self.routed_blocks().values()), len(x), always=router_noise)
+        noise_of_block = iter(noise)
+        # A router that sees psi only decides once for all its blocks.
+        decided: dict[int, Routing] = {}
         routed: list[Routing] = []
         for stage, blocks in enumerate(self.blocks()):
             for i, block in enumerate(blocks):
                 routing = None
                 if rows is not None:
                     routing = next(rows)
-                elif block.router is not None:
+                elif (router := self.router_of(stage, i)) is not None:
                     if cross is None:
                         raise ValueError("MoPESwinEncoder: the routers need cross")
-                    noise = block.router.sample_noise(len(x), always=router_noise)
-                    routing = block.route(x, cross, noise, top_k)
+                    drawn = next(noise_of_block)
+                    routing = decided.get(id(router)) or block.route(x, cross, drawn, top_k, router=router)
+                    if not router.sees_tokens:
+                        decided[id(router)] = routing
                     routed.append(routing)
-                # The first block of a stage takes the prompts that arrive, unless routing is given for it.
-                if self.num_prompts and (i or routing is not None):
-                    x = block.with_prompts(x, routing, mapped[stage])
+                if self.deep and self.num_prompts and (i or self.own_first or routing is not None):
+                    dropout = self.prompt_dropout if self.drop_block_prompts else None
+                    x = block.with_prompts(x, routing, mapped[stage] if mapped else None, dropout=dropout)
                 x = checkpoint(block, x, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(x)
             if stage < len(self.merges):
                 x = self.merges[stage](x)
         features: Tensor = self.norm(x).mean(1)
         losses = [
-            mope_kernels.importance_loss(r.probs, threshold=self.importance_threshold, impl=self.impl) for r in routed if importance
+            mope_kernels.importance_loss(r.probs, threshold=self.importance_threshold, impl=self.impl)
+            for r in distinct(routed)
+            if importance
         ]
         importance_loss = torch.stack(losses).mean() if losses else features.new_zeros(())
         return SwinOutput(features, importance_loss, tuple(routed))
+
+    def _mapped(self, cross: Tensor | None, mapper_input: Tensor | None) -> list[Tensor]:
+        """The mapped prompts of the stages that have one."""
+        if not self.use_mapped:
+            return []
+        if mapper_input is None:
+            if cross is None:
+                raise ValueError("MoPESwinEncoder: needs cross, or mapper_input and route_weights")
+            mapper_input = cross.to(next(self.stage_mappers.parameters()).dtype)
+            mapper_input = mapper_input if self.mapper is None else self.mapper(mapper_input)
+        return self.mapped_prompts(mapper_input)
 
     def _rows(self, route_weights: Tensor) -> Iterator[Routing]:
         """Dense routing of each block."""
@@ -390,6 +402,11 @@ class MoPESwinEncoder(nn.Module):
             )
         every = torch.arange(route_weights.shape[2], device=route_weights.device).expand_as(route_weights[:, 0])
         return (Routing(row, every, row) for row in route_weights.unbind(1))
+
+
+def distinct(routing: Sequence[Routing]) -> list[Routing]:
+    """Each decision once, where blocks share one."""
+    return list({id(r): r for r in routing}.values())
 
 
 def encoder_for(model: SwinModel, **options: Any) -> MoPESwinEncoder:
@@ -415,10 +432,11 @@ def encoder_for(model: SwinModel, **options: Any) -> MoPESwinEncoder:
     )
     encoder.config = copy.deepcopy(config)
     encoder.to(model.device)
-    for module in encoder.frozen_modules():
+    for module in encoder.swin_modules():
         module.to(model.dtype)
     for stage in encoder.blocks():
         for block in stage:
+            assert block.position_bias is not None
             block.position_bias = block.position_bias.to(model.dtype)
     encoder.load_swin(model)
     return encoder

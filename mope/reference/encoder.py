@@ -62,7 +62,7 @@ def load_reference_encoder(
         num_experts=prompts[0].shape[0] - 1,
         prompt_length=prompts[0].shape[2],
         mapper_hidden=state_dict["mm_prompt_instruction_proj.0.weight"].shape[0],
-        route_first_block=True,
+        first_blocks="either",
         prompt_owner=mode,
         self_width=state_dict["layers.0.blocks.1.mm_prompt_self_proj.weight"].shape[0],
         cross_width=cross_width,

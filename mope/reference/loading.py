@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mope.models import MoPEConfig, MoPEForClassification
 from mope.models.backbones import base_model
-from mope.models.swin import swin_state_dict
+from mope.models.swin_weights import swin_state_dict
 
 from .checkpoint import read_reference_checkpoint
 from .encoder import MODES, _prompt_tensors
