@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mope_kernels import __version__
 
     from .models import MoPEConfig, MoPEForClassification, register_backbone
-    from .reference.accelerate import accelerate
+    from .reference.acceleration import accelerate
     from .reference.encoder import load_reference_encoder
     from .reference.loading import load_reference_checkpoint
 

@@ -1,9 +1,18 @@
-"""What users of the released code have: its state dicts, checkpoints and live models."""
+"""What users of the released code have: its state dicts, checkpoints, live models and scripts.
 
-from .accelerate import Acceleration, accelerate
-from .checkpoint import ReferenceCheckpoint, read_reference_checkpoint
-from .encoder import load_reference_encoder
-from .loading import load_reference_checkpoint
+The names below are imported on first use: the command line takes `run` from here before it needs torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .acceleration import Acceleration, accelerate
+    from .checkpoint import ReferenceCheckpoint, read_reference_checkpoint
+    from .encoder import load_reference_encoder
+    from .loading import load_reference_checkpoint
 
 __all__ = [
     "Acceleration",
@@ -13,3 +22,18 @@ __all__ = [
     "load_reference_encoder",
     "read_reference_checkpoint",
 ]
+
+_MODULES = {
+    "Acceleration": "acceleration",
+    "accelerate": "acceleration",
+    "ReferenceCheckpoint": "checkpoint",
+    "load_reference_checkpoint": "loading",
+    "load_reference_encoder": "encoder",
+    "read_reference_checkpoint": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,154 @@
+"""Stand-ins for modules that the released code imports and that are not installed here."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Imported by the scripts for classification, which never use them; with what installs them.
+IMPORTED_ONLY = {
+    "cv2": "opencv-python-headless",
+    "librosa": "librosa",
+    "lmdb": "lmdb",
+    "matplotlib": "matplotlib",
+    "mmcv": "mmcv",
+    "pyarrow": "pyarrow",
+}
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: whole items are zeroed in training, with probability `drop_prob`, and the others scaled up."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.drop_prob:
+            return x
+        keep = 1 - self.drop_prob
+        # In this order: with timm's random numbers, timm's result.
+        mask = (keep + torch.rand(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device)).floor()
+        return x / keep * mask
+
+
+def to_2tuple(value: Any) -> Any:
+    """What is no sequence, twice."""
+    return value if isinstance(value, Iterable) else (value, value)
+
+
+def provided() -> dict[str, dict[str, Any]]:
+    """What stands in for modules that are used: their names, and what is in them."""
+    from . import transforms
+
+    kinds = ("CenterCrop", "Compose", "Normalize", "RandAugment", "Resize", "ToTensor")
+    layers = {"DropPath": DropPath, "to_2tuple": to_2tuple, "trunc_normal_": nn.init.trunc_normal_}
+    return {
+        "timm": {},
+        "timm.models": {},
+        "timm.models.layers": layers,
+        "torchvision": {},
+        "torchvision.transforms": {name: getattr(transforms, name) for name in kinds},
+    }
+
+
+class _Unusable(type):
+    """Classes that can be named, compared and taken apart, but not called."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Unusable(f"{cls.__name__}.{name}", (), {})
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        module = next(name for name in IMPORTED_ONLY if cls.__name__.startswith(f"{name}."))
+        cure = f": pip install {IMPORTED_ONLY[module]}" if IMPORTED_ONLY[module] else ""
+        raise ModuleNotFoundError(
+            f"{cls.__name__} is called, and {module} is not installed: mope run only lets it be imported{cure}", name=module
+        )
+
+
+class _ImportedOnly(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Unusable(f"{self.__name__}.{name}", (), {})
+
+
+class StandIns(MetaPathFinder, Loader):
+    """Answers for absent modules where files under `folder` import them.
+
+    Others that look for these modules, as libraries do to find out what they may use, still find nothing.
+
+    absent: names of the modules for which there are stand-ins.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.contents = provided()
+        self.absent = [name for name in [*self.contents, *IMPORTED_ONLY] if not _installed(name)]
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        stands_in = fullname in self.absent or any(fullname.startswith(f"{name}.") for name in self.absent if name in IMPORTED_ONLY)
+        return ModuleSpec(fullname, self, is_package=True) if stands_in and self._asked_from_folder() else None
+
+    def _asked_from_folder(self) -> bool:
+        frame = sys._getframe(2)
+        # The import machinery stands between.
+        while frame.f_back and frame.f_globals.get("__name__", "").startswith("importlib"):
+            frame = frame.f_back
+        file = Path(frame.f_code.co_filename).resolve()
+        return file.is_relative_to(self.folder) and "site-packages" not in file.parts
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return ModuleType(spec.name) if spec.name in self.contents else _ImportedOnly(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module).update(self.contents.get(module.__name__, {}))
+
+    def __str__(self) -> str:
+        lines = [f"  {name}: {', '.join(self.contents[name])}" for name in self.absent if self.contents.get(name)]
+        unusable = [name for name in self.absent if name in IMPORTED_ONLY]
+        return "\n".join([*lines, *([f"  to be imported only: {', '.join(unusable)}"] if unusable else [])])
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        # A package around it is absent.
+        return False
+
+
+@contextmanager
+def stand_ins(folder: Path) -> Iterator[StandIns]:
+    """Stand-ins for what files under `folder` import, until the end of the block."""
+    finder = StandIns(folder)
+    _settle_what_libraries_look_for(finder.absent)
+    # Last: what is installed comes first.
+    sys.meta_path.append(finder)
+    try:
+        yield finder
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name, module in sys.modules.items() if getattr(module, "__loader__", None) is finder]:
+            del sys.modules[name]
+
+
+def _settle_what_libraries_look_for(absent: Iterable[str]) -> None:
+    """transformers remembers whether a package is there: let it look before a stand-in is among the imported modules."""
+    from transformers.utils import import_utils
+
+    for name in absent:
+        if is_available := getattr(import_utils, f"is_{name}_available", None):
+            is_available()
