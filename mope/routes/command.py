@@ -18,7 +18,9 @@ def add_routes(commands: Any) -> None:
     routes = commands.add_parser(
         "routes", help="which experts a trained model takes: load, balance, classes, images and words, as pictures, page and tables"
     )
-    routes.add_argument("model", type=Path, metavar="MODEL", help="a folder that save_pretrained or mope train wrote")
+    routes.add_argument(
+        "model", type=Path, metavar="MODEL", help="a folder that mope train or save_pretrained wrote, or a released .ckpt"
+    )
     routes.add_argument("--data", type=Path, required=True, metavar="DIR", help="with train.jsonl, dev.jsonl, test.jsonl")
     routes.add_argument("--format", default="jsonl", help="food101, mm-imdb, snli-ve or jsonl (jsonl)")
     routes.add_argument("--split", default="test", choices=SPLITS, help="(test)")
@@ -32,9 +34,17 @@ def add_routes(commands: Any) -> None:
     routes.add_argument("--top", type=_positive, default=8, metavar="N", help="images of each expert (8)")
     routes.add_argument("--words", type=_positive, default=12, metavar="N", help="at most, of each expert (12)")
     routes.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="(32)")
-    routes.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images (0: none of their own)")
+    routes.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that load images (0: this one does)")
     routes.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
     routes.add_argument("--on-missing-image", default="error", choices=("error", "grey"), help="(error)")
+    for name, what in (("vision", "vision encoder"), ("text", "text encoder"), ("tokenizer", "tokenizer")):
+        routes.add_argument(f"--{name}", metavar="NAME_OR_FOLDER", help=f"{what}, from the hub or a folder (as saved)")
+    routes.add_argument(
+        "--image-processor", metavar="NAME_OR_FOLDER", help='or "published", that of the published training (as saved)'
+    )
+    routes.add_argument(
+        "--mode", choices=("reference", "instance"), help="whose prompts a window of a Swin Transformer gets (as saved)"
+    )
     routes.set_defaults(command=_routes)
 
 
@@ -64,8 +74,8 @@ def _run(options: argparse.Namespace) -> None:
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
 
-    from mope import MoPEForClassification
     from mope.data import Collator, Examples, read_split
+    from mope.training.loading import adopt_classes, open_model
 
     from .page import write_html
     from .pictures import draw
@@ -73,12 +83,19 @@ def _run(options: argparse.Namespace) -> None:
     from .summary import summarize
 
     device = _device(options.device)
-    model = MoPEForClassification.from_pretrained(options.model).to(device)
+    model = open_model(
+        options.model,
+        {"vision": options.vision, "text": options.text},
+        mode=options.mode,
+        tokenizer=options.tokenizer,
+        image_processor=options.image_processor,
+    ).to(device)
     blocks = _numbers(options.block, routed_blocks(model))
     split = read_split(
         options.data, options.format, options.split, names=_class_names(model.config), on_missing_image=options.on_missing_image
     )
-    loader = DataLoader(Examples(split, model), options.batch_size, collate_fn=Collator(model), num_workers=options.workers)
+    adopt_classes(model, split)
+    loader = DataLoader(Examples(split, model), options.batch_size, collate_fn=Collator(model), num_workers=options.num_workers)
     options.out.mkdir(parents=True, exist_ok=True)
     probabilities = options.out / "probabilities.npy"
     routes = collect(model, tqdm(loader, desc=split.name, leave=False), split, storage=probabilities)

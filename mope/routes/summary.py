@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from .routing import Routes
 from .words import LONGEST_WORD, Corpus
 
-# Numbers worked on at a time: 32 MB of float64.
-CHUNK = 2**22
+# Numbers worked on at a time: 16 MB of float64.
+CHUNK = 2**21
 # Characters of an id in the file.
 LONGEST_ID = 200
 

@@ -36,7 +36,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_digits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = model.parent
-    assert run(model, "--data", data, "--format", "jsonl", "--out", tmp_path, "--block", "layer 3", "--top", 4) == 0
+    encoders = ("--vision", data / "vision", "--text", data / "text")
+    assert run(model, "--data", data, "--format", "jsonl", "--out", tmp_path, "--block", "layer 3", "--top", 4, *encoders) == 0
     printed = capsys.readouterr().out
     names = ["index.html", "load.png", "classes_layer_3.png", "experts_layer_3.png", "routes.npz", "probabilities.npy"]
     assert printed.splitlines()[-6:] == [str(tmp_path / name) for name in names]
@@ -64,13 +65,15 @@ def test_digits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--block", "layer 9"], "no routed block 'layer 9': there are 'layer 0'"),
         (["--format", "xml"], "format must be one of"),
         (["--data", "nowhere"], "nowhere"),
+        (["--mode", "reference"], "Swin"),
+        (["--vision", "{data}/text"], "text encoder"),
         (["--device", "abacus"], "--device abacus: "),
     ],
 )
 def test_mistakes_are_named(
     arguments: list[str], message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(model, "--data", model.parent, "--out", tmp_path / "out", *arguments) == 1
+    assert run(model, "--data", model.parent, "--out", tmp_path / "out", *(a.format(data=model.parent) for a in arguments)) == 1
     error = capsys.readouterr().err
     # A bar shows the weights being loaded.
     assert "Traceback" not in error and message in error.splitlines()[-1]

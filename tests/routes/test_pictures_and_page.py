@@ -16,7 +16,7 @@ from PIL import Image
 
 from mope.routes import draw, summarize, write_html
 from mope.routes.page import POLICY
-from mope.routes.pictures import MOST_CLASSES, MOST_EXPERTS, shown_classes, shown_experts
+from mope.routes.pictures import MOST_CLASSES, MOST_EXPERTS, draw_classes, draw_experts, shown_classes, shown_experts
 from mope.routes.thumbnails import GREY, SIZE, data_uri, thumbnail
 
 from . import made
@@ -30,6 +30,7 @@ HOSTILE = (
     "\u202eright to left",
     "犬 и 🐶",
     "_" + "long " * 100,
+    "half of a character \ud83d",
 )
 
 
@@ -91,7 +92,7 @@ def test_pictures_do_not_depend_on_the_users_style(tmp_path: Path) -> None:
 def test_hostile_names_and_texts(tmp_path: Path) -> None:
     routes = made.routes(count=200, classes=(*HOSTILE, "unused"), texts=HOSTILE, images=made.pictures(tmp_path, 3))
     # Each text has an expert, so that words stand out.
-    probabilities = np.eye(4, dtype=np.float32)[np.arange(200) % 4][:, None].repeat(2, axis=1)
+    probabilities = np.eye(4, dtype=np.float32)[np.arange(200) % len(HOSTILE) % 4][:, None].repeat(2, axis=1)
     ids = tuple(f"{HOSTILE[i % 2]}{i}" for i in range(200))
     routes = dataclasses.replace(routes, probabilities=probabilities, ids=ids, blocks=("a<b>", "b"))
     tables = summarize(routes, top=20)
@@ -147,7 +148,12 @@ def test_many_experts_and_classes(tmp_path: Path) -> None:
     assert len(experts) == MOST_EXPERTS and len(rows) == MOST_CLASSES
     assert tables.load[0, experts].min() >= np.delete(tables.load[0], experts).max()
     assert tables.class_counts[rows].min() >= np.delete(tables.class_counts, rows).max()
-    draw(tables, routes, tmp_path, blocks=[0])
+    # Each picture says what it leaves out.
+    for figure, cut in (
+        (draw_experts(tables, routes, 0), "the 32 of 256 experts"),
+        (draw_classes(tables, 0), "the 128 of 150 classes"),
+    ):
+        assert any(cut in text.get_text() for text in figure.texts)
     write_html(tables, routes, tmp_path / "index.html")
     page = Page(tmp_path / "index.html")
     assert page.text.count("Expert ") == MOST_EXPERTS and "The 32 of 256 experts with the largest load" in page.text
