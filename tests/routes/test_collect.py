@@ -15,7 +15,7 @@ from mope import MoPEForClassification
 from mope.data import Split
 from mope.routes import collect
 
-from ..models import tiny
+from ..models import test_swin_classification, tiny
 from . import made
 
 NAMES = ("cat", "dog", "bird")
@@ -53,6 +53,18 @@ def test_routes_are_the_models_own(inputs: dict[str, Tensor], tmp_path: Path) ->
     np.testing.assert_array_equal(routes.labels.argmax(1), [example.labels[0] for example in split.examples])
     assert routes.ids[3] == "id3" and routes.texts[10] == "text 10"
     np.testing.assert_array_equal(np.load(tmp_path / "p.npy", mmap_mode="r"), routes.probabilities)
+
+
+def test_a_swin_transformer() -> None:
+    fusion = test_swin_classification.fusion(id2label=NAMES, num_labels=3)
+    batch = test_swin_classification.inputs()
+    split = made.split(len(batch["pixel_values"]), names=NAMES)
+    routes = collect(fusion, [batch], split)
+    with torch.no_grad():
+        out = fusion.eval()(**batch)
+    assert routes.blocks[0].startswith("stage ") and len(routes.blocks) == len(out.routing)
+    for block, routing in enumerate(out.routing):
+        np.testing.assert_allclose(routes.probabilities[:, block], routing.probs, atol=1e-6)
 
 
 def test_several_labels(inputs: dict[str, Tensor]) -> None:
