@@ -106,7 +106,10 @@ def _read_lightning(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     strangers = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if strangers:
         raise ValueError(f"{path}: in state_dict these are no tensors: {', '.join(map(str, strangers[:5]))}")
-    options = (checkpoint.get("hyper_parameters") or {}).get("args", {})
+    # Lightning writes the options themselves; scripts that save them on their own put them under the name of the argument.
+    options = checkpoint.get("hyper_parameters") or {}
+    if isinstance(options, Mapping):
+        options = options.get("args", options)
     return _plain(vars(options) if isinstance(options, argparse.Namespace) else dict(options)), state
 
 
