@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +49,18 @@ def load_backbone(source: str, modality: str) -> nn.Module:
     try:
         config: Any = AutoConfig.from_pretrained(source)
         if modality == "vision" and config.model_type in _VISION_OF:
-            return getattr(transformers, _VISION_OF[config.model_type]).from_pretrained(source)
-        architecture = architecture_for(config.model_type)
-        if architecture.modality != modality:
-            raise ValueError(f"a {config.model_type} model is a {architecture.modality} encoder")
-        return AutoModel.from_pretrained(source, **architecture.load_options)
+            loader, load_options = getattr(transformers, _VISION_OF[config.model_type]), {}
+        else:
+            architecture = architecture_for(config.model_type)
+            if architecture.modality != modality:
+                raise ValueError(f"a {config.model_type} model is a {architecture.modality} encoder")
+            loader, load_options = AutoModel, architecture.load_options
+        with _quiet():
+            backbone, found = loader.from_pretrained(source, output_loading_info=True, **load_options)
+        # transformers would fill them with random numbers, and frozen they would stay so.
+        if found["missing_keys"]:
+            raise ValueError(f"the weights lack {', '.join(sorted(found['missing_keys'])[:5])}")
+        return backbone
     except (OSError, ValueError) as error:
         raise ValueError(f"{modality} encoder {source}: {error}") from error
 
@@ -150,6 +159,17 @@ def set_processors(model: MoPEForClassification, sources: dict[str, str | None])
             raise ValueError(
                 f"no {kind} could be loaded from {source}: {error}. Name another one, --{kind.replace(' ', '-')}"
             ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the table of weights that are not used, such as the pooler's: most checkpoints have some."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
 
 
 def _image_size(model: MoPEForClassification) -> int:

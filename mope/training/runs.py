@@ -109,6 +109,8 @@ class TrainingRun:
         "stopped" is true in them where a signal ended it early; then only a checkpoint was written.
         """
         start = time.perf_counter()
+        # Nobody writes before all have looked at the folder.
+        _wait_for_all()
         caches = self._cache_features()
         trainer = self.trainer
         if caches:
@@ -144,8 +146,7 @@ class TrainingRun:
                 )
             if self._is_first_process():
                 self.model.save_pretrained(self.out / "model", backbones="copy" if self.copy_backbones else "reference")
-            if is_distributed():
-                dist.barrier()
+            _wait_for_all()
         if caches:
             results["features"] = {
                 name: {"computed": cache.computed, "seconds": cache.seconds, "seconds_per_epoch": cache.seconds_per_epoch}
@@ -241,6 +242,11 @@ class TrainingRun:
 
     def _is_first_process(self) -> bool:
         return self.trainer.args.process_index == 0
+
+
+def _wait_for_all() -> None:
+    if is_distributed():
+        dist.barrier()
 
 
 def train(

@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -216,7 +217,10 @@ class FusionTrainer(Trainer):
         With several processes signals end training as usual, and the last checkpoint is that of the last epoch or of `save_steps`:
         they would not all stop at the same step.
         """
-        with self.interruption.watched() if self.args.world_size == 1 else nullcontext():
+        watched = self.interruption.watched() if self.args.world_size == 1 else nullcontext()
+        with watched, warnings.catch_warnings():
+            # accelerate passes it on by its old name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

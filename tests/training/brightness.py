@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
+from transformers import PreTrainedTokenizerFast, SwinConfig, SwinModel, ViTImageProcessorPil
 
-from mope import MoPEForClassification
+from mope import MoPEConfig, MoPEForClassification
 from mope.data import Split, read_split
 from tests.models.tiny import backbone, fusion
 
@@ -78,3 +78,17 @@ def write_encoders(folder: Path) -> Path:
             save: Any = part.save_pretrained
             save(folder / modality)
     return folder
+
+
+def make_swin_model(splits: dict[str, Split], **options: Any) -> MoPEForClassification:
+    """A Swin Transformer of two stages, whose blocks have four windows and one, and a BERT."""
+    torch.manual_seed(0)
+    config = SwinConfig(image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[1, 2], window_size=4, mlp_ratio=2)
+    train = splits["train"]
+    fields = {"num_experts": 3, "prompt_length": 2, "mapper_hidden": 8, "id2label": train.names, **options}
+    model = MoPEForClassification(
+        MoPEConfig(**fields, problem_type=train.problem_type), vision=SwinModel(config), text=backbone("bert", torch.float32)
+    )
+    model.tokenizer = tokenizer()
+    model.image_processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    return model

@@ -1,0 +1,96 @@
+"""What two processes do; test_distributed.py starts them once and looks at what they leave.
+
+python -m torch.distributed.run --nproc-per-node 2 -m tests.training.two_processes FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from mope import cli
+from mope.data import Collator, Examples
+from mope.models import PromptedLayer
+from mope.training import Recipe, TrainingRun, evaluate
+from tests.training.brightness import make_model, make_swin_model, read_splits
+
+RECIPE = Recipe(epochs=2, batch_size=6, vision_lr=2e-2, text_lr=1e-2, milestones=(1,), label_smoothing=0.1)
+# No random numbers but those that make the model and choose the batches.
+EXACT: dict[str, Any] = {"dtype": torch.float64, "noise_std": 0.0, "cross_prompt_length": 2, "importance_threshold": 0.0}
+TOP_1 = {**EXACT, "num_experts": 6, "train_top_k": 1, "eval_top_k": 1}
+QUIET: dict[str, Any] = {"device": "cpu", "progress": False}
+# Of 22 training examples the last batch has 4; resumed in the middle of the second epoch.
+STEPS, PART = 8, 5
+
+
+def run_of(data: Path, out: Path, options: dict[str, Any] = EXACT, recipe: Recipe = RECIPE, **more: Any) -> TrainingRun:
+    splits = read_splits(data)
+    return TrainingRun(make_model(splits, **options), splits, recipe, out, **{**QUIET, **more})
+
+
+def sharded_gradients(data: Path) -> dict[str, Tensor]:
+    """Loss and gradients of this process's half of eight examples, frozen and trained layers sharded alike."""
+    splits = read_splits(data)
+    model: Any = make_model(splits, **EXACT).train()
+    batch = batch_of(data, model)
+    half = {name: tensor[dist.get_rank() :: dist.get_world_size()] for name, tensor in batch.items()}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in model.modules():
+        if isinstance(module, PromptedLayer):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss = model(**half).loss
+    loss.backward()
+    found = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    dist.all_reduce(total := loss.detach().clone())
+    return {"loss": total / dist.get_world_size(), **found}
+
+
+def batch_of(data: Path, model: Any) -> dict[str, Tensor]:
+    items = Examples(read_splits(data)["train"], model)
+    return Collator(model)([items[i] for i in range(8)])
+
+
+def main(folder: Path) -> None:
+    data, several = folder / "data", folder / "several"
+    command = ["train", "--data", str(data), "--out", str(folder / "command"), "--device", "cpu", "--epochs", "1"]
+    command += ["--vision", str(folder / "vision"), "--text", str(folder / "text"), "--set", "num_experts=3"]
+    # It makes the process group.
+    assert cli.main(command) == 0
+
+    results = {
+        "dense": run_of(data, folder / "dense").train(),
+        "top-1": run_of(data, folder / "top-1", TOP_1).train(),
+        "cached": run_of(data, folder / "cached", {**EXACT, "cross_prompt_length": 0}, cache_features="on").train(),
+        # What one process began, and what one process will end.
+        "resumed": run_of(data, folder / "one", resume=True).train(),
+        "begun": run_of(data, folder / "two", max_steps=PART).train(),
+    }
+    splits = read_splits(several)
+    model = make_model(splits, **EXACT)
+    results["several labels"] = {str(size): evaluate(model, splits["dev"], batch_size=size) for size in (1, 4, 9, 100)}
+
+    swin = make_swin_model(read_splits(data), prompt_owner="reference")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        TrainingRun(swin, read_splits(data), RECIPE.replace(epochs=1), folder / "reference", **QUIET).train()
+    results["warnings"] = [str(w.message) for w in caught if "prompt_owner" in str(w.message)]
+
+    gradients = sharded_gradients(data)
+    if dist.get_rank() == 0:
+        torch.save(gradients, folder / "sharded.pt")
+    (folder / f"results-{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
