@@ -22,10 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+
+from mope.models.distributed import is_distributed
+from mope.models.saving import describe
+from mope.models.swin import MoPESwinEncoder
 
 from .formats import Example, Split
 from .preprocessing import Preprocessing
@@ -127,12 +132,13 @@ def cached_features(
         # Texts of one length beside each other: little padding.
         missing.sort(key=lambda item: len(item[1].text))
     rank, world = _rank()
+    # All look before one writes, so that all see the same ones missing.
+    _wait_for_all()
     computed = _compute(model, preprocessing, missing[rank::world], parts, batch_size, num_workers)
-    if world > 1:
-        torch.distributed.barrier()
+    _wait_for_all()
     if missing:
         parts = _Parts(place)
-        # Whoever came later found less missing, and processes on other machines may have another disk.
+        # Processes on other machines may have another disk.
         rest = _missing(keys, split.examples, parts)
         computed += _compute(model, preprocessing, rest, parts, batch_size, num_workers)
         parts = _Parts(place) if rest else parts
@@ -149,9 +155,6 @@ def cached_features(
 
 def _fingerprint(model: MoPEForClassification, modality: str) -> str:
     """Of all that psi depends on besides its input: the encoder, and prompts in it, which may be there and frozen."""
-    from mope.models.saving import describe
-    from mope.models.swin import MoPESwinEncoder
-
     encoder = model.backbone(modality)
     record = describe(*encoder.swin_model()) if isinstance(encoder, MoPESwinEncoder) else describe(encoder)
     digest = hashlib.sha256(record["fingerprint"].encode())
@@ -279,7 +282,9 @@ def _encode(model: MoPEForClassification, loader: DataLoader[dict[str, Any]]) ->
 
 def _rank() -> tuple[int, int]:
     """This process' number and the number of processes."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
+def _wait_for_all() -> None:
+    if is_distributed():
+        dist.barrier()

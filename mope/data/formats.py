@@ -268,7 +268,7 @@ def _row(number: int, record: dict[str, Any], format: _Format, multi: bool) -> _
     if not isinstance(labels, list) or not all(_is_key(value) for value in labels):
         what = "a list of names or indices of classes" if multi else "the name of a class or its index"
         raise _Problem(f'"{label}" must be {what}, got {_shown(record[label])}')
-    for key, value in ((format.text, text), (format.image, image)):
+    for key, value in ((format.id, identity), (format.text, text), (format.image, image), *((label, name) for name in labels)):
         if isinstance(value, str) and not _encodable(value):
             raise _Problem(f'"{key}" holds half of a character (a lone surrogate such as \\ud83d): no tokenizer or file has that')
     return _Row(number, str(identity), text, None if image in (None, "") else format.image_path.format(image), labels)
@@ -425,5 +425,5 @@ def _quoted(keys: Iterable[str]) -> str:
 
 
 def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode()
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,8 +7,10 @@ import json
 import os
 import pickle
 import re
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -318,21 +320,24 @@ def test_two_runs_at_once(split: Split, tmp_path: Path, monkeypatch: pytest.Monk
 def test_processes_compute_a_part_each(
     split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[int], same_disk: bool
 ) -> None:
-    """Rank 1 of 2, with rank 0 played at the barrier; on another disk each computes all in the end."""
-    model, folder = model_of(), tmp_path / "cache"
+    """Threads play two of them. With a disk for each, both have to compute all in the end."""
+    models = [model_of()]
+    torch.manual_seed(0)
+    models.append(model_of())
+    played = threading.local()
+    monkeypatch.setattr(features, "_rank", lambda: (played.rank, 2))
+    monkeypatch.setattr(features, "_wait_for_all", threading.Barrier(2, timeout=60).wait)
 
-    def rank_0() -> None:
-        monkeypatch.setattr(features, "_rank", lambda: (0, 2))
-        monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
-        if same_disk:
-            mine = cached_features(model, split, folder)
-            assert mine.computed == 5 - 2
+    def run(rank: int) -> FeatureCache:
+        played.rank = rank
+        return cached_features(models[rank], split, tmp_path / ("cache" if same_disk else f"cache {rank}"))
 
-    monkeypatch.setattr(features, "_rank", lambda: (1, 2))
-    monkeypatch.setattr(torch.distributed, "barrier", rank_0)
-    cache = cached_features(model, split, folder)
-    assert cache.computed == (2 if same_disk else 5) and sum(counted) == 5
-    torch.testing.assert_close(rows_of(cache), psi_of(model, split), rtol=1e-5, atol=1e-5)
+    with ThreadPoolExecutor(2) as processes:
+        caches = list(processes.map(run, range(2)))
+    assert [cache.computed for cache in caches] == ([3, 2] if same_disk else [5, 5])
+    assert sum(counted) == sum(cache.computed for cache in caches)
+    for cache in caches:
+        torch.testing.assert_close(rows_of(cache), psi_of(models[0], split), rtol=1e-5, atol=1e-5)
 
 
 def test_time_spent_and_saved(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

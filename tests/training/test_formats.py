@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mope.data import FORMATS, DataError, Example, Split, read_split
@@ -176,6 +176,7 @@ BAD = {
     "negative index": (example(label=-1), r"unknown label -1: indices"),
     "list for id": (example(id=[1]), r'"id" must be a text or an integer, got \[1\]'),
     "labels": ({"labels": [], "text": "", "image": ""}, r'"labels": the first line has "label"'),
+    "surrogate in the label": (b'{"label": "\\udc00", "text": "", "image": ""}', r'"label" holds half of a character'),
     "surrogate": (b'{"label": "cat", "text": "\\ud83d", "image": ""}', r'"text" holds half of a character'),
     "no image": (example(image="images/c.jpg"), r"no image .*c\.jpg: put it there, or take grey ones .*on_missing_image='grey'"),
     "folder for image": (example(image="images"), r"no image .*images: put it there"),
@@ -191,6 +192,36 @@ def test_a_bad_line_is_named(folder: Path, line: object, message: str) -> None:
     file = write(folder, [*GOOD["jsonl"], line, example()])
     with pytest.raises(DataError, match=f"^{file}:3: {message}"):
         read_split(folder, "jsonl", "train")
+
+
+# Half characters among them.
+TEXTS = st.text(st.characters())
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | st.sampled_from(["cat", "images/a.jpg", "../x", 1])
+VALUES = st.recursive(
+    PLAIN,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+KEYS = st.sampled_from(["id", "text", "label", "labels", "image", "img", "sentence2", "gold_label", "Flickr30K_ID"])
+GOOD_LINES = st.sampled_from([line for lines in GOOD.values() for line in lines])
+CHANGED_LINES = st.builds(lambda line, changes: {**line, **changes}, GOOD_LINES, st.dictionaries(KEYS, VALUES, max_size=2))
+LINES = st.binary(max_size=20) | (VALUES | CHANGED_LINES).map(lambda value: json.dumps(value).encode())
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(format=st.sampled_from(FORMATS), lines=st.lists(LINES, min_size=1, max_size=3))
+def test_any_file_gives_examples_or_says_why_not(folder: Path, format: str, lines: list[bytes]) -> None:
+    file = folder / "train.jsonl"
+    file.write_bytes(b"\n".join(lines))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            split = read_split(folder, format, "train")
+        except DataError as error:
+            assert str(file) in str(error) and str(error).encode()
+        else:
+            assert all(set(e.labels) <= set(range(len(split.names))) for e in split.examples)
+            assert "".join([*split.names, *(e.text for e in split.examples)]).encode() is not None
 
 
 def test_all_bad_lines_in_one_error(folder: Path) -> None:
