@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from .pictures import draw_classes, draw_load, png, shares, shown_experts
 from .routing import Routes
@@ -69,13 +70,11 @@ def _balance(summary: Summary) -> Iterator[str]:
     yield "<h2>Balance</h2>"
     yield (
         '<p class="note">The load of an expert is its mean probability, CV² its squared coefficient of variation: 0 is balanced. '
-        "Entropies and information are shares of log K. Entropy of the load: 1 is balanced. Entropy of examples: 0 is one expert "
-        "for each, 1 is all experts alike. Class information: what the class says about the expert.</p>"
+        "Entropies and information are shares of log K. Load entropy: 1 is balanced. Example entropy: 0 is one expert for each, 1 "
+        "is all experts alike. Class information: what the class says about the expert.</p>"
     )
-    heads = ("block", "CV²", "entropy of the load", "entropy of examples", "class information")
-    yield f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"
-    numbers = (summary.cv_squared, summary.load_entropy, summary.example_entropy, summary.class_information)
-    for block, row in zip(summary.blocks, zip(*numbers, strict=True), strict=True):
+    yield f"<table><tr>{''.join(f'<th>{head}</th>' for head in ('block', *summary.balance))}</tr>"
+    for block, row in zip(summary.blocks, zip(*summary.balance.values(), strict=True), strict=True):
         yield f"<tr><td>{_text(str(block))}</td>{''.join(f'<td>{value:.3f}</td>' for value in row)}</tr>"
     yield "</table>"
 
@@ -110,7 +109,7 @@ def _example(routes: Routes, row: int, probability: float, images: _Images) -> s
     )
 
 
-def _names(routes: Routes, chosen: np.ndarray) -> str:
+def _names(routes: Routes, chosen: NDArray[np.bool_]) -> str:
     return ", ".join(_text(routes.classes[i], LONGEST_NAME) for i in np.flatnonzero(chosen)) or "nothing"
 
 

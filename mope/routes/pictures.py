@@ -115,7 +115,7 @@ def draw_load(summary: Summary) -> Figure:
     left, high = _beside(names), max(0.5, row * blocks)
     page = _Page(
         left + 2 * wide + 3.6,
-        high + 1.95,
+        high + 2.05,
         "How much each expert is used",
         f"{_count(len(summary.ids), 'example')}, {_count(experts, 'expert')}",
     )
@@ -128,17 +128,11 @@ def draw_load(summary: Summary) -> Figure:
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=7)
     start = left + 2 * wide + 0.65
-    columns = (
-        ("CV²", summary.cv_squared, ".3f"),
-        ("entropy of\nthe load", summary.load_entropy, ".2f"),
-        ("entropy of\nexamples", summary.example_entropy, ".2f"),
-        ("class\ninformation", summary.class_information, ".2f"),
-    )
-    for place, (title, numbers, form) in enumerate(columns):
+    for place, (title, numbers) in enumerate(summary.balance.items()):
         right = start + 0.5 + 0.72 * place
-        page.write(right, 1.14, title, ha="right", va="bottom", fontsize=7.5, color=MUTED)
+        page.write(right, 1.14, title.replace(" ", "\n"), ha="right", va="bottom", fontsize=7.5, color=MUTED)
         for block, value in enumerate(numbers):
-            page.write(right, 1.2 + high * (block + 0.5) / blocks, f"{value:{form}}", ha="right", va="center", fontsize=8.5)
+            page.write(right, 1.2 + high * (block + 0.5) / blocks, f"{value:.3f}", ha="right", va="center", fontsize=8.5)
     return page.figure
 
 

@@ -61,10 +61,19 @@ class Summary:
         """Write the arrays under their names, for `numpy.load`: no pickle in it."""
         np.savez_compressed(path, **{field.name: getattr(self, field.name) for field in fields(self)})
 
+    @property
+    def balance(self) -> dict[str, NDArray[np.float64]]:
+        """What there is one number (L,) of for each block, by its name in tables."""
+        return {
+            "CV²": self.cv_squared,
+            "load entropy": self.load_entropy,
+            "example entropy": self.example_entropy,
+            "class information": self.class_information,
+        }
+
     def table(self) -> str:
         """Markdown: a line for the balance of each block."""
-        columns = ("block", "CV²", "entropy of the load", "entropy of examples", "class information")
-        numbers = zip(self.cv_squared, self.load_entropy, self.example_entropy, self.class_information, strict=True)
+        columns, numbers = ("block", *self.balance), zip(*self.balance.values(), strict=True)
         lines = [(str(name), *(f"{value:.3f}" for value in row)) for name, row in zip(self.blocks, numbers, strict=True)]
         widths = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
         # Names to the left, numbers to the right.
