@@ -60,14 +60,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mope-v4": _MOPE,
     # v1 learns the routing embedding.
     "mope-v1": {**_MOPE, "router_embedding": "learned"},
-    # Conditional Prompt Tuning, arXiv 2312.03734. It calls a CV of 0.05 even, and takes the loads without noise.
+    # Conditional Prompt Tuning, arXiv 2312.03734. It calls a CV of 0.05, a CV^2 of 0.0025, even, and takes the loads without noise.
     "cpt": {
         **_COMPLEMENTARY,
         **_VISION_FIRST,
         "num_experts": 16,
         "mapper_hidden": 384,
         "mapper_batchnorm": False,
-        "importance_threshold": 0.05**2,
+        "importance_threshold": 0.0025,
         "importance_noise": False,
     },
     "mope": _MOPE,

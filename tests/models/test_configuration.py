@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from mope import MoPEConfig
+from mope.models import PRESETS
 
 
 def test_json_round_trip() -> None:
@@ -36,6 +37,30 @@ def test_presets() -> None:
     assert MoPEConfig.preset("mope-v4", num_labels=2, num_experts=16).num_experts == 16
     with pytest.raises(ValueError, match=r"preset must be one of 'mope-v4', 'mope-v1', .*, got 'mope-v5'"):
         MoPEConfig.preset("mope-v5", num_labels=2)
+
+
+def test_the_methods_of_the_released_code() -> None:
+    """By their names there, with what is known of each."""
+    released = ["img_only", "text_only", "ens", "late_concat", "instruct_t2v", "instruct_v2t"]
+    released += ["instruct_moe_t2v", "instruct_moe_v2t"]
+    released += ["mope", "instruct_mm_moe_t2v", "sequentialfuse", "p_sequential", "promptfuse", "blindprompt"]
+    assert {*released, "mope_v2t", "mope-v1", "mope-v4", "cpt"} == set(PRESETS)
+    presets = {name: MoPEConfig.preset(name, num_labels=2) for name in PRESETS}
+    for name, config in presets.items():
+        towards = name.split("_")[-1]
+        if towards in ("t2v", "v2t"):
+            assert config.main == ("vision" if towards == "t2v" else "text"), name
+        assert (config.router == "complementary") == (name in ("cpt", "instruct_moe_t2v", "instruct_moe_v2t")), name
+        assert MoPEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert presets["mope"] == presets["mope-v4"] == presets["instruct_mm_moe_t2v"]
+    assert (presets["sequentialfuse"].mapper_hidden, presets["sequentialfuse"].finetuned) == (512, ("vision", "text"))
+    assert (presets["p_sequential"].mapper_hidden, presets["p_sequential"].finetuned) == (1500, ())
+    assert presets["promptfuse"].static_length == 20 and presets["promptfuse"].prompt_depth == "shallow"
+    assert presets["blindprompt"] == presets["promptfuse"].replace(blind_prompts=True)
+    cpt = presets["cpt"]
+    assert (cpt.num_experts, cpt.prompt_length, cpt.noise_std, cpt.importance_threshold) == (16, 6, 1 / 256, 0.0025)
+    assert (presets["instruct_moe_t2v"].noise_std, presets["instruct_moe_t2v"].importance_threshold) == (1 / 16, 0.05)
+    assert MoPEConfig.preset("instruct_moe_t2v", num_labels=2, num_experts=8).noise_std == 1 / 64
 
 
 def test_unknown_keys_are_named() -> None:
@@ -75,6 +100,14 @@ def test_configs_do_not_change() -> None:
         ({"method": "static_mapped", "use_mapped": False}, "image_only"),
         ({"prompt_owner": "window"}, "prompt_owner must be one of 'instance', 'reference'"),
         ({"padding_side": "both"}, "padding_side must be one of"),
+        ({"router": "text"}, "router must be one of 'multimodal', 'complementary'"),
+        ({"router_scope": "stage"}, "router_scope must be one of 'layer', 'shared'"),
+        ({"prompt_depth": "input"}, "prompt_depth must be one of 'deep', 'shallow'"),
+        ({"prompt_depth": "shallow"}, "experts are routed layer by layer: set prompt_depth='deep', or method='static_mapped'"),
+        ({"prompt_depth": "shallow", "method": "image_only", "prompted_layers": [0]}, "prompted_layers says which layers"),
+        ({"blind_prompts": True}, "blind_prompts needs prompt_depth='shallow'"),
+        ({"finetuned": ["audio"]}, "finetuned names 'audio', but method 'mope' works on vision and text"),
+        ({"finetuned": ["text"], "method": "image_only"}, "finetuned names 'text', but method 'image_only' works on vision"),
     ],
 )
 def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
