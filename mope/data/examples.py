@@ -68,8 +68,8 @@ class Examples(Dataset[dict[str, Any]]):
             raise ValueError(
                 f"features of the {features.modality} encoder were given: {model.config.complementary} is complementary"
             )
-        if len(features) != len(self.split):
-            raise ValueError(f"features of {len(features)} examples were given for a split of {len(self.split)}")
+        if not features.belong_to(self.split):
+            raise ValueError(f"features of another split were given: these are {len(self.split)} examples of {self.split.name}")
         if model.trains(features.modality):
             raise ValueError(f"features change while the {features.modality} encoder trains: leave features out")
         if self._augment and features.modality == "vision":

@@ -56,6 +56,7 @@ class FeatureCache:
     def __init__(
         self,
         modality: str,
+        split: Split,
         files: Sequence[Path],
         places: NDArray[np.int64],
         *,
@@ -65,6 +66,7 @@ class FeatureCache:
     ) -> None:
         self.modality, self.computed = modality, computed
         self.seconds, self.seconds_per_epoch = seconds, seconds_per_epoch
+        self._examples = _digest_of(split)
         # places (N,2): number of the file, and the row in it.
         self._files, self._places = tuple(files), places
         self._maps: dict[int, NDArray[np.float32]] = {}
@@ -81,6 +83,10 @@ class FeatureCache:
     def __getstate__(self) -> dict[str, Any]:
         # Maps would be pickled with all that they show: each process opens its own.
         return {**self.__dict__, "_maps": {}}
+
+    def belong_to(self, split: Split) -> bool:
+        """Whether these are the features of just these examples, in this order."""
+        return self._examples == _digest_of(split)
 
     def saved(self, epochs: float) -> float:
         """Seconds that a run of so many epochs need not spend, less those spent on the cache."""
@@ -145,6 +151,7 @@ def cached_features(
     found = [parts.places[key] for key in keys]
     return FeatureCache(
         modality,
+        split,
         parts.files,
         np.array([(number, row) for number, row, _ in found], np.int64).reshape(-1, 2),
         computed=computed,
@@ -174,6 +181,11 @@ def _key(example: Example, modality: str) -> bytes:
         stat = example.image.stat()
         source = f"{os.path.abspath(example.image)}\n{stat.st_size} {stat.st_mtime_ns}"
     return hashlib.sha256(source.encode(errors="surrogateescape")).digest()[:KEY_BYTES]
+
+
+def _digest_of(split: Split) -> str:
+    lines = "\n".join(f"{example.id}\t{example.image}\t{example.text}" for example in split.examples)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _missing(keys: Sequence[bytes], examples: Sequence[Example], parts: _Parts) -> list[tuple[bytes, Example]]:

@@ -255,9 +255,10 @@ def _row(number: int, record: dict[str, Any], format: _Format, multi: bool) -> _
     if other in record:
         raise _Problem(f'"{other}": the first line has "{label}", and all lines must have the same one of the two')
     if missing := [key for key in (format.text, format.image, label) if key not in record]:
-        has = ", ".join(f'"{key}"' for key in record) or "none"
-        raise _Problem(f"lacks the key {_quoted(missing)}; its keys are {has}")
-    identity, text, image = record.get(format.id, f"line {number}"), record[format.text], record[format.image]
+        raise _Problem(f"lacks the key {_quoted(missing)}; its keys are {_quoted(record) or 'none'}")
+    identity, text, image = record.get(format.id), record[format.text], record[format.image]
+    if identity is None:
+        identity = f"line {number}"
     if not _is_key(identity):
         raise _Problem(f'"{format.id}" must be a text or an integer, got {_shown(identity)}')
     if not isinstance(text, str):
@@ -290,7 +291,7 @@ def _read_names(file: Path) -> tuple[str, ...] | None:
     if not file.is_file():
         return None
     try:
-        lines = file.read_text("utf-8-sig").splitlines()
+        lines = file.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start + 1}): save it as UTF-8") from None
     names = [line.strip() for line in lines if line.strip()]
@@ -301,7 +302,7 @@ def _read_names(file: Path) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def _names_in(file: Path, rows: Iterable[_Row]) -> tuple[str, ...]:
+def _names_in(file: Path, rows: Sequence[_Row]) -> tuple[str, ...]:
     """The classes that training examples mention."""
     known: dict[str | int, int] = {}
     for row in rows:
@@ -312,6 +313,8 @@ def _names_in(file: Path, rows: Iterable[_Row]) -> tuple[str, ...]:
     if numbers and names:
         line = max(known[numbers[0]], known[names[0]])
         raise DataError(f"{file}:{line}: some labels are names ({names[0]!r}) and some are indices ({numbers[0]}): {write}")
+    if rows and not known:
+        raise DataError(f"{file}: no example has a class: {write}")
     if not numbers:
         return tuple(names)
     # A mistaken index of a billion shall not become a billion classes.
@@ -335,6 +338,7 @@ class _Labels:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
         self._index = {name: i for i, name in enumerate(names)}
+        self._unknown = 0
 
     def find(self, labels: Iterable[str | int]) -> tuple[int, ...]:
         return tuple(sorted({self._find(label) for label in labels}))
@@ -348,10 +352,16 @@ class _Labels:
         index = self._index.get(label)
         index = self._index.get(label.strip()) if index is None else index
         if index is None:
-            close = difflib.get_close_matches(label, self._names, 1)
-            known = f"did you mean {close[0]!r}?" if close else f"the classes are {_listed([repr(name) for name in self._names])}"
-            raise _Problem(f"unknown label {label!r}: {known}")
+            raise _Problem(f"unknown label {label!r}{self._suggestion(label)}")
         return index
+
+    def _suggestion(self, label: str) -> str:
+        """For those that are shown: it takes its time, and all labels of a large file may be wrong."""
+        self._unknown += 1
+        if self._unknown > SHOWN:
+            return ""
+        close = difflib.get_close_matches(label, self._names, 1)
+        return f": did you mean {close[0]!r}?" if close else f": the classes are {_listed([repr(name) for name in self._names])}"
 
 
 class _Images:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -144,9 +145,13 @@ class Preprocessing:
             raise DataError(f"{example.image}, the image of example {example.id!r}, cannot be read: {error}") from error
 
     def _pixel_values(self, image: Any) -> Tensor:
-        # Said where it is known: an image that is 3 pixels high would pass for one with channels first.
-        layout = {"input_data_format": "channels_last"} if self._mode == "RGB" else {}
-        return self._processor(image, return_tensors="pt", **layout)["pixel_values"][0].float()
+        if self._mode == "L":
+            processed = self._processor(image, return_tensors="pt")
+        else:
+            # The layout is said, for an image that is 3 pixels high would pass for one with channels first. With it goes an array:
+            # of a PIL image, transformers' processors with torchvision and those without take it to mean different things.
+            processed = self._processor(np.array(image), return_tensors="pt", input_data_format="channels_last")
+        return processed["pixel_values"][0].float()
 
     def _pad(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
         length = max(map(len, rows))

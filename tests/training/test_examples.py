@@ -155,6 +155,27 @@ def test_images_of_few_rows_are_not_taken_for_channels(tmp_path: Path, height: i
     torch.testing.assert_close(pixels, wanted[:, None, None].expand(3, 8, 8))
 
 
+def test_image_processors_get_what_all_of_them_understand(split: Split) -> None:
+    """An array and the place of its channels, or a grey PIL image: see `Preprocessing._pixel_values`."""
+    given: list[tuple[Any, dict[str, Any]]] = []
+
+    class Processor:
+        def __call__(self, image: Any, **options: Any) -> dict[str, torch.Tensor]:
+            given.append((image, options))
+            return {"pixel_values": torch.zeros(1, 3, 8, 8)}
+
+    for channels in (1, 3):
+        model = model_of("clip", method="image_only")
+        model.vision.config.num_channels = channels  # type: ignore[union-attr]
+        model.image_processor = Processor()
+        Preprocessing(model, ["vision"])(split.examples[0])
+    (grey, for_grey), (coloured, for_coloured) = given
+    assert isinstance(grey, Image.Image) and (grey.mode, grey.size) == ("L", (12, 9))
+    assert isinstance(coloured, np.ndarray) and (coloured.shape, coloured.dtype) == ((9, 12, 3), np.uint8)
+    assert for_grey == {"return_tensors": "pt"}
+    assert for_coloured == {"return_tensors": "pt", "input_data_format": "channels_last"}
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16", "LA"])
 def test_images_of_every_mode_can_be_read(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("image.tiff" if mode == "CMYK" else "image.png")

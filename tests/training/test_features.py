@@ -228,8 +228,11 @@ def test_what_trains_has_no_cache(split: Split, tmp_path: Path) -> None:
 def test_features_must_fit(split: Split, tmp_path: Path) -> None:
     model, other = model_of(), model_of(main="text")
     cache, images = cached_features(model, split, tmp_path / "cache"), cached_features(other, split, tmp_path / "cache")
-    with pytest.raises(ValueError, match="features of 6 examples were given for a split of 1"):
-        Examples(dataclasses.replace(split, examples=split.examples[:1]), model, features=cache)
+    for others in (split.examples[:1], split.examples[::-1]):
+        with pytest.raises(ValueError, match=f"features of another split were given: these are {len(others)} examples of train"):
+            Examples(dataclasses.replace(split, examples=others), model, features=cache)
+    again = dataclasses.replace(split, examples=tuple(map(dataclasses.replace, split.examples)))
+    assert len(Examples(again, model, features=cache)) == 6
     with pytest.raises(ValueError, match="features of the text encoder were given: vision is complementary"):
         Examples(split, other, features=cache)
     with pytest.raises(ValueError, match="do not change with augmentation"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import warnings
@@ -84,6 +85,24 @@ def test_every_format_is_tested() -> None:
 def test_ids_are_those_of_the_file_or_line_numbers(folder: Path) -> None:
     write(folder, GOOD["jsonl"])
     assert [e.id for e in read_split(folder, "jsonl", "train").examples] == ["3", "line 2"]
+
+
+def test_an_id_may_be_null(folder: Path) -> None:
+    write(folder, [example(id=None)])
+    assert read_split(folder, "jsonl", "train").examples[0].id == "line 1"
+
+
+def test_data_without_any_class(folder: Path) -> None:
+    file = write(folder, [{"labels": [], "text": "", "image": ""}])
+    with pytest.raises(DataError, match=rf"{file}: no example has a class: write labels\.txt"):
+        read_split(folder, "jsonl", "train")
+
+
+def test_names_of_classes_may_hold_odd_characters(folder: Path) -> None:
+    """Such as U+2028, where Python would break a line."""
+    (folder / "labels.txt").write_text("ca\u2028t\ndog\n")
+    write(folder, [example(label="ca\u2028t")])
+    assert read_split(folder, "jsonl", "train").names == ("ca\u2028t", "dog")
 
 
 def test_several_labels_in_plain_jsonl(folder: Path) -> None:
@@ -233,6 +252,18 @@ def test_all_bad_lines_in_one_error(folder: Path) -> None:
     shown = str(error.value).splitlines()
     assert [line.split(": ")[0] for line in shown[:10]] == [f"{file}:{i}" for i in range(1, 11)]
     assert shown[10:] == ["and 14 more"]
+
+
+def test_a_file_full_of_unknown_labels_is_not_pored_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever mistakes a column of texts for one of classes gets an error at once."""
+    (folder / "labels.txt").write_text("cat\n")
+    write(folder, [example(label=f"a text {i}") for i in range(100)])
+    asked = []
+    monkeypatch.setattr(difflib, "get_close_matches", lambda label, *_: asked.append(label) or [])
+    with pytest.raises(DataError) as error:
+        read_split(folder, "jsonl", "train")
+    assert len(asked) == 10
+    assert all(line.endswith(": the classes are 'cat'") for line in str(error.value).splitlines()[:10])
 
 
 @pytest.mark.parametrize("content", [b"", b"\n  \n"])
