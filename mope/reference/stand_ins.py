@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections.abc
 import importlib.util
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +26,8 @@ IMPORTED_ONLY = {
     "mmcv": "mmcv",
     "pyarrow": "pyarrow",
 }
+# Of torch before 1.13; timm 0.3 asks for it.
+_SIX = "torch._six"
 
 
 class DropPath(nn.Module):
@@ -59,6 +63,7 @@ def provided() -> dict[str, dict[str, Any]]:
         "timm.models.layers": layers,
         "torchvision": {},
         "torchvision.transforms": {name: getattr(transforms, name) for name in kinds},
+        _SIX: {"container_abcs": collections.abc, "inf": math.inf, "string_classes": (str, bytes)},
     }
 
 
@@ -100,7 +105,9 @@ class StandIns(MetaPathFinder, Loader):
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         stands_in = fullname in self.absent or any(fullname.startswith(f"{name}.") for name in self.absent if name in IMPORTED_ONLY)
-        return ModuleSpec(fullname, self, is_package=True) if stands_in and self._asked_from_folder() else None
+        if not stands_in or (fullname != _SIX and not self._asked_from_folder()):
+            return None
+        return ModuleSpec(fullname, self, is_package=True)
 
     def _asked_from_folder(self) -> bool:
         frame = sys._getframe(2)

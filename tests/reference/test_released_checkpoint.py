@@ -1,4 +1,4 @@
-"""A checkpoint that the released training wrote gives the released predictions (how it was made: tests/data/reference_README.md)."""
+"""A checkpoint that the released training wrote gives its predictions. How it was made: tests/data/reference_README.md."""
 
 from __future__ import annotations
 
