@@ -16,8 +16,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mope import MoPEConfig, MoPEForClassification
 from mope.data import Split, published_image_processor
+from mope.models import PRESETS, swin_model_from_checkpoint
 from mope.models.backbones import architecture_for
-from mope.models.presets import PRESETS
 
 from .evaluation import set_prompt_owner
 
@@ -41,12 +41,14 @@ def make_config(method: str, split: Split, **fields: Any) -> MoPEConfig:
 
 
 def load_backbone(source: str, modality: str) -> nn.Module:
-    """A "vision" or "text" encoder from the hub or a folder.
+    """A "vision" or "text" encoder from the hub or a folder; a file is an original Swin checkpoint.
 
     Raises:
         ValueError: it cannot be loaded, is of the other modality, or of an architecture that is not known here.
     """
     try:
+        if modality == "vision" and Path(source).is_file():
+            return swin_model_from_checkpoint(source)
         config: Any = AutoConfig.from_pretrained(source)
         if modality == "vision" and config.model_type in _VISION_OF:
             loader, load_options = getattr(transformers, _VISION_OF[config.model_type]), {}
@@ -84,7 +86,9 @@ def new_model(
     given = {modality: source for modality in config.modalities if (source := sources[modality])}
     backbones: dict[str, Any] = {modality: load_backbone(source, modality) for modality, source in given.items()}
     model = MoPEForClassification(config, **backbones)
-    set_processors(model, {"text": tokenizer or given.get("text"), "vision": image_processor or given.get("vision")})
+    vision = given.get("vision")
+    own = PUBLISHED if vision is not None and Path(vision).is_file() else vision
+    set_processors(model, {"text": tokenizer or given.get("text"), "vision": image_processor or own})
     return model
 
 

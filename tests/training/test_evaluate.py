@@ -132,7 +132,7 @@ def test_evaluate_command(data: Path, swin_folder: Path, tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--split", "train", "--data", "{several}"], "multi_label"),
+        (["--split", "train", "--data", "{several}"], "unknown label 'bright'"),
         (["--data", "nowhere"], "no folder nowhere"),
         (["--compare-modes", "--mode", "instance"], "leave --mode out"),
         (["--format", "mm-imdb"], 'lacks the key "img"'),
@@ -143,8 +143,8 @@ def test_evaluate_command_says_what_is_wrong(
 ) -> None:
     more = [word.format(several=several) for word in more]
     assert cli.main(["evaluate", str(swin_folder), "--data", str(data), "--device", "cpu", *more]) == 1
-    answer = capsys.readouterr().err.splitlines()[-1]
-    assert answer.startswith("mope evaluate: ") or "test.jsonl:" in answer
+    answer = capsys.readouterr().err
+    assert "mope evaluate: " in answer
     assert says in answer
 
 

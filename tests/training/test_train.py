@@ -15,14 +15,19 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import BertConfig, BertModel, SwinConfig, SwinModel, TrainerCallback
 
 from mope import MoPEForClassification, cli
 from mope.data import FORMATS, Collator, Examples, Split
+from mope.models import PRESETS
 from mope.training import RECIPES, Recipe, TrainingRun, evaluate
 from mope.training.batches import Batches
+from mope.training.loading import make_config, open_model
 from mope.training.trainer import last_checkpoint, parameters_by_modality
-from tests.training.brightness import make_model, read_splits, write_data, write_encoders
+from tests.models.tiny import backbone
+from tests.reference.test_released_checkpoint import BERT, CHECKPOINT, GOLDEN, SWIN
+from tests.reference.test_released_checkpoint import load as load_released
+from tests.training.brightness import image_processor, make_model, read_splits, tokenizer, write_data, write_encoders
 
 FAST = Recipe(epochs=3, batch_size=6, vision_lr=2e-2, text_lr=1e-2, milestones=(2,))
 QUIET: dict[str, Any] = {"device": "cpu", "progress": False}
@@ -428,3 +433,63 @@ def test_train_command_says_what_is_wrong(
     assert "mope train: " in answer
     assert says in answer
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize("method", ["mope", "instruct_moe_v2t", "promptfuse", "ens", "sequentialfuse", "text_only"])
+def test_published_methods_train(splits: dict[str, Split], tmp_path: Path, method: str) -> None:
+    """A step, resumed for a second one: everything that is trained moves."""
+    sizes = {"num_experts": 3} if PRESETS[method]["method"] == "mope" else {}
+    config = make_config(method, splits["train"], mapper_hidden=8, **sizes)
+    out, recipe = tmp_path / "out", FAST.replace(epochs=1)
+    for resume in (False, True):
+        torch.manual_seed(0)
+        encoders: dict[str, Any] = {"vision": backbone("vit", torch.float32), "text": backbone("bert", torch.float32)}
+        model = MoPEForClassification(config, **{name: encoders[name] for name in config.modalities})
+        if "text" in config.modalities:
+            model.tokenizer = tokenizer()
+        model.image_processor = image_processor()
+        run = TrainingRun(model, splits, recipe, out, resume=resume, max_steps=2 if resume else 1, **QUIET)
+        start = {name: tensor.clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
+        assert run.train()["steps"] == 1 + resume
+        assert not [name for name, tensor in model.named_parameters() if name in start and torch.equal(tensor, start[name])]
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The encoders of the released checkpoint among the tests' data, and examples with as many classes."""
+    folder = tmp_path_factory.mktemp("released")
+    encoders = {
+        "vision": SwinModel(SwinConfig(**SWIN, drop_path_rate=0.0), add_pooling_layer=False),
+        "text": BertModel(BertConfig(**BERT, max_position_embeddings=24)),
+    }
+    for name, model in encoders.items():
+        model.load_state_dict({n.removeprefix(f"{name}."): t.float() for n, t in GOLDEN.items() if n.startswith(f"{name}.")}, False)
+        model.save_pretrained(folder / name)
+    tokenizer().save_pretrained(folder / "text")
+    data = write_data(folder / "data", several_labels=True, sizes={"train": 5, "dev": 3, "test": 3})
+    names = (data / "labels.txt").read_text().splitlines()
+    (data / "labels.txt").write_text("\n".join([*names, *(f"genre {i}" for i in range(23 - len(names)))]))
+    return folder
+
+
+def test_a_released_checkpoint_moves_to_the_correct_mode(
+    released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = ["--vision", f"{released}/vision", "--text", f"{released}/text", "--data", f"{released}/data", "--device", "cpu"]
+    sizes = ["--batch-sizes", "1", "3", "--out", str(tmp_path / "modes")]
+    assert cli.main(["evaluate", str(CHECKPOINT), *named, "--compare-modes", *sizes]) == 0
+    rows = json.loads((tmp_path / "modes" / "results.json").read_text())["rows"]
+    loss = {(row["mode"], row["batch_size"]): row["loss"] for row in rows}
+    assert loss["instance", 3] == pytest.approx(loss["instance", 1], rel=1e-5)
+    assert loss["reference", 1] == pytest.approx(loss["instance", 1], rel=1e-5)
+    assert loss["reference", 3] != pytest.approx(loss["instance", 1], rel=1e-5)
+
+    out = tmp_path / "out"
+    start = ["--from-checkpoint", str(CHECKPOINT), "--mode", "instance", "--batch-size", "5", "--epochs", "1"]
+    assert cli.main(["train", *named, *start, "--out", str(out)]) == 0
+    config = json.loads((out / "model" / "config.json").read_text())
+    assert (config["prompt_owner"], config["problem_type"], config["id2label"]["2"]) == ("instance", "multi_label", "true")
+    before, after = (model.trained_state_dict() for model in (load_released(), open_model(out / "model", {})))
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed
+    assert all((after[name] - before[name]).abs().max() < 1.1e-3 for name in before)
