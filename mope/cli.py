@@ -1,4 +1,4 @@
-"""The command line: `mope demo`, `mope train`, `mope evaluate`, `mope bench`, `mope convert`, `mope info`, `mope build`."""
+"""The command line: `mope demo`, `train`, `evaluate`, `routes`, `convert`, `run`, `info`, `bench`, `build`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mope.reference.run import add_run
+from mope.reference.run import add_run
 from mope.routes import add_routes
 from mope.training.commands import add_evaluate, add_train
 
@@ -45,11 +47,14 @@ def parser() -> argparse.ArgumentParser:
     add_train(commands)
     add_evaluate(commands)
     add_routes(commands)
+    add_run(commands)
 
     convert = commands.add_parser("convert", help="a checkpoint of the released code as safetensors, without running what is in it")
     convert.add_argument("checkpoint", type=Path, metavar="CKPT", help="Lightning's .ckpt")
     convert.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file to write, for mope.load_reference_checkpoint")
     convert.set_defaults(command=_convert)
+
+    add_run(commands)
 
     info = commands.add_parser("info", help="versions, devices, which implementations run here and why the others do not")
     info.set_defaults(command=_info)

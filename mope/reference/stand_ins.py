@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,12 +51,19 @@ def to_2tuple(value: Any) -> Any:
     return value if isinstance(value, Iterable) else (value, value)
 
 
+@torch.no_grad()
+def trunc_normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0) -> Tensor:
+    """Fill with N(mean, std^2) between a and b, by inverting its distribution: torch's own draws other numbers."""
+    low, high = (math.erf((bound - mean) / std / math.sqrt(2)) for bound in (a, b))
+    return tensor.uniform_(low, high).erfinv_().mul_(std * math.sqrt(2)).add_(mean).clamp_(a, b)
+
+
 def provided() -> dict[str, dict[str, Any]]:
     """What stands in for modules that are used: their names, and what is in them."""
     from . import transforms
 
     kinds = ("CenterCrop", "Compose", "Normalize", "RandAugment", "Resize", "ToTensor")
-    layers = {"DropPath": DropPath, "to_2tuple": to_2tuple, "trunc_normal_": nn.init.trunc_normal_}
+    layers = {"DropPath": DropPath, "to_2tuple": to_2tuple, "trunc_normal_": trunc_normal_}
     return {
         "timm": {},
         "timm.models": {},
@@ -130,11 +137,13 @@ class StandIns(MetaPathFinder, Loader):
 
 
 def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        # A package around it is absent.
-        return False
+    """Without importing a package to look into it: that could fail."""
+    top, *parts = name.split(".")
+    spec = importlib.util.find_spec(top)
+    for part in parts:
+        top = f"{top}.{part}"
+        spec = PathFinder.find_spec(top, spec.submodule_search_locations) if spec else None
+    return spec is not None
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from transformers.models.bert.modeling_bert import BertLayer
 
 from mope.reference import transforms
 from mope.reference.run import add_run, run
-from mope.reference.stand_ins import DropPath, stand_ins, to_2tuple
+from mope.reference.stand_ins import DropPath, stand_ins, to_2tuple, trunc_normal_
 
 FILES = {
     "main_classify.py": """
@@ -236,10 +237,22 @@ def test_the_command(checkout, tmp_path, capsys):
 
 
 def test_what_is_installed_comes_first(tmp_path, monkeypatch):
+    layers = tmp_path / "timm" / "models" / "layers"
+    layers.mkdir(parents=True)
+    # As timm 0.3 does; torch has it no more.
+    for folder in (layers.parents[1], layers.parent, layers):
+        (folder / "__init__.py").write_text("from torch._six import container_abcs\nDropPath = 'real'")
     (tmp_path / "cv2.py").write_text("real = True")
     monkeypatch.syspath_prepend(tmp_path)
     with stand_ins(tmp_path) as finder:
-        assert "cv2" not in finder.absent
+        assert not {"cv2", "timm", "timm.models.layers"} & set(finder.absent)
+        assert importlib.import_module("timm.models.layers").DropPath == "real"
+    for name in ("timm", "timm.models", "timm.models.layers"):
+        del sys.modules[name]
+    (layers / "__init__.py").unlink()
+    layers.rmdir()
+    with stand_ins(tmp_path) as finder:
+        assert "timm" not in finder.absent and "timm.models.layers" in finder.absent
 
 
 def test_images_are_transformed_as_by_torchvision():
@@ -264,3 +277,7 @@ def test_layers_of_timm():
     assert abs(kept.float().mean().item() - 0.75) < 0.03
     assert drop.eval()(x) is x
     assert to_2tuple(7) == (7, 7) and to_2tuple((3, 4)) == (3, 4)
+    drawn = trunc_normal_(torch.empty(20000), mean=0.5, std=2.0, a=-0.5, b=1.5)
+    assert drawn.min() >= -0.5 and drawn.max() <= 1.5
+    # A quarter of a deviation to both sides of the mean is nearly even.
+    assert abs(drawn.mean().item() - 0.5) < 0.02 and abs(drawn.std().item() - 1 / 3**0.5) < 0.02
