@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mope.reference.run import add_run
-from mope.reference.run import add_run
 from mope.routes import add_routes
 from mope.training.commands import add_evaluate, add_train
 
@@ -54,7 +53,6 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file to write, for mope.load_reference_checkpoint")
     convert.set_defaults(command=_convert)
 
-    add_run(commands)
 
     info = commands.add_parser("info", help="versions, devices, which implementations run here and why the others do not")
     info.set_defaults(command=_info)
