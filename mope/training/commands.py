@@ -60,8 +60,8 @@ def add_train(commands: Any) -> None:
         metavar="CHECKPOINT",
         help="go on from the last checkpoint, or this one",
     )
-    run.add_argument("--max-steps", type=int, metavar="N", help="stop after N steps")
-    run.add_argument("--save-steps", type=int, metavar="N", help="write a checkpoint every N steps, not only after each epoch")
+    run.add_argument("--max-steps", type=_positive, metavar="N", help="stop after N steps")
+    run.add_argument("--save-steps", type=_positive, metavar="N", help="a checkpoint every N steps too, not only after each epoch")
     run.add_argument(
         "--cache-features",
         choices=("auto", "on", "off"),

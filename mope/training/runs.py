@@ -191,15 +191,16 @@ class TrainingRun:
                 raise ValueError(f"{out} is a file: give a folder")
             return None
         checkpoint = last if resume is True else Path(resume)
-        if checkpoint is None:
-            raise ValueError(f"{out} has no checkpoint to resume from")
-        read_state(checkpoint)
+        if checkpoint is not None:
+            read_state(checkpoint)
+        record = (out if checkpoint is None else checkpoint.parent) / RUN
         try:
-            before = json.loads((checkpoint.parent / RUN).read_text())
+            before = json.loads(record.read_text())
         except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{checkpoint.parent / RUN}: cannot tell what was trained ({error})") from error
+            raise ValueError(f"there is no run to resume in {record.parent} ({error})") from error
         if changed := _differences(before, self.identity()):
-            raise ValueError(f"{checkpoint} is of another run: {'; '.join(changed[:5])}")
+            raise ValueError(f"{record.parent} holds another run: {'; '.join(changed[:5])}")
+        # None where it stopped before its first checkpoint.
         return checkpoint
 
     def _caches_features(self, wanted: str) -> bool:

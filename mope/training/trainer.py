@@ -8,7 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class FusionTrainer(Trainer):
         progress: show bars.
 
     Raises:
-        ValueError: the batch cannot be split over the processes, or the precision does not run here.
+        ValueError: the batch cannot be split over the processes, the precision does not run here, or the model was to be sharded.
     """
 
     def __init__(
@@ -146,6 +146,11 @@ class FusionTrainer(Trainer):
             eval_dataset=dev_items,
             callbacks=[Checkpoints(self, save_steps), TensorBoardCallback(_Writer(out / "tensorboard"))],
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "this trainer keeps the whole model on each device: launch it without FSDP and DeepSpeed, "
+                "or shard the model yourself with torch.distributed.fsdp.fully_shard in a loop of your own"
+            )
         # It prints each line of the log where there are no bars.
         self.remove_callback(PrinterCallback)
 
@@ -351,7 +356,11 @@ def load_trained(fusion: MoPEForClassification, folder: Path) -> None:
 
 def last_checkpoint(out: Path) -> Path | None:
     """The complete checkpoint of the most steps."""
-    found = [(read_state(folder)["global_step"], folder) for folder in out.glob("checkpoint-*") if (folder / STATE).is_file()]
+    found = []
+    for folder in out.glob("checkpoint-*"):
+        # What was not written to its end has no state.
+        with suppress(ValueError):
+            found.append((read_state(folder)["global_step"], folder))
     return max(found)[1] if found else None
 
 

@@ -272,7 +272,7 @@ def test_fine_tuned_encoders_are_in_the_checkpoints(splits: dict[str, Split], tm
         ({"cache_features": "on", "model": {"cross_prompt_length": 1}}, "training changes what the text encoder says"),
         ({"cache_features": "on", "model": {"method": "image_only"}}, "no complementary encoder"),
         ({"cache_features": "sometimes"}, "must be one of auto, on, off"),
-        ({"resume": True}, "no checkpoint to resume from"),
+        ({"resume": True}, "no run to resume"),
         ({"model": {"id2label": ("no", "perhaps", "yes")}}, "the classes of the train data are not those of the model"),
     ],
 )
@@ -306,7 +306,23 @@ def test_a_checkpoint_that_was_not_finished_is_not_taken(splits: dict[str, Split
     run.train()
     (run.out / "checkpoint-5").mkdir()
     shutil.copy(run.out / "checkpoint-4" / "model.safetensors", run.out / "checkpoint-5")
+    (run.out / "checkpoint-6").mkdir()
+    (run.out / "checkpoint-6" / "trainer_state.json").write_text('{"global_step": ')
     assert last_checkpoint(run.out) == run.out / "checkpoint-4"
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_begins_again(splits: dict[str, Split], tmp_path: Path) -> None:
+    whole, again = run_of(splits, tmp_path / "whole", FAST.replace(epochs=1)), tmp_path / "again"
+    whole.train()
+    again.mkdir()
+    shutil.copy(whole.out / "run.json", again)
+    run = run_of(splits, again, FAST.replace(epochs=1), resume=True)
+    run.train()
+    assert_same(weights(whole, 4), weights(run, 4))
+    # And one that is finished stays as it is.
+    finished = run_of(splits, again, FAST.replace(epochs=1), resume=True)
+    assert finished.train()["steps"] == 4
+    assert_same(finished.model.trained_state_dict(), run.model.trained_state_dict())
 
 
 @pytest.mark.parametrize(
@@ -418,7 +434,7 @@ def test_train_command_stops_and_resumes(data: Path, encoders: Path, tmp_path: P
         (["--tokenizer", "{encoders}/vision"], "--tokenizer"),
         (["--mode", "reference"], "Swin"),
         (["--epochs", "0"], "epochs must be an integer of at least 1"),
-        (["--resume"], "no checkpoint"),
+        (["--resume"], "no run to resume"),
         (["--format", "food101"], 'lacks the key "img"'),
         (["--seeds", "1", "1"], "the same one twice"),
         (["--shots", "0"], "shots must be at least 1"),
