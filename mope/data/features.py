@@ -185,7 +185,7 @@ def _key(example: Example, modality: str) -> bytes:
 
 def _digest_of(split: Split) -> str:
     lines = "\n".join(f"{example.id}\t{example.image}\t{example.text}" for example in split.examples)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()
 
 
 def _missing(keys: Sequence[bytes], examples: Sequence[Example], parts: _Parts) -> list[tuple[bytes, Example]]:
