@@ -17,16 +17,15 @@ from transformers import SwinModel
 from transformers.utils.generic import ModelOutput
 
 from mope.fused import FrozenAttention, InputPrompts, MoPEAttention, PromptBank, Router
-from mope.fused.attention import default_bound
 from mope.fused.router import make_router, sample_noise, without_noise
 from mope_kernels import Routing
 
 from .backbones import Attachment, BackboneAdapter, PromptedLayer, attach, base_model, find_adapter, find_architecture
 from .configuration import MoPEConfig
 from .distributed import importance, is_distributed, warn_of_local_batches
-from .mapper import mapper_layers
+from .parts import new_head, new_input_prompts, new_mapper, new_swin, router_options
 from .saving import SavedModel
-from .swin import MoPESwinEncoder, distinct, encoder_for
+from .swin import MoPESwinEncoder, distinct
 
 NO_BANKS = (
     "a Swin Transformer has no banks: its prompts pass through every part of a block, not only as keys and values: leave banks out"
@@ -117,7 +116,7 @@ class MoPEForClassification(SavedModel):
         self._widths = {m: find_architecture(self.backbone(m), m).hidden_size(self.backbone(m)) for m in config.modalities}
         dim, cross_dim = self._widths[main], self._widths[other] if other else None
         if isinstance(self.vision, SwinModel):
-            self.vision = self._prompted_swin(self.vision, cross_dim)
+            self.vision = new_swin(config, self.vision, cross_dim)
         elif config.prompt_owner != "instance":
             raise ValueError(
                 f"prompt_owner={config.prompt_owner!r} is an order of windows, which only a SwinModel has: "
@@ -135,10 +134,11 @@ class MoPEForClassification(SavedModel):
         self._attachments: dict[str, Attachment] = {}
         self.attach()
 
-        own_main = not self._is_swin(main)
+        # A Swin Transformer holds its own.
+        layerwise = main in self._adapters
         self.router: Router | None = None
-        if config.router_scope == "shared" and own_main:
-            self.router = make_router(config.router, dim, cross_dim, config.experts, impl=config.impl, **self._router_options())
+        if config.router_scope == "shared" and layerwise:
+            self.router = make_router(config.router, dim, cross_dim, config.experts, impl=config.impl, **router_options(config))
         self.blocks = self._prompts_for(
             main,
             cross_dim=cross_dim,
@@ -146,55 +146,22 @@ class MoPEForClassification(SavedModel):
             num_experts=config.experts,
             prompt_length=config.prompt_length,
             router=None if self.router else config.router,
-            **self._router_options(),
+            **router_options(config),
         )
-        self.input_prompts: InputPrompts | None = None
-        if config.prompts_main and config.prompt_depth == "shallow" and own_main:
-            self.input_prompts = self._shallow_prompts()
         self.cross_blocks = self._prompts_for(other, static_length=config.cross_prompt_length) if other else nn.ModuleList()
+        self.input_prompts: InputPrompts | None = None
+        if config.prompts_main and config.prompt_depth == "shallow" and layerwise:
+            adapter = self._adapters[main]
+            first_layer = adapter.layers(self.backbone(main))[0]
+            self.input_prompts = new_input_prompts(config, adapter.attention(first_layer).norm, dim)
         self.mapper: nn.Module | None = None
-        if cross_dim is not None and config.maps and own_main:
-            self.mapper = self._new_mapper(cross_dim, dim)
-        joined = config.method == "late_concat" and cross_dim is not None
-        self.head = self._new_head(dim + cross_dim if joined and cross_dim else dim)
-        if config.method == "ensemble" and cross_dim is not None:
-            self.cross_head = self._new_head(cross_dim)
+        if cross_dim is not None and config.maps and layerwise:
+            self.mapper = new_mapper(config, cross_dim, dim)
+        self.head = new_head(config, dim + (cross_dim or 0) if config.method == "late_concat" else dim)
+        self.cross_head: nn.Sequential | None = None
+        if cross_dim is not None and config.method == "ensemble":
+            self.cross_head = new_head(config, cross_dim)
         self.to(self.device)
-
-    def _router_options(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "self_width": config.router_self_width,
-            "cross_width": config.router_cross_width,
-            "temperature": config.temperature,
-            "noise_std": config.noise_std,
-            "router_embedding": config.router_embedding,
-            "renormalize": config.renormalize,
-        }
-
-    def _new_mapper(self, cross_dim: int, dim: int) -> nn.Module:
-        config = self.config
-        gelu = bool(config.mapper_last_gelu)
-        if config.mapper_hidden:
-            hidden = mapper_layers(cross_dim, config.mapper_hidden, batchnorm=bool(config.mapper_batchnorm))
-            return nn.Sequential(*hidden, *mapper_layers(config.mapper_hidden, dim, gelu=gelu))
-        return nn.Identity() if cross_dim == dim else mapper_layers(cross_dim, dim, gelu=gelu)
-
-    def _new_head(self, width: int) -> nn.Sequential:
-        config = self.config
-        if config.head == "linear":
-            return nn.Sequential(nn.Linear(width, config.num_labels))
-        return nn.Sequential(nn.Linear(width, config.head_hidden), nn.GELU(), nn.Linear(config.head_hidden, config.num_labels))
-
-    def _shallow_prompts(self) -> InputPrompts:
-        config, main = self.config, self.config.main
-        assert config.static_length is not None
-        adapter = self._adapters[main]
-        norm = adapter.attention(adapter.layers(self.backbone(main))[0]).norm
-        bound = config.prompt_init_bound or default_bound(norm, self._widths[main])
-        return InputPrompts(
-            config.static_length, self._widths[main], bound=bound, dropout=config.prompt_dropout, blind=config.blind_prompts
-        )
 
     def backbone(self, modality: str) -> nn.Module:
         """The "vision" or "text" encoder."""
@@ -203,49 +170,6 @@ class MoPEForClassification(SavedModel):
 
     def _is_swin(self, modality: str) -> bool:
         return isinstance(self.backbone(modality), MoPESwinEncoder)
-
-    def _prompted_swin(self, swin: SwinModel, cross_dim: int | None) -> MoPESwinEncoder:
-        config = self.config
-        published: dict[str, Any] = {
-            "bound": config.prompt_init_bound,
-            "first_blocks": "own" if config.prompt_first_blocks else "pass",
-            "prompt_dropout": config.prompt_dropout,
-            "drop_block_prompts": config.drop_block_prompts,
-            "prompt_owner": config.prompt_owner,
-            "impl": config.impl,
-        }
-        if config.main != "vision":
-            encoder = encoder_for(swin, cross_dim=None, num_experts=0, static_length=config.cross_prompt_length, **published)
-        else:
-            if config.prompted_layers is not None:
-                raise ValueError(
-                    "prompted_layers is not supported with a SwinModel, whose prompts pass from layer to layer: "
-                    "leave it None, for all"
-                )
-            if config.blind_prompts:
-                raise ValueError(
-                    "blind_prompts is not supported with a SwinModel as the main encoder, whose windows let prompts see all "
-                    "tokens: set main='text', or give a ViT as vision"
-                )
-            encoder = encoder_for(
-                swin,
-                cross_dim=cross_dim,
-                num_experts=config.experts,
-                prompt_length=config.prompt_length,
-                static_length=config.static_length,
-                use_mapped=config.maps,
-                mapper_hidden=config.mapper_hidden,
-                mapper_batchnorm=config.mapper_batchnorm is not False,
-                mapper_last_gelu=config.mapper_last_gelu is not False,
-                prompt_depth=config.prompt_depth,
-                router=config.router,
-                router_scope=config.router_scope,
-                **self._router_options(),
-                **published,
-            )
-        if "vision" in config.finetuned:
-            encoder.finetune()
-        return encoder
 
     def _existing_layers(self, modality: str, wanted: Sequence[int] | None) -> tuple[int, ...]:
         count = len(self._adapters[modality].layers(self.backbone(modality)))
@@ -488,9 +412,10 @@ class MoPEForClassification(SavedModel):
         if self.config.method not in ("late_concat", "ensemble") or psi is None:
             return self.head(features.to(_dtype(self.head))), features
         both = torch.cat([features, psi.to(features.dtype)], dim=-1)
-        if self.config.method == "late_concat":
+        if self.cross_head is None:
             return self.head(both.to(_dtype(self.head))), both
-        return (self.head(features.to(_dtype(self.head))) + self.cross_head(psi.to(_dtype(self.cross_head)))) / 2, both
+        logits = self.head(features.to(_dtype(self.head))) + self.cross_head(psi.to(_dtype(self.cross_head)))
+        return logits / 2, both
 
     def _importance(self, routing: Sequence[Routing], noise: Sequence[Tensor | None]) -> Tensor:
         """In training over the batch of all processes; those that evaluate need not all come here."""
@@ -514,7 +439,7 @@ class MoPEForClassification(SavedModel):
             warnings.warn(
                 "training with train_top_k=1: the task loss hardly reaches the router (not at all with renormalize); "
                 "train with train_top_k=None and set eval_top_k=1",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
