@@ -19,7 +19,8 @@ from torch import Tensor
 
 # Every tensor is there under both names.
 _ALIASES = {"classifier.vision_model.": "vision_classifier.", "classifier.text_model.": "text_classifier."}
-_CLASSIFIERS = tuple(_ALIASES.values())
+# Under the last one remains what joins the two, in some fusion methods.
+_CLASSIFIERS = (*_ALIASES.values(), "classifier.")
 # Buffers that older versions of transformers saved.
 _OBSOLETE = re.compile(r"\.position_ids$")
 
@@ -29,8 +30,9 @@ class ReferenceCheckpoint:
     """What a checkpoint of the released code holds.
 
     options: of the training script, what of it JSON can hold.
-    tensors: each once, under `vision_classifier.` or `text_classifier.`. The weights of attention, MLPs and patch merging are not
-        among them: the released code leaves them out, and they come from the backbones again.
+    tensors: each once, under `vision_classifier.`, `text_classifier.` or, where a fusion method has tensors beside these two,
+        `classifier.`. The weights of attention, MLPs and patch merging are not among them: the released code leaves them out, and
+        they come from the backbones again.
     """
 
     options: dict[str, Any]
@@ -50,7 +52,7 @@ def read_reference_checkpoint(path: str | Path) -> ReferenceCheckpoint:
     """Read a Lightning `.ckpt` of the released code, or what `ReferenceCheckpoint.save` made of one.
 
     A `.ckpt` is a pickle. It is read with `weights_only=True` and an allow-list of one class, argparse.Namespace: nothing in it is
-    executed. Tensors that are neither of the vision nor of the text classifier are left out with a warning that names them.
+    executed. Tensors that are no part of the classifiers are left out with a warning that names them.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -18,13 +18,17 @@ from .encoder import MODES, _prompt_tensors
 
 # Of the released text classifier and of first blocks: never used. The pooler plays no part either.
 _DEAD = re.compile(r"^(prompt_vectors\.|heads\.|bert_encoder\.pooler\.)|^head\.|\.blocks\.0\.mm_")
-_METHODS = ("mope", "instruct_mm_moe_t2v")
+# The other released methods do not run, or train what the checkpoint leaves out.
+_METHODS = ("mope", "instruct_mm_moe_t2v", "instruct_moe_t2v")
+_ENCODER = "vision_classifier.encoder."
 
 
 def load_reference_checkpoint(
     path: str | Path, *, vision: nn.Module, text: nn.Module, mode: str = "reference"
 ) -> MoPEForClassification:
-    """A `.ckpt` of the released code (`--fuse_method mope`), or what `mope convert` made of it, as a `MoPEForClassification`.
+    """A `.ckpt` of the released code, or what `mope convert` made of it, as a `MoPEForClassification`.
+
+    It was trained with `--use_vpt --use_pbert` and `--fuse_method mope` or `instruct_moe_t2v`, whose routers see the text only.
 
     The checkpoint holds prompts, routers, mapper and head, and of the frozen encoders only what their names did not exclude: the
     encoders are given again. What the checkpoint does hold of them has to be the same.
@@ -47,26 +51,23 @@ def load_reference_checkpoint(
     checkpoint = read_reference_checkpoint(path)
     method = checkpoint.options.get("fuse_method", "mope")
     if method not in _METHODS:
-        raise ValueError(f"{path}: was trained with --fuse_method {method}; only {' and '.join(_METHODS)} can be loaded")
+        raise ValueError(f"{path}: was trained with --fuse_method {method}; only {', '.join(_METHODS)} can be loaded")
+    sees_text_only = method == "instruct_moe_t2v"
     vision_part, text_part = checkpoint.part("vision_classifier."), checkpoint.part("text_classifier.")
     encoder = {name.removeprefix("encoder."): t for name, t in vision_part.items() if name.startswith("encoder.")}
-    needed = {
-        "vision_classifier.classifier.weight": vision_part.get("classifier.weight"),
-        "vision_classifier.encoder.deep_prompt_embeddings_0": encoder.get("deep_prompt_embeddings_0"),
-        "vision_classifier.encoder.mm_prompt_instruction_proj.0.weight": encoder.get("mm_prompt_instruction_proj.0.weight"),
-        "text_classifier.prompt_vector": text_part.get("prompt_vector"),
-    }
-    if missing := [name for name, tensor in needed.items() if tensor is None]:
-        raise ValueError(f"{path}: {', '.join(missing)} missing: this is no checkpoint of --fuse_method mope")
-
-    head, experts, mapper, text_prompts = (tensor for tensor in needed.values() if tensor is not None)
+    # The mapper of the text-only router is no part of the vision encoder.
+    mapper = "classifier.instruct_proj.0.weight" if sees_text_only else f"{_ENCODER}mm_prompt_instruction_proj.0.weight"
+    parts = ["vision_classifier.classifier.weight", f"{_ENCODER}deep_prompt_embeddings_0", mapper, "text_classifier.prompt_vector"]
+    if missing := [name for name in parts if name not in checkpoint.tensors]:
+        raise ValueError(f"{path}: {', '.join(missing)} missing: this is no checkpoint of --fuse_method {method}")
+    head, experts, hidden, text_prompts = (checkpoint.tensors[name] for name in parts)
     config = MoPEConfig.preset(
-        "mope-v4",
+        method,
         num_labels=len(head),
         num_experts=experts.shape[0] - 1,
         prompt_length=experts.shape[2],
         static_length=experts.shape[2],
-        mapper_hidden=len(mapper),
+        mapper_hidden=len(hidden),
         cross_prompt_length=text_prompts.shape[1],
         prompt_owner=mode,
     )
@@ -78,9 +79,14 @@ def load_reference_checkpoint(
 
     state = {f"head.0.{name.removeprefix('classifier.')}": t for name, t in vision_part.items() if name.startswith("classifier.")}
     state |= {f"cross_blocks.{i}.static": prompt for i, prompt in enumerate(text_prompts)}
-    # Blocks that do not route have no prompts here.
-    first = re.compile(r"^stages\.\d+\.0\.")
-    state |= {f"vision.{name}": t for name, t in _prompt_tensors(encoder).items() if not first.match(name)}
+    prompts = _prompt_tensors(encoder)
+    if sees_text_only:
+        prompts = {n: t for n, t in prompts.items() if not re.match(r"input_prompts|mapper\.|.*\.router\.", n)}
+        prompts |= _text_only_tensors(checkpoint.part("classifier."), encoder, mode)
+    else:
+        # First blocks do not route and have no prompts.
+        prompts = {n: t for n, t in prompts.items() if not re.match(r"stages\.\d+\.0\.", n)}
+    state |= {f"vision.{name}": t for name, t in prompts.items()}
     model = MoPEForClassification(config, vision=vision, text=text)
     try:
         _check_shapes(path, state, model.trained_state_dict())
@@ -94,6 +100,19 @@ def load_reference_checkpoint(
 
 def _is_prompt(name: str) -> bool:
     return bool(_prompt_tensors({name: torch.empty(1, 0)})) or name.startswith("deep_prompt_embeddings_")
+
+
+def _text_only_tensors(fusion: Mapping[str, Tensor], encoder: Mapping[str, Tensor], mode: str) -> dict[str, Tensor]:
+    """Mapper and routers of `--fuse_method instruct_moe_t2v` under the names of `MoPESwinEncoder`."""
+    found = {f"mapper.{n.removeprefix('instruct_proj.')}": t for n, t in fusion.items() if n.startswith("instruct_proj.")}
+    depths = [len(encoder[name][0]) for name in sorted(encoder) if name.startswith("deep_prompt_embeddings_")]
+    blocks = [f"stages.{stage}.{i}" for stage, depth in enumerate(depths) for i in range(depth)]
+    for i, block in enumerate(blocks):
+        # The first row is for the first two blocks, which in reference mode share a router here too.
+        if i or mode == "instance":
+            row = f"moe_proj.{max(i - 1, 0)}."
+            found |= {f"{block}.router.projection.{n.removeprefix(row)}": t for n, t in fusion.items() if n.startswith(row)}
+    return found
 
 
 def _check_shapes(path: str | Path, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

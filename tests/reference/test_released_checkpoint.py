@@ -16,12 +16,13 @@ from mope.models import MoPEForClassification
 from mope.reference import load_reference_checkpoint, read_reference_checkpoint
 
 DATA = Path(__file__).parents[1] / "data"
-CHECKPOINT, GOLDEN = DATA / "reference_mope.ckpt", load_file(DATA / "reference_mope.safetensors")
+GOLDEN = load_file(DATA / "reference_checkpoints.safetensors")
+METHODS = ("mope", "instruct_moe_t2v")
 SWIN = {"image_size": 224, "embed_dim": 16, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8], "mlp_ratio": 1.0}
 BERT = {"vocab_size": 72, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 
-def load(path: Path = CHECKPOINT, mode: str = "reference") -> MoPEForClassification:
+def load(path: Path, mode: str = "reference") -> MoPEForClassification:
     vision = SwinModel(SwinConfig(**SWIN, drop_path_rate=0.0), add_pooling_layer=False)
     text = BertModel(BertConfig(**BERT, max_position_embeddings=24))
     for name, model in (("vision", vision), ("text", text)):
@@ -30,6 +31,10 @@ def load(path: Path = CHECKPOINT, mode: str = "reference") -> MoPEForClassificat
         # Buffers.
         assert not unexpected and not set(missing) & dict(model.named_parameters()).keys()
     return load_reference_checkpoint(path, vision=vision, text=text, mode=mode)
+
+
+def checkpoint(method: str) -> Path:
+    return DATA / f"reference_{method}.ckpt"
 
 
 def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -49,34 +54,48 @@ CASES = [("reference", False, "together"), ("reference", True, "alone"), ("insta
 
 
 @pytest.mark.parametrize(("mode", "alone", "golden"), CASES)
-def test_gives_the_released_predictions(mode, alone, golden):
-    exact, released = GOLDEN[f"{golden}.float64"], GOLDEN[f"{golden}.float32"]
-    model = load(mode=mode)
+@pytest.mark.parametrize("method", METHODS)
+def test_gives_the_released_predictions(method, mode, alone, golden):
+    exact, released = (GOLDEN[f"{method}.{golden}.{dtype}"] for dtype in ("float64", "float32"))
+    model = load(checkpoint(method), mode)
     single, double = predict(model, torch.float32, alone), predict(model.double(), torch.float64, alone)
     torch.testing.assert_close(double, exact, rtol=0, atol=1e-10)
     assert (single - exact).norm() <= 2 * (released - exact).norm()
 
 
-def test_the_released_predictions_depend_on_the_batch():
-    assert (GOLDEN["together.float64"] - GOLDEN["alone.float64"]).abs().max() > 1e-2
+@pytest.mark.parametrize("method", METHODS)
+def test_the_released_predictions_depend_on_the_batch(method):
+    assert (GOLDEN[f"{method}.together.float64"] - GOLDEN[f"{method}.alone.float64"]).abs().max() > 1e-2
 
 
-def test_lightning_s_layout_is_read_without_a_word():
+@pytest.mark.parametrize("method", METHODS)
+def test_lightning_s_layout_is_read_without_a_word(method):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = read_reference_checkpoint(CHECKPOINT)
-    assert found.options["fuse_method"] == "mope" and found.options["moe_n_experts"] == 4
-    raw = torch.load(CHECKPOINT, weights_only=True)
-    # Each tensor is there under two names.
-    assert raw["hparams_name"] == "args" and len(raw["state_dict"]) == 2 * len(found.tensors)
+        found = read_reference_checkpoint(checkpoint(method))
+    assert found.options["fuse_method"] == method and found.options["moe_n_experts"] == 4
+    raw = torch.load(checkpoint(method), weights_only=True)
+    # Each tensor of the two classifiers is there under two names.
+    joining = found.part("classifier.")
+    assert bool(joining) == (method == "instruct_moe_t2v")
+    assert raw["hparams_name"] == "args" and len(raw["state_dict"]) == 2 * len(found.tensors) - len(joining)
 
 
-def test_the_same_from_older_layouts_and_after_conversion(tmp_path):
-    expected = predict(load(), torch.float32, alone=False)
-    raw = torch.load(CHECKPOINT, weights_only=True)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_from_older_layouts_and_after_conversion(method, tmp_path):
+    expected = predict(load(checkpoint(method)), torch.float32, alone=False)
+    raw = torch.load(checkpoint(method), weights_only=True)
     raw["hyper_parameters"] = {"args": argparse.Namespace(**raw["hyper_parameters"])}
     raw["state_dict"]["text_classifier.bert_encoder.embeddings.position_ids"] = torch.arange(24)[None]
     torch.save(raw, tmp_path / "older.ckpt")
     read_reference_checkpoint(tmp_path / "older.ckpt").save(tmp_path / "converted.safetensors")
     for name in ("older.ckpt", "converted.safetensors"):
         assert torch.equal(predict(load(tmp_path / name), torch.float32, alone=False), expected)
+
+
+def test_a_missing_row_of_the_text_only_router_is_named(tmp_path):
+    raw = torch.load(checkpoint("instruct_moe_t2v"), weights_only=True)
+    del raw["state_dict"]["classifier.moe_proj.3.bias"]
+    torch.save(raw, tmp_path / "cut.ckpt")
+    with pytest.raises(ValueError, match=r"vision\.stages\.2\.0\.router\.projection\.bias is missing"):
+        load(tmp_path / "cut.ckpt")
