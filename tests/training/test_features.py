@@ -9,6 +9,7 @@ import pickle
 import re
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +33,8 @@ TEXTS = ("a b c", "d", "a a b b c", "c d", "b", "a b c")
 def split(tmp_path: Path) -> Split:
     """Six examples, of which two have the same text and two the same image; one has no image."""
     rng = np.random.default_rng(0)
-    paths: list[Path | None] = [tmp_path / f"{i}.png" for i in range(4)]
+    # A format in which images of one shape make files of one size.
+    paths: list[Path | None] = [tmp_path / f"{i}.bmp" for i in range(4)]
     for path in paths:
         Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)  # type: ignore[arg-type]
     images = [*paths, paths[0], None]
@@ -143,9 +145,11 @@ def test_a_changed_image_recomputes_itself(split: Split, tmp_path: Path, counted
     path = split.examples[1].image
     assert path is not None
     stat = path.stat()
+    time.sleep(0.02)
     Image.fromarray(np.full((8, 9 if what == "size" else 8), 200, np.uint8)).save(path)
     if what == "size":
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (path.stat().st_size != stat.st_size, path.stat().st_mtime_ns != stat.st_mtime_ns) == (what == "size", what == "time")
     cache = cached_features(model, split, tmp_path / "cache")
     assert counted == [1]
     torch.testing.assert_close(rows_of(cache), psi_of(model, split), rtol=1e-5, atol=1e-5)
@@ -282,7 +286,9 @@ def test_a_run_that_is_stopped_leaves_nothing_half(
         cached_features(model, split, folder, batch_size=3)
     assert not list(folder.rglob("*.unfinished"))
     counted.clear()
-    cache = cached_features(model, split, folder, batch_size=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache = cached_features(model, split, folder, batch_size=3)
     # The first part counts once both of its files are there.
     assert sum(counted) == (5 if save < 2 else 2)
     torch.testing.assert_close(rows_of(cache), psi_of(model, split), rtol=1e-5, atol=1e-5)
