@@ -50,7 +50,7 @@ class MoPEConfig:
         router: "multimodal", softmax(q K / temperature + noise) with q = [W_self pool(x); W_cross psi]; or "complementary",
             softmax((W psi + b) / temperature + noise).
         router_scope: "layer", a router for each prompted layer; "shared", one for all, which cannot see the tokens of a Swin
-            Transformer.
+            Transformer; "released", one for each, but one for the first two blocks of a Swin Transformer if both are prompted.
         temperature, noise_std: of the router; noise only in training. noise_std=None: 1 / num_experts^2.
         router_self_width, router_cross_width: widths of the two parts of the router's query; `router_self_width=0` routes by
             the complementary modality only.
@@ -123,7 +123,7 @@ class MoPEConfig:
             "problem_type": ("single_label", "multi_label"),
             "prompt_depth": ("deep", "shallow"),
             "router": ROUTERS,
-            "router_scope": ("layer", "shared"),
+            "router_scope": ("layer", "shared", "released"),
             "router_embedding": ("frozen", "learned"),
             "head": ("linear", "mlp"),
             "prompt_owner": ("instance", "reference"),

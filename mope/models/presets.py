@@ -74,7 +74,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "instruct_mm_moe_t2v": _MOPE,
     # Has no counterpart in the released code.
     "mope_v2t": {**_MOPE, **_TEXT_FIRST},
-    "instruct_moe_t2v": {**_COMPLEMENTARY, **_VISION_FIRST, "mapper_hidden": 384, "mapper_batchnorm": False},
+    "instruct_moe_t2v": {
+        **_COMPLEMENTARY,
+        **_VISION_FIRST,
+        "router_scope": "released",
+        "mapper_hidden": 384,
+        "mapper_batchnorm": False,
+    },
     "instruct_moe_v2t": {
         **_COMPLEMENTARY,
         **_TEXT_FIRST,

@@ -87,11 +87,11 @@ class MoPESwinEncoder(nn.Module):
             the input has none; "either", its own where routing is given from outside, else those that arrive.
         prompt_dropout: on the prompts of the input and on mapped prompts, in training.
         drop_block_prompts: on static and dynamic prompts of the blocks as well.
-        router_scope: "layer", a router for each block; "shared", one for all, which then sees psi only.
+        router_scope: "layer", a router for each block; "shared", one for all, which then sees psi only; "released", one for each,
+            but one for the first two.
         importance_threshold: see `mope_kernels.importance_loss`.
         router, impl, block_options: see `MoPESwinBlock`: self_width, cross_width, temperature, noise_std, router_embedding,
-            renormalize, prompt_owner. With prompt_owner "reference" and first_blocks "own" the first two blocks share a
-            complementary router, as in the released code.
+            renormalize, prompt_owner.
 
     `config` is that of the transformers model that the weights came from, if they did.
     """
@@ -150,8 +150,7 @@ class MoPESwinEncoder(nn.Module):
         if use_mapped and cross_dim is not None and mapper_hidden:
             self.mapper = mapper_layers(cross_dim, mapper_hidden, batchnorm=mapper_batchnorm)
         shared = router_scope == "shared"
-        # In the released code the first two blocks have one such router.
-        self.pairs_first = router == "complementary" and self.own_first and block_options.get("prompt_owner") == "reference"
+        self.pairs_first = router_scope == "released" and self.own_first
         of_router = {name: value for name, value in block_options.items() if name != "prompt_owner"}
         self.router = make_router(router if shared else None, embed_dim, cross_dim, num_experts, impl=impl, **of_router)
         if self.router is not None and self.router.sees_tokens:

@@ -58,6 +58,7 @@ def test_the_methods_of_the_released_code() -> None:
     assert presets["promptfuse"].static_length == 20 and presets["promptfuse"].prompt_depth == "shallow"
     assert presets["blindprompt"] == presets["promptfuse"].replace(blind_prompts=True)
     cpt = presets["cpt"]
+    assert (cpt.router_scope, presets["instruct_moe_t2v"].router_scope) == ("layer", "released")
     assert (cpt.num_experts, cpt.prompt_length, cpt.noise_std, cpt.importance_threshold) == (16, 6, 1 / 256, 0.0025)
     assert (presets["instruct_moe_t2v"].noise_std, presets["instruct_moe_t2v"].importance_threshold) == (1 / 16, 0.05)
     assert MoPEConfig.preset("instruct_moe_t2v", num_labels=2, num_experts=8).noise_std == 1 / 64
@@ -101,7 +102,7 @@ def test_configs_do_not_change() -> None:
         ({"prompt_owner": "window"}, "prompt_owner must be one of 'instance', 'reference'"),
         ({"padding_side": "both"}, "padding_side must be one of"),
         ({"router": "text"}, "router must be one of 'multimodal', 'complementary'"),
-        ({"router_scope": "stage"}, "router_scope must be one of 'layer', 'shared'"),
+        ({"router_scope": "stage"}, "router_scope must be one of 'layer', 'shared', 'released'"),
         ({"prompt_depth": "input"}, "prompt_depth must be one of 'deep', 'shallow'"),
         ({"prompt_depth": "shallow"}, "experts are routed layer by layer: set prompt_depth='deep', or method='static_mapped'"),
         ({"prompt_depth": "shallow", "method": "image_only", "prompted_layers": [0]}, "prompted_layers says which layers"),

@@ -114,7 +114,7 @@ ROUTED = {
     "of psi, shared": {"preset": "mope", "router_scope": "shared", "router_self_width": 0},
     "complementary, layer": {"preset": "cpt"},
     "complementary, shared": {"preset": "instruct_moe_t2v", "router_scope": "shared"},
-    "complementary, reference": {"preset": "instruct_moe_t2v", "prompt_owner": "reference"},
+    "complementary, released": {"preset": "instruct_moe_t2v", "prompt_owner": "reference"},
     "dynamic alone": {"preset": "cpt", "static_length": 0, "use_mapped": False},
     "text first": {"preset": "instruct_moe_v2t"},
     "text first, shared": {"preset": "mope_v2t", "router_scope": "shared"},
@@ -150,10 +150,11 @@ def test_a_router_shared_by_layers_may_see_their_tokens() -> None:
         build(small("mope", router_scope="shared"))
 
 
-@pytest.mark.parametrize(("owner", "count"), [("reference", 3), ("instance", 4)])
-def test_the_complementary_router_as_released(owner: str, count: int) -> None:
+@pytest.mark.parametrize("owner", ["reference", "instance"])
+@pytest.mark.parametrize(("scope", "count"), [("released", 3), ("layer", 4)])
+def test_the_complementary_router_as_released(scope: str, count: int, owner: str) -> None:
     """The released code's formulas, written plainly; given its weights, the encoder is held to released numbers elsewhere."""
-    model = build(small("instruct_moe_t2v", prompt_owner=owner, importance_threshold=0.05)).eval()
+    model = build(small("instruct_moe_t2v", router_scope=scope, prompt_owner=owner, importance_threshold=0.05)).eval()
     batch, encoder = inputs(model), model.vision
     output = model(**batch, labels=LABELS)
     psi = model.encode_complementary(**batch)
@@ -173,7 +174,7 @@ def test_the_complementary_router_as_released(owner: str, count: int) -> None:
     noise = [router.sample_noise(BATCH) for router in routers]
     assert noise == [None] * count
     noisy = model.train()(**batch).routing
-    assert torch.equal(noisy[0].probs, noisy[1].probs) == (owner == "reference")
+    assert torch.equal(noisy[0].probs, noisy[1].probs) == (scope == "released")
     assert not torch.allclose(noisy[1].probs, output.routing[1].probs)
 
 
