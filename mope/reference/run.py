@@ -168,7 +168,10 @@ def _bridges() -> dict[str, Any]:
     bridges["Trainer.fit starts with model.train(), as Lightning did before 2.2: the released train() keeps DropPath off"] = (
         _replaced(Trainer, "fit", _from_train_mode)
     )
-    if not torch.cuda.is_available():
+    if torch.cuda.device_count() > 1:
+        one_gpu = _replaced(Trainer, "__init__", _on_one_gpu)
+        bridges["Trainer takes one GPU where it is not told how many: Lightning starts the others without mope run"] = one_gpu
+    elif not torch.cuda.is_available():
         without_gpu = _replaced(Trainer, "__init__", _without_gpu)
         bridges['Trainer takes accelerator="gpu" for "cpu" and precision=16 for 32: no GPU here'] = without_gpu
     return bridges
@@ -205,6 +208,13 @@ def _from_train_mode(fit: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         model.train()
         return fit(self, model, *args, **kwargs)
+
+    return wrapped
+
+
+def _on_one_gpu(init: Callable[..., None]) -> Callable[..., None]:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **{"devices": 1} | kwargs)
 
     return wrapped
 

@@ -158,6 +158,13 @@ def test_an_unmodified_script_runs_and_is_told_what_changed(checkout, capsys):
     assert "BertLayer returns a tuple" in said and "ignore_label" in said and ("precision=16 for 32" in said) != gpu
 
 
+def test_on_several_gpus_it_takes_one(checkout, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    expected = {"accelerator": "gpu", "precision": 16, "max_epochs": 10, "logger": None, "devices": 1}
+    assert result(checkout())["trainer"] == expected
+    assert "Trainer takes one GPU" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not absent("librosa"), reason="librosa is installed")
 def test_libraries_do_not_take_stand_ins_for_the_real_thing(checkout):
     assert result(checkout())["seen_by_others"] is False
