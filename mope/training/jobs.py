@@ -38,13 +38,15 @@ class TrainingJob:
         self.recipe = RECIPES[options.format].replace(**{name: value for name, value in given.items() if value is not None})
         self.splits = _read_splits(options)
         # Only the first: the others differ in nothing that could be wrong.
-        self.run = self._make_run(self.seeds[0])
+        self._first: TrainingRun | None = self._make_run(self.seeds[0])
+        self.description = self._describe(self._first)
 
     def train(self) -> int | None:
         """All runs, and their table -> the signal that stopped it, if one did."""
         results = []
         for seed in self.seeds:
-            run = self.run if seed == self.seeds[0] else self._make_run(seed)
+            # Not kept: the memory is needed for the next one.
+            run, self._first = self._first or self._make_run(seed), None
             self._announce(run)
             result = run.train()
             run.model.detach()
@@ -52,9 +54,10 @@ class TrainingJob:
                 self.state.print(f"\nstopped at step {result['steps']}; the same command with --resume continues")
                 return run.trainer.interruption.arrived
             results.append(result)
+            del run
         if self.state.is_main_process:
             text = report.runs_table(results)
-            report.write(self.options.out, {**self._description(), "runs": results}, text)
+            report.write(self.options.out, {**self.description, "runs": results}, text)
             print(f"\n{text}")
             for seed in self.seeds:
                 print(self._out(seed) / "model")
@@ -123,12 +126,12 @@ class TrainingJob:
                 f"{gpus} GPUs, {self.state.num_processes} used: torchrun --nproc-per-node {gpus} -m mope.cli train ... takes all"
             )
 
-    def _description(self) -> dict[str, Any]:
+    def _describe(self, run: TrainingRun) -> dict[str, Any]:
         return {
-            "config": self.run.model.config.to_dict(),
-            "recipe": dataclasses.asdict(self.run.recipe),
+            "config": run.model.config.to_dict(),
+            "recipe": dataclasses.asdict(run.recipe),
             "data": {"folder": str(self.options.data), "format": self.options.format, "shots": self.options.shots},
-            **_where(self.run.trainer.args.device),
+            **_where(run.trainer.args.device),
         }
 
 

@@ -23,7 +23,6 @@ from .recipe import Recipe
 from .trainer import FusionTrainer, last_checkpoint, read_state
 
 CACHE = ("auto", "on", "off")
-# Of a run that may be continued with another number of epochs.
 RUN = "run.json"
 
 
@@ -36,7 +35,7 @@ class TrainingRun:
     Args:
         model: with tokenizer and image processor.
         splits: "train", and "dev" and "test" where there are such. Without dev no epoch is the best, and the last weights stay.
-        recipe: how.
+        recipe: how; its metric may be left open.
         out: folder, new or of a run to resume.
         seed: of order, augmentation, dropout and router noise. (That of the weights is drawn when the model is made.)
         resume: continue from the last checkpoint in `out`, or from the given one.
@@ -106,7 +105,8 @@ class TrainingRun:
     def train(self) -> dict[str, Any]:
         """Train, take the best weights, evaluate, save -> the results of the run, the same on every process.
 
-        "stopped" is true in them where a signal ended it early; then only a checkpoint was written.
+        "stopped" is true in them where a signal ended it early; then only a checkpoint was written. Metrics of dev and test are
+        those of the saved model, without autocast.
         """
         start = time.perf_counter()
         # Nobody writes before all have looked at the folder.
@@ -115,8 +115,7 @@ class TrainingRun:
         trainer = self.trainer
         if caches:
             trainer.train_dataset = trainer.batches.items = self._examples("train", caches["train"])
-            if "dev" in caches:
-                trainer.eval_dataset = self._examples("dev", caches["dev"])
+            trainer.eval_dataset = self._examples("dev", caches["dev"]) if "dev" in caches else None
         if self._is_first_process():
             (self.out / RUN).write_text(json.dumps(self.identity(), indent=2) + "\n")
         trainer.train_until_stopped(self.checkpoint)
