@@ -82,7 +82,7 @@ def load_reference_checkpoint(
     prompts = _prompt_tensors(encoder)
     if sees_text_only:
         prompts = {n: t for n, t in prompts.items() if not re.match(r"input_prompts|mapper\.|.*\.router\.", n)}
-        prompts |= _text_only_tensors(checkpoint.part("classifier."), encoder, mode)
+        prompts |= _text_only_tensors(checkpoint.part("classifier."), encoder)
     else:
         # First blocks do not route and have no prompts.
         prompts = {n: t for n, t in prompts.items() if not re.match(r"stages\.\d+\.0\.", n)}
@@ -102,16 +102,15 @@ def _is_prompt(name: str) -> bool:
     return bool(_prompt_tensors({name: torch.empty(1, 0)})) or name.startswith("deep_prompt_embeddings_")
 
 
-def _text_only_tensors(fusion: Mapping[str, Tensor], encoder: Mapping[str, Tensor], mode: str) -> dict[str, Tensor]:
+def _text_only_tensors(fusion: Mapping[str, Tensor], encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Mapper and routers of `--fuse_method instruct_moe_t2v` under the names of `MoPESwinEncoder`."""
     found = {f"mapper.{n.removeprefix('instruct_proj.')}": t for n, t in fusion.items() if n.startswith("instruct_proj.")}
     depths = [len(encoder[name][0]) for name in sorted(encoder) if name.startswith("deep_prompt_embeddings_")]
     blocks = [f"stages.{stage}.{i}" for stage, depth in enumerate(depths) for i in range(depth)]
-    for i, block in enumerate(blocks):
-        # The first row is for the first two blocks, which in reference mode share a router here too.
-        if i or mode == "instance":
-            row = f"moe_proj.{max(i - 1, 0)}."
-            found |= {f"{block}.router.projection.{n.removeprefix(row)}": t for n, t in fusion.items() if n.startswith(row)}
+    # The first row is for the first two blocks, which share a router here too.
+    for i, block in enumerate(blocks[1:]):
+        row = f"moe_proj.{i}."
+        found |= {f"{block}.router.projection.{n.removeprefix(row)}": t for n, t in fusion.items() if n.startswith(row)}
     return found
 
 
