@@ -79,7 +79,7 @@ class InputPrompts(nn.Module):
     """S prompts in front of the tokens of the first layer, which pass through all layers with them (VPT-shallow, PromptFuse).
 
     Args:
-        length: S.
+        length: S, 0 for mapped prompts alone.
         dim: C.
         bound: prompts start as U(-bound, bound).
         dropout: on all prompts, mapped ones too, in training.
@@ -88,14 +88,14 @@ class InputPrompts(nn.Module):
 
     def __init__(self, length: int, dim: int, *, bound: float, dropout: float = 0.0, blind: bool = False) -> None:
         super().__init__()
-        self.prompts = nn.Parameter(torch.empty(length, dim).uniform_(-bound, bound))
+        self.length, self.prompts = length, nn.Parameter(torch.empty(length, dim).uniform_(-bound, bound)) if length else None
         self.dropout, self.blind = nn.Dropout(dropout), blind
 
     def forward(self, x: Tensor, mapped: Tensor | None = None) -> Tensor:
         """Tokens (B,L,C), mapped prompts (B,M,C) -> [prompts; mapped; tokens], (B,S+M+L,C)."""
-        prompts = self.prompts.to(x.dtype).expand(len(x), -1, -1)
-        added = prompts if mapped is None else torch.cat([prompts, mapped.to(x.dtype)], dim=1)
-        return torch.cat([self.dropout(added), x], dim=1)
+        added = [] if self.prompts is None else [self.prompts.expand(len(x), -1, -1)]
+        added += [] if mapped is None else [mapped]
+        return torch.cat([*(self.dropout(prompts).to(x.dtype) for prompts in added), x], dim=1)
 
     def visible(self, token_mask: Tensor | None, x: Tensor) -> Tensor | None:
         """What attention may see, for `FrozenAttention.plain`: (B,L) without the prompts, what `forward` gave -> with them."""
@@ -105,12 +105,12 @@ class InputPrompts(nn.Module):
             token_mask = torch.cat([added, token_mask], dim=1)
         if not self.blind:
             return token_mask
-        is_prompt = torch.arange(rows, device=x.device) < len(self.prompts)
+        is_prompt = torch.arange(rows, device=x.device) < self.length
         sees = ~is_prompt[:, None] | is_prompt
         return sees[None] if token_mask is None else sees & token_mask[:, None]
 
     def extra_repr(self) -> str:
-        return "length={}, dim={}, blind={}".format(*self.prompts.shape, self.blind)
+        return f"length={self.length}, blind={self.blind}"
 
 
 def project_prompts(

@@ -281,10 +281,11 @@ def test_the_document_tells_how_much_trains() -> None:
     """Of Swin-B and BERT-base, with 23 classes."""
     rows = dict(re.findall(r"^\| `([\w-]+)` \|.* \| ([\d,]+) \|$", DOCUMENT.read_text(), re.MULTILINE))
     assert rows.keys() == PRESETS.keys()
-    for preset, documented in rows.items():
+    for preset in DIFFERENT:
+        documented = {count for name, count in rows.items() if PRESETS[name] == PRESETS[preset]}
         with torch.device("meta"):
             swin_b = SwinModel(SwinConfig(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32]), add_pooling_layer=False)
             models = {"vision": swin_b, "text": BertModel(BertConfig(), add_pooling_layer=False)}
             config = MoPEConfig.preset(preset, num_labels=23)
             model = MoPEForClassification(config, **{m: models[m] for m in config.modalities})
-        assert f"{sum(p.numel() for p in model.trainable_parameters()):,}" == documented, preset
+        assert {f"{sum(p.numel() for p in model.trainable_parameters()):,}"} == documented, preset
