@@ -70,6 +70,8 @@ def load_reference_checkpoint(
         mapper_hidden=len(hidden),
         cross_prompt_length=text_prompts.shape[1],
         prompt_owner=mode,
+        problem_type="multi_label" if checkpoint.options.get("dataset") == "imdb" else "single_label",
+        importance_weight=checkpoint.options.get("w_imp", 0.01),
     )
     known = {name for name in encoder if _DEAD.search(name) or _is_prompt(name)}
     _check_backbone(path, "vision", {n: t for n, t in encoder.items() if n not in known}, swin_state_dict(base_model(vision)))

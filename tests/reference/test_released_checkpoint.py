@@ -99,3 +99,13 @@ def test_a_missing_row_of_the_text_only_router_is_named(tmp_path):
     torch.save(raw, tmp_path / "cut.ckpt")
     with pytest.raises(ValueError, match=r"vision\.stages\.2\.0\.router\.projection\.bias is missing"):
         load(tmp_path / "cut.ckpt")
+
+
+def test_the_options_become_the_configuration(tmp_path):
+    raw = torch.load(checkpoint("mope"), weights_only=True)
+    config = load(checkpoint("mope")).config
+    assert (config.problem_type, config.importance_weight, config.prompt_owner) == ("multi_label", 0.01, "reference")
+    raw["hyper_parameters"] |= {"dataset": "food", "w_imp": 0.5}
+    torch.save(raw, tmp_path / "food.ckpt")
+    config = load(tmp_path / "food.ckpt", "instance").config
+    assert (config.problem_type, config.importance_weight, config.prompt_owner) == ("single_label", 0.5, "instance")
