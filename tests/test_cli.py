@@ -21,7 +21,16 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["demo", "--help"], ["info", "--help"], ["bench", "--help"], ["build", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["demo", "--help"],
+        ["train", "--help"],
+        ["evaluate", "--help"],
+        ["info", "--help"],
+        ["bench", "--help"],
+        ["build", "--help"],
+    ],
 )
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

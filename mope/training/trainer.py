@@ -29,7 +29,8 @@ from .metrics import loss_sum
 from .recipe import Recipe
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
-STATE = "trainer_state.json"
+# Trainer's own names.
+STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
 
 
 class Trained(nn.Module):
@@ -41,6 +42,12 @@ class Trained(nn.Module):
     def __init__(self, fusion: MoPEForClassification) -> None:
         super().__init__()
         self.fusion = fusion
+
+    def train(self, mode: bool = True) -> Trained:
+        """Trainer asks for it in each step, and a walk over a thousand modules takes milliseconds."""
+        if self.fusion.training != mode:
+            super().train(mode)
+        return self
 
     def forward(self, **inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Arguments of the model -> logits (B,K) and importance loss ()."""
@@ -237,6 +244,14 @@ class FusionTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.fusion, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        parts: dict[str, Any] = {OPTIMIZER: self.optimizer, SCHEDULER: self.lr_scheduler}
+        for name, part in parts.items():
+            # Trainer of transformers 5.17 wants them on "cpu:0" where several processes run on a CPU, which torch does not know.
+            part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
 
     def load_best(self) -> int | None:
         """Take the weights of the best checkpoint -> its step; None where nothing was evaluated, and the last ones stay."""
