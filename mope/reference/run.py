@@ -75,21 +75,14 @@ def run(script: Path | str, arguments: Sequence[str] = (), *, accelerate: bool =
         ValueError: with `accelerate`, the model that was built is not the released one.
         Everything that the script raises, SystemExit too.
     """
+    from .acceleration import accelerate as accelerate_live
+    from .stand_ins import stand_ins
+
     script = Path(script).resolve()
-    built: list[str] = []
-
-    def when_built(model: Any) -> None:
-        from .acceleration import accelerate as accelerate_live
-
-        built.append(str(accelerate_live(model, mode=mode)))
-        _say(built[-1])
-
     with ExitStack() as stack:
         stack.enter_context(_as_main(script, arguments))
         bridges = _bridges()
         _say(_versions())
-        from .stand_ins import stand_ins
-
         absent = stack.enter_context(stand_ins(script.parent))
         if absent.absent:
             _say(f"stand-ins for what is not installed:\n{absent}")
@@ -97,10 +90,8 @@ def run(script: Path | str, arguments: Sequence[str] = (), *, accelerate: bool =
         for bridge in bridges.values():
             stack.enter_context(bridge)
         if accelerate:
-            stack.enter_context(_when_built(when_built))
+            stack.enter_context(_when_built(lambda model: accelerate_live(model, mode=mode)))
         runpy.run_path(str(script), run_name="__main__")
-    if accelerate and not built:
-        _say(f"nothing was accelerated: the script built no {_MODEL}")
 
 
 def _say(text: str) -> None:
@@ -121,6 +112,8 @@ def _versions() -> str:
 @contextmanager
 def _as_main(script: Path, arguments: Sequence[str]) -> Iterator[None]:
     """The arguments and the search path that Python gives a script; modules of its folder are forgotten afterwards."""
+    from .stand_ins import is_of_checkout
+
     argv, path, modules = sys.argv, sys.path, set(sys.modules)
     sys.argv, sys.path = [str(script), *arguments], [str(script.parent), *sys.path]
     try:
@@ -128,8 +121,7 @@ def _as_main(script: Path, arguments: Sequence[str]) -> Iterator[None]:
     finally:
         sys.argv, sys.path = argv, path
         for name in sys.modules.keys() - modules:
-            file = getattr(sys.modules[name], "__file__", None)
-            if file and Path(file).is_relative_to(script.parent):
+            if is_of_checkout(getattr(sys.modules[name], "__file__", None), script.parent):
                 del sys.modules[name]
 
 
@@ -232,9 +224,11 @@ def _without_gpu(init: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def _when_built(then: Callable[[Any], None]) -> Iterator[None]:
-    """Call `then` with each `VisionTextClassifiers`, wherever its class is defined."""
+def _when_built(then: Callable[[Any], Any]) -> Iterator[None]:
+    """Call `then` with each `VisionTextClassifiers`, wherever its class is defined, and print what it gives."""
     from torch import nn
+
+    given = []
 
     def init_subclass(cls: Any, /, **kwargs: Any) -> None:
         super(nn.Module, cls).__init_subclass__(**kwargs)
@@ -245,7 +239,8 @@ def _when_built(then: Callable[[Any], None]) -> Iterator[None]:
         @functools.wraps(build)
         def built(self: Any, *args: Any, **options: Any) -> None:
             build(self, *args, **options)
-            then(self)
+            given.append(then(self))
+            _say(str(given[-1]))
 
         cls.__init__ = built
 
@@ -259,3 +254,5 @@ def _when_built(then: Callable[[Any], None]) -> Iterator[None]:
             del module.__init_subclass__
         else:
             module.__init_subclass__ = before
+        if not given:
+            _say(f"nothing was accelerated: the script built no {_MODEL}")

@@ -111,8 +111,8 @@ class StandIns(MetaPathFinder, Loader):
         self.absent = [name for name in [*self.contents, *IMPORTED_ONLY] if not _installed(name)]
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        stands_in = fullname in self.absent or any(fullname.startswith(f"{name}.") for name in self.absent if name in IMPORTED_ONLY)
-        if not stands_in or (fullname != _SIX and not self._asked_from_folder()):
+        known = fullname in self.absent or any(fullname.startswith(f"{name}.") for name in self.absent if name in IMPORTED_ONLY)
+        if not known or (fullname != _SIX and not self._asked_from_folder()):
             return None
         return ModuleSpec(fullname, self, is_package=True)
 
@@ -121,8 +121,7 @@ class StandIns(MetaPathFinder, Loader):
         # The import machinery stands between.
         while frame.f_back and frame.f_globals.get("__name__", "").startswith("importlib"):
             frame = frame.f_back
-        file = Path(frame.f_code.co_filename).resolve()
-        return file.is_relative_to(self.folder) and "site-packages" not in file.parts
+        return is_of_checkout(frame.f_code.co_filename, self.folder)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return ModuleType(spec.name) if spec.name in self.contents else _ImportedOnly(spec.name)
@@ -134,6 +133,14 @@ class StandIns(MetaPathFinder, Loader):
         lines = [f"  {name}: {', '.join(self.contents[name])}" for name in self.absent if self.contents.get(name)]
         unusable = [name for name in self.absent if name in IMPORTED_ONLY]
         return "\n".join([*lines, *([f"  to be imported only: {', '.join(unusable)}"] if unusable else [])])
+
+
+def is_of_checkout(file: str | None, folder: Path) -> bool:
+    """Whether a file is one of a checkout, and not of packages that are installed inside it."""
+    if file is None:
+        return False
+    path = Path(file).resolve()
+    return path.is_relative_to(folder) and "site-packages" not in path.parts
 
 
 def _installed(name: str) -> bool:

@@ -236,11 +236,22 @@ def test_the_command(checkout, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         options.command(options)
     assert stop.value.code == 5
-    assert capsys.readouterr().out == "['--accelerate', '--mode', 'x', 'y']\n"
+    printed = capsys.readouterr()
+    assert printed.out == "['--accelerate', '--mode', 'x', 'y']\n" and "nothing was accelerated" in printed.err
     for arguments, message in ((["none.py"], "no such script"), (["--mode", "instance", str(checkout())], "not asked for")):
         options = parser.parse_args(["run", *arguments])
         assert options.command(options) == 2
         assert message in capsys.readouterr().err
+
+
+def test_packages_installed_in_the_checkout_are_no_part_of_it(checkout, tmp_path, monkeypatch):
+    packages = tmp_path / ".venv" / "lib" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "library.py").write_text("try:\n    import librosa\nexcept ImportError:\n    librosa = None")
+    monkeypatch.syspath_prepend(packages)
+    run(checkout("import library\nassert library.librosa is None\nimport utils, xxsubtype"))
+    # The last one is built in and has no file.
+    assert "utils" not in sys.modules and sys.modules.pop("library") and sys.modules.pop("xxsubtype")
 
 
 def test_what_is_installed_comes_first(tmp_path, monkeypatch):
