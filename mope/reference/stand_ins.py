@@ -84,9 +84,10 @@ class _Unusable(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         module = next(name for name in IMPORTED_ONLY if cls.__name__.startswith(f"{name}."))
-        cure = f": pip install {IMPORTED_ONLY[module]}" if IMPORTED_ONLY[module] else ""
         raise ModuleNotFoundError(
-            f"{cls.__name__} is called, and {module} is not installed: mope run only lets it be imported{cure}", name=module
+            f"{cls.__name__} is called, and {module} is not installed, only let be imported by mope run: "
+            f"pip install {IMPORTED_ONLY[module]}",
+            name=module,
         )
 
 
