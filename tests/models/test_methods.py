@@ -209,6 +209,8 @@ def test_prompts_of_the_input_pass_through_all_layers(name: str, preset: str) ->
     if preset == "blindprompt":
         sees[:, :3, 3:] = False
     bias = torch.zeros(sees.shape, dtype=x.dtype).masked_fill(~sees, -1e30)[:, None]
+    if preset == "blindprompt" and not tiny.takes_a_mask(adapter.layers(encoder)[0]):
+        pytest.skip("the original layer takes no mask in this version of transformers")
     for layer in adapter.layers(encoder):
         x = tiny.Plain.run(layer, x, bias)
     torch.testing.assert_close(found.features, adapter.normalize(encoder, x[:, 4]), rtol=1e-9, atol=1e-10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,11 @@ def fusion(
     return MoPEForClassification(
         config, **{m: backbone(name, dtype) for m, name in encoders.items() if name and m in config.modalities}
     ).to(dtype)
+
+
+def takes_a_mask(layer: nn.Module) -> bool:
+    """DINOv2's layer does not in older versions of transformers."""
+    return len(inspect.signature(layer.forward).parameters) > 1
 
 
 class Plain:
@@ -127,11 +133,7 @@ class Plain:
 
     @staticmethod
     def run(layer: Any, rows: Tensor, bias: Tensor | None) -> Tensor:
-        try:
-            return layer(rows, bias)
-        except TypeError:
-            # DINOv2's layer takes no mask in older versions.
-            return layer(rows)
+        return layer(rows, bias) if takes_a_mask(layer) else layer(rows)
 
     @staticmethod
     def prompts(block: Any, x: Tensor, visible: Tensor, psi: Tensor | None, mapped: Tensor | None, top_k: int | None) -> Tensor:
