@@ -118,7 +118,7 @@ class FusionTrainer(Trainer):
             save_total_limit=2,
             metric_for_best_model=None if dev_items is None else recipe.metric,
             greater_is_better=True,
-            # By its own name, which the released code has not: Trainer must not touch the columns or the labels.
+            # Trainer would look for them among the arguments of `Trained.forward`.
             label_names=["labels"],
             remove_unused_columns=False,
             # Reading the loss in each step would make the host wait.
@@ -151,7 +151,7 @@ class FusionTrainer(Trainer):
             data_collator=collate,
             train_dataset=train_items,
             eval_dataset=dev_items,
-            callbacks=[Checkpoints(self, save_steps), TensorBoardCallback(_Writer(out / "tensorboard"))],
+            callbacks=[RunCallback(self, save_steps), TensorBoardCallback(_Writer(out / "tensorboard"))],
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
@@ -292,14 +292,14 @@ class Interruption:
                 signal.signal(number, handler)
 
 
-class Checkpoints(TrainerCallback):
-    """When checkpoints are written beside after each epoch, and different random numbers on each process."""
+class RunCallback(TrainerCallback):
+    """Checkpoints beside those after each epoch, and random numbers that differ between processes."""
 
     def __init__(self, trainer: FusionTrainer, save_steps: int | None) -> None:
         self.trainer, self.save_steps = trainer, save_steps
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        # A checkpoint that was written on as many processes brings its own generators later.
+        # A checkpoint of as many processes brings their generators later; continued on another number, none of them starts anew.
         torch.manual_seed(args.seed + 1000003 * args.process_index + 7919 * state.global_step)
         # Where the folder was moved since.
         best = self.trainer.out / f"checkpoint-{state.best_global_step}"
@@ -313,8 +313,8 @@ class Checkpoints(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.interruption.arrived is not None:
-            # It is no epoch's end, and the checkpoint is written.
+        if self.trainer.interruption.arrived is not None and state.global_step % self.trainer.batches.steps:
+            # Not the end of an epoch, and the checkpoint is written.
             control.should_evaluate = control.should_save = False
 
 

@@ -123,6 +123,10 @@ def test_the_released_order_mixes_within_processes_and_says_so_once(results: lis
         assert "2 processes" in found["warnings"][0]
 
 
+def test_processes_draw_different_noise(results: list[dict[str, Any]]) -> None:
+    assert results[0]["random"] != results[1]["random"]
+
+
 def test_fully_sharded_gradients_are_those_of_one_process(folder: Path, results: list[dict[str, Any]]) -> None:
     model = make_model(read_splits(folder / "data"), **EXACT).train()
     loss = model(**batch_of(folder / "data", model)).loss

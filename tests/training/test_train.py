@@ -52,6 +52,10 @@ def weights(run: TrainingRun, step: int) -> dict[str, Tensor]:
     return load_file(run.out / f"checkpoint-{step}" / "model.safetensors")
 
 
+def evaluations(run: TrainingRun) -> list[tuple[int, float]]:
+    return [(entry["step"], entry["eval_accuracy"]) for entry in run.trainer.state.log_history if "eval_accuracy" in entry]
+
+
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     assert not [name for name in one if not torch.equal(one[name], other[name])]
@@ -103,7 +107,8 @@ class StopAt(TrainerCallback):
 def test_an_interrupted_run_resumes_to_the_same_weights(splits: dict[str, Split], tmp_path: Path, step: int) -> None:
     """In the middle of an epoch, in another one, and at its end; with dropout, router noise and augmentation."""
     recipe = FAST.replace(augment=9)
-    whole = run_of(splits, tmp_path / "whole", recipe).train()
+    uninterrupted = run_of(splits, tmp_path / "whole", recipe)
+    whole = uninterrupted.train()
     before = signal.getsignal(signal.SIGINT)
     first = run_of(splits, tmp_path / "parts", recipe)
     first.trainer.add_callback(StopAt(step - 1))
@@ -119,6 +124,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(splits: dict[str, Split]
     last = whole["steps"]
     assert resumed["steps"] == last == 12
     assert_same(load_file(tmp_path / "whole" / f"checkpoint-{last}" / "model.safetensors"), weights(second, last))
+    assert evaluations(second) == evaluations(uninterrupted)
     assert {name: resumed[name] for name in ("dev", "test", "best_step")} == {n: whole[n] for n in ("dev", "test", "best_step")}
 
 
@@ -430,7 +436,7 @@ def test_train_command_stops_and_resumes(data: Path, encoders: Path, tmp_path: P
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert cli.main(command(data, encoders, whole)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("mope.training.trainer.Checkpoints.on_step_begin", on_step_begin)
+        patch.setattr("mope.training.trainer.RunCallback.on_step_begin", on_step_begin)
         assert cli.main(command(data, encoders, parts)) == 128 + signal.SIGTERM
     assert cli.main(command(data, encoders, parts, "--resume")) == 0
     assert_same(*(load_file(folder / "model" / "model.safetensors") for folder in (whole, parts)))

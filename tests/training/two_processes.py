@@ -85,6 +85,8 @@ def main(folder: Path) -> None:
         TrainingRun(swin, read_splits(data), RECIPE.replace(epochs=1), folder / "reference", **QUIET).train()
     results["warnings"] = [str(w.message) for w in caught if "prompt_owner" in str(w.message)]
 
+    results["random"] = torch.rand(()).item()
+
     gradients = sharded_gradients(data)
     if dist.get_rank() == 0:
         torch.save(gradients, folder / "sharded.pt")
