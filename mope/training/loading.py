@@ -125,7 +125,11 @@ def open_model(
         model = load_reference_checkpoint(path, **backbones, mode=mode or "reference")
         set_processors(model, {"text": tokenizer or sources["text"], "vision": image_processor or PUBLISHED})
         return model
-    model = MoPEForClassification.from_pretrained(path, **backbones)
+    try:
+        model = MoPEForClassification.from_pretrained(path, **backbones)
+    except (FileNotFoundError, ValueError) as error:
+        hint = " (on the command line --vision and --text)" if "from_pretrained(..." in str(error) else ""
+        raise ValueError(f"{error}{hint}") from error
     set_processors(model, {"text": tokenizer, "vision": image_processor})
     if mode is not None and mode != model.config.prompt_owner:
         set_prompt_owner(model, mode)

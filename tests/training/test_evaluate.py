@@ -148,6 +148,12 @@ def test_evaluate_command_says_what_is_wrong(
     assert says in answer
 
 
+def test_a_model_without_its_encoders_asks_for_them(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_swin_model(read_splits(data)).save_pretrained(tmp_path)
+    assert cli.main(["evaluate", str(tmp_path), "--data", str(data), "--device", "cpu"]) == 1
+    assert "on the command line --vision and --text" in capsys.readouterr().err
+
+
 def test_a_released_checkpoint_needs_its_encoders(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "last.ckpt").touch()
     assert cli.main(["evaluate", str(tmp_path / "last.ckpt"), "--data", str(data), "--vision", str(tmp_path)]) == 1
