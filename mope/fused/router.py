@@ -133,6 +133,9 @@ class MultimodalRouter(Router):
 class ComplementaryRouter(Router):
     """logits = W psi + b: sees the complementary modality only (Conditional Prompt Tuning, arXiv 2312.03734).
 
+    The released code gives a single expert the weight 0, so that it never trains, and without dense routing it gives those that it
+    selects the weight 1, which has no gradient. Here a single expert has the weight 1, and selected ones keep their probabilities.
+
     Args:
         cross_dim: Cc, width of psi.
         num_experts, temperature, noise_std, renormalize, impl: see `Router`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -499,7 +499,7 @@ class MoPEForClassification(SavedModel):
         routing: list[Routing] = []
         # Drawn outside of what gradient checkpointing runs twice.
         noise_of_layer = iter(noise)
-        with nullcontext() if mapped is not None or self.trains(modality) else torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (mapped is not None or self.trains(modality))):
             tokens = adapter.embed(backbone, inputs[modality], where.token_mask)
             hidden_states, mask = tokens, where.as_mask(tokens.shape[1])
             if modality == self.config.main and self.input_prompts is not None:
@@ -538,7 +538,7 @@ class MoPEForClassification(SavedModel):
         if banks is not None:
             raise ValueError(NO_BANKS)
         encoder: Any = self.vision
-        with nullcontext() if self.trains("vision") else torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains("vision")):
             output = encoder(
                 **inputs["vision"],
                 cross=cross,

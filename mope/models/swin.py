@@ -150,7 +150,7 @@ class MoPESwinEncoder(nn.Module):
         if use_mapped and cross_dim is not None and mapper_hidden:
             self.mapper = mapper_layers(cross_dim, mapper_hidden, batchnorm=mapper_batchnorm)
         shared = router_scope == "shared"
-        self.pairs_first = router_scope == "released" and self.own_first
+        self.pairs_first = router_scope == "released" and self.own_first and depths[0] > 1
         of_router = {name: value for name, value in block_options.items() if name != "prompt_owner"}
         self.router = make_router(router if shared else None, embed_dim, cross_dim, num_experts, impl=impl, **of_router)
         if self.router is not None and self.router.sees_tokens:
@@ -212,19 +212,20 @@ class MoPESwinEncoder(nn.Module):
         stages: Any = self.stages
         return [list(stage) for stage in stages]
 
-    def router_of(self, stage: int, i: int) -> Router | None:
-        """The router of a block, None where nothing is routed. Blocks may share one."""
-        blocks = self.blocks()[stage]
-        if self.pairs_first and stage == i == 0:
-            return self.router_of(0, 1)
-        return (self.router or blocks[i].router) if blocks[i].experts is not None else None
+    def routers(self) -> list[list[Router | None]]:
+        """The router of each block of each stage, None where nothing is routed. Blocks may share one."""
+        found = []
+        for blocks in self.blocks():
+            found.append([None if block.experts is None else self.router or block.router for block in blocks])
+        if self.pairs_first:
+            found[0][0] = found[0][1]
+        return found
 
     def routed_blocks(self) -> dict[str, Router]:
         """Blocks with a router, by name, in the order of `SwinOutput.routing`; stages and blocks count from 0."""
         found = {}
-        for stage, blocks in enumerate(self.blocks()):
-            for i in range(len(blocks)):
-                router = self.router_of(stage, i)
+        for stage, routers in enumerate(self.routers()):
+            for i, router in enumerate(routers):
                 if router is not None:
                     found[f"stage {stage}, block {i}"] = router
         return found
@@ -351,12 +352,12 @@ class MoPESwinEncoder(nn.Module):
         # A router that sees psi only decides once for all its blocks.
         decided: dict[int, Routing] = {}
         routed: list[Routing] = []
-        for stage, blocks in enumerate(self.blocks()):
-            for i, block in enumerate(blocks):
+        for stage, (blocks, routers) in enumerate(zip(self.blocks(), self.routers(), strict=True)):
+            for i, (block, router) in enumerate(zip(blocks, routers, strict=True)):
                 routing = None
                 if rows is not None:
                     routing = next(rows)
-                elif (router := self.router_of(stage, i)) is not None:
+                elif router is not None:
                     if cross is None:
                         raise ValueError("MoPESwinEncoder: the routers need cross")
                     drawn = next(noise_of_block)
