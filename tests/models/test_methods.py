@@ -291,3 +291,26 @@ def test_the_document_tells_how_much_trains() -> None:
             config = MoPEConfig.preset(preset, num_labels=23)
             model = MoPEForClassification(config, **{m: models[m] for m in config.modalities})
         assert {f"{sum(p.numel() for p in model.trainable_parameters()):,}"} == documented, preset
+
+
+@pytest.mark.parametrize("preset", ["cpt", "instruct_v2t", "blindprompt", "sequentialfuse", "ens"])
+def test_half_precision(preset: str) -> None:
+    """Encoders in bfloat16 with what was added in float32, and autocast: features nearly as close as of the encoders alone."""
+    config = small(preset)
+    models = {"vision": swin(torch.bfloat16), "text": backbone("bert", torch.bfloat16)}
+    model = MoPEForClassification(config, **{m: models[m] for m in config.modalities}).eval()
+    batch = inputs(model, torch.float32)
+    in_double = {n: t.double() if t.is_floating_point() else t for n, t in batch.items()}
+    exact = copy.deepcopy(model).double()(**in_double).features
+    output = model(**batch, labels=LABELS)
+    assert output.logits.dtype == torch.float32
+    assert (output.features.double() - exact).abs().max() / exact.abs().max() < 8 * torch.finfo(torch.bfloat16).eps
+    output.loss.backward()
+    added = model.added_state_dict()
+    assert all(p.grad.dtype == torch.float32 for n, p in model.named_parameters() if n in added)
+    model = build(config, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**batch, labels=LABELS)
+    assert {r.probs.dtype for r in output.routing or ()} <= {torch.float32}
+    output.loss.backward()
+    assert all(p.grad is not None for p in model.trainable_parameters())
