@@ -34,7 +34,7 @@ RESULTS = ROOT / "bench" / "results"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no"]
 TESTS = [folder for folder in ("tests/kernels", "tests/contract") if (ROOT / folder).is_dir()]
 SMALL_CASES = "triton and (test_selects_like_a_sort or test_padding_may_hold_anything or test_importance_loss_by_hand)"
-OPS = ["mope_attention", "prompt_attention", "mix_prompts", "route"]
+OPS = ["window_prompt_attention", "mope_attention", "prompt_attention", "mix_prompts", "route"]
 STAGES = ("tests", "ops", "model", "sanitize")
 # pytest: no test was selected. Those that passed before are not.
 NOTHING_LEFT = 5

@@ -53,7 +53,6 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file to write, for mope.load_reference_checkpoint")
     convert.set_defaults(command=_convert)
 
-
     info = commands.add_parser("info", help="versions, devices, which implementations run here and why the others do not")
     info.set_defaults(command=_info)
 

@@ -53,6 +53,12 @@ _MOPE_ATTENTION_TENSORS = (
 )
 _MOPE_ATTENTION_OPTIONS = "int top_k, float temperature, bool renormalize, float eps, float scale, float dropout_p"
 
+# With resolution >= window_size: one window of the size of the image and no shift where the image is smaller.
+_WINDOW_PROMPT_ATTENTION_INPUTS = (
+    "Tensor qkv, Tensor position_bias, int num_prompts, int num_heads, int resolution, int window_size, int shift, "
+    "bool owner_is_instance"
+)
+
 SCHEMAS = {
     "route": "(Tensor logits, Tensor? noise, int top_k, float temperature, bool renormalize)"
     " -> (Tensor probs, Tensor weights, Tensor indices)",
@@ -74,6 +80,9 @@ SCHEMAS = {
     f" -> ({', '.join(['Tensor'] * len(PROMPT_ATTENTION_GRADIENTS))})",
     "mope_attention": f"({_MOPE_ATTENTION_TENSORS}, {_MOPE_ATTENTION_OPTIONS})"
     " -> (Tensor out, Tensor lse, Tensor probs, Tensor weights, Tensor indices)",
+    "window_prompt_attention": f"({_WINDOW_PROMPT_ATTENTION_INPUTS}) -> Tensor",
+    # -> grad_qkv (B,P+R*R,3C), grad_position_bias (H,w*w,w*w)
+    "window_prompt_attention_backward": f"(Tensor grad_out, {_WINDOW_PROMPT_ATTENTION_INPUTS}, int needs) -> (Tensor, Tensor)",
     "mope_attention_backward": "(Tensor grad_out, Tensor? grad_probs, Tensor? grad_weights, Tensor out, Tensor lse, Tensor probs,"
     f" Tensor weights, Tensor indices, {_MOPE_ATTENTION_TENSORS}, {_MOPE_ATTENTION_OPTIONS}, int needs)"
     f" -> ({', '.join(['Tensor'] * len(MOPE_ATTENTION_GRADIENTS))})",
@@ -172,6 +181,15 @@ def _fake_mope_attention_backward(*args: Any) -> tuple[Tensor, ...]:
     return tuple(gradients)
 
 
+def _fake_window_prompt_attention(qkv: Tensor, *rest: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)
+
+
+def _fake_window_prompt_attention_backward(grad_out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    needs = inputs[-1]
+    return tuple(t.new_empty(t.shape) if needs >> i & 1 else not_needed(t) for i, t in enumerate(inputs[:2]))
+
+
 FAKES: dict[str, Callable[..., object]] = {
     "route": _fake_route,
     "route_backward": _fake_route_backward,
@@ -183,6 +201,8 @@ FAKES: dict[str, Callable[..., object]] = {
     "prompt_attention_backward": _fake_prompt_attention_backward,
     "mope_attention": _fake_mope_attention,
     "mope_attention_backward": _fake_mope_attention_backward,
+    "window_prompt_attention": _fake_window_prompt_attention,
+    "window_prompt_attention_backward": _fake_window_prompt_attention_backward,
 }
 
 LSE_DTYPES = {"mope_triton": torch.float64, "mope_cpu": torch.float32}

@@ -24,6 +24,26 @@ def record_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any
         _recorded = outer
 
 
+# While not None, whose GPUs kernels are compiled for where none of them is.
+_vendor: str | None = None
+
+
+@contextlib.contextmanager
+def compiling_for(vendor: str) -> Iterator[None]:
+    """Let launchers choose as for the GPUs of "nvidia" or "amd"."""
+    global _vendor
+    outer, _vendor = _vendor, vendor
+    try:
+        yield
+    finally:
+        _vendor = outer
+
+
+def on_amd() -> bool:
+    """Whether kernels run, or are compiled, for AMD's GPUs."""
+    return bool(torch.version.hip) if _vendor is None else _vendor == "amd"
+
+
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """Run `programs` programs of a kernel on the device of its first argument.
 

@@ -22,7 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby, product
 from pathlib import Path
@@ -32,13 +32,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ._triton import record_launches
+from ._triton import compiling_for, record_launches
 from .impl import interpreting
 from .mope_attention_details import _launch as mope_attention
 from .prompt_attention import TRITON_HEAD_DIMS
 from .prompt_attention_details import _launch as prompt_attention
 from .prompts_details import _launch as prompts
 from .router_details import _launch as router
+from .window_attention_details import _launch as windows
 
 # Shared memory that one block (workgroup) can have, in bytes.
 SHARED_MEMORY = {
@@ -154,6 +155,25 @@ def prompt_attention_launches(
     prompt_attention.prompt_attention_backward(*backward_inputs)
 
 
+def window_prompt_attention_launches(
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    prompts: int = 13,
+    window: int = 7,
+    shift: int = 3,
+    trained_bias: bool = False,
+    batch: int = 64,
+) -> None:
+    """Launch `window_prompt_attention`, forward and backward, as in a Swin Transformer's first stage, or with shift 0 its last."""
+    heads, resolution = (4, 8 * window) if shift else (32, window)
+    qkv = torch.empty(batch, prompts + resolution**2, 3 * heads * head_dim, dtype=dtype)
+    bias = torch.empty(heads, window**2, window**2, dtype=dtype)
+    inputs: Any = (qkv, bias, prompts, heads, resolution, window, shift, True)
+    backward_inputs: Any = (windows.window_prompt_attention(*inputs), *inputs, 3 if trained_bias else 1)
+    windows.window_prompt_attention_backward(*backward_inputs)
+
+
 def route_launches(dtype: torch.dtype, experts: int, top_k: int) -> None:
     logits = torch.empty(64, experts, dtype=dtype)
     probs, weights, indices = router.route(logits, torch.empty(64, experts), top_k, 0.1, top_k > 1)
@@ -177,14 +197,19 @@ _FAR_APART = {"row": 1 << 24}
 _MANY_PROMPTS = (32, 1, 16)
 
 
-def attention_options(dtype: torch.dtype) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Options of `mope_attention` and of `prompt_attention`: none, each alone, and all that cost registers together."""
+def attention_options(dtype: torch.dtype) -> dict[Callable[..., None], list[dict[str, Any]]]:
+    """Options of each attention: none, each alone, and all that cost registers together."""
     top_k, dropout = {"top_k": 2}, {"dropout_p": 0.1}
     mope: list[dict[str, Any]] = [{}, top_k, {"fold": False, **top_k}, dropout, {"experts": 64, "top_k": 4}]
     mope += [{"sizes": _MANY_PROMPTS}, {**top_k, **dropout, **_FAR_APART, "sizes": _MANY_PROMPTS}]
     biases: list[dict[str, Any]] = [{"bias": bias} for bias in dict.fromkeys((dtype, torch.float32))]
     plain: list[dict[str, Any]] = [{}, {"causal": True}, *biases, {"causal": True, **biases[0]}, dropout, {"tokens": 1}]
-    return mope, [*plain, {"causal": True, **biases[-1], **dropout, **_FAR_APART}]
+    windows: list[dict[str, Any]] = [{}, {"shift": 0}, {"prompts": 33}, {"trained_bias": True}]
+    return {
+        mope_attention_launches: mope,
+        prompt_attention_launches: [*plain, {"causal": True, **biases[-1], **dropout, **_FAR_APART}],
+        window_prompt_attention_launches: [*windows, {"window": 12, "shift": 6, "prompts": 33, "trained_bias": True}],
+    }
 
 
 def variants(short: bool = False) -> Iterator[tuple[str, Any]]:
@@ -204,20 +229,21 @@ def variants(short: bool = False) -> Iterator[tuple[str, Any]]:
         for selected in (1, 2, 16):
             yield f"mix_prompts {_TYPES[dtype]} k={selected}", lambda d=dtype, s=selected: mix_prompts_launches(d, s)
     for dtype, head_dim in product(dtypes, TRITON_HEAD_DIMS):
-        for launches, options in zip((mope_attention_launches, prompt_attention_launches), attention_options(dtype), strict=True):
-            for given in _declared(dtype, head_dim, options, short):
-                op = launches.__name__.removesuffix("_launches")
+        for launches, options in attention_options(dtype).items():
+            op = launches.__name__.removesuffix("_launches")
+            for given in _declared(op, dtype, head_dim, options, short):
                 described = " ".join(f"{k}={_TYPES.get(v, v)}".replace(" ", "") for k, v in given.items())
                 name = f"{op} {_TYPES[dtype]} D={head_dim} {described}".rstrip()
                 yield name, lambda f=launches, d=dtype, h=head_dim, o=given: f(d, h, **o)
 
 
-def _declared(dtype: torch.dtype, head_dim: int, options: list[dict[str, Any]], short: bool) -> list[dict[str, Any]]:
+def _declared(op: str, dtype: torch.dtype, head_dim: int, options: list[dict[str, Any]], short: bool) -> list[dict[str, Any]]:
     """Which of the options of an op (none, each, all together) are compiled for a dtype and head_dim."""
     if short:
-        if head_dim == 64:
+        usual, others = (32, ()) if op == "window_prompt_attention" else (64, (32, 72, 128))
+        if head_dim == usual:
             return options if dtype == torch.bfloat16 else options[:1]
-        return options[-1:] if head_dim in (32, 72, 128) and dtype != torch.float16 else []
+        return options[-1:] if head_dim in others and dtype != torch.float16 else []
     # float16 takes what bfloat16 takes, and other heads are padded to one of these.
     alone = dtype != torch.float16 and head_dim in (16, 32, 64, 128)
     return options if alone else [options[0], options[-1]]
@@ -302,11 +328,11 @@ def measure(variant: str, compiled: Any, arch: str) -> Report:
     return Report(variant, metadata.name, arch, metadata.num_warps, registers, spills, stack, max(shared, metadata.shared), matrix)
 
 
-def specializations(only: str = "", short: bool = False) -> Iterator[tuple[str, Specialization]]:
+def specializations(only: str = "", short: bool = False, vendor: str = "nvidia") -> Iterator[tuple[str, Specialization]]:
     """Each distinct launch of the declared variants once, with the name of the first variant that makes it."""
     seen = set()
     for name, run in variants(short):
-        with FakeTensorMode(), record_launches() as launches:
+        with FakeTensorMode(), compiling_for(vendor), record_launches() as launches:
             run()
         for launch in launches:
             found = Specialization(*launch)
@@ -327,7 +353,10 @@ def report(task: tuple[str, Specialization, str]) -> Report:
 
 def reports(architectures: list[str], only: str = "", short: bool = False, jobs: int = 1) -> Iterator[Report]:
     """Compile every declared variant whose name or kernel contains `only`, in `jobs` processes."""
-    tasks = [(name, found, arch) for name, found in specializations(only, short) for arch in architectures]
+    tasks = []
+    for vendor, prefix in (("nvidia", "sm_"), ("amd", "gfx")):
+        if of_vendor := [arch for arch in architectures if arch.startswith(prefix)]:
+            tasks += [(*found, arch) for found in specializations(only, short, vendor) for arch in of_vendor]
     if jobs == 1:
         yield from map(report, tasks)
     else:

@@ -2,13 +2,56 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments
-from .impl import Operation, reference_check
+from ._checks import Arguments, last_dim_contiguous
+from .impl import Operation, reference_check, triton_check
+from .prompt_attention import TRITON_HEAD_DIMS
+from .window_attention_details import _launch as _launch
 
-_WINDOW_PROMPT_ATTENTION = Operation("window_prompt_attention", reference=reference_check)
+
+class _Options(NamedTuple):
+    """What is no tensor, in the order of the raw op's schema."""
+
+    num_prompts: int
+    num_heads: int
+    resolution: int
+    window_size: int
+    shift: int
+    owner_is_instance: bool
+
+
+class WindowPromptAttentionFunction(torch.autograd.Function):
+    """(namespace, options, qkv, position_bias) -> out. Nothing but the two tensors is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, namespace: str, options: _Options, qkv: Tensor, position_bias: Tensor) -> Tensor:
+        ctx.ops, ctx.options = getattr(torch.ops, namespace), options
+        ctx.save_for_backward(qkv, position_bias)
+        return ctx.ops.window_prompt_attention.default(qkv, position_bias, *options)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        found = ctx.ops.window_prompt_attention_backward.default(
+            last_dim_contiguous(grads[0]), *ctx.saved_tensors, *ctx.options, sum(need << bit for bit, need in enumerate(needed))
+        )
+        return None, None, *(grad if need else None for grad, need in zip(found, needed, strict=True))
+
+
+def _triton_check(qkv: Tensor, position_bias: Tensor, *, num_heads: int, **_: Any) -> list[str]:
+    reasons = triton_check(qkv, position_bias)
+    head_dim = qkv.shape[2] // (3 * num_heads)
+    if head_dim not in TRITON_HEAD_DIMS:
+        reasons.append(f"head_dim must be one of {', '.join(map(str, TRITON_HEAD_DIMS))}, got {head_dim}")
+    return reasons
+
+
+_WINDOW_PROMPT_ATTENTION = Operation("window_prompt_attention", triton=_triton_check, reference=reference_check)
 
 PROMPT_OWNERS = ("instance", "reference")
 
@@ -37,7 +80,7 @@ def window_prompt_attention(
         shift: cyclic shift of the windows, 0 <= shift < w; tokens that it brings together from afar see each other with -100.
         prompt_owner: "instance": a window uses the prompts of its own image. "reference": window i = b*nW + w uses those of
             image i % B, as the released code does.
-        impl: "auto" or "reference".
+        impl: "auto", "triton" or "reference".
 
     Returns:
         (B, P + R*R, C): tokens in the order of the input; the output of a prompt is the mean over the windows that used it.
@@ -64,14 +107,17 @@ def window_prompt_attention(
         raise arguments.error(f"prompt_owner must be one of {', '.join(PROMPT_OWNERS)}, got {prompt_owner!r}")
     arguments.sizes["H"], arguments.sizes["n"] = num_heads, min(window_size, resolution) ** 2
     arguments.tensor("position_bias", position_bias, "H n n")
-    _WINDOW_PROMPT_ATTENTION.choose(impl, qkv, position_bias)
-    return reference.window_prompt_attention(
-        qkv,
-        position_bias,
-        num_prompts=num_prompts,
-        num_heads=num_heads,
-        resolution=resolution,
-        window_size=window_size,
-        shift=shift,
-        prompt_owner=prompt_owner,
+    options: dict[str, Any] = {
+        "num_prompts": num_prompts,
+        "num_heads": num_heads,
+        "resolution": resolution,
+        "window_size": window_size,
+        "shift": shift,
+    }
+    if _WINDOW_PROMPT_ATTENTION.choose(impl, qkv, position_bias, **options, prompt_owner=prompt_owner) == "reference":
+        return reference.window_prompt_attention(qkv, position_bias, **options, prompt_owner=prompt_owner)
+    if resolution <= window_size:
+        options |= {"window_size": resolution, "shift": 0}
+    return WindowPromptAttentionFunction.apply(
+        "mope_triton", _Options(**options, owner_is_instance=prompt_owner == "instance"), last_dim_contiguous(qkv), position_bias
     )

@@ -14,7 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
+
+from mope_kernels.reference import shift_mask, window_partition, window_reverse
+
+from .shapes import Windows
 
 # query (B,H,Lq,D), keys and values (B,H,P+Lk,D) -> (B,H,Lq,D)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -171,6 +176,64 @@ def _xformers(query: Tensor, total: int, mask: Tensor | None) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_bias=bias)
         return out.transpose(1, 2)
+
+    return attend
+
+
+def windows_of(qkv: Tensor, shape: Windows) -> Tensor:
+    """Rolled, cut into windows, and the image's prompts copied before the tokens of each: (3, B*nW, H, P + w*w, D)."""
+    prompts, tokens = qkv[:, : shape.prompts], qkv[:, shape.prompts :]
+    windows = window_partition(tokens, shape.resolution, shape.window, shape.shift)
+    rows = torch.cat([prompts[:, None].expand(-1, windows.shape[1], -1, -1), windows], dim=2)
+    return rearrange(rows, "b w n (three h d) -> three (b w) h n d", three=3, h=shape.heads)
+
+
+def image_of(windows: Tensor, shape: Windows) -> Tensor:
+    """Back again, prompts averaged over the windows: (B*nW, H, P + w*w, D) -> (B, P + R*R, C)."""
+    rows = rearrange(windows, "(b w) h n d -> b w n (h d)", b=shape.batch)
+    tokens = window_reverse(rows[:, :, shape.prompts :], shape.resolution, shape.window, shape.shift)
+    return torch.cat([rows[:, :, : shape.prompts].mean(1), tokens], dim=1)
+
+
+def window_attention(kind: str, position_bias: Tensor, shape: Windows, training: bool) -> Attend:
+    """Attention in windows (B*nW, H, P + w*w, D), position bias and shift mask put together here and now.
+
+    kind: "released" (softmax of its own), "cat+sdpa", "flex" (to be compiled) or "xformers".
+
+    Raises:
+        Unavailable: it cannot run on this device.
+    """
+    bias = position_bias[None]
+    if shape.shift:
+        mask = shift_mask(shape.resolution, shape.window, shape.shift, device=bias.device, dtype=bias.dtype)
+        bias = bias + mask[:, None]
+    # (1 or nW, H, P + w*w, P + w*w)
+    bias = F.pad(bias, (shape.prompts, 0, shape.prompts, 0))
+    if kind == "flex":
+        return _flex_windows(bias, training)
+    every = bias.repeat(shape.batch * (shape.resolution // shape.window) ** 2 // len(bias), 1, 1, 1)
+    if kind == "released":
+        return lambda q, k, v: _own_softmax(q, k, v, every)
+    if kind == "cat+sdpa":
+        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=every)
+    if kind == "xformers":
+        return _xformers(every.new_empty(len(every), shape.heads, every.shape[2], 0), every.shape[3], every)
+    raise ValueError(f"unknown attention {kind!r}")
+
+
+def _flex_windows(bias: Tensor, training: bool) -> Attend:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if bias.device.type == "cpu" and training:
+        raise Unavailable("FlexAttention has no backward on the CPU")
+    windows = len(bias)
+
+    def add_bias(score: Tensor, window: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[window % windows, head, query, key]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Any = flex_attention(q, k, v, score_mod=add_bias)
+        return out
 
     return attend
 

@@ -11,6 +11,7 @@ WAYS = {
     "mix_prompts": ("ours", "released", "released compiled", "embedding_bag"),
     "prompt_attention": _ATTENTION,
     "mope_attention": _ATTENTION,
+    "window_prompt_attention": _ATTENTION,
     "layer": ("ours", "released", "released compiled"),
 }
 
@@ -47,6 +48,7 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
         "mix_prompts": [("tiny", None)],
         "prompt_attention": [("tiny", None)],
         "mope_attention": [("tiny", 1)],
+        "window_prompt_attention": [("tiny", None)],
         "layer": [("tiny", None)],
     },
     "cpu": {
@@ -54,6 +56,7 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
         "mix_prompts": [("swin-b-stage3-b64", None), ("swin-b-stage3-b64-k16", None), ("vit-b-b64-k64", 2)],
         "prompt_attention": [("vit-b-b8", None), ("bert-128-b16", None)],
         "mope_attention": [("vit-b-b8", None), ("vit-b-b8", 1), ("bert-128-b16", None), ("digits-b64", None)],
+        "window_prompt_attention": [(f"swin-b-stage{stage}-b4", None) for stage in ("1-shifted", "3", "3-shifted", "4")],
         "layer": [("vit-b-b8", None), ("bert-128-b16", None)],
     },
     "cuda": {
@@ -68,6 +71,11 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
         "mope_attention": [
             *((s, None) for s in ("vit-b-b64", "bert-128-b64", "bert-512-b64", "vit-l-b64", "long-2k-b16")),
             *(("vit-b-b64-k64", k) for k in (None, 1, 2)),
+        ],
+        "window_prompt_attention": [
+            *((f"swin-b-stage{stage}-b64", None) for stage in ("1", "1-shifted", "2-shifted", "3-shifted", "4")),
+            *((f"swin-b-stage{stage}-b16", None) for stage in ("1-shifted", "3-shifted")),
+            *((name, None) for name in ("swin-b-stage1-b64-p9", "swin-b-stage1-b64-p33", "swin-b-384-stage1-shifted-b16")),
         ],
         "layer": [("vit-b-b64", None), ("bert-128-b64", None), ("vit-l-b64", None)],
     },

@@ -14,7 +14,10 @@ from .baselines import Unavailable
 from .shapes import Work
 
 # The inputs of the attention ops that have one row for each item.
-BATCHED = {"query", "key", "value", "logits", "prompt_key", "prompt_value", "instance_key", "instance_value", "lengths"}
+BATCHED = {
+    *("query", "key", "value", "logits", "prompt_key", "prompt_value", "instance_key", "instance_value", "lengths"),
+    "qkv",
+}
 
 Outputs = tuple[Tensor, ...]
 # A tensor for each name, or None where there is none.

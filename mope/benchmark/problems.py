@@ -32,6 +32,7 @@ def build(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
         "mix_prompts": _mix_prompts,
         "prompt_attention": _prompt_attention,
         "mope_attention": _mope_attention,
+        "window_prompt_attention": _window_prompt_attention,
         "layer": _layer,
     }
     with torch.device(device):
@@ -224,6 +225,45 @@ def _joined(t: Inputs, routed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return (
         baselines.concatenate(t["key"], t["static_key"], t["instance_key"], routed[0]),
         baselines.concatenate(t["value"], t["static_value"], t["instance_value"], routed[1]),
+    )
+
+
+def _window_prompt_attention(case: Case, dtype: torch.dtype) -> Problem:
+    """The position bias is frozen, as in every use."""
+    shape = shapes.WINDOWS[case.shape]
+    inputs: Inputs = {"qkv": torch.randn(shape.batch, shape.rows, 3 * shape.dim, dtype=dtype)}
+    trained = _train(inputs, "qkv") if case.training else ()
+    tokens = shape.window**2
+    position_bias = torch.randn(shape.heads, tokens, tokens, dtype=dtype)
+    options: dict[str, Any] = {
+        "num_prompts": shape.prompts,
+        "num_heads": shape.heads,
+        "resolution": shape.resolution,
+        "window_size": shape.window,
+        "shift": shape.shift,
+    }
+
+    def in_windows(attend: Attend) -> Way:
+        return lambda qkv: (baselines.image_of(attend(*baselines.windows_of(qkv, shape)), shape),)
+
+    ways: dict[str, Way | str] = {"ours": lambda qkv: (mope_kernels.window_prompt_attention(qkv, position_bias, **options),)}
+    for kind in ("released", "cat+sdpa", "flex", "xformers"):
+        try:
+            ways[kind] = in_windows(baselines.window_attention(kind, position_bias, shape, case.training))
+        except Unavailable as reason:
+            ways[kind] = str(reason)
+    windows = (shape.resolution // shape.window) ** 2
+    scores = shape.batch * windows * shape.heads * (shape.prompts + tokens) ** 2 * 8
+    return Problem(
+        inputs,
+        ways,
+        lambda qkv: (reference.window_prompt_attention(qkv, position_bias.to(qkv.dtype), **options),),
+        explain("window_prompt_attention", inputs["qkv"], position_bias, **options).impl or "",
+        shapes.window_work(shape, dtype.itemsize, case.training),
+        dtype,
+        trained,
+        (torch.randn(shape.batch, shape.rows, shape.dim, dtype=dtype),),
+        min(shape.batch, -(-scores // 2**30)),
     )
 
 

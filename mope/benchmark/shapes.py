@@ -50,6 +50,28 @@ class Mixture:
     dim: int
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Attention in a block of a Swin Transformer: B images of resolution^2 tokens, H heads of D, windows of window^2, P prompts."""
+
+    batch: int
+    resolution: int
+    heads: int
+    width: int = 32
+    window: int = 7
+    shift: int = 0
+    prompts: int = 13
+
+    @property
+    def dim(self) -> int:
+        return self.heads * self.width
+
+    @property
+    def rows(self) -> int:
+        """Of an image: prompts and tokens."""
+        return self.prompts + self.resolution**2
+
+
 ATTENTION = {
     "tiny": Attention(2, heads=2, width=16, tokens=5, experts=3, padding=0.5),
     "digits-b64": Attention(64, heads=4, width=16, tokens=17, experts=8),
@@ -68,6 +90,19 @@ MIXTURE = {
     **{f"swin-b-stage{i + 1}-b64": Mixture(64, experts=4, prompts=6, dim=128 << i) for i in range(4)},
     "swin-b-stage3-b64-k16": Mixture(64, experts=16, prompts=6, dim=512),
     "vit-b-b64-k64": Mixture(64, experts=64, prompts=6, dim=768),
+}
+# Shifted and not: the two blocks of the stages of a Swin-B of 224 pixels. The last stage is one window.
+WINDOWS = {
+    "tiny": Windows(2, resolution=4, heads=2, width=16, window=2, shift=1, prompts=3),
+    **{
+        f"swin-b-stage{stage + 1}{'-shifted' * (shift > 0)}-b{batch}": Windows(batch, 56 >> stage, heads=4 << stage, shift=shift)
+        for batch in (4, 16, 64)
+        for stage in range(4)
+        for shift in ((0, 3) if stage < 3 else (0,))
+    },
+    "swin-b-stage1-b64-p9": Windows(64, 56, heads=4, prompts=9),
+    "swin-b-stage1-b64-p33": Windows(64, 56, heads=4, prompts=33),
+    "swin-b-384-stage1-shifted-b16": Windows(16, 96, heads=4, window=12, shift=6),
 }
 # items, experts
 ROUTER = {"tiny": (4, 3), "b64-k4": (64, 4), "b64-k16": (64, 16), "b1024-k64": (1024, 64)}
@@ -129,6 +164,15 @@ def attention_work(shape: Attention, selected: int | None, element: int, trainin
     else:
         read += 2 * shape.batch * prompts * row
     return Work.of(read, queries * row, flops, training)
+
+
+def window_work(shape: Windows, element: int, training: bool) -> Work:
+    """Of `window_prompt_attention`: projections in, outputs out, prompts once an image; the position bias is nothing beside."""
+    numbers = shape.batch * shape.rows * shape.dim * element
+    windows = shape.batch * (shape.resolution // shape.window) ** 2
+    # Prompts attend in every window.
+    flops = 4.0 * windows * (shape.prompts + shape.window**2) ** 2 * shape.dim
+    return Work.of(3 * numbers, numbers, flops, training)
 
 
 def mixture_work(shape: Mixture, selected: int, element: int, training: bool) -> Work:

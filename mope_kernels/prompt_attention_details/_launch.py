@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mope_kernels._ops import PROMPT_ATTENTION_GRADIENTS, empty_heads_last, not_needed, triton_kernel
-from mope_kernels._triton import cdiv, launch, next_power_of_2
+from mope_kernels._triton import cdiv, launch, next_power_of_2, on_amd
 
 
 class Blocks(NamedTuple):
@@ -24,7 +24,7 @@ class Blocks(NamedTuple):
     def options(self, query: Tensor, *, dropped: bool = False) -> dict[str, int]:
         """Options of the compiler."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if (query.dtype == torch.float32 or dropped) and not torch.version.hip:
+        if (query.dtype == torch.float32 or dropped) and not on_amd():
             # Left to itself, NVIDIA's assembler spills a few registers of these to have more warps at once.
             options["maxnreg"] = 255
         return options

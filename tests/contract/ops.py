@@ -352,7 +352,7 @@ def _windows(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Opt
         "qkv": torch.randn(size["batch"], prompts + resolution**2, 3 * heads * size["width"], dtype=dtype, device=device),
         "position_bias": torch.randn(heads, tokens, tokens, dtype=dtype, device=device),
     }
-    options = {n: size[n] for n in ("resolution", "window_size", "shift")}
+    options = {n: size[n] for n in ("resolution", "window_size", "shift", "prompt_owner")}
     return tensors, options | {"num_prompts": prompts, "num_heads": heads}
 
 
@@ -361,11 +361,31 @@ WINDOW_PROMPT_ATTENTION = Op(
     run=lambda impl, options, tensors: (mope_kernels.window_prompt_attention(**tensors, **options, impl=impl),),
     plain=lambda options, tensors: (reference.window_prompt_attention(**tensors, **options),),
     example=_windows,
-    implementations=(),
+    implementations=("triton",),
     differentiable=("qkv", "position_bias"),
     per_item=("qkv",),
-    base={"batch": 2, "heads": 2, "width": 8, "prompts": 3, "resolution": 4, "window_size": 2, "shift": 1},
-    cases={"shifted": {}, "one window": {"resolution": 2}, "no prompts": {"prompts": 0}, "empty batch": {"batch": 0}},
+    base={
+        "batch": 2,
+        "heads": 1,
+        "width": 16,
+        "prompts": 3,
+        "resolution": 4,
+        "window_size": 2,
+        "shift": 1,
+        "prompt_owner": "instance",
+    },
+    cases={
+        "shifted": {"heads": 2},
+        "the released order": {"prompt_owner": "reference", "batch": 3},
+        "one window": {"resolution": 2, "shift": 0},
+        "smaller than a window": {"resolution": 3, "window_size": 5, "shift": 2},
+        "no prompts, not shifted": {"prompts": 0, "shift": 0},
+        "windows of 7": {"prompts": 13, "resolution": 7, "window_size": 7, "shift": 0},
+        "several blocks": {"prompts": 33, "resolution": 7, "window_size": 7, "shift": 0},
+        "more prompts than a block": {"prompts": 70, "resolution": 2, "shift": 0},
+        "odd head": {"width": 72, "resolution": 2, "shift": 0},
+        "empty batch": {"batch": 0},
+    },
 )
 
 

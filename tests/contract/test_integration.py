@@ -18,7 +18,7 @@ VARIED: dict[str, list[dict[str, Any]]] = {
     "mix_prompts": [{"top_k": None}, {"top_k": 2}],
     "prompt_attention": [{"shared": True, "lengths": [9, 4], "bias": (9, 9), "is_causal": True}, {}],
     "mope_attention": [{"lengths": [9, 4]}, {"top_k": 2, "fold": False, "noise": False}],
-    "window_prompt_attention": [{}],
+    "window_prompt_attention": [{}, {"prompt_owner": "reference", "resolution": 2, "shift": 0}],
     "expert_adapter": [{}],
 }
 

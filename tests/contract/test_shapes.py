@@ -84,13 +84,14 @@ def _routed_attention_sizes(draw: st.DrawFn, impl: str) -> Sizes:
 
 
 @st.composite
-def _window_sizes(draw: st.DrawFn) -> Sizes:
-    window_size, per_side = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+def _window_sizes(draw: st.DrawFn, impl: str) -> Sizes:
+    window_size, per_side = draw(st.integers(1, 4)), draw(st.integers(1, 2 if impl == "triton" else 3))
     return {
         "batch": draw(st.integers(0, 3)),
-        "heads": draw(st.integers(1, 3)),
-        "width": draw(st.integers(1, 16)),
-        "prompts": draw(st.integers(0, 5)),
+        "heads": draw(st.integers(1, 2)),
+        "width": draw(_head_dims(impl)),
+        "prompts": draw(st.integers(0, 20)),
+        "prompt_owner": draw(st.sampled_from(("instance", "reference"))),
         "window_size": window_size,
         "resolution": per_side * window_size,
         "shift": draw(st.integers(0, window_size - 1)),
@@ -116,7 +117,7 @@ SHAPES: dict[str, Callable[[str], st.SearchStrategy[Sizes]]] = {
     "mix_prompts": lambda impl: _mixture_sizes(),
     "prompt_attention": _attention_sizes,
     "mope_attention": _routed_attention_sizes,
-    "window_prompt_attention": lambda impl: _window_sizes(),
+    "window_prompt_attention": _window_sizes,
     "expert_adapter": lambda impl: _adapter_sizes(),
 }
 

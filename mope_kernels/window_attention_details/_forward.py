@@ -1,0 +1,251 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Attention in the windows of an image, each with the image's prompts, read and written where they lie.
+
+Of [prompts; tokens of the window] row n < P is prompt n, row P + y * W + x the token at (y, x) of the window.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# In units of log 2: what is added to scores between tokens that a shift brings together from afar.
+APART = tl.constexpr(-100 * 1.4426950408889634)
+
+
+@triton.jit
+def place(j, owner, batch, NUM_WINDOWS: tl.constexpr, OWNER_IS_INSTANCE: tl.constexpr):
+    """The image and the window in it of the j-th window that uses the prompts of `owner`."""
+    if OWNER_IS_INSTANCE:
+        return owner, j
+    else:
+        i = j * batch + owner
+        return i // NUM_WINDOWS, i % NUM_WINDOWS
+
+
+@triton.jit
+def row_offsets(
+    o_row,
+    owner,
+    item,
+    window,
+    stride_item,
+    stride_row,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """Where rows of [prompts of the owner; tokens of a window] start in a (B, P + R*R, ...) tensor: (rows,), 64 bits."""
+    o_token = tl.maximum(o_row - P, 0)
+    y = window // (R // W) * W + o_token // W + SHIFT
+    x = window % (R // W) * W + o_token % W + SHIFT
+    y = tl.where(y >= R, y - R, y)
+    x = tl.where(x >= R, x - R, x)
+    is_prompt = o_row < P
+    o_item = tl.where(is_prompt, owner, item).to(tl.int64) * stride_item
+    # The launcher copies what does not start at multiples of 8 elements.
+    return tl.multiple_of(o_item + tl.where(is_prompt, o_row, P + y * R + x).to(tl.int64) * stride_row, 8)
+
+
+@triton.jit
+def regions(o_row, window, P: tl.constexpr, R: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
+    """Which of the at most four parts that a shift brings together a row is of, as a bit. A prompt is of all: (rows,)."""
+    o_token = tl.maximum(o_row - P, 0)
+    # Where a window at the end of a column or row of windows is cut: the same for all windows, so the compiler keeps one number.
+    b_cut = tl.where(o_token // W >= W - SHIFT, 1, 0) + tl.where(o_token % W >= W - SHIFT, 2, 0)
+    is_cut = tl.where(window // (R // W) == R // W - 1, 1, 0) + tl.where(window % (R // W) == R // W - 1, 2, 0)
+    return tl.where(o_row < P, 15, 1 << (b_cut & is_cut))
+
+
+@triton.jit
+def load_rows(p_tensor, o_start, o_row, NUM_ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Rows of one head that start at `o_start`: (rows, BD), zero beyond the last row and beyond column D."""
+    o_column = tl.arange(0, BD)
+    mask = (o_row < NUM_ROWS)[:, None] & (o_column < D)[None, :]
+    return tl.load(p_tensor + o_start[:, None] + o_column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(p_tensor, o_start, m_row, b_rows, D: tl.constexpr, BD: tl.constexpr):
+    """Write a (rows, BD) tile to the rows of one head that start at `o_start`, in the dtype of the tensor."""
+    o_column = tl.arange(0, BD)
+    mask = m_row[:, None] & (o_column < D)[None, :]
+    tl.store(p_tensor + o_start[:, None] + o_column[None, :], b_rows.to(p_tensor.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_tokens(
+    p_out,
+    b_rows,
+    o_row,
+    item,
+    window,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """Of a (rows, BD) tile those of a window's tokens, to one head of a contiguous (B, P + R*R, WIDTH)."""
+    o_start = row_offsets(o_row, item, item, window, (P + R * R) * WIDTH, WIDTH, P, R, W, SHIFT)
+    store_rows(p_out, o_start, (o_row >= P) & (o_row < P + W * W), b_rows, D, BD)
+
+
+@triton.jit
+def store_prompts(
+    p_out,
+    p_partial,
+    b_rows,
+    o_row,
+    column,
+    owner,
+    split,
+    batch,
+    scale,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Of a (rows, BD) tile those of prompts, from a column on.
+
+    They go, times scale, to a contiguous (B, P + R*R, WIDTH), or where there is one to partial (splits, B, P, WIDTH).
+    """
+    if p_partial is None:
+        o_start = (owner.to(tl.int64) * (P + R * R) + o_row) * WIDTH
+        store_rows(p_out + column, o_start, o_row < P, b_rows * scale, D, BD)
+    else:
+        o_start = ((split.to(tl.int64) * batch + owner) * P + o_row) * WIDTH
+        store_rows(p_partial + column, o_start, o_row < P, b_rows, D, BD)
+
+
+@triton.jit
+def load_bias(p_bias, o_query, o_key, P: tl.constexpr, W: tl.constexpr):
+    """(W*W, W*W) position bias of one head in units of log 2; 0 beside prompts, -inf for keys that are not there: (BM, BN)."""
+    m_query = (o_query >= P) & (o_query < P + W * W)
+    m_key = (o_key >= P) & (o_key < P + W * W)
+    offsets = (o_query - P)[:, None] * (W * W) + (o_key - P)[None, :]
+    b_bias = tl.load(p_bias + offsets, mask=m_query[:, None] & m_key[None, :], other=0.0).to(tl.float32) * LOG2_E
+    return tl.where((o_key < P + W * W)[None, :], b_bias, float("-inf"))
+
+
+@triton.jit
+def window_scores(
+    b_query,
+    b_key,
+    b_bias,
+    o_query,
+    o_key,
+    window,
+    scale_log2,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(BM, BN) in units of log 2."""
+    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2 + b_bias
+    if SHIFT > 0:
+        b_query_region = regions(o_query, window, P, R, W, SHIFT)
+        b_key_region = regions(o_key, window, P, R, W, SHIFT)
+        b_scores += tl.where((b_query_region[:, None] & b_key_region[None, :]) == 0, APART, 0.0)
+    return b_scores
+
+
+@triton.jit(do_not_specialize=["batch", "splits"])
+def window_forward(
+    p_qkv,
+    p_bias,
+    p_out,
+    p_partial,
+    qkv_strides,
+    batch,
+    splits,
+    scale_log2,
+    OWNER_IS_INSTANCE: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: BM rows of one head, of a part of the windows that use the prompts of one image.
+
+    out is (B, P + R*R, C), contiguous. Prompts get the mean over their windows; where these are split among programs, each
+    writes its sum to partial (splits, B, P, C), float32.
+    """
+    NUM_WINDOWS: tl.constexpr = (R // W) * (R // W)
+    NUM_ROWS: tl.constexpr = P + W * W
+    QUERY_BLOCKS: tl.constexpr = (NUM_ROWS + BM - 1) // BM
+    KEY_BLOCKS: tl.constexpr = (NUM_ROWS + BN - 1) // BN
+    # Heads beside each other share cache lines, so they run together.
+    head = tl.program_id(0) % H
+    rest = tl.program_id(0) // H
+    o_query = rest % QUERY_BLOCKS * BM + tl.arange(0, BM)
+    rest = rest // QUERY_BLOCKS
+    split = rest % splits
+    owner = rest // splits
+
+    p_query = p_qkv + head * D
+    p_key = p_query + H * D
+    p_value = p_key + H * D
+    p_bias += head.to(tl.int64) * (W * W * W * W)
+    if KEY_BLOCKS == 1:
+        # (BM, BN), the same for all windows
+        b_bias = load_bias(p_bias, o_query, tl.arange(0, BN), P, W)
+    b_sum_of_windows = tl.zeros([BM, BD], tl.float32)
+    for j in tl.range(split * NUM_WINDOWS // splits, (split + 1) * NUM_WINDOWS // splits):
+        item, window = place(j, owner, batch, NUM_WINDOWS, OWNER_IS_INSTANCE)
+        o_query_start = row_offsets(o_query, owner, item, window, qkv_strides[0], qkv_strides[1], P, R, W, SHIFT)
+        # (BM, BD)
+        b_query = load_rows(p_query, o_query_start, o_query, NUM_ROWS, D, BD)
+        b_max = tl.full([BM], float("-inf"), tl.float32)
+        b_sum = tl.zeros([BM], tl.float32)
+        b_out = tl.zeros([BM, BD], tl.float32)
+        for key_block in tl.range(0, KEY_BLOCKS):
+            o_key = key_block * BN + tl.arange(0, BN)
+            o_key_start = row_offsets(o_key, owner, item, window, qkv_strides[0], qkv_strides[1], P, R, W, SHIFT)
+            # (BN, BD) each
+            b_key = load_rows(p_key, o_key_start, o_key, NUM_ROWS, D, BD)
+            b_value = load_rows(p_value, o_key_start, o_key, NUM_ROWS, D, BD)
+            if KEY_BLOCKS > 1:
+                b_bias = load_bias(p_bias, o_query, o_key, P, W)
+            b_scores = window_scores(b_query, b_key, b_bias, o_query, o_key, window, scale_log2, P, R, W, SHIFT, PRECISION)
+            # Each block of keys has one that is there, so no maximum is -inf.
+            b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
+            b_probs = tl.exp2(b_scores - b_new_max[:, None])
+            b_decay = tl.exp2(b_max - b_new_max)
+            b_sum = b_sum * b_decay + tl.sum(b_probs, 1)
+            b_out = tl.dot(b_probs.to(b_value.dtype), b_value, b_out * b_decay[:, None], input_precision=PRECISION)
+            b_max = b_new_max
+        b_out /= b_sum[:, None]
+        b_sum_of_windows += b_out
+        store_tokens(p_out + head * D, b_out, o_query, item, window, H * D, D, BD, P, R, W, SHIFT)
+    if P > 0:
+        store_prompts(
+            p_out, p_partial, b_sum_of_windows, o_query, head * D, owner, split, batch, 1.0 / NUM_WINDOWS, H * D, D, BD, P, R
+        )
+
+
+@triton.jit(do_not_specialize=["batch", "splits"])
+def sum_partials(p_partial, p_out, batch, splits, scale, ROWS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
+    """One program: one prompt of one item; scale * sum of partial (splits, B, P, C), into the first P rows of out (B, ROWS, C)."""
+    item = (tl.program_id(0) // P).to(tl.int64)
+    prompt = tl.program_id(0) % P
+    for start in tl.range(0, C, BC):
+        o_column = start + tl.arange(0, BC)
+        b_sum = tl.zeros([BC], tl.float32)
+        # In order, whatever finished first.
+        for split in tl.range(0, splits):
+            b_sum += tl.load(p_partial + ((split * batch + item) * P + prompt) * C + o_column, mask=o_column < C, other=0.0)
+        p_row = p_out + (item * ROWS + prompt) * C
+        tl.store(p_row + o_column, (scale * b_sum).to(p_out.dtype.element_ty), mask=o_column < C)
