@@ -220,6 +220,8 @@ class MoPEForClassification(SavedModel):
         except ValueError:
             self.detach()
             raise
+        # Those that are fine-tuned are in the mode of the model.
+        self.train(self.training)
 
     def detach(self) -> None:
         """Give the backbones back as they were: modules, requires_grad, training mode. The model does not run any more.

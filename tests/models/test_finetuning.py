@@ -71,6 +71,11 @@ def test_dropout_of_an_encoder_that_trains_is_on_in_training() -> None:
     """But for that of attention probabilities."""
     model, batch = fusion(method="text_only", finetuned=["text"], vision=None), tiny.inputs()
     del batch["pixel_values"]
+    # A new model is in training mode, and one that is prompted again in the mode that it had.
+    assert not torch.equal(model(**batch).logits, model(**batch).logits)
+    model.detach()
+    model.attach()
+    assert not torch.equal(model(**batch).logits, model(**batch).logits)
     assert not torch.equal(model.train()(**batch).logits, model(**batch).logits)
     assert torch.equal(model.eval()(**batch).logits, model(**batch).logits)
 
