@@ -12,10 +12,13 @@ using torch::stable::parallel_for;
 #include "attention.h"
 #include "mix_prompts.h"
 #include "mope_attention.h"
+#include "window_attention.h"
 
 #define MOPE_NAME(target) #target
 #define MOPE_NAME_OF(target) MOPE_NAME(target)
-constexpr Kernels kKernels{MOPE_NAME_OF(MOPE_TARGET), mix_prompts, mix_prompts_backward, mope_attention, mope_attention_backward};
+constexpr Kernels kKernels{
+    MOPE_NAME_OF(MOPE_TARGET), mix_prompts,     mix_prompts_backward, mope_attention, mope_attention_backward, window_attention,
+    window_attention_backward};
 #undef MOPE_NAME
 #undef MOPE_NAME_OF
 

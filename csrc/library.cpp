@@ -1,6 +1,7 @@
 // The ops of the namespace mope_cpu: from tensors to kernels. Schemas, fakes and conventions stand in mope_kernels/_ops.py.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -170,6 +171,56 @@ Gradients mope_attention_backward(
   return gradients;
 }
 
+// The arguments that both directions have.
+#define WINDOW_ATTENTION_PARAMETERS                                                                                        \
+  Tensor qkv, Tensor position_bias, int64_t num_prompts, int64_t num_heads, int64_t resolution, int64_t window_size,       \
+    int64_t shift, bool owner_is_instance
+#define WINDOW_ATTENTION_ARGUMENTS \
+  qkv, position_bias, num_prompts, num_heads, resolution, window_size, shift, owner_is_instance
+
+WindowAttention window_attention_problem(Arguments& arguments, WINDOW_ATTENTION_PARAMETERS) {
+  STD_TORCH_CHECK(
+      qkv.dim() == 3 && num_heads > 0 && qkv.size(2) % (3 * num_heads) == 0,
+      "window_prompt_attention: qkv must be (B, P + R*R, 3C) with C a multiple of num_heads = ", num_heads, ", got ",
+      to_string(qkv.sizes()));
+  STD_TORCH_CHECK(
+      window_size > 0 && resolution % window_size == 0 && 0 <= shift && shift < window_size && num_prompts >= 0,
+      "window_prompt_attention: window_size must divide resolution and be more than shift, got ", window_size, ", ", resolution,
+      " and ", shift);
+  const int64_t B = qkv.size(0), width = qkv.size(2), tokens = window_size * window_size;
+  WindowAttention op{};
+  op.B = B, op.H = num_heads, op.D = width / (3 * num_heads), op.P = num_prompts, op.R = resolution, op.W = window_size;
+  op.shift = shift, op.owner_is_instance = owner_is_instance, op.scale = 1.0f / std::sqrt(static_cast<float>(op.D));
+  op.qkv = arguments.rows<3>("qkv", qkv, {B, num_prompts + resolution * resolution, width});
+  op.bias = arguments.dense<float>("position_bias", position_bias, {num_heads, tokens, tokens});
+  return op;
+}
+
+Output<3> rows_of_images(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr<float>(), {tensor.stride(0), tensor.stride(1)}};
+}
+
+Tensor window_attention(WINDOW_ATTENTION_PARAMETERS) {
+  Arguments arguments("window_prompt_attention");
+  const WindowAttention op = window_attention_problem(arguments, WINDOW_ATTENTION_ARGUMENTS);
+  Tensor out = empty(op.B, qkv.size(1), op.H * op.D);
+  kernels().window_attention(op, rows_of_images(out));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> window_attention_backward(Tensor grad_out, WINDOW_ATTENTION_PARAMETERS, int64_t needs) {
+  Arguments arguments("window_prompt_attention_backward");
+  const WindowAttention op = window_attention_problem(arguments, WINDOW_ATTENTION_ARGUMENTS);
+  WindowAttentionBackward back{};
+  back.grad_out = arguments.rows<3>("grad_out", grad_out, {op.B, qkv.size(1), op.H * op.D});
+  Tensor grad_qkv = needs & 1 ? empty(op.B, qkv.size(1), qkv.size(2)) : empty(0);
+  Tensor grad_bias = needs & 2 ? empty(op.H, op.W * op.W, op.W * op.W) : empty(0);
+  if (needs & 1) back.qkv = rows_of_images(grad_qkv);
+  if (needs & 2) back.bias = grad_bias.mutable_data_ptr<float>();
+  kernels().window_attention_backward(op, back);
+  return {grad_qkv, grad_bias};
+}
+
 }  // namespace
 }  // namespace mope
 
@@ -178,6 +229,8 @@ STABLE_TORCH_LIBRARY_IMPL(mope_cpu, CPU, m) {
   m.impl("mix_prompts_backward", TORCH_BOX(&mope::mix_prompts_backward));
   m.impl("mope_attention", TORCH_BOX(&mope::mope_attention));
   m.impl("mope_attention_backward", TORCH_BOX(&mope::mope_attention_backward));
+  m.impl("window_prompt_attention", TORCH_BOX(&mope::window_attention));
+  m.impl("window_prompt_attention_backward", TORCH_BOX(&mope::window_attention_backward));
 }
 
 // The instruction set whose kernels run here; for a report, through ctypes.

@@ -87,6 +87,25 @@ struct MixPrompts {
   View<const int64_t, 2> indices;
 };
 
+struct WindowAttention {
+  int64_t B, H, D, P, R, W, shift;  // R tokens on a side of the image, W on a side of a window
+  bool owner_is_instance;
+  float scale;
+  Input<3> qkv;       // (B, P + R*R, 3 * H * D)
+  const float* bias;  // (H, W*W, W*W)
+
+  int64_t windows() const { return (R / W) * (R / W); }
+  // Of [prompts; tokens of a window].
+  int64_t rows() const { return P + W * W; }
+  int64_t chunks(int64_t size) const { return (windows() + size - 1) / size; }
+};
+
+struct WindowAttentionBackward {
+  Input<3> grad_out;  // (B, P + R*R, H * D)
+  Output<3> qkv;      // the gradients
+  float* bias;
+};
+
 // The kernels, compiled for one instruction set.
 struct Kernels {
   const char* target;
@@ -94,6 +113,8 @@ struct Kernels {
   void (*mix_prompts_backward)(const MixPrompts&, const float* grad_out, float* grad_experts, float* grad_weights);
   void (*mope_attention)(const MopeAttention&, const MopeAttentionForward&);
   void (*mope_attention_backward)(const MopeAttention&, const MopeAttentionBackward&);
+  void (*window_attention)(const WindowAttention&, Output<3> out);
+  void (*window_attention_backward)(const WindowAttention&, const WindowAttentionBackward&);
 };
 
 // Those for the best instruction set that this processor has.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, last_dim_contiguous
-from .impl import Operation, reference_check, triton_check
+from .impl import Operation, extension_check, reference_check, triton_check
 from .prompt_attention import TRITON_HEAD_DIMS
 from .window_attention_details import _launch as _launch
 
@@ -51,7 +51,11 @@ def _triton_check(qkv: Tensor, position_bias: Tensor, *, num_heads: int, **_: An
     return reasons
 
 
-_WINDOW_PROMPT_ATTENTION = Operation("window_prompt_attention", triton=_triton_check, reference=reference_check)
+def _cpu_check(qkv: Tensor, position_bias: Tensor, **_: Any) -> list[str]:
+    return extension_check(qkv, position_bias)
+
+
+_WINDOW_PROMPT_ATTENTION = Operation("window_prompt_attention", triton=_triton_check, cpu=_cpu_check, reference=reference_check)
 
 PROMPT_OWNERS = ("instance", "reference")
 
@@ -80,7 +84,7 @@ def window_prompt_attention(
         shift: cyclic shift of the windows, 0 <= shift < w; tokens that it brings together from afar see each other with -100.
         prompt_owner: "instance": a window uses the prompts of its own image. "reference": window i = b*nW + w uses those of
             image i % B, as the released code does.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
         (B, P + R*R, C): tokens in the order of the input; the output of a prompt is the mean over the windows that used it.
@@ -114,10 +118,14 @@ def window_prompt_attention(
         "window_size": window_size,
         "shift": shift,
     }
-    if _WINDOW_PROMPT_ATTENTION.choose(impl, qkv, position_bias, **options, prompt_owner=prompt_owner) == "reference":
+    implementation = _WINDOW_PROMPT_ATTENTION.choose(impl, qkv, position_bias, **options, prompt_owner=prompt_owner)
+    if implementation == "reference":
         return reference.window_prompt_attention(qkv, position_bias, **options, prompt_owner=prompt_owner)
     if resolution <= window_size:
         options |= {"window_size": resolution, "shift": 0}
     return WindowPromptAttentionFunction.apply(
-        "mope_triton", _Options(**options, owner_is_instance=prompt_owner == "instance"), last_dim_contiguous(qkv), position_bias
+        f"mope_{implementation}",
+        _Options(**options, owner_is_instance=prompt_owner == "instance"),
+        last_dim_contiguous(qkv),
+        position_bias,
     )

@@ -361,7 +361,7 @@ WINDOW_PROMPT_ATTENTION = Op(
     run=lambda impl, options, tensors: (mope_kernels.window_prompt_attention(**tensors, **options, impl=impl),),
     plain=lambda options, tensors: (reference.window_prompt_attention(**tensors, **options),),
     example=_windows,
-    implementations=("triton",),
+    implementations=("cpu", "triton"),
     differentiable=("qkv", "position_bias"),
     per_item=("qkv",),
     base={

@@ -24,7 +24,7 @@ def draw(impl: str, dtype: torch.dtype, batch: int, head_dim: int, options: dict
     return {"qkv": qkv, "position_bias": torch.randn(heads, tokens, tokens, dtype=dtype, device=DEVICE[impl])}
 
 
-@implementations("triton")
+@implementations("cpu", "triton")
 @pytest.mark.parametrize("prompt_owner", mope_kernels.window_attention.PROMPT_OWNERS)
 @pytest.mark.parametrize(
     ("batch", "head_dim", "options"),
@@ -48,7 +48,7 @@ def test_frozen_position_bias(impl, prompt_owner, batch, head_dim, options):
         )
 
 
-@implementations("triton")
+@implementations("cpu", "triton")
 def test_position_bias_alone(impl):
     """Nothing is computed for frozen projections, and the bias gets what it gets beside them."""
     tensors = draw(impl, torch.float32, 2, 16, SMALL)
@@ -56,7 +56,8 @@ def test_position_bias_alone(impl):
     for trained in (("position_bias",), ("qkv", "position_bias")):
         inputs = {name: tensor.detach().requires_grad_(name in trained) for name, tensor in tensors.items()}
         out = mope_kernels.window_prompt_attention(**inputs, **SMALL, impl=impl)
-        with RecordResults(torch.ops.mope_triton.window_prompt_attention_backward.default) as record:
+        backward = getattr(torch.ops, f"mope_{impl}").window_prompt_attention_backward.default
+        with RecordResults(backward) as record:
             out.backward(torch.ones_like(out))
         gradients.append(inputs["position_bias"].grad)
         computed.append(record.results[0].numel())
