@@ -116,6 +116,7 @@ class MoPEConfig:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._resolve()
         for name, allowed in {
             "method": METHODS,
@@ -143,23 +144,23 @@ class MoPEConfig:
             "head_hidden": 1,
         }.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+            if not _is_integer(value) or value < lowest:
                 raise ValueError(f"MoPEConfig: {name} must be an integer of at least {lowest}, got {value!r}")
         for name in ("train_top_k", "eval_top_k"):
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= self.num_experts:
+            if value is not None and not (_is_integer(value) and 1 <= value <= self.num_experts):
                 raise ValueError(
-                    f"MoPEConfig: {name} must be None (all) or between 1 and num_experts={self.num_experts}, got {value}"
+                    f"MoPEConfig: {name} must be None (all) or between 1 and num_experts={self.num_experts}, got {value!r}"
                 )
         for name in ("noise_std", "importance_weight", "importance_threshold"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"MoPEConfig: {name} must be 0 or more, got {getattr(self, name)}")
+            if not (_is_number(value := getattr(self, name)) and value >= 0):
+                raise ValueError(f"MoPEConfig: {name} must be 0 or more, got {value!r}")
         for name in ("temperature", "prompt_init_bound"):
             value = getattr(self, name)
-            if not (value is None and name == "prompt_init_bound") and not value > 0:
-                raise ValueError(f"MoPEConfig: {name} must be positive, got {value}")
-        if not 0 <= self.prompt_dropout < 1:
-            raise ValueError(f"MoPEConfig: prompt_dropout must be in [0, 1), got {self.prompt_dropout}")
+            if not (value is None and name == "prompt_init_bound") and not (_is_number(value) and value > 0):
+                raise ValueError(f"MoPEConfig: {name} must be positive, got {value!r}")
+        if not (_is_number(self.prompt_dropout) and 0 <= self.prompt_dropout < 1):
+            raise ValueError(f"MoPEConfig: prompt_dropout must be in [0, 1), got {self.prompt_dropout!r}")
         if self.router == "multimodal" and self.router_self_width + self.router_cross_width == 0:
             raise ValueError("MoPEConfig: router_self_width and router_cross_width are both 0: the router would see nothing")
         if self.method == "static_mapped" and not self.use_mapped:
@@ -173,6 +174,18 @@ class MoPEConfig:
                 f"MoPEConfig: finetuned names {', '.join(map(repr, strangers))}, "
                 f"but method {self.method!r} works on {' and '.join(self.modalities)}"
             )
+
+    def _check_types(self) -> None:
+        """Where another type would be taken for something else: "no" for true, "text" for its letters."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("bool", "bool | None") and not (isinstance(value, bool) or (value is None and field.type != "bool")):
+                raise ValueError(f"MoPEConfig: {field.name} must be true or false, got {value!r}")
+        if isinstance(self.finetuned, str) or not isinstance(self.finetuned, Sequence):
+            raise ValueError(f"MoPEConfig: finetuned must be a sequence, such as ['text'], got {self.finetuned!r}")
+        layers = self.prompted_layers
+        if layers is not None and not (isinstance(layers, Sequence) and layers and all(map(_is_integer, layers))):
+            raise ValueError(f"MoPEConfig: prompted_layers must be integers, at least one, or None for all layers, got {layers!r}")
 
     def _check_depth(self) -> None:
         """What prompts in front of the first layer alone cannot be."""
@@ -203,7 +216,7 @@ class MoPEConfig:
         if self.static_length is None:
             put("static_length", 4 if self.method in ("mope", "static_mapped") else 0)
         if self.noise_std is None:
-            put("noise_std", 1 / max(self.num_experts, 1) ** 2)
+            put("noise_std", 1 / self.num_experts**2 if _is_integer(self.num_experts) and self.num_experts > 0 else 0.0)
         put("finetuned", tuple(self.finetuned))
         if self.prompted_layers is not None:
             put("prompted_layers", tuple(self.prompted_layers))
@@ -284,3 +297,11 @@ class MoPEConfig:
                 stacklevel=2,
             )
         return cls(**{name: value for name, value in values.items() if name in fields})
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

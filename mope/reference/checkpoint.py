@@ -44,7 +44,8 @@ class ReferenceCheckpoint:
 
     def save(self, path: str | Path) -> None:
         """Write tensors and options as one `.safetensors` file, which `read_reference_checkpoint` reads too."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        # Copies: safetensors refuses tensors that share memory.
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self.tensors.items()}
         save_file(tensors, path, metadata={"options": json.dumps(self.options)})
 
 
@@ -52,7 +53,8 @@ def read_reference_checkpoint(path: str | Path) -> ReferenceCheckpoint:
     """Read a Lightning `.ckpt` of the released code, or what `ReferenceCheckpoint.save` made of one.
 
     A `.ckpt` is a pickle. It is read with `weights_only=True` and an allow-list of one class, argparse.Namespace: nothing in it is
-    executed. Tensors that are no part of the classifiers are left out with a warning that names them.
+    executed. Tensors that are no part of the classifiers are left out with a warning that names them, and so are named those that
+    hold NaN or infinity.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -73,7 +75,7 @@ def read_reference_checkpoint(path: str | Path) -> ReferenceCheckpoint:
             unknown.append(name)
         elif _OBSOLETE.search(own):
             continue
-        elif own in tensors and not torch.equal(tensors[own], tensor):
+        elif own in tensors and not _same(tensors[own], tensor):
             raise ValueError(f"{path}: the two copies of {own} differ, so one of them is not what was trained")
         else:
             tensors[own] = tensor
@@ -84,6 +86,8 @@ def read_reference_checkpoint(path: str | Path) -> ReferenceCheckpoint:
         )
     if unknown:
         warnings.warn(f"{path}: {len(unknown)} unknown tensors are left out: {', '.join(unknown[:8])}", stacklevel=2)
+    if diverged := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        warnings.warn(f"{path}: {len(diverged)} tensors hold NaN or infinity: {', '.join(diverged[:8])}", stacklevel=2)
     return ReferenceCheckpoint(options, tensors)
 
 
@@ -98,32 +102,51 @@ def _read_lightning(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
             f"{path}: {named}, and only tensors, plain values and argparse.Namespace are read. Nothing was executed. If you trust "
             "the file, load it where it was made and save {'state_dict': ..., 'hyper_parameters': {'args': vars(args)}} again."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    # A damaged pickle makes torch raise almost anything.
+    except Exception as error:
         raise ValueError(f"{path}: not a readable checkpoint, perhaps cut off ({type(error).__name__}: {error})") from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, Mapping):
         raise ValueError(
             f"{path}: a checkpoint of the released code is a dict with a 'state_dict', this is {type(checkpoint).__name__}"
         )
-    strangers = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    strangers = [name for name, value in state.items() if not (isinstance(name, str) and _is_plain(value))]
     if strangers:
         raise ValueError(f"{path}: in state_dict these are no tensors: {', '.join(map(str, strangers[:5]))}")
     # Lightning writes the options themselves; scripts that save them on their own put them under the name of the argument.
     options = checkpoint.get("hyper_parameters") or {}
     if isinstance(options, Mapping):
         options = options.get("args", options)
-    return _plain(vars(options) if isinstance(options, argparse.Namespace) else dict(options)), state
+    if isinstance(options, argparse.Namespace):
+        options = vars(options)
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise ValueError(f"{path}: hyper_parameters hold no options by name, but {type(options).__name__}")
+    # What JSON can hold; the rest as its description.
+    return json.loads(json.dumps(dict(options), default=repr)), state
 
 
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What JSON can hold; the rest as its description."""
-    return json.loads(json.dumps(dict(options), default=repr))
+def _is_plain(value: Any) -> bool:
+    """Whether this is a tensor whose values all are in the file: one that is expanded could claim any size."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+    )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Bit by bit but for NaN, which is NaN."""
+    return one.dtype == other.dtype and one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            return json.loads(metadata.get("options", "{}")), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            options = json.loads((file.metadata() or {}).get("options", "{}"))
+            if not isinstance(options, dict):
+                raise ValueError(f"{path}: its options are no options by name, but {type(options).__name__}")
+            return options, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a readable checkpoint ({error})") from error

@@ -60,19 +60,27 @@ def load_reference_checkpoint(
     parts = ["vision_classifier.classifier.weight", f"{_ENCODER}deep_prompt_embeddings_0", mapper, "text_classifier.prompt_vector"]
     if missing := [name for name in parts if name not in checkpoint.tensors]:
         raise ValueError(f"{path}: {', '.join(missing)} missing: this is no checkpoint of --fuse_method {method}")
+    dimensions = dict(zip(parts, (2, 4, 2, 3), strict=True)) | {f"{_ENCODER}prompt_embeddings": 3}
+    for name, tensor in checkpoint.tensors.items():
+        wanted = 4 if name.startswith(f"{_ENCODER}deep_prompt_embeddings_") else dimensions.get(name)
+        if wanted is not None and (tensor.ndim != wanted or not tensor.numel()):
+            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, expected {wanted} dimensions, none of them 0")
     head, experts, hidden, text_prompts = (checkpoint.tensors[name] for name in parts)
-    config = MoPEConfig.preset(
-        method,
-        num_labels=len(head),
-        num_experts=experts.shape[0] - 1,
-        prompt_length=experts.shape[2],
-        static_length=experts.shape[2],
-        mapper_hidden=len(hidden),
-        cross_prompt_length=text_prompts.shape[1],
-        prompt_owner=mode,
-        problem_type="multi_label" if checkpoint.options.get("dataset") == "imdb" else "single_label",
-        importance_weight=checkpoint.options.get("w_imp", 0.01),
-    )
+    try:
+        config = MoPEConfig.preset(
+            method,
+            num_labels=len(head),
+            num_experts=experts.shape[0] - 1,
+            prompt_length=experts.shape[2],
+            static_length=experts.shape[2],
+            mapper_hidden=len(hidden),
+            cross_prompt_length=text_prompts.shape[1],
+            prompt_owner=mode,
+            problem_type="multi_label" if checkpoint.options.get("dataset") == "imdb" else "single_label",
+            importance_weight=checkpoint.options.get("w_imp", 0.01),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: its sizes and options make no configuration ({error})") from error
     known = {name for name in encoder if _DEAD.search(name) or _is_prompt(name)}
     _check_backbone(path, "vision", {n: t for n, t in encoder.items() if n not in known}, swin_state_dict(base_model(vision)))
     known = {"prompt_vector"} | {name for name in text_part if _DEAD.search(name)}
@@ -122,6 +130,8 @@ def _check_shapes(path: str | Path, state: Mapping[str, Tensor], wanted: Mapping
     for name in sorted(wanted.keys() & state.keys()):
         if state[name].shape != wanted[name].shape:
             wrong.append(f"{name} is {tuple(state[name].shape)}, expected {tuple(wanted[name].shape)}")
+        elif state[name].is_floating_point() != wanted[name].is_floating_point():
+            wrong.append(f"{name} is {state[name].dtype}, expected {wanted[name].dtype}")
     if wrong:
         raise ValueError(f"{path}: {'; '.join(wrong[:8])}" + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,13 @@ def test_a_truncated_file_is_named(tmp_path, kept):
         ({"model": {}}, "a dict with a 'state_dict', this is dict"),
         ({"state_dict": {"vision_classifier.x": 3}}, r"these are no tensors: vision_classifier\.x"),
         ({"state_dict": {"model.weight": torch.zeros(1)}}, r"no checkpoint of the released code; it holds model\.weight"),
+        # What claims more than there is: building a model of its size would take all memory.
+        ({"state_dict": {"vision_classifier.x": torch.zeros(1).expand(10**12)}}, r"these are no tensors: vision_classifier\.x"),
+        ({"state_dict": {"vision_classifier.x": torch.eye(2).to_sparse()}}, r"these are no tensors: vision_classifier\.x"),
+        ({"state_dict": {7: torch.zeros(1)}}, "these are no tensors: 7"),
+        (checkpoint(hyper_parameters=5), "hyper_parameters hold no options by name, but int"),
+        (checkpoint(hyper_parameters={"args": ["mope"]}), "hyper_parameters hold no options by name, but list"),
+        (checkpoint(hyper_parameters={(1, 2): 3}), "hyper_parameters hold no options by name, but dict"),
     ],
 )
 def test_other_files_are_named(tmp_path, content, message):
@@ -114,6 +122,40 @@ def test_copies_that_differ_are_refused(tmp_path):
     state["classifier.vision_model.classifier.weight"] = torch.zeros(3, 8)
     with pytest.raises(ValueError, match=r"the two copies of vision_classifier\.classifier\.weight differ"):
         read_reference_checkpoint(write(tmp_path / "a.ckpt", {"state_dict": state}))
+
+
+def test_tensors_that_diverged_are_named(tmp_path):
+    state = tensors()
+    state["vision_classifier.classifier.weight"][0, 0] = torch.nan
+    # Both names of the same one.
+    state["classifier.vision_model.classifier.weight"] = state["vision_classifier.classifier.weight"].clone()
+    with pytest.warns(UserWarning, match=r"1 tensors hold NaN or infinity: vision_classifier\.classifier\.weight"):
+        read_reference_checkpoint(write(tmp_path / "a.ckpt", {"state_dict": state}))
+
+
+def test_damaged_files_are_named(tmp_path):
+    """Whatever a byte changes: the file is read, or refused by its name."""
+    path = write(tmp_path / "a.ckpt", checkpoint(hyper_parameters=PLAIN))
+    whole = path.read_bytes()
+    start, refused = whole.index(b"state_dict"), 0
+    for place in range(start, start + 600, 4):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x85]) + whole[place + 1 :])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                read_reference_checkpoint(path)
+            except ValueError as error:
+                assert str(path) in str(error)
+                refused += 1
+    assert refused > 100
+
+
+def test_tensors_that_share_memory_are_converted(tmp_path):
+    state = tensors()
+    state["vision_classifier.extra"] = state["vision_classifier.classifier.weight"]
+    found = read_reference_checkpoint(write(tmp_path / "a.ckpt", {"state_dict": state}))
+    found.save(tmp_path / "a.safetensors")
+    assert read_reference_checkpoint(tmp_path / "a.safetensors").tensors.keys() == found.tensors.keys()
 
 
 def test_unknown_tensors_are_named(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,10 +79,10 @@ def released(backbones) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str,
 
 @pytest.fixture
 def checkpoint(released, tmp_path) -> Callable[..., Path]:
-    def write(change: Callable[[dict[str, Tensor]], object] = lambda state: None, method: str = "mope") -> Path:
+    def write(change: Callable[[dict[str, Tensor]], object] = lambda state: None, method: str = "mope", **options: Any) -> Path:
         state = dict(released[2])
         change(state)
-        torch.save({"state_dict": state, "hyper_parameters": {"args": {"fuse_method": method}}}, tmp_path / "last.ckpt")
+        torch.save({"state_dict": state, "hyper_parameters": {"args": {"fuse_method": method, **options}}}, tmp_path / "last.ckpt")
         return tmp_path / "last.ckpt"
 
     return write
@@ -190,6 +192,26 @@ def edit(name: str, change: Callable[[Tensor], Tensor] | None) -> Callable[[dict
             lambda t: t[:-1],
             r"another text encoder than the one given: embeddings\.word_embeddings\.weight differs",
         ),
+        (
+            "text_classifier.prompt_vector",
+            torch.Tensor.long,
+            r"cross_blocks\.0\.static is torch\.int64, expected torch\.float32",
+        ),
+        *(
+            (name, change, message)
+            for name in (
+                "vision_classifier.classifier.weight",
+                "vision_classifier.encoder.deep_prompt_embeddings_0",
+                "vision_classifier.encoder.deep_prompt_embeddings_1",
+                "vision_classifier.encoder.mm_prompt_instruction_proj.0.weight",
+                "vision_classifier.encoder.prompt_embeddings",
+                "text_classifier.prompt_vector",
+            )
+            for change, message in (
+                (lambda t: t.sum(), rf"{re.escape(name)} is \(\), expected \d dimensions"),
+                (lambda t: t[:0], rf"{re.escape(name)} is \(0, .*, expected \d dimensions, none of them 0"),
+            )
+        ),
     ],
 )
 def test_what_is_wrong_is_named(checkpoint, backbones, name, change, message):
@@ -205,5 +227,7 @@ def test_unknown_tensors_and_other_methods_are_named(checkpoint, backbones):
         load_reference_checkpoint(extra, vision=vision, text=text)
     with pytest.raises(ValueError, match="trained with --fuse_method promptfuse"):
         load_reference_checkpoint(checkpoint(method="promptfuse"), vision=vision, text=text)
+    with pytest.raises(ValueError, match=r"no configuration .*importance_weight must be 0 or more, got 'much'"):
+        load_reference_checkpoint(checkpoint(w_imp="much"), vision=vision, text=text)
     with pytest.raises(ValueError, match="mode must be one of reference, instance"):
         load_reference_checkpoint(checkpoint(), vision=vision, text=text, mode="exact")
