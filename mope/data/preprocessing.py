@@ -97,13 +97,13 @@ class Preprocessing:
         `pixel_values` (B,channels,height,width); `input_ids`, `attention_mask`, `token_type_ids` (B,L) int64.
 
         Raises:
-            ValueError: images have different sizes.
+            DataError: images have different sizes.
         """
         batch = {}
         if "pixel_values" in items[0]:
             sizes = {tuple(item["pixel_values"].shape) for item in items}
             if len(sizes) > 1:
-                raise ValueError(
+                raise DataError(
                     f"the image processor gives images of different sizes, {', '.join(map(str, sorted(sizes)))}: "
                     "let it resize or crop them to that of the vision backbone"
                 )
@@ -139,7 +139,7 @@ class Preprocessing:
             return Image.new("RGB", self._grey_size, (GREY,) * 3).convert(self._mode)
         try:
             with Image.open(example.image) as image:
-                return image.convert(self._mode)
+                return with_8_bits(image).convert(self._mode)
         # A broken file makes decoders raise anything; in a worker none of it would say which file.
         except Exception as error:
             raise DataError(f"{example.image}, the image of example {example.id!r}, cannot be read: {error}") from error
@@ -157,6 +157,24 @@ class Preprocessing:
         length = max(map(len, rows))
         padding = [[value] * (length - len(row)) for row in rows]
         return torch.tensor([[*p, *row] if self._pads_left else [*row, *p] for row, p in zip(rows, padding, strict=True)])
+
+
+def with_8_bits(image: Any) -> Any:
+    """A PIL image with 16 or more bits in a pixel -> the 8 that count the most; any other image as it is.
+
+    Pillow would cut off what is above 255, so that nearly all of such an image is white.
+
+    Raises:
+        ValueError: nothing says which value is white.
+    """
+    from PIL import Image
+
+    # Older versions of Pillow open a PNG file of 16 bits as "I".
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"which of its values is white is not known (mode {image.mode}): save it with 8 or 16 bits")
+    return image
 
 
 def _require_pillow() -> None:

@@ -161,6 +161,13 @@ class MoPEConfig:
                 raise ValueError(f"MoPEConfig: {name} must be positive, got {value!r}")
         if not (_is_number(self.prompt_dropout) and 0 <= self.prompt_dropout < 1):
             raise ValueError(f"MoPEConfig: prompt_dropout must be in [0, 1), got {self.prompt_dropout!r}")
+        for name in ("use_mapped", "blind_prompts", "prompt_first_blocks", "renormalize", "drop_block_prompts", "importance_noise"):
+            # "False" would be true.
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"MoPEConfig: {name} must be True or False, got {value!r}")
+        for name in ("mapper_batchnorm", "mapper_last_gelu"):
+            if not isinstance(value := getattr(self, name), bool | None):
+                raise ValueError(f"MoPEConfig: {name} must be True, False or None, got {value!r}")
         if self.router == "multimodal" and self.router_self_width + self.router_cross_width == 0:
             raise ValueError("MoPEConfig: router_self_width and router_cross_width are both 0: the router would see nothing")
         if self.method == "static_mapped" and not self.use_mapped:
@@ -217,7 +224,11 @@ class MoPEConfig:
             put("static_length", 4 if self.method in ("mope", "static_mapped") else 0)
         if self.noise_std is None:
             put("noise_std", 1 / self.num_experts**2 if _is_integer(self.num_experts) and self.num_experts > 0 else 0.0)
-        put("finetuned", tuple(self.finetuned))
+        for name in ("finetuned", "prompted_layers"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence | None):
+                raise ValueError(f"MoPEConfig: {name} must be a list, got {value!r}")
+        put("finetuned", tuple(self.finetuned or ()))
         if self.prompted_layers is not None:
             put("prompted_layers", tuple(self.prompted_layers))
         names = self.id2label

@@ -34,7 +34,7 @@ def add_routes(commands: Any) -> None:
     routes.add_argument("--top", type=_positive, default=8, metavar="N", help="images of each expert (8)")
     routes.add_argument("--words", type=_positive, default=12, metavar="N", help="at most, of each expert (12)")
     routes.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="(32)")
-    routes.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that load images (0: this one does)")
+    routes.add_argument("--num-workers", type=_count, default=0, metavar="N", help="processes that load images (0: this one does)")
     routes.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
     routes.add_argument("--on-missing-image", default="error", choices=("error", "grey"), help="(error)")
     for name, what in (("vision", "vision encoder"), ("text", "text encoder"), ("tokenizer", "tokenizer")):
@@ -52,6 +52,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
     return value
 
 

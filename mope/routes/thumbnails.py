@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from mope.data.preprocessing import with_8_bits
 
 SIZE, GAP = 96, 8
 # In place of no image, as the models see it.
@@ -22,9 +24,11 @@ def thumbnail(path: Path | None) -> Image.Image:
         # Reads a large JPEG at a fraction of its size.
         file.draft("RGB", (2 * SIZE, 2 * SIZE))
         # As models see it: not turned as a camera may have noted.
-        image = file.convert("RGB")
-    enlarged = max(image.size) < SIZE
-    return ImageOps.contain(image, (SIZE, SIZE), Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
+        image = with_8_bits(file).convert("RGB")
+    scale = SIZE / max(image.size)
+    # Of a line that is thin enough nothing else would be left.
+    width, height = (max(1, round(scale * length)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
 def strip(paths: Sequence[Path | None]) -> Image.Image:

@@ -13,6 +13,8 @@ from .recipe import METRICS, PRECISIONS, RECIPES, Recipe
 
 # Of 128 + number, as shells report it.
 SIGNALLED = 128
+# What these are called in JSON.
+_PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
 def add_train(commands: Any) -> None:
@@ -32,7 +34,13 @@ def add_train(commands: Any) -> None:
     kind.add_argument("--from-checkpoint", type=Path, metavar="PATH", help="start from a saved model or a released .ckpt")
     model.add_argument("--mode", choices=("reference", "instance"), help="whose prompts a window of a Swin Transformer gets")
     model.add_argument(
-        "--set", nargs="+", default=[], type=_assignment, metavar="FIELD=VALUE", help="fields of MoPEConfig: --set num_experts=16"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=_assignment,
+        metavar="FIELD=VALUE",
+        help="fields of MoPEConfig: --set num_experts=16",
     )
     _add_encoders(model)
     model.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory")
@@ -50,8 +58,8 @@ def add_train(commands: Any) -> None:
     run = train.add_argument_group("run")
     run.add_argument("--shots", type=int, metavar="N", help="few-shot: N training examples of each class, drawn with the seed")
     seeds = run.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order, augmentation, dropout and noise (0)")
-    seeds.add_argument("--seeds", type=int, nargs="+", metavar="N", help="one run for each, and a table with mean and deviation")
+    seeds.add_argument("--seed", type=_count, default=0, metavar="N", help="of weights, order, augmentation, dropout and noise (0)")
+    seeds.add_argument("--seeds", type=_count, nargs="+", metavar="N", help="one run for each, and a table with mean and deviation")
     run.add_argument(
         "--resume",
         nargs="?",
@@ -124,7 +132,7 @@ def _add_encoders(parser: Any) -> None:
 
 def _add_machine(parser: Any) -> None:
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU where there is one")
-    parser.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that load images (0: this one does)")
+    parser.add_argument("--num-workers", type=_count, default=0, metavar="N", help="processes that load images (0: this one does)")
 
 
 def _flag(name: str) -> str:
@@ -138,45 +146,69 @@ def _positive(text: str) -> int:
     return value
 
 
+def _count(text: str) -> int:
+    """An option that counts from 0, as many as numpy takes for a seed."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and less than 2^32, got {value}")
+    return value
+
+
 def _assignment(text: str) -> tuple[str, Any]:
-    """num_experts=16 -> its name and value: JSON where it is such, else text."""
+    """num_experts=16 -> its name and value: JSON where it is such, or Python's True, False and None, else text."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"must be FIELD=VALUE, got {text!r}")
     try:
-        return name, json.loads(value)
+        return name, json.loads(_PYTHON.get(value, value))
     except json.JSONDecodeError:
         return name, value
 
 
 def _train(options: argparse.Namespace) -> int:
     if (problem := _missing_packages()) is not None:
-        print(f"mope train: {problem}", file=sys.stderr)
-        return 1
+        return _fail("train", problem)
+    from mope.data import DataError
+
     from .jobs import TrainingJob
 
     try:
         job = TrainingJob(options)
     except (ValueError, OSError) as error:
-        print(f"mope train: {error}", file=sys.stderr)
-        return 1
-    stopped_by = job.train()
+        return _fail("train", error)
+    try:
+        stopped_by = job.train()
+    except (DataError, OSError) as error:
+        return _fail("train", error, running=True)
     return 0 if stopped_by is None else SIGNALLED + stopped_by
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     if (problem := _missing_packages()) is not None:
-        print(f"mope evaluate: {problem}", file=sys.stderr)
-        return 1
+        return _fail("evaluate", problem)
+    from mope.data import DataError
+
     from .jobs import EvaluationJob
 
     try:
         job = EvaluationJob(options)
     except (ValueError, OSError) as error:
-        print(f"mope evaluate: {error}", file=sys.stderr)
-        return 1
-    job.evaluate()
+        return _fail("evaluate", error)
+    try:
+        job.evaluate()
+    except (DataError, OSError) as error:
+        return _fail("evaluate", error, running=True)
     return 0
+
+
+def _fail(command: str, problem: object, *, running: bool = False) -> int:
+    """Say what is wrong -> the exit status."""
+    if running:
+        # Below the bar that was there.
+        print(file=sys.stderr)
+    # Errors of a worker begin with its traceback.
+    print(f"mope {command}: {str(problem).rpartition('DataError: ')[2]}", file=sys.stderr)
+    return 1
 
 
 def _missing_packages() -> str | None:

@@ -161,6 +161,9 @@ class EvaluationJob:
         self.model.to(self.state.device)
         # Holds classes, tokenizer and image processor to what is needed.
         Examples(self.split, self.model)
+        if options.out is not None:
+            # Not after an hour.
+            options.out.mkdir(parents=True, exist_ok=True)
 
     def evaluate(self) -> list[dict[str, Any]]:
         """A dict for each row of the printed table."""

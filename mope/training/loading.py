@@ -18,6 +18,7 @@ from mope import MoPEConfig, MoPEForClassification
 from mope.data import Split, published_image_processor
 from mope.models import PRESETS, swin_model_from_checkpoint
 from mope.models.backbones import architecture_for
+from mope.models.configuration import METHODS
 
 from .evaluation import set_prompt_owner
 
@@ -35,6 +36,8 @@ def make_config(method: str, split: Split, **fields: Any) -> MoPEConfig:
     own: dict[str, Any] = {"id2label": split.names, "problem_type": split.problem_type}
     if wrong := sorted(set(fields) - set(MoPEConfig.__dataclass_fields__)):
         raise ValueError(f"MoPEConfig has no {', '.join(wrong)}; it has {', '.join(MoPEConfig.__dataclass_fields__)}")
+    if method not in (names := dict.fromkeys((*PRESETS, *METHODS))):
+        raise ValueError(f"a method or preset must be one of {', '.join(names)}, got {method!r}")
     if taken := sorted(set(fields) & {*own, "num_labels", "method"}):
         raise ValueError(f"{', '.join(taken)} cannot be set: the data and --method say it")
     return MoPEConfig.preset(method, **fields, **own) if method in PRESETS else MoPEConfig(method=method, **fields, **own)

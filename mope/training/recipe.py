@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,8 +60,8 @@ class Recipe:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Recipe: {name} must be an integer of at least 1, got {value!r}")
         for name in ("vision_lr", "text_lr", "weight_decay", "clip"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"Recipe: {name} must be 0 or more, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"Recipe: {name} must be 0 or more, and finite, got {getattr(self, name)}")
         if not 0 < self.gamma <= 1:
             raise ValueError(f"Recipe: gamma must be above 0 and at most 1, got {self.gamma}")
         if not all(isinstance(epoch, int) and epoch > 0 for epoch in self.milestones):

@@ -76,6 +76,8 @@ class TrainingRun:
             raise ValueError(f"cache_features must be one of {', '.join(CACHE)}, got {cache_features!r}")
         if "train" not in splits:
             raise ValueError(f"splits must hold 'train', got {', '.join(splits) or 'none'}")
+        if splits["train"].problem_type == "single_label" and len(splits["train"].names) == 1:
+            raise ValueError(f"the only class is {splits['train'].names[0]!r}: any model is right about everything")
         self.model, self.splits, self.out, self.seed = model, dict(splits), Path(out), seed
         self.recipe = recipe.for_problem(splits["train"].problem_type)
         self.features_folder = self.out / "features" if features is None else Path(features)

@@ -171,6 +171,12 @@ def test_little(count: int, experts: int, tmp_path: Path) -> None:
     assert "nothing, taken for" in Page(tmp_path / "index.html").text
 
 
+def test_a_line_is_a_thumbnail_too(tmp_path: Path) -> None:
+    for size, shown in (((3000, 1), (SIZE, 1)), ((1, 500), (1, SIZE)), ((1, 1), (SIZE, SIZE))):
+        Image.new("L", size).save(tmp_path / "line.png")
+        assert thumbnail(tmp_path / "line.png").size == shown
+
+
 def test_thumbnails(tmp_path: Path) -> None:
     assert thumbnail(None).getpixel((0, 0)) == GREY
     levels = np.array([[0, 240], [120, 60]], np.uint8)

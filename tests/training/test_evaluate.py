@@ -136,6 +136,7 @@ def test_evaluate_command(data: Path, swin_folder: Path, tmp_path: Path, capsys:
         (["--data", "nowhere"], "no folder nowhere"),
         (["--compare-modes", "--mode", "instance"], "leave --mode out"),
         (["--format", "mm-imdb"], 'lacks the key "img"'),
+        (["--out", "{several}/labels.txt/out"], "Not a directory"),
     ],
 )
 def test_evaluate_command_says_what_is_wrong(

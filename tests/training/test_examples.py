@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 from mope import MoPEForClassification
 from mope.data import Collator, DataError, Example, Examples, RandAugment, Split, published_image_processor
 from mope.data.augment import LEVELS, OPERATIONS
-from mope.data.preprocessing import PUBLISHED_MEAN, PUBLISHED_STD, Preprocessing
+from mope.data.preprocessing import PUBLISHED_MEAN, PUBLISHED_STD, Preprocessing, with_8_bits
 from tests.models.tiny import fusion
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d")
@@ -182,6 +182,25 @@ def test_images_of_every_mode_can_be_read(tmp_path: Path, mode: str) -> None:
     Image.new(mode, (10, 10)).save(path)
     model = model_of(method="image_only")
     assert Preprocessing(model, ["vision"])(Example("0", "", path, (0,)))["pixel_values"].shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_images_of_16_bits_keep_their_grey_levels(tmp_path: Path, mode: str) -> None:
+    """Pillow alone would make all but the darkest 255 of 65,536 levels white."""
+    path = tmp_path / "image.tiff"
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.frombytes(mode, (16, 16), levels.astype(">u2" if mode == "I;16B" else "<u2").tobytes()).save(path)
+    with Image.open(path) as image:
+        assert image.mode == mode
+        assert np.array_equal(np.asarray(with_8_bits(image)), levels // 257)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_images_without_a_known_white_are_refused(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "image.tiff"
+    Image.new(mode, (10, 10)).save(path)
+    with pytest.raises(DataError, match=f"image.tiff.*which of its values is white is not known .mode {mode}."):
+        Preprocessing(model_of(method="image_only"), ["vision"])(Example("0", "", path, (0,)))
 
 
 def test_published_preprocessing(tmp_path: Path) -> None:

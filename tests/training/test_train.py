@@ -292,6 +292,15 @@ def test_what_is_wrong_is_said_before_anything_runs(
     assert not (tmp_path / "out" / "run.json").exists()
 
 
+def test_one_class_is_nothing_to_learn(tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "data")
+    (folder / "labels.txt").write_text("yes\n")
+    for file in folder.glob("*.jsonl"):
+        file.write_text(file.read_text().replace('"no"', '"yes"'))
+    with pytest.raises(ValueError, match="the only class is 'yes'"):
+        run_of(read_splits(folder), tmp_path / "out")
+
+
 def test_launchers_that_shard_are_refused(splits: dict[str, Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create = FusionTrainer.create_accelerator_and_postprocess
 
@@ -350,6 +359,7 @@ def test_a_run_that_stopped_before_its_first_checkpoint_begins_again(splits: dic
     [
         ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
         ({"vision_lr": -1.0}, "vision_lr must be 0 or more"),
+        ({"text_lr": float("inf")}, "text_lr must be 0 or more, and finite"),
         ({"gamma": 0.0}, "gamma must be above 0"),
         ({"milestones": (0,)}, "milestones must be positive"),
         ({"label_smoothing": 1.0}, "label_smoothing must be in"),
@@ -446,7 +456,8 @@ def test_train_command_stops_and_resumes(data: Path, encoders: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--method", "mopee"], "must be one of"),
+        (["--method", "mopee"], "must be one of mope-v4, "),
+        (["--set", "use_mapped=no"], "use_mapped must be"),
         (["--set", "experts=3"], "has no experts"),
         (["--set", "num_labels=3"], "num_labels cannot be set"),
         (["--vision", "nowhere/at/all"], "vision encoder nowhere/at/all"),
@@ -469,6 +480,36 @@ def test_train_command_says_what_is_wrong(
     assert "mope train: " in answer
     assert says in answer
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_set_may_be_repeated(data: Path, encoders: Path, tmp_path: Path) -> None:
+    more = ["--set", "use_mapped=False", "--set", "eval_top_k=1", "--max-steps", "1"]
+    assert cli.main(command(data, encoders, tmp_path, *more)) == 0
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["num_experts"], config["use_mapped"], config["eval_top_k"]) == (3, False, 1)
+
+
+def test_counts_are_not_negative(data: Path, encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in (["--num-workers", "-1"], ["--seed", str(2**32)], ["--seeds", "0", "-1"]):
+        with pytest.raises(SystemExit):
+            cli.main(command(data, encoders, tmp_path / "out", *wrong))
+        assert f"must be at least 0 and less than 2^32, got {wrong[-1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_unreadable_image_is_one_line(encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+    data = write_data(tmp_path / "data")
+    image = data / "images" / "train-7.png"
+    content = image.read_bytes()
+    image.write_bytes(content[:50])
+    wanted = command(data, encoders, tmp_path / "out", "--num-workers", workers)
+    assert cli.main(wanted) == 1
+    answer = capsys.readouterr().err
+    assert f"\nmope train: {image}, the image of example 'train-7', cannot be read: " in answer
+    assert "Traceback" not in answer
+    # Mended, it goes on.
+    image.write_bytes(content)
+    assert cli.main([*wanted, "--resume"]) == 0
 
 
 @pytest.mark.parametrize("method", ["mope", "instruct_moe_v2t", "promptfuse", "ens", "sequentialfuse", "text_only"])
