@@ -501,7 +501,7 @@ class MoPEForClassification(SavedModel):
         routing: list[Routing] = []
         # Drawn outside of what gradient checkpointing runs twice.
         noise_of_layer = iter(noise)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (mapped is not None or self.trains(modality))):
+        with torch.set_grad_enabled(self._needs_graph(modality, cross, mapped, *inputs[modality].values())):
             tokens = adapter.embed(backbone, inputs[modality], where.token_mask)
             hidden_states, mask = tokens, where.as_mask(tokens.shape[1])
             if modality == self.config.main and self.input_prompts is not None:
@@ -540,7 +540,7 @@ class MoPEForClassification(SavedModel):
         if banks is not None:
             raise ValueError(NO_BANKS)
         encoder: Any = self.vision
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains("vision")):
+        with torch.set_grad_enabled(self._needs_graph("vision", cross, *inputs["vision"].values())):
             output = encoder(
                 **inputs["vision"],
                 cross=cross,
@@ -550,6 +550,11 @@ class MoPEForClassification(SavedModel):
                 importance=False,
             )
         return output.features, output.routing
+
+    def _needs_graph(self, modality: str, *given: Tensor | None) -> bool:
+        """Whether anything in an encoder, or given to it, asks for gradients."""
+        asked = any(tensor is not None and tensor.requires_grad for tensor in given)
+        return torch.is_grad_enabled() and (asked or self.trains(modality))
 
     def _run(self, layer: Callable[..., Any], hidden_states: Tensor, **inputs: Any) -> Any:
         if self._checkpointing and self.training and torch.is_grad_enabled():

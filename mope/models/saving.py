@@ -37,6 +37,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Of a backbone in config.json.
 RECORD = ("stored", "class", "model_type", "source", "dtype", "fingerprint")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+LOADABLE = tuple(getattr(torch, name) for name in DTYPES)
 PROCESSORS: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
 
 
@@ -181,6 +182,11 @@ class SavedModel(nn.Module, ABC):
             f"{name} is {tuple(tensors[name].shape)}, the config says {tuple(t.shape)}"
             for name, t in expected.items()
             if tensors[name].shape != t.shape
+        ]
+        wrong += [
+            f"{name} is {tensors[name].dtype}, expected {'floating point' if t.is_floating_point() else t.dtype}"
+            for name, t in expected.items()
+            if tensors[name].dtype not in (LOADABLE if t.is_floating_point() else (t.dtype,))
         ]
         if wrong:
             raise ValueError(f"{file}: {'; '.join(wrong)}")

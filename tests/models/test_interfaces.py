@@ -32,6 +32,23 @@ def test_features_computed_before_give_the_same(options: dict[str, Any], swin: b
     torch.testing.assert_close(model(**of_main, cross_features=psi.float()).logits, expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("make", [fusion, with_swin.fusion])
+def test_gradients_pass_through_an_encoder_where_nothing_trains(make: Any) -> None:
+    """To prompts of the complementary encoder, by way of the routers, and to the pixels."""
+    model = make(use_mapped=False, cross_prompt_length=2).eval()
+    for module in (model.blocks, model.backbone("vision")):
+        module.requires_grad_(False)
+    batch = (with_swin.inputs if make is with_swin.fusion else inputs)()
+    batch["pixel_values"].requires_grad_()
+    features = model(**batch).features
+    direction = torch.randn_like(features)
+    found = torch.autograd.grad((features * direction).sum(), [batch["pixel_values"], *model.cross_blocks.parameters()])
+    assert all(gradient.any() for gradient in found)
+    batch["pixel_values"] = batch["pixel_values"].detach()
+    (prompts,) = torch.autograd.grad((model(**batch).features * direction).sum(), [model.cross_blocks[0].static])
+    torch.testing.assert_close(prompts, found[1], rtol=1e-9, atol=1e-12)
+
+
 def test_features_that_do_not_fit_are_refused() -> None:
     model, batch = fusion(), inputs()
     for shape in ((4, 32), (5, 31), (5, 1, 32)):

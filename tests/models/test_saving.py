@@ -138,6 +138,17 @@ def test_missing_and_misshapen_tensors_are_named(saved: Path) -> None:
         MoPEForClassification.from_pretrained(saved)
 
 
+def test_tensors_of_another_kind_are_named(saved: Path) -> None:
+    """16 bits are loaded as such: that is how a model in half precision was saved. Integers and 8 bits cannot be computed with."""
+    weights = load_file(saved / "model.safetensors")["head.0.weight"]
+    edit_tensors(saved, **{"head.0.weight": weights.bfloat16()})
+    assert MoPEForClassification.from_pretrained(saved).head[0].weight.dtype == torch.bfloat16
+    for dtype in (torch.int64, torch.float8_e4m3fn):
+        edit_tensors(saved, **{"head.0.weight": weights.to(dtype)})
+        with pytest.raises(ValueError, match=rf"head\.0\.weight is {dtype}, expected floating point"):
+            MoPEForClassification.from_pretrained(saved)
+
+
 def test_a_failed_load_gives_the_backbones_back(tmp_path: Path) -> None:
     model = fusion()
     model.save_pretrained(tmp_path)
