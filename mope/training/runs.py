@@ -103,6 +103,8 @@ class TrainingRun:
             save_steps=save_steps,
             progress=progress,
         )
+        if self.checkpoint is not None:
+            self._check_steps(read_state(self.checkpoint))
 
     def train(self) -> dict[str, Any]:
         """Train, take the best weights, evaluate, save -> the results of the run, the same on every process.
@@ -203,6 +205,17 @@ class TrainingRun:
             raise ValueError(f"{record.parent} holds another run: {'; '.join(changed[:5])}")
         # None where it stopped before its first checkpoint.
         return checkpoint
+
+    def _check_steps(self, state: dict[str, Any]) -> None:
+        """A last batch that is too small to be split is left out. Then epochs have fewer steps, and those done count otherwise."""
+        if not state["epoch"]:
+            return
+        before, now = round(state["global_step"] / state["epoch"]), self.trainer.batches.steps
+        if before != now:
+            raise ValueError(
+                f"{self.checkpoint} is of epochs of {before} steps, here of {now}: the last batch of an epoch is split "
+                "over other processes or parts: resume on as many as before"
+            )
 
     def _caches_features(self, wanted: str) -> bool:
         modality = self.model.config.complementary

@@ -307,10 +307,11 @@ class RunCallback(TrainerCallback):
             state.best_model_checkpoint = str(best)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.save_steps and state.global_step % self.save_steps == 0:
-            control.should_save = True
-        if self.trainer.interruption.arrived is not None:
-            control.should_save = control.should_training_stop = True
+        stopped = self.trainer.interruption.arrived is not None
+        # At the end of an epoch one is written after the evaluation: written twice, it could be cut off the second time.
+        if state.global_step % self.trainer.batches.steps:
+            control.should_save |= stopped or bool(self.save_steps and state.global_step % self.save_steps == 0)
+        control.should_training_stop |= stopped
 
     def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.interruption.arrived is not None and state.global_step % self.trainer.batches.steps:
@@ -382,8 +383,11 @@ def last_checkpoint(out: Path) -> Path | None:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What Trainer writes last into a checkpoint: "global_step", "epoch", "best_metric", ..."""
     try:
-        return json.loads((checkpoint / STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        state = json.loads((checkpoint / STATE).read_text())
+        if not isinstance(state, dict) or not {"global_step", "epoch"} <= state.keys():
+            raise ValueError(f"{STATE} says neither step nor epoch")
+        return state
+    except (OSError, ValueError) as error:
         raise ValueError(f"{checkpoint}: not a checkpoint of mope train ({error})") from error
 
 

@@ -251,6 +251,28 @@ def test_gradient_checkpointing_gives_the_same_weights(splits: dict[str, Split],
         torch.testing.assert_close(found[0][name], found[1][name], msg=name)
 
 
+def test_a_run_whose_epochs_would_get_other_steps_is_not_resumed(splits: dict[str, Split], tmp_path: Path) -> None:
+    """22 items in batches of 6: the last 4 make a step in up to four parts, and none in five."""
+    run_of(splits, tmp_path / "out", FAST.replace(accumulation=4), max_steps=5).train()
+    with pytest.raises(ValueError, match="checkpoint-5 is of epochs of 4 steps, here of 3"):
+        run_of(splits, tmp_path / "out", FAST.replace(accumulation=5), resume=True)
+    assert run_of(splits, tmp_path / "out", FAST.replace(accumulation=2, epochs=2), resume=True).train()["steps"] == 8
+
+
+def test_each_checkpoint_is_written_once(splits: dict[str, Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one at the end of an epoch after the evaluation: cut off there, a run repeats a step, and misses no evaluation."""
+    written: list[tuple[int, bool]] = []
+    save = FusionTrainer._save_checkpoint
+
+    def count(self: FusionTrainer, *args: Any) -> None:
+        written.append((self.state.global_step, any(e["step"] == self.state.global_step for e in self.state.log_history)))
+        save(self, *args)
+
+    monkeypatch.setattr(FusionTrainer, "_save_checkpoint", count)
+    run_of(splits, tmp_path / "out", FAST.replace(epochs=2), save_steps=2).train()
+    assert written == [(2, False), (4, True), (6, False), (8, True)]
+
+
 def test_without_a_dev_split_the_last_weights_stay(splits: dict[str, Split], tmp_path: Path) -> None:
     del splits["dev"]
     run = run_of(splits, tmp_path / "out", FAST.replace(epochs=1))
@@ -337,6 +359,8 @@ def test_a_checkpoint_that_was_not_finished_is_not_taken(splits: dict[str, Split
     shutil.copy(run.out / "checkpoint-4" / "model.safetensors", run.out / "checkpoint-5")
     (run.out / "checkpoint-6").mkdir()
     (run.out / "checkpoint-6" / "trainer_state.json").write_text('{"global_step": ')
+    (run.out / "checkpoint-7").mkdir()
+    (run.out / "checkpoint-7" / "trainer_state.json").write_text("{}")
     assert last_checkpoint(run.out) == run.out / "checkpoint-4"
 
 
