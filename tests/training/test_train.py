@@ -149,10 +149,15 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(splits: dic
     assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
 
 
-def test_training_is_what_a_plain_loop_computes(splits: dict[str, Split], tmp_path: Path) -> None:
-    """AdamW with two learning rates, milestones, clipping and label smoothing; the last batch of an epoch is smaller."""
-    recipe = FAST.replace(label_smoothing=0.2, clip=0.5, weight_decay=0.1, milestones=(1,), gamma=0.1, epochs=2)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_training_is_what_a_plain_loop_computes(splits: dict[str, Split], tmp_path: Path, parts: int) -> None:
+    """AdamW with two learning rates, milestones, clipping and label smoothing; the last batch of an epoch is smaller.
+
+    The importance loss is the mean over the parts of a batch.
+    """
+    recipe = FAST.replace(label_smoothing=0.2, clip=0.5, weight_decay=0.1, milestones=(1,), gamma=0.1, epochs=2, accumulation=parts)
     quiet = {"noise_std": 0.0, "cross_prompt_length": 2, "dtype": torch.float64}
+    quiet |= {"importance_weight": 0.3, "importance_threshold": 0.0}
     run = run_of(splits, tmp_path / "out", recipe, model=quiet)
     start = {name: tensor.clone() for name, tensor in run.model.trained_state_dict().items()}
     run.train()
@@ -163,15 +168,18 @@ def test_training_is_what_a_plain_loop_computes(splits: dict[str, Split], tmp_pa
     groups = [{"params": parameters["vision"], "lr": 2e-2}, {"params": parameters["text"], "lr": 1e-2}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
     items, collate = Examples(splits["train"], model), Collator(model)
-    batches = Batches(items, 6, seed=0)
+    batches = Batches(items, 6, parts=parts, seed=0)
     model.train()
     for epoch in range(2):
         batches.set_epoch(epoch)
-        for indices in batches:
-            batch = collate([items[i] for i in indices])
-            labels = batch.pop("labels")
-            output = model(**batch)
-            loss = F.cross_entropy(output.logits, labels, label_smoothing=0.2) + 0.01 * output.importance_loss
+        for step in zip(*[iter(batches)] * parts, strict=True):
+            outputs, labels = [], []
+            for indices in step:
+                batch = collate([items[i] for i in indices])
+                labels.append(batch.pop("labels"))
+                outputs.append(model(**batch))
+            logits, importance = torch.cat([o.logits for o in outputs]), torch.stack([o.importance_loss for o in outputs])
+            loss = F.cross_entropy(logits, torch.cat(labels), label_smoothing=0.2) + 0.3 * importance.mean()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(list(model.trainable_parameters()), 0.5)
