@@ -85,10 +85,12 @@ def _routed_attention_sizes(draw: st.DrawFn, impl: str) -> Sizes:
 
 @st.composite
 def _window_sizes(draw: st.DrawFn, impl: str) -> Sizes:
-    window_size, per_side = draw(st.integers(1, 4)), draw(st.integers(1, 2 if impl == "triton" else 3))
+    # Triton's interpreter takes its time for each window.
+    few = impl == "triton"
+    window_size, per_side = draw(st.integers(1, 4)), draw(st.integers(1, 2 if few else 3))
     return {
-        "batch": draw(st.integers(0, 3)),
-        "heads": draw(st.integers(1, 2)),
+        "batch": draw(st.integers(0, 2 if few else 3)),
+        "heads": draw(st.integers(1, 1 if few else 3)),
         "width": draw(_head_dims(impl)),
         "prompts": draw(st.integers(0, 20)),
         "prompt_owner": draw(st.sampled_from(("instance", "reference"))),
