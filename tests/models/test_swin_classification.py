@@ -395,6 +395,8 @@ def test_other_swin_transformers_are_refused(options: dict[str, Any], message: s
 
 
 def test_what_a_swin_or_another_backbone_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"one block only \(depths=\[2, 1\]\).* set prompt_first_blocks=True"):
+        MoPEForClassification(MoPEConfig.preset("mope-v4", num_labels=2), vision=swin(depths=[2, 1]), text=backbone("bert"))
     with pytest.raises(ValueError, match="prompted_layers is not supported with a SwinModel"):
         fusion(prompted_layers=[1])
     with pytest.raises(ValueError, match="only a SwinModel has"):
