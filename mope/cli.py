@@ -98,6 +98,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    from safetensors import SafetensorError
+
     from mope.reference import read_reference_checkpoint
 
     if options.out.suffix != ".safetensors":
@@ -108,7 +110,11 @@ def _convert(options: argparse.Namespace) -> int:
     except (FileNotFoundError, ValueError) as error:
         print(f"mope convert: {error}", file=sys.stderr)
         return 1
-    checkpoint.save(options.out)
+    try:
+        checkpoint.save(options.out)
+    except (OSError, SafetensorError) as error:
+        print(f"mope convert: {options.out}: {error}", file=sys.stderr)
+        return 1
     method = checkpoint.options.get("fuse_method", "not said")
     print(f"{options.out}: {len(checkpoint.tensors)} tensors, fusion method {method}")
     return 0

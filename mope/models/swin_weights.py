@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -131,7 +132,9 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         loaded: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is not readable as tensors alone: {str(error).splitlines()[0]}") from error
+        # A pickle's first line is advice to switch the check off.
+        reason = "it holds something else" if isinstance(error, pickle.UnpicklingError) else str(error).splitlines()[0]
+        raise ValueError(f"{path} is not readable as tensors alone: {reason}") from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not the tensors of a model by name")
     return loaded

@@ -97,7 +97,8 @@ def _read_lightning(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        named = f"it asks for {found[1]}" if found else str(error).splitlines()[0]
+        # Else torch's first line is advice to switch the check off.
+        named = f"it asks for {found[1]}" if found else "this is no checkpoint that can be checked"
         raise ValueError(
             f"{path}: {named}, and only tensors, plain values and argparse.Namespace are read. Nothing was executed. If you trust "
             "the file, load it where it was made and save {'state_dict': ..., 'hyper_parameters': {'args': vars(args)}} again."

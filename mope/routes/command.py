@@ -96,6 +96,7 @@ def _run(options: argparse.Namespace) -> None:
         mode=options.mode,
         tokenizer=options.tokenizer,
         image_processor=options.image_processor,
+        format=options.format,
     ).to(device)
     blocks = _numbers(options.block, routed_blocks(model))
     split = read_split(

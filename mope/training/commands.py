@@ -168,6 +168,8 @@ def _assignment(text: str) -> tuple[str, Any]:
 def _train(options: argparse.Namespace) -> int:
     if (problem := _missing_packages()) is not None:
         return _fail("train", problem)
+    from safetensors import SafetensorError
+
     from mope.data import DataError
 
     from .jobs import TrainingJob
@@ -178,7 +180,7 @@ def _train(options: argparse.Namespace) -> int:
         return _fail("train", error)
     try:
         stopped_by = job.train()
-    except (DataError, OSError) as error:
+    except (DataError, OSError, SafetensorError) as error:
         return _fail("train", error, running=True)
     return 0 if stopped_by is None else SIGNALLED + stopped_by
 
@@ -186,6 +188,8 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     if (problem := _missing_packages()) is not None:
         return _fail("evaluate", problem)
+    from safetensors import SafetensorError
+
     from mope.data import DataError
 
     from .jobs import EvaluationJob
@@ -196,7 +200,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         return _fail("evaluate", error)
     try:
         job.evaluate()
-    except (DataError, OSError) as error:
+    except (DataError, OSError, SafetensorError) as error:
         return _fail("evaluate", error, running=True)
     return 0
 

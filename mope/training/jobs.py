@@ -101,7 +101,7 @@ class TrainingJob:
 
     def _make_model(self, train: Split) -> MoPEForClassification:
         options, sources = self.options, {"vision": self.options.vision, "text": self.options.text}
-        processors = {"tokenizer": options.tokenizer, "image_processor": options.image_processor}
+        processors = {"tokenizer": options.tokenizer, "image_processor": options.image_processor, "format": options.format}
         if options.from_checkpoint is not None:
             if options.set:
                 raise ValueError("--set changes a new model, and --from-checkpoint brings its own configuration")
@@ -151,6 +151,7 @@ class EvaluationJob:
             mode=options.mode,
             tokenizer=options.tokenizer,
             image_processor=options.image_processor,
+            format=options.format,
         )
         self.split = _read_split(options, self.model)
         adopt_classes(self.model, self.split)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -71,7 +72,12 @@ def load_backbone(source: str, modality: str) -> nn.Module:
 
 
 def new_model(
-    config: MoPEConfig, sources: dict[str, str | None], *, tokenizer: str | None = None, image_processor: str | None = None
+    config: MoPEConfig,
+    sources: dict[str, str | None],
+    *,
+    tokenizer: str | None = None,
+    image_processor: str | None = None,
+    format: str = "food101",
 ) -> MoPEForClassification:
     """An untrained model over the encoders that its method needs, with tokenizer and image processor.
 
@@ -80,6 +86,7 @@ def new_model(
         sources: name or folder of the "vision" and the "text" encoder.
         tokenizer, image_processor: name or folder; default: those of the encoders. `image_processor="published"`: that of the
             published training.
+        format: of the data, on which that depends.
 
     Raises:
         ValueError: something cannot be loaded, or a source is missing.
@@ -88,10 +95,13 @@ def new_model(
         raise ValueError(f"method {config.method!r} needs " + " and ".join(f"--{modality} NAME_OR_FOLDER" for modality in missing))
     given = {modality: source for modality in config.modalities if (source := sources[modality])}
     backbones: dict[str, Any] = {modality: load_backbone(source, modality) for modality, source in given.items()}
+    for modality in config.finetuned:
+        # Many are stored in 16 bits, in which training loses most updates.
+        nn.Module.to(backbones[modality], torch.float32)
     model = MoPEForClassification(config, **backbones)
     vision = given.get("vision")
     own = PUBLISHED if vision is not None and Path(vision).is_file() else vision
-    set_processors(model, {"text": tokenizer or given.get("text"), "vision": image_processor or own})
+    set_processors(model, {"text": tokenizer or given.get("text"), "vision": image_processor or own}, format)
     return model
 
 
@@ -102,6 +112,7 @@ def open_model(
     mode: str | None = None,
     tokenizer: str | None = None,
     image_processor: str | None = None,
+    format: str = "food101",
 ) -> MoPEForClassification:
     """A trained model: a folder of `save_pretrained`, or a checkpoint of the released code.
 
@@ -111,6 +122,7 @@ def open_model(
         mode: "reference" or "instance"; None: that of training.
         tokenizer, image_processor: as in `new_model`; default: those in the folder. A checkpoint was trained with the published
             image processor and the tokenizer of its text encoder.
+        format: of the data, on which the published image processor depends.
 
     Raises:
         ValueError: it cannot be loaded.
@@ -126,14 +138,14 @@ def open_model(
         from mope import load_reference_checkpoint
 
         model = load_reference_checkpoint(path, **backbones, mode=mode or "reference")
-        set_processors(model, {"text": tokenizer or sources["text"], "vision": image_processor or PUBLISHED})
+        set_processors(model, {"text": tokenizer or sources["text"], "vision": image_processor or PUBLISHED}, format)
         return model
     try:
         model = MoPEForClassification.from_pretrained(path, **backbones)
     except (FileNotFoundError, ValueError) as error:
         hint = " (on the command line --vision and --text)" if "from_pretrained(..." in str(error) else ""
         raise ValueError(f"{error}{hint}") from error
-    set_processors(model, {"text": tokenizer, "vision": image_processor})
+    set_processors(model, {"text": tokenizer, "vision": image_processor}, format)
     if mode is not None and mode != model.config.prompt_owner:
         set_prompt_owner(model, mode)
     return model
@@ -152,8 +164,11 @@ def adopt_classes(model: MoPEForClassification, split: Split) -> None:
         model.config = config.replace(id2label=split.names, problem_type=split.problem_type)
 
 
-def set_processors(model: MoPEForClassification, sources: dict[str, str | None]) -> None:
-    """Give a model tokenizer ("text") and image processor ("vision") from the hub or a folder; None changes nothing."""
+def set_processors(model: MoPEForClassification, sources: dict[str, str | None], format: str) -> None:
+    """Give a model tokenizer ("text") and image processor ("vision") from the hub or a folder; None changes nothing.
+
+    `format` is that of the data, on which the published image processor depends.
+    """
     loaders: dict[str, Any] = {"text": AutoTokenizer, "vision": AutoImageProcessor}
     for modality, source in sources.items():
         if source is None or modality not in model.config.modalities:
@@ -161,7 +176,7 @@ def set_processors(model: MoPEForClassification, sources: dict[str, str | None])
         kind = "tokenizer" if modality == "text" else "image processor"
         try:
             if modality == "vision" and source == PUBLISHED:
-                model.image_processor = published_image_processor(_image_size(model))
+                model.image_processor = published_image_processor(_image_size(model), format=format)
             elif modality == "vision":
                 model.image_processor = loaders[modality].from_pretrained(source)
             else:

@@ -141,6 +141,19 @@ def test_a_converted_checkpoint_is_the_same(checkpoint, backbones, tmp_path):
     assert torch.equal(*logits)
 
 
+def test_a_file_that_cannot_be_written_is_a_line(checkpoint, tmp_path, capsys):
+    out = tmp_path / "nowhere" / "converted.safetensors"
+    assert main(["convert", str(checkpoint()), str(out)]) == 1
+    assert f"mope convert: {out}: " in capsys.readouterr().err
+
+
+def test_no_advice_to_run_what_is_in_a_pickle(tmp_path, capsys):
+    (tmp_path / "text.ckpt").write_text('{"image": 1}')
+    assert main(["convert", str(tmp_path / "text.ckpt"), str(tmp_path / "out.safetensors")]) == 1
+    answer = capsys.readouterr().err
+    assert "text.ckpt: this is no checkpoint that can be checked" in answer and "weights_only" not in answer
+
+
 def test_the_command_converts(checkpoint, tmp_path, capsys):
     path, out = checkpoint(), tmp_path / "converted.safetensors"
     assert main(["convert", str(path), str(out)]) == 0

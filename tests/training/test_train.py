@@ -22,7 +22,7 @@ from mope.data import FORMATS, Collator, Examples, Split
 from mope.models import PRESETS
 from mope.training import RECIPES, FusionTrainer, Recipe, TrainingRun, evaluate
 from mope.training.batches import Batches
-from mope.training.loading import make_config, open_model
+from mope.training.loading import load_backbone, make_config, new_model, open_model
 from mope.training.trainer import last_checkpoint, parameters_by_modality
 from tests.models.tiny import backbone
 from tests.reference.test_released_checkpoint import BERT, GOLDEN, SWIN, checkpoint
@@ -331,6 +331,23 @@ def test_one_class_is_nothing_to_learn(tmp_path: Path) -> None:
         run_of(read_splits(folder), tmp_path / "out")
 
 
+def test_what_trains_has_32_bits(splits: dict[str, Split], encoders: Path, tmp_path: Path) -> None:
+    """Encoders that are stored in 16 bits are loaded so; where they train, that would lose most updates."""
+    sources: dict[str, str | None] = {}
+    for modality, companion in (("vision", image_processor()), ("text", tokenizer())):
+        sources[modality] = str(tmp_path / modality)
+        load_backbone(str(encoders / modality), modality).half().save_pretrained(tmp_path / modality)  # type: ignore[operator]
+        companion.save_pretrained(tmp_path / modality)  # type: ignore[attr-defined]
+    config = make_config("static_mapped", splits["train"], finetuned=("text",))
+    model = new_model(config, sources)
+    assert {p.dtype for p in model.text.parameters()} == {torch.float32}  # type: ignore[union-attr]
+    assert {p.dtype for p in model.vision.parameters()} == {torch.float16}  # type: ignore[union-attr]
+    assert TrainingRun(model, splits, FAST, tmp_path / "out", max_steps=1, **QUIET).train()["steps"] == 1
+    model.text.half()  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"trained parameters have 16 bits, .*text\."):
+        TrainingRun(model, splits, FAST, tmp_path / "other", **QUIET)
+
+
 def test_launchers_that_shard_are_refused(splits: dict[str, Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create = FusionTrainer.create_accelerator_and_postprocess
 
@@ -579,6 +596,39 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = (data / "labels.txt").read_text().splitlines()
     (data / "labels.txt").write_text("\n".join([*names, *(f"genre {i}" for i in range(23 - len(names)))]))
     return folder
+
+
+@pytest.mark.parametrize(("format", "size"), [("mm-imdb", {"height": 256, "width": 256}), ("food101", {"shortest_edge": 256})])
+def test_images_are_prepared_as_published_for_the_format(released: Path, format: str, size: dict[str, int]) -> None:
+    sources: dict[str, str | None] = {name: str(released / name) for name in ("vision", "text")}
+    model: Any = open_model(checkpoint("mope"), sources, format=format)
+    assert dict(model.image_processor.size) == size
+
+
+def test_every_command_says_the_format_of_the_data(
+    released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model is made before anything else can be wrong with it."""
+    formats: list[str] = []
+
+    def opened(*args: Any, format: str = "not said", **kwargs: Any) -> None:
+        formats.append(format)
+        raise ValueError("enough")
+
+    for place in ("mope.training.jobs", "mope.training.loading"):
+        monkeypatch.setattr(f"{place}.open_model", opened)
+    data = write_data(tmp_path, several_labels=True)
+    for file in data.glob("*.jsonl"):
+        file.write_text(file.read_text().replace('"labels"', '"label"').replace('"image"', '"img"'))
+    named = ["--data", str(data), "--format", "mm-imdb"]
+    for command in (
+        ["train", "--from-checkpoint", "x.ckpt", "--out", str(tmp_path / "out")],
+        ["evaluate", "x.ckpt"],
+        ["routes", "x.ckpt"],
+    ):
+        assert cli.main([*command, *named, "--device", "cpu"]) == 1
+        assert "enough" in capsys.readouterr().err
+    assert formats == ["mm-imdb"] * 3
 
 
 def test_a_released_checkpoint_moves_to_the_correct_mode(
