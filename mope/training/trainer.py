@@ -77,7 +77,8 @@ class FusionTrainer(Trainer):
         progress: show bars.
 
     Raises:
-        ValueError: the batch cannot be split over the processes, the precision does not run here, or the model was to be sharded.
+        ValueError: the batch cannot be split over the processes, the precision does not run here, what trains has 16 bits, or
+            the model was to be sharded.
     """
 
     def __init__(
@@ -100,6 +101,12 @@ class FusionTrainer(Trainer):
         out = Path(out).resolve()
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         precision = resolve_precision(recipe.precision, on_cpu=on_cpu)
+        short = [name for name, p in fusion.named_parameters() if p.requires_grad and p.dtype.itemsize < 4]
+        if short:
+            raise ValueError(
+                f"{len(short)} trained parameters have 16 bits, which lose most updates, {short[0]} among them: load encoders "
+                "that are fine-tuned in float32, and compute in 16 bits with precision='bf16' or 'fp16'"
+            )
         arguments = TrainingArguments(
             output_dir=str(out),
             num_train_epochs=recipe.epochs,
