@@ -29,8 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from mope.models.distributed import is_distributed
-from mope.models.saving import describe
-from mope.models.swin import MoPESwinEncoder
+from mope.models.saving import describe, original
 
 from .formats import Example, Split
 from .preprocessing import Preprocessing
@@ -162,8 +161,7 @@ def cached_features(
 
 def _fingerprint(model: MoPEForClassification, modality: str) -> str:
     """Of all that psi depends on besides its input: the encoder, and prompts in it, which may be there and frozen."""
-    encoder = model.backbone(modality)
-    record = describe(*encoder.swin_model()) if isinstance(encoder, MoPESwinEncoder) else describe(encoder)
+    record = describe(*original(model.backbone(modality)))
     digest = hashlib.sha256(record["fingerprint"].encode())
     for name, tensor in sorted(model.trained_state_dict().items()):
         if name.startswith(("cross_blocks.", f"{modality}.")):

@@ -116,7 +116,7 @@ class SavedModel(nn.Module, ABC):
         folder.mkdir(parents=True, exist_ok=True)
         records = {}
         for modality in self.config.modalities:
-            backbone, state = _original(self.backbone(modality))
+            backbone, state = original(self.backbone(modality))
             kept = "copy" if modality in self.config.finetuned else backbones
             if kept == "copy":
                 stored = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in state.items()}
@@ -197,7 +197,7 @@ class SavedModel(nn.Module, ABC):
         self.load_state_dict(on_device, strict=False, assign=True)
 
 
-def _original(backbone: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+def original(backbone: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     """The backbone as it was given, and its weights."""
     return backbone.swin_model() if isinstance(backbone, MoPESwinEncoder) else (backbone, original_state_dict(backbone))
 

@@ -31,7 +31,6 @@ class Counts:
         self.problem_type = problem_type
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.labels = torch.zeros((), dtype=torch.float64, device=device)
-        self.items = torch.zeros((), dtype=torch.float64, device=device)
         rows = 1 if problem_type == "single_label" else num_labels
         self.table = torch.zeros(rows, 3, dtype=torch.float64, device=device)
 
@@ -39,7 +38,6 @@ class Counts:
         """Count a batch: logits (B,K), labels (B,) integer or (B,K) of 0 and 1. The host does not wait for the device."""
         self.loss += loss_sum(logits, labels)
         self.labels += labels.numel()
-        self.items += len(labels)
         if self.problem_type == "single_label":
             right = (logits.argmax(-1) == labels)[:, None]
             # Of one "class", that of being right: every item is predicted and present.
@@ -52,7 +50,7 @@ class Counts:
     def over_processes(self) -> Counts:
         """Of the items of all processes together. Every process has to call."""
         if is_distributed():
-            for tensor in (self.loss, self.labels, self.items, self.table):
+            for tensor in (self.loss, self.labels, self.table):
                 dist.all_reduce(tensor)
         return self
 

@@ -15,8 +15,7 @@ import torch.distributed as dist
 from mope import MoPEForClassification
 from mope.data import Collator, Examples, FeatureCache, RandAugment, Split, cached_features
 from mope.models.distributed import is_distributed
-from mope.models.saving import describe
-from mope.models.swin import MoPESwinEncoder
+from mope.models.saving import describe, original
 
 from .evaluation import evaluate
 from .recipe import Recipe
@@ -181,9 +180,7 @@ class TrainingRun:
     def _fingerprint(self, modality: str) -> str:
         if modality in self.model.config.finetuned:
             return "trained"
-        backbone = self.model.backbone(modality)
-        record = describe(*backbone.swin_model()) if isinstance(backbone, MoPESwinEncoder) else describe(backbone)
-        return record["fingerprint"]
+        return describe(*original(self.model.backbone(modality)))["fingerprint"]
 
     def _checkpoint(self, resume: bool | str | Path) -> Path | None:
         out, last = self.out, last_checkpoint(self.out)
