@@ -26,12 +26,14 @@ class Batches(Sampler[list[int]]):
         process, processes: rank and world size.
 
     Raises:
-        ValueError: in training a full batch has less than one item for each process and part.
+        ValueError: the size is no positive number, or in training a full batch has less than one item for each process and part.
     """
 
     def __init__(
         self, items: Dataset[Any], size: int, *, parts: int = 1, seed: int | None = None, process: int = 0, processes: int = 1
     ) -> None:
+        if size < 1:
+            raise ValueError(f"a batch must have at least 1 item, got {size}")
         if seed is not None and size < processes * parts:
             raise ValueError(f"a batch of {size} cannot be split over {processes} processes in {parts} parts")
         self.items, self.size, self.parts, self.seed = items, size, parts, seed

@@ -196,7 +196,7 @@ class TrainingRun:
         record = (out if checkpoint is None else checkpoint.parent) / RUN
         try:
             before = json.loads(record.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"there is no run to resume in {record.parent} ({error})") from error
         if changed := _differences(before, self.identity()):
             raise ValueError(f"{record.parent} holds another run: {'; '.join(changed[:5])}")

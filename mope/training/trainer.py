@@ -77,8 +77,8 @@ class FusionTrainer(Trainer):
         progress: show bars.
 
     Raises:
-        ValueError: the batch cannot be split over the processes, the precision does not run here, what trains has 16 bits, or
-            the model was to be sharded.
+        ValueError: a number of steps is below 1, the batch cannot be split over the processes, the precision does not run here,
+            what trains has 16 bits, or the model was to be sharded.
     """
 
     def __init__(
@@ -98,6 +98,9 @@ class FusionTrainer(Trainer):
         save_steps: int | None = None,
         progress: bool = True,
     ) -> None:
+        for name, steps in (("max_steps", max_steps), ("save_steps", save_steps)):
+            if steps is not None and steps < 1:
+                raise ValueError(f"{name} must be at least 1, or None, got {steps}")
         out = Path(out).resolve()
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         precision = resolve_precision(recipe.precision, on_cpu=on_cpu)

@@ -47,6 +47,9 @@ def test_accuracy_and_loss(data: Path, batch_size: int) -> None:
         {"accuracy": (logits.argmax(-1) == labels).double().mean().item(), "loss": F.cross_entropy(logits, labels).item()}
     )
     assert model.training
+    for wrong in (0, -2):
+        with pytest.raises(ValueError, match=f"a batch must have at least 1 item, got {wrong}"):
+            evaluate(model, splits["dev"], batch_size=wrong)
 
 
 def test_f1(several: Path) -> None:

@@ -309,6 +309,8 @@ def test_fine_tuned_encoders_are_in_the_checkpoints(splits: dict[str, Split], tm
         ({"recipe": FAST.replace(batch_size=2, accumulation=3)}, "a batch of 2 cannot be split"),
         ({"cache_features": "on", "model": {"cross_prompt_length": 1}}, "training changes what the text encoder says"),
         ({"cache_features": "on", "model": {"method": "image_only"}}, "no complementary encoder"),
+        ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"save_steps": -1}, "save_steps must be at least 1"),
         ({"cache_features": "sometimes"}, "must be one of auto, on, off"),
         ({"resume": True}, "no run to resume"),
         ({"model": {"id2label": ("no", "perhaps", "yes")}}, "the classes of the train data are not those of the model"),
