@@ -245,6 +245,13 @@ class FusionTrainer(Trainer):
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        # What torch and safetensors raise where a disk is full.
+        except (RuntimeError, SafetensorError) as error:
+            raise OSError(f"{self.out}: the checkpoint of step {self.state.global_step} cannot be written: {error}") from error
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             folder = self.out if output_dir is None else Path(output_dir)

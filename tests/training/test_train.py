@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel, TrainerCallback
@@ -391,6 +392,35 @@ def test_a_checkpoint_that_was_not_finished_is_not_taken(splits: dict[str, Split
     assert last_checkpoint(run.out) == run.out / "checkpoint-4"
 
 
+@pytest.mark.parametrize(
+    ("writer", "error"),
+    [
+        ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 148096 vs 147988")),
+        ("mope.training.trainer.save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+    ],
+)
+def test_a_full_disk_is_a_line(
+    data: Path,
+    encoders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    writer: str,
+    error: Exception,
+) -> None:
+    """With what torch and safetensors raise on one."""
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    wanted = command(data, encoders, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, full)
+        assert cli.main(wanted) == 1
+    assert f"\nmope train: {tmp_path / 'out'}: the checkpoint of step 3 cannot be written: {error}\n" in capsys.readouterr().err
+    assert cli.main([*wanted, "--resume"]) == 0
+
+
 def test_a_run_that_stopped_before_its_first_checkpoint_begins_again(splits: dict[str, Split], tmp_path: Path) -> None:
     whole, again = run_of(splits, tmp_path / "whole", FAST.replace(epochs=1)), tmp_path / "again"
     whole.train()
@@ -608,7 +638,7 @@ def test_images_are_prepared_as_published_for_the_format(released: Path, format:
 
 
 def test_every_command_says_the_format_of_the_data(
-    released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A model is made before anything else can be wrong with it."""
     formats: list[str] = []
