@@ -187,6 +187,8 @@ class TrainingRun:
         if resume is False:
             if last is not None or (out / RUN).exists():
                 raise ValueError(f"{out} holds a run already: take another folder, remove it, or resume")
+            if (out / "model").exists():
+                raise ValueError(f"{out} holds a model already, which would be overwritten: take another folder")
             if out.exists() and not out.is_dir():
                 raise ValueError(f"{out} is a file: give a folder")
             return None

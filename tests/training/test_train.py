@@ -380,6 +380,13 @@ def test_a_run_is_not_overwritten_and_another_one_not_resumed(splits: dict[str, 
     assert run_of(splits, tmp_path / "out", recipe.replace(epochs=2), resume=True).train()["steps"] == 8
 
 
+def test_a_model_is_not_overwritten(splits: dict[str, Split], tmp_path: Path) -> None:
+    """Such as the one that `mope demo --export` puts beside the data."""
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match="holds a model already"):
+        run_of(splits, tmp_path)
+
+
 def test_a_checkpoint_that_was_not_finished_is_not_taken(splits: dict[str, Split], tmp_path: Path) -> None:
     run = run_of(splits, tmp_path / "out", FAST.replace(epochs=1))
     run.train()
