@@ -8,7 +8,7 @@ softmax of each row to `key_gradient`; the position bias takes `bias_gradient`, 
 import triton
 import triton.language as tl
 
-from ._forward import load_bias, load_rows, place, row_offsets, store_prompts, store_tokens, window_scores
+from ._forward import load_bias, load_rows, place, row_offsets, store_prompts, store_tokens, this_program, window_scores
 
 
 @triton.jit
@@ -47,9 +47,7 @@ def window_gradient(
     """
     NUM_WINDOWS: tl.constexpr = (R // W) * (R // W)
     NUM_ROWS: tl.constexpr = P + W * W
-    head = tl.program_id(0) % H
-    split = tl.program_id(0) // H % splits
-    owner = tl.program_id(0) // H // splits
+    head, _, split, owner = this_program(splits, H, 1)
     o_row = tl.arange(0, BM)
 
     p_query = p_qkv + head * D
@@ -142,12 +140,8 @@ def query_gradient(
     NUM_ROWS: tl.constexpr = P + W * W
     QUERY_BLOCKS: tl.constexpr = (NUM_ROWS + BM - 1) // BM
     KEY_BLOCKS: tl.constexpr = (NUM_ROWS + BN - 1) // BN
-    head = tl.program_id(0) % H
-    rest = tl.program_id(0) // H
-    o_query = rest % QUERY_BLOCKS * BM + tl.arange(0, BM)
-    rest = rest // QUERY_BLOCKS
-    split = rest % splits
-    owner = rest // splits
+    head, block, split, owner = this_program(splits, H, QUERY_BLOCKS)
+    o_query = block * BM + tl.arange(0, BM)
 
     p_query = p_qkv + head * D
     p_key = p_query + H * D
@@ -237,12 +231,8 @@ def key_gradient(
     NUM_ROWS: tl.constexpr = P + W * W
     QUERY_BLOCKS: tl.constexpr = (NUM_ROWS + BM - 1) // BM
     KEY_BLOCKS: tl.constexpr = (NUM_ROWS + BN - 1) // BN
-    head = tl.program_id(0) % H
-    rest = tl.program_id(0) // H
-    o_key = rest % KEY_BLOCKS * BN + tl.arange(0, BN)
-    rest = rest // KEY_BLOCKS
-    split = rest % splits
-    owner = rest // splits
+    head, block, split, owner = this_program(splits, H, KEY_BLOCKS)
+    o_key = block * BN + tl.arange(0, BN)
 
     p_query = p_qkv + head * D
     p_key = p_query + H * D

@@ -13,6 +13,15 @@ APART = tl.constexpr(-100 * 1.4426950408889634)
 
 
 @triton.jit
+def this_program(splits, H: tl.constexpr, BLOCKS: tl.constexpr):
+    """Which head, block of rows, part of the windows and owner of prompts a program has."""
+    # Heads beside each other share cache lines, so they run together.
+    head = tl.program_id(0) % H
+    rest = tl.program_id(0) // H
+    return head, rest % BLOCKS, rest // BLOCKS % splits, rest // BLOCKS // splits
+
+
+@triton.jit
 def place(j, owner, batch, NUM_WINDOWS: tl.constexpr, OWNER_IS_INSTANCE: tl.constexpr):
     """The image and the window in it of the j-th window that uses the prompts of `owner`."""
     if OWNER_IS_INSTANCE:
@@ -187,13 +196,8 @@ def window_forward(
     NUM_ROWS: tl.constexpr = P + W * W
     QUERY_BLOCKS: tl.constexpr = (NUM_ROWS + BM - 1) // BM
     KEY_BLOCKS: tl.constexpr = (NUM_ROWS + BN - 1) // BN
-    # Heads beside each other share cache lines, so they run together.
-    head = tl.program_id(0) % H
-    rest = tl.program_id(0) // H
-    o_query = rest % QUERY_BLOCKS * BM + tl.arange(0, BM)
-    rest = rest // QUERY_BLOCKS
-    split = rest % splits
-    owner = rest // splits
+    head, block, split, owner = this_program(splits, H, QUERY_BLOCKS)
+    o_query = block * BM + tl.arange(0, BM)
 
     p_query = p_qkv + head * D
     p_key = p_query + H * D
