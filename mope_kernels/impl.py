@@ -90,13 +90,7 @@ class Operation:
     def _preferences(self, impl: str) -> tuple[str, ...]:
         if impl == "auto":
             impl = os.environ.get("MOPE_IMPL", "") or "auto"
-        if impl == "auto":
-            return IMPLEMENTATIONS
-        names = tuple(impl.split(","))
-        for name in names:
-            if name not in IMPLEMENTATIONS:
-                raise ValueError(f"{self.name}: impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
-        return names
+        return names_in(impl, self.name)
 
     def _warn_if_slow(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or self.name in _warned:
@@ -106,6 +100,17 @@ class Operation:
             warnings.warn(
                 f"{self.name} runs in plain PyTorch on a GPU: {'; '.join(self.against('triton', args, kwargs))}", stacklevel=4
             )
+
+
+def names_in(impl: str, asker: str) -> tuple[str, ...]:
+    """The implementations that `impl` names, in its order; ValueError, in the name of `asker`, if one of them does not exist."""
+    if impl == "auto":
+        return IMPLEMENTATIONS
+    names = tuple(impl.split(","))
+    for name in names:
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"{asker}: impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
+    return names
 
 
 def explain(op: str | Callable[..., Any], *args: Any, impl: str = "auto", **kwargs: Any) -> Explanation:

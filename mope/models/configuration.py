@@ -10,6 +10,7 @@ from typing import Any
 
 import mope
 from mope.fused.router import ROUTERS
+from mope_kernels.impl import names_in
 
 from .presets import PRESETS
 
@@ -132,6 +133,9 @@ class MoPEConfig:
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"MoPEConfig: {name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        if not isinstance(self.impl, str):
+            raise ValueError(f"MoPEConfig: impl must be a name, or several with commas between them, got {self.impl!r}")
+        names_in(self.impl, "MoPEConfig")
         for name, lowest in {
             "num_labels": 1,
             "num_experts": 1,

@@ -164,6 +164,7 @@ class EvaluationJob:
         Examples(self.split, self.model)
         if options.out is not None:
             # Not after an hour.
+            report.refuse_other(options.out)
             options.out.mkdir(parents=True, exist_ok=True)
 
     def evaluate(self) -> list[dict[str, Any]]:

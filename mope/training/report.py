@@ -44,6 +44,19 @@ def metrics_table(rows: Sequence[dict[str, Any]]) -> str:
     return table(head, [[*(str(row[n]) for n in others), *(_number(n, [row[n]]) for n in metrics)] for row in rows])
 
 
+def refuse_other(folder: Path) -> None:
+    """ValueError where `folder` holds the results of something else than an evaluation, which would be lost."""
+    path = folder / "results.json"
+    if not path.exists():
+        return
+    try:
+        is_evaluation = "rows" in json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
+        is_evaluation = False
+    if not is_evaluation:
+        raise ValueError(f"{path} is not that of an evaluation and would be overwritten: choose another --out")
+
+
 def write(folder: Path, results: dict[str, Any], text: str) -> None:
     """`results.json` and `results.md`."""
     folder.mkdir(parents=True, exist_ok=True)

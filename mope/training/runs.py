@@ -158,9 +158,6 @@ class TrainingRun:
 
     def identity(self) -> dict[str, Any]:
         """What has to stay the same for a run to be resumed."""
-        digest = hashlib.sha256()
-        for example in self.splits["train"].examples:
-            digest.update(json.dumps([example.id, example.text, example.image and example.image.name, example.labels]).encode())
         recipe = dataclasses.asdict(self.recipe)
         # More epochs continue a run; how a batch is split changes nothing but rounding.
         for name in ("epochs", "accumulation", "precision"):
@@ -172,7 +169,8 @@ class TrainingRun:
                     "recipe": recipe,
                     "backbones": {m: self._fingerprint(m) for m in self.model.config.modalities},
                     "seed": self.seed,
-                    "train": {"examples": len(self.splits["train"]), "sha256": digest.hexdigest()},
+                    # On dev it is decided which weights are the best.
+                    **{name: _description(self.splits[name]) for name in ("train", "dev") if name in self.splits},
                 }
             )
         )
@@ -268,6 +266,13 @@ def train(
 ) -> dict[str, Any]:
     """`TrainingRun(model, splits, recipe, out, **options).train()`."""
     return TrainingRun(model, splits, recipe, out, **options).train()
+
+
+def _description(split: Split) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for example in split.examples:
+        digest.update(json.dumps([example.id, example.text, example.image and example.image.name, example.labels]).encode())
+    return {"examples": len(split), "sha256": digest.hexdigest()}
 
 
 def _differences(before: Any, now: Any, where: str = "") -> list[str]:

@@ -140,12 +140,14 @@ def test_evaluate_command(data: Path, swin_folder: Path, tmp_path: Path, capsys:
         (["--compare-modes", "--mode", "instance"], "leave --mode out"),
         (["--format", "mm-imdb"], 'lacks the key "img"'),
         (["--out", "{several}/labels.txt/out"], "Not a directory"),
+        (["--out", "{trained}"], "is not that of an evaluation and would be overwritten: choose another --out"),
     ],
 )
 def test_evaluate_command_says_what_is_wrong(
-    data: Path, several: Path, swin_folder: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str
+    data: Path, several: Path, swin_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str
 ) -> None:
-    more = [word.format(several=several) for word in more]
+    (tmp_path / "results.json").write_text('{"seeds": [0]}')
+    more = [word.format(several=several, trained=tmp_path) for word in more]
     assert cli.main(["evaluate", str(swin_folder), "--data", str(data), "--device", "cpu", *more]) == 1
     answer = capsys.readouterr().err
     assert "mope evaluate: " in answer

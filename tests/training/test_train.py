@@ -373,6 +373,8 @@ def test_a_run_is_not_overwritten_and_another_one_not_resumed(splits: dict[str, 
         ({"seed": 3}, "seed was 0 and is 3"),
         ({"model": {"num_experts": 5}}, "config.num_experts was 4 and is 5"),
         ({"splits": {**splits, "train": splits["train"].subset(2)}}, "train.examples was 22 and is 4"),
+        # What is the best so far was found on the other one.
+        ({"splits": {**splits, "dev": splits["dev"].subset(2)}}, "dev.examples was 9 and is 4"),
     ):
         with pytest.raises(ValueError, match=says):
             run_of(changes.pop("splits", splits), tmp_path / "out", resume=True, **{"recipe": recipe, **changes})
