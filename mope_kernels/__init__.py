@@ -6,6 +6,7 @@ Each op is defined in plain PyTorch in `mope_kernels.reference` and implemented 
 
 from .expert_adapter import expert_adapter
 from .impl import Explanation, explain
+from .mlp import gelu_mlp
 from .mope_attention import ExpertBank, mope_attention
 from .prompt_attention import prompt_attention
 from .prompts import mix_prompts
@@ -20,6 +21,7 @@ __all__ = [
     "Routing",
     "expert_adapter",
     "explain",
+    "gelu_mlp",
     "importance_loss",
     "mix_prompts",
     "mope_attention",

@@ -85,13 +85,13 @@ def mix_prompts(experts: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
 
 @_without_autocast
 def importance_loss(probs: Tensor, *, threshold: float = 0.1) -> Tensor:
-    """Squared coefficient of variation of the experts' loads, counted only above `threshold`: (B,K) -> ()."""
+    """Squared coefficient of variation of the experts' loads, counted only above `threshold`: (..., B, K) -> (...)."""
     probs = probs.to(statistics_dtype(probs))
-    batch, num_experts = probs.shape
+    batch, num_experts = probs.shape[-2:]
     if batch == 0 or num_experts == 1:
-        return probs.sum() * 0.0
-    load = probs.sum(0)
-    cv2 = load.var(unbiased=True) / load.mean().square()
+        return probs.sum((-2, -1)) * 0.0
+    load = probs.sum(-2)
+    cv2 = load.var(-1, unbiased=True) / load.mean(-1).square()
     return torch.where(cv2 <= threshold, 0.0, cv2)
 
 
@@ -317,3 +317,9 @@ def expert_adapter(
         weights = (F.linear(x, router_weight, router_bias).to(dtype) / temperature).softmax(-1)
     ups = torch.einsum("...r,edr->...ed", hidden, up_weight) + up_bias
     return x + torch.einsum("...e,...ed->...d", weights, ups.to(dtype)).to(x.dtype), weights
+
+
+@_without_autocast
+def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
+    """gelu(x W1' + b1) W2' + b2, gelu(h) = h Phi(h): (...,C), (F,C), (F,), (O,F), (O,) -> (...,O)."""
+    return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)

@@ -134,7 +134,8 @@ ROUTE = Op(
 
 
 def _probs(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
-    probs = (4 * torch.randn(size["batch"], size["experts"], device=device)).softmax(-1)
+    blocks = () if size["blocks"] is None else (size["blocks"],)
+    probs = (4 * torch.randn(*blocks, size["batch"], size["experts"], device=device)).softmax(-1)
     return {"probs": probs.to(dtype)}, {"threshold": size["threshold"]}
 
 
@@ -147,9 +148,11 @@ IMPORTANCE_LOSS = Op(
     differentiable=("probs",),
     # It looks at the batch as a whole.
     per_item=(),
-    base={"batch": 6, "experts": 4, "threshold": 0.0},
+    base={"blocks": 2, "batch": 6, "experts": 4, "threshold": 0.0},
     cases={
         "even": {"batch": 40, "experts": 2},
+        "one block": {"blocks": None},
+        "no block": {"blocks": 0},
         "above the threshold": {"batch": 3, "experts": 17, "threshold": 0.1},
         "below the threshold": {"batch": 40, "experts": 3, "threshold": 1e9},
         "one item": {"batch": 1, "experts": 5},
@@ -414,7 +417,37 @@ EXPERT_ADAPTER = Op(
     cases={"routed": {}, "plain": {"experts": 1, "router": False, "activation": "relu"}, "empty": {"batch": (0, 4)}},
 )
 
-OPS = (ROUTE, IMPORTANCE_LOSS, MIX_PROMPTS, PROMPT_ATTENTION, MOPE_ATTENTION, WINDOW_PROMPT_ATTENTION, EXPERT_ADAPTER)
+
+def _mlp(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
+    c, hidden, out = size["width"], size["hidden"], size["out"]
+    shapes = {"weight1": (hidden, c), "bias1": (hidden,), "weight2": (out, hidden), "bias2": (out,)}
+    tensors: Tensors = {n: torch.randn(*s, dtype=dtype, device=device) / s[-1] ** 0.5 for n, s in shapes.items()}
+    if not size["bias"]:
+        tensors["bias1"] = tensors["bias2"] = None
+    return {"x": torch.randn(size["batch"], size["rows"], c, dtype=dtype, device=device)} | tensors, {}
+
+
+GELU_MLP = Op(
+    "gelu_mlp",
+    run=lambda impl, options, tensors: (mope_kernels.gelu_mlp(**tensors, impl=impl),),
+    plain=lambda options, tensors: (reference.gelu_mlp(**tensors),),
+    example=_mlp,
+    implementations=(),
+    differentiable=("x", "weight1", "bias1", "weight2", "bias2"),
+    per_item=("x",),
+    base={"batch": 3, "rows": 4, "width": 12, "hidden": 40, "out": 8, "bias": True},
+    cases={
+        "plain": {},
+        "no bias": {"bias": False},
+        "several blocks": {"batch": 2, "rows": 70, "width": 80, "hidden": 144, "out": 80},
+        "odd sizes": {"rows": 5, "width": 7, "hidden": 13, "out": 3},
+        "one of everything": {"batch": 1, "rows": 1, "width": 1, "hidden": 1, "out": 1},
+        "empty batch": {"batch": 0},
+    },
+    small=frozenset({"one of everything"}),
+)
+
+OPS = (ROUTE, IMPORTANCE_LOSS, MIX_PROMPTS, PROMPT_ATTENTION, MOPE_ATTENTION, WINDOW_PROMPT_ATTENTION, EXPERT_ADAPTER, GELU_MLP)
 
 
 def every(

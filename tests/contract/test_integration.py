@@ -14,12 +14,13 @@ from .ops import PROMPT_ATTENTION, RUNS, Op, Options, Tensors, assert_same, dtyp
 
 VARIED: dict[str, list[dict[str, Any]]] = {
     "route": [{"top_k": None}, {"top_k": 2, "renormalize": True}],
-    "importance_loss": [{}],
+    "importance_loss": [{}, {"blocks": None}],
     "mix_prompts": [{"top_k": None}, {"top_k": 2}],
     "prompt_attention": [{"shared": True, "lengths": [9, 4], "bias": (9, 9), "is_causal": True}, {}],
     "mope_attention": [{"lengths": [9, 4]}, {"top_k": 2, "fold": False, "noise": False}],
     "window_prompt_attention": [{}, {"prompt_owner": "reference", "resolution": 2, "shift": 0}],
     "expert_adapter": [{}],
+    "gelu_mlp": [{}, {"bias": False}],
 }
 
 

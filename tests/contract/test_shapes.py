@@ -113,14 +113,23 @@ def _adapter_sizes(draw: st.DrawFn) -> Sizes:
     }
 
 
+@st.composite
+def _mlp_sizes(draw: st.DrawFn) -> Sizes:
+    sizes = {n: draw(st.integers(low, 40)) for n, low in (("rows", 0), ("width", 1), ("hidden", 1), ("out", 1))}
+    return sizes | {"batch": draw(st.integers(0, 4)), "bias": draw(st.booleans())}
+
+
 SHAPES: dict[str, Callable[[str], st.SearchStrategy[Sizes]]] = {
     "route": lambda impl: _router_sizes(),
-    "importance_loss": lambda impl: st.fixed_dictionaries({"batch": st.integers(0, 50), "experts": st.integers(1, 40)}),
+    "importance_loss": lambda impl: st.fixed_dictionaries(
+        {"blocks": st.none() | st.integers(0, 3), "batch": st.integers(0, 50), "experts": st.integers(1, 40)}
+    ),
     "mix_prompts": lambda impl: _mixture_sizes(),
     "prompt_attention": _attention_sizes,
     "mope_attention": _routed_attention_sizes,
     "window_prompt_attention": _window_sizes,
     "expert_adapter": lambda impl: _adapter_sizes(),
+    "gelu_mlp": lambda impl: _mlp_sizes(),
 }
 
 

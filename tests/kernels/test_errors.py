@@ -34,7 +34,7 @@ WRONG = {
     "route: temperature must be positive, got 0": lambda: mope_kernels.route(torch.zeros(2, 3), temperature=0),
     "route: noise must be (B=2, K=3), got shape (2, 4)": lambda: mope_kernels.route(torch.zeros(2, 3), noise=torch.zeros(2, 4)),
     "route: there must be at least one expert": lambda: mope_kernels.route(torch.zeros(2, 0)),
-    "importance_loss: probs must have the axes (B, K)": lambda: mope_kernels.importance_loss(torch.zeros(2, 3, 4)),
+    "importance_loss: probs must have the axes (B, K)": lambda: mope_kernels.importance_loss(torch.zeros(4)),
     "mix_prompts: indices must lie in 0..2, got values from 0 to 3": lambda: mope_kernels.mix_prompts(
         torch.zeros(3, 4, 8), torch.zeros(2, 2), torch.tensor([[0, 3], [1, 2]])
     ),
@@ -75,6 +75,12 @@ WRONG = {
     ),
     "expert_adapter: 3 experts need router_weight and router_bias": lambda: mope_kernels.expert_adapter(
         torch.zeros(2, 8), torch.zeros(4, 8), torch.zeros(4), torch.zeros(3, 8, 4), torch.zeros(3, 8)
+    ),
+    "gelu_mlp: weight1 must be (F=16, C=8), got shape (16, 9): axis C is 9, not 8": lambda: mope_kernels.gelu_mlp(
+        torch.zeros(2, 8), torch.zeros(16, 9), None, torch.zeros(8, 16), None
+    ),
+    "gelu_mlp: weight2 must be torch.float16, got torch.float32": lambda: mope_kernels.gelu_mlp(
+        torch.zeros(2, 8).half(), torch.zeros(16, 8).half(), None, torch.zeros(8, 16), None
     ),
     "explain: unknown op 'attention'": lambda: mope_kernels.explain("attention"),
 }
