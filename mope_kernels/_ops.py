@@ -69,9 +69,9 @@ SCHEMAS = {
     # -> grad_experts (K,P,D), grad_weights (B,k)
     "mix_prompts_backward": "(Tensor grad_out, Tensor experts, Tensor weights, Tensor indices,"
     " bool need_experts, bool need_weights) -> (Tensor, Tensor)",
-    # -> loss (), load (K,)
+    # probs (L,B,K) -> loss (L,), load (L,K)
     "importance_loss": "(Tensor probs, float threshold) -> (Tensor, Tensor)",
-    # -> the gradient (K,) that every row of probs gets
+    # -> (L,K), the gradient that every row of a block's probs gets
     "importance_loss_backward": "(Tensor grad_loss, Tensor load, float threshold) -> Tensor",
     # lse (B,H,Lq): logarithm of the sum of exponentials of the scaled scores, +inf where no key is visible. For the backward of
     # the same namespace only: natural and float32 in mope_cpu, to base 2 and float64 in mope_triton.
@@ -135,7 +135,8 @@ def _fake_mix_prompts_backward(
 
 
 def _fake_importance_loss(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    return probs.new_empty((), dtype=torch.float32), probs.new_empty(probs.shape[1], dtype=torch.float32)
+    blocks, _, num_experts = probs.shape
+    return probs.new_empty(blocks, dtype=torch.float32), probs.new_empty(blocks, num_experts, dtype=torch.float32)
 
 
 def _fake_importance_loss_backward(grad_loss: Tensor, load: Tensor, threshold: float) -> Tensor:

@@ -181,7 +181,7 @@ def route_launches(dtype: torch.dtype, experts: int, top_k: int) -> None:
 
 
 def importance_loss_launches(experts: int) -> None:
-    loss, load = router.importance_loss(torch.empty(64, experts), 0.1)
+    loss, load = router.importance_loss(torch.empty(20, 64, experts), 0.1)
     router.importance_loss_backward(loss, load, 0.1)
 
 

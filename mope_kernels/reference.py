@@ -87,8 +87,7 @@ def mix_prompts(experts: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
 def importance_loss(probs: Tensor, *, threshold: float = 0.1) -> Tensor:
     """Squared coefficient of variation of the experts' loads, counted only above `threshold`: (..., B, K) -> (...)."""
     probs = probs.to(statistics_dtype(probs))
-    batch, num_experts = probs.shape[-2:]
-    if batch == 0 or num_experts == 1:
+    if probs.numel() == 0 or probs.shape[-1] == 1:
         return probs.sum((-2, -1)) * 0.0
     load = probs.sum(-2)
     cv2 = load.var(-1, unbiased=True) / load.mean(-1).square()

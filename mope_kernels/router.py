@@ -115,7 +115,7 @@ class ImportanceLossFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (load,) = ctx.saved_tensors
         grad_load = torch.ops.mope_triton.importance_loss_backward.default(grads[0], load, ctx.threshold)
-        return grad_load.to(ctx.dtype).expand(ctx.shape), None
+        return grad_load.to(ctx.dtype)[:, None].expand(ctx.shape), None
 
 
 _IMPORTANCE_LOSS = Operation("importance_loss", triton=lambda probs, **_: triton_check(probs), reference=reference_check)
@@ -125,19 +125,20 @@ def importance_loss(probs: Tensor, *, threshold: float = 0.1, impl: str = "auto"
     """How uneven the experts' loads are: CV^2 = var(I) / mean(I)^2 of I = sum over the batch of probs, unbiased variance.
 
     Args:
-        probs: (B,K) softmax over all experts, `Routing.probs`.
+        probs: (B,K) softmax over all experts, `Routing.probs`; or (L,B,K), those of L blocks, in one launch.
         threshold: a CV^2 up to this counts as even: the loss is 0 and so is its gradient. No device sync.
         impl: "auto", "triton" or "reference".
 
     Returns:
-        () float32 (float64 for float64 probs). 0, with zero gradient, for K = 1 or B = 0.
+        () or (L,), float32 (float64 for float64 probs). 0, with zero gradient, for K = 1 or B = 0.
 
     Raises:
-        ValueError: `probs` is not a floating point matrix, or `impl` cannot run.
+        ValueError: `probs` is not floating point or has other axes, or `impl` cannot run.
 
     MoPE (arXiv 2403.10568), importance loss; the released code's unbiased variance.
     """
-    Arguments("importance_loss").tensor("probs", probs, "B K")
+    Arguments("importance_loss").tensor("probs", probs, "L B K" if probs.dim() == 3 else "B K")
     if _IMPORTANCE_LOSS.choose(impl, probs) == "reference":
         return reference.importance_loss(probs, threshold=threshold)
-    return ImportanceLossFunction.apply(last_dim_contiguous(probs), threshold)
+    loss = ImportanceLossFunction.apply(last_dim_contiguous(probs if probs.dim() == 3 else probs[None]), threshold)
+    return loss if probs.dim() == 3 else loss[0]

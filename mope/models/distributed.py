@@ -24,11 +24,11 @@ def importance(probs: Sequence[Tensor], *, threshold: float, impl: str = "auto",
         threshold, impl: as in `mope_kernels.importance_loss`.
         across_processes: over the default group of torch.distributed, where it is initialised. Every process has to call.
     """
+    of_blocks = torch.stack(list(probs))
     if across_processes and is_distributed():
         # A batch of one row that is the sum of all rows has the same loads.
-        loads = _sum_over_processes(torch.stack([p.sum(0) for p in probs]))
-        probs = loads[:, None].unbind(0)
-    return torch.stack([mope_kernels.importance_loss(p, threshold=threshold, impl=impl) for p in probs]).mean()
+        of_blocks = _sum_over_processes(of_blocks.sum(1, keepdim=True))
+    return mope_kernels.importance_loss(of_blocks, threshold=threshold, impl=impl).mean()
 
 
 def is_distributed() -> bool:

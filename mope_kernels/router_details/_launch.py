@@ -89,17 +89,18 @@ def importance_loss(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     from ._importance import importance_forward
 
     probs = last_dim_contiguous(probs)
-    batch, num_experts = probs.shape
-    loss, load = (torch.empty(shape, dtype=torch.float32, device=probs.device) for shape in ((), (num_experts,)))
+    blocks, batch, num_experts = probs.shape
+    loss, load = (torch.empty(shape, dtype=torch.float32, device=probs.device) for shape in ((blocks,), (blocks, num_experts)))
     block = next_power_of_2(num_experts)
     launch(
         importance_forward,
-        1,
+        blocks,
         probs,
         loss,
         load,
         batch,
         probs.stride(0),
+        probs.stride(1),
         threshold,
         K=num_experts,
         BB=max(4096 // block, 1),
@@ -113,6 +114,7 @@ def importance_loss(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 def importance_loss_backward(grad_loss: Tensor, load: Tensor, threshold: float) -> Tensor:
     from ._importance import importance_backward
 
-    grad = torch.empty_like(load)
-    launch(importance_backward, 1, grad_loss, load, grad, threshold, K=len(load), BK=next_power_of_2(len(load)), num_warps=1)
+    blocks, num_experts = load.shape
+    grad, block = torch.empty_like(load), next_power_of_2(num_experts)
+    launch(importance_backward, blocks, grad_loss.contiguous(), load, grad, threshold, K=num_experts, BK=block, num_warps=1)
     return grad
