@@ -108,6 +108,27 @@ inline int64_t gather(
       work.width);
 }
 
+// Scores of `count` queries from `first` on, `rows` of them: of prompts, then of tokens. The queries are packed and scaled.
+inline void score(
+    const MopeAttention& op, int64_t b, int64_t h, int64_t first, int64_t count, int64_t rows, const Workspace& work) {
+  transpose_queries(work.queries, count, work.width, work.queries_by_width);
+  product<false>(rows, count, op.D, {work.keys, work.width, 1}, work.queries_by_width, kQueries, work.scores, kQueries);
+  for (int64_t row = op.prompts(); row < rows && op.bias.data; ++row) {
+    const auto [of_item, of_head, of_query, of_token] = op.bias.stride;
+    const float* bias = op.bias.data + b * of_item + h * of_head + first * of_query + (row - op.prompts()) * of_token;
+    float* scores = work.scores + row * kQueries;
+    if (of_query == 0) {
+      MOPE_SIMD for (int64_t i = 0; i < count; ++i) scores[i] += *bias;
+    } else {
+      for (int64_t i = 0; i < count; ++i) scores[i] += bias[i * of_query];
+    }
+  }
+  // Token t is seen by the queries from t on.
+  for (int64_t row = op.prompts() + first + 1; row < rows && op.is_causal; ++row)
+    std::fill_n(
+        work.scores + row * kQueries, std::min(count, row - op.prompts() - first), -std::numeric_limits<float>::infinity());
+}
+
 // Turns kN vectors of columns of scores into e^(score - highest), with the sum and the highest of each column.
 template <int kN>
 inline void exponentials(float* scores, int64_t keys, float* sums, float* highest) {
@@ -140,8 +161,7 @@ inline void attend(
   for (int64_t first = 0; first < op.Lq; first += kQueries) {
     const int64_t count = std::min(kQueries, op.Lq - first);
     pack(op.query.row(b, h, first), op.query.stride[2], count, op.D, work.queries, width, op.scale);
-    transpose_queries(work.queries, count, width, work.queries_by_width);
-    product<false>(keys, count, op.D, {work.keys, width, 1}, work.queries_by_width, kQueries, work.scores, kQueries);
+    score(op, b, h, first, count, keys, work);
     in_blocks<4>(vectors(count), [&](auto block, int64_t n) {
       exponentials<block()>(work.scores + n * kLanes, keys, sums + n * kLanes, highest + n * kLanes);
     });
@@ -215,8 +235,7 @@ inline void attend_backward(
     std::copy_n(back.lse + (b * op.H + h) * op.Lq + first, count, lse);
 
     pack(op.query.row(b, h, first), op.query.stride[2], count, op.D, work.queries, width, op.scale);
-    transpose_queries(work.queries, count, width, work.queries_by_width);
-    product<false>(rows, count, op.D, {work.keys, width, 1}, work.queries_by_width, kQueries, work.scores, kQueries);
+    score(op, b, h, first, count, rows, work);
 
     float* grad_out = work.out;
     pack(back.grad_out.row(b, h, first), back.grad_out.stride[2], count, op.D, grad_out, width);

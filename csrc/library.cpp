@@ -172,6 +172,82 @@ Gradients mope_attention_backward(
 }
 
 // The arguments that both directions have.
+#define PROMPT_ATTENTION_PARAMETERS                                                                                     \
+  Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor prompt_value, Optional lengths, Optional attn_bias, \
+    [[maybe_unused]] Optional seed, bool is_causal, double scale, double dropout_p
+#define PROMPT_ATTENTION_ARGUMENTS \
+  query, key, value, prompt_key, prompt_value, lengths, attn_bias, seed, is_causal, scale, dropout_p
+
+// Without experts. Prompts that all items share are static, those of each item instance prompts.
+MopeAttention prompt_attention_problem(Arguments& arguments, PROMPT_ATTENTION_PARAMETERS) {
+  STD_TORCH_CHECK(
+      query.dim() == 4 && key.dim() == 4 && prompt_key.dim() == 4 && prompt_value.dim() == 4,
+      "prompt_attention: query and key must be (B, H, L, D), prompt_key and prompt_value (B or 1, H, P, D), got ",
+      to_string(query.sizes()), ", ", to_string(key.sizes()), ", ", to_string(prompt_key.sizes()), " and ",
+      to_string(prompt_value.sizes()));
+  STD_TORCH_CHECK(dropout_p == 0.0, "prompt_attention: the CPU kernel has no dropout, got dropout_p = ", dropout_p);
+  const int64_t B = query.size(0), H = query.size(1), Lq = query.size(2), D = query.size(3), Lk = key.size(2);
+  const int64_t prompts = prompt_key.size(2);
+  STD_TORCH_CHECK(!is_causal || Lq == Lk, "prompt_attention: is_causal needs as many queries as tokens, got ", Lq, " and ", Lk);
+  MopeAttention op{};
+  op.B = B, op.H = H, op.Lq = Lq, op.Lk = Lk, op.D = D, op.dense = true;
+  op.is_causal = is_causal, op.scale = static_cast<float>(scale);
+  op.query = arguments.rows<4>("query", query, {B, H, Lq, D});
+  op.key = arguments.rows<4>("key", key, {B, H, Lk, D});
+  op.value = arguments.rows<4>("value", value, {B, H, Lk, D});
+  const int64_t owners = prompt_key.size(0) == 1 ? 1 : B;
+  const Input<4> keys = arguments.rows<4>("prompt_key", prompt_key, {owners, H, prompts, D});
+  const Input<4> values = arguments.rows<4>("prompt_value", prompt_value, {owners, H, prompts, D});
+  if (owners == 1) {
+    op.S = prompts;
+    op.static_key = {keys.data, {keys.stride[1], keys.stride[2]}};
+    op.static_value = {values.data, {values.stride[1], values.stride[2]}};
+  } else {
+    op.M = prompts, op.instance_key = keys, op.instance_value = values;
+  }
+  op.lengths = arguments.lengths(lengths, B);
+  op.bias = arguments.bias("attn_bias", attn_bias, {B, H, Lq, Lk});
+  return op;
+}
+
+std::tuple<Tensor, Tensor> prompt_attention(PROMPT_ATTENTION_PARAMETERS) {
+  Arguments arguments("prompt_attention");
+  const MopeAttention op = prompt_attention_problem(arguments, PROMPT_ATTENTION_ARGUMENTS);
+  Tensor out = empty_heads_last(op.B, op.H, op.Lq, op.D), lse = empty(op.B, op.H, op.Lq);
+  kernels().mope_attention(op, {rows(out), lse.mutable_data_ptr<float>(), nullptr, nullptr, nullptr});
+  return {out, lse};
+}
+
+// In the order of PROMPT_ATTENTION_GRADIENTS.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_attention_backward(
+    Tensor grad_out, Tensor out, Tensor lse, PROMPT_ATTENTION_PARAMETERS, int64_t needs) {
+  Arguments arguments("prompt_attention_backward");
+  const MopeAttention op = prompt_attention_problem(arguments, PROMPT_ATTENTION_ARGUMENTS);
+  MopeAttentionBackward back{};
+  back.grad_out = arguments.rows<4>("grad_out", grad_out, {op.B, op.H, op.Lq, op.D});
+  back.out = arguments.rows<4>("out", out, {op.B, op.H, op.Lq, op.D});
+  back.lse = arguments.dense<float>("lse", lse, {op.B, op.H, op.Lq});
+  const auto tokens = [&](int bit, Output<4>& to, int64_t length) {
+    if (!(needs >> bit & 1)) return empty(0);
+    Tensor grad = empty_heads_last(op.B, op.H, length, op.D);
+    to = rows(grad);
+    return grad;
+  };
+  const auto prompts = [&](int bit, float*& of_all, float*& of_each) {
+    if (!(needs >> bit & 1)) return empty(0);
+    const bool shared = bool(op.static_key);
+    Tensor grad = empty(shared ? 1 : op.B, op.H, op.prompts(), op.D);
+    (shared ? of_all : of_each) = grad.mutable_data_ptr<float>();
+    return grad;
+  };
+  Tensor query_grad = tokens(0, back.query, op.Lq), key_grad = tokens(1, back.key, op.Lk), value_grad = tokens(2, back.value, op.Lk);
+  Tensor prompt_key_grad = prompts(3, back.static_key, back.instance_key);
+  Tensor prompt_value_grad = prompts(4, back.static_value, back.instance_value);
+  kernels().mope_attention_backward(op, back);
+  return {query_grad, key_grad, value_grad, prompt_key_grad, prompt_value_grad};
+}
+
+// The arguments that both directions have.
 #define WINDOW_ATTENTION_PARAMETERS                                                                                        \
   Tensor qkv, Tensor position_bias, int64_t num_prompts, int64_t num_heads, int64_t resolution, int64_t window_size,       \
     int64_t shift, bool owner_is_instance
@@ -227,6 +303,8 @@ std::tuple<Tensor, Tensor> window_attention_backward(Tensor grad_out, WINDOW_ATT
 STABLE_TORCH_LIBRARY_IMPL(mope_cpu, CPU, m) {
   m.impl("mix_prompts", TORCH_BOX(&mope::mix_prompts));
   m.impl("mix_prompts_backward", TORCH_BOX(&mope::mix_prompts_backward));
+  m.impl("prompt_attention", TORCH_BOX(&mope::prompt_attention));
+  m.impl("prompt_attention_backward", TORCH_BOX(&mope::prompt_attention_backward));
   m.impl("mope_attention", TORCH_BOX(&mope::mope_attention));
   m.impl("mope_attention_backward", TORCH_BOX(&mope::mope_attention_backward));
   m.impl("window_prompt_attention", TORCH_BOX(&mope::window_attention));

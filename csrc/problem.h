@@ -44,6 +44,13 @@ struct Lengths {
   }
 };
 
+// What is added to the scores of tokens, (B,H,Lq,Lk) with a stride of 0 wherever it is broadcast.
+struct AttentionBias {
+  const float* data = nullptr;
+  int64_t stride[4] = {};
+};
+
+// Attention whose first keys are prompts. Without experts (K = P = 0) it is `prompt_attention`, which alone has bias and is_causal.
 struct MopeAttention {
   int64_t B, H, Lq, Lk, D, K, k, S, M, P;
   Input<4> query, key, value;            // (B,H,L,D)
@@ -54,6 +61,8 @@ struct MopeAttention {
   Input<3> static_key, static_value;     // (H,S,D)
   Input<4> instance_key, instance_value; // (B,H,M,D)
   Lengths lengths;
+  AttentionBias bias;
+  bool is_causal;
   bool dense, renormalize;
   float temperature, eps, scale;
 

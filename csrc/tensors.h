@@ -58,6 +58,22 @@ class Arguments {
     return {tensor->const_data_ptr(), tensor->stride(0), is_int64};
   }
 
+  // Float32, broadcastable to these sizes, with any strides.
+  AttentionBias bias(const char* name, const Optional& tensor, const int64_t (&sizes)[4]) const {
+    if (!tensor) return {};
+    const int64_t missing = 4 - tensor->dim();
+    bool fits = missing >= 0;
+    for (int64_t i = 0; fits && i < tensor->dim(); ++i) fits = tensor->size(i) == 1 || tensor->size(i) == sizes[missing + i];
+    STD_TORCH_CHECK(
+        fits, op_, ": ", name, " must be broadcastable to ", to_string(sizes), ", got ", to_string(tensor->sizes()));
+    STD_TORCH_CHECK(
+        tensor->is_cpu() && tensor->scalar_type() == ScalarType::Float, op_, ": ", name, " must be float32 on the CPU, got ",
+        torch::headeronly::toString(tensor->scalar_type()));
+    AttentionBias result{tensor->const_data_ptr<float>()};
+    for (int64_t i = 0; i < tensor->dim(); ++i) result.stride[missing + i] = tensor->size(i) == 1 ? 0 : tensor->stride(i);
+    return result;
+  }
+
   void both_or_neither(const char* first, const Optional& a, const char* second, const Optional& b) const {
     STD_TORCH_CHECK(a.has_value() == b.has_value(), op_, ": ", first, " and ", second, " go together: give both or neither");
   }

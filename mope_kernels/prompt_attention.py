@@ -11,7 +11,7 @@ from torch import Tensor
 from . import reference
 from ._checks import Arguments, last_dim_contiguous
 from ._ops import PROMPT_ATTENTION_GRADIENTS
-from .impl import Operation, reference_check, triton_check
+from .impl import Operation, extension_check, reference_check, triton_check
 from .prompt_attention_details import _launch as _launch
 from .prompt_attention_details import _libraries
 
@@ -61,9 +61,17 @@ def _triton_check(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor,
     return triton_attention_check(query, prompt_key, prompt_value)
 
 
+def _cpu_check(*tensors: Tensor, attn_bias: Tensor | None = None, dropout_p: float = 0.0, **_: Any) -> list[str]:
+    reasons = extension_check(*tensors, *([] if attn_bias is None else [attn_bias]))
+    if dropout_p:
+        reasons.append("the C++ kernel has no dropout")
+    return reasons
+
+
 _PROMPT_ATTENTION = Operation(
     "prompt_attention",
     triton=_triton_check,
+    cpu=_cpu_check,
     sdpa=_libraries.sdpa_check,
     xformers=_libraries.xformers_check,
     reference=reference_check,
@@ -125,7 +133,7 @@ def prompt_attention(
         is_causal: query i sees tokens 0..i and every prompt; needs Lq = Lk.
         dropout_p: of the attention probabilities, those of prompts too.
         scale: of the scores; D^-0.5 if None.
-        impl: "auto", "triton", "sdpa" (concatenation and torch's scaled_dot_product_attention), "xformers" or "reference".
+        impl: "auto", "triton", "cpu", "sdpa" (concatenation and torch's scaled_dot_product_attention), "xformers" or "reference".
 
     Returns:
         (B,H,Lq,D) in the dtype of `query`, in memory (B,Lq,H,D). Zero where an item has neither prompts nor tokens.
@@ -144,7 +152,7 @@ def prompt_attention(
     tensors = (query, key, value, prompt_key, prompt_value)
     options: dict[str, Any] = {"lengths": lengths, "attn_bias": attn_bias, "is_causal": is_causal, "dropout_p": dropout_p}
     implementation = _PROMPT_ATTENTION.choose(impl, *tensors, **options)
-    if implementation != "triton":
+    if implementation in _BY_AUTOGRAD:
         # The op computes in the dtypes of its arguments, and concatenates tensors of dtypes that autocast may not know.
         with reference.autocast_off(query.device):
             return _BY_AUTOGRAD[implementation](*tensors, **options, scale=scale)
@@ -152,7 +160,7 @@ def prompt_attention(
     # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
     seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
     return PromptAttentionFunction.apply(
-        "mope_triton",
+        f"mope_{implementation}",
         _Options(is_causal, scale, dropout_p),
         *(last_dim_contiguous(t) for t in tensors),
         lengths,

@@ -209,7 +209,7 @@ PROMPT_ATTENTION = Op(
     run=lambda impl, options, tensors: (mope_kernels.prompt_attention(**tensors, **options, impl=impl),),
     plain=lambda options, tensors: (reference.prompt_attention(**tensors, **options),),
     example=_attention,
-    implementations=("sdpa", "xformers", "triton"),
+    implementations=("cpu", "sdpa", "xformers", "triton"),
     differentiable=PROMPT_ATTENTION_GRADIENTS,
     per_item=("query", "key", "value", "prompt_key", "prompt_value"),
     padded=("key", "value"),
