@@ -8,7 +8,9 @@ from .expert_adapter import expert_adapter
 from .impl import Explanation, explain
 from .mlp import gelu_mlp
 from .mope_attention import ExpertBank, mope_attention
+from .norm import add_norm
 from .prompt_attention import prompt_attention
+from .prompted_norm import prompted_norm
 from .prompts import mix_prompts
 from .router import Routing, importance_loss, route
 from .window_attention import window_prompt_attention
@@ -19,6 +21,7 @@ __all__ = [
     "ExpertBank",
     "Explanation",
     "Routing",
+    "add_norm",
     "expert_adapter",
     "explain",
     "gelu_mlp",
@@ -26,6 +29,7 @@ __all__ = [
     "mix_prompts",
     "mope_attention",
     "prompt_attention",
+    "prompted_norm",
     "route",
     "window_prompt_attention",
 ]

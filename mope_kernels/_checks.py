@@ -65,6 +65,10 @@ class Arguments:
         if not value > 0:
             raise self.error(f"{name} must be positive, got {value}")
 
+    def norm_dtype(self, dtype: torch.dtype | None) -> None:
+        if dtype is not None and not dtype.is_floating_point:
+            raise self.error(f"norm_dtype must be a floating point dtype, got {dtype}")
+
     def probability(self, name: str, value: float) -> None:
         if not 0 <= value < 1:
             raise self.error(f"{name} must be in [0, 1), got {value}")

@@ -42,6 +42,25 @@ MOPE_ATTENTION_GRADIENTS = (
     "instance_value",
 )
 
+# The same for `prompted_norm` and `prompted_norm_backward`.
+PROMPTED_NORM_GRADIENTS = (
+    "x",
+    "update",
+    "weight",
+    "bias",
+    "static",
+    "experts",
+    "mapped",
+    "cross_logits",
+    "self_weight",
+    "self_bias",
+    "self_keys",
+    "routing_weights",
+)
+
+# The same for `gelu_mlp` and `gelu_mlp_backward`.
+GELU_MLP_GRADIENTS = ("x", "weight1", "bias1", "weight2", "bias2")
+
 _PROMPT_ATTENTION_INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor prompt_value, Tensor? lengths, Tensor? attn_bias, "
     "Tensor? seed, bool is_causal, float scale, float dropout_p"
@@ -78,11 +97,17 @@ SCHEMAS = {
     "prompt_attention": f"({_PROMPT_ATTENTION_INPUTS}) -> (Tensor out, Tensor lse)",
     "prompt_attention_backward": f"(Tensor grad_out, Tensor out, Tensor lse, {_PROMPT_ATTENTION_INPUTS}, int needs)"
     f" -> ({', '.join(['Tensor'] * len(PROMPT_ATTENTION_GRADIENTS))})",
-    "mope_attention": f"({_MOPE_ATTENTION_TENSORS}, {_MOPE_ATTENTION_OPTIONS})"
+    # With task_ids (B,), int64: bank_key and bank_value (T*K,H,P,D), gram (T,P,K,K), static_key and static_value (T,H,S,D). No backward.
+    "mope_attention": f"({_MOPE_ATTENTION_TENSORS}, {_MOPE_ATTENTION_OPTIONS}, Tensor? task_ids=None)"
     " -> (Tensor out, Tensor lse, Tensor probs, Tensor weights, Tensor indices)",
     "window_prompt_attention": f"({_WINDOW_PROMPT_ATTENTION_INPUTS}) -> Tensor",
     # -> grad_qkv (B,P+R*R,3C), grad_position_bias (H,w*w,w*w)
     "window_prompt_attention_backward": f"(Tensor grad_out, {_WINDOW_PROMPT_ATTENTION_INPUTS}, int needs) -> (Tensor, Tensor)",
+    # -> out (N,O); with keep_hidden also h (N,F), for backward
+    "gelu_mlp": "(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, bool keep_hidden) -> (Tensor, Tensor)",
+    # x only where the gradient of weight1 is needed
+    "gelu_mlp_backward": "(Tensor grad_out, Tensor hidden, Tensor? x, Tensor weight1, Tensor weight2, int needs)"
+    f" -> ({', '.join(['Tensor'] * len(GELU_MLP_GRADIENTS))})",
     "mope_attention_backward": "(Tensor grad_out, Tensor? grad_probs, Tensor? grad_weights, Tensor out, Tensor lse, Tensor probs,"
     f" Tensor weights, Tensor indices, {_MOPE_ATTENTION_TENSORS}, {_MOPE_ATTENTION_OPTIONS}, int needs)"
     f" -> ({', '.join(['Tensor'] * len(MOPE_ATTENTION_GRADIENTS))})",
@@ -163,7 +188,8 @@ def _fake_prompt_attention_backward(grad_out: Tensor, out: Tensor, lse: Tensor, 
 def _fake_mope_attention(
     query: Tensor, key: Tensor, value: Tensor, logits: Tensor, noise: Tensor | None, *rest: Any, lse_dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    top_k = rest[-6]
+    # Behind the other tensors.
+    top_k = rest[11]
     out, lse = _fake_prompt_attention(query, lse_dtype=lse_dtype)
     return out, lse, *_fake_route(logits, noise, top_k, 1.0, False)
 
@@ -191,6 +217,20 @@ def _fake_window_prompt_attention_backward(grad_out: Tensor, *inputs: Any) -> tu
     return tuple(t.new_empty(t.shape) if needs >> i & 1 else not_needed(t) for i, t in enumerate(inputs[:2]))
 
 
+def _fake_gelu_mlp(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep_hidden: bool
+) -> tuple[Tensor, Tensor]:
+    out = x.new_empty(x.shape[0], weight2.shape[0])
+    return out, x.new_empty(x.shape[0], weight1.shape[0]) if keep_hidden else not_needed(x)
+
+
+def _fake_gelu_mlp_backward(
+    grad_out: Tensor, hidden: Tensor, x: Tensor | None, weight1: Tensor, weight2: Tensor, needs: int
+) -> tuple[Tensor, ...]:
+    shapes = ((hidden.shape[0], weight1.shape[1]), weight1.shape, weight1.shape[:1], weight2.shape, weight2.shape[:1])
+    return tuple(hidden.new_empty(s) if needs >> i & 1 else not_needed(hidden) for i, s in enumerate(shapes))
+
+
 FAKES: dict[str, Callable[..., object]] = {
     "route": _fake_route,
     "route_backward": _fake_route_backward,
@@ -202,6 +242,8 @@ FAKES: dict[str, Callable[..., object]] = {
     "prompt_attention_backward": _fake_prompt_attention_backward,
     "mope_attention": _fake_mope_attention,
     "mope_attention_backward": _fake_mope_attention_backward,
+    "gelu_mlp": _fake_gelu_mlp,
+    "gelu_mlp_backward": _fake_gelu_mlp_backward,
     "window_prompt_attention": _fake_window_prompt_attention,
     "window_prompt_attention_backward": _fake_window_prompt_attention_backward,
 }

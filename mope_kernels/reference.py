@@ -5,7 +5,7 @@ statistics are computed in float32 (float64 for float64 input), matrix products 
 switched off inside, so that an op gives what its arguments' dtypes say.
 
 Sizes: B batch, H heads, L tokens (Lq queries, Lk keys), D width of a head, C width of the model, P prompts, K experts,
-k selected experts, S static prompts, M instance prompts.
+k selected experts, S static prompts, M instance prompts, N rows, s width of a router's query.
 """
 
 from __future__ import annotations
@@ -157,19 +157,27 @@ def mix_bank(
     key_offset: Tensor | None = None,
     value_offset: Tensor | None = None,
     eps: float = 1e-5,
+    task_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of the routed prompts from the projected experts: (B,K), (K,H,P,D) x2 -> (B,H,P,D) x2.
 
     With `gram` (P,K,K), G_p[i,j] = <Ec_i, Ec_j> / d of the centred experts, the LayerNorm in front of the projection is
     applied afterwards: LN is linear but for its standard deviation, and that is sqrt(w' G_p w + eps).
+    With `task_ids` (B,) banks and Gram matrices are those of T tasks, (T*K,H,P,D) and (T,P,K,K): item b has those of its own.
     """
+    each = "b"
+    if task_ids is None:
+        each = ""
+    else:
+        key, value = (rearrange(bank, "(t k) h p d -> t k h p d", k=weights.shape[1])[task_ids] for bank in (key, value))
+        gram = None if gram is None else gram[task_ids]
     inverse_std: Tensor | float = 1.0
     if gram is not None:
-        variance = torch.einsum("bi,pij,bj->bp", weights, gram.to(weights.dtype), weights).clamp_min(0.0)
+        variance = torch.einsum(f"bi,{each}pij,bj->bp", weights, gram.to(weights.dtype), weights).clamp_min(0.0)
         inverse_std = rearrange((variance + eps).rsqrt(), "b p -> b 1 p 1")
 
     def project(bank: Tensor, offset: Tensor | None) -> Tensor:
-        mixed = torch.einsum("bk,khpd->bhpd", weights, bank.to(weights.dtype)) * inverse_std
+        mixed = torch.einsum(f"bk,{each}khpd->bhpd", weights, bank.to(weights.dtype)) * inverse_std
         return mixed if offset is None else mixed + rearrange(offset.to(weights.dtype), "h d -> 1 h 1 d")
 
     return project(key, key_offset), project(value, value_offset)
@@ -199,17 +207,30 @@ def mope_attention(
     lengths: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    task_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention over [static; instance; routed prompts; tokens] -> out (B,H,Lq,D), weights, indices, probs."""
+    """Attention over [static; instance; routed prompts; tokens] -> out (B,H,Lq,D), weights, indices, probs.
+
+    With `task_ids` (B,) banks (T*K,H,P,D), Gram matrices (T,P,K,K) and static prompts (T,H,S,D) are those of T tasks side by side.
+    """
     batch = query.shape[0]
     weights, indices, probs = route(logits, top_k=top_k, temperature=temperature, noise=noise, renormalize=renormalize)
     mixture = dense_weights(weights, indices, logits.shape[1]).to(statistics_dtype(query, weights))
     routed_key, routed_value = mix_bank(
-        mixture, bank_key, bank_value, gram=gram, key_offset=key_offset, value_offset=value_offset, eps=eps
+        mixture,
+        bank_key,
+        bank_value,
+        gram=gram,
+        key_offset=key_offset,
+        value_offset=value_offset,
+        eps=eps,
+        task_ids=task_ids,
     )
 
     def prompts(static: Tensor | None, instance: Tensor | None, routed: Tensor) -> Tensor:
-        parts = [] if static is None else [repeat(static, "h s d -> b h s d", b=batch)]
+        parts = []
+        if static is not None:
+            parts.append(repeat(static, "h s d -> b h s d", b=batch) if task_ids is None else static[task_ids])
         parts += [] if instance is None else [instance]
         return torch.cat([*(part.to(routed.dtype) for part in parts), routed], dim=2)
 
@@ -287,6 +308,70 @@ def window_prompt_attention(
     prompt_out = rearrange(prompt_out, f"{order} p c -> w b p c", w=num_windows).mean(0)
     token_out = rearrange(token_out, "(b w) n c -> b w n c", w=num_windows)
     return torch.cat([prompt_out, window_reverse(token_out, resolution, window_size, shift)], dim=1)
+
+
+@_without_autocast
+def add_norm(
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    norm_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A residual branch ends, the LayerNorm of the next one begins: (..., C) x2, (C,) x2 -> x + update, LN(x + update)."""
+    total = x if update is None else x + update
+    dtype = statistics_dtype(total)
+    weight, bias = (t if t is None else t.to(dtype) for t in (weight, bias))
+    normed = F.layer_norm(total.to(dtype), total.shape[-1:], weight, bias, eps)
+    return total, normed.to(norm_dtype or total.dtype)
+
+
+@_without_autocast
+def prompted_norm(
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    num_replaced: int,
+    static: Tensor | None = None,
+    experts: Tensor | None = None,
+    mapped: Tensor | None = None,
+    cross_logits: Tensor | None = None,
+    self_weight: Tensor | None = None,
+    self_bias: Tensor | None = None,
+    self_keys: Tensor | None = None,
+    noise: Tensor | None = None,
+    routing: tuple[Tensor, Tensor, Tensor] | None = None,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    renormalize: bool = False,
+    eps: float = 1e-5,
+    norm_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """Add, route by the mean of all rows and by psi, put prompts of one's own in front, normalise.
+
+    (B,N,C) x2, (C,) x2, (S,C), (K,P,C), (B,M,C), (B,K), (s,C), (s,), (s,K) -> total and normed (B,S+P+M+N-num_replaced,C) each,
+    (weights, indices, probs). MoPE, arXiv 2403.10568, the beginning of a routed block.
+    """
+    rows = x if update is None else x + update
+    if experts is not None and routing is None:
+        logits = cross_logits
+        if self_weight is not None and self_keys is not None:
+            dtype = statistics_dtype(rows, self_weight)
+            query = F.linear(rows.mean(1, dtype=dtype), self_weight.to(dtype), None if self_bias is None else self_bias.to(dtype))
+            self_logits = query @ self_keys.to(dtype)
+            logits = self_logits if logits is None else self_logits + logits
+        assert logits is not None
+        routing = route(logits, top_k=top_k, temperature=temperature, noise=noise, renormalize=renormalize)
+    prompts = [] if static is None else [static.expand(len(x), -1, -1)]
+    if experts is not None and routing is not None:
+        prompts.append(mix_prompts(experts, routing[0], routing[1]))
+    prompts += [] if mapped is None else [mapped]
+    total = torch.cat([*(p.to(rows.dtype) for p in prompts), rows[:, num_replaced:]], dim=1)
+    return *add_norm(total, None, weight, bias, eps=eps, norm_dtype=norm_dtype), routing
 
 
 @_without_autocast

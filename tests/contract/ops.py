@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import mope_kernels
-from mope_kernels import ExpertBank, reference
-from mope_kernels._ops import MOPE_ATTENTION_GRADIENTS, PROMPT_ATTENTION_GRADIENTS
+from mope_kernels import ExpertBank, Routing, reference
+from mope_kernels._ops import GELU_MLP_GRADIENTS, MOPE_ATTENTION_GRADIENTS, PROMPT_ATTENTION_GRADIENTS, PROMPTED_NORM_GRADIENTS
 from tests.kernels.numerics import DEVICE, unavailable
 
 Sizes = dict[str, Any]
@@ -86,7 +86,8 @@ def run_with_gradients(
     with forward_in or nullcontext():
         outputs = op.run(impl, options, inputs)
     generator = torch.Generator().manual_seed(5)
-    incoming = [(o, torch.randn(o.shape, generator=generator).to(o)) for o in outputs if o.requires_grad]
+    incoming = [(o, torch.randn(o.shape, generator=generator).to(o)) for o in outputs]
+    incoming = [(o, gradient) for o, gradient in incoming if o.requires_grad]
     gradients = torch.autograd.grad([o for o, _ in incoming], [inputs[n] for n in wanted], [incoming_as(g) for _, g in incoming])
     results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
     return results | {f"gradient of {n}": g for n, g in zip(wanted, gradients, strict=True)}
@@ -116,7 +117,7 @@ ROUTE = Op(
     run=_route,
     plain=lambda options, tensors: reference.route(**tensors, **options)[::2],
     example=_logits,
-    implementations=("triton",),
+    implementations=("cpu", "triton"),
     differentiable=("logits",),
     per_item=("logits", "noise"),
     base={"batch": 5, "experts": 4, "top_k": 2, "renormalize": False, "temperature": 0.5, "noise": True},
@@ -144,7 +145,7 @@ IMPORTANCE_LOSS = Op(
     run=lambda impl, options, tensors: (mope_kernels.importance_loss(**tensors, **options, impl=impl),),
     plain=lambda options, tensors: (reference.importance_loss(**tensors, **options),),
     example=_probs,
-    implementations=("triton",),
+    implementations=("cpu", "triton"),
     differentiable=("probs",),
     # It looks at the batch as a whole.
     per_item=(),
@@ -432,8 +433,8 @@ GELU_MLP = Op(
     run=lambda impl, options, tensors: (mope_kernels.gelu_mlp(**tensors, impl=impl),),
     plain=lambda options, tensors: (reference.gelu_mlp(**tensors),),
     example=_mlp,
-    implementations=(),
-    differentiable=("x", "weight1", "bias1", "weight2", "bias2"),
+    implementations=("triton",),
+    differentiable=GELU_MLP_GRADIENTS,
     per_item=("x",),
     base={"batch": 3, "rows": 4, "width": 12, "hidden": 40, "out": 8, "bias": True},
     cases={
@@ -447,7 +448,140 @@ GELU_MLP = Op(
     small=frozenset({"one of everything"}),
 )
 
-OPS = (ROUTE, IMPORTANCE_LOSS, MIX_PROMPTS, PROMPT_ATTENTION, MOPE_ATTENTION, WINDOW_PROMPT_ATTENTION, EXPERT_ADAPTER, GELU_MLP)
+
+def _residual(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
+    shape, width = (size["batch"], size["rows"], size["width"]), size["width"]
+    tensors: Tensors = {"x": torch.randn(shape, dtype=dtype, device=device)}
+    tensors["update"] = torch.randn(shape, dtype=dtype, device=device) if size["update"] else None
+    tensors |= {n: torch.randn(width, dtype=dtype, device=device) if size["affine"] else None for n in ("weight", "bias")}
+    return tensors, {}
+
+
+ADD_NORM = Op(
+    "add_norm",
+    run=lambda impl, options, tensors: mope_kernels.add_norm(**tensors, **options, impl=impl),
+    plain=lambda options, tensors: reference.add_norm(**tensors, **options),
+    example=_residual,
+    implementations=(),
+    differentiable=("x", "update", "weight", "bias"),
+    per_item=("x", "update"),
+    base={"batch": 2, "rows": 5, "width": 12, "update": True, "affine": True},
+    cases={
+        "plain": {},
+        "nothing to add": {"update": False},
+        "no weight": {"affine": False},
+        "odd width": {"rows": 3, "width": 97},
+        "several blocks": {"batch": 1, "rows": 77, "width": 96},
+        "wide": {"rows": 1, "width": 1500},
+        "empty batch": {"batch": 0},
+    },
+)
+
+
+def _routed_block(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
+    tensors, _ = _residual(dtype, device, size)
+    batch, width, experts, query = size["batch"], size["width"], size["experts"], size["query"]
+
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    tensors["static"] = randn(size["static"], width) if size["static"] else None
+    tensors["mapped"] = randn(batch, size["mapped"], width) if size["mapped"] else None
+    tensors["experts"] = randn(experts, size["prompts"], width) if experts else None
+    given, routed = size["routing"], experts > 0 and not size["routing"]
+    sees_rows = routed and query > 0
+    # The router computes in float32 whatever the model does.
+    router = {
+        "cross_logits": (batch, experts) if routed and size["cross"] else None,
+        "self_weight": (query, width) if sees_rows else None,
+        "self_bias": (query,) if sees_rows else None,
+        "self_keys": (query, experts) if sees_rows else None,
+    }
+    tensors |= {n: None if s is None else randn(*s, dtype=torch.float32) / s[-1] ** 0.5 for n, s in router.items()}
+    tensors["noise"] = randn(batch, experts, dtype=torch.float32) / 8 if routed and size["noise"] else None
+    tensors["routing_weights"] = tensors["routing_indices"] = None
+    if given:
+        logits = randn(batch, experts, dtype=torch.float32)
+        tensors["routing_weights"], tensors["routing_indices"], _ = reference.route(logits, top_k=size["top_k"])
+    options = {n: size[n] for n in ("top_k", "temperature", "renormalize")} if routed else {}
+    return tensors, options | {"num_replaced": size["replaced"]}
+
+
+def _with_routing(tensors: Tensors) -> Options:
+    """The tensors of a ready-made routing as the argument that they are of."""
+    tensors = dict(tensors)
+    weights, indices = tensors.pop("routing_weights"), tensors.pop("routing_indices")
+    return tensors | {"routing": None if weights is None or indices is None else Routing(weights, indices, weights)}
+
+
+def _prompted_norm(impl: str, options: Options, tensors: Tensors) -> Outputs:
+    total, normed, routing = mope_kernels.prompted_norm(**_with_routing(tensors), **options, impl=impl)
+    return (total, normed) if routing is None or "top_k" not in options else (total, normed, routing.weights, routing.probs)
+
+
+def _plain_prompted_norm(options: Options, tensors: Tensors) -> Outputs:
+    total, normed, routing = reference.prompted_norm(**_with_routing(tensors), **options)
+    return (total, normed) if routing is None or "top_k" not in options else (total, normed, *routing[::2])
+
+
+PROMPTED_NORM = Op(
+    "prompted_norm",
+    run=_prompted_norm,
+    plain=_plain_prompted_norm,
+    example=_routed_block,
+    implementations=(),
+    differentiable=PROMPTED_NORM_GRADIENTS,
+    per_item=("x", "update", "mapped", "cross_logits"),
+    base={
+        "batch": 2,
+        "rows": 6,
+        "replaced": 2,
+        "width": 12,
+        "update": True,
+        "affine": True,
+        "static": 2,
+        "experts": 3,
+        "prompts": 2,
+        "mapped": 1,
+        "query": 2,
+        "cross": True,
+        "noise": True,
+        "routing": False,
+        "top_k": None,
+        "renormalize": False,
+        "temperature": 0.5,
+    },
+    cases={
+        "dense": {},
+        "top1": {"top_k": 1, "experts": 5},
+        "top2 renormalised": {"top_k": 2, "renormalize": True},
+        "sees psi only": {"query": 0, "noise": False},
+        "sees its rows only": {"cross": False, "query": 5, "update": False},
+        "given routing": {"routing": True, "top_k": 2},
+        "no experts": {"experts": 0, "static": 3},
+        "mapped only, none to replace": {"experts": 0, "static": 0, "replaced": 0},
+        "no prompts, no weight": {"experts": 0, "static": 0, "mapped": 0, "affine": False},
+        "experts without prompts": {"prompts": 0, "static": 0, "mapped": 0},
+        "several blocks": {"batch": 1, "rows": 77, "replaced": 13, "width": 96, "experts": 20, "top_k": 3},
+        "many experts": {"batch": 1, "experts": 40, "width": 20},
+        "wide": {"batch": 1, "rows": 3, "width": 1500},
+        "prompts only": {"rows": 2},
+        "empty batch": {"batch": 0},
+    },
+)
+
+OPS = (
+    ROUTE,
+    IMPORTANCE_LOSS,
+    MIX_PROMPTS,
+    PROMPT_ATTENTION,
+    MOPE_ATTENTION,
+    WINDOW_PROMPT_ATTENTION,
+    EXPERT_ADAPTER,
+    GELU_MLP,
+    ADD_NORM,
+    PROMPTED_NORM,
+)
 
 
 def every(

@@ -21,6 +21,8 @@ VARIED: dict[str, list[dict[str, Any]]] = {
     "window_prompt_attention": [{}, {"prompt_owner": "reference", "resolution": 2, "shift": 0}],
     "expert_adapter": [{}],
     "gelu_mlp": [{}, {"bias": False}],
+    "add_norm": [{}, {"affine": False}],
+    "prompted_norm": [{}, {"top_k": 2, "noise": False}, {"routing": True, "affine": False}],
 }
 
 
@@ -43,7 +45,13 @@ def test_dtypes_of_results(op, impl):
     dtype = torch.float32 if impl == "cpu" else torch.float16
     tensors, options = op.draw(dtype, impl)
     outputs = op.run(impl, options, tensors)
-    statistics = {"route": (0, 1), "importance_loss": (0,), "mope_attention": (1, 2), "expert_adapter": (1,)}.get(op.name, ())
+    statistics = {
+        "route": (0, 1),
+        "importance_loss": (0,),
+        "mope_attention": (1, 2),
+        "expert_adapter": (1,),
+        "prompted_norm": (2, 3),
+    }.get(op.name, ())
     assert [o.dtype for o in outputs] == [torch.float32 if i in statistics else dtype for i in range(len(outputs))]
     found = run_with_gradients(op, impl, options, tensors)
     for name in op.leaves(tensors):

@@ -119,6 +119,28 @@ def _mlp_sizes(draw: st.DrawFn) -> Sizes:
     return sizes | {"batch": draw(st.integers(0, 4)), "bias": draw(st.booleans())}
 
 
+@st.composite
+def _residual_sizes(draw: st.DrawFn) -> Sizes:
+    sizes = {n: draw(st.integers(low, high)) for n, low, high in (("batch", 0, 3), ("rows", 0, 20), ("width", 1, 300))}
+    return sizes | {n: draw(st.booleans()) for n in ("update", "affine")}
+
+
+@st.composite
+def _routed_block_sizes(draw: st.DrawFn) -> Sizes:
+    experts = draw(st.integers(0, 20))
+    # Without rows there is no mean, and of one number no deviation.
+    ranges = {"batch": (0, 3), "rows": (1, 20), "width": (2, 150), "static": (0, 3), "prompts": (0, 3), "mapped": (0, 2)}
+    sizes = {n: draw(st.integers(*r)) for n, r in ranges.items()}
+    sizes |= {n: draw(st.booleans()) for n in ("update", "affine", "cross", "noise", "routing", "renormalize")}
+    sizes["routing"] &= experts > 0
+    return sizes | {
+        "replaced": draw(st.integers(0, sizes["rows"])),
+        "experts": experts,
+        "query": draw(st.integers(0 if sizes["cross"] else 1, 5)),
+        "top_k": draw(st.none() | st.integers(1, max(experts, 1))),
+    }
+
+
 SHAPES: dict[str, Callable[[str], st.SearchStrategy[Sizes]]] = {
     "route": lambda impl: _router_sizes(),
     "importance_loss": lambda impl: st.fixed_dictionaries(
@@ -130,6 +152,8 @@ SHAPES: dict[str, Callable[[str], st.SearchStrategy[Sizes]]] = {
     "window_prompt_attention": _window_sizes,
     "expert_adapter": lambda impl: _adapter_sizes(),
     "gelu_mlp": lambda impl: _mlp_sizes(),
+    "add_norm": lambda impl: _residual_sizes(),
+    "prompted_norm": lambda impl: _routed_block_sizes(),
 }
 
 

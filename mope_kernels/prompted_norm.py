@@ -1,0 +1,143 @@
+"""The beginning of a routed block: residual add, router, mixture of prompts, LayerNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import Arguments
+from .impl import Operation, reference_check
+from .router import Routing
+
+_PROMPTED_NORM = Operation("prompted_norm", reference=reference_check)
+
+
+def _check_router(
+    arguments: Arguments,
+    experts: Tensor | None,
+    cross_logits: Tensor | None,
+    self_weight: Tensor | None,
+    self_bias: Tensor | None,
+    self_keys: Tensor | None,
+    noise: Tensor | None,
+    routing: Routing | None,
+    top_k: int | None,
+    temperature: float,
+) -> None:
+    """Experts have exactly one of a router and a routing; without experts there is neither."""
+    arguments.tensor("experts", experts, "K P C")
+    arguments.both_or_neither("self_weight", self_weight, "self_keys", self_keys)
+    routed_by = [name for name, value in (("cross_logits", cross_logits), ("self_weight", self_weight)) if value is not None]
+    if experts is None:
+        if routed_by or routing is not None:
+            raise arguments.error(f"{(routed_by or ['routing'])[0]} routes to experts, and there are none: give experts")
+        return
+    if routing is not None and (routed_by or noise is not None):
+        raise arguments.error(f"routing is given ready-made, and {(routed_by or ['noise'])[0]} too: give one of them")
+    if routing is None and not routed_by:
+        raise arguments.error("experts need cross_logits, self_weight and self_keys, or routing")
+    if routing is None:
+        arguments.tensor("self_weight", self_weight, "s C")
+        arguments.tensor("self_bias", self_bias, "s")
+        arguments.tensor("self_keys", self_keys, "s K")
+        if self_bias is not None and self_weight is None:
+            raise arguments.error("self_bias belongs to self_weight: give both or neither")
+        arguments.tensor("cross_logits", cross_logits, "B K")
+        arguments.tensor("noise", noise, "B K")
+        arguments.top_k(top_k, experts.shape[0])
+        arguments.positive("temperature", temperature)
+    else:
+        arguments.tensor("routing.weights", routing.weights, "B k")
+        arguments.tensor("routing.indices", routing.indices, "B k", integer=True)
+        arguments.indices("routing.indices", routing.indices, experts.shape[0])
+
+
+def prompted_norm(
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    num_replaced: int,
+    static: Tensor | None = None,
+    experts: Tensor | None = None,
+    mapped: Tensor | None = None,
+    cross_logits: Tensor | None = None,
+    self_weight: Tensor | None = None,
+    self_bias: Tensor | None = None,
+    self_keys: Tensor | None = None,
+    noise: Tensor | None = None,
+    routing: Routing | None = None,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    renormalize: bool = False,
+    eps: float = 1e-5,
+    norm_dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Routing | None]:
+    """Add, route, put the block's own prompts in place of those that arrive, normalise.
+
+    s = x + update; r = route((mean(s) W' + b) keys + cross_logits, ...), mean over all N rows, those of prompts too;
+    total = [static; sum_j r_j E_j; mapped; s without its first `num_replaced` rows]; normed = LayerNorm(total).
+
+    Args:
+        x: (B,N,C), floating point: the residual stream, prompts first.
+        update: (B,N,C), what the last branch adds to it; None: nothing.
+        weight, bias: (C,) of the LayerNorm, or None.
+        num_replaced: how many of the N rows are prompts that go.
+        static: (S,C), prompts that all items share.
+        experts: (K,P,C), prompt experts; they need a router or `routing`.
+        mapped: (B,M,C), prompts of each item.
+        cross_logits: (B,K), what the complementary modality adds to the logits.
+        self_weight, self_bias, self_keys: (s,C), (s,), (s,K): the router's view of the block's own rows. Logits are
+            float32 (float64). `self_bias` may be left out, and all three where the router sees the other modality only.
+        noise, top_k, temperature, renormalize: as in `route`.
+        routing: ready-made, in place of the router.
+        eps: added to the variance.
+        norm_dtype: of `normed`; that of `total` if None.
+        impl: "auto" or "reference".
+
+    Returns:
+        total (B,S+P+M+N-num_replaced,C) in the dtype that x and update promote to; normed, the same shape; the `Routing`, None
+        without experts.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, `top_k` > K, or `impl` cannot run.
+
+    MoPE (arXiv 2403.10568), prompted Swin Transformer.
+    """
+    arguments = Arguments("prompted_norm")
+    arguments.tensor("x", x, "B N C")
+    arguments.tensor("update", update, "B N C")
+    if not 0 <= num_replaced <= x.shape[1]:
+        raise arguments.error(f"num_replaced must be between 0 and the {x.shape[1]} rows of x, got {num_replaced}")
+    arguments.tensor("weight", weight, "C")
+    arguments.tensor("bias", bias, "C")
+    arguments.tensor("static", static, "S C")
+    _check_router(arguments, experts, cross_logits, self_weight, self_bias, self_keys, noise, routing, top_k, temperature)
+    arguments.tensor("mapped", mapped, "B M C")
+    arguments.norm_dtype(norm_dtype)
+    _PROMPTED_NORM.choose(impl, x, update, weight, bias)
+    total, normed, found = reference.prompted_norm(
+        x,
+        update,
+        weight,
+        bias,
+        num_replaced=num_replaced,
+        static=static,
+        experts=experts,
+        mapped=mapped,
+        cross_logits=cross_logits,
+        self_weight=self_weight,
+        self_bias=self_bias,
+        self_keys=self_keys,
+        noise=noise,
+        routing=routing,
+        top_k=top_k,
+        temperature=temperature,
+        renormalize=renormalize,
+        eps=eps,
+        norm_dtype=norm_dtype,
+    )
+    return total, normed, found if found is None else Routing(*found)
