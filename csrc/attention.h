@@ -80,7 +80,8 @@ inline void mix_bank(
     float* to, int64_t width) {
   for (int64_t p = 0; p < op.P; ++p, to += width) {
     std::fill_n(to, width, 0.0f);
-    for (int64_t j = 0; j < selection.k; ++j) add_scaled(to, selection.weights[j], bank.row(selection.expert(j), h, p), op.D);
+    for (int64_t j = 0; j < selection.k; ++j)
+      add_scaled(to, selection.weights[j], bank.row(selection.task * op.K + selection.expert(j), h, p), op.D);
     const float factor = inverse_std ? inverse_std[p] : 1.0f;
     const float* shift = offset ? offset.row(h) : nullptr;
     MOPE_SIMD for (int64_t d = 0; d < op.D; ++d) to[d] = to[d] * factor + (shift ? shift[d] : 0.0f);
@@ -89,9 +90,9 @@ inline void mix_bank(
 
 // The rows that a head attends: [static; instance; routed prompts; visible tokens]. Returns how many.
 inline int64_t gather_rows(
-    const MopeAttention& op, int64_t b, int64_t h, const Selection& selection, const float* inverse_std, Input<3> fixed,
+    const MopeAttention& op, int64_t b, int64_t h, const Selection& selection, const float* inverse_std, Input<4> fixed,
     Input<4> instance, Input<4> bank, Input<2> offset, Input<4> tokens, float* to, int64_t width) {
-  if (op.S) pack(fixed.row(h, 0), fixed.stride[1], op.S, op.D, to, width);
+  if (op.S) pack(fixed.row(selection.task, h, 0), fixed.stride[2], op.S, op.D, to, width);
   if (op.M) pack(instance.row(b, h, 0), instance.stride[2], op.M, op.D, to + op.S * width, width);
   mix_bank(op, selection, h, inverse_std, bank, offset, to + (op.S + op.M) * width, width);
   const int64_t visible = op.lengths.visible(b, op.Lk);

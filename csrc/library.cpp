@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> mix_prompts_backward(
   query, key, value, logits, noise, bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, \
     instance_key, instance_value, lengths, seed, top_k, temperature, renormalize, eps, scale, dropout_p
 
-MopeAttention mope_attention_problem(Arguments& arguments, MOPE_ATTENTION_PARAMETERS) {
+MopeAttention mope_attention_problem(Arguments& arguments, MOPE_ATTENTION_PARAMETERS, const Optional& task_ids = {}) {
   STD_TORCH_CHECK(
       query.dim() == 4 && key.dim() == 4 && logits.dim() == 2 && bank_key.dim() == 4,
       "mope_attention: query and key must be (B, H, L, D), logits (B, K) and bank_key (K, H, P, D), got ",
@@ -79,16 +79,18 @@ MopeAttention mope_attention_problem(Arguments& arguments, MOPE_ATTENTION_PARAME
   op.value = arguments.rows<4>("value", value, {B, H, Lk, D});
   op.logits = arguments.rows<2>("logits", logits, {B, K});
   op.noise = arguments.rows<2>("noise", noise, {B, K});
-  op.bank_key = arguments.rows<4>("bank_key", bank_key, {K, H, P, D});
-  op.bank_value = arguments.rows<4>("bank_value", bank_value, {K, H, P, D});
-  op.gram = arguments.rows<3>("gram", gram, {P, K, K});
+  const int64_t T = task_ids ? bank_key.size(0) / K : 1;
+  op.bank_key = arguments.rows<4>("bank_key", bank_key, {T * K, H, P, D});
+  op.bank_value = arguments.rows<4>("bank_value", bank_value, {T * K, H, P, D});
+  op.gram = arguments.rows_of_tasks("gram", gram, bool(task_ids), {T, P, K, K});
   op.key_offset = arguments.rows<2>("key_offset", key_offset, {H, D});
   op.value_offset = arguments.rows<2>("value_offset", value_offset, {H, D});
   arguments.both_or_neither("static_key", static_key, "static_value", static_value);
   if (static_key) {
-    op.S = static_key->dim() == 3 ? static_key->size(1) : 0;
-    op.static_key = arguments.rows<3>("static_key", static_key, {H, op.S, D});
-    op.static_value = arguments.rows<3>("static_value", static_value, {H, op.S, D});
+    const int64_t dims = static_key->dim();
+    op.S = dims == (task_ids ? 4 : 3) ? static_key->size(dims - 2) : 0;
+    op.static_key = arguments.rows_of_tasks("static_key", static_key, bool(task_ids), {T, H, op.S, D});
+    op.static_value = arguments.rows_of_tasks("static_value", static_value, bool(task_ids), {T, H, op.S, D});
   }
   arguments.both_or_neither("instance_key", instance_key, "instance_value", instance_value);
   if (instance_key) {
@@ -97,12 +99,17 @@ MopeAttention mope_attention_problem(Arguments& arguments, MOPE_ATTENTION_PARAME
     op.instance_value = arguments.rows<4>("instance_value", instance_value, {B, H, op.M, D});
   }
   op.lengths = arguments.lengths(lengths, B);
+  if (!task_ids) return op;
+  op.task_ids = arguments.dense<int64_t>("task_ids", *task_ids, {B});
+  for (int64_t b = 0; b < B; ++b)
+    STD_TORCH_CHECK(
+        0 <= op.task_ids[b] && op.task_ids[b] < T, "mope_attention: task_ids must lie in 0..", T - 1, ", got ", op.task_ids[b]);
   return op;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mope_attention(MOPE_ATTENTION_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mope_attention(MOPE_ATTENTION_PARAMETERS, Optional task_ids) {
   Arguments arguments("mope_attention");
-  const MopeAttention op = mope_attention_problem(arguments, MOPE_ATTENTION_ARGUMENTS);
+  const MopeAttention op = mope_attention_problem(arguments, MOPE_ATTENTION_ARGUMENTS, task_ids);
   Tensor out = empty_heads_last(op.B, op.H, op.Lq, op.D), lse = empty(op.B, op.H, op.Lq), probs = empty(op.B, op.K);
   Tensor weights = empty(op.B, top_k), indices = empty<int64_t>(op.B, top_k);
   kernels().mope_attention(
@@ -200,8 +207,7 @@ MopeAttention prompt_attention_problem(Arguments& arguments, PROMPT_ATTENTION_PA
   const Input<4> values = arguments.rows<4>("prompt_value", prompt_value, {owners, H, prompts, D});
   if (owners == 1) {
     op.S = prompts;
-    op.static_key = {keys.data, {keys.stride[1], keys.stride[2]}};
-    op.static_value = {values.data, {values.stride[1], values.stride[2]}};
+    op.static_key = keys, op.static_value = values;
   } else {
     op.M = prompts, op.instance_key = keys, op.instance_value = values;
   }

@@ -5,8 +5,8 @@ inline constexpr int64_t kGrain = 16;
 
 inline Selection selection_of(
     const MopeAttention& op, const float* probs, const float* weights, const int64_t* indices, int64_t b) {
-  if (op.dense) return {op.K, probs + b * op.K, nullptr};
-  return {op.k, weights + b * op.k, indices + b * op.k};
+  if (op.dense) return {op.K, probs + b * op.K, nullptr, op.task(b)};
+  return {op.k, weights + b * op.k, indices + b * op.k, op.task(b)};
 }
 
 inline void mope_attention(const MopeAttention& op, const MopeAttentionForward& result) {

@@ -1,7 +1,7 @@
 // What the ops hand to the kernels: sizes, options and plain views of the tensors.
 //
 // Sizes: B batch, H heads, L tokens (Lq queries, Lk keys), D width of a head, K experts, k selected experts,
-// S static, M instance and P routed prompts. A tensor that was not given, or an output that is not wanted, has data == nullptr.
+// S static, M instance and P routed prompts, T tasks. A tensor that was not given, or an output that is not wanted, has data == nullptr.
 #pragma once
 
 #include <cstdint>
@@ -55,18 +55,20 @@ struct MopeAttention {
   int64_t B, H, Lq, Lk, D, K, k, S, M, P;
   Input<4> query, key, value;            // (B,H,L,D)
   Input<2> logits, noise;                // (B,K)
-  Input<4> bank_key, bank_value;         // (K,H,P,D)
-  Input<3> gram;                         // (P,K,K)
+  Input<4> bank_key, bank_value;         // (T*K,H,P,D)
+  Input<4> gram;                         // (T,P,K,K)
   Input<2> key_offset, value_offset;     // (H,D)
-  Input<3> static_key, static_value;     // (H,S,D)
+  Input<4> static_key, static_value;     // (T,H,S,D)
   Input<4> instance_key, instance_value; // (B,H,M,D)
   Lengths lengths;
+  const int64_t* task_ids;  // (B); nullptr: one task, whose tensors all items share
   AttentionBias bias;
   bool is_causal;
   bool dense, renormalize;
   float temperature, eps, scale;
 
   int64_t prompts() const { return S + M + P; }
+  int64_t task(int64_t b) const { return task_ids ? task_ids[b] : 0; }
 };
 
 struct MopeAttentionForward {

@@ -5,6 +5,7 @@ struct Selection {
   int64_t k;
   const float* weights;
   const int64_t* indices;  // nullptr: expert j has weight j
+  int64_t task;
 
   int64_t expert(int64_t j) const { return indices ? indices[j] : j; }
 };
@@ -61,10 +62,10 @@ inline void route_backward(
 // (G w)_i and (G' w)_i summed, for a selected expert i of prompt p; half of it is the gradient of w'Gw if G is symmetric.
 inline float gram_weights(const MopeAttention& op, const Selection& selection, int64_t p, int64_t i) {
   const int64_t expert = selection.expert(i);
-  const float* row = op.gram.row(p, expert);
+  const float* row = op.gram.row(selection.task, p, expert);
   float sum = 0.0f;
   for (int64_t j = 0; j < selection.k; ++j)
-    sum += selection.weights[j] * (row[selection.expert(j)] + op.gram.row(p, selection.expert(j))[expert]);
+    sum += selection.weights[j] * (row[selection.expert(j)] + op.gram.row(selection.task, p, selection.expert(j))[expert]);
   return sum;
 }
 
@@ -72,7 +73,7 @@ inline float gram_weights(const MopeAttention& op, const Selection& selection, i
 inline float variance(const MopeAttention& op, const Selection& selection, int64_t p) {
   float sum = 0.0f;
   for (int64_t i = 0; i < selection.k; ++i) {
-    const float* row = op.gram.row(p, selection.expert(i));
+    const float* row = op.gram.row(selection.task, p, selection.expert(i));
     float inner = 0.0f;
     for (int64_t j = 0; j < selection.k; ++j) inner += row[selection.expert(j)] * selection.weights[j];
     sum += selection.weights[i] * inner;

@@ -43,6 +43,13 @@ class Arguments {
     return view<const int64_t>(name, tensor, sizes, ScalarType::Long);
   }
 
+  // A tensor of these sizes, the first of which counts tasks; without tasks it has the others only, and belongs to any task.
+  Input<4> rows_of_tasks(const char* name, const Optional& tensor, bool tasks, const int64_t (&sizes)[4]) {
+    if (tasks) return rows<4>(name, tensor, sizes);
+    const Input<3> shared = rows<3>(name, tensor, {sizes[1], sizes[2], sizes[3]});
+    return {shared.data, {0, shared.stride[0], shared.stride[1]}};
+  }
+
   // The same, dense in memory.
   template <class T, size_t kDims>
   const T* dense(const char* name, const Tensor& tensor, const int64_t (&sizes)[kDims]) {

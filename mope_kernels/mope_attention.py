@@ -100,7 +100,7 @@ def _triton_check(query: Tensor, key: Tensor, value: Tensor, logits: Tensor, ban
 def _cpu_check(
     query: Tensor, key: Tensor, value: Tensor, logits: Tensor, bank: ExpertBank, *, dropout_p: float = 0.0, **others: Any
 ) -> list[str]:
-    tensors = [t for name, t in others.items() if isinstance(t, Tensor) and name != "lengths"]
+    tensors = [t for name, t in others.items() if isinstance(t, Tensor) and name not in ("lengths", "task_ids")]
     tensors += [t for t in (bank.gram, bank.key_offset, bank.value_offset) if t is not None]
     reasons = extension_check(query, logits, bank.key, bank.value, *tensors)
     if dropout_p:
@@ -109,6 +109,15 @@ def _cpu_check(
 
 
 _MOPE_ATTENTION = Operation("mope_attention", triton=_triton_check, cpu=_cpu_check, reference=reference_check)
+
+
+def _check_tasks(arguments: Arguments, task_ids: Tensor, bank: ExpertBank) -> None:
+    num_experts, rows = arguments.sizes["K"], bank.key.shape[0]
+    if rows % num_experts:
+        raise arguments.error(f"bank.key must have T*K rows, {num_experts} for each task, got {rows}")
+    arguments.sizes |= {"T": rows // num_experts, "T*K": rows}
+    arguments.tensor("task_ids", task_ids, "B", integer=True)
+    arguments.indices("task_ids", task_ids, rows // num_experts)
 
 
 def mope_attention(
@@ -129,6 +138,7 @@ def mope_attention(
     lengths: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    task_ids: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Routing]:
     """Attention over [static; instance; routed prompts; tokens], where the routed prompts are a mixture of experts.
@@ -147,28 +157,36 @@ def mope_attention(
         lengths: (B,) integer; the tokens of item b from lengths[b] on are hidden, prompts never are.
         dropout_p: of the attention probabilities, those of prompts too.
         scale: of the scores; D^-0.5 if None.
+        task_ids: (B,) integer, for inference with the prompts of T tasks side by side: `bank` then has `key` and `value`
+            (T*K,H,P,D), those of task t from row t*K on, and `gram` (T,P,K,K); static prompts are (T,H,S,D). Item b has the
+            experts and static prompts of task task_ids[b], `logits` and the indices of the routing count within these.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
         (B,H,Lq,D) in the dtype of `query`, in memory (B,Lq,H,D), and the `Routing`.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, `top_k` > K, or `impl` cannot run.
+        ValueError: shapes, dtypes or devices do not fit, `top_k` > K, or `impl` cannot run; with `task_ids`, a gradient is asked
+            for, or there is no such task (looked at on the CPU, elsewhere with MOPE_DEBUG=1).
 
     MoPE (arXiv 2403.10568), router and dynamic prompts.
     """
     arguments = Arguments("mope_attention")
     check_attention(arguments, query, key, value, lengths, dropout_p)
     check_routing(arguments, logits, noise, top_k, temperature)
-    arguments.tensor("bank.key", bank.key, "K H P D")
-    arguments.tensor("bank.value", bank.value, "K H P D")
-    arguments.tensor("bank.gram", bank.gram, "P K K")
+    experts, task = "K", ""
+    if task_ids is not None:
+        experts, task = "T*K", "T "
+        _check_tasks(arguments, task_ids, bank)
+    arguments.tensor("bank.key", bank.key, f"{experts} H P D")
+    arguments.tensor("bank.value", bank.value, f"{experts} H P D")
+    arguments.tensor("bank.gram", bank.gram, f"{task}P K K")
     arguments.both_or_neither("bank.key_offset", bank.key_offset, "bank.value_offset", bank.value_offset)
     arguments.tensor("bank.key_offset", bank.key_offset, "H D")
     arguments.tensor("bank.value_offset", bank.value_offset, "H D")
     arguments.both_or_neither("static_key", static_key, "static_value", static_value)
-    arguments.tensor("static_key", static_key, "H S D")
-    arguments.tensor("static_value", static_value, "H S D")
+    arguments.tensor("static_key", static_key, f"{task}H S D")
+    arguments.tensor("static_value", static_value, f"{task}H S D")
     arguments.both_or_neither("instance_key", instance_key, "instance_value", instance_value)
     arguments.tensor("instance_key", instance_key, "B H M D")
     arguments.tensor("instance_value", instance_value, "B H M D")
@@ -179,8 +197,13 @@ def mope_attention(
         "instance_key": instance_key,
         "instance_value": instance_value,
     }
+    of_bank = (bank.key, bank.value, bank.gram, bank.key_offset, bank.value_offset)
+    inputs: tuple[Tensor | None, ...] = (query, key, value, logits, None if noise is None else noise.detach(), *of_bank)
+    inputs += tuple(prompts.values())
+    if task_ids is not None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        raise arguments.error("task_ids is for inference, no gradient flows through it: call it under torch.no_grad()")
     implementation = _MOPE_ATTENTION.choose(
-        impl, query, key, value, logits, bank, noise=noise, lengths=lengths, dropout_p=dropout_p, **prompts
+        impl, query, key, value, logits, bank, noise=noise, lengths=lengths, dropout_p=dropout_p, task_ids=task_ids, **prompts
     )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "reference":
@@ -202,17 +225,18 @@ def mope_attention(
             lengths=lengths,
             dropout_p=dropout_p,
             scale=scale,
+            task_ids=task_ids,
             **prompts,
         )
         return out, Routing(weights, indices, probs)
 
     # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
     seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
-    inputs: tuple[Tensor | None, ...] = (query, key, value, logits, None if noise is None else noise.detach(), bank.key, bank.value)
-    inputs += (bank.gram, bank.key_offset, bank.value_offset, *prompts.values(), lengths, seed)
-    out, probs, weights, indices = MoPEAttentionFunction.apply(
-        f"mope_{implementation}",
-        _Options(top_k or 0, temperature, renormalize, bank.eps, scale, dropout_p),
-        *(None if t is None else last_dim_contiguous(t) for t in inputs),
-    )
+    inputs = tuple(None if t is None else last_dim_contiguous(t) for t in (*inputs, lengths, seed))
+    namespace, options = f"mope_{implementation}", _Options(top_k or 0, temperature, renormalize, bank.eps, scale, dropout_p)
+    if task_ids is None:
+        out, probs, weights, indices = MoPEAttentionFunction.apply(namespace, options, *inputs)
+    else:
+        op = getattr(torch.ops, namespace).mope_attention.default
+        out, _, probs, weights, indices = op(*inputs, *options, task_ids.long())
     return out, dense_routing(probs) if top_k is None else Routing(weights, indices, probs)

@@ -35,6 +35,7 @@ def mope_attention_forward(
     p_instance_value,
     p_lengths,
     p_seed,
+    p_task_ids,
     p_out,
     p_lse,
     p_probs,
@@ -80,6 +81,9 @@ def mope_attention_forward(
     o_query = block * BM + tl.arange(0, BM)
     m_query = o_query < num_queries
 
+    task = item * 0
+    if p_task_ids is not None:
+        task = tl.load(p_task_ids + item)
     if p_noise is not None:
         p_noise += item * K
     b_probs, b_weights, b_rank = route_item(p_logits + item * K, p_noise, temperature, K, TOP_K, RENORMALIZE, BK)
@@ -96,15 +100,15 @@ def mope_attention_forward(
 
     for first in tl.range(0, N, BP, num_stages=1):
         o_prompt = first + tl.arange(0, BP)
-        b_inverse_std = inverse_std(p_gram, selection, o_prompt, eps, K, SELECTED, SIZES, BP)
+        b_inverse_std = inverse_std(p_gram, selection, task, o_prompt, eps, K, SELECTED, SIZES, BP)
         sources = (p_bank_key, p_key_offset, p_static_key, p_instance_key)
         # (BP, BD) each
         b_prompt_key = prompt_tile(
-            sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, WIDE, BP
+            sources, prompt_strides, selection, b_inverse_std, item, task, head, o_prompt, K, SELECTED, SIZES, D, BD, WIDE, BP
         )
         sources = (p_bank_value, p_value_offset, p_static_value, p_instance_value)
         b_prompt_value = prompt_tile(
-            sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, WIDE, BP
+            sources, prompt_strides, selection, b_inverse_std, item, task, head, o_prompt, K, SELECTED, SIZES, D, BD, WIDE, BP
         )
         b_out, b_max, b_sum = attend(
             b_query,

@@ -51,7 +51,7 @@ class _Prompts:
             else:
                 key, value = same_strides(key, value)
                 pairs += [key, value]
-                # All items share the static prompts.
+                # All items share the static prompts, where they are not those of their task.
                 self.strides += ((0,) * (4 - key.dim()) + key.stride()[:-1],)
         small = (t.contiguous() if t is not None and num_routed else None for t in (gram, key_offset, value_offset))
         self.matrices = tuple(pairs)
@@ -82,6 +82,7 @@ def mope_attention(
     eps: float,
     scale: float,
     dropout_p: float,
+    task_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from ._forward import mope_attention_forward
 
@@ -110,6 +111,7 @@ def mope_attention(
         *prompts.tensors,
         lengths,
         seed if dropout_p else None,
+        None if task_ids is None else task_ids.contiguous(),
         out,
         lse,
         probs,

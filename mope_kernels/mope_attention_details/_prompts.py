@@ -18,7 +18,9 @@ def selected(selection, slot):
 
 
 @triton.jit
-def inverse_std(p_gram, selection, o_prompt, eps, K: tl.constexpr, SELECTED: tl.constexpr, SIZES: tl.constexpr, BP: tl.constexpr):
+def inverse_std(
+    p_gram, selection, task, o_prompt, eps, K: tl.constexpr, SELECTED: tl.constexpr, SIZES: tl.constexpr, BP: tl.constexpr
+):
     """(w' G_p w + eps)^-1/2 of the prompts that are routed: (BP,). 1 without LayerNorm."""
     # Triton 3.6 lets no function return None inside a loop.
     if p_gram is None:
@@ -30,6 +32,7 @@ def inverse_std(p_gram, selection, o_prompt, eps, K: tl.constexpr, SELECTED: tl.
         o_routed = o_prompt - (SIZES[0] + SIZES[1])
         mask = ((o_routed >= 0) & (o_routed < SIZES[2]))[:, None] & m_selected[None, :]
         b_variance = tl.zeros([BP], tl.float32)
+        p_gram += task * (SIZES[2] * K * K)
         for slot in range(SELECTED):
             index, weight = selected(selection, slot)
             # (BP, BK)
@@ -45,8 +48,10 @@ def prompt_tile(
     selection,
     b_inverse_std,
     item,
+    task,
     head,
     o_prompt,
+    K: tl.constexpr,
     SELECTED: tl.constexpr,
     SIZES: tl.constexpr,
     D: tl.constexpr,
@@ -69,7 +74,7 @@ def prompt_tile(
         m_routed = (o_routed >= 0) & (o_routed < P)
         for slot in range(SELECTED):
             index, weight = selected(selection, slot)
-            p_expert = p_bank + matrix_offset(index.to(tl.int64), head, bank_strides)
+            p_expert = p_bank + matrix_offset(task * K + index, head, bank_strides)
             b_tile += weight * load_tile(p_expert, o_routed, m_routed, bank_strides[2], D, BD, WIDE).to(tl.float32)
         b_tile *= b_inverse_std[:, None]
         if p_offset is not None:
@@ -78,7 +83,7 @@ def prompt_tile(
         b_tile = tl.where(m_routed[:, None], b_tile, 0.0)
     # The rows of the three kinds are disjoint, so adding puts each in its place.
     if S > 0:
-        p_static += matrix_offset(item, head, static_strides)
+        p_static += matrix_offset(task, head, static_strides)
         b_tile += load_tile(p_static, o_prompt, o_prompt < S, static_strides[2], D, BD, WIDE).to(tl.float32)
     if M > 0:
         o_instance = o_prompt - S
@@ -121,6 +126,7 @@ def build_prompts(
     item_head = tl.program_id(0) // blocks
     item = (item_head // H).to(tl.int64)
     head = (item_head % H).to(tl.int64)
+    task = item * 0
     o_prompt = tl.program_id(0) % blocks * BP + tl.arange(0, BP)
     b_slot = tl.arange(0, BT)
     b_weight = tl.load(p_weights + item * SELECTED + b_slot, mask=b_slot < SELECTED, other=0.0)
@@ -128,15 +134,19 @@ def build_prompts(
     if p_indices is not None:
         b_expert = tl.load(p_indices + item * SELECTED + b_slot, mask=b_slot < SELECTED, other=0).to(tl.int32)
     selection = (b_slot, b_expert, b_weight)
-    b_inverse_std = inverse_std(p_gram, selection, o_prompt, eps, K, SELECTED, SIZES, BP)
+    b_inverse_std = inverse_std(p_gram, selection, task, o_prompt, eps, K, SELECTED, SIZES, BP)
     o_out = item_head.to(tl.int64) * (N * D)
 
     sources = (p_bank_key, p_key_offset, p_static_key, p_instance_key)
     # (BP, BD)
-    b_key = prompt_tile(sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, WIDE, BP)
+    b_key = prompt_tile(
+        sources, prompt_strides, selection, b_inverse_std, item, task, head, o_prompt, K, SELECTED, SIZES, D, BD, WIDE, BP
+    )
     store_tile(p_prompt_key + o_out, o_prompt, o_prompt < N, D, b_key, D, BD, WIDE)
 
     sources = (p_bank_value, p_value_offset, p_static_value, p_instance_value)
     # (BP, BD)
-    b_value = prompt_tile(sources, prompt_strides, selection, b_inverse_std, item, head, o_prompt, SELECTED, SIZES, D, BD, WIDE, BP)
+    b_value = prompt_tile(
+        sources, prompt_strides, selection, b_inverse_std, item, task, head, o_prompt, K, SELECTED, SIZES, D, BD, WIDE, BP
+    )
     store_tile(p_prompt_value + o_out, o_prompt, o_prompt < N, D, b_value, D, BD, WIDE)
