@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mope_kernels import __version__
 
+    from .graphs import CudaGraphRunner
     from .models import MoPEConfig, MoPEForClassification, register_backbone
     from .reference.acceleration import accelerate
     from .reference.encoder import load_reference_encoder
     from .reference.loading import load_reference_checkpoint
 
 __all__ = [
+    "CudaGraphRunner",
     "MoPEConfig",
     "MoPEForClassification",
     "__version__",
@@ -27,7 +29,7 @@ __all__ = [
 ]
 
 _REFERENCE = ("accelerate", "load_reference_checkpoint", "load_reference_encoder")
-_ELSEWHERE = {"__version__": "mope_kernels", **dict.fromkeys(_REFERENCE, ".reference")}
+_ELSEWHERE = {"__version__": "mope_kernels", "CudaGraphRunner": ".graphs", **dict.fromkeys(_REFERENCE, ".reference")}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,302 @@
+"""Calls through CUDA graphs: one launch in place of all those that a function makes."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+# Before a graph is recorded: kernels are compiled, workspaces allocated.
+WARM_UPS = 3
+# One thread records at a time: it waits for the device, which no other thread may do while its own stream is recorded.
+_recording = threading.Lock()
+
+
+class _CudaGraphs:
+    """What the runner asks of torch.cuda, so that tests can put something else in its place."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def records(self, device: torch.device) -> bool:
+        """Whether calls on this device go through graphs."""
+        return device.type == "cuda"
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """On the device; on whatever stream a call comes, it waits for the one before it, whose buffers it uses."""
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream()
+            if self._stream is not None and self._stream != stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
+            yield
+
+    def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """-> what replays the launches of `call`, and what `call` returned: the tensors that each replay writes."""
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                call()
+        current.wait_stream(side)
+        # Graphs replay one after the other, so what is left over of one serves the next.
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+                outputs = call()
+        except RuntimeError as error:
+            self.release()
+            raise RuntimeError(
+                "CudaGraphRunner: the function cannot be recorded: it reads a value on the host, or copies from or to it"
+            ) from error
+        return graph.replay, outputs
+
+    def release(self) -> None:
+        """No more graphs in this pool: torch does not take up again one that it has given back."""
+        self._pool = None
+
+
+class _Graph(NamedTuple):
+    """A recorded call: the tensors it reads, the tensors it writes, and what runs it again."""
+
+    inputs: dict[str, Tensor]
+    outputs: Any
+    replay: Callable[[], None]
+
+
+class CudaGraphRunner:
+    """Calls `function(**tensors)` through CUDA graphs, for inference.
+
+    The first call with tensors of given shapes and dtypes runs the function a few times and records what it launches. Every
+    later call copies its tensors to where those of the recording lie, and launches all of it at once.
+
+    Only launches are repeated; Python does not run again. Parameters may change in place, and graphs then compute with the new
+    values. Graphs are recorded anew where a parameter or buffer of `modules` lies elsewhere than before, one of `modules` was put
+    into training or evaluation mode, or `guard()` returns something else. After other changes (modules replaced, options set) call
+    `release`.
+
+    A runner belongs to the thread that made it. On the CPU it calls the function as it is, under the same rules.
+
+    Args:
+        function: tensors by name -> tensors in any nest of tuples, dicts and transformers' outputs. It must not read values on
+            the host.
+        max_graphs: how many are kept; the least recently used one goes first. All of them share their scratch memory.
+        batch_sizes: round the batch, the first dimension of every tensor, up to the next of these by repeating the first item, and
+            cut the results. For functions that treat each item on its own: not with prompt_owner="reference".
+        modules: whose parameters and buffers the function reads. Default: the function, if it is a module or a partial of one.
+        guard: what else the graphs hold fixed, as something that can be compared.
+        copy_outputs: False: results are the memory that graphs write, and hold until the next call only.
+
+    Raises:
+        ValueError: an argument is no tensor, or tensors lie on several devices; with `batch_sizes`: the batch is larger than the
+            largest or not the same for all, results are not rows of the batch, or items influence each other.
+        RuntimeError: called in another thread, gradients are asked for, or the function cannot be recorded.
+
+    >>> with torch.no_grad(), CudaGraphRunner(model) as run:
+    ...     logits = run(pixel_values=pixel_values, input_ids=input_ids).logits
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        max_graphs: int = 8,
+        batch_sizes: Sequence[int] | None = None,
+        modules: Sequence[nn.Module] | None = None,
+        guard: Callable[[], Hashable] | None = None,
+        copy_outputs: bool = True,
+    ) -> None:
+        if max_graphs < 1:
+            raise ValueError(f"CudaGraphRunner: max_graphs must be at least 1, got {max_graphs}")
+        if batch_sizes is not None and (not batch_sizes or min(batch_sizes) < 1):
+            raise ValueError(f"CudaGraphRunner: batch_sizes must be positive numbers, or None, got {tuple(batch_sizes)}")
+        if modules is None:
+            inner = function.func if isinstance(function, functools.partial) else function
+            modules = [inner] if isinstance(inner, nn.Module) else []
+        self.function, self.max_graphs, self.modules, self.guard = function, max_graphs, tuple(modules), guard
+        self.batch_sizes = None if batch_sizes is None else tuple(sorted(batch_sizes))
+        self.copy_outputs = copy_outputs
+        self._backend = _CudaGraphs()
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        # The dictionaries in which modules keep tensors: to walk over the modules in each call would take longer than the call.
+        self._tensors: list[dict[str, Any]] = []
+        self._recorded_in: Hashable = None
+        self._thread = threading.get_ident()
+        self._check_owner()
+
+    @property
+    def num_graphs(self) -> int:
+        """How many are kept now."""
+        return len(self._graphs)
+
+    def __call__(self, **inputs: Tensor | None) -> Any:
+        """What `function(**inputs)` returns. None is left out."""
+        self._check_thread()
+        tensors = self._check(inputs)
+        batch, size = self._batch(tensors)
+        device = next((t.device for t in tensors.values()), torch.device("cpu"))
+        if batch == 0 or not self._backend.records(device):
+            return self._rows(self._run(tensors), batch, batch)
+        with self._backend.on(device):
+            graph = self._find(tensors, size)
+            for name, tensor in tensors.items():
+                _fill(graph.inputs[name], tensor)
+            graph.replay()
+            outputs = self._rows(graph.outputs, size, batch)
+            return _copy(outputs) if self.copy_outputs else outputs
+
+    def release(self) -> None:
+        """Give up all graphs and their memory. Another call records anew."""
+        self._check_thread()
+        self._graphs.clear()
+        self._backend.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def _check_thread(self) -> None:
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(
+                "CudaGraphRunner: called in another thread than the one that made it, where two calls could write the same "
+                "buffers: make one in each thread"
+            )
+
+    def _check(self, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
+        """The tensors among the arguments."""
+        if wrong := [name for name, value in inputs.items() if not (value is None or isinstance(value, Tensor))]:
+            raise ValueError(f"CudaGraphRunner: {', '.join(wrong)} must be tensors: give anything else by functools.partial")
+        tensors = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+        if len({tensor.device for tensor in tensors.values()}) > 1:
+            found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+            raise ValueError(f"CudaGraphRunner: all tensors must be on one device, got {found}")
+        _refuse_gradients(tensors.values())
+        return tensors
+
+    def _batch(self, tensors: dict[str, Tensor]) -> tuple[int | None, int | None]:
+        """The batch and what it is rounded up to; None where it is taken as it is."""
+        if self.batch_sizes is None:
+            return None, None
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        found = {shape[:1] for shape in shapes.values()}
+        if len(found) != 1 or () in found:
+            raise ValueError(f"CudaGraphRunner: with batch_sizes all tensors must have the same first dimension, got {shapes}")
+        ((batch,),) = found
+        size = next((size for size in self.batch_sizes if size >= batch), None)
+        if size is None:
+            raise ValueError(f"CudaGraphRunner: a batch of {batch} is larger than the largest of batch_sizes={self.batch_sizes}")
+        return batch, size
+
+    def _check_owner(self) -> None:
+        owners = {getattr(m, "prompt_owner", None) for module in self.modules for m in module.modules()}
+        if self.batch_sizes is not None and "reference" in owners:
+            raise ValueError(
+                "CudaGraphRunner: with prompt_owner='reference' the items of a batch influence each other, and none can be added: "
+                "leave batch_sizes out, or use prompt_owner='instance'"
+            )
+
+    def _find(self, tensors: dict[str, Tensor], size: int | None) -> _Graph:
+        """The graph for these tensors, recorded if need be."""
+        if self._graphs and self._state() != self._recorded_in:
+            self.release()
+        of_tensors = sorted((n, t.shape if size is None else (size, *t.shape[1:]), t.dtype, t.device) for n, t in tensors.items())
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        key = (tuple(of_tensors), autocast)
+        if key not in self._graphs:
+            first = not self._graphs
+            self._graphs[key] = self._record(tensors, size)
+            if first:
+                self._tensors = [d for top in self.modules for m in top.modules() for d in (m._parameters, m._buffers) if d]
+                self._recorded_in = self._state()
+            if len(self._graphs) > self.max_graphs:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        return self._graphs[key]
+
+    def _record(self, tensors: dict[str, Tensor], size: int | None) -> _Graph:
+        self._check_owner()
+        # Made in inference mode they could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            static = {}
+            for name, tensor in tensors.items():
+                shape = tensor.shape if size is None else (size, *tensor.shape[1:])
+                static[name] = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+                _fill(static[name], tensor)
+        with _recording, _without_autocast_cache():
+            replay, outputs = self._backend.record(lambda: self._run(static))
+        return _Graph(static, outputs, replay)
+
+    def _run(self, inputs: dict[str, Any]) -> Any:
+        outputs = self.function(**inputs)
+        _refuse_gradients(pytree.tree_leaves(outputs))
+        return outputs
+
+    def _rows(self, outputs: Any, size: int | None, batch: int | None) -> Any:
+        """The first `batch` of `size` rows of every tensor."""
+        if batch is None:
+            return outputs
+        tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+        if wrong := [tuple(t.shape) for t in tensors if t.shape[:1] != (size,)]:
+            raise ValueError(
+                f"CudaGraphRunner: a result of shape {wrong[0]} has no row for each of {size} items, and added items would change "
+                "it: leave batch_sizes out, or let the function return what belongs to items"
+            )
+        return pytree.tree_map_only(Tensor, lambda t: t[:batch], outputs)
+
+    def _state(self) -> Hashable:
+        """What graphs hold fixed."""
+        places = tuple([tensor.data_ptr() for of in self._tensors for tensor in of.values() if tensor is not None])
+        return places, tuple(module.training for module in self.modules), None if self.guard is None else self.guard()
+
+
+def _fill(static: Tensor, given: Tensor) -> None:
+    """Copy; rows that `static` has more repeat the first."""
+    if static.shape == given.shape:
+        static.copy_(given)
+    else:
+        static[: len(given)].copy_(given)
+        static[len(given) :].copy_(given[:1])
+
+
+def _copy(outputs: Any) -> Any:
+    """New tensors of the same values. In few launches: a model returns three for each routed block."""
+    leaves, spec = pytree.tree_flatten(outputs)
+    copies = [torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    of_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for copy, leaf in zip(copies, leaves, strict=True):
+        if isinstance(leaf, Tensor):
+            targets, sources = of_dtype.setdefault(leaf.dtype, ([], []))
+            targets.append(copy)
+            sources.append(leaf)
+    for targets, sources in of_dtype.values():
+        torch._foreach_copy_(targets, sources)
+    return pytree.tree_unflatten(copies, spec)
+
+
+def _refuse_gradients(values: Any) -> None:
+    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values):
+        raise RuntimeError("CudaGraphRunner: a graph gives no gradients: call it under torch.no_grad(), or the function itself")
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Weights that autocast has cast before would be read from where they lie, long after they are gone."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
