@@ -17,8 +17,8 @@ using torch::stable::parallel_for;
 #define MOPE_NAME(target) #target
 #define MOPE_NAME_OF(target) MOPE_NAME(target)
 constexpr Kernels kKernels{
-    MOPE_NAME_OF(MOPE_TARGET), mix_prompts,     mix_prompts_backward, mope_attention, mope_attention_backward, window_attention,
-    window_attention_backward};
+    MOPE_NAME_OF(MOPE_TARGET), mix_prompts,    mix_prompts_backward,    route,           route_backward, importance_loss,
+    importance_loss_backward,  mope_attention, mope_attention_backward, window_attention, window_attention_backward};
 #undef MOPE_NAME
 #undef MOPE_NAME_OF
 

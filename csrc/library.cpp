@@ -48,6 +48,64 @@ std::tuple<Tensor, Tensor> mix_prompts_backward(
   return {grad_experts, grad_weights};
 }
 
+std::tuple<Tensor, Tensor, Tensor> route(Tensor logits, Optional noise, int64_t top_k, double temperature, bool renormalize) {
+  STD_TORCH_CHECK(logits.dim() == 2, "route: logits must be (B, K), got ", to_string(logits.sizes()));
+  Arguments arguments("route");
+  const int64_t B = logits.size(0), K = logits.size(1);
+  STD_TORCH_CHECK(0 <= top_k && top_k <= K, "route: top_k must lie in 0..", K, ", the number of experts, got ", top_k);
+  Route op{B, K, top_k};
+  op.logits = arguments.rows<2>("logits", logits, {B, K});
+  op.noise = arguments.rows<2>("noise", noise, {B, K});
+  op.dense = top_k == 0, op.renormalize = renormalize, op.temperature = static_cast<float>(temperature);
+  Tensor probs = empty(B, K), weights = empty(B, top_k), indices = empty<int64_t>(B, top_k);
+  kernels().route(
+      op, {probs.mutable_data_ptr<float>(), weights.mutable_data_ptr<float>(), indices.mutable_data_ptr<int64_t>()});
+  return {probs, weights, indices};
+}
+
+Tensor route_backward(
+    Optional grad_probs, Optional grad_weights, Tensor probs, Tensor weights, Tensor indices, double temperature,
+    bool renormalize) {
+  STD_TORCH_CHECK(
+      probs.dim() == 2 && weights.dim() == 2, "route_backward: probs must be (B, K) and weights (B, k), got ",
+      to_string(probs.sizes()), " and ", to_string(weights.sizes()));
+  Arguments arguments("route_backward");
+  const int64_t B = probs.size(0), K = probs.size(1), k = weights.size(1);
+  Route op{B, K, k};
+  op.dense = k == 0, op.renormalize = renormalize, op.temperature = static_cast<float>(temperature);
+  Tensor grad_logits = empty(B, K);
+  RouteBackward back{};
+  back.grad_probs = arguments.rows<2>("grad_probs", grad_probs, {B, K});
+  if (!op.dense) back.grad_weights = arguments.rows<2>("grad_weights", grad_weights, {B, k});
+  back.probs = arguments.dense<float>("probs", probs, {B, K});
+  back.weights = arguments.dense<float>("weights", weights, {B, k});
+  back.indices = arguments.dense<int64_t>("indices", indices, {B, k});
+  back.logits = grad_logits.mutable_data_ptr<float>();
+  kernels().route_backward(op, back);
+  return grad_logits;
+}
+
+std::tuple<Tensor, Tensor> importance_loss(Tensor probs, double threshold) {
+  STD_TORCH_CHECK(probs.dim() == 3, "importance_loss: probs must be (L, B, K), got ", to_string(probs.sizes()));
+  Arguments arguments("importance_loss");
+  const ImportanceLoss op{probs.size(0), probs.size(1), probs.size(2), static_cast<float>(threshold)};
+  const Input<3> rows = arguments.rows<3>("probs", probs, {op.L, op.B, op.K});
+  Tensor loss = empty(op.L), load = empty(op.L, op.K);
+  kernels().importance_loss(op, rows, loss.mutable_data_ptr<float>(), load.mutable_data_ptr<float>());
+  return {loss, load};
+}
+
+Tensor importance_loss_backward(Tensor grad_loss, Tensor load, double threshold) {
+  STD_TORCH_CHECK(load.dim() == 2, "importance_loss_backward: load must be (L, K), got ", to_string(load.sizes()));
+  Arguments arguments("importance_loss_backward");
+  const ImportanceLoss op{load.size(0), 0, load.size(1), static_cast<float>(threshold)};
+  const float* grad = arguments.dense<float>("grad_loss", grad_loss, {op.L});
+  const float* loads = arguments.dense<float>("load", load, {op.L, op.K});
+  Tensor grad_load = empty(op.L, op.K);
+  kernels().importance_loss_backward(op, grad, loads, grad_load.mutable_data_ptr<float>());
+  return grad_load;
+}
+
 // The arguments that both directions have; a macro because TORCH_BOX wants every one of them as a parameter.
 #define MOPE_ATTENTION_PARAMETERS                                                                                           \
   Tensor query, Tensor key, Tensor value, Tensor logits, Optional noise, Tensor bank_key, Tensor bank_value, Optional gram, \
@@ -113,8 +171,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mope_attention(MOPE_ATTENTION
   Tensor out = empty_heads_last(op.B, op.H, op.Lq, op.D), lse = empty(op.B, op.H, op.Lq), probs = empty(op.B, op.K);
   Tensor weights = empty(op.B, top_k), indices = empty<int64_t>(op.B, top_k);
   kernels().mope_attention(
-      op, {rows(out), lse.mutable_data_ptr<float>(), probs.mutable_data_ptr<float>(), weights.mutable_data_ptr<float>(),
-           indices.mutable_data_ptr<int64_t>()});
+      op, {{probs.mutable_data_ptr<float>(), weights.mutable_data_ptr<float>(), indices.mutable_data_ptr<int64_t>()},
+           rows(out), lse.mutable_data_ptr<float>()});
   return {out, lse, probs, weights, indices};
 }
 
@@ -220,7 +278,7 @@ std::tuple<Tensor, Tensor> prompt_attention(PROMPT_ATTENTION_PARAMETERS) {
   Arguments arguments("prompt_attention");
   const MopeAttention op = prompt_attention_problem(arguments, PROMPT_ATTENTION_ARGUMENTS);
   Tensor out = empty_heads_last(op.B, op.H, op.Lq, op.D), lse = empty(op.B, op.H, op.Lq);
-  kernels().mope_attention(op, {rows(out), lse.mutable_data_ptr<float>(), nullptr, nullptr, nullptr});
+  kernels().mope_attention(op, {{}, rows(out), lse.mutable_data_ptr<float>()});
   return {out, lse};
 }
 
@@ -309,6 +367,10 @@ std::tuple<Tensor, Tensor> window_attention_backward(Tensor grad_out, WINDOW_ATT
 STABLE_TORCH_LIBRARY_IMPL(mope_cpu, CPU, m) {
   m.impl("mix_prompts", TORCH_BOX(&mope::mix_prompts));
   m.impl("mix_prompts_backward", TORCH_BOX(&mope::mix_prompts_backward));
+  m.impl("route", TORCH_BOX(&mope::route));
+  m.impl("route_backward", TORCH_BOX(&mope::route_backward));
+  m.impl("importance_loss", TORCH_BOX(&mope::importance_loss));
+  m.impl("importance_loss_backward", TORCH_BOX(&mope::importance_loss_backward));
   m.impl("prompt_attention", TORCH_BOX(&mope::prompt_attention));
   m.impl("prompt_attention_backward", TORCH_BOX(&mope::prompt_attention_backward));
   m.impl("mope_attention", TORCH_BOX(&mope::mope_attention));

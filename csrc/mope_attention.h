@@ -1,8 +1,5 @@
 // The one-pass op: router, routed prompts, attention; and its backward. Included once for each target.
 
-// So many items or rows of light work are worth a thread.
-inline constexpr int64_t kGrain = 16;
-
 inline Selection selection_of(
     const MopeAttention& op, const float* probs, const float* weights, const int64_t* indices, int64_t b) {
   if (op.dense) return {op.K, probs + b * op.K, nullptr, op.task(b)};
@@ -11,14 +8,9 @@ inline Selection selection_of(
 
 inline void mope_attention(const MopeAttention& op, const MopeAttentionForward& result) {
   std::vector<float> inverse_stds(op.gram ? op.B * op.P : 0);
-  parallel_for(0, op.B, kGrain, [&](int64_t begin, int64_t end) {
-    std::vector<float> ranked(op.K);
-    std::vector<int64_t> order(op.dense ? 0 : op.K);
+  route(op, result);
+  parallel_for(0, op.gram ? op.B : 0, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      float* probs = result.probs + b * op.K;
-      softmax(op, b, probs, ranked.data());
-      if (!op.dense) select(op, probs, ranked.data(), order.data(), result.weights + b * op.k, result.indices + b * op.k);
-      if (!op.gram) continue;
       const Selection selection = selection_of(op, result.probs, result.weights, result.indices, b);
       for (int64_t p = 0; p < op.P; ++p) inverse_stds[b * op.P + p] = inverse_std(op, variance(op, selection, p));
     }
@@ -140,7 +132,7 @@ class MopeAttentionGradients {
     if (!back_.logits) return;
     if (back_.grad_probs) std::copy_n(back_.grad_probs.row(b), op_.K, grad_probs.data());
     if (back_.grad_weights) add_scaled(grad_weights.data(), 1.0f, back_.grad_weights.row(b), op_.k);
-    route_backward(op_, back_.probs + b * op_.K, selected, grad_weights.data(), grad_probs.data(), back_.logits + b * op_.K);
+    route_item_backward(op_, back_.probs + b * op_.K, selected, grad_weights.data(), grad_probs.data(), back_.logits + b * op_.K);
   }
 
   // What all items share, from the gradients of the prompts' keys, or of their values.

@@ -50,11 +50,36 @@ struct AttentionBias {
   int64_t stride[4] = {};
 };
 
-// Attention whose first keys are prompts. Without experts (K = P = 0) it is `prompt_attention`, which alone has bias and is_causal.
-struct MopeAttention {
-  int64_t B, H, Lq, Lk, D, K, k, S, M, P;
+struct Route {
+  int64_t B, K, k;
+  Input<2> logits, noise;  // (B,K)
+  bool dense, renormalize;
+  float temperature;
+};
+
+struct RouteForward {
+  float* probs;      // (B,K)
+  float* weights;    // (B,k), dense: nothing
+  int64_t* indices;  // (B,k), dense: nothing
+};
+
+struct RouteBackward {
+  Input<2> grad_probs, grad_weights;  // (B,K), (B,k)
+  const float* probs;                 // (B,K)
+  const float* weights;               // (B,k), dense: nothing
+  const int64_t* indices;             // (B,k), dense: nothing
+  float* logits;                      // the gradient
+};
+
+struct ImportanceLoss {
+  int64_t L, B, K;  // of L blocks
+  float threshold;
+};
+
+// Attention whose first keys are prompts, some of them routed. Without experts (K = P = 0) it is `prompt_attention`, which alone has bias and is_causal.
+struct MopeAttention : Route {
+  int64_t H, Lq, Lk, D, S, M, P;
   Input<4> query, key, value;            // (B,H,L,D)
-  Input<2> logits, noise;                // (B,K)
   Input<4> bank_key, bank_value;         // (T*K,H,P,D)
   Input<4> gram;                         // (T,P,K,K)
   Input<2> key_offset, value_offset;     // (H,D)
@@ -64,19 +89,15 @@ struct MopeAttention {
   const int64_t* task_ids;  // (B); nullptr: one task, whose tensors all items share
   AttentionBias bias;
   bool is_causal;
-  bool dense, renormalize;
-  float temperature, eps, scale;
+  float eps, scale;
 
   int64_t prompts() const { return S + M + P; }
   int64_t task(int64_t b) const { return task_ids ? task_ids[b] : 0; }
 };
 
-struct MopeAttentionForward {
-  Output<4> out;              // (B,H,Lq,D)
-  float* lse;                 // (B,H,Lq)
-  float* probs;               // (B,K)
-  float* weights;             // (B,k), dense: nothing
-  int64_t* indices;           // (B,k), dense: nothing
+struct MopeAttentionForward : RouteForward {
+  Output<4> out;  // (B,H,Lq,D)
+  float* lse;     // (B,H,Lq)
 };
 
 struct MopeAttentionBackward {
@@ -122,6 +143,10 @@ struct Kernels {
   const char* target;
   void (*mix_prompts)(const MixPrompts&, float* out);
   void (*mix_prompts_backward)(const MixPrompts&, const float* grad_out, float* grad_experts, float* grad_weights);
+  void (*route)(const Route&, const RouteForward&);
+  void (*route_backward)(const Route&, const RouteBackward&);
+  void (*importance_loss)(const ImportanceLoss&, Input<3> probs, float* loss, float* load);
+  void (*importance_loss_backward)(const ImportanceLoss&, const float* grad_loss, const float* load, float* grad_load);
   void (*mope_attention)(const MopeAttention&, const MopeAttentionForward&);
   void (*mope_attention_backward)(const MopeAttention&, const MopeAttentionBackward&);
   void (*window_attention)(const WindowAttention&, Output<3> out);

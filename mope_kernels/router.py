@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, last_dim_contiguous
-from .impl import Operation, reference_check, triton_check
+from .impl import Operation, extension_check, reference_check, triton_check
 from .router_details import _launch as _launch
 
 
@@ -32,11 +32,14 @@ def dense_routing(probs: Tensor) -> Routing:
 
 
 class RouteFunction(torch.autograd.Function):
+    """(namespace, logits, noise, and the options of the raw op) -> probs, weights, indices."""
+
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, noise: Tensor | None, top_k: int, temperature: float, renormalize: bool
+        ctx: Any, namespace: str, logits: Tensor, noise: Tensor | None, top_k: int, temperature: float, renormalize: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        probs, weights, indices = torch.ops.mope_triton.route.default(logits, noise, top_k, temperature, renormalize)
+        ctx.ops = getattr(torch.ops, namespace)
+        probs, weights, indices = ctx.ops.route.default(logits, noise, top_k, temperature, renormalize)
         ctx.save_for_backward(probs, weights, indices)
         ctx.temperature, ctx.renormalize, ctx.dtype = temperature, renormalize, logits.dtype
         ctx.mark_non_differentiable(indices)
@@ -46,16 +49,20 @@ class RouteFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_probs, grad_weights, _ = grads
-        if not ctx.needs_input_grad[0] or (grad_probs is None and grad_weights is None):
-            return (None,) * 5
+        if not ctx.needs_input_grad[1] or (grad_probs is None and grad_weights is None):
+            return (None,) * 6
         probs, weights, indices = ctx.saved_tensors
-        grad_logits = torch.ops.mope_triton.route_backward.default(
+        grad_logits = ctx.ops.route_backward.default(
             grad_probs, grad_weights, probs, weights, indices, ctx.temperature, ctx.renormalize
         )
-        return grad_logits.to(ctx.dtype), None, None, None, None
+        return None, grad_logits.to(ctx.dtype), None, None, None, None
 
 
-_ROUTE = Operation("route", triton=lambda logits, **_: triton_check(logits), reference=reference_check)
+def _cpu_check(logits: Tensor, noise: Tensor | None = None, **_: Any) -> list[str]:
+    return extension_check(*(t for t in (logits, noise) if t is not None))
+
+
+_ROUTE = Operation("route", triton=lambda logits, **_: triton_check(logits), cpu=_cpu_check, reference=reference_check)
 
 
 def check_routing(
@@ -85,7 +92,7 @@ def route(
         temperature: positive.
         noise: (B,K), added after the temperature; gets no gradient.
         renormalize: divide the selected weights by their sum. With `top_k=1` the router then gets no gradient through them.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
         `Routing`. Gradients flow through weights and probs. A row that holds NaN has NaN weights and indices 0..k-1.
@@ -96,29 +103,38 @@ def route(
     MoPE (arXiv 2403.10568), the multimodal router.
     """
     check_routing(Arguments("route"), logits, noise, top_k, temperature)
-    if _ROUTE.choose(impl, logits) == "reference":
+    implementation = _ROUTE.choose(impl, logits, noise=noise)
+    if implementation == "reference":
         return Routing(*reference.route(logits, top_k=top_k, temperature=temperature, noise=noise, renormalize=renormalize))
     noise = None if noise is None else last_dim_contiguous(noise.detach())
-    probs, weights, indices = RouteFunction.apply(last_dim_contiguous(logits), noise, top_k or 0, temperature, renormalize)
+    probs, weights, indices = RouteFunction.apply(
+        f"mope_{implementation}", last_dim_contiguous(logits), noise, top_k or 0, temperature, renormalize
+    )
     return dense_routing(probs) if top_k is None else Routing(weights, indices, probs)
 
 
 class ImportanceLossFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, probs: Tensor, threshold: float) -> Tensor:
-        loss, load = torch.ops.mope_triton.importance_loss.default(probs, threshold)
+    def forward(ctx: Any, namespace: str, probs: Tensor, threshold: float) -> Tensor:
+        ctx.ops = getattr(torch.ops, namespace)
+        loss, load = ctx.ops.importance_loss.default(probs, threshold)
         ctx.save_for_backward(load)
         ctx.threshold, ctx.shape, ctx.dtype = threshold, probs.shape, probs.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
         (load,) = ctx.saved_tensors
-        grad_load = torch.ops.mope_triton.importance_loss_backward.default(grads[0], load, ctx.threshold)
-        return grad_load.to(ctx.dtype)[:, None].expand(ctx.shape), None
+        grad_load = ctx.ops.importance_loss_backward.default(grads[0], load, ctx.threshold)
+        return None, grad_load.to(ctx.dtype)[:, None].expand(ctx.shape), None
 
 
-_IMPORTANCE_LOSS = Operation("importance_loss", triton=lambda probs, **_: triton_check(probs), reference=reference_check)
+_IMPORTANCE_LOSS = Operation(
+    "importance_loss",
+    triton=lambda probs, **_: triton_check(probs),
+    cpu=lambda probs, **_: extension_check(probs),
+    reference=reference_check,
+)
 
 
 def importance_loss(probs: Tensor, *, threshold: float = 0.1, impl: str = "auto") -> Tensor:
@@ -127,7 +143,7 @@ def importance_loss(probs: Tensor, *, threshold: float = 0.1, impl: str = "auto"
     Args:
         probs: (B,K) softmax over all experts, `Routing.probs`; or (L,B,K), those of L blocks, in one launch.
         threshold: a CV^2 up to this counts as even: the loss is 0 and so is its gradient. No device sync.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
         () or (L,), float32 (float64 for float64 probs). 0, with zero gradient, for K = 1 or B = 0.
@@ -138,7 +154,9 @@ def importance_loss(probs: Tensor, *, threshold: float = 0.1, impl: str = "auto"
     MoPE (arXiv 2403.10568), importance loss; the released code's unbiased variance.
     """
     Arguments("importance_loss").tensor("probs", probs, "L B K" if probs.dim() == 3 else "B K")
-    if _IMPORTANCE_LOSS.choose(impl, probs) == "reference":
+    implementation = _IMPORTANCE_LOSS.choose(impl, probs)
+    if implementation == "reference":
         return reference.importance_loss(probs, threshold=threshold)
-    loss = ImportanceLossFunction.apply(last_dim_contiguous(probs if probs.dim() == 3 else probs[None]), threshold)
+    blocks = last_dim_contiguous(probs if probs.dim() == 3 else probs[None])
+    loss = ImportanceLossFunction.apply(f"mope_{implementation}", blocks, threshold)
     return loss if probs.dim() == 3 else loss[0]

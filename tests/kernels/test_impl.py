@@ -34,8 +34,8 @@ def test_explain_says_what_would_be_preferred():
 
 
 def test_an_explicit_choice_raises_with_every_reason():
-    with pytest.raises(ValueError, match=r"(?s)route: no implementation can run.*cpu: route has no cpu implementation.*reference"):
-        mope_kernels.route(LOGITS, impl="cpu")
+    with pytest.raises(ValueError, match=r"(?s)route: no implementation can run.*route has no sdpa implementation.*reference"):
+        mope_kernels.route(LOGITS, impl="sdpa")
     with pytest.raises(ValueError, match="float64"):
         mope_kernels.mix_prompts(MIX[0].double(), *MIX[1:], impl="triton")
 
@@ -43,11 +43,11 @@ def test_an_explicit_choice_raises_with_every_reason():
 def test_environment_replaces_auto_only(monkeypatch):
     monkeypatch.setenv("MOPE_IMPL", "reference")
     assert mope_kernels.explain("mix_prompts", *MIX).impl == "reference"
-    monkeypatch.setenv("MOPE_IMPL", "cpu")
-    with pytest.raises(ValueError, match="route has no cpu implementation"):
+    monkeypatch.setenv("MOPE_IMPL", "sdpa")
+    with pytest.raises(ValueError, match="route has no sdpa implementation"):
         mope_kernels.route(LOGITS)
     mope_kernels.route(LOGITS, impl="reference")
-    monkeypatch.setenv("MOPE_IMPL", "cpu,reference")
+    monkeypatch.setenv("MOPE_IMPL", "sdpa,reference")
     assert mope_kernels.explain("route", LOGITS).impl == "reference"
     monkeypatch.setenv("MOPE_IMPL", "quick")
     with pytest.raises(ValueError, match="'quick'"):
