@@ -13,13 +13,16 @@ from torch import Tensor, nn
 import mope_kernels
 from mope_kernels import ExpertBank, Routing
 
+from .projections import call_linear, join_linear
 from .prompts import PromptExperts, project_prompts, split_heads
 from .router import Router, make_router
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenAttention:
-    """The modules of one frozen attention layer. They are called, never read: LoRA, quantised and sharded ones work.
+    """The modules of one frozen attention layer. They are called, so that LoRA, quantised and sharded ones work.
+
+    Query, key and value projections that are plain frozen `nn.Linear` and were joined (`join`) are one product instead.
 
     query, key, value: C -> H*D, each on its own.
     output: H*D -> C.
@@ -39,14 +42,19 @@ class FrozenAttention:
     def normalize(self, x: Tensor) -> Tensor:
         return x if self.norm is None else self.norm(x)
 
+    def join(self) -> None:
+        """Put the weights of query, key and value side by side, see `mope.fused.projections.join_linear`."""
+        join_linear((self.query, self.key, self.value))
+
     def keys_and_values(self, normalized: Tensor) -> tuple[Tensor, Tensor]:
         """(B,L,C) -> (B,H,L,D) twice."""
-        return split_heads(self.key(normalized), self.num_heads), split_heads(self.value(normalized), self.num_heads)
+        key, value = call_linear((self.key, self.value), normalized)
+        return split_heads(key, self.num_heads), split_heads(value, self.num_heads)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Block input (B,L,C) -> query, key, value, each (B,H,L,D)."""
-        normalized = self.normalize(x)
-        return split_heads(self.query(normalized), self.num_heads), *self.keys_and_values(normalized)
+        query, key, value = call_linear((self.query, self.key, self.value), self.normalize(x))
+        return split_heads(query, self.num_heads), split_heads(key, self.num_heads), split_heads(value, self.num_heads)
 
     def merge(self, heads: Tensor) -> Tensor:
         """(B,H,L,D) -> (B,L,C), before the residual of the layer."""

@@ -314,6 +314,12 @@ class Attachment:
             parameter.requires_grad_(finetune and not name.startswith((*adapter.unused, *adapter.unreached)))
         for i, layer in self._original.items():
             blocks[i] = PromptedLayer(layer, adapter).eval()
+        self.join_projections()
+
+    def join_projections(self) -> None:
+        """Let one product compute query, key and value of a layer, where they are frozen. Again after parameters were moved."""
+        for block in self.adapter.layers(self.backbone):
+            self.adapter.attention(block.layer if isinstance(block, PromptedLayer) else block).join()
 
     def detach(self) -> None:
         """Put the same modules back, with the training mode and requires_grad that they had. A second call does nothing."""

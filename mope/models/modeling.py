@@ -231,6 +231,21 @@ class MoPEForClassification(SavedModel):
         while self._attachments:
             self._attachments.popitem()[1].detach()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoPEForClassification:
+        """`to`, `half`, `cuda` and their like: parameters that lay side by side do so again."""
+        super()._apply(fn, recurse)
+        self._join_projections()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, and of what was pickled."""
+        super().__setstate__(state)
+        self._join_projections()
+
+    def _join_projections(self) -> None:
+        for attachment in self._attachments.values():
+            attachment.join_projections()
+
     def train(self, mode: bool = True) -> MoPEForClassification:
         """Training mode of prompts, routers, mapper, head and encoders that train; frozen ones stay in eval mode."""
         super().train(mode)
