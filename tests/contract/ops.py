@@ -88,8 +88,10 @@ def run_with_gradients(
     generator = torch.Generator().manual_seed(5)
     incoming = [(o, torch.randn(o.shape, generator=generator).to(o)) for o in outputs]
     incoming = [(o, gradient) for o, gradient in incoming if o.requires_grad]
-    gradients = torch.autograd.grad([o for o, _ in incoming], [inputs[n] for n in wanted], [incoming_as(g) for _, g in incoming])
     results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    if not wanted:
+        return results
+    gradients = torch.autograd.grad([o for o, _ in incoming], [inputs[n] for n in wanted], [incoming_as(g) for _, g in incoming])
     return results | {f"gradient of {n}": g for n, g in zip(wanted, gradients, strict=True)}
 
 

@@ -51,6 +51,18 @@ WRONG = {
     "mope_attention: bank.key must be (K=4, H=2, P, D=16), got shape (3, 2, 4, 16)": lambda: attention(logits=torch.zeros(2, 4)),
     "mope_attention: static_key and static_value go together": lambda: attention(static_key=torch.zeros(2, 1, 16)),
     "mope_attention: lengths must be an integer tensor": lambda: attention(lengths=torch.zeros(2)),
+    "mope_attention: task_ids must lie in 0..0, got values from 0 to 1": lambda: attention(task_ids=torch.arange(2)),
+    "mope_attention: task_ids must be (B=2), got shape (3,)": lambda: attention(task_ids=torch.zeros(3, dtype=torch.int64)),
+    "mope_attention: task_ids must be an integer tensor": lambda: attention(task_ids=torch.zeros(2)),
+    "mope_attention: bank.key must have T*K rows, 3 for each task, got 4": lambda: attention(
+        bank=ExpertBank(torch.zeros(4, 2, 4, 16), torch.zeros(4, 2, 4, 16)), task_ids=torch.zeros(2, dtype=torch.int64)
+    ),
+    "mope_attention: static_key must have the axes (T, H, S, D), got shape (2, 1, 16)": lambda: attention(
+        static_key=torch.zeros(2, 1, 16), static_value=torch.zeros(2, 1, 16), task_ids=torch.zeros(2, dtype=torch.int64)
+    ),
+    "mope_attention: task_ids is for inference, no gradient flows through it": lambda: attention(
+        logits=torch.zeros(2, 3, requires_grad=True), task_ids=torch.zeros(2, dtype=torch.int64)
+    ),
     "mope_attention: dropout_p must be in [0, 1), got 1.0": lambda: attention(dropout_p=1.0),
     "mope_attention: impl must be 'auto' or one of": lambda: attention(impl="fast"),
     "prompt_attention: is_causal needs as many queries as tokens, got Lq=5 and Lk=7": lambda: mope_kernels.prompt_attention(

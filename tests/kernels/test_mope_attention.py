@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
+import math
+
+import pytest
 import torch
 
-from mope_kernels import reference
-from tests.contract.ops import MOPE_ATTENTION
+from mope_kernels import ExpertBank, explain, reference
+from mope_kernels._ops import NAMESPACES
+from mope_kernels.testing import strided_variants
+from tests.contract import test_accuracy, test_behaviour, test_integration, test_memory
+from tests.contract.ops import MOPE_ATTENTION, Options, Sizes, Tensors, assert_same
 
-from .numerics import implementations
+from .numerics import implementations, unavailable
 
 
 @implementations("reference", "cpu", "triton")
@@ -35,3 +42,130 @@ def test_bank_with_fold_is_the_layer_norm():
     offset = (weight @ beta + bias).unflatten(0, (heads, width))
     folded, _ = reference.mix_bank(weights, bank, bank, gram=gram, key_offset=offset, value_offset=offset)
     torch.testing.assert_close(folded, direct, rtol=1e-12, atol=1e-12)
+
+
+# What tasks have of their own.
+OF_TASKS = ("bank_key", "bank_value", "gram", "static_key", "static_value")
+
+
+def _many_tasks(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
+    """As drawn for one task, with the tensors of `size["tasks"]` of them side by side."""
+    tasks = [MOPE_ATTENTION.example(dtype, device, size) for _ in range(size["tasks"])]
+    tensors, options = tasks[0]
+    for name in OF_TASKS:
+        if tensors[name] is not None:
+            of_tasks = [task[name] for task, _ in tasks]
+            tensors[name] = torch.cat(of_tasks) if name.startswith("bank") else torch.stack(of_tasks)
+    tensors["task_ids"] = torch.randint(size["tasks"], (size["batch"],), device=device)
+    return tensors, options
+
+
+MANY_TASKS = dataclasses.replace(
+    MOPE_ATTENTION,
+    example=_many_tasks,
+    differentiable=(),
+    base=MOPE_ATTENTION.base | {"tasks": 3, "heads": 1, "queries": 3, "keys": 5},
+    cases={
+        "dense": {"heads": 2},
+        "top2 renormalised, post-LN": {"top_k": 2, "renormalize": True, "fold": False},
+        "top1, padded": {"top_k": 1, "lengths": [4, 0], "static": 0},
+        "one task": {"tasks": 1},
+    },
+)
+
+
+def of_item(tensors: Tensors, item: int) -> Tensors:
+    """What the op is given for one item and the one task that it belongs to."""
+    task, experts = int(tensors["task_ids"][item]), tensors["logits"].shape[1]
+    one = {name: t if t is None or name.endswith("offset") else t[item : item + 1] for name, t in tensors.items()}
+    del one["task_ids"]
+    for name in OF_TASKS:
+        if tensors[name] is not None:
+            one[name] = tensors[name].unflatten(0, (-1, experts))[task] if name.startswith("bank") else tensors[name][task]
+    return one
+
+
+@implementations("reference", "cpu", "triton")
+@pytest.mark.parametrize("case", MANY_TASKS.cases)
+def test_an_item_gets_what_its_task_alone_gives(case, impl):
+    tensors, options = MANY_TASKS.draw(torch.float32, impl, **MANY_TASKS.cases[case])
+    together = MANY_TASKS.run(impl, options, tensors)
+    for item in range(2):
+        alone = MOPE_ATTENTION.run(impl, options, of_item(tensors, item))
+        assert_same(*({str(i): o for i, o in enumerate(outputs)} for outputs in ([o[item : item + 1] for o in together], alone)))
+
+
+@implementations("cpu", "triton")
+@pytest.mark.parametrize("case", MANY_TASKS.cases)
+def test_many_tasks_match_float64(case, impl):
+    test_accuracy.test_matches_float64(MANY_TASKS, impl, case)
+
+
+@implementations("reference", "cpu", "triton")
+def test_many_tasks_are_held_to_the_contract(impl):
+    test_behaviour.test_items_stay_apart(MANY_TASKS, impl, math.nan)
+    test_memory.test_reads_nothing_beside_its_inputs(MANY_TASKS, impl)
+    test_memory.test_leaves_its_inputs_alone(MANY_TASKS, impl)
+    test_memory.test_writes_all_of_its_results(MANY_TASKS, impl, "dense")
+    test_integration.test_autocast_changes_nothing(MANY_TASKS, impl)
+    tensors, options = MANY_TASKS.draw(torch.float32, impl, batch=0)
+    assert MANY_TASKS.run(impl, options, tensors)[0].shape == (0, 1, 3, 16)
+
+
+@implementations("reference", "cpu", "triton")
+def test_a_task_does_not_reach_the_items_of_another(impl):
+    tensors, options = MANY_TASKS.draw(torch.float32, impl, batch=3)
+    tensors["task_ids"] = torch.tensor([2, 0, 2], device=tensors["query"].device)
+    clean = MANY_TASKS.run(impl, options, tensors)
+    poisoned = dict(tensors)
+    for name in OF_TASKS:
+        poisoned[name] = tensors[name].clone().unflatten(0, (3, -1))
+        poisoned[name][0] = math.nan
+        poisoned[name] = poisoned[name].flatten(0, 1)
+    found = MANY_TASKS.run(impl, options, poisoned)
+    assert found[0][1].isnan().all()
+    assert_same({str(i): o[[0, 2]] for i, o in enumerate(found)}, {str(i): o[[0, 2]] for i, o in enumerate(clean)})
+
+
+@implementations("reference", "cpu", "triton")
+def test_tensors_of_tasks_may_have_any_strides(impl):
+    tensors, options = MANY_TASKS.draw(torch.float32, impl)
+    wanted = MANY_TASKS.run(impl, options, tensors)[0]
+    for name in (*OF_TASKS, "task_ids"):
+        for layout in strided_variants(tensors[name]):
+            torch.testing.assert_close(MANY_TASKS.run(impl, options, tensors | {name: layout})[0], wanted)
+
+
+@implementations("cpu", "triton")
+def test_schema_and_fake_of_many_tasks(impl):
+    tensors, options = MANY_TASKS.draw(torch.float32, impl, top_k=2)
+    with test_integration.RecordCalls(NAMESPACES) as record:
+        MANY_TASKS.run(impl, options, tensors)
+    assert [func.name() for func, *_ in record.calls] == [f"mope_{impl}::mope_attention"]
+    for func, args, kwargs in record.calls:
+        torch.library.opcheck(func, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+
+
+@implementations("cpu", "triton")
+def test_compiles_once_for_any_tasks(impl):
+    """fullgraph, and no recompilation for another number of items or of tasks."""
+    _, options = MANY_TASKS.draw(torch.float32, impl)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda t: MANY_TASKS.run(impl, options, t)[0], fullgraph=True, backend="aot_eager", dynamic=True)
+    for n, (batch, tasks) in enumerate(((7, 11), (6, 13))):
+        tensors, _ = MANY_TASKS.draw(torch.float32, impl, batch=batch, tasks=tasks)
+        with torch._dynamo.config.patch(error_on_recompile=n > 0):
+            torch.testing.assert_close(compiled(tensors), MANY_TASKS.run(impl, options, tensors)[0])
+
+
+def test_tasks_may_be_counted_in_any_integers():
+    tensors, options = MANY_TASKS.draw(torch.float32, "cpu")
+    found = MANY_TASKS.run("auto", options, tensors | {"task_ids": tensors["task_ids"].int()})
+    assert_same(*({str(i): o for i, o in enumerate(outputs)} for outputs in (found, MANY_TASKS.run("auto", options, tensors))))
+
+
+def test_explains_many_tasks():
+    zeros = [torch.zeros(1, 1, 1, 16)] * 3
+    bank = ExpertBank(*[torch.zeros(4, 1, 2, 16)] * 2)
+    found = explain("mope_attention", *zeros, torch.zeros(1, 2), bank, task_ids=torch.ones(1, dtype=torch.int64))
+    assert found.impl == ("reference" if unavailable("cpu") else "cpu")
