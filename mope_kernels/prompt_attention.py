@@ -26,27 +26,38 @@ class _Options(NamedTuple):
     dropout_p: float
 
 
+class _PackedOptions(NamedTuple):
+    """The same of `packed_attention`."""
+
+    max_length: int
+    is_causal: bool
+    scale: float
+    dropout_p: float
+
+
 class PromptAttentionFunction(torch.autograd.Function):
-    """(namespace, options, *tensors) -> out; the tensors in the order of the raw op's schema."""
+    """(raw op, options, *tensors) -> out; the tensors in the order of the raw op's schema."""
 
     @staticmethod
-    def forward(ctx: Any, namespace: str, options: _Options, *tensors: Tensor | None) -> Tensor:
-        ctx.ops, ctx.options = getattr(torch.ops, namespace), options
-        out, lse = ctx.ops.prompt_attention.default(*tensors, *options)
+    def forward(ctx: Any, op: str, options: _Options | _PackedOptions, *tensors: Tensor | None) -> Tensor:
+        namespace, name = op.split("::")
+        ops = getattr(torch.ops, namespace)
+        ctx.backward_op, ctx.options = getattr(ops, f"{name}_backward"), options
+        out, lse = getattr(ops, name).default(*tensors, *options)
         ctx.save_for_backward(out, lse, *tensors)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         out, lse, *tensors = ctx.saved_tensors
-        # Of namespace, options and tensors; those that can have a gradient come first among the tensors.
+        # Of op, options and tensors; those that can have a gradient come first among the tensors.
         needed = ctx.needs_input_grad[2 : 2 + len(PROMPT_ATTENTION_GRADIENTS)]
-        found = ctx.ops.prompt_attention_backward.default(
+        found = ctx.backward_op.default(
             last_dim_contiguous(grads[0]), out, lse, *tensors, *ctx.options, sum(need << bit for bit, need in enumerate(needed))
         )
         gradients = (grad if need else None for grad, need in zip(found, needed, strict=True))
-        # lengths, attn_bias and seed have none.
-        return None, None, *gradients, None, None, None
+        # What comes behind them has none: lengths, attn_bias, offsets, seed.
+        return None, None, *gradients, *(None for _ in tensors[len(PROMPT_ATTENTION_GRADIENTS) :])
 
 
 def triton_attention_check(query: Tensor, *tensors: Tensor) -> list[str]:
@@ -61,7 +72,18 @@ def _triton_check(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor,
     return triton_attention_check(query, prompt_key, prompt_value)
 
 
-def _cpu_check(*tensors: Tensor, attn_bias: Tensor | None = None, dropout_p: float = 0.0, **_: Any) -> list[str]:
+def _cpu_check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    *,
+    attn_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    **_: Any,
+) -> list[str]:
+    tensors = (query, key, value, prompt_key, prompt_value)
     reasons = extension_check(*tensors, *([] if attn_bias is None else [attn_bias]))
     if dropout_p:
         reasons.append("the C++ kernel has no dropout")
@@ -108,6 +130,18 @@ def _check_bias(arguments: Arguments, attn_bias: Tensor | None, wanted: tuple[in
         raise arguments.error("attn_bias gets no gradient: pass attn_bias.detach()")
 
 
+def _check_packing(arguments: Arguments, offsets: Tensor, max_length: int | None, num_rows: int) -> None:
+    arguments.tensor("offsets", offsets, "B+1", integer=True)
+    if max_length is None:
+        raise arguments.error("offsets need max_length, the number of tokens of the longest item: to read it would make the host wait")
+    if arguments.can_read(offsets):
+        bounds, longest = offsets.tolist(), int(offsets.diff().max()) if len(offsets) > 1 else 0
+        if bounds != sorted(bounds) or bounds[:1] != [0] or bounds[-1] != num_rows or longest > max_length:
+            raise arguments.error(
+                f"offsets must ascend from 0 to the number of rows, {num_rows}, in steps of at most max_length={max_length}, got {bounds}"
+            )
+
+
 def prompt_attention(
     query: Tensor,
     key: Tensor,
@@ -117,6 +151,8 @@ def prompt_attention(
     *,
     lengths: Tensor | None = None,
     attn_bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+    max_length: int | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
     scale: float | None = None,
@@ -130,13 +166,16 @@ def prompt_attention(
         prompt_key, prompt_value: (B,H,P,D), or (1,H,P,D) where all items share their prompts; floating point.
         lengths: (B,) integer; the tokens of item b from lengths[b] on are hidden from it, prompts never are.
         attn_bias: floating point, broadcastable to (B,H,Lq,Lk); added to the scores of tokens. Not differentiable.
+        offsets: (B+1,) integer, of packed items: query, key and value are (1,H,T,D), the tokens of all items one after the other
+            without padding, those of item b in rows offsets[b] to offsets[b+1]. In place of `lengths` and `attn_bias`.
+        max_length: with `offsets`, the number of tokens of the longest item (or more).
         is_causal: query i sees tokens 0..i and every prompt; needs Lq = Lk.
         dropout_p: of the attention probabilities, those of prompts too.
         scale: of the scores; D^-0.5 if None.
         impl: "auto", "triton", "cpu", "sdpa" (concatenation and torch's scaled_dot_product_attention), "xformers" or "reference".
 
     Returns:
-        (B,H,Lq,D) in the dtype of `query`, in memory (B,Lq,H,D). Zero where an item has neither prompts nor tokens.
+        In the shape and dtype of `query`, in memory (B,Lq,H,D). Zero where an item has neither prompts nor tokens.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, `attn_bias` requires a gradient, or `impl` cannot run.

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mope_kernels.reference import shift_mask, window_partition, window_reverse
 
@@ -23,6 +24,16 @@ from .shapes import Windows
 
 # query (B,H,Lq,D), keys and values (B,H,P+Lk,D) -> (B,H,Lq,D)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# "cat+sdpa" leaves the choice to torch.
+BACKENDS = {
+    "cat+sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "cat+sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cat+sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "cat+sdpa math": SDPBackend.MATH,
+}
+# Of attention.
+KINDS = ("released", "cat+sdpa", *BACKENDS, "flex", "xformers")
 
 
 class Unavailable(Exception):
@@ -114,7 +125,7 @@ def concatenate(tokens: Tensor, *prompts: Tensor) -> Tensor:
 def attention(kind: str, query: Tensor, num_keys: int, num_prompts: int, lengths: Tensor | None, training: bool) -> Attend:
     """Attention over prompts and tokens, keys beyond `lengths` hidden, its mask made here and now.
 
-    kind: "released" (softmax of its own), "cat+sdpa", "flex" (to be compiled) or "xformers".
+    kind: "released" (softmax of its own), "cat+sdpa" or one of `BACKENDS`, "flex" (to be compiled) or "xformers".
 
     Raises:
         Unavailable: it cannot run on this device.
@@ -123,17 +134,33 @@ def attention(kind: str, query: Tensor, num_keys: int, num_prompts: int, lengths
     if lengths is not None:
         hidden = torch.arange(total, device=query.device) >= (lengths + num_prompts)[:, None]
         # In the dtype of the query: some kernels misread any other.
-        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill(hidden, -math.inf)[:, None, None]
+        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill(hidden, -math.inf)
+        mask = _aligned(mask)[:, None, None]
     if kind == "released":
         return lambda q, k, v: _own_softmax(q, k, v, mask)
-    if kind == "cat+sdpa":
-        wide = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
-        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=wide)
+    if kind.startswith("cat+sdpa"):
+        return _sdpa(kind, None if mask is None else mask.expand(-1, -1, query.shape[2], -1))
     if kind == "flex":
         return _flex(query, total, lengths, num_prompts, training)
     if kind == "xformers":
-        return _xformers(query, total, mask)
+        return _xformers(query, mask)
     raise ValueError(f"unknown attention {kind!r}")
+
+
+def _aligned(mask: Tensor) -> Tensor:
+    """The same in rows that start at multiples of 16 elements, which SDPA and xformers otherwise copy in every call, or refuse."""
+    width = mask.shape[-1]
+    return F.pad(mask, (0, -width % 16))[..., :width]
+
+
+def _sdpa(kind: str, mask: Tensor | None) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if kind not in BACKENDS:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        with sdpa_kernel(BACKENDS[kind]):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    return attend
 
 
 def _own_softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -160,18 +187,14 @@ def _flex(query: Tensor, total: int, lengths: Tensor | None, num_prompts: int, t
     return attend
 
 
-def _xformers(query: Tensor, total: int, mask: Tensor | None) -> Attend:
+def _xformers(query: Tensor, mask: Tensor | None) -> Attend:
     if importlib.util.find_spec("xformers") is None:
         raise Unavailable("xformers is not installed")
     if query.device.type == "cpu":
         raise Unavailable("xformers' kernels run on GPUs")
     from xformers.ops import memory_efficient_attention
 
-    bias = None
-    if mask is not None:
-        # Its kernels want rows that start at multiples of eight.
-        room = mask.new_zeros(query.shape[0], query.shape[1], query.shape[2], (total + 7) // 8 * 8)
-        bias = room[..., :total].copy_(mask.expand(-1, query.shape[1], query.shape[2], -1))
+    bias = None if mask is None else _aligned(mask.expand(-1, query.shape[1], query.shape[2], -1))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_bias=bias)
@@ -198,7 +221,7 @@ def image_of(windows: Tensor, shape: Windows) -> Tensor:
 def window_attention(kind: str, position_bias: Tensor, shape: Windows, training: bool) -> Attend:
     """Attention in windows (B*nW, H, P + w*w, D), position bias and shift mask put together here and now.
 
-    kind: "released" (softmax of its own), "cat+sdpa", "flex" (to be compiled) or "xformers".
+    kind: as in `attention`.
 
     Raises:
         Unavailable: it cannot run on this device.
@@ -211,13 +234,22 @@ def window_attention(kind: str, position_bias: Tensor, shape: Windows, training:
     bias = F.pad(bias, (shape.prompts, 0, shape.prompts, 0))
     if kind == "flex":
         return _flex_windows(bias, training)
-    every = bias.repeat(shape.batch * (shape.resolution // shape.window) ** 2 // len(bias), 1, 1, 1)
     if kind == "released":
-        return lambda q, k, v: _own_softmax(q, k, v, every)
-    if kind == "cat+sdpa":
-        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=every)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            query, key, value = (t.unflatten(0, (-1, len(bias))) for t in (query, key, value))
+            return _own_softmax(query, key, value, bias).flatten(0, 1)
+
+        return attend
+    # One for all windows where none is masked.
+    every, windows = _aligned(bias), shape.batch * (shape.resolution // shape.window) ** 2
+    if shape.shift:
+        every = F.pad(bias, (0, -bias.shape[3] % 16)).repeat(shape.batch, 1, 1, 1)[..., : bias.shape[3]]
+    every = every.expand(windows, -1, -1, -1)
+    if kind.startswith("cat+sdpa"):
+        return _sdpa(kind, every)
     if kind == "xformers":
-        return _xformers(every.new_empty(len(every), shape.heads, every.shape[2], 0), every.shape[3], every)
+        return _xformers(every.new_empty(*every.shape[:3], 0), every)
     raise ValueError(f"unknown attention {kind!r}")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from .baselines import BACKENDS
 
 # " compiled": under torch.compile, once for each shape. FlexAttention does not work otherwise.
-_ATTENTION = ("ours", "released", "released compiled", "cat+sdpa", "cat+sdpa compiled", "flex", "xformers")
+_ATTENTION = ("ours", "released", "released compiled", "cat+sdpa", *BACKENDS, "cat+sdpa compiled", "flex", "xformers")
+_SWIN_MODEL = ("released", "released half", "released compiled", "released without waiting compiled+graphs")
 WAYS = {
     "route": ("ours", "released", "branchless", "branchless compiled"),
     "mix_prompts": ("ours", "released", "released compiled", "embedding_bag"),
@@ -13,28 +16,54 @@ WAYS = {
     "mope_attention": _ATTENTION,
     "window_prompt_attention": _ATTENTION,
     "layer": ("ours", "released", "released compiled"),
+    "swin_block": ("ours", "released", "released compiled", "released without waiting compiled"),
+    "model": ("ours", "ours compiled+graphs", "ours without graphs", *_SWIN_MODEL, "concatenated", "concatenated compiled"),
 }
+# Models for each of which there is one opponent.
+_OPPONENTS = {True: _SWIN_MODEL, False: ("concatenated", "concatenated compiled")}
+
+
+def is_compiled(way: str) -> bool:
+    return way == "flex" or " compiled" in way
+
+
+def uses_graphs(way: str) -> bool:
+    return way.endswith("+graphs")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op on one named shape. Its text says all of it and names the rows."""
+    """One op on one named shape. Its text says all of it and names the rows.
+
+    backends: beside each backend of torch's attention too, not only the one that torch takes.
+    later: measured after all others. Nothing is compiled for it.
+    """
 
     op: str
     shape: str
     training: bool = False
     top_k: int | None = None
     skew: str = "uniform"
+    backends: bool = field(default=False, compare=False)
+    later: bool = field(default=False, compare=False)
 
     @property
     def ways(self) -> tuple[str, ...]:
         # The released way starts from experts where `mope_attention` starts from a bank, and trains them: the layer compares that.
         other_leaves = self.op == "mope_attention" and self.training
-        return tuple(way for way in WAYS[self.op] if not (other_leaves and way.startswith("released")))
+        ways = [way for way in WAYS[self.op] if not (other_leaves and way.startswith("released"))]
+        if self.op == "model":
+            # Graphs of ours are recorded by hand in inference, and by torch.compile in training.
+            own = ("ours", "ours compiled+graphs" if self.training else "ours without graphs")
+            # Opponents mix all experts.
+            opponents = () if self.top_k else _OPPONENTS["swin" in self.shape]
+            ways = [way for way in ways if way in (*own, *opponents)]
+        ways = [way for way in ways if self.backends or way not in BACKENDS]
+        return tuple(way for way in ways if not (self.later and is_compiled(way)))
 
     def __str__(self) -> str:
         parts = [self.shape, "training" if self.training else "inference"]
-        if self.op in ("route", "mix_prompts", "mope_attention"):
+        if self.op in ("route", "mix_prompts", "mope_attention") or (self.op == "model" and self.top_k is not None):
             parts.insert(1, "dense" if self.top_k is None else f"top-{self.top_k}")
         if self.skew != "uniform":
             parts.insert(2, self.skew)
@@ -50,6 +79,8 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
         "mope_attention": [("tiny", 1)],
         "window_prompt_attention": [("tiny", None)],
         "layer": [("tiny", None)],
+        "swin_block": [("tiny", None)],
+        "model": [("tiny", None), ("tiny-swin", None)],
     },
     "cpu": {
         "route": [("b64-k16", 2)],
@@ -58,6 +89,8 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
         "mope_attention": [("vit-b-b8", None), ("vit-b-b8", 1), ("bert-128-b16", None), ("digits-b64", None)],
         "window_prompt_attention": [(f"swin-b-stage{stage}-b4", None) for stage in ("1-shifted", "3", "3-shifted", "4")],
         "layer": [("vit-b-b8", None), ("bert-128-b16", None)],
+        "swin_block": [("swin-b-stage3-shifted-b4", None)],
+        "model": [("vit-b+bert-base-2-layers-b8", None), ("swin-b-8-blocks+bert-base-2-layers-b4", None)],
     },
     "cuda": {
         "route": [("b64-k4", None), ("b64-k16", 2), ("b1024-k64", 2)],
@@ -75,20 +108,57 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
         "window_prompt_attention": [
             *((f"swin-b-stage{stage}-b64", None) for stage in ("1", "1-shifted", "2-shifted", "3-shifted", "4")),
             *((f"swin-b-stage{stage}-b16", None) for stage in ("1-shifted", "3-shifted")),
-            *((name, None) for name in ("swin-b-stage1-b64-p9", "swin-b-stage1-b64-p33", "swin-b-384-stage1-shifted-b16")),
         ],
         "layer": [("vit-b-b64", None), ("bert-128-b64", None), ("vit-l-b64", None)],
+        "swin_block": [("swin-b-stage1-shifted-b64", None), ("swin-b-stage3-shifted-b64", None)],
+        "model": [(name, None) for name in ("swin-b+bert-base-b16", "swin-b+bert-base-b64", "vit-b+bert-base-b64")],
     },
+}
+# The rest of what is listed, for a device with time.
+_LATER: dict[str, list[tuple[str, int | None]]] = {
+    "window_prompt_attention": [
+        *((f"swin-b-stage{stage}-b64", None) for stage in ("2", "3")),
+        *((f"swin-b-stage{stage}-b16", None) for stage in ("1", "2", "2-shifted", "3", "4")),
+        *(
+            (f"swin-b-stage{stage}-b{batch}-p{prompts}", None)
+            for prompts in (9, 33)
+            for batch in (64, 16)
+            for stage in ("1", "1-shifted", "2", "2-shifted", "3", "3-shifted", "4")
+        ),
+        ("swin-b-384-stage1-shifted-b16", None),
+    ],
+    "model": [
+        *((f"swin-b+bert-base-b{b}{k}", None) for b in (1, 16, 64) for k in ("", "-k16", "-k64") if b == 1 or k),
+        *((f"vit-b+bert-base-{shape}", None) for shape in ("b16", "b64-k64")),
+    ],
+}
+# Inference over the number of experts, of which one is selected: that it costs nothing is measured.
+_SPARSE = {
+    "mope_attention": [f"vit-b-b64{k}" for k in ("", "-k16", "-k256")],
+    "model": [f"vit-b+bert-base-b64{k}" for k in ("", "-k64")],
 }
 _SKEWED = {"cpu": "vit-b-b8", "cuda": "vit-b-b64-k64"}
 
 
 def cases(op: str, where: str) -> list[Case]:
     """where: "cpu", "cuda" or "tiny"."""
-    found = [Case(op, shape, training, top_k) for shape, top_k in _SHAPES[where][op] for training in (False, True)]
+    # A CPU has one kernel for its attention.
+    backends = where != "cpu"
+    found = [
+        Case(op, shape, training, top_k, backends=backends)
+        for shape, top_k in _SHAPES[where].get(op, [])
+        for training in (False, True)
+    ]
     if op == "mope_attention" and where in _SKEWED:
         found += [Case(op, _SKEWED[where], False, 1, skew) for skew in ("zipf", "all-to-one")]
     if op == "mope_attention" and where == "cuda":
         # In training its definition does not fit beside it.
-        found.append(Case(op, "long-8k-b4"))
+        found.append(Case(op, "long-8k-b4", backends=True))
+    if where == "cuda":
+        found += [Case(op, shape, False, 1, later=True) for shape in _SPARSE.get(op, [])]
+        found += [
+            Case(op, shape, training, top_k, backends=True, later=True)
+            for shape, top_k in _LATER.get(op, [])
+            for training in (False, True)
+        ]
     return found

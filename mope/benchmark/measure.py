@@ -198,9 +198,9 @@ def measure(
 ) -> dict[str, Any]:
     """Check, then memory and time of one way: a row.
 
-    error: relative, against float64. memory: bytes. ms, spread_ms: median and half the interquartile range. ratio, ratio_spread:
-    the same of the quotient with ours, measured in turns; above 1 ours is faster. floor_ms, roofline: the least time that the
-    ceilings allow, and which fraction of the median it is.
+    error: relative, against float64. memory: bytes; none where graphs keep theirs between calls. ms, spread_ms: median and half
+    the interquartile range. ratio, ratio_spread: the same of the quotient with ours, measured in turns; above 1 ours is faster.
+    floor_ms, roofline: the least time that the ceilings allow, and which fraction of the median it is.
 
     Raises:
         Unavailable: why an opponent cannot run here.
@@ -219,7 +219,8 @@ def measure(
         row["implementation"] = problem.implementation
     row["error"] = check(problem, way, found)
     del found
-    row["memory"] = peak_memory(once, device)
+    if not (problem.keeps_memory(way) and device.type == "cuda"):
+        row["memory"] = peak_memory(once, device)
     times, ours = sample(clock, once, seconds, None if way == "ours" else problem.prepare("ours"), run)
     row["ms"], row["spread_ms"] = (1e3 * t for t in median_and_spread(times))
     row["rounds"] = len(times)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .baselines import Unavailable
+from .cases import is_compiled, uses_graphs
 from .shapes import Work
 
 # The inputs of the attention ops that have one row for each item.
@@ -35,6 +36,8 @@ class Problem:
     work: what the op must at least do; None: not said.
     trained: the names of the inputs that get a gradient, none in inference; `gradients`: what then comes in for each output.
     pieces: by how many parts of the batch the definition is computed, for want of memory; only where items are apart.
+    recorded: whether ours replays a CUDA graph.
+    inputs_of: what a way is called with in place of the inputs of the same names.
     """
 
     inputs: Inputs
@@ -46,6 +49,8 @@ class Problem:
     trained: tuple[str, ...] = ()
     gradients: tuple[Tensor, ...] = ()
     pieces: int = 1
+    recorded: bool = False
+    inputs_of: dict[str, Inputs] = field(default_factory=dict)
 
     def prepare(self, way: str) -> Callable[[], list[Tensor]]:
         """A function that computes the outputs, and in training the gradients behind them.
@@ -53,14 +58,19 @@ class Problem:
         Raises:
             Unavailable: why this way cannot run.
         """
-        function = self.ways[way.removesuffix(" compiled")]
+        base = way.partition(" compiled")[0]
+        function = self.ways[base]
         if isinstance(function, str):
             raise Unavailable(function)
-        if way.endswith(" compiled") or way == "flex":
+        if is_compiled(way):
             # Each is compiled for itself: none finds the cache full, or what another left there.
             torch.compiler.reset()
-            function = torch.compile(function, dynamic=False)
-        return functools.partial(self._evaluate, function, self.inputs, self.gradients)
+            function = torch.compile(function, dynamic=False, mode="reduce-overhead" if uses_graphs(way) else None)
+        return functools.partial(self._evaluate, function, self.inputs | self.inputs_of.get(base, {}), self.gradients)
+
+    def keeps_memory(self, way: str) -> bool:
+        """Whether CUDA graphs hold on to their memory between calls."""
+        return uses_graphs(way) or (way == "ours" and self.recorded)
 
     def _evaluate(self, function: Callable[..., Outputs], inputs: Inputs, gradients: tuple[Tensor, ...]) -> list[Tensor]:
         if not self.trained:

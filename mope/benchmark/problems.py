@@ -14,7 +14,7 @@ from mope.fused import FrozenAttention, MoPEAttention
 from mope.fused.prompts import project_prompts
 from mope_kernels import ExpertBank, explain, reference
 
-from . import baselines, shapes
+from . import baselines, models, shapes
 from .baselines import Attend, Unavailable
 from .cases import Case
 from .problem import Inputs, Outputs, Problem
@@ -34,6 +34,8 @@ def build(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
         "mope_attention": _mope_attention,
         "window_prompt_attention": _window_prompt_attention,
         "layer": _layer,
+        "swin_block": models.swin_block,
+        "model": models.model,
     }
     with torch.device(device):
         return builders[case.op](case, dtype)
@@ -107,7 +109,7 @@ def _attend_ways(
     inputs: Inputs,
     training: bool,
     around: Callable[[Attend], Way],
-    kinds: tuple[str, ...] = ("released", "cat+sdpa", "flex", "xformers"),
+    kinds: tuple[str, ...] = baselines.KINDS,
 ) -> dict[str, Way | str]:
     """Each kind of attention with what is `around` it, or the reason why it cannot run."""
     ways: dict[str, Way | str] = {}
@@ -247,7 +249,7 @@ def _window_prompt_attention(case: Case, dtype: torch.dtype) -> Problem:
         return lambda qkv: (baselines.image_of(attend(*baselines.windows_of(qkv, shape)), shape),)
 
     ways: dict[str, Way | str] = {"ours": lambda qkv: (mope_kernels.window_prompt_attention(qkv, position_bias, **options),)}
-    for kind in ("released", "cat+sdpa", "flex", "xformers"):
+    for kind in baselines.KINDS:
         try:
             ways[kind] = in_windows(baselines.window_attention(kind, position_bias, shape, case.training))
         except Unavailable as reason:

@@ -14,11 +14,13 @@ import torch
 
 from . import problems, rows, show
 from .baselines import Unavailable
-from .cases import WAYS, Case, cases
+from .cases import WAYS, Case, cases, is_compiled
 from .measure import Ceilings, Clock, WrongResult, check, measure, name_of
 
 # For the rounds of a row: quick, and not.
 ROUNDS_SECONDS = {True: 0.3, False: 1.0}
+
+NOT_QUICK = ("layer", "swin_block", "model")
 
 # In a process of its own, without the rest of the package: what a first call costs where nothing was compiled before.
 COLD_START = """
@@ -54,7 +56,7 @@ def bench(*, out: Path, quick: bool, device: str = "auto", threads: int = 1) -> 
     if place.type == "cuda":
         torch.cuda.set_device(place)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    ops = [op for op in WAYS if not (quick and op == "layer")]
+    ops = [op for op in WAYS if not (quick and op in NOT_QUICK)]
     # Inference and training of the first shape.
     planned = [case for op in ops for case in cases(op, place.type)[: 2 if quick else None]]
     header = rows.header(place)
@@ -99,7 +101,7 @@ def measure_case(
 ) -> None:
     problem = problems.build(case, device, dtype)
     for way in case.ways:
-        if quick and (way == "flex" or way.endswith(" compiled")):
+        if quick and is_compiled(way):
             continue
         key = {"op": case.op, "case": str(case), "way": way}
         try:

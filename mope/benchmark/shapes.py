@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,13 +73,32 @@ class Windows:
         return self.prompts + self.resolution**2
 
 
+@dataclass(frozen=True)
+class Model:
+    """A vision encoder, prompted, beside a BERT: B items of image^2 pixels and T tokens, K experts.
+
+    hidden, layers: of the BERT, and of the ViT where there is no Swin Transformer.
+    embed, depths, window: of the Swin Transformer: width of the first stage, blocks of each, windows of window^2.
+    """
+
+    batch: int
+    experts: int = 4
+    image: int = 224
+    tokens: int = 128
+    hidden: int = 768
+    layers: int = 12
+    embed: int = 0
+    depths: tuple[int, ...] = ()
+    window: int = 7
+
+
 ATTENTION = {
     "tiny": Attention(2, heads=2, width=16, tokens=5, experts=3, padding=0.5),
     "digits-b64": Attention(64, heads=4, width=16, tokens=17, experts=8),
     "vit-b-b8": Attention(8, heads=12, width=64, tokens=197),
     "bert-128-b16": Attention(16, heads=12, width=64, tokens=128, padding=0.75, norm=False),
     "vit-b-b64": Attention(64, heads=12, width=64, tokens=197),
-    "vit-b-b64-k64": Attention(64, heads=12, width=64, tokens=197, experts=64),
+    **{f"vit-b-b64-k{k}": Attention(64, heads=12, width=64, tokens=197, experts=k) for k in (16, 64, 256)},
     "bert-128-b64": Attention(64, heads=12, width=64, tokens=128, padding=0.75, norm=False),
     "bert-512-b64": Attention(64, heads=12, width=64, tokens=512, padding=0.75, norm=False),
     "vit-l-b64": Attention(64, heads=16, width=64, tokens=577),
@@ -95,14 +115,30 @@ MIXTURE = {
 WINDOWS = {
     "tiny": Windows(2, resolution=4, heads=2, width=16, window=2, shift=1, prompts=3),
     **{
-        f"swin-b-stage{stage + 1}{'-shifted' * (shift > 0)}-b{batch}": Windows(batch, 56 >> stage, heads=4 << stage, shift=shift)
+        f"swin-b-stage{stage + 1}{'-shifted' * (shift > 0)}-b{batch}{f'-p{prompts}' * (prompts != 13)}": Windows(
+            batch, 56 >> stage, heads=4 << stage, shift=shift, prompts=prompts
+        )
+        for prompts in (13, 9, 33)
         for batch in (4, 16, 64)
         for stage in range(4)
         for shift in ((0, 3) if stage < 3 else (0,))
     },
-    "swin-b-stage1-b64-p9": Windows(64, 56, heads=4, prompts=9),
-    "swin-b-stage1-b64-p33": Windows(64, 56, heads=4, prompts=33),
     "swin-b-384-stage1-shifted-b16": Windows(16, 96, heads=4, window=12, shift=6),
+}
+_SWIN_B: dict[str, Any] = {"embed": 128, "depths": (2, 2, 18, 2)}
+MODELS = {
+    "tiny": Model(2, image=32, tokens=4, hidden=64, layers=1),
+    "tiny-swin": Model(2, image=32, tokens=4, hidden=64, layers=1, embed=32, depths=(2, 2), window=4),
+    "vit-b+bert-base-2-layers-b8": Model(8, tokens=32, layers=2),
+    "swin-b-8-blocks+bert-base-2-layers-b4": Model(4, tokens=32, layers=2, embed=128, depths=(2, 2, 2, 2)),
+    "vit-b+bert-base-b16": Model(16),
+    "vit-b+bert-base-b64": Model(64),
+    "vit-b+bert-base-b64-k64": Model(64, experts=64),
+    **{
+        f"swin-b+bert-base-b{batch}{f'-k{experts}' * (experts != 4)}": Model(batch, experts, **_SWIN_B)
+        for batch in (1, 16, 64)
+        for experts in (4, 16, 64)
+    },
 }
 # items, experts
 ROUTER = {"tiny": (4, 3), "b64-k4": (64, 4), "b64-k16": (64, 16), "b1024-k64": (1024, 64)}

@@ -18,7 +18,7 @@ def table(rows: Sequence[Row]) -> str:
         if "ms" in row:
             case = "" if row["case"] == before else row["case"]
             before = row["case"]
-            lines.append((case, way_of(row), number(row, "ms"), number(row, "ratio"), megabytes(row["memory"]), share(row)))
+            lines.append((case, way_of(row), number(row, "ms"), number(row, "ratio"), memory(row), share(row)))
     widths = [max(map(len, column)) for column in zip(COLUMNS, *lines, strict=True)]
     # Words to the left, numbers to the right.
     rule = [":".ljust(w, "-") if i < 2 else ":".rjust(w, "-") for i, w in enumerate(widths)]
@@ -42,8 +42,8 @@ def number(row: Row, name: str) -> str:
     return f"{digits(row[name], 3)} ± {digits(row[spread], 1)}" if name in row else ""
 
 
-def megabytes(size: int) -> str:
-    return f"{digits(size / 2**20, 3)} MB"
+def memory(row: Row) -> str:
+    return f"{digits(row['memory'] / 2**20, 3)} MB" if "memory" in row else ""
 
 
 def share(row: Row) -> str:

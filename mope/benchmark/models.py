@@ -1,0 +1,291 @@
+"""A routed block of a Swin Transformer and whole models, beside the released way and what one would write by hand.
+
+Encoders stand in float32 under autocast, as they are trained. Ours has its frozen weights cast once. Dropout and noise are off, so
+that all compute the same, and the importance loss has no threshold, at which rounding would decide.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, SwinConfig, SwinModel, ViTConfig, ViTModel
+
+import mope_kernels
+from mope import MoPEConfig, MoPEForClassification
+from mope.demo import plain
+from mope.fused import MoPESwinBlock
+from mope.fused.swin import position_bias
+from mope.graphs import CudaGraphRunner
+
+from . import shapes
+from .cases import Case
+from .problem import Inputs, Outputs, Problem
+from .released import ReleasedBlock, ReleasedModel
+
+LABELS = 101
+IN_FLOAT32 = "in float32 it is the same as released"
+ON_CPU = "without a GPU there are no graphs, and ours is this"
+
+
+class _Called(nn.Module):
+    """What `forward` makes of `module`, under autocast to `dtype` unless that is more than 16 bits, or the inputs are float64."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, forward: Callable[..., Outputs]) -> None:
+        super().__init__()
+        self.module, self.dtype, self.function = module, dtype, forward
+
+    def forward(self, first: Tensor, *others: Tensor) -> Outputs:
+        enabled = self.dtype.itemsize == 2 and first.dtype == torch.float32
+        with torch.autocast(first.device.type, dtype=self.dtype, enabled=enabled):
+            return self.function(self.module, first, *others)
+
+
+def _trained(module: nn.Module, training: bool) -> Inputs:
+    """The parameters that get gradients, under the names that they have in a `_Called`."""
+    return {f"module.{name}": p for name, p in module.named_parameters() if p.requires_grad} if training else {}
+
+
+def swin_block(case: Case, dtype: torch.dtype) -> Problem:
+    """The released order of windows; P = 2l + 1."""
+    shape = shapes.WINDOWS[case.shape]
+    batch, length = shape.batch, shape.prompts // 2
+
+    def new(impl: str) -> MoPESwinBlock:
+        torch.manual_seed(0)
+        block = MoPESwinBlock(
+            shape.dim,
+            shape.heads,
+            shape.resolution,
+            window_size=shape.window,
+            shift=shape.shift,
+            num_prompts=shape.prompts,
+            prompt_length=length,
+            num_experts=4,
+            cross_dim=768,
+            noise_std=0.0,
+            prompt_owner="reference",
+            impl=impl,
+        )
+        assert block.position_bias is not None
+        block.position_bias.copy_(position_bias(torch.randn((2 * shape.window - 1) ** 2, shape.heads), shape.window))
+        for module in block.swin_modules():
+            module.requires_grad_(False)
+        return block
+
+    def ours(block: Any, x: Tensor, cross: Tensor, mapped: Tensor) -> Outputs:
+        return (block(x, block.route(x, cross), mapped),)
+
+    def released(block: Any, x: Tensor, cross: Tensor, mapped: Tensor) -> Outputs:
+        return (block(x, cross, mapped)[0],)
+
+    block = new("auto")
+    frozen = copy.deepcopy(block)
+    if dtype.itemsize == 2:
+        for module in frozen.swin_modules():
+            if not isinstance(module, nn.LayerNorm):
+                module.to(dtype)
+    x = torch.randn(batch, shape.rows, shape.dim)
+    inputs: Inputs = {"x": x, "cross": torch.randn(batch, 768), "mapped": torch.randn(batch, 1, shape.dim)}
+    if case.training:
+        inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    plain_block, own = new("reference"), _trained(block, case.training)
+
+    def definition(x: Tensor, cross: Tensor, mapped: Tensor, **parameters: Tensor) -> Outputs:
+        called = _Called(plain_block.to(x.dtype), dtype, ours)
+        return torch.func.functional_call(called, parameters, (x, cross, mapped))
+
+    def way(module: nn.Module, forward: Callable[..., Outputs]) -> Callable[..., Outputs]:
+        called = _Called(module, dtype, forward)
+        return lambda x, cross, mapped, **_: called(x, cross, mapped)
+
+    return Problem(
+        inputs | own,
+        {
+            "ours": way(frozen, ours),
+            "released": way(ReleasedBlock(block, threshold=0.0), released),
+            "released without waiting": way(ReleasedBlock(block, waits=False, threshold=0.0), released),
+        },
+        definition,
+        _windows_run_by(block, dtype),
+        None,
+        dtype,
+        (*inputs, *own) if case.training else (),
+        (torch.randn(batch, shape.rows, shape.dim),),
+        inputs_of={"ours": _trained(frozen, case.training)},
+    )
+
+
+def _windows_run_by(block: MoPESwinBlock, dtype: torch.dtype) -> str:
+    """Which implementation of the attention in windows."""
+    assert block.position_bias is not None
+    rows, dim = block.num_prompts + block.resolution**2, block.proj.in_features
+    found = mope_kernels.explain(
+        "window_prompt_attention",
+        torch.empty(1, rows, 3 * dim, dtype=dtype),
+        block.position_bias,
+        num_prompts=block.num_prompts,
+        num_heads=block.num_heads,
+        resolution=block.resolution,
+        window_size=block.window_size,
+        shift=block.shift,
+    )
+    return found.impl or ""
+
+
+def new_model(shape: shapes.Model, case: Case, impl: str = "auto") -> MoPEForClassification:
+    """As published where there is a Swin Transformer."""
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"hidden_size": shape.hidden, "num_hidden_layers": shape.layers}
+    size |= {"num_attention_heads": shape.hidden // 64}
+    size |= {"intermediate_size": 4 * shape.hidden}
+    options: dict[str, Any] = {"num_labels": LABELS, "num_experts": shape.experts, "static_length": 6, "noise_std": 0.0}
+    options |= {"eval_top_k": case.top_k, "importance_threshold": 0.0, "impl": impl}
+    text = BertModel(BertConfig(**size), add_pooling_layer=False)
+    vision: nn.Module
+    if not shape.depths:
+        vision = ViTModel(ViTConfig(**size, image_size=shape.image), add_pooling_layer=False)
+        config = MoPEConfig(**options)
+    else:
+        heads = [(shape.embed << stage) // 32 for stage in range(len(shape.depths))]
+        swin: dict[str, Any] = {"embed_dim": shape.embed, "depths": shape.depths, "num_heads": heads, "window_size": shape.window}
+        vision = SwinModel(SwinConfig(**swin, image_size=shape.image), add_pooling_layer=False)
+        config = MoPEConfig.preset("mope-v4", **options, prompt_dropout=0.0, prompt_owner="reference")
+    model = MoPEForClassification(config, vision=vision, text=text).to(torch.get_default_device())
+    return model.train(case.training)
+
+
+def model(case: Case, dtype: torch.dtype) -> Problem:
+    """Serving: logits. Training step: logits, importance loss (Swin), and the gradients behind them; no optimizer."""
+    shape = shapes.MODELS[case.shape]
+    build = _swin_model if shape.depths else _vit_model
+    return build(shape, case, dtype)
+
+
+def _inputs(shape: shapes.Model) -> Inputs:
+    return {
+        "pixel_values": torch.randn(shape.batch, 3, shape.image, shape.image),
+        "input_ids": torch.randint(5, 30000, (shape.batch, shape.tokens)),
+        "attention_mask": torch.ones(shape.batch, shape.tokens, dtype=torch.int64),
+    }
+
+
+def _ours(model: MoPEForClassification, dtype: torch.dtype, graphs: bool, forward: Callable[..., Outputs]) -> Any:
+    """`model` called in inference or training -> a way; through CUDA graphs if wanted."""
+    called = _Called(model, dtype, forward)
+
+    def run(pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
+        return called(pixel_values, input_ids, attention_mask)
+
+    function: Any = CudaGraphRunner(run, modules=[model]) if graphs else run
+    return lambda pixel_values, input_ids, attention_mask, **_: function(
+        pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask
+    )
+
+
+def _swin_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
+    model, source, twin = new_model(shape, case), new_model(shape, case), new_model(shape, case, "reference")
+    # In float64 the activations of all blocks do not fit beside each other.
+    twin.gradient_checkpointing_enable()
+    inputs = _inputs(shape)
+    on_gpu, half = inputs["pixel_values"].is_cuda, dtype.itemsize == 2
+
+    def forward(model: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
+        output = model(pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask)
+        return (output.logits, output.importance_loss) if case.training else (output.logits,)
+
+    def released(module: Any, *tensors: Tensor) -> Outputs:
+        outputs: Outputs = module(*tensors)
+        return outputs if case.training else outputs[:1]
+
+    def definition(pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, **parameters: Tensor) -> Outputs:
+        called = _Called(twin.to(pixel_values.dtype), dtype, forward)
+        return torch.func.functional_call(called, parameters, (pixel_values, input_ids, attention_mask))
+
+    def way(module: nn.Module) -> Callable[..., Outputs]:
+        called = _Called(module, dtype, released)
+        return lambda pixel_values, input_ids, attention_mask, **_: called(pixel_values, input_ids, attention_mask)
+
+    ways: dict[str, Callable[..., Outputs] | str] = {
+        "ours": _ours(model, dtype, on_gpu and not case.training, forward),
+        "ours without graphs": _ours(model, dtype, False, forward) if on_gpu else ON_CPU,
+        "released": way(ReleasedModel(source)),
+        "released without waiting": way(ReleasedModel(source, waits=False)),
+        "released half": IN_FLOAT32,
+    }
+    inputs_of = {"ours": _trained(model, case.training)}
+    if half:
+        halved = copy.deepcopy(source).to(dtype)
+        ways["released half"] = way(ReleasedModel(halved))
+        pixels = inputs["pixel_values"].to(dtype)
+        inputs_of["released half"] = {"pixel_values": pixels, **_trained(halved, case.training)}
+        cast_frozen(model, dtype)
+    vision: Any = model.vision
+    parameters = _trained(source, case.training)
+    return Problem(
+        inputs | parameters,
+        ways,
+        definition,
+        _windows_run_by(vision.blocks()[0][0], dtype),
+        None,
+        dtype,
+        tuple(parameters),
+        (torch.randn(shape.batch, LABELS), torch.randn(()))[: 2 if case.training else 1],
+        recorded=on_gpu and not case.training,
+        inputs_of=inputs_of,
+    )
+
+
+def _vit_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
+    model, source, twin = new_model(shape, case), new_model(shape, case), new_model(shape, case, "reference")
+    inputs, banks = _inputs(shape), None
+    on_gpu = inputs["pixel_values"].is_cuda
+    if dtype.itemsize == 2:
+        cast_frozen(model, dtype)
+    if not case.training:
+        with torch.no_grad():
+            banks = model.build_banks()
+
+    def forward(model: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
+        return (model(pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask, banks=banks).logits,)
+
+    def by_hand(model: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
+        return plain.forward(model, pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask)[:1]
+
+    def unprojected(model: Any, *tensors: Tensor) -> Outputs:
+        return (model(**dict(zip(inputs, tensors, strict=True))).logits,)
+
+    concatenated = _Called(source, dtype, by_hand)
+
+    def definition(pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, **parameters: Tensor) -> Outputs:
+        called = _Called(twin.to(pixel_values.dtype), dtype, by_hand if case.top_k is None else unprojected)
+        return torch.func.functional_call(called, parameters, (pixel_values, input_ids, attention_mask))
+
+    parameters = _trained(source, case.training)
+    return Problem(
+        inputs | parameters,
+        {
+            "ours": _ours(model, dtype, on_gpu and not case.training, forward),
+            "ours without graphs": _ours(model, dtype, False, forward) if on_gpu else ON_CPU,
+            "concatenated": lambda pixel_values, input_ids, attention_mask, **_: concatenated(
+                pixel_values, input_ids, attention_mask
+            ),
+        },
+        definition,
+        ", ".join(sorted({answer.impl or "" for answer in plain.explain_ops(model).values()})),
+        None,
+        dtype,
+        tuple(parameters),
+        (torch.randn(shape.batch, LABELS),),
+        recorded=on_gpu and not case.training,
+        inputs_of={"ours": _trained(model, case.training)},
+    )
+
+
+def cast_frozen(model: Any, dtype: torch.dtype) -> None:
+    """Once, not in every call."""
+    if hasattr(model, "cast_frozen"):
+        model.cast_frozen(dtype)
