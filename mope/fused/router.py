@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mope_kernels
 from mope_kernels import Routing
 from mope_kernels.reference import autocast_off
 
+from .plain import is_plain
+
 ROUTERS = ("multimodal", "complementary")
+
+
+class CrossPart(NamedTuple):
+    """psi's part of the logits: (W psi + b) keys; weight (c,Cc), bias (c,), keys (c,K), None where c is K already."""
+
+    weight: Tensor
+    bias: Tensor
+    keys: Tensor | None
 
 
 class Router(nn.Module, ABC):
@@ -51,6 +63,14 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def logits(self, pooled: Tensor | None, cross: Tensor) -> Tensor:
         """(B,C), (B,Cc) -> (B,K) in the dtype of the router's parameters. `pooled` may be None where tokens are not seen."""
+
+    def of_cross(self) -> CrossPart | None:
+        """What makes psi's part of the logits; None where there is none, or where the router has to be called."""
+        return None
+
+    def of_tokens(self) -> dict[str, Tensor | None]:
+        """What makes the tokens' part of the logits, as `mope_kernels.prompted_norm` takes it."""
+        return {}
 
     def sample_noise(self, batch: int, *, always: bool = False) -> Tensor | None:
         """Noise (B,K) from the device's generator; None outside training, unless it is asked for always."""
@@ -129,6 +149,20 @@ class MultimodalRouter(Router):
             query = torch.cat([project(x.to(keys.dtype)) for project, x in parts if project is not None and x is not None], dim=-1)
             return query @ keys
 
+    def of_cross(self) -> CrossPart | None:
+        own, cross = self.self_projection, self.cross_projection
+        if cross is None or not is_plain(self, MultimodalRouter) or not is_plain(cross, nn.Linear):
+            return None
+        if own is not None and not is_plain(own, nn.Linear):
+            return None
+        return CrossPart(cross.weight, cross.bias, self.expert_embedding[len(self.expert_embedding) - cross.out_features :])
+
+    def of_tokens(self) -> dict[str, Tensor | None]:
+        own = self.self_projection
+        if own is None:
+            return {}
+        return {"self_weight": own.weight, "self_bias": own.bias, "self_keys": self.expert_embedding[: own.out_features]}
+
 
 class ComplementaryRouter(Router):
     """logits = W psi + b: sees the complementary modality only (Conditional Prompt Tuning, arXiv 2312.03734).
@@ -162,6 +196,11 @@ class ComplementaryRouter(Router):
         weight = self.projection.weight
         with autocast_off(weight.device):
             return self.projection(cross.to(weight.dtype))
+
+    def of_cross(self) -> CrossPart | None:
+        if not is_plain(self, ComplementaryRouter) or not is_plain(self.projection, nn.Linear):
+            return None
+        return CrossPart(self.projection.weight, self.projection.bias, None)
 
 
 def make_router(
@@ -202,12 +241,35 @@ def make_router(
 
 
 def sample_noise(routers: Sequence[Router], batch: int, *, always: bool = False) -> list[Tensor | None]:
-    """Noise for each place of a router. A router that stands in several places draws once: it decides once for all of them."""
-    drawn: dict[int, Tensor | None] = {}
-    for router in routers:
-        if id(router) not in drawn:
-            drawn[id(router)] = router.sample_noise(batch, always=always)
+    """Noise for each place of a router. A router that stands in several places draws once: it decides once for all of them.
+
+    Routers that are alike draw together.
+    """
+    once = {id(router): router for router in routers}
+    drawn: dict[int, Tensor | None] = dict.fromkeys(once)
+    if len({(router.num_experts, router.noise_std, router.training) for router in routers}) == 1:
+        noise = routers[0].sample_noise(len(once) * batch, always=always)
+        if noise is not None:
+            drawn = dict(zip(once, noise.unflatten(0, (len(once), batch)).unbind(), strict=True))
+    else:
+        drawn = {key: router.sample_noise(batch, always=always) for key, router in once.items()}
     return [drawn[id(router)] for router in routers]
+
+
+def cross_logits(parts: Sequence[CrossPart], cross: Tensor) -> list[Tensor]:
+    """psi's part of the logits of many routers at once: (B,Cc) -> (B,K) for each of `parts`, in the dtype of their parameters.
+
+    Two matrix products, whatever their number, where all have the same sizes.
+    """
+    if not parts:
+        return []
+    weights, biases, keys = zip(*parts, strict=True)
+    if len({(weight.shape, None if key is None else key.shape) for weight, _, key in parts}) > 1:
+        return [logits for part in parts for logits in cross_logits([part], cross)]
+    with autocast_off(cross.device):
+        query = F.linear(cross.to(weights[0].dtype), torch.cat(weights), torch.cat(biases))
+        of_routers = query.unflatten(1, (len(parts), -1)).transpose(0, 1)
+        return list((of_routers if keys[0] is None else of_routers @ torch.stack(keys)).unbind())
 
 
 def without_noise(probs: Tensor, noise: Tensor | None) -> Tensor:

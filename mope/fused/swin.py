@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 import mope_kernels
 from mope_kernels import Routing
 
+from .plain import add_norm, gelu_mlp, is_plain, norm_dtype
 from .prompts import PromptExperts
 from .router import Router, make_router
 
@@ -152,12 +153,80 @@ class MoPESwinBlock(nn.Module):
             raise ValueError(f"MoPESwinBlock: {found} prompts where every block of the stage has {self.num_prompts}")
         return torch.cat([*prompts, x[:, -(self.resolution**2) :]], dim=1)
 
-    def forward(self, x: Tensor, routing: Routing | None = None, mapped: Tensor | None = None) -> Tensor:
-        """(B, P + R*R, C) -> (B, P + R*R, C). With `routing` or `mapped` its own prompts take the place of those that arrive."""
-        if routing is not None or mapped is not None:
-            x = self.with_prompts(x, routing, mapped)
+    def own_prompts(
+        self,
+        routing: Routing | None = None,
+        mapped: Tensor | None = None,
+        *,
+        router: Router | None = None,
+        cross_logits: Tensor | None = None,
+        noise: Tensor | None = None,
+        top_k: int | None = None,
+    ) -> dict[str, Any]:
+        """The block's own prompts as `step` takes them; dynamic ones with their routing, or with what decides about it.
+
+        Args:
+            routing, mapped: as in `forward`.
+            router: the block's own or one that blocks share, together with `cross_logits` (B,K), psi's part of its logits.
+            noise, top_k: as in `route`.
+        """
+        own: dict[str, Any] = {"static": self.static, "mapped": mapped}
+        if routing is not None or router is not None:
+            if self.experts is None:
+                raise ValueError(
+                    "MoPESwinBlock: this block has no experts to mix: give prompt_length and num_experts when it is made"
+                )
+            own |= {"experts": self.experts.prompts, "routing": routing}
+        if router is not None:
+            own |= {"cross_logits": cross_logits, "noise": noise, "top_k": top_k, **router.of_tokens()}
+            own |= {"temperature": router.temperature, "renormalize": router.renormalize}
+        found = sum(t.shape[-2] for t in (self.static, own.get("experts"), mapped) if t is not None)
+        if found != self.num_prompts:
+            raise ValueError(f"MoPESwinBlock: {found} prompts where every block of the stage has {self.num_prompts}")
+        return own
+
+    def enter(
+        self, x: Tensor, update: Tensor | None = None, own: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        """x + update, with the prompts of `own` in place of those that arrive, its first LayerNorm, and how `own` was routed."""
+        if own is None:
+            return *add_norm(x, update, self.norm1, behind=self.qkv, impl=self.impl), None
+        norm: Any = self.norm1
+        plain = is_plain(norm, nn.LayerNorm)
+        dtype = x.dtype if update is None else torch.promote_types(x.dtype, update.dtype)
+        total, normed, routing = mope_kernels.prompted_norm(
+            x,
+            update,
+            norm.weight if plain else None,
+            norm.bias if plain else None,
+            num_replaced=x.shape[1] - self.resolution**2,
+            **own,
+            eps=norm.eps if plain else 1.0,
+            norm_dtype=norm_dtype(x.device, dtype, self.qkv),
+            impl=self.impl,
+        )
+        return total, normed if plain else norm(total), routing
+
+    def mlp_layers(self) -> list[nn.Module]:
+        """What the MLP does one after the other; empty where it has to be called."""
+        return list(self.mlp) if is_plain(self.mlp, nn.Sequential) else []
+
+    def step(
+        self, x: Tensor, update: Tensor | None = None, own: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        """As `forward`, with additions left to whoever comes next: every one of them happens where its sum is normalised.
+
+        Args:
+            x, update: (B, n + R*R, C) twice, or None: their sum arrives, with n = P or, where prompts come from `own`, any number
+                of prompts.
+            own: of `own_prompts`, which take the place of those that arrive.
+
+        Returns:
+            x and update of the next block, (B, P + R*R, C) each, and how the prompts were routed.
+        """
+        x, normed, routing = self.enter(x, update, own)
         attended = mope_kernels.window_prompt_attention(
-            self.qkv(self.norm1(x)),
+            self.qkv(normed),
             position_bias(self.position_table, self.window_size) if self.position_bias is None else self.position_bias,
             num_prompts=self.num_prompts,
             num_heads=self.num_heads,
@@ -167,11 +236,53 @@ class MoPESwinBlock(nn.Module):
             prompt_owner=self.prompt_owner,
             impl=self.impl,
         )
-        x = x + self.proj(attended)
-        return x + self.mlp(self.norm2(x))
+        layers = self.mlp_layers()
+        x, normed = add_norm(x, self.proj(attended), self.norm2, behind=layers[0] if layers else None, impl=self.impl)
+        return x, gelu_mlp(self.mlp, layers, normed, impl=self.impl), routing
+
+    def forward(self, x: Tensor, routing: Routing | None = None, mapped: Tensor | None = None) -> Tensor:
+        """(B, P + R*R, C) -> (B, P + R*R, C). With `routing` or `mapped` its own prompts take the place of those that arrive."""
+        own = None if routing is None and mapped is None else self.own_prompts(routing, mapped)
+        x, update, _ = self.step(x, None, own)
+        return x + update
 
     def extra_repr(self) -> str:
         return f"resolution={self.resolution}, window_size={self.window_size}, shift={self.shift}, num_prompts={self.num_prompts}"
+
+
+class MergeNeighbours(torch.autograd.Function):
+    """(B, P + R*R, C), P, R -> (B, P + R*R/4, 4C): a row is four neighbours, or four times a prompt, copied once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_prompts: int, resolution: int) -> Tensor:
+        ctx.num_prompts, ctx.resolution = num_prompts, resolution
+        batch, _, dim = x.shape
+        merged = x.new_empty(batch, num_prompts + resolution**2 // 4, 4 * dim)
+        prompts, tokens = _neighbours(x, merged, num_prompts, resolution)
+        prompts[1].copy_(prompts[0])
+        tokens[1].copy_(tokens[0])
+        return merged
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad_merged = grads[0].contiguous()
+        batch, rows, width = grad_merged.shape
+        grad = grad_merged.new_empty(batch, rows + ctx.resolution**2 * 3 // 4, width // 4)
+        prompts, tokens = _neighbours(grad, grad_merged, ctx.num_prompts, ctx.resolution)
+        prompts[0].copy_(prompts[1].sum(2, keepdim=True))
+        tokens[0].copy_(tokens[1])
+        return grad, None, None
+
+
+def _neighbours(
+    x: Tensor, merged: Tensor, num_prompts: int, resolution: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Views of the rows on both sides of a merge, in one shape: of prompts (B,P,1|4,C), of tokens (B,R/2,R/2,2,2,C)."""
+    half = resolution // 2
+    prompts = x[:, :num_prompts, None], merged[:, :num_prompts].unflatten(-1, (4, -1))
+    # Of the four neighbours those of one column come first.
+    tokens = x[:, num_prompts:].unflatten(1, (half, 2, half, 2)).permute(0, 1, 3, 4, 2, 5)
+    return prompts, (tokens, merged[:, num_prompts:].unflatten(1, (half, half)).unflatten(-1, (2, 2, -1)))
 
 
 class PromptedPatchMerging(nn.Module):
@@ -182,19 +293,19 @@ class PromptedPatchMerging(nn.Module):
         resolution: R, even.
         num_prompts: P.
         eps: of the LayerNorm.
+        impl: as in `mope_kernels.add_norm`.
     """
 
-    def __init__(self, dim: int, resolution: int, num_prompts: int, *, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, resolution: int, num_prompts: int, *, eps: float = 1e-5, impl: str = "auto") -> None:
         super().__init__()
         if resolution % 2:
             raise ValueError(f"PromptedPatchMerging: resolution must be even, got {resolution}")
-        self.resolution, self.num_prompts = resolution, num_prompts
+        self.resolution, self.num_prompts, self.impl = resolution, num_prompts, impl
         self.norm = nn.LayerNorm(4 * dim, eps=eps)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, P + R*R, C) -> (B, P + R*R/4, 2C)."""
-        prompts, tokens = x[:, : self.num_prompts], x[:, self.num_prompts :]
-        # Of the four neighbours those of one column come first.
-        tokens = rearrange(tokens, "b (y two_y x two_x) c -> b (y x) (two_x two_y c)", two_y=2, two_x=2, y=self.resolution // 2)
-        return self.reduction(self.norm(torch.cat([repeat(prompts, "b p c -> b p (four c)", four=4), tokens], dim=1)))
+        merged = MergeNeighbours.apply(x, self.num_prompts, self.resolution)
+        _, normed = add_norm(merged, None, self.norm, behind=self.reduction, impl=self.impl)
+        return self.reduction(normed)

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import SwinConfig, SwinModel
 
-import mope_kernels
-from mope.fused.router import Router, make_router, sample_noise
+from mope.fused.plain import add, add_norm, is_plain
+from mope.fused.prompts import PromptExperts
+from mope.fused.router import Router, cross_logits, make_router, sample_noise
 from mope.fused.swin import MoPESwinBlock, PromptedPatchMerging, position_bias, position_table
 from mope_kernels import Routing
 
 from .backbones import Architecture, find_architecture, register_backbone
+from .distributed import importance as mean_importance
 from .mapper import mapper_layers
 from .swin_weights import swin_state_dict, transformers_state_dict
 
@@ -189,7 +191,7 @@ class MoPESwinEncoder(nn.Module):
                 )
             self.stages.append(blocks)
             if stage < len(depths) - 1:
-                self.merges.append(PromptedPatchMerging(dim, resolution, self.num_prompts))
+                self.merges.append(PromptedPatchMerging(dim, resolution, self.num_prompts, impl=impl))
         self.norm = nn.LayerNorm(embed_dim * 2 ** (len(depths) - 1), eps=eps)
         for module in self.swin_modules():
             module.requires_grad_(False)
@@ -349,36 +351,61 @@ class MoPESwinEncoder(nn.Module):
         if noise is None:
             noise = sample_noise(list(self.routed_blocks().values()), len(x), always=router_noise)
         noise_of_block = iter(noise)
+        of_cross = self._cross_logits(cross) if rows is None else {}
+        step = _checkpointed_step if checkpointing and torch.is_grad_enabled() else _step
+        dropping = self.drop_block_prompts and self.prompt_dropout.training
+        # What the last block leaves to be added.
+        update: Tensor | None = None
         # A router that sees psi only decides once for all its blocks.
         decided: dict[int, Routing] = {}
         routed: list[Routing] = []
         for stage, (blocks, routers) in enumerate(zip(self.blocks(), self.routers(), strict=True)):
             for i, (block, router) in enumerate(zip(blocks, routers, strict=True)):
-                routing = None
+                # Prompts that something is done to between mixing and use are made apart.
+                apart = dropping or not (block.experts is None or is_plain(block.experts, PromptExperts))
+                routing: Routing | None = None
+                deciding: dict[str, Any] = {}
                 if rows is not None:
                     routing = next(rows)
                 elif router is not None:
                     if cross is None:
                         raise ValueError("MoPESwinEncoder: the routers need cross")
-                    drawn = next(noise_of_block)
-                    routing = decided.get(id(router)) or block.route(x, cross, drawn, top_k, router=router)
+                    drawn, routing = next(noise_of_block), decided.get(id(router))
+                    if routing is None and id(router) in of_cross and not apart:
+                        deciding = {"router": router, "cross_logits": of_cross[id(router)], "noise": drawn, "top_k": top_k}
+                    elif routing is None:
+                        x, update = add(x, update), None
+                        routing = block.route(x, cross, drawn, top_k, router=router)
+                own = None
+                if self.deep and self.num_prompts and (i or self.own_first or routing is not None or deciding):
+                    of_stage = mapped[stage] if mapped else None
+                    if apart:
+                        dropout = self.prompt_dropout if dropping else None
+                        x, update = block.with_prompts(add(x, update), routing, of_stage, dropout=dropout), None
+                    else:
+                        own = block.own_prompts(routing, of_stage, **deciding)
+                x, update, found = step(block, x, update, own)
+                if rows is None and router is not None:
+                    routing = routing or found
+                    assert routing is not None
                     if not router.sees_tokens:
                         decided[id(router)] = routing
                     routed.append(routing)
-                if self.deep and self.num_prompts and (i or self.own_first or routing is not None):
-                    dropout = self.prompt_dropout if self.drop_block_prompts else None
-                    x = block.with_prompts(x, routing, mapped[stage] if mapped else None, dropout=dropout)
-                x = checkpoint(block, x, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(x)
             if stage < len(self.merges):
-                x = self.merges[stage](x)
-        features: Tensor = self.norm(x).mean(1)
-        losses = [
-            mope_kernels.importance_loss(r.probs, threshold=self.importance_threshold, impl=self.impl)
-            for r in distinct(routed)
-            if importance
-        ]
-        importance_loss = torch.stack(losses).mean() if losses else features.new_zeros(())
-        return SwinOutput(features, importance_loss, tuple(routed))
+                x, update = self.merges[stage](add(x, update)), None
+        _, normed = add_norm(x, update, self.norm, impl=self.impl)
+        features = normed.mean(1)
+        if not (importance and routed):
+            return SwinOutput(features, features.new_zeros(()), tuple(routed))
+        probs = [routing.probs for routing in distinct(routed)]
+        return SwinOutput(features, mean_importance(probs, threshold=self.importance_threshold, impl=self.impl), tuple(routed))
+
+    def _cross_logits(self, cross: Tensor | None) -> dict[int, Tensor]:
+        """psi's part of the logits of each router that need not be called for it, by the router's id."""
+        if cross is None:
+            return {}
+        parts = {id(router): part for router in self.routed_blocks().values() if (part := router.of_cross()) is not None}
+        return dict(zip(parts, cross_logits(list(parts.values()), cross), strict=True))
 
     def _mapped(self, cross: Tensor | None, mapper_input: Tensor | None) -> list[Tensor]:
         """The mapped prompts of the stages that have one."""
@@ -402,6 +429,29 @@ class MoPESwinEncoder(nn.Module):
             )
         every = torch.arange(route_weights.shape[2], device=route_weights.device).expand_as(route_weights[:, 0])
         return (Routing(row, every, row) for row in route_weights.unbind(1))
+
+
+def _step(
+    block: MoPESwinBlock, x: Tensor, update: Tensor | None, own: dict[str, Any] | None
+) -> tuple[Tensor, Tensor | None, Routing | None]:
+    """`MoPESwinBlock.step`; a block that something is hooked to is called instead, on what it adds up to."""
+    if is_plain(block, MoPESwinBlock):
+        return block.step(x, update, own)
+    x, _, routing = block.enter(x, update, own)
+    return block(x), None, routing
+
+
+def _checkpointed_step(
+    block: MoPESwinBlock, x: Tensor, update: Tensor | None, own: dict[str, Any] | None
+) -> tuple[Tensor, Tensor | None, Routing | None]:
+    """Keeps one tensor: what is left to be added is added at once."""
+
+    def whole(x: Tensor) -> tuple[Tensor, Routing | None]:
+        x, update, routing = _step(block, x, None, own)
+        return add(x, update), routing
+
+    x, routing = checkpoint(whole, add(x, update), use_reentrant=False)
+    return x, None, routing
 
 
 def distinct(routing: Sequence[Routing]) -> list[Routing]:

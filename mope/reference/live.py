@@ -62,7 +62,3 @@ def missing(module: nn.Module, parts: Iterable[str]) -> list[str]:
         except AttributeError:
             found.append(part)
     return found
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import mope_kernels
+from mope.fused.plain import has_hooks
 from mope.models.backbones import BertAdapter
 
-from .live import Accelerated, has_hooks, missing
+from .live import Accelerated, missing
 
 _BERT = BertAdapter()
 

@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-import mope_kernels
+from mope.fused.plain import add, add_norm, has_hooks, is_plain
+from mope.fused.router import CrossPart, cross_logits
 from mope.fused.swin import MoPESwinBlock, position_bias
-from mope_kernels import Routing
-from mope_kernels.reference import autocast_off
+from mope.models.distributed import importance
 
-from .live import Accelerated, has_hooks, missing
+from .live import Accelerated, missing
 
 # Written as numbers in the released code.
 TEMPERATURE, NOISE_STD, IMPORTANCE_THRESHOLD = 0.1, 1 / 16**2, 0.1
@@ -52,24 +52,40 @@ class Block(Accelerated):
                 self.__dict__["_cached_position_bias"] = key, position_bias(table, self.attn.window_size[0])
         return self.__dict__["_cached_position_bias"][1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, P + R*R, C) -> (B, P + R*R, C)."""
+    enter: Any = MoPESwinBlock.enter
+
+    def mlp_layers(self) -> list[nn.Module]:
+        """Those of the released Mlp, which also has a dropout behind both; empty where it has to be called."""
+        mlp: Any = self.mlp
+        names = [name for name, _ in mlp.named_children()]
+        known = type(mlp).__name__ == "Mlp" and names in (["fc1", "act", "fc2", "drop"], ["fc1", "act", "drop", "fc2"])
+        return [] if not known or has_hooks(mlp) or _drops(mlp.drop) else [mlp.fc1, mlp.act, mlp.fc2]
+
+    def step(self, x: Tensor, update: Tensor | None = None, own: dict[str, Any] | None = None) -> Any:
+        """`MoPESwinBlock.step`."""
         if dropping := [name for name in _DROPOUTS if _drops(attrgetter(name)(self))]:
             raise RuntimeError(
                 f"accelerate: {', '.join(dropping)} of a block would drop, which is not supported. The released encoder's "
                 "train() and eval() both turn it off: call one of them first"
             )
+        return MoPESwinBlock.step(cast(Any, self), x, update, own)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, P + R*R, C) -> (B, P + R*R, C)."""
         return MoPESwinBlock.forward(cast(Any, self), x)
 
-    def route(self, x: Tensor, cross: Tensor) -> Routing:
-        """(B, P + R*R, C), (B, Cc) -> `Routing`. Noise is added in eval mode too, as the released code does."""
-        keys = self.mm_frozen_expert_key_embed
-        noise = torch.randn(len(x), keys.shape[1], device=x.device) * NOISE_STD
-        with autocast_off(x.device):
-            pooled = x.mean(1, dtype=keys.dtype)
-            query = torch.cat([self.mm_prompt_self_proj(pooled), self.mm_prompt_cross_proj(cross.to(keys.dtype))], dim=1)
-            logits = query @ keys
-        return mope_kernels.route(logits, temperature=TEMPERATURE, noise=noise.to(logits.dtype), impl=self.impl)
+    def of_cross(self) -> CrossPart:
+        """What makes psi's part of the logits."""
+        project, keys = self.mm_prompt_cross_proj, self.mm_frozen_expert_key_embed
+        return CrossPart(project.weight, project.bias, keys[-project.out_features :])
+
+    def own_prompts(self, static: Tensor, experts: Tensor, mapped: Tensor, cross_logits: Tensor) -> dict[str, Any]:
+        """(l,C), (K,l,C), (B,1,C), (B,K) -> what `step` takes. Noise is added in eval mode too, as the released code does."""
+        project, keys = self.mm_prompt_self_proj, self.mm_frozen_expert_key_embed
+        own = {"self_weight": project.weight, "self_bias": project.bias, "self_keys": keys[: project.out_features]}
+        noise = torch.randn(cross_logits.shape, device=cross_logits.device) * NOISE_STD
+        prompts = {"static": static, "experts": experts, "mapped": mapped}
+        return {**prompts, **own, "cross_logits": cross_logits, "noise": noise, "temperature": TEMPERATURE}
 
 
 class Encoder(Accelerated):
@@ -95,21 +111,25 @@ class Encoder(Accelerated):
             self.prompt_dropout(self.prompt_proj_act(getattr(self, f"prompt_proj_{stage}")(mapper_input)))[:, None]
             for stage in range(len(self.layers))
         ]
-        losses = []
+        of_cross = iter(cross_logits([block.of_cross() for layer in self.layers for block in layer.blocks[1:]], y))
+        # What the last block leaves to be added.
+        update: Tensor | None = None
+        probs = []
         for stage, layer in enumerate(self.layers):
             # (1 + K, depth, l, C): the static prompts come first.
             own = getattr(self, f"deep_prompt_embeddings_{stage}")
             for i, (block, static, experts) in enumerate(zip(layer.blocks, own[0].unbind(0), own[1:].unbind(1), strict=True)):
-                if i:
-                    routing = block.route(x, y)
-                    losses.append(mope_kernels.importance_loss(routing.probs, threshold=IMPORTANCE_THRESHOLD))
-                    dynamic = mope_kernels.mix_prompts(experts, routing.weights, routing.indices)
-                    x = torch.cat([static.expand(len(x), -1, -1), dynamic, mapped[stage], x[:, self.num_prompts :]], dim=1)
-                x = block(x)
+                prompts = block.own_prompts(static, experts, mapped[stage], next(of_cross)) if i else None
+                if has_hooks(block):
+                    x, _, routing = block.enter(x, update, prompts)
+                    x, update = block(x), None
+                else:
+                    x, update, routing = block.step(x, update, prompts)
+                probs += [] if routing is None else [routing.probs]
             if layer.downsample is not None:
-                x = layer.downsample(x)
-        rows = self.norm(x)
-        return rows.mean(1), rows, {"importance_loss": torch.stack(losses).mean()}
+                x, update = layer.downsample(add(x, update)), None
+        _, rows = add_norm(x, update, self.norm)
+        return rows.mean(1), rows, {"importance_loss": importance(probs, threshold=IMPORTANCE_THRESHOLD)}
 
 
 def _drops(module: nn.Module) -> bool:
@@ -179,5 +199,8 @@ def _block_differences(block: Any) -> Iterator[str]:
         yield f".attn has scale {block.attn.scale}, not (C / H)^-0.5"
     if has_hooks(block.attn):
         yield ".attn has hooks, which would not run"
+    for name in ("mm_prompt_self_proj", "mm_prompt_cross_proj"):
+        if not is_plain(getattr(block, name), nn.Linear):
+            yield f".{name} is not, or not only, a linear layer, and would not be called"
     if "forward" in vars(block) or "forward_mm_moe" in vars(block):
         yield " has its forward replaced on the instance"

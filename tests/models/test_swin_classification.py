@@ -328,8 +328,8 @@ def test_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same loss and gradients, with noise large enough to change the routing; and blocks do run twice."""
     model, batch, results = fusion(noise_std=3.0, prompt_dropout=0.1), inputs(), []
     runs: list[int] = []
-    forward = MoPESwinBlock.forward
-    monkeypatch.setattr(MoPESwinBlock, "forward", lambda self, *a, **k: (runs.append(1), forward(self, *a, **k))[1])
+    step = MoPESwinBlock.step
+    monkeypatch.setattr(MoPESwinBlock, "step", lambda self, *a, **k: (runs.append(1), step(self, *a, **k))[1])
     for enabled in (False, True):
         if enabled:
             model.gradient_checkpointing_enable()

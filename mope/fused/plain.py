@@ -1,0 +1,76 @@
+"""What stands around the attention of a block, fused where its modules are plain: residual add, LayerNorm, MLP.
+
+Modules of any other kind (adapters, quantised weights, hooks that someone else put there) are called as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+import mope_kernels
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether a module does what its class says and nothing else, so that reading its parameters is as good as calling it."""
+    return (
+        type(module) is kind
+        and not has_hooks(module)
+        and "forward" not in module.__dict__
+        and not any(is_traceable_wrapper_subclass(parameter) for parameter in module.parameters(recurse=False))
+    )
+
+
+def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """What autocast computes products of tensors of `dtype` in; None where it leaves them alone."""
+    # The meta device knows no autocast.
+    if device.type == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def norm_dtype(device: torch.device, dtype: torch.dtype, behind: nn.Module | None) -> torch.dtype:
+    """What a LayerNorm of tensors of `dtype` writes: what the module behind it casts to, else what autocast makes of it."""
+    under_autocast = autocast_dtype(device, dtype)
+    if under_autocast is None:
+        return dtype
+    return under_autocast if is_plain(behind, nn.Linear) else torch.float32
+
+
+def add(x: Tensor, update: Tensor | None) -> Tensor:
+    """x + update, where there is one."""
+    return x if update is None else x + update
+
+
+def add_norm(
+    x: Tensor, update: Tensor | None, norm: nn.Module, *, behind: nn.Module | None = None, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """x + update and its LayerNorm, which the module `behind` reads: see `mope_kernels.add_norm`."""
+    if not is_plain(norm, nn.LayerNorm):
+        total = add(x, update)
+        return total, norm(total)
+    plain: Any = norm
+    dtype = norm_dtype(x.device, x.dtype if update is None else torch.promote_types(x.dtype, update.dtype), behind)
+    return mope_kernels.add_norm(x, update, plain.weight, plain.bias, eps=plain.eps, norm_dtype=dtype, impl=impl)
+
+
+def gelu_mlp(mlp: nn.Module, layers: Sequence[nn.Module], x: Tensor, *, impl: str = "auto") -> Tensor:
+    """mlp(x), which is nothing but one of `layers` after the other: see `mope_kernels.gelu_mlp`."""
+    if len(layers) != 3 or not all(map(is_plain, layers, (nn.Linear, nn.GELU, nn.Linear))):
+        return mlp(x)
+    first, activation, last = cast(Any, layers)
+    if activation.approximate != "none":
+        return mlp(x)
+    x = x.to(autocast_dtype(x.device, x.dtype) or x.dtype)
+    weights: Any = (None if t is None else t.to(x.dtype) for t in (first.weight, first.bias, last.weight, last.bias))
+    return mope_kernels.gelu_mlp(x, *weights, impl=impl)
