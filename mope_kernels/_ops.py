@@ -42,7 +42,11 @@ MOPE_ATTENTION_GRADIENTS = (
     "instance_value",
 )
 
-# The same for `prompted_norm` and `prompted_norm_backward`.
+# The same for `add_norm` and `add_norm_backward`: x and update have the same gradient, so that of update is asked for only where
+# its dtype is another.
+ADD_NORM_GRADIENTS = ("x", "update", "weight", "bias")
+
+# The same for `prompted_norm` and `prompted_norm_backward`; x and update as in `add_norm`.
 PROMPTED_NORM_GRADIENTS = (
     "x",
     "update",
@@ -65,12 +69,22 @@ _PROMPT_ATTENTION_INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor prompt_value, Tensor? lengths, Tensor? attn_bias, "
     "Tensor? seed, bool is_causal, float scale, float dropout_p"
 )
+_PACKED_ATTENTION_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor prompt_value, Tensor offsets, Tensor? seed, int max_length, "
+    "bool is_causal, float scale, float dropout_p"
+)
 _MOPE_ATTENTION_TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor logits, Tensor? noise, Tensor bank_key, Tensor bank_value, "
     "Tensor? gram, Tensor? key_offset, Tensor? value_offset, Tensor? static_key, Tensor? static_value, "
     "Tensor? instance_key, Tensor? instance_value, Tensor? lengths, Tensor? seed"
 )
 _MOPE_ATTENTION_OPTIONS = "int top_k, float temperature, bool renormalize, float eps, float scale, float dropout_p"
+
+_PROMPTED_NORM_INPUTS = (
+    "Tensor x, Tensor? update, Tensor? weight, Tensor? bias, Tensor? static, Tensor? experts, Tensor? mapped, "
+    "Tensor? cross_logits, Tensor? self_weight, Tensor? self_bias, Tensor? self_keys, Tensor? routing_weights, Tensor? routing_indices, Tensor? noise, "
+    "int num_replaced, int top_k, float temperature, bool renormalize, float eps, ScalarType norm_dtype"
+)
 
 # With resolution >= window_size: one window of the size of the image and no shift where the image is smaller.
 _WINDOW_PROMPT_ATTENTION_INPUTS = (
@@ -98,6 +112,10 @@ SCHEMAS = {
     "prompt_attention_backward": f"(Tensor grad_out, Tensor out, Tensor lse, {_PROMPT_ATTENTION_INPUTS}, int needs)"
     f" -> ({', '.join(['Tensor'] * len(PROMPT_ATTENTION_GRADIENTS))})",
     # With task_ids (B,), int64: bank_key and bank_value (T*K,H,P,D), gram (T,P,K,K), static_key and static_value (T,H,S,D). No backward.
+    # The same for packed items: query, key and value (1,H,T,D), item b in rows offsets[b] to offsets[b+1]; lse (B,H,max_length)
+    "packed_attention": f"({_PACKED_ATTENTION_INPUTS}) -> (Tensor out, Tensor lse)",
+    "packed_attention_backward": f"(Tensor grad_out, Tensor out, Tensor lse, {_PACKED_ATTENTION_INPUTS}, int needs)"
+    f" -> ({', '.join(['Tensor'] * len(PROMPT_ATTENTION_GRADIENTS))})",
     "mope_attention": f"({_MOPE_ATTENTION_TENSORS}, {_MOPE_ATTENTION_OPTIONS}, Tensor? task_ids=None)"
     " -> (Tensor out, Tensor lse, Tensor probs, Tensor weights, Tensor indices)",
     "window_prompt_attention": f"({_WINDOW_PROMPT_ATTENTION_INPUTS}) -> Tensor",
@@ -108,6 +126,23 @@ SCHEMAS = {
     # x only where the gradient of weight1 is needed
     "gelu_mlp_backward": "(Tensor grad_out, Tensor hidden, Tensor? x, Tensor weight1, Tensor weight2, int needs)"
     f" -> ({', '.join(['Tensor'] * len(GELU_MLP_GRADIENTS))})",
+    # total is empty without update: it would repeat x.
+    "add_norm": "(Tensor x, Tensor? update, Tensor? weight, Tensor? bias, float eps, ScalarType norm_dtype)"
+    " -> (Tensor total, Tensor normed)",
+    # -> the gradients of x and update in their dtypes, of weight and bias (C,) in float32
+    "add_norm_backward": "(Tensor? grad_total, Tensor? grad_normed, Tensor total, Tensor? weight, float eps, ScalarType x_dtype,"
+    " ScalarType update_dtype, int needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    # pooled (B,C) float32, the mean over the rows that the router saw, empty where `keep_pooled` does not ask for it. Probs,
+    # weights and indices are empty where routing is given ready-made.
+    "prompted_norm": f"({_PROMPTED_NORM_INPUTS}, bool keep_pooled)"
+    " -> (Tensor total, Tensor normed, Tensor probs, Tensor weights, Tensor indices, Tensor pooled)",
+    # With the sizes N of x, S of static and M of mapped. Weights and indices are those of a routing given ready-made, if one was.
+    # -> the gradients of x and update in their dtypes, that of experts in theirs, the others in float32
+    "prompted_norm_backward": "(Tensor? grad_total, Tensor? grad_normed, Tensor? grad_probs, Tensor? grad_weights, Tensor total,"
+    " Tensor probs, Tensor weights, Tensor indices, Tensor pooled, Tensor? weight, Tensor? experts, Tensor? self_weight,"
+    " Tensor? self_bias, Tensor? self_keys, int num_rows, int num_replaced, int num_static, int num_mapped, float temperature,"
+    " bool renormalize, float eps, ScalarType x_dtype, ScalarType update_dtype, int needs)"
+    f" -> ({', '.join(['Tensor'] * len(PROMPTED_NORM_GRADIENTS))})",
     "mope_attention_backward": "(Tensor grad_out, Tensor? grad_probs, Tensor? grad_weights, Tensor out, Tensor lse, Tensor probs,"
     f" Tensor weights, Tensor indices, {_MOPE_ATTENTION_TENSORS}, {_MOPE_ATTENTION_OPTIONS}, int needs)"
     f" -> ({', '.join(['Tensor'] * len(MOPE_ATTENTION_GRADIENTS))})",
@@ -172,6 +207,21 @@ def _fake_prompt_attention(query: Tensor, *rest: Any, lse_dtype: torch.dtype) ->
     return empty_heads_last(query, *query.shape), query.new_empty(query.shape[:3], dtype=lse_dtype)
 
 
+def _fake_packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    offsets: Tensor,
+    seed: Tensor | None,
+    max_length: int,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    lse = query.new_empty(offsets.shape[0] - 1, query.shape[1], max_length, dtype=torch.float64)
+    return empty_heads_last(query, *query.shape), lse
+
+
 def _fake_prompt_attention_backward(grad_out: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     needs = rest[-1]
     gradients = []
@@ -231,6 +281,92 @@ def _fake_gelu_mlp_backward(
     return tuple(hidden.new_empty(s) if needs >> i & 1 else not_needed(hidden) for i, s in enumerate(shapes))
 
 
+def _fake_add_norm(
+    x: Tensor, update: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, norm_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    total = not_needed(x)
+    if update is not None:
+        total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, update.dtype))
+    return total, x.new_empty(x.shape, dtype=norm_dtype)
+
+
+def _fake_add_norm_backward(
+    grad_total: Tensor | None,
+    grad_normed: Tensor | None,
+    total: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    x_dtype: torch.dtype,
+    update_dtype: torch.dtype,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    shapes = (total.shape, total.shape, total.shape[-1:], total.shape[-1:])
+    dtypes = (x_dtype, update_dtype, torch.float32, torch.float32)
+    return tuple(
+        total.new_empty(shape if needs >> bit & 1 else (0,), dtype=dtype if needs >> bit & 1 else torch.float32)
+        for bit, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
+    )
+
+
+def _fake_prompted_norm(
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    static: Tensor | None,
+    experts: Tensor | None,
+    mapped: Tensor | None,
+    cross_logits: Tensor | None,
+    self_weight: Tensor | None,
+    self_bias: Tensor | None,
+    self_keys: Tensor | None,
+    routing_weights: Tensor | None,
+    routing_indices: Tensor | None,
+    noise: Tensor | None,
+    num_replaced: int,
+    top_k: int,
+    temperature: float,
+    renormalize: bool,
+    eps: float,
+    norm_dtype: torch.dtype,
+    keep_pooled: bool,
+) -> tuple[Tensor, ...]:
+    batch, num_rows, width = x.shape
+    num_prompts = sum((0 if t is None else t.shape[-2]) for t in (static, experts, mapped))
+    shape = (batch, num_prompts + num_rows - num_replaced, width)
+    total = x.new_empty(shape, dtype=x.dtype if update is None else torch.promote_types(x.dtype, update.dtype))
+    num_experts = 0 if experts is None or routing_weights is not None else experts.shape[0]
+    probs = x.new_empty(batch, num_experts, dtype=torch.float32)
+    selected = top_k if num_experts else 0
+    return (
+        total,
+        x.new_empty(shape, dtype=norm_dtype),
+        probs,
+        probs.new_empty(batch, selected),
+        probs.new_empty(batch, selected, dtype=torch.int64),
+        probs.new_empty((batch, width) if keep_pooled else (0, width)),
+    )
+
+
+def _fake_prompted_norm_backward(*args: Any) -> tuple[Tensor, ...]:
+    total, probs, weights = args[4:7]
+    _, experts, self_weight, self_bias, self_keys, num_rows, _, num_static, num_mapped = args[9:18]
+    x_dtype, update_dtype, needs = args[-3:]
+    batch, _, width = total.shape
+    like = {"experts": experts, "self_weight": self_weight, "self_bias": self_bias, "self_keys": self_keys}
+    shapes: dict[str, tuple[int, ...]] = {name: tuple(t.shape) for name, t in like.items() if t is not None}
+    shapes |= dict.fromkeys(("x", "update"), (batch, num_rows, width)) | dict.fromkeys(("weight", "bias"), (width,))
+    shapes |= {"static": (num_static, width), "mapped": (batch, num_mapped, width)}
+    shapes |= {"cross_logits": tuple(probs.shape), "routing_weights": tuple(weights.shape)}
+    dtypes = {"x": x_dtype, "update": update_dtype} | ({} if experts is None else {"experts": experts.dtype})
+    return tuple(
+        total.new_empty(shapes[name], dtype=dtypes.get(name, torch.float32))
+        if needs >> bit & 1
+        else total.new_empty(0, dtype=torch.float32)
+        for bit, name in enumerate(PROMPTED_NORM_GRADIENTS)
+    )
+
+
 FAKES: dict[str, Callable[..., object]] = {
     "route": _fake_route,
     "route_backward": _fake_route_backward,
@@ -240,8 +376,14 @@ FAKES: dict[str, Callable[..., object]] = {
     "importance_loss_backward": _fake_importance_loss_backward,
     "prompt_attention": _fake_prompt_attention,
     "prompt_attention_backward": _fake_prompt_attention_backward,
+    "packed_attention": _fake_packed_attention,
+    "packed_attention_backward": _fake_prompt_attention_backward,
     "mope_attention": _fake_mope_attention,
     "mope_attention_backward": _fake_mope_attention_backward,
+    "add_norm": _fake_add_norm,
+    "add_norm_backward": _fake_add_norm_backward,
+    "prompted_norm": _fake_prompted_norm,
+    "prompted_norm_backward": _fake_prompted_norm_backward,
     "gelu_mlp": _fake_gelu_mlp,
     "gelu_mlp_backward": _fake_gelu_mlp_backward,
     "window_prompt_attention": _fake_window_prompt_attention,

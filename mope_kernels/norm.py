@@ -2,14 +2,96 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import reference
 from ._checks import Arguments
-from .impl import Operation, reference_check
+from .impl import Operation, reference_check, triton_check
+from .norm_details import _launch as _launch
 
-_ADD_NORM = Operation("add_norm", reference=reference_check)
+
+class AddNormFunction(torch.autograd.Function):
+    """(namespace, eps, norm_dtype, x, update, weight, bias) -> total, normed. Nothing but total and weight is kept for backward.
+
+    Without update total is empty and has no gradient: it would repeat x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        namespace: str,
+        eps: float,
+        norm_dtype: torch.dtype,
+        x: Tensor,
+        update: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.ops, ctx.eps = getattr(torch.ops, namespace), eps
+        total, normed = ctx.ops.add_norm.default(x, update, weight, bias, eps, norm_dtype)
+        ctx.save_for_backward(x if update is None else total, weight)
+        ctx.dtypes = (x.dtype, x.dtype if update is None else update.dtype)
+        ctx.parameter_dtypes = tuple(None if t is None else t.dtype for t in (weight, bias))
+        ctx.set_materialize_grads(False)
+        if update is None:
+            ctx.mark_non_differentiable(total)
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_total, grad_normed = grads
+        need_x, need_update, need_weight, need_bias = ctx.needs_input_grad[3:]
+        if grad_total is None and grad_normed is None:
+            return (None,) * 7
+        total, weight = ctx.saved_tensors
+        shared = ctx.dtypes[0] == ctx.dtypes[1]
+        needs = (need_x or (shared and need_update), need_update and not shared, need_weight, need_bias)
+        grad_x, grad_update, *parameters = ctx.ops.add_norm_backward.default(
+            grad_total,
+            grad_normed,
+            total,
+            weight,
+            ctx.eps,
+            *ctx.dtypes,
+            sum(need << bit for bit, need in enumerate(needs)),
+        )
+        grad_update = grad_x if shared else grad_update
+        grad_weight, grad_bias = (
+            grad.to(dtype) if need else None for grad, dtype, need in zip(parameters, ctx.parameter_dtypes, needs[2:], strict=True)
+        )
+        return None, None, None, grad_x if need_x else None, grad_update if need_update else None, grad_weight, grad_bias
+
+
+# The longest row that one program holds in registers.
+TRITON_WIDTH = 16384
+
+
+def triton_norm_check(x: Tensor, norm_dtype: torch.dtype, *others: Tensor | None) -> list[str]:
+    """What speaks against the Triton kernels of a LayerNorm over the last axis of x."""
+    reasons = triton_check(x, *(t for t in others if t is not None))
+    if x.shape[-1] > TRITON_WIDTH:
+        reasons.append(f"the Triton kernel takes rows of at most {TRITON_WIDTH} numbers, got {x.shape[-1]}")
+    if norm_dtype == torch.float64:
+        reasons.append("the Triton kernels compute in float32, norm_dtype is float64")
+    return reasons
+
+
+def _triton_check(
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    norm_dtype: torch.dtype | None = None,
+    **_: Any,
+) -> list[str]:
+    return triton_norm_check(x, norm_dtype or x.dtype, update, weight, bias)
+
+
+_ADD_NORM = Operation("add_norm", triton=_triton_check, reference=reference_check)
 
 
 def add_norm(
@@ -28,9 +110,9 @@ def add_norm(
         x: (..., C), floating point: the residual stream.
         update: (..., C), what a branch adds to it; None: nothing, and `total` is `x` itself.
         weight, bias: (C,), or None.
-        eps: added to the variance.
+        eps: added to the variance, positive.
         norm_dtype: of `normed`; that of `total` if None. Statistics are float32 (float64) in any case.
-        impl: "auto" or "reference".
+        impl: "auto", "triton" or "reference".
 
     Returns:
         total (..., C) in the dtype that x and update promote to, and normed (..., C).
@@ -48,5 +130,11 @@ def add_norm(
     arguments.tensor("weight", weight, "C")
     arguments.tensor("bias", bias, "C")
     arguments.norm_dtype(norm_dtype)
-    _ADD_NORM.choose(impl, x, update, weight, bias)
-    return reference.add_norm(x, update, weight, bias, eps=eps, norm_dtype=norm_dtype)
+    arguments.positive("eps", eps)
+    implementation = _ADD_NORM.choose(impl, x, update, weight, bias, norm_dtype=norm_dtype)
+    if implementation == "reference":
+        return reference.add_norm(x, update, weight, bias, eps=eps, norm_dtype=norm_dtype)
+    if norm_dtype is None:
+        norm_dtype = x.dtype if update is None else torch.promote_types(x.dtype, update.dtype)
+    total, normed = AddNormFunction.apply(f"mope_{implementation}", eps, norm_dtype, x, update, weight, bias)
+    return x if update is None else total, normed

@@ -13,7 +13,13 @@ from torch import Tensor
 
 import mope_kernels
 from mope_kernels import ExpertBank, Routing, reference
-from mope_kernels._ops import GELU_MLP_GRADIENTS, MOPE_ATTENTION_GRADIENTS, PROMPT_ATTENTION_GRADIENTS, PROMPTED_NORM_GRADIENTS
+from mope_kernels._ops import (
+    ADD_NORM_GRADIENTS,
+    GELU_MLP_GRADIENTS,
+    MOPE_ATTENTION_GRADIENTS,
+    PROMPT_ATTENTION_GRADIENTS,
+    PROMPTED_NORM_GRADIENTS,
+)
 from tests.kernels.numerics import DEVICE, unavailable
 
 Sizes = dict[str, Any]
@@ -33,6 +39,7 @@ class Op:
     differentiable: the tensors that have a gradient.
     per_item: the tensors whose first axis counts the items of a batch, which must not influence each other.
     padded: the tensors that `lengths` hides a part of.
+    same_gradient: tensors whose gradient is that of another one, and is computed once for both.
     cases: the sizes that its accuracy is measured on.
     """
 
@@ -46,6 +53,7 @@ class Op:
     base: Sizes
     cases: dict[str, Sizes]
     padded: tuple[str, ...] = ()
+    same_gradient: dict[str, str] = field(default_factory=dict)
     # Cases of few numbers, in which one draw says more about luck than about accuracy.
     small: frozenset[str] = field(default_factory=frozenset)
 
@@ -464,16 +472,15 @@ ADD_NORM = Op(
     run=lambda impl, options, tensors: mope_kernels.add_norm(**tensors, **options, impl=impl),
     plain=lambda options, tensors: reference.add_norm(**tensors, **options),
     example=_residual,
-    implementations=(),
-    differentiable=("x", "update", "weight", "bias"),
+    implementations=("triton",),
+    differentiable=ADD_NORM_GRADIENTS,
+    same_gradient={"update": "x"},
     per_item=("x", "update"),
     base={"batch": 2, "rows": 5, "width": 12, "update": True, "affine": True},
     cases={
         "plain": {},
-        "nothing to add": {"update": False},
-        "no weight": {"affine": False},
-        "odd width": {"rows": 3, "width": 97},
-        "several blocks": {"batch": 1, "rows": 77, "width": 96},
+        "nothing to add, no weight": {"update": False, "affine": False},
+        "several blocks of odd rows": {"rows": 20, "width": 97},
         "wide": {"rows": 1, "width": 1500},
         "empty batch": {"batch": 0},
     },
