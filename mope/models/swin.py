@@ -404,7 +404,8 @@ class MoPESwinEncoder(nn.Module):
         """psi's part of the logits of each router that need not be called for it, by the router's id."""
         if cross is None:
             return {}
-        parts = {id(router): part for router in self.routed_blocks().values() if (part := router.of_cross()) is not None}
+        found = {id(router): router.of_cross() for router in self.routed_blocks().values()}
+        parts = {key: part for key, part in found.items() if part is not None}
         return dict(zip(parts, cross_logits(list(parts.values()), cross), strict=True))
 
     def _mapped(self, cross: Tensor | None, mapper_input: Tensor | None) -> list[Tensor]:
