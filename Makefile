@@ -19,7 +19,7 @@ GPU_PYTHON ?= python3
 OUT ?= bench/results
 STAGE ?= tests,ops
 
-.PHONY: demo test test-all test-oldest lint compile bench gpu wheel aot clean
+.PHONY: demo test test-all test-oldest lint compile asan bench gpu wheel aot clean
 
 demo: $(READY)
 	$(BIN)/mope demo --out out $(DEMO)
@@ -46,6 +46,15 @@ lint: $(READY)
 # The short list of kernels, for the GPU that most have: no spills, and they fit.
 compile: $(READY)
 	$(BIN)/python -m mope_kernels.aot --arch sm_90 --short
+
+# The C++ kernels with AddressSanitizer and UndefinedBehaviorSanitizer, under the contract. Leaks of Python itself are not looked for.
+SANITIZE := g++ -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+asan: $(READY)
+	CXX="$(SANITIZE)" $(BIN)/python -c "from pathlib import Path; from mope_kernels import build; build.compile_library(Path('build/asan/_C.so'))"
+	export MOPE_EXTENSION=build/asan/_C.so ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)"; \
+	$(BIN)/python -c "from mope_kernels._extension import STATUS; assert STATUS.loaded, STATUS.reason" && \
+	$(BIN)/python -m pytest -q tests/contract -k cpu
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench -q --show-capture=no --out $(BENCH_OUT)

@@ -23,6 +23,10 @@ class ExtensionStatus(NamedTuple):
 
 
 def _candidates() -> Iterator[Path]:
+    # Another build of the same sources, such as one with sanitizers.
+    if chosen := os.environ.get("MOPE_EXTENSION"):
+        yield Path(chosen)
+        return
     # Looked for one after the other: the cache's name is a digest of the sources, which the bundled library makes superfluous.
     yield Path(__file__).with_name(LIBRARY)
     yield cached_library()
@@ -49,6 +53,8 @@ def _load() -> ExtensionStatus:
                     failures.append(f"{path} does not load: {error}")
     except (OSError, RuntimeError) as error:
         failures.append(str(error))
+    if not failures and (chosen := os.environ.get("MOPE_EXTENSION")):
+        failures.append(f"MOPE_EXTENSION names {chosen}, which is no file")
     return ExtensionStatus(False, None, "; ".join(failures) or "the C++ extension is not built (mope build)")
 
 
