@@ -149,32 +149,26 @@ class SavedModel(nn.Module, ABC):
         Unknown keys and tensors are warned about by name.
         """
         folder = Path(path)
-        values = _read_config(folder)
-        try:
-            config = MoPEConfig.from_dict(values)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{folder / CONFIG}: {error}") from error
+        config, records = read_config(folder)
         backbones = {"vision": vision, "text": text}
         for modality in config.modalities:
-            record = values["backbones"].get(modality)
-            if record is None:
-                raise ValueError(f"{folder / CONFIG} has no record of the {modality} backbone")
-            backbone = backbones[modality] or _load_backbone(folder, modality, record)
-            _check_backbone(modality, record, backbone)
+            backbone = backbones[modality] or load_backbone(folder, modality, records[modality])
+            check_backbone(modality, records[modality], describe(base_model(backbone)))
             backbones[modality] = backbone
-        tensors = _read_tensors(folder / WEIGHTS)
+        tensors = read_tensors(folder / WEIGHTS)
 
         build: Any = cls
         model: Self = build(config, **backbones)
         try:
-            model._load_trained(tensors, folder / WEIGHTS)
+            model.load_added(tensors, folder / WEIGHTS)
         except ValueError:
             model.detach()
             raise
         model._processors = {name: folder / name for name in PROCESSORS if (folder / name).is_dir()}
         return model.eval()
 
-    def _load_trained(self, tensors: dict[str, Tensor], file: Path) -> None:
+    def load_added(self, tensors: dict[str, Tensor], file: Path) -> None:
+        """Take all but the encoders from the tensors of a file. Where one is missing or does not fit, ValueError and no change."""
         expected = self.added_state_dict()
         if missing := sorted(set(expected) - set(tensors)):
             raise ValueError(f"{file} lacks {', '.join(missing)}")
@@ -230,7 +224,7 @@ def _save_copy(backbone: nn.Module, state: dict[str, Tensor], folder: Path) -> N
     save(folder, state_dict=dict(state))
 
 
-def _load_backbone(folder: Path, modality: str, record: dict[str, Any]) -> nn.Module:
+def load_backbone(folder: Path, modality: str, record: dict[str, Any]) -> nn.Module:
     copied, class_name = record["stored"] == "copy", record["class"]
     source = folder / modality if copied else record["source"]
     ask = f"give it as from_pretrained(..., {modality}=...)"
@@ -251,14 +245,15 @@ def _load_backbone(folder: Path, modality: str, record: dict[str, Any]) -> nn.Mo
         raise ValueError(f"cannot load the {modality} backbone, a {class_name}, from {source} ({error}): {ask}") from error
 
 
-def _check_backbone(modality: str, record: dict[str, Any], backbone: nn.Module) -> None:
-    found = describe(base_model(backbone))
+def check_backbone(modality: str, record: dict[str, Any], found: dict[str, Any]) -> None:
+    """ValueError where a backbone, as `describe` found it, is another one than that of the record."""
     if found["fingerprint"] != record["fingerprint"]:
         wanted, got = (f"{r['class']} {r['source'] or '(no name)'}, {r['dtype']}, {r['fingerprint'][:12]}" for r in (record, found))
         raise ValueError(f"this model was trained with another {modality} backbone: {wanted}; got {got}")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> tuple[MoPEConfig, dict[str, dict[str, Any]]]:
+    """The configuration in a checkpoint, and the record of each backbone that it needs."""
     file = folder / CONFIG
     if not file.is_file():
         raise FileNotFoundError(
@@ -276,10 +271,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{file}: the record of the {modality} backbone must hold {', '.join(RECORD)}, with a dtype of {DTYPES}"
             )
-    return values
+    try:
+        config = MoPEConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    for modality in config.modalities:
+        if modality not in values["backbones"]:
+            raise ValueError(f"{file} has no record of the {modality} backbone")
+    return config, values["backbones"]
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """What a checkpoint holds beside the backbones, by name."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: the checkpoint is not complete")
     try:

@@ -303,6 +303,13 @@ class MoPESwinEncoder(nn.Module):
         nn.Module.to(model, self.patch_embed.weight.dtype)
         return model, state
 
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Images (B, 3, image_size, image_size) -> tokens (B, R*R, embed_dim)."""
+        size, shape = self.image_size, tuple(pixel_values.shape)
+        if shape[1:] != (3, size, size):
+            raise ValueError(f"MoPESwinEncoder: pixel_values must be (B, 3, {size}, {size}), got {shape}")
+        return self.patch_norm(rearrange(self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)), "b c y x -> b (y x) c"))
+
     def mapped_prompts(self, mapper_input: Tensor) -> list[Tensor]:
         """The mapped prompt of each stage, (B, 1, C_s), from what the shared part of the mapper gives, (B, mapper_hidden)."""
         return [self.prompt_dropout(mapper(mapper_input))[:, None] for mapper in self.stage_mappers]
@@ -337,11 +344,8 @@ class MoPESwinEncoder(nn.Module):
         Raises:
             ValueError: images of another size, `cross` is missing, or `route_weights` has another shape.
         """
-        size, shape = self.image_size, tuple(pixel_values.shape)
-        if shape[1:] != (3, size, size):
-            raise ValueError(f"MoPESwinEncoder: pixel_values must be (B, 3, {size}, {size}), got {shape}")
+        x = self.embed(pixel_values)
         mapped = self._mapped(cross, mapper_input)
-        x = self.patch_norm(rearrange(self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)), "b c y x -> b (y x) c"))
         if self.input_prompts is not None:
             # Each image drops others.
             x = torch.cat([self.prompt_dropout(self.input_prompts.expand(len(x), -1, -1)).to(x.dtype), x], dim=1)
