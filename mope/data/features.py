@@ -112,7 +112,7 @@ def cached_features(
     Under torch.distributed every process computes a part; all have to call this.
 
     Args:
-        model: `encode_complementary` of it runs on its device, in its dtype, without autocast.
+        model: `encode_complementary` of it runs on its device, in its dtype (`cast_frozen`), without autocast around it.
         split: whose examples.
         folder: made if need be. It may be shared by models, splits and processes, and removed at any time between runs.
         batch_size, num_workers: of the computation.
@@ -161,8 +161,11 @@ def cached_features(
 
 def _fingerprint(model: MoPEForClassification, modality: str) -> str:
     """Of all that psi depends on besides its input: the encoder, and prompts in it, which may be there and frozen."""
-    record = describe(*original(model.backbone(modality)))
+    with model.weights_as_given():
+        record = describe(*original(model.backbone(modality)))
     digest = hashlib.sha256(record["fingerprint"].encode())
+    if model.frozen_dtype is not None:
+        digest.update(str(model.frozen_dtype).encode())
     for name, tensor in sorted(model.trained_state_dict().items()):
         if name.startswith(("cross_blocks.", f"{modality}.")):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -15,6 +15,8 @@ import mope_kernels
 from mope_kernels import ExpertBank
 from mope_kernels.reference import autocast_off
 
+from .plain import autocast_dtype
+
 HALF = {torch.float16, torch.bfloat16}
 FLOATS = HALF | {torch.float32, torch.float64}
 
@@ -22,14 +24,17 @@ FLOATS = HALF | {torch.float32, torch.float64}
 def call_in_full_precision(module: nn.Module | Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     """A frozen projection of float32 (float64) rows: (R,C) -> (R,N) in the dtype of the rows, autocast off.
 
-    A 16-bit module runs with float32 copies of its parameters, made for this call; a quantised one decides for itself.
+    A 16-bit module runs with float32 copies of its parameters, made for this call; under autocast any does, of its parameters
+    as autocast rounds them, with which it projects the tokens. A quantised one decides for itself.
     """
+    rounded = autocast_dtype(rows.device, rows.dtype)
     with autocast_off(rows.device):
         if isinstance(module, nn.Module):
             tensors = dict(chain(module.named_parameters(), module.named_buffers()))
             dtypes = {t.dtype for t in tensors.values()}
-            if dtypes & HALF and dtypes <= FLOATS:
-                return functional_call(module, {name: t.to(rows.dtype) for name, t in tensors.items()}, (rows,))
+            if dtypes <= FLOATS and (rounded is not None or dtypes & HALF):
+                tensors = {name: t.to(rounded or t.dtype).to(rows.dtype) for name, t in tensors.items()}
+                return functional_call(module, tensors, (rows,))
         return module(rows).to(rows.dtype)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from functools import partial, wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +24,16 @@ from .backbones import Attachment, BackboneAdapter, PromptedLayer, attach, base_
 from .configuration import MoPEConfig
 from .distributed import importance, is_distributed, warn_of_local_batches
 from .parts import new_head, new_input_prompts, new_mapper, new_swin, router_options
+from .precision import HALF, CastWeights
 from .saving import SavedModel
 from .swin import MoPESwinEncoder, distinct
 
 NO_BANKS = (
     "a Swin Transformer has no banks: its prompts pass through every part of a block, not only as keys and values: leave banks out"
 )
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # The input that an encoder cannot do without.
 REQUIRED = {"vision": "pixel_values", "text": "input_ids"}
@@ -71,6 +75,21 @@ class Padding(NamedTuple):
             return hidden_states[:, 0]
         first = self.token_mask.int().argmax(-1)
         return hidden_states[torch.arange(len(first), device=first.device), first]
+
+
+def in_frozen_dtype(
+    method: Callable[Concatenate[MoPEForClassification, P], R],
+) -> Callable[Concatenate[MoPEForClassification, P], R]:
+    """Under autocast of the dtype that `cast_frozen` was given, if it was."""
+
+    @wraps(method)
+    def run(model: MoPEForClassification, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if model.frozen_dtype is None:
+            return method(model, *args, **kwargs)
+        with torch.autocast(model.device.type, dtype=model.frozen_dtype):
+            return method(model, *args, **kwargs)
+
+    return run
 
 
 class MoPEForClassification(SavedModel):
@@ -125,6 +144,7 @@ class MoPEForClassification(SavedModel):
         # By modality, of the backbones that are prompted layer by layer.
         self._adapters = {m: find_adapter(self.backbone(m), m) for m in config.modalities if not self._is_swin(m)}
         self._checkpointing = False
+        self._cast: CastWeights | None = None
         self._warned_top_k = self._warned_local = False
 
         layers = {main: config.prompted_layers if config.prompts_main and config.prompt_depth == "deep" else ()}
@@ -224,15 +244,22 @@ class MoPEForClassification(SavedModel):
         self.train(self.training)
 
     def detach(self) -> None:
-        """Give the backbones back as they were: modules, requires_grad, training mode. The model does not run any more.
+        """Give the backbones back as they were: modules, weights, requires_grad, training mode. The model does not run any more.
 
         There is nothing to give back of a Swin Transformer, which was copied.
         """
+        self.cast_frozen(None)
         while self._attachments:
             self._attachments.popitem()[1].detach()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoPEForClassification:
-        """`to`, `half`, `cuda` and their like: parameters that lay side by side do so again."""
+        """`to`, `half`, `cuda` and their like: parameters that lay side by side do so again.
+
+        Raises:
+            ValueError: another dtype is asked for than that of `cast_frozen`, from which what was rounded would not come back.
+        """
+        if (dtype := self.frozen_dtype) is not None and fn(torch.empty(0, dtype=dtype, device=self.device)).dtype != dtype:
+            raise ValueError(f"the frozen weights are in {dtype} by cast_frozen: call cast_frozen(None) before another dtype")
         super()._apply(fn, recurse)
         self._join_projections()
         return self
@@ -245,6 +272,47 @@ class MoPEForClassification(SavedModel):
     def _join_projections(self) -> None:
         for attachment in self._attachments.values():
             attachment.join_projections()
+
+    @property
+    def frozen_dtype(self) -> torch.dtype | None:
+        """What `cast_frozen` was given."""
+        return None if self._cast is None else self._cast.dtype
+
+    def cast_frozen(self, dtype: torch.dtype | None) -> None:
+        """Keep frozen weights of linear and convolution layers in 16 bits, and compute under autocast of that dtype from now on.
+
+        The same numbers, bit for bit, as `torch.autocast` of that dtype around the model, which casts these weights in every
+        forward. What trains stays as it is, fine-tuned encoders too. An accelerator then holds half as many bytes of them: the
+        weights as they were go to the memory of the host (on the CPU they stay there beside those in 16 bits). They are what
+        `save_pretrained` writes and fingerprints are of, and `detach` brings them back.
+
+        Args:
+            dtype: torch.bfloat16 or torch.float16; None: bring the weights back, and compute in their dtype again.
+
+        Raises:
+            ValueError: another dtype; or cast weights were changed since, so that there is nothing to bring back.
+        """
+        if dtype not in (None, *HALF):
+            raise ValueError(f"cast_frozen: dtype must be torch.float16, torch.bfloat16 or None, got {dtype}")
+        if dtype == self.frozen_dtype:
+            return
+        if self._cast is not None:
+            self._cast.undo()
+        self._cast = None if dtype is None else CastWeights(self._frozen_parts(), dtype)
+        self._join_projections()
+
+    def _frozen_parts(self) -> Iterator[nn.Module]:
+        """The encoders that do not train, without what was added to them."""
+        for modality in self.config.modalities:
+            encoder = self.backbone(modality)
+            if modality not in self.config.finetuned:
+                yield from encoder.swin_modules() if isinstance(encoder, MoPESwinEncoder) else [encoder]
+
+    @contextmanager
+    def weights_as_given(self) -> Iterator[None]:
+        """For a while the encoders have the weights that they had before `cast_frozen`, in the memory of the host."""
+        with nullcontext() if self._cast is None else self._cast.as_before():
+            yield
 
     def train(self, mode: bool = True) -> MoPEForClassification:
         """Training mode of prompts, routers, mapper, head and encoders that train; frozen ones stay in eval mode."""
@@ -304,6 +372,7 @@ class MoPEForClassification(SavedModel):
     def gradient_checkpointing_disable(self) -> None:
         self._checkpointing = False
 
+    @in_frozen_dtype
     def forward(
         self,
         *,
@@ -370,6 +439,7 @@ class MoPEForClassification(SavedModel):
             loss = loss + config.importance_weight * unevenness
         return MoPEOutput(loss, logits, unevenness, routing or None, features)
 
+    @in_frozen_dtype
     def encode_complementary(
         self,
         *,
@@ -456,7 +526,7 @@ class MoPEForClassification(SavedModel):
             warnings.warn(
                 "training with train_top_k=1: the task loss hardly reaches the router (not at all with renormalize); "
                 "train with train_top_k=None and set eval_top_k=1",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -576,6 +646,7 @@ class MoPEForClassification(SavedModel):
             return checkpoint(layer, hidden_states, use_reentrant=False, **inputs)
         return layer(hidden_states, **inputs)
 
+    @in_frozen_dtype
     def build_banks(self) -> tuple[PromptBank | None, ...]:
         """Project the experts of each prompted layer once, for many calls of `forward(..., banks=banks)`.
 

@@ -15,6 +15,7 @@ import json
 import shutil
 import warnings
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Self
@@ -58,6 +59,10 @@ class SavedModel(nn.Module, ABC):
     @abstractmethod
     def added_state_dict(self) -> dict[str, Tensor]:
         """All but the encoders, by name."""
+
+    @abstractmethod
+    def weights_as_given(self) -> AbstractContextManager[None]:
+        """For a while the encoders have the weights that they were given."""
 
     @abstractmethod
     def detach(self) -> None:
@@ -114,16 +119,8 @@ class SavedModel(nn.Module, ABC):
             )
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        records = {}
-        for modality in self.config.modalities:
-            backbone, state = original(self.backbone(modality))
-            kept = "copy" if modality in self.config.finetuned else backbones
-            if kept == "copy":
-                stored = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in state.items()}
-                _save_copy(backbone, stored, folder / modality)
-                # What will be loaded: rounded to the dtype of the file.
-                state = {name: stored[name].to(t.dtype) for name, t in state.items()}
-            records[modality] = {"stored": kept, **describe(backbone, state)}
+        with self.weights_as_given():
+            records = {modality: self._save_backbone(modality, folder, backbones, dtype) for modality in self.config.modalities}
         for name, processor in self._processors.items():
             if not isinstance(processor, Path):
                 processor.save_pretrained(folder / name)
@@ -132,6 +129,17 @@ class SavedModel(nn.Module, ABC):
         save_file({name: t.contiguous() for name, t in self.added_state_dict().items()}, folder / WEIGHTS, {"format": "pt"})
         # Last, so that a folder with a config is complete.
         (folder / CONFIG).write_text(json.dumps({**self.config.to_dict(), "backbones": records}, indent=2) + "\n")
+
+    def _save_backbone(self, modality: str, folder: Path, backbones: str, dtype: torch.dtype | None) -> dict[str, Any]:
+        """Its record, and a copy where one is kept."""
+        backbone, state = original(self.backbone(modality))
+        kept = "copy" if modality in self.config.finetuned else backbones
+        if kept == "copy":
+            stored = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in state.items()}
+            _save_copy(backbone, stored, folder / modality)
+            # What will be loaded: rounded to the dtype of the file.
+            state = {name: stored[name].to(t.dtype) for name, t in state.items()}
+        return {"stored": kept, **describe(backbone, state)}
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, vision: nn.Module | None = None, text: nn.Module | None = None) -> Self:

@@ -178,7 +178,8 @@ class TrainingRun:
     def _fingerprint(self, modality: str) -> str:
         if modality in self.model.config.finetuned:
             return "trained"
-        return describe(*original(self.model.backbone(modality)))["fingerprint"]
+        with self.model.weights_as_given():
+            return describe(*original(self.model.backbone(modality)))["fingerprint"]
 
     def _checkpoint(self, resume: bool | str | Path) -> Path | None:
         out, last = self.out, last_checkpoint(self.out)

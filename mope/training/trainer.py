@@ -155,6 +155,7 @@ class FusionTrainer(Trainer):
         arguments.per_device_train_batch_size = math.ceil(recipe.batch_size / arguments.world_size / recipe.accumulation)
         self.eval_batch_size = eval_batch_size or recipe.batch_size
         self.interruption = Interruption()
+        self.frozen_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         super().__init__(
             Trained(fusion),
             arguments,
@@ -170,6 +171,15 @@ class FusionTrainer(Trainer):
             )
         # It prints each line of the log where there are no bars.
         self.remove_callback(PrinterCallback)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with the frozen weights in 16 bits while it computes in 16 bits: autocast would cast them in each step."""
+        before = self.fusion.frozen_dtype
+        self.fusion.cast_frozen(self.frozen_dtype or before)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.fusion.cast_frozen(before)
 
     def get_train_dataloader(self) -> Loader:  # type: ignore[override]
         return Loader(self.batches, self.collate, workers=self.args.dataloader_num_workers, pin=self.args.device.type == "cuda")

@@ -241,11 +241,16 @@ def test_several_labels_are_chosen_by_f1(tmp_path: Path) -> None:
 
 def test_bfloat16_trains(splits: dict[str, Split], tmp_path: Path) -> None:
     run = run_of(splits, tmp_path / "out", FAST.replace(epochs=1, precision="bf16"))
-    dtypes = []
+    dtypes, frozen = [], []
     run.model.head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    run.model.head.register_forward_hook(lambda *_: frozen.append(run.model.frozen_dtype))
+    fingerprints = run.identity()["backbones"]
     assert torch.isfinite(torch.tensor(run.train()["test"]["loss"]))
-    assert torch.bfloat16 in dtypes
+    # Metrics at the end are those of the model as it is saved.
+    assert torch.bfloat16 in dtypes and dtypes[-1] == torch.float32
+    assert torch.bfloat16 in frozen and frozen[-1] is None
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    assert run.identity()["backbones"] == fingerprints
 
 
 def test_gradient_checkpointing_gives_the_same_weights(splits: dict[str, Split], tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""Frozen weights in 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+# What autocast casts the weights of.
+CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+HALF = (torch.float16, torch.bfloat16)
+
+
+class CastWeights:
+    """The frozen weights of linear and convolution layers, cast once instead of by autocast in every forward.
+
+    What they were goes to the memory of the host, whatever device the layers are on. Parameters stay the same objects.
+
+    Args:
+        modules: whose layers; those that train, in whole or in part, and weights that other layers read too, are left alone.
+        dtype: torch.float16 or torch.bfloat16.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        layers = list(dict.fromkeys(m for module in modules for m in module.modules()))
+        read_elsewhere = {p for m in layers if not isinstance(m, CAST) for p in m.parameters(recurse=False)}
+        # Each with what it was.
+        self._before: dict[nn.Parameter, Tensor] = {}
+        for layer in layers:
+            own = list(layer.parameters(recurse=False))
+            if isinstance(layer, CAST) and not any(p.requires_grad or p in read_elsewhere for p in own):
+                for parameter in own:
+                    if parameter.dtype != dtype and autocast_casts(parameter.dtype) and parameter not in self._before:
+                        self._before[parameter] = parameter.data.cpu()
+                        parameter.data = parameter.data.to(dtype)
+
+    def undo(self) -> None:
+        """Bring back what the weights were, to where they are now."""
+        self._check_unchanged()
+        for parameter, before in self._before.items():
+            parameter.data = before.to(parameter.device)
+        self._before.clear()
+
+    @contextmanager
+    def as_before(self) -> Iterator[None]:
+        """What the weights were, for a while, in the memory of the host."""
+        self._check_unchanged()
+        now = {parameter: parameter.data for parameter in self._before}
+        try:
+            for parameter, before in self._before.items():
+                parameter.data = before
+            yield
+        finally:
+            for parameter, data in now.items():
+                parameter.data = data
+
+    def _check_unchanged(self) -> None:
+        if changed := sum(not torch.equal(p.data.cpu(), before.to(self.dtype)) for p, before in self._before.items()):
+            raise ValueError(
+                f"{changed} frozen weights were changed after cast_frozen, and are there in {self.dtype} only: change them before"
+            )
+
+
+def autocast_casts(dtype: torch.dtype) -> bool:
+    """Whether autocast casts tensors of this dtype where it casts."""
+    return dtype.is_floating_point and dtype.itemsize in (2, 4)
