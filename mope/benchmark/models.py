@@ -18,8 +18,10 @@ import mope_kernels
 from mope import MoPEConfig, MoPEForClassification
 from mope.demo import plain
 from mope.fused import MoPESwinBlock
+from mope.fused.router import cross_logits
 from mope.fused.swin import position_bias
 from mope.graphs import CudaGraphRunner
+from mope.models.precision import CastWeights
 
 from . import shapes
 from .cases import Case
@@ -77,7 +79,10 @@ def swin_block(case: Case, dtype: torch.dtype) -> Problem:
         return block
 
     def ours(block: Any, x: Tensor, cross: Tensor, mapped: Tensor) -> Outputs:
-        return (block(x, block.route(x, cross), mapped),)
+        (logits,) = cross_logits([block.router.of_cross()], cross)
+        x, update, _ = block.step(x, None, block.own_prompts(mapped=mapped, router=block.router, cross_logits=logits))
+        # In a model the next block's LayerNorm does it.
+        return (x + update,)
 
     def released(block: Any, x: Tensor, cross: Tensor, mapped: Tensor) -> Outputs:
         return (block(x, cross, mapped)[0],)
@@ -85,9 +90,7 @@ def swin_block(case: Case, dtype: torch.dtype) -> Problem:
     block = new("auto")
     frozen = copy.deepcopy(block)
     if dtype.itemsize == 2:
-        for module in frozen.swin_modules():
-            if not isinstance(module, nn.LayerNorm):
-                module.to(dtype)
+        CastWeights(frozen.swin_modules(), dtype)
     x = torch.randn(batch, shape.rows, shape.dim)
     inputs: Inputs = {"x": x, "cross": torch.randn(batch, 768), "mapped": torch.randn(batch, 1, shape.dim)}
     if case.training:
@@ -222,7 +225,7 @@ def _swin_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
         ways["released half"] = way(ReleasedModel(halved))
         pixels = inputs["pixel_values"].to(dtype)
         inputs_of["released half"] = {"pixel_values": pixels, **_trained(halved, case.training)}
-        cast_frozen(model, dtype)
+        model.cast_frozen(dtype)
     vision: Any = model.vision
     parameters = _trained(source, case.training)
     return Problem(
@@ -244,7 +247,7 @@ def _vit_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
     inputs, banks = _inputs(shape), None
     on_gpu = inputs["pixel_values"].is_cuda
     if dtype.itemsize == 2:
-        cast_frozen(model, dtype)
+        model.cast_frozen(dtype)
     if not case.training:
         with torch.no_grad():
             banks = model.build_banks()
@@ -283,9 +286,3 @@ def _vit_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
         recorded=on_gpu and not case.training,
         inputs_of={"ours": _trained(model, case.training)},
     )
-
-
-def cast_frozen(model: Any, dtype: torch.dtype) -> None:
-    """Once, not in every call."""
-    if hasattr(model, "cast_frozen"):
-        model.cast_frozen(dtype)
