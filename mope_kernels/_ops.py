@@ -65,6 +65,9 @@ PROMPTED_NORM_GRADIENTS = (
 # The same for `gelu_mlp` and `gelu_mlp_backward`.
 GELU_MLP_GRADIENTS = ("x", "weight1", "bias1", "weight2", "bias2")
 
+# The same for `expert_adapter` and `expert_adapter_backward`.
+EXPERT_ADAPTER_GRADIENTS = ("x", "down_weight", "down_bias", "up_weight", "up_bias", "router_weight", "router_bias")
+
 _PROMPT_ATTENTION_INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor prompt_value, Tensor? lengths, Tensor? attn_bias, "
     "Tensor? seed, bool is_causal, float scale, float dropout_p"
@@ -84,6 +87,12 @@ _PROMPTED_NORM_INPUTS = (
     "Tensor x, Tensor? update, Tensor? weight, Tensor? bias, Tensor? static, Tensor? experts, Tensor? mapped, "
     "Tensor? cross_logits, Tensor? self_weight, Tensor? self_bias, Tensor? self_keys, Tensor? routing_weights, Tensor? routing_indices, Tensor? noise, "
     "int num_replaced, int top_k, float temperature, bool renormalize, float eps, ScalarType norm_dtype"
+)
+
+# x is (T,d). Parameters have one dtype, which need not be that of x.
+_EXPERT_ADAPTER_INPUTS = (
+    "Tensor x, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias, Tensor? router_weight, "
+    "Tensor? router_bias, Tensor? seed, float temperature, bool is_gelu, float dropout_p"
 )
 
 # With resolution >= window_size: one window of the size of the image and no shift where the image is smaller.
@@ -143,6 +152,10 @@ SCHEMAS = {
     " Tensor? self_bias, Tensor? self_keys, int num_rows, int num_replaced, int num_static, int num_mapped, float temperature,"
     " bool renormalize, float eps, ScalarType x_dtype, ScalarType update_dtype, int needs)"
     f" -> ({', '.join(['Tensor'] * len(PROMPTED_NORM_GRADIENTS))})",
+    # -> out (T,d), with return_weights also the routing weights (T,E)
+    "expert_adapter": f"({_EXPERT_ADAPTER_INPUTS}, bool return_weights) -> (Tensor, Tensor)",
+    "expert_adapter_backward": f"(Tensor grad_out, Tensor? grad_weights, {_EXPERT_ADAPTER_INPUTS}, int needs)"
+    f" -> ({', '.join(['Tensor'] * len(EXPERT_ADAPTER_GRADIENTS))})",
     "mope_attention_backward": "(Tensor grad_out, Tensor? grad_probs, Tensor? grad_weights, Tensor out, Tensor lse, Tensor probs,"
     f" Tensor weights, Tensor indices, {_MOPE_ATTENTION_TENSORS}, {_MOPE_ATTENTION_OPTIONS}, int needs)"
     f" -> ({', '.join(['Tensor'] * len(MOPE_ATTENTION_GRADIENTS))})",
@@ -367,6 +380,18 @@ def _fake_prompted_norm_backward(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _fake_expert_adapter(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    num_experts, return_weights = rest[2].shape[0], rest[-1]
+    shape = (x.shape[0], num_experts) if return_weights else (0,)
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_expert_adapter_backward(grad_out: Tensor, grad_weights: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    needs = rest[-1]
+    inputs = rest[: len(EXPERT_ADAPTER_GRADIENTS)]
+    return tuple(t.new_empty(t.shape) if needs >> i & 1 else not_needed(grad_out) for i, t in enumerate(inputs))
+
+
 FAKES: dict[str, Callable[..., object]] = {
     "route": _fake_route,
     "route_backward": _fake_route_backward,
@@ -386,6 +411,8 @@ FAKES: dict[str, Callable[..., object]] = {
     "prompted_norm_backward": _fake_prompted_norm_backward,
     "gelu_mlp": _fake_gelu_mlp,
     "gelu_mlp_backward": _fake_gelu_mlp_backward,
+    "expert_adapter": _fake_expert_adapter,
+    "expert_adapter_backward": _fake_expert_adapter_backward,
     "window_prompt_attention": _fake_window_prompt_attention,
     "window_prompt_attention_backward": _fake_window_prompt_attention_backward,
 }

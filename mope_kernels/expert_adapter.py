@@ -2,15 +2,74 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments
-from .impl import Operation, reference_check
-
-_EXPERT_ADAPTER = Operation("expert_adapter", reference=reference_check)
+from ._checks import Arguments, last_dim_contiguous
+from ._ops import EXPERT_ADAPTER_GRADIENTS
+from .expert_adapter_details import _launch as _launch
+from .impl import Operation, extension_check, reference_check, triton_check
 
 ACTIVATIONS = ("relu", "gelu")
+# What the Triton kernels hold for a row.
+MAX_EXPERTS, MAX_BOTTLENECK = 8, 64
+
+
+class _Options(NamedTuple):
+    """What is no tensor, in the order of the raw op's schema."""
+
+    temperature: float
+    is_gelu: bool
+    dropout_p: float
+
+
+class ExpertAdapterFunction(torch.autograd.Function):
+    """(namespace, options, whether to return the weights, x (T,d), parameters, seed) -> out, weights. Only the inputs are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, namespace: str, options: _Options, return_weights: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.ops, ctx.options = getattr(torch.ops, namespace), options
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        out, weights = ctx.ops.expert_adapter.default(*tensors, *options, return_weights)
+        if not return_weights:
+            ctx.mark_non_differentiable(weights)
+        return out, weights
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        grad_out, grad_weights = grads
+        grad_out = torch.zeros_like(tensors[0]) if grad_out is None else last_dim_contiguous(grad_out)
+        # Of namespace, options, return_weights, and the tensors; the seed has none.
+        needed = ctx.needs_input_grad[3:-1]
+        found = ctx.ops.expert_adapter_backward.default(
+            grad_out, grad_weights, *tensors, *ctx.options, sum(need << bit for bit, need in enumerate(needed))
+        )
+        return None, None, None, *(grad if need else None for grad, need in zip(found, needed, strict=True)), None
+
+
+def _triton_check(x: Tensor, down_weight: Tensor, down_bias: Tensor, up_weight: Tensor, *_: Any, **__: Any) -> list[str]:
+    reasons = triton_check(x, down_weight)
+    if up_weight.shape[0] > MAX_EXPERTS or up_weight.shape[2] > MAX_BOTTLENECK:
+        most, got = f"E <= {MAX_EXPERTS} and r <= {MAX_BOTTLENECK}", f"E={up_weight.shape[0]} and r={up_weight.shape[2]}"
+        reasons.append(f"the Triton kernels are made for {most}, got {got}")
+    return reasons
+
+
+def _cpu_check(x: Tensor, down_weight: Tensor, *_: Any, dropout_p: float = 0.0, **__: Any) -> list[str]:
+    reasons = extension_check(x, down_weight)
+    if dropout_p:
+        reasons.append("the C++ kernel has no dropout")
+    return reasons
+
+
+_EXPERT_ADAPTER = Operation("expert_adapter", triton=_triton_check, reference=reference_check)
 
 
 def expert_adapter(
@@ -32,51 +91,55 @@ def expert_adapter(
 
     Args:
         x: (..., d), floating point.
-        down_weight, down_bias: (r,d), (r,).
+        down_weight, down_bias: (r,d), (r,), floating point of any dtype, which all parameters have; rounded to the dtype of x.
         up_weight, up_bias: (E,d,r), (E,d).
         router_weight, router_bias: (E,d), (E,). Without a router there is one expert: the plain adapter.
         temperature: positive.
         activation: "relu" or "gelu" (exact).
         dropout_p: of h.
-        return_weights: also return the routing weights.
-        impl: "auto" or "reference".
+        return_weights: also return the routing weights, all 1 without a router.
+        impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
-        (..., d), residual included; with `return_weights` also (..., E) float32 (float64).
+        (..., d) in the dtype of x, residual included; with `return_weights` also (..., E) float32 (float64).
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or `impl` cannot run.
 
+    Where gradients are needed only the arguments are kept; h is computed again.
     ModeX (Sci. China Inf. Sci. 67(12) 220107), modality-expert coordinator.
     """
     arguments = Arguments("expert_adapter")
     if x.dim() < 1:
         raise arguments.error("x must have a last axis d, got a scalar")
     arguments.tensor("x", x.reshape(-1, x.shape[-1]), "T d")
-    arguments.tensor("down_weight", down_weight, "r d")
-    arguments.tensor("down_bias", down_bias, "r")
-    arguments.tensor("up_weight", up_weight, "E d r")
-    arguments.tensor("up_bias", up_bias, "E d")
+    parameters = (down_weight, down_bias, up_weight, up_bias, router_weight, router_bias)
+    for name, value, axes in zip(EXPERT_ADAPTER_GRADIENTS[1:], parameters, ("r d", "r", "E d r", "E d", "E d", "E"), strict=True):
+        arguments.tensor(name, value, axes, dtype=down_weight.dtype)
     arguments.both_or_neither("router_weight", router_weight, "router_bias", router_bias)
-    arguments.tensor("router_weight", router_weight, "E d")
-    arguments.tensor("router_bias", router_bias, "E")
     if router_weight is None and up_weight.shape[0] != 1:
         raise arguments.error(f"{up_weight.shape[0]} experts need router_weight and router_bias; without a router there is one")
     if activation not in ACTIVATIONS:
         raise arguments.error(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     arguments.positive("temperature", temperature)
     arguments.probability("dropout_p", dropout_p)
-    _EXPERT_ADAPTER.choose(impl, x)
-    out, weights = reference.expert_adapter(
-        x,
-        down_weight,
-        down_bias,
-        up_weight,
-        up_bias,
-        router_weight,
-        router_bias,
-        temperature=temperature,
-        activation=activation,
-        dropout_p=dropout_p,
+    implementation = _EXPERT_ADAPTER.choose(impl, x, *parameters, dropout_p=dropout_p)
+    if implementation == "reference":
+        out, weights = reference.expert_adapter(x, *parameters, temperature=temperature, activation=activation, dropout_p=dropout_p)
+        return (out, weights) if return_weights else out
+    # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
+    seed = torch.randint(2**62, (1,), device=x.device) if dropout_p else None
+    routed = return_weights and router_weight is not None
+    out, weights = ExpertAdapterFunction.apply(
+        f"mope_{implementation}",
+        _Options(temperature, activation == "gelu", dropout_p),
+        routed,
+        last_dim_contiguous(x.reshape(-1, x.shape[-1])),
+        *parameters,
+        seed,
     )
-    return (out, weights) if return_weights else out
+    if not return_weights:
+        return out.view(x.shape)
+    if not routed:
+        return out.view(x.shape), x.new_ones(*x.shape[:-1], 1, dtype=reference.statistics_dtype(x))
+    return out.view(x.shape), weights.view(*x.shape[:-1], weights.shape[1])

@@ -107,6 +107,20 @@ def _softmax_or_zero(scores: Tensor) -> Tensor:
     return torch.where(nothing, 0.0, torch.where(nothing, 0.0, scores).softmax(-1))
 
 
+def pad_items(rows: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+    """Packed items, rows offsets[b]..offsets[b+1] each, with zeros behind the shorter ones: (1,H,T,D), (B+1,) -> (B,H,max_length,D)."""
+    place = offsets[:-1, None] + torch.arange(max_length, device=offsets.device)
+    padded = rows[0].transpose(0, 1)[place.clamp(max=rows.shape[2] - 1)]
+    return padded.masked_fill((place >= offsets[1:, None])[..., None, None], 0.0).transpose(1, 2)
+
+
+def pack_items(padded: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
+    """The inverse of `pad_items`: (B,H,L,D), (B+1,) -> (1,H,T,D), laid out as (1,T,H,D)."""
+    row = torch.arange(num_rows, device=offsets.device)
+    item = torch.searchsorted(offsets[1:].contiguous(), row, right=True)
+    return padded.transpose(1, 2)[item, row - offsets[item]][None].transpose(1, 2)
+
+
 @_without_autocast
 def prompt_attention(
     query: Tensor,
@@ -117,11 +131,19 @@ def prompt_attention(
     *,
     lengths: Tensor | None = None,
     attn_bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+    max_length: int | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention over [prompts; tokens]: (B,H,Lq,D), (B,H,Lk,D) x2, (B|1,H,P,D) x2 -> (B,H,Lq,D)."""
+    """Attention over [prompts; tokens]: (B,H,Lq,D), (B,H,Lk,D) x2, (B|1,H,P,D) x2 -> (B,H,Lq,D); packed: (1,H,T,D) in their place."""
+    options = {"is_causal": is_causal, "dropout_p": dropout_p, "scale": scale}
+    if offsets is not None and max_length is not None:
+        tokens = (pad_items(t, offsets, max_length) for t in (query, key, value))
+        out = prompt_attention(*tokens, prompt_key, prompt_value, lengths=offsets.diff(), **options)
+        return pack_items(out, offsets, query.shape[2])
+
     batch, _, num_queries, width = query.shape
     num_keys, num_prompts = key.shape[2], prompt_key.shape[2]
     scale = width**-0.5 if scale is None else scale
@@ -390,15 +412,16 @@ def expert_adapter(
 ) -> tuple[Tensor, Tensor]:
     """x + sum_e w_e (U_e h + b_e), h = activation(W x + b), w = softmax(router(x) / temperature) per token (ModeX).
 
-    (..., d), (r,d), (r,), (E,d,r), (E,d), (E,d), (E,) -> out (..., d), weights (..., E).
+    (..., d), (r,d), (r,), (E,d,r), (E,d), (E,d), (E,) -> out (..., d), weights (..., E). Parameters are rounded to the dtype of x.
     """
+    down_weight, down_bias, up_weight, up_bias = (t.to(x.dtype) for t in (down_weight, down_bias, up_weight, up_bias))
     activations: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
     hidden = F.dropout(activations[activation](F.linear(x, down_weight, down_bias)), dropout_p)
     dtype = statistics_dtype(x)
-    if router_weight is None:
+    if router_weight is None or router_bias is None:
         weights = x.new_ones(*x.shape[:-1], 1, dtype=dtype)
     else:
-        weights = (F.linear(x, router_weight, router_bias).to(dtype) / temperature).softmax(-1)
+        weights = (F.linear(x, router_weight.to(x.dtype), router_bias.to(x.dtype)).to(dtype) / temperature).softmax(-1)
     ups = torch.einsum("...r,edr->...ed", hidden, up_weight) + up_bias
     return x + torch.einsum("...e,...ed->...d", weights, ups.to(dtype)).to(x.dtype), weights
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import mope_kernels
 from mope_kernels import ExpertBank, Routing, reference
 from mope_kernels._ops import (
     ADD_NORM_GRADIENTS,
+    EXPERT_ADAPTER_GRADIENTS,
     GELU_MLP_GRADIENTS,
     MOPE_ATTENTION_GRADIENTS,
     PROMPT_ATTENTION_GRADIENTS,
@@ -212,7 +214,15 @@ def _attention(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, O
     tensors: Tensors = {n: torch.randn(b, heads, size[rows], width, dtype=dtype, device=device) for n, (b, rows) in rows.items()}
     tensors["lengths"] = _lengths(size, device)
     tensors["attn_bias"] = None if size["bias"] is None else torch.randn(size["bias"], device=device)
-    return tensors, {"is_causal": size["is_causal"], "scale": 0.3}
+    options = {"is_causal": size["is_causal"], "scale": 0.3}
+    if size["packed"]:
+        lengths = torch.tensor(size["lengths"], dtype=torch.int64).clamp(max=size["keys"])
+        offsets = F.pad(lengths.cumsum(0), (1, 0))
+        for name in ("query", "key", "value"):
+            rows = [tensors[name][b, :, :length] for b, length in enumerate(lengths)]
+            tensors[name] = torch.cat([*rows, rows[0][:, :0]], dim=1)[None]
+        return tensors | {"lengths": None, "offsets": offsets.to(device)}, options | {"max_length": size["keys"]}
+    return tensors, options
 
 
 PROMPT_ATTENTION = Op(
@@ -235,6 +245,7 @@ PROMPT_ATTENTION = Op(
         "lengths": None,
         "bias": None,
         "is_causal": False,
+        "packed": False,
     },
     cases={
         "plain": {},
@@ -261,6 +272,16 @@ PROMPT_ATTENTION = Op(
         "odd head": {"width": 72, "heads": 1},
         "empty batch": {"batch": 0},
         "long": {"batch": 1, "heads": 1, "queries": 70, "keys": 133, "lengths": [130]},
+        "packed": {"packed": True, "batch": 3, "lengths": [9, 0, 4]},
+        "packed, causal, several blocks": {
+            "packed": True,
+            "heads": 1,
+            "queries": 70,
+            "keys": 70,
+            "lengths": [5, 70],
+            "is_causal": True,
+            "shared": True,
+        },
     },
 )
 
@@ -407,25 +428,40 @@ WINDOW_PROMPT_ATTENTION = Op(
 def _adapter(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
     d, r, e = size["width"], size["bottleneck"], size["experts"]
     shapes = {"x": (*size["batch"], d), "down_weight": (r, d), "down_bias": (r,), "up_weight": (e, d, r), "up_bias": (e, d)}
-    if size["router"]:
-        shapes |= {"router_weight": (e, d), "router_bias": (e,)}
-    return {n: torch.randn(*s, dtype=dtype, device=device) / s[-1] ** 0.5 for n, s in shapes.items()}, {
-        "activation": size["activation"]
-    }
+    shapes |= {"router_weight": (e, d), "router_bias": (e,)} if size["router"] else {}
+    tensors: Tensors = {"router_weight": None, "router_bias": None}
+    for name, shape in shapes.items():
+        in_float32 = size["float32_parameters"] and name != "x" and dtype != torch.float64
+        tensors[name] = torch.randn(shape, dtype=torch.float32 if in_float32 else dtype, device=device) / shape[-1] ** 0.5
+    return tensors, {n: size[n] for n in ("activation", "temperature")}
 
-
-ADAPTER_WEIGHTS = ("down_weight", "down_bias", "up_weight", "up_bias", "router_weight", "router_bias")
 
 EXPERT_ADAPTER = Op(
     "expert_adapter",
     run=lambda impl, options, tensors: mope_kernels.expert_adapter(**tensors, **options, return_weights=True, impl=impl),
     plain=lambda options, tensors: reference.expert_adapter(**tensors, **options),
     example=_adapter,
-    implementations=(),
-    differentiable=("x", *ADAPTER_WEIGHTS),
+    implementations=("triton",),
+    differentiable=EXPERT_ADAPTER_GRADIENTS,
     per_item=("x",),
-    base={"batch": (3, 4), "width": 12, "bottleneck": 5, "experts": 3, "router": True, "activation": "gelu"},
-    cases={"routed": {}, "plain": {"experts": 1, "router": False, "activation": "relu"}, "empty": {"batch": (0, 4)}},
+    base={
+        "batch": (3, 4),
+        "width": 12,
+        "bottleneck": 5,
+        "experts": 3,
+        "router": True,
+        "float32_parameters": False,
+        "activation": "gelu",
+        "temperature": 2.0,
+    },
+    cases={
+        "routed": {},
+        "plain": {"experts": 1, "router": False, "activation": "relu"},
+        "one expert, parameters in float32": {"experts": 1, "float32_parameters": True, "width": 32, "batch": (20,)},
+        "several blocks": {"batch": (33,), "width": 80, "bottleneck": 16, "activation": "relu"},
+        "as many as there may be": {"batch": (3,), "width": 40, "bottleneck": 64, "experts": 8},
+        "empty": {"batch": (0, 4)},
+    },
 )
 
 
@@ -538,8 +574,9 @@ PROMPTED_NORM = Op(
     run=_prompted_norm,
     plain=_plain_prompted_norm,
     example=_routed_block,
-    implementations=(),
+    implementations=("triton",),
     differentiable=PROMPTED_NORM_GRADIENTS,
+    same_gradient={"update": "x"},
     per_item=("x", "update", "mapped", "cross_logits"),
     base={
         "batch": 2,

@@ -19,7 +19,7 @@ VARIED: dict[str, list[dict[str, Any]]] = {
     "prompt_attention": [{"shared": True, "lengths": [9, 4], "bias": (9, 9), "is_causal": True}, {}],
     "mope_attention": [{"lengths": [9, 4]}, {"top_k": 2, "fold": False, "noise": False}],
     "window_prompt_attention": [{}, {"prompt_owner": "reference", "resolution": 2, "shift": 0}],
-    "expert_adapter": [{}],
+    "expert_adapter": [{}, {"experts": 1, "router": False}],
     "gelu_mlp": [{}, {"bias": False}],
     "add_norm": [{}, {"affine": False}],
     "prompted_norm": [{}, {"top_k": 2, "noise": False}, {"routing": True, "affine": False}],

@@ -48,9 +48,10 @@ def _mixture_sizes(draw: st.DrawFn) -> Sizes:
 @st.composite
 def _attention_sizes(draw: st.DrawFn, impl: str) -> Sizes:
     batch, heads, queries = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.integers(0, 40))
-    is_causal = draw(st.booleans())
-    keys = queries if is_causal else draw(st.integers(0, 40))
+    is_causal, packed = draw(st.booleans()), batch > 0 and draw(st.booleans())
+    keys = queries if is_causal or packed else draw(st.integers(0, 40))
     bias = draw(st.none() | st.tuples(*(st.sampled_from((1, n)) for n in (batch, heads, queries, keys))))
+    lengths = st.lists(st.integers(0, keys + 2), min_size=batch, max_size=batch)
     return {
         "batch": batch,
         "heads": heads,
@@ -61,8 +62,9 @@ def _attention_sizes(draw: st.DrawFn, impl: str) -> Sizes:
         "prompts": draw(st.integers(1 if impl == "sdpa" else 0, 20)),
         "shared": draw(st.booleans()),
         "is_causal": is_causal,
-        "lengths": draw(st.none() | st.lists(st.integers(0, keys + 2), min_size=batch, max_size=batch)),
-        "bias": bias,
+        "lengths": draw(lengths if packed else st.none() | lengths),
+        "bias": None if packed else bias,
+        "packed": packed,
     }
 
 
@@ -107,8 +109,9 @@ def _adapter_sizes(draw: st.DrawFn) -> Sizes:
         "batch": draw(st.lists(st.integers(0, 4), max_size=3)),
         "width": draw(st.integers(1, 40)),
         "bottleneck": draw(st.integers(1, 20)),
-        "experts": draw(st.integers(1, 5)) if router else 1,
+        "experts": draw(st.integers(1, 8)) if router else 1,
         "router": router,
+        "float32_parameters": draw(st.booleans()),
         "activation": draw(st.sampled_from(("relu", "gelu"))),
     }
 

@@ -1,0 +1,212 @@
+"""Launchers of the adapter's Triton kernels, and their configurations. Triton is imported by the first call."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mope_kernels._checks import last_dim_contiguous
+from mope_kernels._ops import EXPERT_ADAPTER_GRADIENTS, not_needed, triton_kernel
+from mope_kernels._triton import cdiv, launch, next_power_of_2
+
+# Tensor cores multiply at least 16.
+SMALLEST = 16
+# Programs that share the products of the parameters' gradients: two for each multiprocessor of an H100.
+PROGRAMS = 264
+
+
+class Blocks(NamedTuple):
+    """Rows and columns of a block, warps, and stages of the software pipeline."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+# Widest row of the experts' bottlenecks side by side -> blocks of forward, of backward, and of the parameters' gradients.
+_HALF = {
+    64: (Blocks(32, 128, 4, 3), Blocks(32, 64, 4, 3), Blocks(64, 64, 4, 3)),
+    128: (Blocks(32, 64, 4, 3), Blocks(32, 64, 4, 2), Blocks(64, 64, 4, 2)),
+    256: (Blocks(32, 64, 4, 2), Blocks(16, 32, 4, 2), Blocks(32, 32, 4, 2)),
+    512: (Blocks(16, 32, 4, 1), Blocks(16, 16, 8, 1), Blocks(32, 16, 4, 1)),
+}
+_FLOAT = {
+    64: (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1)),
+    128: (Blocks(16, 32, 4, 2), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+    256: (Blocks(16, 16, 4, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1)),
+    512: (Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1)),
+}
+
+
+class _Sizes(NamedTuple):
+    """What the kernels take as constants, without the size of a block."""
+
+    D: int
+    R: int
+    E: int
+    BR: int
+    BE: int
+    BG: int
+
+    @classmethod
+    def of(cls, up_weight: Tensor) -> _Sizes:
+        experts, width, bottleneck = up_weight.shape
+        block = next_power_of_2(experts)
+        return cls(width, bottleneck, experts, max(next_power_of_2(bottleneck), SMALLEST), block, max(block, SMALLEST))
+
+    def blocks(self, dtype: torch.dtype) -> tuple[Blocks, Blocks, Blocks]:
+        table = _FLOAT if dtype == torch.float32 else _HALF
+        side_by_side = self.BE * self.BR
+        return next(blocks for width, blocks in table.items() if side_by_side <= width)
+
+    def constants(self, blocks: Blocks) -> dict[str, Any]:
+        """With those of a block, and the options of the compiler."""
+        return self._asdict() | {
+            "BM": blocks.rows,
+            "BD": blocks.columns,
+            "EVEN": self.D % blocks.columns == 0,
+            "PRECISION": "ieee",
+            "num_warps": blocks.num_warps,
+            "num_stages": blocks.num_stages,
+        }
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+@triton_kernel("expert_adapter")
+def expert_adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    seed: Tensor | None,
+    temperature: float,
+    is_gelu: bool,
+    dropout_p: float,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    from ._forward import adapter_forward
+
+    x = last_dim_contiguous(x)
+    num_rows, sizes = x.shape[0], _Sizes.of(up_weight)
+    blocks, *_ = sizes.blocks(x.dtype)
+    out = x.new_empty(x.shape)
+    weights = x.new_empty(num_rows, sizes.E, dtype=torch.float32) if return_weights else None
+    launch(
+        adapter_forward,
+        cdiv(num_rows, blocks.rows),
+        x,
+        *_contiguous(down_weight, down_bias, up_weight, up_bias, router_weight, router_bias),
+        seed,
+        out,
+        weights,
+        num_rows,
+        x.stride(0),
+        temperature,
+        dropout_p,
+        GELU=is_gelu,
+        **sizes.constants(blocks),
+    )
+    return out, x.new_empty(0, dtype=torch.float32) if weights is None else weights
+
+
+@triton_kernel("expert_adapter_backward")
+def expert_adapter_backward(
+    grad_out: Tensor,
+    grad_weights: Tensor | None,
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    seed: Tensor | None,
+    temperature: float,
+    is_gelu: bool,
+    dropout_p: float,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    from ._backward import adapter_backward, parameter_products, sum_parts
+
+    x, grad_out = last_dim_contiguous(x), last_dim_contiguous(grad_out)
+    parameters = (down_weight, down_bias, up_weight, up_bias, router_weight, router_bias)
+    need = {name for bit, name in enumerate(EXPERT_ADAPTER_GRADIENTS) if needs >> bit & 1}
+    num_rows, sizes = x.shape[0], _Sizes.of(up_weight)
+    _, blocks, product_blocks = sizes.blocks(x.dtype)
+
+    def factor(width: int, *wanted_by: str) -> Tensor | None:
+        return None if need.isdisjoint(wanted_by) else x.new_empty(num_rows, width)
+
+    mixed, weights = factor(sizes.BE * sizes.BR, "up_weight"), factor(sizes.BG, "up_bias")
+    grad_down = factor(sizes.BR, "down_weight", "down_bias")
+    grad_logits = factor(sizes.BG, "router_weight", "router_bias")
+    found: dict[str, Tensor | None] = {"x": x.new_empty(x.shape) if "x" in need else None}
+    launch(
+        adapter_backward,
+        cdiv(num_rows, blocks.rows),
+        grad_out,
+        None if grad_weights is None else grad_weights.contiguous(),
+        x,
+        *_contiguous(*parameters),
+        seed,
+        found["x"],
+        mixed,
+        weights,
+        grad_down,
+        grad_logits,
+        num_rows,
+        grad_out.stride(0),
+        x.stride(0),
+        temperature,
+        dropout_p,
+        GELU=is_gelu,
+        **sizes.constants(blocks),
+    )
+    # In the order of the parts.
+    of_parameters = ("up_weight", "up_bias", "down_weight", "router_weight", "down_bias", "router_bias")
+    by_name = dict(zip(EXPERT_ADAPTER_GRADIENTS[1:], parameters, strict=True))
+    for name in of_parameters:
+        like = by_name[name]
+        found[name] = None if name not in need or like is None else like.new_empty(like.shape)
+    gradients = [found[name] for name in of_parameters]
+    *starts, total = accumulate((0 if t is None else t.numel() for t in gradients), initial=0)
+    if total:
+        column_blocks = cdiv(sizes.D, product_blocks.columns)
+        row_blocks = cdiv(num_rows, product_blocks.rows)
+        blocks_per_split = max(cdiv(row_blocks * column_blocks, PROGRAMS), 1)
+        num_splits = cdiv(row_blocks, blocks_per_split)
+        parts = x.new_empty(num_splits, total, dtype=torch.float32)
+        launch(
+            parameter_products,
+            column_blocks * num_splits,
+            grad_out,
+            x,
+            mixed,
+            weights,
+            grad_down,
+            grad_logits,
+            parts,
+            num_rows,
+            blocks_per_split * product_blocks.rows,
+            grad_out.stride(0),
+            x.stride(0),
+            tuple(starts),
+            total,
+            NEED_DOWN="down_weight" in need,
+            NEED_DOWN_BIAS="down_bias" in need,
+            NEED_ROUTER="router_weight" in need,
+            NEED_ROUTER_BIAS="router_bias" in need,
+            **sizes.constants(product_blocks),
+        )
+        launch(sum_parts, cdiv(total, 1024), parts, *gradients, num_splits, tuple(starts), total, BN=1024, num_warps=4)
+    return tuple(not_needed(grad_out) if (t := found[name]) is None else t for name in EXPERT_ADAPTER_GRADIENTS)
