@@ -192,20 +192,14 @@ class MoPESwinBlock(nn.Module):
         if own is None:
             return *add_norm(x, update, self.norm1, behind=self.qkv, impl=self.impl), None
         norm: Any = self.norm1
-        plain = is_plain(norm, nn.LayerNorm)
-        dtype = x.dtype if update is None else torch.promote_types(x.dtype, update.dtype)
-        total, normed, routing = mope_kernels.prompted_norm(
-            x,
-            update,
-            norm.weight if plain else None,
-            norm.bias if plain else None,
-            num_replaced=x.shape[1] - self.resolution**2,
-            **own,
-            eps=norm.eps if plain else 1.0,
-            norm_dtype=norm_dtype(x.device, dtype, self.qkv),
-            impl=self.impl,
+        dtype = norm_dtype(
+            x.device, x.dtype if update is None else torch.promote_types(x.dtype, update.dtype), norm, behind=self.qkv
         )
-        return total, normed if plain else norm(total), routing
+        affine = (None, None) if dtype is None else (norm.weight, norm.bias)
+        options = own | {"num_replaced": x.shape[1] - self.resolution**2, "norm_dtype": dtype, "impl": self.impl}
+        options |= {} if dtype is None else {"eps": norm.eps}
+        total, normed, routing = mope_kernels.prompted_norm(x, update, *affine, **options)
+        return total, norm(total) if dtype is None else normed, routing
 
     def mlp_layers(self) -> list[nn.Module]:
         """What the MLP does one after the other; empty where it has to be called."""
