@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from .reference.acceleration import accelerate
     from .reference.encoder import load_reference_encoder
     from .reference.loading import load_reference_checkpoint
+    from .serving import MoPEServer
 
 __all__ = [
     "CudaGraphRunner",
     "MoPEConfig",
     "MoPEForClassification",
+    "MoPEServer",
     "__version__",
     "accelerate",
     "load_reference_checkpoint",
@@ -29,7 +31,12 @@ __all__ = [
 ]
 
 _REFERENCE = ("accelerate", "load_reference_checkpoint", "load_reference_encoder")
-_ELSEWHERE = {"__version__": "mope_kernels", "CudaGraphRunner": ".graphs", **dict.fromkeys(_REFERENCE, ".reference")}
+_ELSEWHERE = {
+    "__version__": "mope_kernels",
+    "CudaGraphRunner": ".graphs",
+    "MoPEServer": ".serving",
+    **dict.fromkeys(_REFERENCE, ".reference"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -286,7 +286,7 @@ def read_config(folder: Path) -> tuple[MoPEConfig, dict[str, dict[str, Any]]]:
     for modality in config.modalities:
         if modality not in values["backbones"]:
             raise ValueError(f"{file} has no record of the {modality} backbone")
-    return config, values["backbones"]
+    return config, {modality: values["backbones"][modality] for modality in config.modalities}
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

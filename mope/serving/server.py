@@ -1,0 +1,329 @@
+"""Many tasks in one batch, loaded and unloaded while serving."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mope.graphs import CudaGraphRunner
+from mope.models import MoPEConfig
+from mope.models.backbones import base_model
+from mope.models.saving import WEIGHTS, check_backbone, describe, load_backbone, read_config, read_tensors
+
+from .model import MultiTaskModel
+
+# In these the tasks of a server may differ: labels, and what training alone reads.
+FREE = {
+    *("num_labels", "id2label", "problem_type"),
+    *("train_top_k", "noise_std", "router_embedding", "prompt_init_bound", "prompt_dropout", "drop_block_prompts"),
+    *("importance_weight", "importance_threshold", "importance_noise", "impl"),
+}
+
+
+# Of backbones, by modality: as config.json has them, and `describe`.
+_Records = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What one item got from its task.
+
+    task: its name.
+    logits: (num_labels,), in the order of `names`.
+    names: of the labels.
+    problem_type: "single_label" or "multi_label".
+    """
+
+    task: str
+    logits: Tensor
+    names: tuple[str, ...]
+    problem_type: str
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(num_labels,), in float32 (float64); with several labels to an item each by itself."""
+        logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+        return logits.sigmoid() if self.problem_type == "multi_label" else logits.softmax(-1)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The most probable label; with several labels to an item all that are more probable than not. Waits for the device."""
+        if self.problem_type == "multi_label":
+            return tuple(name for name, yes in zip(self.names, (self.logits > 0).tolist(), strict=True) if yes)
+        return (self.names[int(self.logits.argmax())],)
+
+
+class _Task(NamedTuple):
+    slot: int
+    config: MoPEConfig
+
+
+class MoPEServer:
+    """Classifies batches whose items belong to different tasks, each trained with the same frozen backbones.
+
+    What a task adds to the backbones is small. It lies in one of `capacity` slots, beside those of the other tasks, and each item
+    is computed with what lies in the slot of its task. So one batch runs once through the backbones whatever tasks it is of, and
+    loading or unloading a task changes no address and no shape: nothing is compiled or recorded anew.
+
+    Any number of threads may call one server. A call sees a task as it was loaded, whole; loading and unloading wait for calls that
+    are under way, and those for them.
+
+    The backbones are prompted in place, as by `MoPEForClassification`, and given back by `close`.
+
+    Args:
+        vision, text: the backbones that the tasks were trained with. Those not given come from the folder of the first task.
+        config: what the tasks have in common. Default: that of the first task.
+        capacity: how many tasks there may be at a time.
+        max_labels: the most labels that a task may have. None: as many as the largest task has, and a task with more than any
+            before has graphs recorded anew.
+        device: where to put the backbones. None: where they are.
+        dtype: torch.float16 or torch.bfloat16, see `MoPEForClassification.cast_frozen`. None: as the backbones are.
+        graphs: call through CUDA graphs, one for each thread and shape, see `CudaGraphRunner`. On the CPU it makes no difference.
+        max_graphs, batch_sizes: of each thread's `CudaGraphRunner`.
+
+    >>> server = MoPEServer(vision=vision, text=text)
+    >>> server.load("food", "runs/food")
+    >>> server.load("movies", "runs/movies")
+    >>> server(["food", "movies"], pixel_values=pixel_values, input_ids=input_ids)[1].labels
+    ('Comedy', 'Drama')
+    """
+
+    def __init__(
+        self,
+        *,
+        vision: nn.Module | None = None,
+        text: nn.Module | None = None,
+        config: MoPEConfig | None = None,
+        capacity: int = 16,
+        max_labels: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        graphs: bool = True,
+        max_graphs: int = 8,
+        batch_sizes: Sequence[int] | None = None,
+    ) -> None:
+        for name, value in {"capacity": capacity, "max_labels": max_labels}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"MoPEServer: {name} must be at least 1, got {value}")
+        self.capacity, self.max_labels, self.device, self.dtype = capacity, max_labels, device, dtype
+        self._graph_options: dict[str, Any] | None = {"max_graphs": max_graphs, "batch_sizes": batch_sizes} if graphs else None
+        self._backbones = {"vision": vision, "text": text}
+        self._tasks: dict[str, _Task] = {}
+        self._model: MultiTaskModel | None = None
+        # What `describe` says of each backbone.
+        self._described: _Records = {}
+        self._lock = threading.RLock()
+        self._of_thread = threading.local()
+        if config is not None:
+            _check_served("MoPEServer", config)
+            if vision is None or text is None:
+                raise ValueError("MoPEServer: config says how to prompt the backbones: give vision and text as well")
+            self._start(config, {"vision": vision, "text": text})
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that are loaded, first loaded first."""
+        with self._lock:
+            return tuple(self._tasks)
+
+    @property
+    def config(self) -> MoPEConfig | None:
+        """What the tasks have in common; None before the first one."""
+        return None if self._model is None else self._model.config
+
+    def load(self, task: str, path: str | Path, *, replace: bool = False) -> None:
+        """Load a task from a folder that `MoPEForClassification.save_pretrained` wrote. Of the backbones nothing is read.
+
+        Args:
+            task: a name for it.
+            path: of the folder.
+            replace: put it in the place of the task with this name, if there is one, in one step.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            ValueError: the name is taken, or there is no slot left; the task is of another method or kind than the others, of other
+                backbones, or its file is damaged. Nothing has changed then.
+        """
+        folder = Path(path)
+        self._check_free(task, replace)
+        config, records = read_config(folder)
+        _check_served(f"task {task!r}", config)
+        tensors = read_tensors(folder / WEIGHTS)
+        with self._lock:
+            # Others may have been loaded in the meantime.
+            self._check_free(task, replace)
+            is_first = self._model is None
+            if is_first:
+                found = {m: given or load_backbone(folder, m, records[m]) for m, given in self._backbones.items()}
+                self._start(config, found, records)
+            model = self._running()
+            try:
+                self._check_fits(task, config, records, model)
+                staged = model.stage(config, tensors, folder / WEIGHTS)
+                slot = self._tasks[task].slot if task in self._tasks else self._free_slot()
+                with self._quiet():
+                    model.write(slot, staged)
+            except BaseException:
+                if is_first:
+                    self.close()
+                raise
+            self._tasks[task] = _Task(slot, config)
+
+    def unload(self, task: str) -> None:
+        """Forget a task; its slot is free again.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        with self._lock:
+            slot = self._find(task).slot
+            del self._tasks[task]
+            with self._quiet():
+                self._running().clear(slot)
+
+    def __call__(self, tasks: Sequence[str], **inputs: Tensor | None) -> list[Prediction]:
+        """Classify a batch.
+
+        Args:
+            tasks: B names, the task of each item.
+            inputs: pixel_values, input_ids, attention_mask, ..., as `MoPEForClassification` takes them, on any device.
+
+        Returns:
+            B predictions.
+
+        Raises:
+            ValueError: a task is not loaded, there are more or fewer names than items, or an input is missing or does not fit.
+        """
+        with self._lock:
+            found = [self._find(task) for task in tasks]
+            model = self._running()
+            task_ids = torch.tensor([task.slot for task in found], dtype=torch.int64, device=model.device)
+            logits = self.forward(
+                task_ids, **{name: tensor.to(model.device) for name, tensor in inputs.items() if tensor is not None}
+            )
+        return [
+            Prediction(task, row[: config.num_labels], _names(config), config.problem_type)
+            for task, (_, config), row in zip(tasks, found, logits, strict=True)
+        ]
+
+    def slot(self, task: str) -> int:
+        """What stands for a task in the `task_ids` of `forward` until it is unloaded."""
+        with self._lock:
+            return self._find(task).slot
+
+    def forward(self, task_ids: Tensor, **inputs: Tensor) -> Tensor:
+        """The same from tensors to tensors: slots (B,) int64, inputs -> logits (B,max_labels), -inf behind the labels of a task.
+
+        All on the device of the backbones. On a GPU no value of `task_ids` is looked at: each must be the `slot` of a task that is
+        loaded.
+        """
+        with self._lock, torch.no_grad():
+            return self._runner()(task_ids=task_ids, **inputs)
+
+    def close(self) -> None:
+        """Unload all tasks and give the backbones back as they were. Another `load` starts anew."""
+        with self._lock:
+            if self._model is not None:
+                with self._quiet():
+                    self._model.detach()
+            self._tasks.clear()
+            self._model, self._of_thread = None, threading.local()
+
+    def _start(self, config: MoPEConfig, backbones: dict[str, nn.Module], records: _Records | None = None) -> None:
+        self._described = {modality: describe(base_model(backbone)) for modality, backbone in backbones.items()}
+        for modality, record in (records or {}).items():
+            check_backbone(modality, record, self._described[modality])
+        self._model = MultiTaskModel(
+            config,
+            vision=backbones["vision"].to(self.device),
+            text=backbones["text"].to(self.device),
+            capacity=self.capacity,
+            max_labels=self.max_labels or config.num_labels,
+            dtype=self.dtype,
+        )
+
+    def _check_free(self, task: str, replace: bool) -> None:
+        with self._lock:
+            if task in self._tasks:
+                if not replace:
+                    raise ValueError(f"task {task!r} is loaded already: unload it first, or load(..., replace=True)")
+            else:
+                self._free_slot()
+
+    def _free_slot(self) -> int:
+        taken = {task.slot for task in self._tasks.values()}
+        if len(taken) == self.capacity:
+            raise ValueError(f"all {self.capacity} slots are taken: unload a task, or make a MoPEServer(capacity=...) of more")
+        return next(slot for slot in range(self.capacity) if slot not in taken)
+
+    def _check_fits(self, task: str, config: MoPEConfig, records: _Records, model: MultiTaskModel) -> None:
+        """Whether a task can stand beside those that are there."""
+        for modality, record in records.items():
+            check_backbone(modality, record, self._described[modality])
+        differing = [
+            f"{name} is {theirs!r}, and {ours!r} in the tasks of this server"
+            for name, theirs in dataclasses.asdict(config).items()
+            if name not in FREE and theirs != (ours := getattr(model.config, name))
+        ]
+        if self.max_labels is not None and config.num_labels > self.max_labels:
+            differing.append(f"num_labels is {config.num_labels}, and this server has max_labels={self.max_labels}")
+        if differing:
+            raise ValueError(f"task {task!r}: {'; '.join(differing)}")
+
+    def _find(self, task: str) -> _Task:
+        if task not in self._tasks:
+            raise ValueError(f"there is no task {task!r}; loaded are {', '.join(map(repr, self._tasks)) or 'none'}")
+        return self._tasks[task]
+
+    def _running(self) -> MultiTaskModel:
+        if self._model is None:
+            raise ValueError("MoPEServer: no task is loaded: call load(task, path)")
+        return self._model
+
+    def _runner(self) -> Callable[..., Tensor]:
+        """Graphs belong to the thread that recorded them."""
+        model = self._running()
+        if self._graph_options is None:
+            return model.classify
+        if not hasattr(self._of_thread, "runner"):
+            # Of all that it reads, only the head is ever replaced.
+            self._of_thread.runner = CudaGraphRunner(
+                model.classify, modules=(), guard=lambda: model.stacked_head.num_labels, **self._graph_options
+            )
+        runner: CudaGraphRunner = self._of_thread.runner
+        return runner
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """While slots change no call is under way, and no call begins before they have changed, on whatever stream."""
+        device = self._running().device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def _names(config: MoPEConfig) -> tuple[str, ...]:
+    id2label: Any = config.id2label
+    return tuple(id2label[i] for i in range(config.num_labels))
+
+
+def _check_served(asker: str, config: MoPEConfig) -> None:
+    """Whether such a task can be served at all."""
+    reasons = {
+        f"method is {config.method!r}, and only 'mope' is served": config.method != "mope",
+        "prompt_owner is 'reference', in which items of a batch reach each other": config.prompt_owner != "instance",
+        "padding_side is 'left', and only padding on the right is served": config.padding_side != "right",
+        f"finetuned names {', '.join(config.finetuned)}, and encoders are shared by all tasks": bool(config.finetuned),
+    }
+    if found := [reason for reason, holds in reasons.items() if holds]:
+        raise ValueError(f"{asker}: {'; '.join(found)}")

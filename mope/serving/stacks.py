@@ -1,0 +1,214 @@
+"""Small tensors of many tasks side by side, and modules that give each item what those of its own task make of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import mope_kernels
+from mope.fused import FrozenAttention, PromptBank, Router
+from mope.fused.attention import mean_over_tokens
+from mope_kernels import ExpertBank, Routing
+
+
+class TaskStack(nn.Module):
+    """Tensors of `capacity` tasks; the first axis of each counts slots, one for a task.
+
+    All memory is taken when the stack is made and stays where it is: what was compiled or recorded with it remains valid.
+
+    Args:
+        of_task: what the task whose weights the model's own modules hold puts into a slot, by name; None for what is not there.
+        capacity: number of slots.
+    """
+
+    def __init__(self, of_task: Callable[[], Mapping[str, Tensor | None]], capacity: int) -> None:
+        super().__init__()
+        self.of_task = of_task
+        for name, tensor in of_task().items():
+            stack = None if tensor is None else tensor.new_zeros(capacity, *tensor.shape)
+            self.register_buffer(_buffer(name), stack, persistent=False)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """(capacity, ...), by the name that `of_task` gives."""
+        return self.get_buffer(_buffer(name))
+
+    def staged(self) -> list[tuple[Tensor, Tensor]]:
+        """Each stack (capacity, ...), with what goes into one of its slots."""
+        return [(self[name], tensor) for name, tensor in self.of_task().items() if tensor is not None]
+
+
+class StackedModule(TaskStack):
+    """A module that treats items one by one, (B, ...) -> (B, ...), with weights of its own for each task.
+
+    Args:
+        module: that brings the weights of a task.
+        capacity: number of slots.
+    """
+
+    def __init__(self, module: nn.Module, capacity: int) -> None:
+        super().__init__(lambda: _tensors(module), capacity)
+        self.names = tuple(_tensors(module))
+
+        def of_item(weights: dict[str, Tensor], item: tuple[Tensor, ...]) -> Tensor:
+            output: Tensor = functional_call(module, weights, tuple(x[None] for x in item))
+            return output[0]
+
+        self._of_items = torch.vmap(of_item)
+
+    def forward(self, task_ids: Tensor, *inputs: Tensor) -> Tensor:
+        """(B,), (B, ...) -> (B, ...)."""
+        return self._of_items({name: self[name][task_ids] for name in self.names}, inputs)
+
+
+class StackedHead(StackedModule):
+    """Heads with any number of labels up to `num_labels`; the logits behind those of an item's task are -inf.
+
+    Args:
+        head: gives that of the task whose weights the model's own modules hold.
+        num_labels, capacity: of logits, of slots.
+    """
+
+    def __init__(self, head: Callable[[], nn.Sequential], num_labels: int, capacity: int) -> None:
+        super().__init__(_widened(head(), num_labels), capacity)
+        self.of_task = lambda: _tensors(_widened(head(), num_labels))
+        self.num_labels = num_labels
+
+    def take(self, other: StackedHead) -> None:
+        """The heads of a narrower one."""
+        for name in self.names:
+            self[name].fill_(-math.inf if name.endswith("bias") else 0.0)
+            self[name][tuple(map(slice, other[name].shape))] = other[name]
+
+
+class StackedRouter(StackedModule):
+    """A router whose logits are those of each item's own task."""
+
+    def __init__(self, router: Router, capacity: int) -> None:
+        super().__init__(_Logits(router), capacity)
+        self.sees_tokens, self.temperature, self.renormalize = router.sees_tokens, router.temperature, router.renormalize
+
+    def logits(self, task_ids: Tensor, pooled: Tensor | None, cross: Tensor) -> Tensor:
+        """(B,), (B,C) or None, (B,Cc) -> (B,K)."""
+        return self(task_ids, cross) if pooled is None else self(task_ids, cross, pooled)
+
+
+class LayerPrompts(TaskStack):
+    """Static prompts and experts of one layer, projected when a task is loaded: see `MoPEAttention.build_bank`.
+
+    Args:
+        build: makes the bank of the task whose weights the model's own modules hold.
+        router: of this layer, which layers may share.
+        capacity: number of slots.
+        impl: of the op inside.
+    """
+
+    def __init__(self, build: Callable[[], PromptBank], router: StackedRouter, capacity: int, impl: str) -> None:
+        def of_task() -> dict[str, Tensor | None]:
+            bank = build()
+            experts = {name: getattr(bank.experts, name) for name in ("key", "value", "gram")}
+            return {**experts, "static_key": bank.static_key, "static_value": bank.static_value}
+
+        super().__init__(of_task, capacity)
+        self.router, self.impl = router, impl
+        # Of the frozen layer, the same for all tasks.
+        experts = build().experts
+        self.offsets = {"key_offset": experts.key_offset, "value_offset": experts.value_offset}
+        self.eps = experts.eps
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        frozen: FrozenAttention,
+        task_ids: Tensor,
+        cross: Tensor,
+        mapped: Tensor | None,
+        lengths: Tensor | None,
+        top_k: int | None,
+    ) -> tuple[Tensor, Routing]:
+        """As `MoPEAttention`, with the task (B,) of each item: (B,L,C) -> (B,L,C), and the routing among its experts."""
+        instance_key = instance_value = None
+        if mapped is not None:
+            instance_key, instance_value = frozen.keys_and_values(frozen.normalize(mapped.to(x.dtype)))
+        router = self.router
+        pooled = mean_over_tokens(x, lengths) if router.sees_tokens else None
+        bank = ExpertBank(
+            self["key"].flatten(0, 1),
+            self["value"].flatten(0, 1),
+            gram=self._buffers["gram"],
+            eps=self.eps,
+            **self.offsets,
+        )
+        out, routing = mope_kernels.mope_attention(
+            *frozen.project(x),
+            router.logits(task_ids, pooled, cross),
+            bank,
+            static_key=self._buffers["static_key"],
+            static_value=self._buffers["static_value"],
+            instance_key=instance_key,
+            instance_value=instance_value,
+            top_k=top_k,
+            temperature=router.temperature,
+            renormalize=router.renormalize,
+            lengths=lengths,
+            scale=frozen.scale,
+            task_ids=task_ids,
+            impl=self.impl,
+        )
+        return frozen.merge(out), routing
+
+
+class LayerStatic(TaskStack):
+    """Static prompts (S,C) of one layer, without experts.
+
+    Args:
+        static: that of the task whose weights the model's own modules hold.
+        capacity: number of slots.
+        impl: of the op inside.
+    """
+
+    def __init__(self, static: Callable[[], Tensor | None], capacity: int, impl: str) -> None:
+        super().__init__(lambda: {"static": static()}, capacity)
+        self.impl = impl
+
+    def forward(self, x: Tensor, *, frozen: FrozenAttention, task_ids: Tensor, lengths: Tensor | None) -> tuple[Tensor, None]:
+        """As `MoPEAttention`, with the task (B,) of each item: (B,L,C) -> (B,L,C)."""
+        prompts = frozen.keys_and_values(frozen.normalize(self["static"][task_ids].to(x.dtype)))
+        out = mope_kernels.prompt_attention(*frozen.project(x), *prompts, lengths=lengths, scale=frozen.scale, impl=self.impl)
+        return frozen.merge(out), None
+
+
+class _Logits(nn.Module):
+    """A router up to its logits."""
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, cross: Tensor, pooled: Tensor | None = None) -> Tensor:
+        return self.router.logits(pooled, cross)
+
+
+def _widened(head: nn.Sequential, num_labels: int) -> nn.Sequential:
+    """With more labels, whose logits are -inf."""
+    *others, last = cast(Any, head)
+    more = num_labels - last.out_features
+    wide = nn.Linear(last.in_features, num_labels, device="meta")
+    wide.weight = nn.Parameter(F.pad(last.weight, (0, 0, 0, more)), requires_grad=False)
+    wide.bias = nn.Parameter(F.pad(last.bias, (0, more), value=-math.inf), requires_grad=False)
+    return nn.Sequential(*others, wide)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _buffer(name: str) -> str:
+    """A buffer's name holds no dots."""
+    return name.replace(".", "/")
