@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, last_dim_contiguous
+from ._checks import Arguments, debugging, last_dim_contiguous
 from ._ops import PROMPT_ATTENTION_GRADIENTS
 from .impl import Operation, extension_check, reference_check, triton_check
 from .prompt_attention_details import _launch as _launch
@@ -130,16 +131,26 @@ def _check_bias(arguments: Arguments, attn_bias: Tensor | None, wanted: tuple[in
         raise arguments.error("attn_bias gets no gradient: pass attn_bias.detach()")
 
 
-def _check_packing(arguments: Arguments, offsets: Tensor, max_length: int | None, num_rows: int) -> None:
-    arguments.tensor("offsets", offsets, "B+1", integer=True)
+def _check_packed(
+    arguments: Arguments, query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, max_length: int | None, has_other: bool
+) -> None:
+    if has_other:
+        raise arguments.error("offsets say which tokens an item has: give neither lengths nor attn_bias beside them")
     if max_length is None:
-        raise arguments.error("offsets need max_length, the number of tokens of the longest item: to read it would make the host wait")
-    if arguments.can_read(offsets):
-        bounds, longest = offsets.tolist(), int(offsets.diff().max()) if len(offsets) > 1 else 0
-        if bounds != sorted(bounds) or bounds[:1] != [0] or bounds[-1] != num_rows or longest > max_length:
-            raise arguments.error(
-                f"offsets must ascend from 0 to the number of rows, {num_rows}, in steps of at most max_length={max_length}, got {bounds}"
-            )
+        raise arguments.error("offsets need max_length, the tokens of the longest item: to read them would make the host wait")
+    arguments.tensor("offsets", offsets, "N", integer=True)
+    arguments.tensor("query", query, "1 H T D")
+    arguments.tensor("key", key, "1 H T D", dtype=query.dtype)
+    arguments.tensor("value", value, "1 H T D", dtype=query.dtype)
+    arguments.sizes["B"] = len(offsets) - 1
+    if torch.compiler.is_compiling() or not (offsets.device.type == "cpu" or debugging()):
+        return
+    bounds, num_rows = offsets.tolist(), query.shape[2]
+    steps = [end - start for start, end in pairwise(bounds)]
+    if not bounds or bounds[0] != 0 or bounds[-1] != num_rows or min(steps, default=0) < 0 or max(steps, default=0) > max_length:
+        raise arguments.error(
+            f"offsets must go up from 0 to the T={num_rows} rows, by at most max_length={max_length} at a time, got {bounds}"
+        )
 
 
 def prompt_attention(
@@ -181,7 +192,11 @@ def prompt_attention(
         ValueError: shapes, dtypes or devices do not fit, `attn_bias` requires a gradient, or `impl` cannot run.
     """
     arguments = Arguments("prompt_attention")
-    check_attention(arguments, query, key, value, lengths, dropout_p)
+    arguments.probability("dropout_p", dropout_p)
+    if offsets is None:
+        check_attention(arguments, query, key, value, lengths, dropout_p)
+    else:
+        _check_packed(arguments, query, key, value, offsets, max_length, has_other=lengths is not None or attn_bias is not None)
     owner = "1" if prompt_key.shape[:1] == (1,) else "B"
     arguments.tensor("prompt_key", prompt_key, f"{owner} H P D")
     arguments.tensor("prompt_value", prompt_value, f"{owner} H P D")
@@ -190,19 +205,54 @@ def prompt_attention(
         raise arguments.error(f"is_causal needs as many queries as tokens, got Lq={query.shape[2]} and Lk={key.shape[2]}")
     tensors = (query, key, value, prompt_key, prompt_value)
     options: dict[str, Any] = {"lengths": lengths, "attn_bias": attn_bias, "is_causal": is_causal, "dropout_p": dropout_p}
+    if offsets is not None:
+        return _attend_packed(tensors, offsets, max_length or 0, is_causal, dropout_p, scale, impl)
     implementation = _PROMPT_ATTENTION.choose(impl, *tensors, **options)
     if implementation in _BY_AUTOGRAD:
         # The op computes in the dtypes of its arguments, and concatenates tensors of dtypes that autocast may not know.
         with reference.autocast_off(query.device):
             return _BY_AUTOGRAD[implementation](*tensors, **options, scale=scale)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
-    seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
     return PromptAttentionFunction.apply(
-        f"mope_{implementation}",
-        _Options(is_causal, scale, dropout_p),
+        f"mope_{implementation}::prompt_attention",
+        _Options(is_causal, _scale(query, scale), dropout_p),
         *(last_dim_contiguous(t) for t in tensors),
         lengths,
         attn_bias,
-        seed,
+        _seed(query, dropout_p),
     )
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _seed(query: Tensor, dropout_p: float) -> Tensor | None:
+    """A tensor of its own, made on the device: no sync, and a graph replay can be given a new one."""
+    return torch.randint(2**62, (1,), device=query.device) if dropout_p else None
+
+
+def _attend_packed(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    offsets: Tensor,
+    max_length: int,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float | None,
+    impl: str,
+) -> Tensor:
+    """Packed items, where Triton runs; else they are padded, attended and packed again."""
+    query, key, value, *prompts = tensors
+    # What stands for padding once they are padded.
+    implementation = _PROMPT_ATTENTION.choose(impl, *tensors, lengths=offsets, is_causal=is_causal, dropout_p=dropout_p)
+    if implementation == "triton":
+        return PromptAttentionFunction.apply(
+            "mope_triton::packed_attention",
+            _PackedOptions(max_length, is_causal, _scale(query, scale), dropout_p),
+            *(last_dim_contiguous(t) for t in tensors),
+            offsets.contiguous(),
+            _seed(query, dropout_p),
+        )
+    padded = (reference.pad_items(t, offsets, max_length) for t in (query, key, value))
+    options: dict[str, Any] = {"is_causal": is_causal, "dropout_p": dropout_p, "scale": scale}
+    out = prompt_attention(*padded, *prompts, lengths=offsets.diff(), **options, impl=implementation)
+    return reference.pack_items(out, offsets, query.shape[2])

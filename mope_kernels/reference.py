@@ -108,7 +108,7 @@ def _softmax_or_zero(scores: Tensor) -> Tensor:
 
 
 def pad_items(rows: Tensor, offsets: Tensor, max_length: int) -> Tensor:
-    """Packed items, rows offsets[b]..offsets[b+1] each, with zeros behind the shorter ones: (1,H,T,D), (B+1,) -> (B,H,max_length,D)."""
+    """Packed items, item b in rows offsets[b] to offsets[b+1], padded with zeros: (1,H,T,D), (B+1,) -> (B,H,max_length,D)."""
     place = offsets[:-1, None] + torch.arange(max_length, device=offsets.device)
     padded = rows[0].transpose(0, 1)[place.clamp(max=rows.shape[2] - 1)]
     return padded.masked_fill((place >= offsets[1:, None])[..., None, None], 0.0).transpose(1, 2)
@@ -137,7 +137,7 @@ def prompt_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention over [prompts; tokens]: (B,H,Lq,D), (B,H,Lk,D) x2, (B|1,H,P,D) x2 -> (B,H,Lq,D); packed: (1,H,T,D) in their place."""
+    """Attention over [prompts; tokens]: (B,H,Lq,D), (B,H,Lk,D) x2, (B|1,H,P,D) x2 -> (B,H,Lq,D); packed, (1,H,T,D) each."""
     options = {"is_causal": is_causal, "dropout_p": dropout_p, "scale": scale}
     if offsets is not None and max_length is not None:
         tokens = (pad_items(t, offsets, max_length) for t in (query, key, value))

@@ -9,13 +9,14 @@ grad_query = scale * dS K, grad_key = scale * dS' Q, grad_value = P' grad_out.
 import triton
 import triton.language as tl
 
-from ._forward import keep_mask, load_bias, load_tile, matrix_offset, store_tile, visible_tokens
+from ._forward import item_rows, keep_mask, load_bias, load_tile, matrix_offset, store_tile, visible_tokens
 
 
 @triton.jit(do_not_specialize=["num_queries"])
 def output_products(
     p_out,
     p_grad_out,
+    p_offsets,
     p_delta,
     grad_out_strides,
     num_queries,
@@ -31,10 +32,11 @@ def output_products(
     item = (item_head // H).to(tl.int64)
     head = (item_head % H).to(tl.int64)
     o_query = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
-    m_query = o_query < num_queries
+    first, queries, row = item_rows(p_offsets, item, num_queries)
+    m_query = o_query < queries
     # (BM, BD) each
-    b_out = load_tile(p_out + (item * num_queries * H + head) * D, o_query, m_query, H * D, D, BD, WIDE).to(tl.float32)
-    p_grad_out += matrix_offset(item, head, grad_out_strides)
+    b_out = load_tile(p_out + (row * H + head) * D, o_query, m_query, H * D, D, BD, WIDE).to(tl.float32)
+    p_grad_out += matrix_offset(item, head, grad_out_strides, first)
     b_grad_out = load_tile(p_grad_out, o_query, m_query, grad_out_strides[2], D, BD, WIDE).to(tl.float32)
     tl.store(p_delta + item_head.to(tl.int64) * num_queries + o_query, tl.sum(b_out * b_grad_out, 1), mask=m_query)
 
@@ -95,6 +97,7 @@ def query_gradient(
     p_lengths,
     p_bias,
     p_seed,
+    p_offsets,
     p_lse,
     p_delta,
     p_grad_out,
@@ -128,12 +131,16 @@ def query_gradient(
     item = (item_head // H).to(tl.int64)
     head = (item_head % H).to(tl.int64)
     block = tl.program_id(0) % blocks
+    first, queries, row = item_rows(p_offsets, item, num_queries)
+    _, keys, _ = item_rows(p_offsets, item, num_keys)
+    if p_offsets is not None and block * BM >= queries:
+        return
     o_query = block * BM + tl.arange(0, BM)
-    m_query = o_query < num_queries
+    m_query = o_query < queries
     # (BM, BD) each
-    p_query += matrix_offset(item, head, query_strides)
+    p_query += matrix_offset(item, head, query_strides, first)
     b_query = load_tile(p_query, o_query, m_query, query_strides[2], D, BD, WIDE)
-    p_grad_out += matrix_offset(item, head, grad_out_strides)
+    p_grad_out += matrix_offset(item, head, grad_out_strides, first)
     b_grad_out = load_tile(p_grad_out, o_query, m_query, grad_out_strides[2], D, BD, WIDE)
     # (BM,) each; exp2(score - inf) = 0 for rows that are not there
     o_row = item_head.to(tl.int64) * num_queries + o_query
@@ -143,8 +150,8 @@ def query_gradient(
 
     p_prompt_key += matrix_offset(item, head, prompt_strides)
     p_prompt_value += matrix_offset(item, head, prompt_strides)
-    for first in tl.range(0, N, BP, num_stages=1):
-        o_prompt = first + tl.arange(0, BP)
+    for start in tl.range(0, N, BP, num_stages=1):
+        o_prompt = start + tl.arange(0, BP)
         # (BP, BD) each
         b_prompt_key = load_tile(p_prompt_key, o_prompt, o_prompt < N, prompt_strides[2], D, BD, WIDE)
         b_prompt_value = load_tile(p_prompt_value, o_prompt, o_prompt < N, prompt_strides[2], D, BD, WIDE)
@@ -169,9 +176,9 @@ def query_gradient(
             PRECISION,
         )
 
-    p_key += matrix_offset(item, head, key_strides)
-    p_value += matrix_offset(item, head, value_strides)
-    visible = visible_tokens(p_lengths, item, num_keys)
+    p_key += matrix_offset(item, head, key_strides, first)
+    p_value += matrix_offset(item, head, value_strides, first)
+    visible = visible_tokens(p_lengths, item, keys)
     if IS_CAUSAL:
         # No query of this block sees what lies behind its last one.
         visible = tl.minimum(visible, block * BM + BM)
@@ -210,7 +217,7 @@ def query_gradient(
             keep_scale,
             PRECISION,
         )
-    p_grad_query += (item * num_queries * H + head) * D
+    p_grad_query += (row * H + head) * D
     store_tile(p_grad_query, o_query, m_query, H * D, b_grad * scale, D, BD, WIDE)
 
 
@@ -222,6 +229,8 @@ def key_value_gradient(
     p_lengths,
     p_bias,
     p_seed,
+    p_offsets,
+    p_key_offsets,
     p_lse,
     p_delta,
     p_grad_out,
@@ -251,7 +260,8 @@ def key_value_gradient(
 ):
     """grad_key and grad_value, each if its pointer is not None, of tokens or of prompts. One program: BN keys of one item and head.
 
-    FIRST_COLUMN is where these keys start among [prompts; tokens]. Hidden keys get zeros.
+    FIRST_COLUMN is where these keys start among [prompts; tokens]. Hidden keys get zeros. Where the items are packed, p_offsets is
+    for the queries, and p_key_offsets for keys that are tokens.
     """
     blocks = tl.cdiv(num_keys, BN)
     item_head = tl.program_id(0) // blocks
@@ -259,31 +269,35 @@ def key_value_gradient(
     head = (item_head % H).to(tl.int64)
     block = tl.program_id(0) % blocks
     o_key = block * BN + tl.arange(0, BN)
-    visible = visible_tokens(p_lengths, item, num_keys)
+    first, queries, _ = item_rows(p_offsets, item, num_queries)
+    first_key, keys, _ = item_rows(p_key_offsets, item, num_keys)
+    if p_key_offsets is not None and block * BN >= keys:
+        return
+    visible = visible_tokens(p_lengths, item, keys)
     m_key = o_key < visible
     # (BN, BD) each
-    p_key += matrix_offset(item, head, key_strides)
+    p_key += matrix_offset(item, head, key_strides, first_key)
     b_key = load_tile(p_key, o_key, m_key, key_strides[2], D, BD, WIDE)
-    p_value += matrix_offset(item, head, value_strides)
+    p_value += matrix_offset(item, head, value_strides, first_key)
     b_value = load_tile(p_value, o_key, m_key, value_strides[2], D, BD, WIDE)
     b_grad_key = tl.zeros([BN, BD], tl.float32)
     b_grad_value = tl.zeros([BN, BD], tl.float32)
 
-    p_query += matrix_offset(item, head, query_strides)
-    p_grad_out += matrix_offset(item, head, grad_out_strides)
+    p_query += matrix_offset(item, head, query_strides, first)
+    p_grad_out += matrix_offset(item, head, grad_out_strides, first)
     p_lse += item_head.to(tl.int64) * num_queries
     p_delta += item_head.to(tl.int64) * num_queries
     if p_bias is not None:
         p_bias += item * bias_strides[0] + head * bias_strides[1] + block.to(tl.int64) * BN * bias_strides[3]
-    first = 0
+    start_query = 0
     if IS_CAUSAL:
         # No query in front of these keys sees any of them.
-        first = block * BN
+        start_query = block * BN
         if p_bias is not None:
             p_bias += block.to(tl.int64) * BN * bias_strides[2]
-    for start in tl.range(first, tl.where(block * BN < visible, num_queries, 0), BM):
+    for start in tl.range(start_query, tl.where(block * BN < visible, queries, 0), BM):
         o_query = start + tl.arange(0, BM)
-        m_query = o_query < num_queries
+        m_query = o_query < queries
         # (BN, 1) or (BN, BM)
         m_score = m_key[:, None]
         if IS_CAUSAL:
@@ -315,8 +329,8 @@ def key_value_gradient(
             b_grad_scores = b_dropped * b_grad_probs - b_probs * b_delta[None, :]
             b_grad_key = tl.dot(b_grad_scores.to(b_query.dtype), b_query, b_grad_key, input_precision=PRECISION)
 
-    o_grad = matrix_offset(item, head, grad_strides)
+    o_grad = matrix_offset(item, head, grad_strides, first_key)
     if p_grad_key is not None:
-        store_tile(p_grad_key + o_grad, o_key, o_key < num_keys, grad_strides[2], b_grad_key * scale, D, BD, WIDE)
+        store_tile(p_grad_key + o_grad, o_key, o_key < keys, grad_strides[2], b_grad_key * scale, D, BD, WIDE)
     if p_grad_value is not None:
-        store_tile(p_grad_value + o_grad, o_key, o_key < num_keys, grad_strides[2], b_grad_value, D, BD, WIDE)
+        store_tile(p_grad_value + o_grad, o_key, o_key < keys, grad_strides[2], b_grad_value, D, BD, WIDE)

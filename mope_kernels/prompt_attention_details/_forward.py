@@ -6,11 +6,24 @@ import triton.language as tl
 
 
 @triton.jit
-def matrix_offset(item, head, strides):
-    """Where the (L,D) matrix of an item and head, both int64, starts."""
+def item_rows(p_offsets, item, num_rows):
+    """Of an item: its first row in its matrix, how many rows it has, and its first row among those of all items.
+
+    Each padded item has a matrix of `num_rows` rows. Packed items have one, in which `p_offsets` says where each of them starts.
+    """
+    if p_offsets is None:
+        return 0, num_rows, item * num_rows
+    else:
+        first = tl.load(p_offsets + item).to(tl.int64)
+        return first, (tl.load(p_offsets + item + 1) - first).to(tl.int32), first
+
+
+@triton.jit
+def matrix_offset(item, head, strides, first=0):
+    """Where the rows of an item and head, both int64, start: at row `first` of their (L,D) matrix."""
     # The launchers copy what does not start at multiples of 8 elements. Triton by itself sees multiples of 16 only, and would read
     # heads of 72 or 88 columns element by element.
-    return tl.multiple_of(item * strides[0] + head * strides[1], 8)
+    return tl.multiple_of(item * strides[0] + head * strides[1] + first * strides[2], 8)
 
 
 @triton.jit
@@ -143,13 +156,14 @@ def attend_tokens(
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
+    first=0,
 ):
-    """Block number `block` of the queries attends to the first `visible` tokens, which stand behind N prompts."""
+    """Block number `block` of the queries attends to the `visible` tokens from `first` on, which stand behind N prompts."""
     item = (item_head // H).to(tl.int64)
     head = (item_head % H).to(tl.int64)
     o_query = block * BM + tl.arange(0, BM)
-    p_key += matrix_offset(item, head, key_strides)
-    p_value += matrix_offset(item, head, value_strides)
+    p_key += matrix_offset(item, head, key_strides, first)
+    p_value += matrix_offset(item, head, value_strides, first)
     if p_bias is not None:
         p_bias += item * bias_strides[0] + head * bias_strides[1] + block.to(tl.int64) * BM * bias_strides[2]
     for start in tl.range(0, visible, BN):
@@ -203,6 +217,7 @@ def store_output(
     D: tl.constexpr,
     BD: tl.constexpr,
     WIDE: tl.constexpr,
+    p_offsets=None,
 ):
     """End the online softmax: out, laid out as (B,Lq,H,D), and lse (B,H,Lq) of BM queries of one item and head.
 
@@ -211,14 +226,15 @@ def store_output(
     """
     item = (item_head // H).to(tl.int64)
     head = (item_head % H).to(tl.int64)
-    m_query = o_query < num_queries
+    _, queries, row = item_rows(p_offsets, item, num_queries)
+    m_query = o_query < queries
     # A row without any visible key sums to 0: its output is 0, and lse = +inf makes its gradients 0.
     b_lse = b_max.to(tl.float64) + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)).to(tl.float64)
     b_lse = tl.where(b_sum == 0.0, float("inf"), b_lse)
     b_out /= tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     if p_seed is not None:
         b_out *= keep_scale
-    p_out += (item * num_queries * H + head) * D
+    p_out += (row * H + head) * D
     store_tile(p_out, o_query, m_query, H * D, b_out, D, BD, WIDE)
     tl.store(p_lse + item_head.to(tl.int64) * num_queries + o_query, b_lse, mask=m_query)
 
@@ -233,6 +249,7 @@ def prompt_attention_forward(
     p_lengths,
     p_bias,
     p_seed,
+    p_offsets,
     p_out,
     p_lse,
     query_strides,
@@ -258,25 +275,30 @@ def prompt_attention_forward(
 ):
     """One program: BM queries of one item and head.
 
-    scale_log2 is the scale of the scores times log2(e), keep_scale is 1 / (1 - dropout_p).
+    scale_log2 is the scale of the scores times log2(e), keep_scale is 1 / (1 - dropout_p). Where the items are packed, num_queries
+    and num_keys are those of the longest.
     """
     blocks = tl.cdiv(num_queries, BM)
     item_head = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     item = (item_head // H).to(tl.int64)
     head = (item_head % H).to(tl.int64)
+    first, queries, _ = item_rows(p_offsets, item, num_queries)
+    _, keys, _ = item_rows(p_offsets, item, num_keys)
+    if p_offsets is not None and block * BM >= queries:
+        return
     o_query = block * BM + tl.arange(0, BM)
     # (BM, BD)
-    p_query += matrix_offset(item, head, query_strides)
-    b_query = load_tile(p_query, o_query, o_query < num_queries, query_strides[2], D, BD, WIDE)
+    p_query += matrix_offset(item, head, query_strides, first)
+    b_query = load_tile(p_query, o_query, o_query < queries, query_strides[2], D, BD, WIDE)
     b_out = tl.zeros([BM, BD], tl.float32)
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
 
     p_prompt_key += matrix_offset(item, head, prompt_strides)
     p_prompt_value += matrix_offset(item, head, prompt_strides)
-    for first in tl.range(0, N, BP, num_stages=1):
-        o_prompt = first + tl.arange(0, BP)
+    for start in tl.range(0, N, BP, num_stages=1):
+        o_prompt = start + tl.arange(0, BP)
         m_prompt = o_prompt < N
         # (BP, BD) each
         b_prompt_key = load_tile(p_prompt_key, o_prompt, m_prompt, prompt_strides[2], D, BD, WIDE).to(b_query.dtype)
@@ -300,7 +322,7 @@ def prompt_attention_forward(
             PRECISION,
         )
 
-    visible = visible_tokens(p_lengths, item, num_keys)
+    visible = visible_tokens(p_lengths, item, keys)
     if IS_CAUSAL:
         # No query of this block sees what lies behind its last one.
         visible = tl.minimum(visible, block * BM + BM)
@@ -318,7 +340,7 @@ def prompt_attention_forward(
         bias_strides,
         item_head,
         block,
-        num_queries,
+        queries,
         visible,
         scale_log2,
         dropout_p,
@@ -331,5 +353,6 @@ def prompt_attention_forward(
         BM,
         BN,
         PRECISION,
+        first,
     )
-    store_output(p_out, p_lse, p_seed, b_out, b_max, b_sum, item_head, o_query, num_queries, keep_scale, H, D, BD, WIDE)
+    store_output(p_out, p_lse, p_seed, b_out, b_max, b_sum, item_head, o_query, num_queries, keep_scale, H, D, BD, WIDE, p_offsets)

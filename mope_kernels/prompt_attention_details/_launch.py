@@ -60,13 +60,18 @@ _MASKED_FLOAT = {
 }
 
 
-def blocks_for(query: Tensor, *, dropped: bool, biased: bool = False, is_causal: bool = False) -> tuple[Blocks, Blocks, Blocks]:
-    """Static configurations by head_dim, dtype and what happens to the scores; short queries get smaller blocks."""
+def blocks_for(
+    query: Tensor, *, dropped: bool, biased: bool = False, is_causal: bool = False, num_queries: int | None = None
+) -> tuple[Blocks, Blocks, Blocks]:
+    """Static configurations by head_dim, dtype and what happens to the scores; short queries get smaller blocks.
+
+    num_queries: of the longest item, where `query` has those of all items in one matrix.
+    """
     if query.dtype == torch.float32:
         table = _MASKED_FLOAT if biased or is_causal or dropped else _FLOAT
     else:
         table = _BIASED_HALF if biased else _DROPPED_HALF if dropped else _HALF
-    queries = max(next_power_of_2(query.shape[2]), 16)
+    queries = max(next_power_of_2(query.shape[2] if num_queries is None else num_queries), 16)
     forward, query_gradient, key_gradient = next(blocks for width, blocks in table.items() if query.shape[3] <= width)
     if biased and dropped:
         forward = forward._replace(keys=min(forward.keys, 32))
@@ -109,6 +114,11 @@ def same_strides(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return (key, value) if key.stride() == value.stride() else (key.contiguous(), value.contiguous())
 
 
+def item_strides(tensor: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
+    """Strides of (B,H,L), those over items 0 where `offsets` say where an item starts."""
+    return tensor.stride()[:3] if offsets is None else (0, *tensor.stride()[1:3])
+
+
 def needs_wide_offsets(*matrices: Tensor | None) -> bool:
     """Whether an offset within an (L,D) matrix of these tensors (...,L,D) can need more than 32 bits.
 
@@ -135,20 +145,25 @@ def attention_backward(
     *,
     bias: Tensor | None = None,
     is_causal: bool = False,
+    offsets: Tensor | None = None,
+    max_length: int = 0,
 ) -> dict[str, Tensor]:
     """Gradients of attention over [prompts; tokens] of those in `need`: query, key, value, prompt_key, prompt_value.
 
     prompt_key and prompt_value are (B,H,N,D) in the dtype of query and share their strides; their gradients are float32. Those
-    of query, key and value are laid out as (B,L,H,D). `bias` is (B,H,Lq,Lk).
+    of query, key and value are laid out as (B,L,H,D). `bias` is (B,H,Lq,Lk). With `offsets` (B+1,) the items are packed.
     """
     from ._backward import key_value_gradient, output_products, query_gradient
 
-    batch, heads, num_queries, width = query.shape
-    num_keys, num_prompts = key.shape[2], prompt_key.shape[2]
+    heads, width = query.shape[1], query.shape[3]
+    batch, num_prompts = len(prompt_key), prompt_key.shape[2]
+    num_queries, num_keys = (query.shape[2], key.shape[2]) if offsets is None else (max_length, max_length)
     grad_out = aligned_rows(grad_out)
     # As the forward wrote it, unless somebody saved a copy.
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    _, query_blocks, key_blocks = blocks_for(query, dropped=seed is not None, biased=bias is not None, is_causal=is_causal)
+    _, query_blocks, key_blocks = blocks_for(
+        query, dropped=seed is not None, biased=bias is not None, is_causal=is_causal, num_queries=num_queries
+    )
     found = {
         name: empty_heads_last(like, *like.shape)
         for name, like in (("query", query), ("key", key), ("value", value))
@@ -169,8 +184,9 @@ def attention_backward(
             batch * heads * cdiv(num_queries, rows),
             out,
             grad_out,
+            offsets,
             delta,
-            grad_out.stride()[:3],
+            item_strides(grad_out, offsets),
             num_queries,
             **sizes,
             BM=rows,
@@ -189,16 +205,17 @@ def attention_backward(
             lengths,
             bias,
             seed,
+            offsets,
             lse,
             delta,
             grad_out,
             found["query"],
-            query.stride()[:3],
-            key.stride()[:3],
-            value.stride()[:3],
+            item_strides(query, offsets),
+            item_strides(key, offsets),
+            item_strides(value, offsets),
             prompt_key.stride()[:3],
             None if bias is None else bias.stride(),
-            grad_out.stride()[:3],
+            item_strides(grad_out, offsets),
             num_queries,
             num_keys,
             scale,
@@ -220,8 +237,10 @@ def attention_backward(
         prefix: str,
         key: Tensor,
         value: Tensor,
+        num_keys: int,
         lengths: Tensor | None,
         bias: Tensor | None,
+        key_offsets: Tensor | None,
         is_causal: bool,
         first: int,
         block: int,
@@ -232,26 +251,28 @@ def attention_backward(
             return
         launch(
             key_value_gradient,
-            batch * heads * cdiv(key.shape[2], block),
+            batch * heads * cdiv(num_keys, block),
             query,
             key,
             value,
             lengths,
             bias,
             seed,
+            offsets,
+            key_offsets,
             lse,
             delta,
             grad_out,
             grad_key,
             grad_value,
-            query.stride()[:3],
-            key.stride()[:3],
-            value.stride()[:3],
+            item_strides(query, offsets),
+            item_strides(key, key_offsets),
+            item_strides(value, key_offsets),
             None if bias is None else bias.stride(),
-            grad_out.stride()[:3],
-            grad.stride()[:3],
+            item_strides(grad_out, offsets),
+            item_strides(grad, key_offsets),
             num_queries,
-            key.shape[2],
+            num_keys,
             scale,
             scale * math.log2(math.e),
             dropout_p,
@@ -265,10 +286,10 @@ def attention_backward(
             **key_blocks.options(query),
         )
 
-    keys_and_values("", key, value, lengths, bias, is_causal, num_prompts, key_blocks.keys)
+    keys_and_values("", key, value, num_keys, lengths, bias, offsets, is_causal, num_prompts, key_blocks.keys)
     # The prompts are one more block of keys, which every query sees.
     prompt_keys = min(prompt_block(num_prompts, query), key_blocks.keys)
-    keys_and_values("prompt_", prompt_key, prompt_value, None, None, False, 0, prompt_keys)
+    keys_and_values("prompt_", prompt_key, prompt_value, num_prompts, None, None, None, False, 0, prompt_keys)
     return found
 
 
@@ -285,6 +306,8 @@ class _Inputs(NamedTuple):
     # (B,H,Lq,Lk), with a stride of 0 along axes that it is broadcast over
     bias: Tensor | None
     seed: Tensor | None
+    # (B+1,), where query, key and value are (1,H,T,D)
+    offsets: Tensor | None
 
 
 def _prepare(
@@ -297,53 +320,42 @@ def _prepare(
     attn_bias: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    offsets: Tensor | None = None,
 ) -> _Inputs:
     if dropout_p and seed is None:
         raise ValueError(f"prompt_attention: dropout_p={dropout_p} needs a seed, an int64 tensor of shape (1,) on {query.device}")
     query, key, value = (aligned_rows(t) for t in (query, key, value))
-    prompt_key, prompt_value = (t.expand(query.shape[0], -1, -1, -1) for t in same_strides(prompt_key, prompt_value))
+    batch = len(query) if offsets is None else len(offsets) - 1
+    prompt_key, prompt_value = (t.expand(batch, -1, -1, -1) for t in same_strides(prompt_key, prompt_value))
     bias = None if attn_bias is None else attn_bias.expand(*query.shape[:3], key.shape[2])
     # No block has more than 128 rows or columns, and offsets within it have 32 bits.
     if bias is not None and max(bias.stride()[2:]) >= 2**24:
         bias = bias.contiguous()
-    return _Inputs(query, key, value, prompt_key, prompt_value, lengths, bias, seed if dropout_p else None)
+    return _Inputs(query, key, value, prompt_key, prompt_value, lengths, bias, seed if dropout_p else None, offsets)
 
 
-@triton_kernel("prompt_attention")
-def prompt_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prompt_key: Tensor,
-    prompt_value: Tensor,
-    lengths: Tensor | None,
-    attn_bias: Tensor | None,
-    seed: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def _forward(inputs: _Inputs, max_length: int, is_causal: bool, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """out and lse; `max_length` counts where the items are packed."""
     from ._forward import prompt_attention_forward
 
-    inputs = _prepare(query, key, value, prompt_key, prompt_value, lengths, attn_bias, seed, dropout_p)
-    batch, heads, num_queries, width = query.shape
-    num_prompts = prompt_key.shape[2]
-    out = empty_heads_last(query, batch, heads, num_queries, width)
+    query, key, _, prompt_key, _, _, bias, _, offsets = inputs
+    batch, num_prompts = prompt_key.shape[0], prompt_key.shape[2]
+    heads, width = query.shape[1], query.shape[3]
+    num_queries, num_keys = (query.shape[2], key.shape[2]) if offsets is None else (max_length, max_length)
+    out = empty_heads_last(query, *query.shape)
     lse = torch.empty(batch, heads, num_queries, dtype=torch.float64, device=query.device)
-    blocks, _, _ = blocks_for(query, dropped=dropout_p > 0.0, biased=attn_bias is not None, is_causal=is_causal)
+    blocks, _, _ = blocks_for(query, dropped=dropout_p > 0.0, biased=bias is not None, is_causal=is_causal, num_queries=num_queries)
     launch(
         prompt_attention_forward,
         batch * heads * cdiv(num_queries, blocks.queries),
         *inputs,
         out,
         lse,
-        inputs.query.stride()[:3],
-        inputs.key.stride()[:3],
-        inputs.value.stride()[:3],
-        inputs.prompt_key.stride()[:3],
-        None if inputs.bias is None else inputs.bias.stride(),
+        *(item_strides(t, offsets) for t in inputs[:3]),
+        prompt_key.stride()[:3],
+        None if bias is None else bias.stride(),
         num_queries,
-        key.shape[2],
+        num_keys,
         scale * math.log2(math.e),
         dropout_p,
         keep_scale(dropout_p),
@@ -360,6 +372,59 @@ def prompt_attention(
         **blocks.options(query, dropped=dropout_p > 0.0),
     )
     return out, lse
+
+
+def _backward(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    prompts: tuple[Tensor, Tensor],
+    inputs: _Inputs,
+    max_length: int,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    """The gradients that `needs` asks for; `prompts` are those that the op was given."""
+    need = {name for bit, name in enumerate(PROMPT_ATTENTION_GRADIENTS) if needs >> bit & 1}
+    found = attention_backward(
+        grad_out,
+        out,
+        lse,
+        *inputs[:6],
+        inputs.seed,
+        scale,
+        dropout_p,
+        need,
+        bias=inputs.bias,
+        is_causal=is_causal,
+        offsets=inputs.offsets,
+        max_length=max_length,
+    )
+    for name, like in zip(("prompt_key", "prompt_value"), prompts, strict=True):
+        if name in need:
+            # Prompts that the items share get the sum over the items.
+            found[name] = found[name].sum_to_size(like.shape).to(like.dtype)
+    return tuple(found[name] if name in need else not_needed(grad_out) for name in PROMPT_ATTENTION_GRADIENTS)
+
+
+@triton_kernel("prompt_attention")
+def prompt_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths: Tensor | None,
+    attn_bias: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    inputs = _prepare(query, key, value, prompt_key, prompt_value, lengths, attn_bias, seed, dropout_p)
+    return _forward(inputs, 0, is_causal, scale, dropout_p)
 
 
 @triton_kernel("prompt_attention_backward")
@@ -380,29 +445,48 @@ def prompt_attention_backward(
     dropout_p: float,
     needs: int,
 ) -> tuple[Tensor, ...]:
-    need = {name for bit, name in enumerate(PROMPT_ATTENTION_GRADIENTS) if needs >> bit & 1}
     # Here the prompts are not converted by the kernels: these have no registers left for it.
     prompts = (prompt_key.to(query.dtype), prompt_value.to(query.dtype))
     inputs = _prepare(query, key, value, *prompts, lengths, attn_bias, seed, dropout_p)
-    found = attention_backward(
-        grad_out,
-        out,
-        lse,
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.prompt_key,
-        inputs.prompt_value,
-        inputs.lengths,
-        inputs.seed,
-        scale,
-        dropout_p,
-        need,
-        bias=inputs.bias,
-        is_causal=is_causal,
-    )
-    for name, like in (("prompt_key", prompt_key), ("prompt_value", prompt_value)):
-        if name in need:
-            # Prompts that the items share get the sum over the items.
-            found[name] = found[name].sum_to_size(like.shape).to(like.dtype)
-    return tuple(found[name] if name in need else not_needed(grad_out) for name in PROMPT_ATTENTION_GRADIENTS)
+    return _backward(grad_out, out, lse, (prompt_key, prompt_value), inputs, 0, is_causal, scale, dropout_p, needs)
+
+
+@triton_kernel("packed_attention")
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    offsets: Tensor,
+    seed: Tensor | None,
+    max_length: int,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    inputs = _prepare(query, key, value, prompt_key, prompt_value, None, None, seed, dropout_p, offsets)
+    return _forward(inputs, max_length, is_causal, scale, dropout_p)
+
+
+@triton_kernel("packed_attention_backward")
+def packed_attention_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    offsets: Tensor,
+    seed: Tensor | None,
+    max_length: int,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    prompts = (prompt_key.to(query.dtype), prompt_value.to(query.dtype))
+    inputs = _prepare(query, key, value, *prompts, None, None, seed, dropout_p, offsets)
+    return _backward(grad_out, out, lse, (prompt_key, prompt_value), inputs, max_length, is_causal, scale, dropout_p, needs)
