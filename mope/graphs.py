@@ -113,7 +113,7 @@ class CudaGraphRunner:
         max_graphs: int = 8,
         batch_sizes: Sequence[int] | None = None,
         modules: Sequence[nn.Module] | None = None,
-        guard: Callable[[], Hashable] | None = None,
+        guard: Callable[[], object] | None = None,
         copy_outputs: bool = True,
     ) -> None:
         if max_graphs < 1:
@@ -130,7 +130,7 @@ class CudaGraphRunner:
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         # The dictionaries in which modules keep tensors: to walk over the modules in each call would take longer than the call.
         self._tensors: list[dict[str, Any]] = []
-        self._recorded_in: Hashable = None
+        self._recorded_in: object = None
         self._thread = threading.get_ident()
         self._check_owner()
 
@@ -255,7 +255,7 @@ class CudaGraphRunner:
             )
         return pytree.tree_map_only(Tensor, lambda t: t[:batch], outputs)
 
-    def _state(self) -> Hashable:
+    def _state(self) -> object:
         """What graphs hold fixed."""
         places = tuple([tensor.data_ptr() for of in self._tensors for tensor in of.values() if tensor is not None])
         return places, tuple(module.training for module in self.modules), None if self.guard is None else self.guard()

@@ -18,6 +18,7 @@ from transformers.utils.generic import ModelOutput
 
 from mope.fused import FrozenAttention, InputPrompts, MoPEAttention, PromptBank, Router
 from mope.fused.router import make_router, sample_noise, without_noise
+from mope.graphs import CudaGraphRunner
 from mope_kernels import Routing
 
 from .backbones import Attachment, BackboneAdapter, PromptedLayer, attach, base_model, find_adapter, find_architecture
@@ -665,17 +666,37 @@ class MoPEForClassification(SavedModel):
         )
 
     @contextmanager
-    def serving(self) -> Iterator[Callable[..., MoPEOutput]]:
+    def serving(
+        self, *, graphs: bool = False, batch_sizes: Sequence[int] | None = None, max_graphs: int = 8
+    ) -> Iterator[Callable[..., MoPEOutput]]:
         """Evaluation mode, no gradients, prompts projected once (not in a Swin Transformer, see `build_banks`).
+
+        Args:
+            graphs: on a GPU, launch all kernels of a call at once, see `mope.CudaGraphRunner`. Calls have to come from this thread.
+            batch_sizes, max_graphs: of the runner; the first needs prompt_owner "instance".
 
         >>> with model.serving() as predict:
         ...     logits = predict(pixel_values=pixel_values, input_ids=input_ids).logits
         """
+        if batch_sizes is not None and not graphs:
+            raise ValueError("serving: batch_sizes are those of graphs: give graphs=True")
         was_training = self.training
         self.eval()
         try:
             with torch.no_grad():
-                yield self if self._is_swin(self.config.main) else partial(self, banks=self.build_banks())
+                predict = self if self._is_swin(self.config.main) else partial(self, banks=self.build_banks())
+                if not graphs:
+                    yield predict
+                    return
+                # A graph runs no check of banks.
+                in_banks = [p for block in self.blocks for name, p in block.named_parameters() if not name.startswith("router.")]
+                with CudaGraphRunner(
+                    predict,
+                    max_graphs=max_graphs,
+                    batch_sizes=batch_sizes,
+                    guard=lambda: (self.config, [p._version for p in in_banks]),
+                ) as run:
+                    yield run
         finally:
             self.train(was_training)
 

@@ -1,0 +1,163 @@
+"""The whole model as a device sees it: the host never waits, one graph whatever the batch, replayed and exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mope import MoPEForClassification
+from mope.models.modeling import MoPEOutput
+from mope.training.evaluation import set_prompt_owner
+from mope_kernels.impl import Operation
+
+from ..test_graphs import StandIn
+from . import test_swin_classification as with_swin
+from .test_swin import NothingOnTheHost
+from .tiny import fusion, inputs
+
+CASES: dict[str, tuple[bool, dict[str, Any]]] = {
+    "ViT by BERT, banks": (False, {}),
+    "ViT by BERT, mixed first": (False, {"num_experts": 8, "train_top_k": 2, "eval_top_k": 1}),
+    "BERT by ViT": (False, {"main": "text"}),
+    "BERT by ViT, padding anywhere": (False, {"main": "text", "padding_side": "left"}),
+    "Swin by BERT": (True, {}),
+    "Swin by BERT, released order": (True, {"prompt_owner": "reference"}),
+    "BERT by Swin": (True, {"main": "text"}),
+    "both, concatenated": (False, {"method": "late_concat", "problem_type": "multi_label"}),
+}
+each = pytest.mark.parametrize("case", CASES)
+
+
+def make(case: str, **changes: Any) -> MoPEForClassification:
+    swin, options = CASES[case]
+    return (with_swin.fusion if swin else fusion)(dtype=torch.float32, **{"prompt_dropout": 0.1, **options, **changes})
+
+
+def example(case: str, items: int | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs and labels."""
+    swin, options = CASES[case]
+    batch = (with_swin.inputs if swin else inputs)(torch.float32)
+    if items is not None:
+        batch = {name: tensor[:1].repeat(items, *[1] * (tensor.ndim - 1)) for name, tensor in batch.items()}
+    items = len(batch["input_ids"])
+    labels = torch.ones(items, 3) if options.get("problem_type") else torch.zeros(items, dtype=torch.long)
+    return batch, labels
+
+
+class RawOps(TorchDispatchMode):
+    """The names of the raw ops of the Triton kernels that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "mope_triton":
+            self.names.add(func._schema.name.removeprefix("mope_triton::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def raw_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """Ops go through their Triton implementation, whose fakes run on the meta device; the names of those that were called."""
+    choose = Operation.choose
+
+    def triton_if_there(self: Operation, impl: str, *args: Any, **kwargs: Any) -> str:
+        return choose(self, impl, *args, **kwargs) if self.checks["triton"] is None else "triton"
+
+    monkeypatch.setattr(Operation, "choose", triton_if_there)
+    with RawOps() as called:
+        yield called.names
+
+
+@each
+def test_the_host_never_waits(case: str, raw_ops: set[str]) -> None:
+    """No value is read and nothing copied from or to the host: each raises on the meta device (see the trap in test_swin.py)."""
+    with torch.device("meta"):
+        model = make(case).train()
+    batch, labels = ({n: t.to("meta") for n, t in example(case)[0].items()}, example(case)[1].to("meta"))
+    with NothingOnTheHost():
+        model(**batch, labels=labels).loss.backward()
+        model.eval()
+        with torch.no_grad():
+            model(**batch, router_noise=True)
+            psi = model.encode_complementary(**batch)
+            of_main = {n: t for n, t in batch.items() if (n == "pixel_values") == (model.config.main == "vision")}
+            model(**of_main, cross_features=psi)
+            with model.serving() as predict:
+                predict(**batch)
+        model.train().gradient_checkpointing_enable()
+        model(**batch, labels=labels).loss.backward()
+    assert all(p.grad.is_meta for p in model.trainable_parameters())
+    attention = "window_prompt_attention" if CASES[case][0] else "prompt_attention"
+    assert {attention, f"{attention}_backward"} <= raw_ops
+
+
+@pytest.mark.parametrize("case", ["ViT by BERT, banks", "BERT by ViT", "Swin by BERT, released order"])
+def test_serving_replays_graphs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """See tests/test_graphs.py for what stands in for CUDA graphs."""
+    monkeypatch.setattr("mope.graphs._CudaGraphs", StandIn)
+    model = make(case).train()
+    batches = {items: example(case, items)[0] for items in (2, 3)}
+    with model.serving() as predict:
+        expected = {items: predict(**batch) for items, batch in batches.items()}
+    with model.serving(graphs=True, max_graphs=2) as predict:
+        backend: Any = predict._backend
+        for items in (2, 3, 2):
+            found = predict(**batches[items])
+            assert isinstance(found, MoPEOutput) and not found.logits.requires_grad
+            assert torch.equal(found.logits, expected[items].logits)
+            for one, other in zip(found.routing or (), expected[items].routing or (), strict=True):
+                assert all(map(torch.equal, one, other))
+        assert (backend.recorded, backend.replayed) == (2, 3)
+    assert model.training and backend.released == 1
+
+
+@pytest.mark.parametrize("case", ["ViT by BERT, banks", "Swin by BERT"])
+def test_serving_rounds_batches_up(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mope.graphs._CudaGraphs", StandIn)
+    model = make(case)
+    with model.serving() as predict:
+        batch, _ = example(case)
+        expected = predict(**{name: tensor[:3] for name, tensor in batch.items()}).logits
+    with model.serving(graphs=True, batch_sizes=(1, 4)) as predict:
+        found = predict(**{name: tensor[:3] for name, tensor in batch.items()})
+        torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-5)
+        assert found.routing[0].probs.shape[0] == 3
+        with pytest.raises(ValueError, match="has no row for each of 4 items"):
+            predict(**{name: tensor[:3] for name, tensor in batch.items()}, labels=torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="batch_sizes are those of graphs: give graphs=True"), model.serving(batch_sizes=(1,)):
+        pass
+
+
+def test_serving_in_the_released_order_adds_no_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mope.graphs._CudaGraphs", StandIn)
+    model = make("Swin by BERT, released order")
+    with pytest.raises(ValueError, match="prompt_owner='reference'"), model.serving(graphs=True, batch_sizes=(4,)):
+        pass
+    model = make("Swin by BERT")
+    batch, _ = example("Swin by BERT")
+    with model.serving(graphs=True, batch_sizes=(4,)) as predict:
+        predict(**batch)
+        set_prompt_owner(model, "reference")
+        with pytest.raises(ValueError, match="prompt_owner='reference'"):
+            predict(**batch)
+
+
+def test_graphs_over_stale_banks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mope.graphs._CudaGraphs", StandIn)
+    model, (batch, _) = make("ViT by BERT, banks"), example("ViT by BERT, banks")
+    with model.serving(graphs=True) as predict:
+        predict(**batch)
+        # The head is no part of a bank: graphs read it where it is.
+        before = predict(**batch).logits
+        model.head[0].weight.zero_()
+        assert not torch.equal(predict(**batch).logits, before) and predict._backend.recorded == 1
+        model.blocks[1].experts.prompts.mul_(2)
+        with pytest.raises(ValueError, match=r"prompts have changed since this bank was built: call build_banks?\(\) again"):
+            predict(**batch)
