@@ -138,10 +138,19 @@ def prompt_attention(
     scale: float | None = None,
 ) -> Tensor:
     """Attention over [prompts; tokens]: (B,H,Lq,D), (B,H,Lk,D) x2, (B|1,H,P,D) x2 -> (B,H,Lq,D); packed, (1,H,T,D) each."""
-    options = {"is_causal": is_causal, "dropout_p": dropout_p, "scale": scale}
     if offsets is not None and max_length is not None:
-        tokens = (pad_items(t, offsets, max_length) for t in (query, key, value))
-        out = prompt_attention(*tokens, prompt_key, prompt_value, lengths=offsets.diff(), **options)
+        padded_query, padded_key, padded_value = (pad_items(t, offsets, max_length) for t in (query, key, value))
+        out = prompt_attention(
+            padded_query,
+            padded_key,
+            padded_value,
+            prompt_key,
+            prompt_value,
+            lengths=offsets.diff(),
+            is_causal=is_causal,
+            dropout_p=dropout_p,
+            scale=scale,
+        )
         return pack_items(out, offsets, query.shape[2])
 
     batch, _, num_queries, width = query.shape
