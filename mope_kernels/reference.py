@@ -397,7 +397,7 @@ def prompted_norm(
             logits = self_logits if logits is None else self_logits + logits
         assert logits is not None
         routing = route(logits, top_k=top_k, temperature=temperature, noise=noise, renormalize=renormalize)
-    prompts = [] if static is None else [static.expand(len(x), -1, -1)]
+    prompts = [] if static is None else [static.expand(x.shape[0], -1, -1)]
     if experts is not None and routing is not None:
         prompts.append(mix_prompts(experts, routing[0], routing[1]))
     prompts += [] if mapped is None else [mapped]

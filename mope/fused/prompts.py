@@ -98,7 +98,7 @@ class InputPrompts(nn.Module):
 
     def forward(self, x: Tensor, mapped: Tensor | None = None) -> Tensor:
         """Tokens (B,L,C), mapped prompts (B,M,C) -> [prompts; mapped; tokens], (B,S+M+L,C)."""
-        added = [] if self.prompts is None else [self.prompts.expand(len(x), -1, -1)]
+        added = [] if self.prompts is None else [self.prompts.expand(x.shape[0], -1, -1)]
         added += [] if mapped is None else [mapped]
         return torch.cat([*(self.dropout(prompts).to(x.dtype) for prompts in added), x], dim=1)
 
@@ -106,7 +106,7 @@ class InputPrompts(nn.Module):
         """What attention may see, for `FrozenAttention.plain`: (B,L) without the prompts, what `forward` gave -> with them."""
         rows = x.shape[1]
         if token_mask is not None:
-            added = token_mask.new_ones(len(x), rows - token_mask.shape[1])
+            added = token_mask.new_ones(x.shape[0], rows - token_mask.shape[1])
             token_mask = torch.cat([added, token_mask], dim=1)
         if not self.blind:
             return token_mask

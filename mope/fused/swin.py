@@ -139,7 +139,7 @@ class MoPESwinBlock(nn.Module):
 
         `dropout` acts on static and dynamic prompts, on those of each image apart.
         """
-        parts = [] if self.static is None else [self.static.expand(len(x), -1, -1)]
+        parts = [] if self.static is None else [self.static.expand(x.shape[0], -1, -1)]
         if routing is not None:
             if self.experts is None:
                 raise ValueError(

@@ -348,12 +348,12 @@ class MoPESwinEncoder(nn.Module):
         mapped = self._mapped(cross, mapper_input)
         if self.input_prompts is not None:
             # Each image drops others.
-            x = torch.cat([self.prompt_dropout(self.input_prompts.expand(len(x), -1, -1)).to(x.dtype), x], dim=1)
+            x = torch.cat([self.prompt_dropout(self.input_prompts.expand(x.shape[0], -1, -1)).to(x.dtype), x], dim=1)
         if self.use_mapped and not self.deep:
             x = torch.cat([mapped[0].to(x.dtype), x], dim=1)
         rows = None if route_weights is None else self._rows(route_weights)
         if noise is None:
-            noise = sample_noise(list(self.routed_blocks().values()), len(x), always=router_noise)
+            noise = sample_noise(list(self.routed_blocks().values()), x.shape[0], always=router_noise)
         noise_of_block = iter(noise)
         of_cross = self._cross_logits(cross) if rows is None else {}
         step = _checkpointed_step if checkpointing and torch.is_grad_enabled() else _step
