@@ -1,0 +1,312 @@
+"""Loading and unloading while serving: nothing moves, nothing is lost, and what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mope import MoPEConfig, MoPEServer
+from mope.models.saving import CONFIG, WEIGHTS
+from tests.test_graphs import StandIn
+
+from .made import SIZES, backbones, inputs, saved, task
+
+Folders = dict[str, Path]
+
+
+class World:
+    """Backbones, a batch, and folders of tasks with 3, 5 and 2 labels."""
+
+    def __init__(self, folder: Path) -> None:
+        torch.manual_seed(0)
+        self.encoders = backbones(dtype=torch.float32)
+        self.batch = inputs(self.encoders)
+        self.models = {name: task(self.encoders, labels) for name, labels in (("three", 3), ("five", 5), ("two", 2))}
+        self.folders = {name: saved(model, folder / name) for name, model in self.models.items()}
+
+    def server(self, *tasks: str, **options: Any) -> MoPEServer:
+        server = MoPEServer(**{"capacity": 3, "max_labels": 5, **copy.deepcopy(self.encoders), **options})
+        for name in tasks:
+            server.load(name, self.folders[name])
+        return server
+
+    def logits(self, server: MoPEServer, *tasks: str) -> list[Tensor]:
+        """Of the batch, items in turn of these tasks."""
+        return [p.logits for p in server([tasks[i % len(tasks)] for i in range(len(self.batch["input_ids"]))], **self.batch)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("tasks"))
+
+
+def assert_bitwise(found: list[Tensor], wanted: list[Tensor]) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_others_keep_every_bit_and_every_address(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = StandIn()
+    monkeypatch.setattr("mope.graphs._CudaGraphs", lambda: backend)
+    server = world.server("three", "five")
+    places = {name: buffer.data_ptr() for name, buffer in server._running().named_buffers() if "stack" in name}
+    assert len(places) > 20
+    before = world.logits(server, "three", "five")
+    alone = world.logits(server, "three")
+
+    server.load("two", world.folders["two"])
+    assert server.tasks == ("three", "five", "two")
+    assert_bitwise(world.logits(server, "three", "five"), before)
+    server.load("five", world.folders["two"], replace=True)
+    assert_bitwise(world.logits(server, "five"), world.logits(server, "two"))
+    server.load("five", world.folders["five"], replace=True)
+    assert_bitwise(world.logits(server, "three", "five"), before)
+    server.unload("five")
+    assert server.tasks == ("three", "two")
+    assert_bitwise(world.logits(server, "three"), alone)
+    server.load("again", world.folders["five"])
+    assert_bitwise(world.logits(server, "three", "again"), before)
+
+    assert {name: buffer.data_ptr() for name, buffer in server._running().named_buffers() if "stack" in name} == places
+    assert backend.recorded == 1, "a graph was recorded anew"
+
+
+def test_a_task_with_more_labels_has_graphs_recorded_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = StandIn()
+    monkeypatch.setattr("mope.graphs._CudaGraphs", lambda: backend)
+    server = world.server("three", max_labels=None)
+    before = world.logits(server, "three")
+    server.load("two", world.folders["two"])
+    world.logits(server, "two")
+    assert backend.recorded == 1
+    server.load("five", world.folders["five"])
+    torch.testing.assert_close(world.logits(server, "three"), before)
+    assert backend.recorded == 2
+    assert {len(logits) for logits in world.logits(server, "three", "five", "two")} == {3, 5, 2}
+    assert server.forward(torch.zeros(5, dtype=torch.int64), **world.batch).shape == (5, 5)
+
+
+def test_an_empty_slot_says_nothing(world: World) -> None:
+    server = world.server("three", "five")
+    slot = server.slot("five")
+    server.unload("five")
+    assert not server.forward(torch.full((5,), slot), **world.batch).any()
+
+
+REFUSED: dict[str, tuple[Callable[[MoPEServer, World, Path], object], type[Exception]]] = {
+    r"task 'three' is loaded already: unload it first, or load\(\.\.\., replace=True\)": (
+        lambda server, world, _: server.load("three", world.folders["three"]),
+        ValueError,
+    ),
+    r"all 2 slots are taken": (lambda server, world, _: server.load("two", world.folders["two"]), ValueError),
+    r"there is no task 'six'; loaded are 'three', 'five'": (lambda server, world, _: server.unload("six"), ValueError),
+    r"there is no task 'seven'": (lambda server, world, _: server(["three", "seven"], **world.batch), ValueError),
+    r"there is no task 'eight'": (lambda server, world, _: server.slot("eight"), ValueError),
+    r"task_ids must be \(5,\), one for each item, got \(1,\)": (
+        lambda server, world, _: server(["three"], **world.batch),
+        ValueError,
+    ),
+    r"input_ids must be given": (
+        lambda server, world, _: server(["three"] * 5, pixel_values=world.batch["pixel_values"]),
+        ValueError,
+    ),
+    r"is no checkpoint": (lambda server, _, folder: server.load("three", folder / "none", replace=True), FileNotFoundError),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refuses_and_goes_on(message: str, world: World, tmp_path: Path) -> None:
+    server = world.server("three", "five", capacity=2)
+    before = world.logits(server, "three", "five")
+    call, error = REFUSED[message]
+    with pytest.raises(error, match=message):
+        call(server, world, tmp_path)
+    assert server.tasks == ("three", "five")
+    assert_bitwise(world.logits(server, "three", "five"), before)
+
+
+def without_bias(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["head.0.bias"]
+    save_file(tensors, folder / WEIGHTS)
+
+
+def of_other_shape(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["blocks.2.experts.prompts"] = tensors["blocks.2.experts.prompts"][:2].clone()
+    save_file(tensors, folder / WEIGHTS)
+
+
+def with_nan(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["blocks.1.static"][0, 3] = torch.nan
+    save_file(tensors, folder / WEIGHTS)
+
+
+def cut_short(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+
+
+def configured(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        values = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({**values, **changes}))
+
+    return change
+
+
+DAMAGED: dict[str, Callable[[Path], None]] = {
+    r"lacks head\.0\.bias": without_bias,
+    r"blocks\.2\.experts\.prompts is \(2, 2, 32\), the config says \(3, 2, 32\)": of_other_shape,
+    r"numbers that are not finite, in blocks\.1\.static": with_nan,
+    r"no readable safetensors file": cut_short,
+    r"method is 'static_mapped', and only 'mope' is served": configured(method="static_mapped"),
+    r"prompt_owner is 'reference'": configured(prompt_owner="reference"),
+    r"padding_side is 'left'": configured(padding_side="left"),
+    r"finetuned names text": configured(finetuned=["text"]),
+    r"task 'three': eval_top_k is 2, and None in the tasks of this server": configured(eval_top_k=2),
+    r"renormalize is True, and False in .*; temperature is 0\.3, and 0\.5 in": configured(temperature=0.3, renormalize=True),
+    r"num_labels is 6, and this server has max_labels=5": configured(num_labels=6, id2label=None),
+    r"num_labels is 0|must be an integer|give num_labels": configured(num_labels=0, id2label=None),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGED)
+def test_a_file_that_does_not_fit_changes_nothing(message: str, world: World, tmp_path: Path) -> None:
+    """Neither in the place of another task, nor as the first one."""
+    folder = saved(world.models["three"], tmp_path / "damaged")
+    DAMAGED[message](folder)
+    server = world.server("three", "five")
+    before = world.logits(server, "three", "five")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            server.load("three", folder, replace=True)
+    assert_bitwise(world.logits(server, "three", "five"), before)
+
+
+def test_a_task_of_other_backbones_is_refused(world: World, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    saved(task(backbones(dtype=torch.float32)), tmp_path)
+    for server in (world.server("three"), world.server()):
+        with pytest.raises(ValueError, match="trained with another vision backbone"):
+            server.load("other", tmp_path)
+        assert "other" not in server.tasks
+
+
+def test_what_fails_first_leaves_the_backbones_as_they_were(world: World, tmp_path: Path) -> None:
+    folder = saved(world.models["three"], tmp_path / "damaged")
+    without_bias(folder)
+    encoders = copy.deepcopy(world.encoders)
+    server = MoPEServer(**encoders)
+    with pytest.raises(ValueError, match="lacks head"):
+        server.load("three", folder)
+    with pytest.raises(ValueError, match=r"no task is loaded: call load\(task, path\)"):
+        server([], **world.batch)
+    assert server.tasks == () and server.config is None
+    encoders["vision"](world.batch["pixel_values"])
+    # Other tasks may be of another kind.
+    server.load("top", saved(task(world.encoders, eval_top_k=2), tmp_path / "top"))
+    assert len(server(["top"] * 5, **world.batch)) == 5
+
+
+def test_gives_the_backbones_back(world: World) -> None:
+    encoders = copy.deepcopy(world.encoders)
+    wanted = encoders["vision"].eval()(world.batch["pixel_values"]).last_hidden_state
+    modes = {parameter: parameter.requires_grad for encoder in encoders.values() for parameter in encoder.parameters()}
+    server = world.server("three", **encoders)
+    found = world.logits(server, "three")
+    with pytest.raises(RuntimeError, match="prompts attached"):
+        encoders["vision"](world.batch["pixel_values"])
+    server.close()
+    assert server.tasks == ()
+    assert torch.equal(encoders["vision"](world.batch["pixel_values"]).last_hidden_state, wanted)
+    assert all(parameter.requires_grad == mode for parameter, mode in modes.items())
+    server.load("three", world.folders["three"])
+    assert_bitwise(world.logits(server, "three"), found)
+    server.close()
+    server.close()
+
+
+def test_takes_backbones_from_the_first_folder(world: World, tmp_path: Path) -> None:
+    server = MoPEServer(max_labels=5)
+    with pytest.raises(FileNotFoundError, match="no copy of its vision backbone"):
+        server.load("three", world.folders["three"])
+    server.load("three", saved(world.models["three"], tmp_path, backbones="copy"))
+    server.load("five", world.folders["five"])
+    torch.testing.assert_close(world.logits(server, "three", "five"), world.logits(world.server("three", "five"), "three", "five"))
+
+
+def test_a_configuration_says_what_tasks_have_in_common(world: World) -> None:
+    config = MoPEConfig(**SIZES, num_labels=2)
+    server = world.server(config=config)
+    assert server.config == config
+    server.load("five", world.folders["five"])
+    with pytest.raises(ValueError, match="num_experts is 3, and 4 in the tasks of this server"):
+        world.server("three", config=config.replace(num_experts=4))
+    with pytest.raises(ValueError, match="give vision and text as well"):
+        MoPEServer(config=config, text=world.encoders["text"])
+    with pytest.raises(ValueError, match="MoPEServer: method is 'late_concat'"):
+        world.server(config=config.replace(method="late_concat"))
+    for name in ("capacity", "max_labels"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            world.server(**{name: 0})
+
+
+def test_labels_are_those_of_each_task(world: World, tmp_path: Path) -> None:
+    kinds = {"one": ["cat", "dog", "cow"], "many": ["sad", "loud"]}
+    server = MoPEServer(**copy.deepcopy(world.encoders))
+    for name, labels in kinds.items():
+        problem = "multi_label" if name == "many" else "single_label"
+        server.load(name, saved(task(world.encoders, 0, id2label=labels, problem_type=problem), tmp_path / name))
+    one, many = server(["one", "many"], **{n: t[:2] for n, t in world.batch.items()})
+    assert one.names == ("cat", "dog", "cow") and one.problem_type == "single_label"
+    assert one.labels == (one.names[int(one.logits.argmax())],)
+    torch.testing.assert_close(one.probabilities, one.logits.softmax(-1))
+    assert many.labels == tuple(name for name, logit in zip(many.names, many.logits, strict=True) if logit > 0)
+    torch.testing.assert_close(many.probabilities, many.logits.sigmoid())
+
+
+def test_loads_while_other_threads_are_served(world: World) -> None:
+    """Every result is that of a task as it was loaded, whole, and graphs stay in their threads."""
+    server = world.server("three")
+    expected = {}
+    for name in ("five", "two"):
+        server.load("changing", world.folders[name], replace=True)
+        expected[len(world.logits(server, "changing")[0])] = world.logits(server, "three", "changing")
+    failures: list[BaseException] = []
+    served, stop = [0, 0], threading.Event()
+
+    def serve(worker: int) -> None:
+        try:
+            while not stop.is_set():
+                found = world.logits(server, "three", "changing")
+                assert_bitwise(found, expected[len(found[1])])
+                served[worker] += 1
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=serve, args=(i,)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    try:
+        for i in range(100):
+            if i >= 6 and (min(served) or failures):
+                break
+            server.load("changing", world.folders[("five", "two")[i % 2]], replace=True)
+            server.load("passing", world.folders["three"])
+            server.unload("passing")
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join()
+    assert not failures, failures
+    assert min(served) > 0
