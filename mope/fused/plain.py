@@ -10,25 +10,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import mope_kernels
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in _HOOKS)
-
-
-def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Whether a module does what its class says and nothing else, so that reading its parameters is as good as calling it."""
-    return (
-        type(module) is kind
-        and not has_hooks(module)
-        and "forward" not in module.__dict__
-        and not any(is_traceable_wrapper_subclass(parameter) for parameter in module.parameters(recurse=False))
-    )
+from .modules import has_hooks as has_hooks
+from .modules import is_plain as is_plain
+from .prepack import Prepacked
 
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
@@ -71,10 +58,14 @@ def add_norm(
 
 def gelu_mlp(mlp: nn.Module, layers: Sequence[nn.Module], x: Tensor, *, impl: str = "auto") -> Tensor:
     """mlp(x), which is nothing but one of `layers` after the other: see `mope_kernels.gelu_mlp`."""
-    if len(layers) != 3 or not all(map(is_plain, layers, (nn.Linear, nn.GELU, nn.Linear))):
+    if len(layers) != 3 or not is_plain(layers[1], nn.GELU):
         return mlp(x)
     first, activation, last = cast(Any, layers)
     if activation.approximate != "none":
+        return mlp(x)
+    if isinstance(prepacked := first.__dict__.get("forward"), Prepacked) and not has_hooks(first):
+        return last(prepacked.gelu(x))
+    if not is_plain(first, nn.Linear) or not is_plain(last, nn.Linear):
         return mlp(x)
     x = x.to(autocast_dtype(x.device, x.dtype) or x.dtype)
     weights: Any = (None if t is None else t.to(x.dtype) for t in (first.weight, first.bias, last.weight, last.bias))

@@ -1,0 +1,144 @@
+"""Frozen linear layers of the CPU with weights in the order in which oneDNN multiplies fastest.
+
+`F.linear` puts the weight in order in every call, or multiplies it as it lies. A frozen weight can be put in order once, which is
+what torch's compiler does with frozen models. It takes as much memory again as the weight.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .modules import is_plain
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def available(dtype: torch.dtype) -> bool:
+    """Whether torch has oneDNN's operators, which are not public, and they do here what they are used for."""
+    if dtype not in DTYPES or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        x, weight = torch.ones(2, 3, dtype=dtype), torch.arange(12, dtype=dtype).view(4, 3) / 8
+        found = _product(x, _in_order(weight), weight[:, 0].contiguous(), gelu=True)
+        return torch.allclose(found, F.gelu(F.linear(x, weight, weight[:, 0])), atol=1e-2)
+    except (RuntimeError, AttributeError, NotImplementedError, TypeError):
+        return False
+
+
+def _in_order(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+
+
+def _product(x: Tensor, ordered: Tensor, bias: Tensor | None, *, gelu: bool) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, ordered, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
+
+
+class PrepackedFunction(torch.autograd.Function):
+    """(layer, x) -> layer(x). Nothing is kept for backward: the weights do not train."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: Prepacked, x: Tensor) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.layer.transposed_product(grads[0])
+
+
+class Prepacked:
+    """The `forward` of a frozen nn.Linear: x (..., C) -> (..., N). It is put in order anew when the weight has changed.
+
+    Where oneDNN cannot do it - another dtype or device, autocast of other weights, weights that train, inside torch.compile -
+    the layer is called as before.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+        self._state: tuple[int, int] | None = None
+        self._ordered: Tensor | None = None
+        self._transposed: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.fits(x):
+            return nn.Linear.forward(self.layer, x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            out: Tensor = PrepackedFunction.apply(self, x)
+            return out
+        return self.product(x)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """gelu(layer(x)), with the exact GELU, in one pass where no gradient is needed."""
+        if self.fits(x) and not (torch.is_grad_enabled() and x.requires_grad):
+            return self.product(x, gelu=True)
+        return F.gelu(self(x))
+
+    def fits(self, x: Tensor) -> bool:
+        weight, bias = self.layer.weight, self.layer.bias
+        return (
+            not torch.compiler.is_compiling()
+            and type(x) is Tensor
+            and weight.device.type == x.device.type == "cpu"
+            and available(weight.dtype)
+            # Autocast casts the rows of x, as it would in front of F.linear.
+            and weight.dtype == (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
+            and not (weight.requires_grad or (bias is not None and bias.requires_grad))
+            and x.numel() > 0
+        )
+
+    def product(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        self._update()
+        assert self._ordered is not None
+        rows = x.reshape(-1, x.shape[-1]).to(self.layer.weight.dtype).contiguous()
+        return _product(rows, self._ordered, self.layer.bias, gelu=gelu).view(*x.shape[:-1], -1)
+
+    def transposed_product(self, grad: Tensor) -> Tensor:
+        """The gradient of x from that of layer(x)."""
+        self._update()
+        if self._transposed is None:
+            self._transposed = _in_order(self.layer.weight.mT)
+        rows = grad.reshape(-1, grad.shape[-1]).contiguous()
+        return _product(rows, self._transposed, None, gelu=False).view(*grad.shape[:-1], -1)
+
+    def _update(self) -> None:
+        weight = self.layer.weight
+        state = weight._version, weight.data_ptr()
+        if state != self._state:
+            # Also when a model is first used in inference mode: what is made there could not be used outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._state, self._ordered, self._transposed = state, _in_order(weight), None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Prepacked:
+        # The copied layer comes with the copy of its module; what is in order is made anew.
+        import copy
+
+        return Prepacked(copy.deepcopy(self.layer, memo))
+
+    def __reduce__(self) -> tuple[type[Prepacked], tuple[nn.Linear]]:
+        return Prepacked, (self.layer,)
+
+
+class PrepackedLayers:
+    """The frozen linear layers of some modules, put in order as they are called; `undo` gives the memory back."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.layers = [
+            layer
+            for module in modules
+            for layer in module.modules()
+            if is_plain(layer, nn.Linear) and not any(p.requires_grad for p in layer.parameters())
+        ]
+        for layer in self.layers:
+            layer.forward = Prepacked(layer)  # type: ignore[method-assign]
+
+    def undo(self) -> None:
+        for layer in self.layers:
+            if isinstance(layer.__dict__.get("forward"), Prepacked):
+                del layer.forward

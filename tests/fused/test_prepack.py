@@ -1,0 +1,138 @@
+"""Frozen linear layers whose weights oneDNN has put in order."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mope.fused import prepack
+from mope.fused.plain import gelu_mlp
+from mope.fused.prepack import Prepacked, PrepackedLayers
+
+needs_onednn = pytest.mark.skipif(not prepack.available(torch.float32), reason="torch without oneDNN's operators")
+FLOATS = [torch.float32, torch.bfloat16]
+
+
+def frozen(*sizes: int, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    return nn.Linear(*sizes, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+def error(found: Tensor, layer: nn.Linear, x: Tensor) -> tuple[float, float]:
+    """Of the found and of the plain product, against float64."""
+    exact = F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
+    plain = F.linear(x, layer.weight, layer.bias)
+    return (found - exact).abs().max().item(), (plain - exact).abs().max().item()
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 33), (2, 3, 33), (1, 33)])
+def test_computes_what_the_layer_computes(dtype: torch.dtype, bias: bool, shape: tuple[int, ...]) -> None:
+    if not prepack.available(dtype):
+        pytest.skip(f"no {dtype} here")
+    layer, x = frozen(33, 17, bias=bias, dtype=dtype), torch.randn(shape, dtype=dtype)
+    calls = Prepacked(layer)
+    assert calls.fits(x)
+    found, plain = error(calls(x), layer, x)
+    assert found <= 2 * plain + 1e-7
+    assert calls(x).shape == layer(x).shape
+    transposed = torch.randn(33, 7, dtype=dtype).mT
+    torch.testing.assert_close(calls(transposed), layer(transposed))
+    torch.testing.assert_close(calls.gelu(x), F.gelu(layer(x)))
+
+
+@needs_onednn
+def test_gradients_pass_through() -> None:
+    layer, x = frozen(33, 17), torch.randn(2, 3, 33, requires_grad=True)
+    calls, weights = Prepacked(layer), torch.randn(2, 3, 17)
+    for ours, plain in ((calls(x), layer(x)), (calls.gelu(x), F.gelu(layer(x)))):
+        # An expanded gradient has no memory of its own.
+        for incoming in (weights, torch.ones(()).expand(2, 3, 17)):
+            (found,) = torch.autograd.grad(ours, x, incoming, retain_graph=True)
+            (wanted,) = torch.autograd.grad(plain, x, incoming, retain_graph=True)
+            torch.testing.assert_close(found, wanted)
+
+
+@needs_onednn
+def test_a_changed_weight_is_put_in_order_again() -> None:
+    layer, x = frozen(8, 6), torch.randn(3, 8)
+    calls = Prepacked(layer)
+    before = calls(x)
+    layer.weight.mul_(2)
+    torch.testing.assert_close(calls(x) - layer.bias, 2 * (before - layer.bias))
+    layer.weight = nn.Parameter(torch.zeros(6, 8), requires_grad=False)
+    torch.testing.assert_close(calls(x), layer.bias.expand(3, 6))
+
+
+@needs_onednn
+def test_what_onednn_cannot_do_is_left_to_the_layer() -> None:
+    layer = frozen(8, 6)
+    calls = Prepacked(layer)
+    assert not calls.fits(torch.randn(3, 8, dtype=torch.float64))
+    assert not calls.fits(torch.empty(0, 8)) and calls(torch.empty(0, 8)).shape == (0, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not calls.fits(torch.randn(3, 8)) and calls(torch.randn(3, 8)).dtype == torch.bfloat16
+    layer.weight.requires_grad_(True)
+    assert not calls.fits(torch.randn(3, 8))
+    calls(torch.randn(3, 8)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+@needs_onednn
+def test_under_autocast_rows_are_cast_to_the_weights() -> None:
+    if not prepack.available(torch.bfloat16):
+        pytest.skip("no bfloat16 here")
+    layer, x = frozen(8, 6, dtype=torch.bfloat16), torch.randn(3, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert Prepacked(layer).fits(x)
+        torch.testing.assert_close(Prepacked(layer)(x), layer(x))
+
+
+@needs_onednn
+def test_layers_of_a_model_and_back() -> None:
+    mlp = nn.Sequential(frozen(8, 32), nn.GELU(), frozen(32, 8))
+    trained, hooked = nn.Linear(8, 8), frozen(8, 8)
+    hooked.register_forward_hook(lambda *_: None)
+    x = torch.randn(4, 8)
+    wanted = mlp(x)
+    layers = PrepackedLayers([nn.ModuleList([mlp, trained, hooked])])
+    assert layers.layers == [mlp[0], mlp[2]]
+    torch.testing.assert_close(mlp(x), wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(gelu_mlp(mlp, list(mlp), x), wanted)
+    # Copies have layers of their own, in order too.
+    for twin in (copy.deepcopy(mlp), pickle.loads(pickle.dumps(mlp))):
+        assert twin[0].forward.layer is twin[0] is not mlp[0]
+        torch.testing.assert_close(twin(x), wanted)
+    assert mlp.state_dict().keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    layers.undo()
+    assert all("forward" not in layer.__dict__ for layer in (mlp[0], mlp[2]))
+    torch.testing.assert_close(mlp(x), wanted)
+
+
+@needs_onednn
+def test_first_used_in_inference_mode() -> None:
+    calls, x = Prepacked(frozen(8, 6)), torch.randn(3, 8)
+    with torch.inference_mode():
+        calls(x)
+    x.requires_grad_()
+    calls(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> Tensor:
+        raise NotImplementedError
+
+    monkeypatch.setattr(prepack, "_product", missing)
+    prepack.available.cache_clear()
+    layer, x = frozen(8, 6), torch.randn(3, 8)
+    assert not Prepacked(layer).fits(x)
+    assert torch.equal(Prepacked(layer)(x), layer(x))
+    prepack.available.cache_clear()
