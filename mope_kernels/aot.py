@@ -33,10 +33,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ._triton import compiling_for, record_launches
+from .expert_adapter_details import _launch as adapters
 from .impl import interpreting
+from .mlp_details import _launch as mlp
 from .mope_attention_details import _launch as mope_attention
+from .norm_details import _launch as norm
 from .prompt_attention import TRITON_HEAD_DIMS
 from .prompt_attention_details import _launch as prompt_attention
+from .prompted_norm_details import _launch as prompted_norm
 from .prompts_details import _launch as prompts
 from .router_details import _launch as router
 from .window_attention_details import _launch as windows
@@ -136,6 +140,7 @@ def prompt_attention_launches(
     *,
     causal: bool = False,
     bias: torch.dtype | None = None,
+    packed: bool = False,
     dropout_p: float = 0.0,
     prompts: int = 13,
     tokens: int = 197,
@@ -144,14 +149,21 @@ def prompt_attention_launches(
     batch: int = 8,
 ) -> None:
     """Launch `prompt_attention`, forward and backward, as on the heads of a projection, with prompts that the items share."""
-    tensors = [from_projection(batch, heads, tokens, head_dim, dtype=dtype, row=row) for _ in range(3)]
+    shape = (1, heads, batch * tokens) if packed else (batch, heads, tokens)
+    tensors = [from_projection(*shape, head_dim, dtype=dtype, row=row) for _ in range(3)]
     tensors += [from_projection(1, heads, prompts, head_dim, dtype=torch.float32) for _ in range(2)]
     lengths = torch.empty(batch, dtype=torch.int64)
     attn_bias = None if bias is None else torch.empty(batch, heads, tokens, tokens, dtype=bias)
     seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
-    inputs: Any = (*tensors, lengths, attn_bias, seed, causal, head_dim**-0.5, dropout_p)
+    if packed:
+        inputs: Any = (*tensors, torch.empty(batch + 1, dtype=torch.int64), seed, tokens, causal, head_dim**-0.5, dropout_p)
+        out, lse = prompt_attention.packed_attention(*inputs)
+        backward_inputs: Any = (torch.empty_like(out), out, lse, *inputs, 0b11111)
+        prompt_attention.packed_attention_backward(*backward_inputs)
+        return
+    inputs = (*tensors, lengths, attn_bias, seed, causal, head_dim**-0.5, dropout_p)
     out, lse = prompt_attention.prompt_attention(*inputs)
-    backward_inputs: Any = (torch.empty_like(out), out, lse, *inputs, 0b11111)
+    backward_inputs = (torch.empty_like(out), out, lse, *inputs, 0b11111)
     prompt_attention.prompt_attention_backward(*backward_inputs)
 
 
@@ -174,6 +186,35 @@ def window_prompt_attention_launches(
     windows.window_prompt_attention_backward(*backward_inputs)
 
 
+def gelu_mlp_launches(dtype: torch.dtype, width: int) -> None:
+    """Launch `gelu_mlp`, forward with and without what backward needs, and backward."""
+    x, weight1, bias1 = (torch.empty(*shape, dtype=dtype) for shape in ((4096, width), (4 * width, width), (4 * width,)))
+    inputs = (x, weight1, bias1, weight1.new_empty(width, 4 * width), weight1.new_empty(width))
+    mlp.gelu_mlp(*inputs, False)
+    out, hidden = mlp.gelu_mlp(*inputs, True)
+    mlp.gelu_mlp_backward(out, hidden, None, weight1, inputs[3], 1)
+
+
+def expert_adapter_launches(
+    dtype: torch.dtype,
+    experts: int,
+    *,
+    bottleneck: int = 16,
+    width: int = 768,
+    parameters: torch.dtype | None = None,
+    gelu: bool = False,
+    dropout_p: float = 0.0,
+) -> None:
+    """Launch `expert_adapter`, forward and backward; with one expert the plain adapter."""
+    shapes: list[tuple[int, ...]] = [(bottleneck, width), (bottleneck,), (experts, width, bottleneck), (experts, width)]
+    shapes += [(experts, width), (experts,)] if experts > 1 else []
+    x, weights = torch.empty(8192, width, dtype=dtype), [torch.empty(s, dtype=parameters or dtype) for s in shapes]
+    seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
+    inputs: Any = (x, *weights, *[None] * (6 - len(weights)), seed, 10.0, gelu, dropout_p)
+    out, _ = adapters.expert_adapter(*inputs, False)
+    adapters.expert_adapter_backward(out, None, *inputs, (1 << len(weights) + 1) - 1)
+
+
 def route_launches(dtype: torch.dtype, experts: int, top_k: int) -> None:
     logits = torch.empty(64, experts, dtype=dtype)
     probs, weights, indices = router.route(logits, torch.empty(64, experts), top_k, 0.1, top_k > 1)
@@ -192,6 +233,59 @@ def mix_prompts_launches(dtype: torch.dtype, selected: int) -> None:
     prompts.mix_prompts_backward(out, experts, weights, indices, True, True)
 
 
+def add_norm_launches(dtype: torch.dtype, width: int, *, trained: bool = False, residual: torch.dtype | None = None) -> None:
+    """Launch `add_norm`, forward and backward; with `residual` the stream has that dtype, and what is added to it another."""
+    residual = residual or dtype
+    update, affine = torch.empty(4096, width, dtype=dtype), torch.empty(width, dtype=dtype)
+    total, normed = norm.add_norm(torch.empty(4096, width, dtype=residual), update, affine, affine, 1e-5, dtype)
+    needs = 1 | (residual != dtype) << 1 | trained * 0b1100
+    norm.add_norm_backward(total, normed, total, affine, 1e-5, residual, dtype, needs)
+
+
+def prompted_norm_launches(
+    dtype: torch.dtype, width: int, *, experts: int = 4, top_k: int = 0, given: bool = False, residual: torch.dtype | None = None
+) -> None:
+    """Launch `prompted_norm`, forward and backward, as in a stage of Swin-B, whose widths are 128 to 1024."""
+    batch, rows, residual = 16, 13 + (56 * 128 // width) ** 2, residual or dtype
+    x, update = (torch.empty(batch, rows, width, dtype=d) for d in (residual, dtype))
+    affine, logits = torch.empty(width, dtype=dtype), torch.empty(batch, experts)
+    prompts = (torch.empty(6, width), torch.empty(experts, 6, width), torch.empty(batch, 1, width, dtype=dtype))
+    router: tuple[Tensor | None, ...] = (logits, torch.empty(2, width), torch.empty(2), torch.empty(2, experts))
+    routing: tuple[Tensor | None, ...] = (None, None, logits)
+    if given:
+        router, routing = (None,) * 4, (torch.empty(batch, 2), torch.empty(batch, 2, dtype=torch.int64), None)
+    total, normed, probs, *chosen, pooled = prompted_norm.prompted_norm(
+        x, update, affine, affine, *prompts, *router, *routing, 13, top_k, 0.1, False, 1e-5, dtype, not given
+    )
+    if given:
+        chosen = [t for t in routing if t is not None]
+    # Of the prompts, the router but for its keys, and the tokens.
+    needs = 1 | (residual != dtype) << 1 | (0b100001110000 if given else 0b1111110000)
+    prompted_norm.prompted_norm_backward(
+        total,
+        normed,
+        None if given else probs,
+        None,
+        total,
+        probs,
+        *chosen,
+        pooled,
+        affine,
+        prompts[1],
+        *router[1:],
+        rows,
+        13,
+        6,
+        1,
+        0.1,
+        False,
+        1e-5,
+        residual,
+        dtype,
+        needs,
+    )
+
+
 # Rows so far apart that offsets need 64 bits.
 _FAR_APART = {"row": 1 << 24}
 _MANY_PROMPTS = (32, 1, 16)
@@ -203,12 +297,35 @@ def attention_options(dtype: torch.dtype) -> dict[Callable[..., None], list[dict
     mope: list[dict[str, Any]] = [{}, top_k, {"fold": False, **top_k}, dropout, {"experts": 64, "top_k": 4}]
     mope += [{"sizes": _MANY_PROMPTS}, {**top_k, **dropout, **_FAR_APART, "sizes": _MANY_PROMPTS}]
     biases: list[dict[str, Any]] = [{"bias": bias} for bias in dict.fromkeys((dtype, torch.float32))]
-    plain: list[dict[str, Any]] = [{}, {"causal": True}, *biases, {"causal": True, **biases[0]}, dropout, {"tokens": 1}]
+    plain: list[dict[str, Any]] = [
+        {},
+        {"causal": True},
+        *biases,
+        {"causal": True, **biases[0]},
+        dropout,
+        {"tokens": 1},
+        {"packed": True},
+    ]
     windows: list[dict[str, Any]] = [{}, {"shift": 0}, {"prompts": 33}, {"trained_bias": True}]
     return {
         mope_attention_launches: mope,
         prompt_attention_launches: [*plain, {"causal": True, **biases[-1], **dropout, **_FAR_APART}],
         window_prompt_attention_launches: [*windows, {"window": 12, "shift": 6, "prompts": 33, "trained_bias": True}],
+    }
+
+
+def norm_options() -> dict[Callable[..., None], list[dict[str, Any]]]:
+    """Widths of Swin Transformers, one that is no power of two and a wide one; few and many experts; what is trained."""
+    plain: list[dict[str, Any]] = [{"width": width} for width in (96, 128, 256, 512, 1024, 4096)]
+    routed: list[dict[str, Any]] = [{"width": width} for width in (128, 256, 512, 1024)]
+    routed += [
+        {"width": 512, "experts": 64, "top_k": 1},
+        {"width": 1024, "experts": 256},
+        {"width": 1024, "experts": 16, "top_k": 2},
+    ]
+    return {
+        add_norm_launches: [*plain, {"width": 512, "trained": True}, {"width": 512, "residual": torch.float32}],
+        prompted_norm_launches: [*routed, {"width": 512, "given": True}, {"width": 512, "residual": torch.float32}],
     }
 
 
@@ -228,6 +345,22 @@ def variants(short: bool = False) -> Iterator[tuple[str, Any]]:
     for dtype in dtypes:
         for selected in (1, 2, 16):
             yield f"mix_prompts {_TYPES[dtype]} k={selected}", lambda d=dtype, s=selected: mix_prompts_launches(d, s)
+    for dtype, width in product(dtypes, (100, 128, 256, 512, 768, 1024)):
+        yield f"gelu_mlp {_TYPES[dtype]} C={width}", lambda d=dtype, w=width: gelu_mlp_launches(d, w)
+    for launches, every_option in norm_options().items():
+        op = launches.__name__.removesuffix("_launches")
+        for dtype, given in product((torch.bfloat16, torch.float32), every_option):
+            if short and dtype == torch.float32 and given is not every_option[0]:
+                continue
+            described = " ".join(f"{k}={_TYPES.get(v, v)}" for k, v in given.items()).replace("width", "C")
+            yield f"{op} {_TYPES[dtype]} {described}", lambda f=launches, d=dtype, o=given: f(d, **o)
+    adapter_options: list[dict[str, Any]] = [{"experts": experts} for experts in (1, 3, 8)]
+    adapter_options.append(
+        {"experts": 8, "bottleneck": 64, "width": 770, "parameters": torch.float32, "gelu": True, "dropout_p": 0.1}
+    )
+    for dtype, adapter in product((torch.bfloat16, torch.float32), adapter_options):
+        described = " ".join(f"{k}={_TYPES.get(v, v)}" for k, v in adapter.items())
+        yield f"expert_adapter {_TYPES[dtype]} {described}", lambda d=dtype, o=adapter: expert_adapter_launches(d, **o)
     for dtype, head_dim in product(dtypes, TRITON_HEAD_DIMS):
         for launches, options in attention_options(dtype).items():
             op = launches.__name__.removesuffix("_launches")

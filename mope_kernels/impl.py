@@ -50,23 +50,36 @@ class Explanation:
 
 
 class Operation:
-    """One op and its implementations, each with the check that says what speaks against it."""
+    """One op and its implementations, each with the check that says what speaks against it.
 
-    def __init__(self, name: str, *, ways: dict[str, Way] | None = None, **checks: Check) -> None:
+    `left_out` has checks that count where no implementation is named: why one that could run is better left out.
+    """
+
+    def __init__(
+        self, name: str, *, ways: dict[str, Way] | None = None, left_out: dict[str, Check] | None = None, **checks: Check
+    ) -> None:
         self.name = name
         self.checks = {impl: checks.get(impl) for impl in IMPLEMENTATIONS}
         self.ways = ways or {}
+        self.left_out = left_out or {}
         _OPERATIONS[name] = self
 
     def against(self, impl: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         check = self.checks[impl]
         return [f"{self.name} has no {impl} implementation"] if check is None else check(*args, **kwargs)
 
+    def _reasons(self, name: str, preferences: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """What speaks against an implementation, or, where none was named, for leaving it out."""
+        reasons = self.against(name, args, kwargs)
+        if not reasons and preferences == IMPLEMENTATIONS and name in self.left_out:
+            return self.left_out[name](*args, **kwargs)
+        return reasons
+
     def choose(self, impl: str, *args: Any, **kwargs: Any) -> str:
         """The implementation that runs on these arguments of the op; ValueError with every reason if none can."""
         preferences = self._preferences(impl)
         for name in preferences:
-            if not self.against(name, args, kwargs):
+            if not self._reasons(name, preferences, args, kwargs):
                 if name == "reference" and "triton" in preferences:
                     self._warn_if_slow(args, kwargs)
                 return name
@@ -79,7 +92,7 @@ class Operation:
 
     def explain(self, impl: str, *args: Any, **kwargs: Any) -> Explanation:
         preferences = self._preferences(impl)
-        reasons = {name: self.against(name, args, kwargs) for name in IMPLEMENTATIONS}
+        reasons = {name: self._reasons(name, preferences, args, kwargs) for name in IMPLEMENTATIONS}
         chosen = next((name for name in preferences if not reasons[name]), None)
         for name in IMPLEMENTATIONS:
             if name != chosen and not reasons[name]:
@@ -95,11 +108,10 @@ class Operation:
     def _warn_if_slow(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or self.name in _warned:
             return
-        if any(isinstance(a, Tensor) and a.is_cuda for a in args):
+        against_triton = self.against("triton", args, kwargs)
+        if against_triton and any(isinstance(a, Tensor) and a.is_cuda for a in args):
             _warned.add(self.name)
-            warnings.warn(
-                f"{self.name} runs in plain PyTorch on a GPU: {'; '.join(self.against('triton', args, kwargs))}", stacklevel=4
-            )
+            warnings.warn(f"{self.name} runs in plain PyTorch on a GPU: {'; '.join(against_triton)}", stacklevel=4)
 
 
 def names_in(impl: str, asker: str) -> tuple[str, ...]:

@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments
-from .impl import Operation, reference_check
+from ._checks import Arguments, last_dim_contiguous
+from .impl import Operation, reference_check, triton_check
+from .mlp_details import _launch as _launch
 
-_GELU_MLP = Operation("gelu_mlp", reference=reference_check)
+
+class GeluMlpFunction(torch.autograd.Function):
+    """(x (N,C), weight1, bias1, weight2, bias2, whether to keep h for backward) -> out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep_hidden: bool
+    ) -> Tensor:
+        out, hidden = torch.ops.mope_triton.gelu_mlp.default(x, weight1, bias1, weight2, bias2, keep_hidden)
+        ctx.save_for_backward(hidden, x if ctx.needs_input_grad[1] else None, weight1, weight2)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:5]
+        found = torch.ops.mope_triton.gelu_mlp_backward.default(
+            last_dim_contiguous(grads[0]), *ctx.saved_tensors, sum(need << bit for bit, need in enumerate(needed))
+        )
+        return *(grad if need else None for grad, need in zip(found, needed, strict=True)), None
+
+
+def _triton_check(x: Tensor, *_: Any, **__: Any) -> list[str]:
+    return triton_check(x)
+
+
+def _left_to_the_library(x: Tensor, *_: Any, **__: Any) -> list[str]:
+    """On NVIDIA's tensor cores float32 loses digits, and without them the library multiplies faster than Triton does."""
+    if x.dtype == torch.float32 and x.is_cuda and not torch.version.hip:
+        return ["in float32 the products take longer than the GELU's memory traffic, and cuBLAS is faster at them"]
+    return []
+
+
+_GELU_MLP = Operation("gelu_mlp", left_out={"triton": _left_to_the_library}, triton=_triton_check, reference=reference_check)
 
 
 def gelu_mlp(
@@ -20,7 +56,7 @@ def gelu_mlp(
         x: (..., C), floating point.
         weight1, bias1: (F,C), and (F,) or None, as of `nn.Linear`, in the dtype of x.
         weight2, bias2: (O,F), and (O,) or None.
-        impl: "auto" or "reference".
+        impl: "auto", "triton" or "reference".
 
     Returns:
         (..., O) in the dtype of x, products accumulated in float32 (float64).
@@ -41,5 +77,9 @@ def gelu_mlp(
         ("bias2", bias2, "O"),
     ):
         arguments.tensor(name, value, axes, dtype=x.dtype)
-    _GELU_MLP.choose(impl, x, weight1, bias1, weight2, bias2)
-    return reference.gelu_mlp(x, weight1, bias1, weight2, bias2)
+    if _GELU_MLP.choose(impl, x, weight1, bias1, weight2, bias2) == "reference":
+        return reference.gelu_mlp(x, weight1, bias1, weight2, bias2)
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight1, bias1, weight2))
+    rows = last_dim_contiguous(x.reshape(-1, x.shape[-1]))
+    out: Tensor = GeluMlpFunction.apply(rows, weight1, bias1, weight2, bias2, trained)
+    return out.view(*x.shape[:-1], weight2.shape[0])

@@ -1,0 +1,103 @@
+"""Launchers of the MLP's Triton kernels. Triton is imported by the first call."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mope_kernels._checks import last_dim_contiguous
+from mope_kernels._ops import GELU_MLP_GRADIENTS, not_needed, triton_kernel
+from mope_kernels._triton import cdiv, launch, on_amd
+
+
+class Blocks(NamedTuple):
+    """Rows, columns and depth of a block; blocks of rows that go together; warps, and stages of the software pipeline."""
+
+    rows: int
+    columns: int
+    depth: int
+    group: int
+    num_warps: int
+    num_stages: int
+
+    def options(self, dtype: torch.dtype) -> dict[str, int]:
+        """Options of the compiler."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if dtype == torch.float32 and not on_amd():
+            # Left to itself, NVIDIA's assembler spills a few registers to have more warps at once.
+            options["maxnreg"] = 255
+        return options
+
+
+_HALF = Blocks(128, 128, 64, 8, 8, 3)
+_FLOAT = Blocks(64, 64, 16, 8, 4, 2)
+
+
+def _launch_product(kernel: Any, a: Tensor, weight: Tensor, *tensors: Tensor | None, num_columns: int) -> None:
+    """Launch one of the two kernels on a (rows, depth), a weight, and what else it takes."""
+    a = last_dim_contiguous(a)
+    num_rows, depth = a.shape
+    blocks = _FLOAT if a.dtype == torch.float32 else _HALF
+    launch(
+        kernel,
+        cdiv(num_rows, blocks.rows) * cdiv(num_columns, blocks.columns),
+        a,
+        weight,
+        *tensors,
+        num_rows,
+        num_columns,
+        depth,
+        a.stride(0),
+        weight.stride(),
+        BM=blocks.rows,
+        BN=blocks.columns,
+        BK=blocks.depth,
+        GROUP=blocks.group,
+        EVEN_COLUMNS=num_columns % blocks.columns == 0,
+        EVEN_DEPTH=depth % blocks.depth == 0,
+        **blocks.options(a.dtype),
+    )
+
+
+@triton_kernel("gelu_mlp")
+def gelu_mlp(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep_hidden: bool
+) -> tuple[Tensor, Tensor]:
+    from ._product import gelu_forward
+
+    width = weight1.shape[0]
+    activated = x.new_empty(x.shape[0], width)
+    hidden = torch.empty_like(activated) if keep_hidden else None
+    bias = None if bias1 is None else bias1.contiguous()
+    _launch_product(gelu_forward, x, weight1, bias, hidden, activated, num_columns=width)
+    with torch.autocast(x.device.type, enabled=False):
+        out = F.linear(activated, weight2, bias2)
+    return out, not_needed(x) if hidden is None else hidden
+
+
+@triton_kernel("gelu_mlp_backward")
+def gelu_mlp_backward(
+    grad_out: Tensor, hidden: Tensor, x: Tensor | None, weight1: Tensor, weight2: Tensor, needs: int
+) -> tuple[Tensor, ...]:
+    from ._product import gelu_gradient
+
+    need = {name for bit, name in enumerate(GELU_MLP_GRADIENTS) if needs >> bit & 1}
+    found = {}
+    with torch.autocast(grad_out.device.type, enabled=False):
+        if not need.isdisjoint({"x", "weight1", "bias1"}):
+            grad_hidden = torch.empty_like(hidden)
+            _launch_product(gelu_gradient, grad_out, weight2, hidden, grad_hidden, num_columns=hidden.shape[1])
+        if "x" in need:
+            found["x"] = grad_hidden @ weight1
+        if "weight1" in need and x is not None:
+            found["weight1"] = grad_hidden.mT @ x
+        if "bias1" in need:
+            found["bias1"] = grad_hidden.sum(0)
+        if "weight2" in need:
+            found["weight2"] = grad_out.mT @ F.gelu(hidden)
+        if "bias2" in need:
+            found["bias2"] = grad_out.sum(0)
+    return tuple(found[name] if name in need else not_needed(grad_out) for name in GELU_MLP_GRADIENTS)
