@@ -1,6 +1,7 @@
 """Layers with the fused ops inside. Needs torch and mope_kernels only."""
 
 from .attention import FrozenAttention, MoPEAttention, PromptBank
+from .packing import Packing
 from .prompts import InputPrompts, PromptExperts
 from .router import ComplementaryRouter, MultimodalRouter, Router
 from .swin import MoPESwinBlock, PromptedPatchMerging
@@ -12,6 +13,7 @@ __all__ = [
     "MoPEAttention",
     "MoPESwinBlock",
     "MultimodalRouter",
+    "Packing",
     "PromptBank",
     "PromptExperts",
     "PromptedPatchMerging",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import mope_kernels
 from mope_kernels import ExpertBank, Routing
 
+from .packing import Packing
 from .projections import call_linear, join_linear
 from .prompts import PromptExperts, project_prompts, split_heads
 from .router import Router, make_router
@@ -60,11 +61,19 @@ class FrozenAttention:
         """(B,H,L,D) -> (B,L,C), before the residual of the layer."""
         return self.output(heads.transpose(1, 2).flatten(2))
 
-    def plain(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """The layer's own attention, without prompts: (B,L,C) -> (B,L,C).
+    def plain(self, x: Tensor, token_mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+        """The layer's own attention, without prompts: (B,L,C) -> (B,L,C), packed: (1,T,C) -> (1,T,C).
 
         `token_mask`: (B,L) bool, True where a token is no padding; or (B,L,L), True where a query (row) sees a token.
         """
+        if packing is not None:
+            query, key, value = self.project(x)
+            none = key[:, :, :0]
+            offsets, max_length = packing.offsets, packing.max_length
+            out = mope_kernels.prompt_attention(
+                query, key, value, none, none, offsets=offsets, max_length=max_length, scale=self.scale
+            )
+            return self.merge(out)
         mask = None if token_mask is None else token_mask[:, None, None] if token_mask.ndim == 2 else token_mask[:, None]
         return self.merge(F.scaled_dot_product_attention(*self.project(x), attn_mask=mask, scale=self.scale))
 
@@ -137,6 +146,7 @@ class MoPEAttention(nn.Module):
         *,
         lengths: Tensor | None = None,
         token_mask: Tensor | None = None,
+        packing: Packing | None = None,
         attn_bias: Tensor | None = None,
         noise: Tensor | None = None,
         top_k: int | None = None,
@@ -152,6 +162,7 @@ class MoPEAttention(nn.Module):
             mapped: (B,M,C) mapped prompts.
             lengths: (B,) integer, the number of tokens of each item: right padding. The fast way to say it.
             token_mask: (B,L) bool, True where a token is no padding, wherever the padding is.
+            packing: of the batch, where x is (1,T,C) without padding; the prompts are then mixed before they are projected.
             attn_bias: floating point, broadcastable to (B,H,L,L), added to the scores of tokens.
             noise: (B,K) router noise, drawn by the caller (`router.sample_noise`) so that a recomputation sees the same.
             top_k: number of selected experts; None: all of them.
@@ -160,23 +171,26 @@ class MoPEAttention(nn.Module):
             frozen: the layer's modules, where they were replaced after construction.
 
         Returns:
-            (B,L,C), the attention's output projection before the residual, and the `Routing` (None without experts).
+            In the shape of x, the attention's output projection before the residual; and the `Routing` (None without experts).
         """
         frozen, router = frozen or self.frozen, router or self.router
         if bank is not None:
             self._check_bank(bank)
         if self.experts is None:
-            return self._attend(frozen, x, (mapped,), lengths, token_mask, attn_bias), None
+            return self._attend(frozen, x, (mapped,), lengths, token_mask, packing, attn_bias), None
 
         if router is None:
             raise ValueError("MoPEAttention: this layer has experts and no router of its own: give router")
         if cross is None:
             raise ValueError("MoPEAttention: the router needs cross, the (B,Cc) feature of the complementary modality")
-        pooled = mean_over_tokens(x, lengths, token_mask) if router.sees_tokens else None
-        if token_mask is not None or attn_bias is not None or not self._bank_pays(frozen, x.shape[0], bank):
+        pooled = None
+        if router.sees_tokens:
+            pooled = mean_over_tokens(x, lengths, token_mask) if packing is None else packing.mean(x)
+        is_plain = token_mask is None and packing is None and attn_bias is None
+        if not (is_plain and self._bank_pays(frozen, x.shape[0], bank)):
             routing = router(pooled, cross, noise, top_k)
             dynamic = self.experts(routing.weights, routing.indices)
-            return self._attend(frozen, x, (mapped, dynamic), lengths, token_mask, attn_bias), routing
+            return self._attend(frozen, x, (mapped, dynamic), lengths, token_mask, packing, attn_bias), routing
 
         bank = bank or self.build_bank(frozen)
         instance_key = instance_value = None
@@ -228,10 +242,11 @@ class MoPEAttention(nn.Module):
         instance_prompts: tuple[Tensor | None, ...],
         lengths: Tensor | None,
         token_mask: Tensor | None,
+        packing: Packing | None,
         attn_bias: Tensor | None,
     ) -> Tensor:
         """Attention over [static; instance prompts, each (B,M,C); tokens]: (B,L,C) -> (B,L,C)."""
-        batch, _, dim = x.shape
+        batch, dim = x.shape[0] if packing is None else packing.shape[0], x.shape[-1]
         prompts = [p.to(x.dtype) for p in instance_prompts if p is not None]
         if self.static is not None:
             shared = not prompts and not self._drops_prompts
@@ -245,6 +260,8 @@ class MoPEAttention(nn.Module):
             *frozen.keys_and_values(frozen.normalize(rows)),
             lengths=lengths,
             attn_bias=attn_bias,
+            offsets=None if packing is None else packing.offsets,
+            max_length=None if packing is None else packing.max_length,
             scale=frozen.scale,
             impl=self.impl,
         )

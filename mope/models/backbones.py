@@ -91,6 +91,10 @@ class BackboneAdapter(Architecture, ABC):
     def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
         """The block from its attention on: input of the block (B,L,C), output projection (B,L,C) -> output of the block (B,L,C)."""
 
+    def is_row_wise(self, model: Any) -> bool:
+        """Whether `finish` makes of each row what it makes of it alone, so that rows may be left out and put anywhere."""
+        return False
+
     def normalize(self, model: Any, features: Tensor) -> Tensor:
         """What the model does to its features after the last block: (..., C) -> (..., C)."""
         return features
@@ -195,6 +199,10 @@ class BertAdapter(BackboneAdapter):
         output = layer.attention.output
         hidden_states = output.LayerNorm(output.dropout(attention_output) + hidden_states)
         return apply_chunking_to_forward(layer.feed_forward_chunk, layer.chunk_size_feed_forward, layer.seq_len_dim, hidden_states)
+
+    def is_row_wise(self, model: Any) -> bool:
+        # Chunks ask for a number of rows that they divide.
+        return not model.config.chunk_size_feed_forward
 
 
 class RobertaAdapter(BertAdapter):

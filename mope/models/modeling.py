@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import SwinModel
 from transformers.utils.generic import ModelOutput
 
-from mope.fused import FrozenAttention, InputPrompts, MoPEAttention, PromptBank, Router
+from mope.fused import FrozenAttention, InputPrompts, MoPEAttention, Packing, PromptBank, Router
 from mope.fused.router import make_router, sample_noise, without_noise
 from mope.graphs import CudaGraphRunner
 from mope_kernels import Routing
@@ -59,10 +59,14 @@ class MoPEOutput(ModelOutput):
 
 
 class Padding(NamedTuple):
-    """Where the padding of a text batch is: `lengths` (B,) for right padding, `token_mask` (B,L) bool for any; or nowhere."""
+    """Where the padding of a text batch is: `lengths` (B,) for right padding, `token_mask` (B,L) bool for any; or nowhere.
+
+    `packing`, where the host knows it, to do without.
+    """
 
     lengths: Tensor | None = None
     token_mask: Tensor | None = None
+    packing: Packing | None = None
 
     def as_mask(self, num_tokens: int) -> Any:
         """(B,L) bool, None without padding."""
@@ -75,7 +79,7 @@ class Padding(NamedTuple):
         if self.token_mask is None:
             return hidden_states[:, 0]
         first = self.token_mask.int().argmax(-1)
-        return hidden_states[torch.arange(len(first), device=first.device), first]
+        return hidden_states[torch.arange(first.shape[0], device=first.device), first]
 
 
 def in_frozen_dtype(
@@ -413,14 +417,15 @@ class MoPEForClassification(SavedModel):
         self._check_given(inputs, config.modalities if cross_features is None else (config.main,))
         self._warn()
 
+        # torch.export fixes what len() gives.
+        batch = inputs[config.main][REQUIRED[config.main]].shape[0]
         psi = mapped = None
         if cross_features is not None:
-            psi = self._check_cross_features(cross_features, len(inputs[config.main][REQUIRED[config.main]]))
+            psi = self._check_cross_features(cross_features, batch)
         elif config.complementary:
             psi, _ = self._encode(config.complementary, inputs, padding)
         if self.mapper is not None and psi is not None:
             mapped = self.mapper(psi.to(_dtype(self.mapper, psi.dtype)))[:, None]
-        batch = len(inputs[config.main][REQUIRED[config.main]])
         noise = sample_noise(list(self._routers().values()), batch, always=router_noise)
         features, routing = self._encode(
             config.main,
@@ -540,16 +545,17 @@ class MoPEForClassification(SavedModel):
         """(B,L), 1 for tokens and 0 for padding. No value is read on an accelerator: the host would wait for it."""
         if attention_mask is None:
             return Padding()
+        packing, mask, device = None, attention_mask.bool(), self.device
+        if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            if self.config.padding_side == "right" and (mask[:, 1:] & ~mask[:, :-1]).any():
+                raise ValueError(
+                    "attention_mask has padding before or between tokens, but the config says padding_side='right': "
+                    "pad on the right, or set padding_side='left' in MoPEConfig, which takes any mask"
+                )
+            packing = Packing.of(mask, device)
         if self.config.padding_side == "left":
-            return Padding(token_mask=attention_mask.bool())
-        padding = Padding(lengths=attention_mask.sum(-1))
-        readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and not (padding.as_mask(attention_mask.shape[1]) == attention_mask.bool()).all():
-            raise ValueError(
-                "attention_mask has padding before or between tokens, but the config says padding_side='right': "
-                "pad on the right, or set padding_side='left' in MoPEConfig, which takes any mask"
-            )
-        return padding
+            return Padding(token_mask=mask.to(device, non_blocking=True), packing=packing)
+        return Padding(lengths=attention_mask.sum(-1).to(device, non_blocking=True), packing=packing)
 
     def _encode(
         self,
@@ -589,13 +595,18 @@ class MoPEForClassification(SavedModel):
         noise_of_layer = iter(noise)
         with torch.set_grad_enabled(self._needs_graph(modality, cross, mapped, *inputs[modality].values())):
             tokens = adapter.embed(backbone, inputs[modality], where.token_mask)
-            hidden_states, mask = tokens, where.as_mask(tokens.shape[1])
+            hidden_states, packing, mask = tokens, None, None
             if modality == self.config.main and self.input_prompts is not None:
                 hidden_states = self.input_prompts(tokens, mapped)
-                mask = self.input_prompts.visible(mask, hidden_states)
+                mask = self.input_prompts.visible(where.as_mask(tokens.shape[1]), hidden_states)
+            elif where.packing is not None and adapter.is_row_wise(backbone):
+                packing, where = where.packing, Padding()
+                hidden_states = packing.pack(tokens)
+            else:
+                mask = where.as_mask(tokens.shape[1])
             for i, layer in enumerate(layers):
                 if i not in blocks:
-                    hidden_states = self._run(partial(_plain_layer, adapter, layer), hidden_states, mask=mask)
+                    hidden_states = self._run(partial(_plain_layer, adapter, layer), hidden_states, mask=mask, packing=packing)
                     continue
                 hidden_states, routed = self._run(
                     layer,
@@ -605,6 +616,7 @@ class MoPEForClassification(SavedModel):
                     mapped=mapped,
                     lengths=where.lengths,
                     token_mask=where.token_mask,
+                    packing=packing,
                     noise=None if blocks[i].experts is None else next(noise_of_layer),
                     top_k=top_k,
                     bank=bank_of[i],
@@ -612,7 +624,10 @@ class MoPEForClassification(SavedModel):
                 )
                 if routed is not None:
                     routing.append(routed)
-            first = where.first_tokens(hidden_states[:, -tokens.shape[1] :])
+            if packing is None:
+                first = where.first_tokens(hidden_states[:, -tokens.shape[1] :])
+            else:
+                first = packing.first_tokens(hidden_states)
             return adapter.normalize(backbone, first), tuple(routing)
 
     def _encode_swin(
@@ -701,9 +716,11 @@ class MoPEForClassification(SavedModel):
             self.train(was_training)
 
 
-def _plain_layer(adapter: BackboneAdapter, layer: nn.Module, hidden_states: Tensor, *, mask: Tensor | None) -> Tensor:
+def _plain_layer(
+    adapter: BackboneAdapter, layer: nn.Module, hidden_states: Tensor, *, mask: Tensor | None, packing: Packing | None
+) -> Tensor:
     """A layer without prompts of its own: (B,L,C) -> (B,L,C)."""
-    return adapter.finish(layer, hidden_states, adapter.attention(layer).plain(hidden_states, mask))
+    return adapter.finish(layer, hidden_states, adapter.attention(layer).plain(hidden_states, mask, packing))
 
 
 def _dtype(module: nn.Module, without: torch.dtype = torch.float32) -> torch.dtype:
