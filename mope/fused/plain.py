@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import mope_kernels
 
-from .modules import has_hooks as has_hooks
-from .modules import is_plain as is_plain
+from .modules import has_hooks, is_plain
 from .prepack import Prepacked
 
 

@@ -14,7 +14,7 @@ import mope_kernels
 from mope_kernels import Routing
 from mope_kernels.reference import autocast_off
 
-from .plain import is_plain
+from .modules import is_plain
 
 ROUTERS = ("multimodal", "complementary")
 

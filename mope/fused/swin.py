@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import mope_kernels
 from mope_kernels import Routing
 
-from .plain import add_norm, gelu_mlp, is_plain, norm_dtype
+from .modules import is_plain
+from .plain import add_norm, gelu_mlp, norm_dtype
 from .prompts import PromptExperts
 from .router import Router, make_router
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import SwinConfig, SwinModel
 
-from mope.fused.plain import add, add_norm, is_plain
+from mope.fused.modules import is_plain
+from mope.fused.plain import add, add_norm
 from mope.fused.prompts import PromptExperts
 from mope.fused.router import Router, cross_logits, make_router, sample_noise
 from mope.fused.swin import MoPESwinBlock, PromptedPatchMerging, position_bias, position_table

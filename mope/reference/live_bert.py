@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import mope_kernels
-from mope.fused.plain import has_hooks
+from mope.fused.modules import has_hooks
 from mope.models.backbones import BertAdapter
 
 from .live import Accelerated, missing

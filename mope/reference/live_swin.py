@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mope.fused.plain import add, add_norm, has_hooks, is_plain
+from mope.fused.modules import has_hooks, is_plain
+from mope.fused.plain import add, add_norm
 from mope.fused.router import CrossPart, cross_logits
 from mope.fused.swin import MoPESwinBlock, position_bias
 from mope.models.distributed import importance
