@@ -1,17 +1,24 @@
-"""How many operations one prompted layer dispatches, forward: `python -m bench.launches` prints the table of the README.
+"""How many operations one prompted layer dispatches, forward: `python -m bench.launches` prints the tables of the README.
 
 Counted, not timed: operations below autograd that are no views. On a GPU each is at least one kernel launch, and the forward pass
 of `mope_attention` is exactly one (`tests/kernels` hold it to that). One layer is a model of three layers minus one of two.
+
+Of a block of the Swin Transformer the Triton kernels are counted: every launch, as the launchers would make it on a GPU. It is
+given what is computed once for all blocks, psi's part of its router's logits, the router's noise and the mapped prompt.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import product
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
@@ -26,7 +33,12 @@ from transformers import (
     ViTModel,
 )
 
+import mope_kernels.impl
 from mope import MoPEConfig, MoPEForClassification
+from mope.benchmark.released import ReleasedBlock
+from mope.fused import MoPESwinBlock
+from mope.fused.router import cross_logits
+from mope_kernels._triton import record_launches
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 IMAGE = {**SMALL, "image_size": 8, "patch_size": 4}
@@ -40,13 +52,27 @@ BACKBONES: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+# No kernel of a GPU runs for these.
+NO_LAUNCH = ("promote_types", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view")
+
+
 class CountLaunches(TorchDispatchMode):
+    """Counts operations; in place of a Triton op what its launcher starts, which is not run."""
+
     def __init__(self) -> None:
         super().__init__()
         self.operations: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view and func.overloadpacket.__name__ not in ("empty", "detach", "_unsafe_view"):
+        if func.namespace == "mope_triton":
+            with record_launches() as launches, self:
+                out = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
+            self.operations.update(kernel.__name__ for kernel, *_ in launches)
+            return out
+        if func.namespace == "aten" and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        if func.namespace != "prim" and not func.is_view and func.overloadpacket.__name__ not in NO_LAUNCH:
             self.operations[str(func)] += 1
         return func(*args, **(kwargs or {}))
 
@@ -72,6 +98,43 @@ def per_layer(name: str, impl: str, serving: bool) -> Counter[str]:
     return operations(name, 3, impl, serving) - operations(name, 2, impl, serving)
 
 
+def swin_block(way: str, *, routed: bool = True, batch: int = 64, backward: bool = False) -> Counter[str]:
+    """Of one block, its windows shifted: "released", "definition" or "fused", forward, or backward to its own prompts alone.
+
+    The frozen weights ask for no gradients. Sizes are those of stage 3 of a Swin-B; nothing is computed but the released way,
+    which looks at its results, on small ones.
+    """
+    small = way == "released"
+    batch, dim, heads, cross_dim = (2, 32, 1, 16) if small else (batch, 512, 16, 768)
+    own: dict[str, Any] = {"prompt_length": 6, "num_experts": 4, "cross_dim": cross_dim} if routed else {}
+    impl = {"released": "auto", "definition": "reference", "fused": "triton"}[way]
+    # The launchers are given tensors of the CPU, as by Triton's interpreter; nothing is launched.
+    with nullcontext() if small else FakeTensorMode(), mock.patch.object(mope_kernels.impl, "interpreting", lambda: True):
+        block: Any = MoPESwinBlock(dim, heads, 14, shift=3, num_prompts=13, impl=impl, **own)
+        for module in block.swin_modules():
+            module.requires_grad_(False)
+        x, update = (torch.randn(batch, 13 + 14**2, dim, requires_grad=backward) for _ in range(2))
+        cross, mapped, noise = torch.randn(batch, cross_dim), torch.randn(batch, 1, dim), torch.randn(batch, 4)
+        prompts: dict[str, Any] | None = None
+        if routed:
+            (logits,) = cross_logits([block.router.of_cross()], cross)
+            logits = logits.detach().requires_grad_(backward)
+            prompts = block.own_prompts(None, mapped, router=block.router, cross_logits=logits, noise=noise)
+        released = ReleasedBlock(block) if small else None
+        with torch.set_grad_enabled(backward), CountLaunches() as forward:
+            if released is not None:
+                out = (released(x, cross, mapped) if routed else released(x))[:1]
+            else:
+                # The next block adds the second to the first.
+                out = block.step(x, update, prompts)[:2]
+        if not backward:
+            return forward.operations
+        incoming = [torch.ones_like(t) for t in out]
+        with CountLaunches() as backwards:
+            torch.autograd.backward(out, incoming)
+        return backwards.operations
+
+
 def main() -> None:
     print("| main encoder | op in each layer | training: fused | training: definition | serving: fused | serving: definition |")
     print("|---|---|---|---|---|---|")
@@ -79,6 +142,12 @@ def main() -> None:
         counts = [per_layer(name, impl, serving) for serving in (False, True) for impl in ("cpu,reference", "reference")]
         fused = sorted({op.split(".")[1] for op in counts[0] if op.startswith("mope_")})
         print(f"| {name} | {', '.join(f'`{op}`' for op in fused)} | {' | '.join(str(c.total()) for c in counts)} |")
+    print("\n| block of a Swin Transformer | released | definition | fused: launches |")
+    print("|---|---|---|---|")
+    for routed, backward in product((True, False), (False, True)):
+        name = f"{'routed' if routed else 'plain'}, {'backward' if backward else 'forward'}"
+        counts = [swin_block(way, routed=routed, backward=backward) for way in ("released", "definition", "fused")]
+        print(f"| {name} | {' | '.join(str(c.total()) for c in counts)} |")
 
 
 if __name__ == "__main__":
