@@ -17,7 +17,7 @@ BENCH_OUT ?= out
 # `make gpu` runs from a bare checkout with what the machine has.
 GPU_PYTHON ?= python3
 OUT ?= bench/results
-STAGE ?= tests,ops
+STAGE ?= tests,ops,timeline
 
 .PHONY: demo test test-all test-oldest lint compile asan bench gpu wheel aot clean
 

@@ -8,10 +8,12 @@ STAGE picks what runs, several with commas between them:
 
     tests     the kernels against float64, on the GPU
     ops       the ops beside what a user would write instead
-    model     a layer and a whole model beside the same with the prompts concatenated
+    model     whole models, a layer and a block beside the same as released, or with the prompts concatenated; many tasks
+    timeline  a trace of one block, the released way and ours
     sanitize  small cases under compute-sanitizer: memcheck, then racecheck
 
-The default is tests,ops. DRY=1 goes through the motions without a GPU, with one small case each, so that it stays ready.
+The default is tests,ops,timeline. In ops and model what says most is measured first. DRY=1 goes through the motions without a
+GPU, with one small case each, so that it stays ready.
 """
 
 from __future__ import annotations
@@ -32,10 +34,13 @@ BUDGET_SECONDS = 570
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no"]
-TESTS = [folder for folder in ("tests/kernels", "tests/contract") if (ROOT / folder).is_dir()]
-SMALL_CASES = "triton and (test_selects_like_a_sort or test_padding_may_hold_anything or test_importance_loss_by_hand)"
-OPS = ["window_prompt_attention", "mope_attention", "prompt_attention", "mix_prompts", "route"]
-STAGES = ("tests", "ops", "model", "sanitize")
+TESTS = ["tests/kernels", "tests/contract", "tests/gpu"]
+# Of every op, forward and backward, on small tensors.
+SMALL_CASES = "triton and test_bitwise_repeatable"
+# What has a row for each op, in the order in which they are measured, and what has one for each model.
+OPS = ["window_prompt_attention", "mope_attention", "prompt_attention", "prompted_norm", "gelu_mlp", "mix_prompts", "route"]
+MODELS = ["model", "swin_block", "layer", "tasks"]
+STAGES = ("tests", "ops", "model", "timeline", "sanitize")
 # pytest: no test was selected. Those that passed before are not.
 NOTHING_LEFT = 5
 
@@ -46,7 +51,7 @@ def commands(stage: str, out: Path, device: str, dry: bool) -> list[list[str]]:
     if stage == "tests":
         # Most of the time goes into compiling. What takes much memory runs in one worker.
         workers = ["-n", "2" if dry else str(min(os.cpu_count() or 1, 8)), "--dist", "loadgroup"] if installed("xdist") else []
-        which = "test_ties or test_takes_heads" if dry else "triton or xformers"
+        which = "test_ties or test_takes_heads or gpu" if dry else "triton or xformers or gpu"
         return [[*resume, str(out / f"tests-{device}.jsonl"), *workers, *TESTS, "-m", "not slow", "-k", which]]
     if stage == "sanitize":
         tool = shutil.which("compute-sanitizer")
@@ -57,7 +62,10 @@ def commands(stage: str, out: Path, device: str, dry: bool) -> list[list[str]]:
             watched = [] if dry else [str(tool), "--tool", check, "--error-exitcode", "1"]
             found.append([*watched, *resume, str(out / f"{check}-{device}.jsonl"), *TESTS, "-k", SMALL_CASES])
         return found
-    files = [f"bench/test_bench_{name}.py" for name in (OPS if stage == "ops" else ["layer", "model"])]
+    if stage == "timeline":
+        return [[sys.executable, "-m", "bench.timeline", "--out", str(out), *(["--tiny"] if dry else [])]]
+    files = [f"bench/test_bench_{name}.py" for name in (OPS if stage == "ops" else MODELS)]
+    files = [file for file in files if (ROOT / file).exists()]
     few = ["--tiny", "-k", "not compiled and not flex"] if dry else []
     return [[*PYTEST, *files, f"--out={out}", f"--seconds={0.02 if dry else 0.3}", *few]]
 
@@ -80,14 +88,14 @@ def missing() -> list[str]:
 def take_over(begun: Path, out: Path, device: str) -> None:
     """Copy a device's files that `out` does not have, so that they are continued there."""
     out.mkdir(parents=True, exist_ok=True)
-    for path in begun.glob(f"*-{device}.jsonl"):
+    for path in begun.glob(f"*-{device}.json*"):
         if not (out / path.name).exists():
             shutil.copy(path, out)
 
 
 def main() -> int:
     dry = os.environ.get("DRY", "") not in ("", "0")
-    stages = (os.environ.get("STAGE") or "tests,ops").split(",")
+    stages = (os.environ.get("STAGE") or "tests,ops,timeline").split(",")
     for stage in stages:
         if stage not in STAGES:
             raise SystemExit(f"STAGE must be of {', '.join(STAGES)}, got {stage!r}")

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from bench import gpu
 from mope.benchmark import rows
+from tests.contract.ops import OPS
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,9 +24,11 @@ def run(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_dry_run_leaves_results_and_continues_them(tmp_path):
-    done = run(tmp_path, DRY="1", STAGE="tests,ops")
+    done = run(tmp_path, DRY="1", STAGE="tests,ops,model,timeline")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"tests-dry.jsonl", "ops-dry.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("tests-dry.jsonl", "ops-dry.jsonl", "model-dry.jsonl", "timeline-dry.json")
+    }
     _, tests = rows.read(tmp_path / "tests-dry.jsonl")
     assert tests and {row["outcome"] for row in tests} <= {"passed", "skipped"}
     header, found = rows.read(tmp_path / "ops-dry.jsonl")
@@ -31,6 +36,9 @@ def test_dry_run_leaves_results_and_continues_them(tmp_path):
     for op in ("route", "mix_prompts", "prompt_attention", "mope_attention"):
         assert any(row["op"] == op and row["way"] == "ours" and row["ms"] > 0 for row in found), op
     assert all("ms" in row or row["unavailable"] for row in found)
+    _, models = rows.read(tmp_path / "model-dry.jsonl")
+    timed = {(row["op"], row["way"]) for row in models if "ms" in row}
+    assert {("model", "ours"), ("model", "released"), ("model", "concatenated"), ("swin_block", "released")} <= timed
 
     # As if it had been killed while it wrote its last line; and the machine it goes on on has no pytest-benchmark.
     text = (tmp_path / "ops-dry.jsonl").read_text()
@@ -43,9 +51,19 @@ def test_dry_run_leaves_results_and_continues_them(tmp_path):
     ]
 
 
+@pytest.mark.slow
+def test_the_sanitizer_sees_every_op(tmp_path):
+    done = run(tmp_path, DRY="1", STAGE="sanitize")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for check in ("memcheck", "racecheck"):
+        _, found = rows.read(tmp_path / f"{check}-dry.jsonl")
+        seen = {op.name for op in OPS if any(f"[{op.name}-triton" in row["test"] for row in found)}
+        assert seen == {op.name for op in OPS if "triton" in op.implementations}
+
+
 def test_unknown_stage_is_named(tmp_path):
     done = run(tmp_path, DRY="1", STAGE="quick")
-    assert done.returncode and "STAGE must be of tests, ops, model, sanitize, got 'quick'" in done.stderr
+    assert done.returncode and "STAGE must be of tests, ops, model, timeline, sanitize, got 'quick'" in done.stderr
 
 
 def test_without_a_gpu_it_says_so(tmp_path):

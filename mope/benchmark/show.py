@@ -61,8 +61,6 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ModuleNotFoundError: without matplotlib.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if "ratio" in row]
@@ -94,7 +92,14 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     all_axes[-1].xaxis.set_major_formatter("{x:g}")
     all_axes[-1].set_xlabel("time as a multiple of ours: right of the line ours is faster")
     figure.legend(loc="outside upper center", ncols=min(len(ways), 6), frameon=False)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """As SVG; the same figure gives the same file."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The same rows give the same file.
     with rc_context({"svg.hashsalt": "mope", "svg.fonttype": "none"}):
         FigureCanvasSVG(figure).print_figure(path, metadata={"Date": None})
