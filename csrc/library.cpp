@@ -361,6 +361,65 @@ std::tuple<Tensor, Tensor> window_attention_backward(Tensor grad_out, WINDOW_ATT
   return {grad_qkv, grad_bias};
 }
 
+#define EXPERT_ADAPTER_PARAMETERS                                                                                              \
+  Tensor x, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias, Optional router_weight, Optional router_bias, \
+    [[maybe_unused]] Optional seed, double temperature, bool is_gelu, double dropout_p
+#define EXPERT_ADAPTER_ARGUMENTS \
+  x, down_weight, down_bias, up_weight, up_bias, router_weight, router_bias, seed, temperature, is_gelu, dropout_p
+
+ExpertAdapter expert_adapter_problem(Arguments& arguments, EXPERT_ADAPTER_PARAMETERS) {
+  STD_TORCH_CHECK(
+      x.dim() == 2 && up_weight.dim() == 3, "expert_adapter: x must be (T, d) and up_weight (E, d, r), got ", to_string(x.sizes()),
+      " and ", to_string(up_weight.sizes()));
+  STD_TORCH_CHECK(dropout_p == 0.0, "expert_adapter: the CPU kernel has no dropout, got dropout_p = ", dropout_p);
+  arguments.both_or_neither("router_weight", router_weight, "router_bias", router_bias);
+  const int64_t T = x.size(0), d = x.size(1), E = up_weight.size(0), r = up_weight.size(2);
+  STD_TORCH_CHECK(E == 1 || router_weight, "expert_adapter: ", E, " experts need router_weight and router_bias");
+  ExpertAdapter op{T, d, r, E};
+  op.x = arguments.rows<2>("x", x, {T, d});
+  op.down_weight = arguments.dense<float>("down_weight", down_weight, {r, d});
+  op.down_bias = arguments.dense<float>("down_bias", down_bias, {r});
+  op.up_weight = arguments.dense<float>("up_weight", up_weight, {E, d, r});
+  op.up_bias = arguments.dense<float>("up_bias", up_bias, {E, d});
+  if (router_weight) {
+    op.router_weight = arguments.dense<float>("router_weight", *router_weight, {E, d});
+    op.router_bias = arguments.dense<float>("router_bias", *router_bias, {E});
+  }
+  op.temperature = static_cast<float>(temperature), op.is_gelu = is_gelu;
+  return op;
+}
+
+std::tuple<Tensor, Tensor> expert_adapter(EXPERT_ADAPTER_PARAMETERS, bool return_weights) {
+  Arguments arguments("expert_adapter");
+  const ExpertAdapter op = expert_adapter_problem(arguments, EXPERT_ADAPTER_ARGUMENTS);
+  Tensor out = empty(op.T, op.d), weights = return_weights ? empty(op.T, op.E) : empty(0);
+  kernels().expert_adapter(op, out.mutable_data_ptr<float>(), return_weights ? weights.mutable_data_ptr<float>() : nullptr);
+  return {out, weights};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_adapter_backward(
+    Tensor grad_out, Optional grad_weights, EXPERT_ADAPTER_PARAMETERS, int64_t needs) {
+  Arguments arguments("expert_adapter_backward");
+  const ExpertAdapter op = expert_adapter_problem(arguments, EXPERT_ADAPTER_ARGUMENTS);
+  ExpertAdapterBackward back{};
+  back.grad_out = arguments.rows<2>("grad_out", grad_out, {op.T, op.d});
+  if (grad_weights) back.grad_weights = arguments.dense<float>("grad_weights", *grad_weights, {op.T, op.E});
+  int bit = 0;
+  const auto gradient = [&](float*& data, auto... sizes) {
+    if (!(needs >> bit++ & 1)) return empty(0);
+    Tensor result = empty(sizes...);
+    data = result.template mutable_data_ptr<float>();
+    return result;
+  };
+  // In the order of EXPERT_ADAPTER_GRADIENTS.
+  Tensor grad_x = gradient(back.x, op.T, op.d);
+  Tensor grad_down_weight = gradient(back.down_weight, op.r, op.d), grad_down_bias = gradient(back.down_bias, op.r);
+  Tensor grad_up_weight = gradient(back.up_weight, op.E, op.d, op.r), grad_up_bias = gradient(back.up_bias, op.E, op.d);
+  Tensor grad_router_weight = gradient(back.router_weight, op.E, op.d), grad_router_bias = gradient(back.router_bias, op.E);
+  kernels().expert_adapter_backward(op, back);
+  return {grad_x, grad_down_weight, grad_down_bias, grad_up_weight, grad_up_bias, grad_router_weight, grad_router_bias};
+}
+
 }  // namespace
 }  // namespace mope
 
@@ -375,6 +434,8 @@ STABLE_TORCH_LIBRARY_IMPL(mope_cpu, CPU, m) {
   m.impl("prompt_attention_backward", TORCH_BOX(&mope::prompt_attention_backward));
   m.impl("mope_attention", TORCH_BOX(&mope::mope_attention));
   m.impl("mope_attention_backward", TORCH_BOX(&mope::mope_attention_backward));
+  m.impl("expert_adapter", TORCH_BOX(&mope::expert_adapter));
+  m.impl("expert_adapter_backward", TORCH_BOX(&mope::expert_adapter_backward));
   m.impl("window_prompt_attention", TORCH_BOX(&mope::window_attention));
   m.impl("window_prompt_attention_backward", TORCH_BOX(&mope::window_attention_backward));
 }

@@ -138,6 +138,23 @@ struct WindowAttentionBackward {
   float* bias;
 };
 
+// T rows of d numbers through a bottleneck of r, and back by E experts. All but x is dense.
+struct ExpertAdapter {
+  int64_t T, d, r, E;
+  Input<2> x;
+  const float *down_weight, *down_bias;      // (r,d), (r)
+  const float *up_weight, *up_bias;          // (E,d,r), (E,d)
+  const float *router_weight, *router_bias;  // (E,d), (E); nullptr: one expert, which has all the weight
+  float temperature;
+  bool is_gelu;
+};
+
+struct ExpertAdapterBackward {
+  Input<2> grad_out;          // (T,d)
+  const float* grad_weights;  // (T,E)
+  float *x, *down_weight, *down_bias, *up_weight, *up_bias, *router_weight, *router_bias;  // the gradients
+};
+
 // The kernels, compiled for one instruction set.
 struct Kernels {
   const char* target;
@@ -151,6 +168,8 @@ struct Kernels {
   void (*mope_attention_backward)(const MopeAttention&, const MopeAttentionBackward&);
   void (*window_attention)(const WindowAttention&, Output<3> out);
   void (*window_attention_backward)(const WindowAttention&, const WindowAttentionBackward&);
+  void (*expert_adapter)(const ExpertAdapter&, float* out, float* weights);
+  void (*expert_adapter_backward)(const ExpertAdapter&, const ExpertAdapterBackward&);
 };
 
 // Those for the best instruction set that this processor has.

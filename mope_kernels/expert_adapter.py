@@ -69,7 +69,7 @@ def _cpu_check(x: Tensor, down_weight: Tensor, *_: Any, dropout_p: float = 0.0, 
     return reasons
 
 
-_EXPERT_ADAPTER = Operation("expert_adapter", triton=_triton_check, reference=reference_check)
+_EXPERT_ADAPTER = Operation("expert_adapter", triton=_triton_check, cpu=_cpu_check, reference=reference_check)
 
 
 def expert_adapter(

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from ._forward import activate, load_rows, load_up, load_weight, mix, normal_cdf, of_experts, project, route
+from ._forward import activate, load_rows, load_up, load_weight, mix, normal_cdf, of_group, project, route
 
 # 1 / sqrt(2 pi)
 NORMAL_PEAK = tl.constexpr(0.3989422804014327)
@@ -18,18 +18,18 @@ def activation_gradient(b_down, GELU: tl.constexpr):
 
 
 @triton.jit
-def for_product(b_matrix, BM: tl.constexpr, BE: tl.constexpr, BG: tl.constexpr):
-    """(BM,BE) -> (BM,BG), the further columns zero."""
-    b_first = tl.arange(0, BG // BE)[None, :, None] == 0
-    return tl.reshape(tl.where(b_first, b_matrix[:, None, :], 0.0), [BM, BG])
+def in_group(b_group, group, BM: tl.constexpr, BE: tl.constexpr, BG: tl.constexpr):
+    """The inverse of `of_group`, zero in the other groups: (BM,BE) -> (BM,BG)."""
+    b_is_it = tl.arange(0, BG // BE)[None, :, None] == group
+    return tl.reshape(tl.where(b_is_it, b_group[:, None, :], 0.0), [BM, BG])
 
 
 @triton.jit
-def store_factor(p_factor, o_row, num_rows, b_factor, WIDTH: tl.constexpr):
-    """Rows of a contiguous (num_rows, WIDTH), in its dtype."""
-    o_column = tl.arange(0, WIDTH)
+def store_factor(p_factor, o_row, num_rows, b_factor, WIDTH: tl.constexpr, group=0, GROUPS: tl.constexpr = 1):
+    """WIDTH columns, those of a group, of rows of a contiguous (num_rows, GROUPS*WIDTH), in its dtype."""
+    o_column = group * WIDTH + tl.arange(0, WIDTH)
     mask = (o_row < num_rows)[:, None]
-    tl.store(p_factor + o_row[:, None] * WIDTH + o_column[None, :], b_factor.to(p_factor.dtype.element_ty), mask=mask)
+    tl.store(p_factor + o_row[:, None] * (GROUPS * WIDTH) + o_column[None, :], b_factor.to(p_factor.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -63,54 +63,58 @@ def adapter_backward(
     BR: tl.constexpr,
     BE: tl.constexpr,
     BG: tl.constexpr,
+    GROUPS: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: BM rows of the gradient of x, and of the factors of the parameters' gradients; of each where it is wanted.
 
-    Those of the up-projections and their biases are grad_out times mixed (num_rows, BE*BR) and weights (num_rows, BG); those of
-    down-projection and router x times grad_down (num_rows, BR) and grad_logits (num_rows, BG), of which their biases' are sums.
+    Those of the up-projections and their biases are grad_out times mixed (num_rows, GROUPS*BE*BR) and weights (num_rows, BG); those
+    of down-projection and router are x times grad_down (num_rows, BR) and grad_logits (num_rows, BG), and their biases' are sums.
     """
     o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     b_down, b_logits = project(
         p_x, p_down, p_down_bias, p_router, p_router_bias, o_row, num_rows, stride_x, D, R, E, BM, BD, BR, BG, EVEN, PRECISION
     )
-    b_wide_weights = route(b_logits, temperature, p_router is not None, E, BG)
-    # (BM, BE)
-    b_weights = of_experts(b_wide_weights, BM, BE, BG)
+    # (BM, BG)
+    b_weights = route(b_logits, temperature, p_router is not None, E, BG)
     b_hidden, b_kept = activate(b_down, p_seed, o_row, dropout_p, GELU, BR)
     if p_mixed is not None:
-        store_factor(p_mixed, o_row, num_rows, mix(b_weights, b_hidden, BM, BR, BE), BE * BR)
+        for group in tl.static_range(GROUPS):
+            b_mixed = mix(of_group(b_weights, group, BM, BE, BG), b_hidden, BM, BR, BE)
+            store_factor(p_mixed, o_row, num_rows, b_mixed, BE * BR, group, GROUPS)
     if p_weights is not None:
-        store_factor(p_weights, o_row, num_rows, b_wide_weights, BG)
+        store_factor(p_weights, o_row, num_rows, b_weights, BG)
     if p_grad_x is not None or p_grad_down is not None or p_grad_logits is not None:
-        b_grad_mixed = tl.zeros([BM, BE * BR], tl.float32)
+        dtype = p_x.dtype.element_ty
+        b_grad_hidden = tl.zeros([BM, BR], tl.float32)
         b_grad_weights = tl.zeros([BM, BG], tl.float32)
-        for start in tl.range(0, D, BD):
-            o_column = start + tl.arange(0, BD)
-            # (BM, BD)
-            b_grad_out = load_rows(p_grad_out, o_row, num_rows, stride_grad_out, o_column, D, EVEN)
-            # (BD, BE*BR)
-            b_up = load_up(p_up, o_column, D, R, E, BR, BE, EVEN).to(b_grad_out.dtype)
-            b_grad_mixed = tl.dot(b_grad_out, b_up, b_grad_mixed, input_precision=PRECISION)
+        for group in tl.static_range(GROUPS):
+            b_grad_mixed = tl.zeros([BM, BE * BR], tl.float32)
+            for start in tl.range(0, D, BD):
+                o_column = start + tl.arange(0, BD)
+                # (BM, BD)
+                b_grad_out = load_rows(p_grad_out, o_row, num_rows, stride_grad_out, o_column, D, EVEN)
+                # (BD, BE*BR)
+                b_up = load_up(p_up, o_column, group, D, R, E, BR, BE, EVEN).to(dtype)
+                b_grad_mixed = tl.dot(b_grad_out, b_up, b_grad_mixed, input_precision=PRECISION)
+                if p_router is not None and group == 0:
+                    # (BG, BD)
+                    b_bias = load_weight(p_up_bias, o_column, E, BG, D, EVEN).to(dtype)
+                    b_grad_weights = tl.dot(b_grad_out, tl.trans(b_bias), b_grad_weights, input_precision=PRECISION)
+            # (BM, BE, BR)
+            b_by_expert = tl.reshape(b_grad_mixed, [BM, BE, BR])
+            b_grad_hidden += tl.sum(b_by_expert * of_group(b_weights, group, BM, BE, BG)[:, :, None], 1)
             if p_router is not None:
-                # (BG, BD)
-                b_bias = load_weight(p_up_bias, o_column, E, BG, D, EVEN).to(b_grad_out.dtype)
-                b_grad_weights = tl.dot(b_grad_out, tl.trans(b_bias), b_grad_weights, input_precision=PRECISION)
-        # (BM, BE, BR)
-        b_by_expert = tl.reshape(b_grad_mixed, [BM, BE, BR])
-        b_grad_down = tl.sum(b_by_expert * b_weights[:, :, None], 1) * b_kept * activation_gradient(b_down, GELU)
-        b_grad_down = b_grad_down.to(p_x.dtype.element_ty)
-        b_grad_logits = tl.zeros([BM, BG], p_x.dtype.element_ty)
+                b_grad_weights += in_group(tl.sum(b_by_expert * b_hidden[:, None, :], 2), group, BM, BE, BG)
+        b_grad_down = (b_grad_hidden * b_kept * activation_gradient(b_down, GELU)).to(dtype)
         if p_router is not None:
-            # (BM, BE)
-            b_grad = of_experts(b_grad_weights, BM, BE, BG) + tl.sum(b_by_expert * b_hidden[:, None, :], 2)
             if p_grad_weights is not None:
-                o_expert = tl.arange(0, BE)
+                o_expert = tl.arange(0, BG)
                 m_weights = (o_row < num_rows)[:, None] & (o_expert < E)[None, :]
-                b_grad += tl.load(p_grad_weights + o_row[:, None] * E + o_expert[None, :], mask=m_weights, other=0.0)
-            b_grad = b_weights * (b_grad - tl.sum(b_weights * b_grad, 1)[:, None]) / temperature
-            b_grad_logits = for_product(b_grad, BM, BE, BG).to(p_x.dtype.element_ty)
+                b_grad_weights += tl.load(p_grad_weights + o_row[:, None] * E + o_expert[None, :], mask=m_weights, other=0.0)
+            b_mean = tl.sum(b_weights * b_grad_weights, 1)
+            b_grad_logits = (b_weights * (b_grad_weights - b_mean[:, None]) / temperature).to(dtype)
         if p_grad_down is not None:
             store_factor(p_grad_down, o_row, num_rows, b_grad_down, BR)
         if p_grad_logits is not None:
@@ -119,23 +123,23 @@ def adapter_backward(
             for start in tl.range(0, D, BD):
                 o_column = start + tl.arange(0, BD)
                 # (BR, BD)
-                b_weight = load_weight(p_down, o_column, R, BR, D, EVEN).to(b_grad_down.dtype)
+                b_weight = load_weight(p_down, o_column, R, BR, D, EVEN).to(dtype)
                 b_grad_x = tl.dot(b_grad_down, b_weight, input_precision=PRECISION)
                 if p_router is not None:
                     # (BG, BD)
-                    b_weight = load_weight(p_router, o_column, E, BG, D, EVEN).to(b_grad_down.dtype)
+                    b_weight = load_weight(p_router, o_column, E, BG, D, EVEN).to(dtype)
                     b_grad_x = tl.dot(b_grad_logits, b_weight, b_grad_x, input_precision=PRECISION)
                 # (BM, BD), in the L2 cache since the pass before
                 b_grad_x += load_rows(p_grad_out, o_row, num_rows, stride_grad_out, o_column, D, EVEN).to(tl.float32)
                 mask = (o_row < num_rows)[:, None] & (o_column < D)[None, :]
-                tl.store(p_grad_x + o_row[:, None] * D + o_column[None, :], b_grad_x.to(p_x.dtype.element_ty), mask=mask)
+                tl.store(p_grad_x + o_row[:, None] * D + o_column[None, :], b_grad_x.to(dtype), mask=mask)
 
 
 @triton.jit
-def add_product(p_factor, b_matrix, b_sum, o_row, m_row, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+def add_product(p_factor, b_matrix, b_sum, o_row, m_row, WIDTH: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr):
     """Add to b_sum (columns, WIDTH) the product of a matrix (rows, columns) and those rows of a factor (num_rows, WIDTH)."""
     # (rows, WIDTH)
-    b_factor = tl.load(p_factor + o_row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], mask=m_row[:, None], other=0.0)
+    b_factor = tl.load(p_factor + o_row[:, None] * STRIDE + tl.arange(0, WIDTH)[None, :], mask=m_row[:, None], other=0.0)
     return tl.dot(tl.trans(b_matrix), b_factor, b_sum, input_precision=PRECISION)
 
 
@@ -173,18 +177,22 @@ def parameter_products(
     BR: tl.constexpr,
     BE: tl.constexpr,
     BG: tl.constexpr,
+    GROUPS: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: the part that a split of the rows has in the parameters' gradients, at BD columns.
+    """One program: the part that a split of the rows has in the parameters' gradients, at BD columns, for a group of experts.
 
     The parts (splits, total), float32, are those gradients one behind the other, each as its parameter lies, from `starts` on:
     up-projections, their biases, down-projection, router, bias of the down-projection, bias of the router.
     """
     column_blocks: tl.constexpr = (D + BD - 1) // BD
-    block, split = tl.program_id(0) % column_blocks, (tl.program_id(0) // column_blocks).to(tl.int64)
+    block, group = tl.program_id(0) % column_blocks, tl.program_id(0) // column_blocks % GROUPS
+    split = (tl.program_id(0) // (column_blocks * GROUPS)).to(tl.int64)
     o_column = block * BD + tl.arange(0, BD)
     first = split * rows_per_split
+    if p_mixed is not None:
+        p_mixed += group * (BE * BR)
     b_up = tl.zeros([BD, BE * BR], tl.float32)
     b_up_bias = tl.zeros([BD, BG], tl.float32)
     b_down = tl.zeros([BD, BR], tl.float32)
@@ -198,39 +206,41 @@ def parameter_products(
             # (BM, BD)
             b_grad_out = load_rows(p_grad_out, o_row, num_rows, stride_grad_out, o_column, D, EVEN)
             if p_mixed is not None:
-                b_up = add_product(p_mixed, b_grad_out, b_up, o_row, m_row, BE * BR, PRECISION)
+                b_up = add_product(p_mixed, b_grad_out, b_up, o_row, m_row, BE * BR, GROUPS * BE * BR, PRECISION)
             if p_weights is not None:
-                b_up_bias = add_product(p_weights, b_grad_out, b_up_bias, o_row, m_row, BG, PRECISION)
+                b_up_bias = add_product(p_weights, b_grad_out, b_up_bias, o_row, m_row, BG, BG, PRECISION)
         if NEED_DOWN or NEED_ROUTER:
             # (BM, BD)
             b_x = load_rows(p_x, o_row, num_rows, stride_x, o_column, D, EVEN)
             if NEED_DOWN:
-                b_down = add_product(p_grad_down, b_x, b_down, o_row, m_row, BR, PRECISION)
+                b_down = add_product(p_grad_down, b_x, b_down, o_row, m_row, BR, BR, PRECISION)
             if NEED_ROUTER:
-                b_router = add_product(p_grad_logits, b_x, b_router, o_row, m_row, BG, PRECISION)
+                b_router = add_product(p_grad_logits, b_x, b_router, o_row, m_row, BG, BG, PRECISION)
         if NEED_DOWN_BIAS:
             b_down_bias += column_sums(p_grad_down, o_row, m_row, BR)
         if NEED_ROUTER_BIAS:
             b_router_bias += column_sums(p_grad_logits, o_row, m_row, BG)
     p_parts += split * total
     o_hidden, o_expert, o_side = tl.arange(0, BR), tl.arange(0, BG), tl.arange(0, BE * BR)
-    m_column = (o_column < D)[:, None]
     if p_mixed is not None:
-        o_part = o_column[:, None] * R + (o_side // BR * (D * R) + o_side % BR)[None, :]
-        tl.store(p_parts + starts[0] + o_part, b_up, mask=m_column & ((o_side // BR < E) & (o_side % BR < R))[None, :])
+        o_of_group = group * BE + o_side // BR
+        o_part = o_column[:, None] * R + (o_of_group * (D * R) + o_side % BR)[None, :]
+        m_part = (o_column < D)[:, None] & ((o_of_group < E) & (o_side % BR < R))[None, :]
+        tl.store(p_parts + starts[0] + o_part, b_up, mask=m_part)
+    # What no group has for itself is the first one's, and what has no columns its first program's.
+    m_column = (o_column < tl.where(group == 0, D, 0))[:, None]
+    num_hidden, num_experts = tl.where(group + block == 0, R, 0), tl.where(group + block == 0, E, 0)
+    o_row_of_hidden, o_row_of_expert = o_hidden[None, :] * D + o_column[:, None], o_expert[None, :] * D + o_column[:, None]
     if p_weights is not None:
-        tl.store(
-            p_parts + starts[1] + o_expert[None, :] * D + o_column[:, None], b_up_bias, mask=m_column & (o_expert < E)[None, :]
-        )
+        tl.store(p_parts + starts[1] + o_row_of_expert, b_up_bias, mask=m_column & (o_expert < E)[None, :])
     if NEED_DOWN:
-        tl.store(p_parts + starts[2] + o_hidden[None, :] * D + o_column[:, None], b_down, mask=m_column & (o_hidden < R)[None, :])
+        tl.store(p_parts + starts[2] + o_row_of_hidden, b_down, mask=m_column & (o_hidden < R)[None, :])
     if NEED_ROUTER:
-        tl.store(p_parts + starts[3] + o_expert[None, :] * D + o_column[:, None], b_router, mask=m_column & (o_expert < E)[None, :])
-    # One of the programs of a split has the biases.
+        tl.store(p_parts + starts[3] + o_row_of_expert, b_router, mask=m_column & (o_expert < E)[None, :])
     if NEED_DOWN_BIAS:
-        tl.store(p_parts + starts[4] + o_hidden, b_down_bias, mask=o_hidden < tl.where(block == 0, R, 0))
+        tl.store(p_parts + starts[4] + o_hidden, b_down_bias, mask=o_hidden < num_hidden)
     if NEED_ROUTER_BIAS:
-        tl.store(p_parts + starts[5] + o_expert, b_router_bias, mask=o_expert < tl.where(block == 0, E, 0))
+        tl.store(p_parts + starts[5] + o_expert, b_router_bias, mask=o_expert < num_experts)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The adapter, for a block of rows per program; and what its backward computes again.
 
-D width of the rows, R of the bottleneck, E experts. Blocks are BM rows by BD columns; BR, BE and BG are R, E and, for products, E
-rounded up. A matrix (BM, BE*BR) has the bottlenecks of the experts side by side.
+D width of the rows, R of the bottleneck, E experts. Blocks are BM rows by BD columns; BR is R rounded up, BG E so that products can
+be made. Experts are taken in GROUPS of BE, whose bottlenecks stand side by side: (BM, BE*BR).
 """
 
 import triton
@@ -37,11 +37,11 @@ def load_weight(p_weight, o_column, N: tl.constexpr, BN: tl.constexpr, D: tl.con
 
 @triton.jit
 def load_up(
-    p_up, o_column, D: tl.constexpr, R: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, EVEN: tl.constexpr
+    p_up, o_column, group, D: tl.constexpr, R: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, EVEN: tl.constexpr
 ):
-    """What the experts' up-projections (E,D,R) add to some columns, side by side: (columns, BE*BR)."""
+    """What the up-projections (E,D,R) of a group add to some columns, side by side: (columns, BE*BR)."""
     o_side = tl.arange(0, BE * BR)
-    o_expert, o_hidden = o_side // BR, o_side % BR
+    o_expert, o_hidden = group * BE + o_side // BR, o_side % BR
     mask = ((o_expert < E) & (o_hidden < R))[None, :]
     if not EVEN:
         mask = mask & (o_column < D)[:, None]
@@ -115,9 +115,10 @@ def activate(b_down, p_seed, o_row, dropout_p, GELU: tl.constexpr, BR: tl.conste
 
 
 @triton.jit
-def of_experts(b_matrix, BM: tl.constexpr, BE: tl.constexpr, BG: tl.constexpr):
-    """(BM,BG) whose columns beyond BE are zero -> (BM,BE)."""
-    return tl.sum(tl.reshape(b_matrix, [BM, BG // BE, BE]), 1)
+def of_group(b_matrix, group, BM: tl.constexpr, BE: tl.constexpr, BG: tl.constexpr):
+    """The columns of a group of experts: (BM,BG) -> (BM,BE)."""
+    b_is_it = tl.arange(0, BG // BE)[None, :, None] == group
+    return tl.sum(tl.where(b_is_it, tl.reshape(b_matrix, [BM, BG // BE, BE]), 0.0), 1)
 
 
 @triton.jit
@@ -151,6 +152,7 @@ def adapter_forward(
     BR: tl.constexpr,
     BE: tl.constexpr,
     BG: tl.constexpr,
+    GROUPS: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -166,16 +168,16 @@ def adapter_forward(
         m_weights = (o_row < num_rows)[:, None] & (o_expert < E)[None, :]
         tl.store(p_weights + o_row[:, None] * E + o_expert[None, :], b_weights, mask=m_weights)
     dtype = p_x.dtype.element_ty
-    b_mixed = mix(of_experts(b_weights, BM, BE, BG), b_hidden, BM, BR, BE).to(dtype)
-    b_weights = b_weights.to(dtype)
     for start in tl.range(0, D, BD):
         o_column = start + tl.arange(0, BD)
-        # (BD, BE*BR)
-        b_up = load_up(p_up, o_column, D, R, E, BR, BE, EVEN).to(dtype)
         # (BG, BD)
         b_bias = load_weight(p_up_bias, o_column, E, BG, D, EVEN).to(dtype)
-        b_out = tl.dot(b_mixed, tl.trans(b_up), input_precision=PRECISION)
-        b_out = tl.dot(b_weights, b_bias, b_out, input_precision=PRECISION)
+        b_out = tl.dot(b_weights.to(dtype), b_bias, input_precision=PRECISION)
+        for group in tl.static_range(GROUPS):
+            b_mixed = mix(of_group(b_weights, group, BM, BE, BG), b_hidden, BM, BR, BE).to(dtype)
+            # (BD, BE*BR)
+            b_up = load_up(p_up, o_column, group, D, R, E, BR, BE, EVEN).to(dtype)
+            b_out = tl.dot(b_mixed, tl.trans(b_up), b_out, input_precision=PRECISION)
         # (BM, BD), in the L2 cache since the first pass
         b_out += load_rows(p_x, o_row, num_rows, stride_x, o_column, D, EVEN).to(tl.float32)
         mask = (o_row < num_rows)[:, None] & (o_column < D)[None, :]

@@ -27,19 +27,16 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# Widest row of the experts' bottlenecks side by side -> blocks of forward, of backward, and of the parameters' gradients.
-_HALF = {
-    64: (Blocks(32, 128, 4, 3), Blocks(32, 64, 4, 3), Blocks(64, 64, 4, 3)),
-    128: (Blocks(32, 64, 4, 3), Blocks(32, 64, 4, 2), Blocks(64, 64, 4, 2)),
-    256: (Blocks(32, 64, 4, 2), Blocks(16, 32, 4, 2), Blocks(32, 32, 4, 2)),
-    512: (Blocks(16, 32, 4, 1), Blocks(16, 16, 8, 1), Blocks(32, 16, 4, 1)),
-}
-_FLOAT = {
-    64: (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1)),
-    128: (Blocks(16, 32, 4, 2), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
-    256: (Blocks(16, 16, 4, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1)),
-    512: (Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1)),
-}
+# Columns that the bottlenecks of a group of experts have side by side, at most; a bottleneck has no more.
+SIDE_BY_SIDE = 64
+
+# Of forward, of backward, and of the parameters' gradients. Chosen so that nothing spills on sm_80, sm_90, sm_100 and gfx942.
+_HALF = (Blocks(32, 128, 4, 3), Blocks(32, 64, 4, 3), Blocks(64, 64, 4, 3))
+_FLOAT = (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1))
+
+
+def _blocks(x: Tensor) -> tuple[Blocks, Blocks, Blocks]:
+    return _FLOAT if x.dtype == torch.float32 else _HALF
 
 
 class _Sizes(NamedTuple):
@@ -51,17 +48,14 @@ class _Sizes(NamedTuple):
     BR: int
     BE: int
     BG: int
+    GROUPS: int
 
     @classmethod
     def of(cls, up_weight: Tensor) -> _Sizes:
-        experts, width, bottleneck = up_weight.shape
-        block = next_power_of_2(experts)
-        return cls(width, bottleneck, experts, max(next_power_of_2(bottleneck), SMALLEST), block, max(block, SMALLEST))
-
-    def blocks(self, dtype: torch.dtype) -> tuple[Blocks, Blocks, Blocks]:
-        table = _FLOAT if dtype == torch.float32 else _HALF
-        side_by_side = self.BE * self.BR
-        return next(blocks for width, blocks in table.items() if side_by_side <= width)
+        num_experts, width, bottleneck = up_weight.shape
+        experts, hidden = next_power_of_2(num_experts), max(next_power_of_2(bottleneck), SMALLEST)
+        in_group = min(experts, SIDE_BY_SIDE // hidden)
+        return cls(width, bottleneck, num_experts, hidden, in_group, max(experts, SMALLEST), experts // in_group)
 
     def constants(self, blocks: Blocks) -> dict[str, Any]:
         """With those of a block, and the options of the compiler."""
@@ -98,7 +92,7 @@ def expert_adapter(
 
     x = last_dim_contiguous(x)
     num_rows, sizes = x.shape[0], _Sizes.of(up_weight)
-    blocks, *_ = sizes.blocks(x.dtype)
+    blocks, *_ = _blocks(x)
     out = x.new_empty(x.shape)
     weights = x.new_empty(num_rows, sizes.E, dtype=torch.float32) if return_weights else None
     launch(
@@ -142,12 +136,12 @@ def expert_adapter_backward(
     parameters = (down_weight, down_bias, up_weight, up_bias, router_weight, router_bias)
     need = {name for bit, name in enumerate(EXPERT_ADAPTER_GRADIENTS) if needs >> bit & 1}
     num_rows, sizes = x.shape[0], _Sizes.of(up_weight)
-    _, blocks, product_blocks = sizes.blocks(x.dtype)
+    _, blocks, product_blocks = _blocks(x)
 
     def factor(width: int, *wanted_by: str) -> Tensor | None:
         return None if need.isdisjoint(wanted_by) else x.new_empty(num_rows, width)
 
-    mixed, weights = factor(sizes.BE * sizes.BR, "up_weight"), factor(sizes.BG, "up_bias")
+    mixed, weights = factor(sizes.GROUPS * sizes.BE * sizes.BR, "up_weight"), factor(sizes.BG, "up_bias")
     grad_down = factor(sizes.BR, "down_weight", "down_bias")
     grad_logits = factor(sizes.BG, "router_weight", "router_bias")
     found: dict[str, Tensor | None] = {"x": x.new_empty(x.shape) if "x" in need else None}
@@ -183,12 +177,12 @@ def expert_adapter_backward(
     if total:
         column_blocks = cdiv(sizes.D, product_blocks.columns)
         row_blocks = cdiv(num_rows, product_blocks.rows)
-        blocks_per_split = max(cdiv(row_blocks * column_blocks, PROGRAMS), 1)
+        blocks_per_split = max(cdiv(row_blocks * column_blocks * sizes.GROUPS, PROGRAMS), 1)
         num_splits = cdiv(row_blocks, blocks_per_split)
         parts = x.new_empty(num_splits, total, dtype=torch.float32)
         launch(
             parameter_products,
-            column_blocks * num_splits,
+            column_blocks * sizes.GROUPS * num_splits,
             grad_out,
             x,
             mixed,

@@ -1,0 +1,244 @@
+// The adapter whose up-projections are routed for each row, and its backward. Included once for each target.
+//
+// A row goes through one product with [down-projection | router], becomes [w_1 h ... w_E h | w_1 ... w_E], and goes through one with
+// the up-projections above their biases. The same two matrices, the other way round, take its gradient back.
+
+// Rows that a thread takes at a time, and at least so many for which it adds up gradients of the parameters: the order of the sums
+// depends on their number, not on that of the threads.
+inline constexpr int64_t kAdapterRows = 48, kAdapterChunk = 4 * kAdapterRows, kAdapterChunks = 64;
+
+// Widths of the two products, and the same in whole vectors.
+struct AdapterSizes {
+  explicit AdapterSizes(const ExpertAdapter& op)
+      : in(op.r + (op.router_weight ? op.E : 0)),
+        out(op.E * op.r + op.E),
+        in_padded(vectors(in) * kLanes),
+        out_padded(vectors(out) * kLanes),
+        d_padded(vectors(op.d) * kLanes) {}
+  int64_t in, out, in_padded, out_padded, d_padded;
+};
+
+// [down-projection | router] and [up-projections; biases] as right factors: (d, in) and (out, d) forwards, (in, d) and (d, out) back.
+inline void pack_by_depth(const ExpertAdapter& op, const AdapterSizes& size, float* in) {
+  for (int64_t c = 0; c < op.d; ++c, in += size.in_padded) {
+    for (int64_t k = 0; k < op.r; ++k) in[k] = op.down_weight[k * op.d + c];
+    for (int64_t e = 0; e < size.in - op.r; ++e) in[op.r + e] = op.router_weight[e * op.d + c];
+    std::fill(in + size.in, in + size.in_padded, 0.0f);
+  }
+}
+inline void pack_up(const ExpertAdapter& op, const AdapterSizes& size, float* out) {
+  for (int64_t e = 0; e < op.E; ++e)
+    for (int64_t c = 0; c < op.d; ++c)
+      for (int64_t k = 0; k < op.r; ++k) out[(e * op.r + k) * size.d_padded + c] = op.up_weight[(e * op.d + c) * op.r + k];
+  pack(op.up_bias, op.d, op.E, op.d, out + op.E * op.r * size.d_padded, size.d_padded);
+}
+inline void pack_back(const ExpertAdapter& op, const AdapterSizes& size, float* in) {
+  pack(op.down_weight, op.d, op.r, op.d, in, size.d_padded);
+  if (op.router_weight) pack(op.router_weight, op.d, op.E, op.d, in + op.r * size.d_padded, size.d_padded);
+}
+inline void pack_up_by_depth(const ExpertAdapter& op, const AdapterSizes& size, float* out) {
+  for (int64_t c = 0; c < op.d; ++c, out += size.out_padded) {
+    for (int64_t e = 0; e < op.E; ++e) {
+      std::copy_n(op.up_weight + (e * op.d + c) * op.r, op.r, out + e * op.r);
+      out[op.E * op.r + e] = op.up_bias[e * op.d + c];
+    }
+    std::fill(out + size.out, out + size.out_padded, 0.0f);
+  }
+}
+
+inline float activation(const ExpertAdapter& op, float x) {
+  // Written so that NaN stays NaN.
+  return op.is_gelu ? 0.5f * x * (1.0f + std::erf(x * 0.70710678f)) : x < 0.0f ? 0.0f : x;
+}
+
+inline float activation_gradient(const ExpertAdapter& op, float x) {
+  if (!op.is_gelu) return x <= 0.0f ? 0.0f : 1.0f;
+  return 0.5f * (1.0f + std::erf(x * 0.70710678f)) + x * 0.39894228f * std::exp(-0.5f * x * x);
+}
+
+// From what the first product gave for a row, [down | logits], to [down | weights] in its place, biases added.
+inline void route_row(const ExpertAdapter& op, float* row) {
+  for (int64_t k = 0; k < op.r; ++k) row[k] += op.down_bias[k];
+  if (!op.router_weight) return;
+  float* weights = row + op.r;
+  float highest = -std::numeric_limits<float>::infinity(), sum = 0.0f;
+  for (int64_t e = 0; e < op.E; ++e) {
+    weights[e] = (weights[e] + op.router_bias[e]) / op.temperature;
+    highest = std::max(highest, weights[e]);
+  }
+  for (int64_t e = 0; e < op.E; ++e) sum += weights[e] = std::exp(weights[e] - highest);
+  for (int64_t e = 0; e < op.E; ++e) weights[e] /= sum;
+}
+
+// From [down | weights] to [w_1 h ... w_E h | w_1 ... w_E].
+inline void mix_row(const ExpertAdapter& op, const float* row, float* mixed) {
+  for (int64_t k = 0; k < op.r; ++k) mixed[k] = activation(op, row[k]);
+  if (!op.router_weight) {
+    mixed[op.r] = 1.0f;
+    return;
+  }
+  const float* weights = row + op.r;
+  for (int64_t e = op.E - 1; e >= 0; --e)
+    for (int64_t k = 0; k < op.r; ++k) mixed[e * op.r + k] = weights[e] * mixed[k];
+  std::copy_n(weights, op.E, mixed + op.E * op.r);
+}
+
+// The products before the mixture, for `count` rows from `first` on: `inner` gets [down | weights], `mixed` what mix_row gives.
+inline void mix_rows(
+    const ExpertAdapter& op, const AdapterSizes& size, const float* in, int64_t first, int64_t count, float* inner, float* mixed) {
+  product<false>(count, size.in, op.d, {op.x.row(first), op.x.stride[0], 1}, in, size.in_padded, inner, size.in_padded);
+  for (int64_t i = 0; i < count; ++i) {
+    route_row(op, inner + i * size.in_padded);
+    mix_row(op, inner + i * size.in_padded, mixed + i * size.out_padded);
+  }
+}
+
+// to (T,d) = residual + left right, for `count` rows from `first` on. The product is summed by itself, in `scratch`: it may be small
+// beside the residual.
+inline void add_product(
+    const ExpertAdapter& op, const AdapterSizes& size, Input<2> residual, int64_t first, int64_t count, int64_t depth, Left left,
+    const float* right, float* scratch, float* to) {
+  product<false>(count, op.d, depth, left, right, size.d_padded, scratch, size.d_padded);
+  for (int64_t i = 0; i < count; ++i) {
+    const float *from = residual.row(first + i), *sum = scratch + i * size.d_padded;
+    float* row = to + (first + i) * op.d;
+    MOPE_SIMD for (int64_t c = 0; c < op.d; ++c) row[c] = from[c] + sum[c];
+  }
+}
+
+inline void expert_adapter(const ExpertAdapter& op, float* out, float* weights) {
+  const AdapterSizes size(op);
+  std::vector<float> in(op.d * size.in_padded), up(size.out * size.d_padded);
+  pack_by_depth(op, size, in.data());
+  pack_up(op, size, up.data());
+  parallel_for(0, (op.T + kAdapterRows - 1) / kAdapterRows, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(kAdapterRows * (size.in_padded + size.out_padded + size.d_padded));
+    float* inner = scratch.take(kAdapterRows * size.in_padded);
+    float* mixed = scratch.take(kAdapterRows * size.out_padded);
+    float* rows = scratch.take(kAdapterRows * size.d_padded);
+    for (int64_t first = begin * kAdapterRows; first < std::min(end * kAdapterRows, op.T); first += kAdapterRows) {
+      const int64_t count = std::min(kAdapterRows, op.T - first);
+      mix_rows(op, size, in.data(), first, count, inner, mixed);
+      if (weights)
+        for (int64_t i = 0; i < count; ++i)
+          std::copy_n(mixed + i * size.out_padded + op.E * op.r, op.E, weights + (first + i) * op.E);
+      add_product(op, size, op.x, first, count, size.out, {mixed, size.out_padded, 1}, up.data(), rows, out);
+    }
+  });
+}
+
+// The gradients of [down | logits] in a row, from that of the mixed row and of the weights.
+inline void mix_row_backward(
+    const ExpertAdapter& op, const float* row, const float* grad_mixed, const float* grad_weights, float* grad) {
+  if (!op.router_weight) {
+    for (int64_t k = 0; k < op.r; ++k) grad[k] = grad_mixed[k] * activation_gradient(op, row[k]);
+    return;
+  }
+  const float* weights = row + op.r;
+  float* grad_logits = grad + op.r;
+  for (int64_t e = 0; e < op.E; ++e) grad_logits[e] = grad_mixed[op.E * op.r + e] + (grad_weights ? grad_weights[e] : 0.0f);
+  for (int64_t k = 0; k < op.r; ++k) {
+    const float hidden = activation(op, row[k]);
+    float sum = 0.0f;
+    for (int64_t e = 0; e < op.E; ++e) {
+      sum += weights[e] * grad_mixed[e * op.r + k];
+      grad_logits[e] += hidden * grad_mixed[e * op.r + k];
+    }
+    grad[k] = sum * activation_gradient(op, row[k]);
+  }
+  float mean = 0.0f;
+  for (int64_t e = 0; e < op.E; ++e) mean += weights[e] * grad_logits[e];
+  for (int64_t e = 0; e < op.E; ++e) grad_logits[e] = weights[e] * (grad_logits[e] - mean) / op.temperature;
+}
+
+// Rows as the right factor of a product: where they lie, if they are whole vectors, else copied into `scratch`.
+inline Input<2> padded_rows(const AdapterSizes& size, Input<2> from, int64_t first, int64_t count, int64_t d, float* scratch) {
+  if (d == size.d_padded) return {from.row(first), {from.stride[0]}};
+  pack(from.row(first), from.stride[0], count, d, scratch, size.d_padded);
+  return {scratch, {size.d_padded}};
+}
+
+inline void expert_adapter_backward(const ExpertAdapter& op, const ExpertAdapterBackward& back) {
+  const AdapterSizes size(op);
+  const int64_t hidden = op.E * op.r;
+  // Which rows of the second matrix, and of the first, get a gradient: (out, d) and (in, d).
+  const int64_t up_begin = back.up_weight ? 0 : hidden, up_end = back.up_bias ? size.out : hidden;
+  const int64_t in_begin = back.down_weight ? 0 : op.r, in_end = back.router_weight ? size.in : op.r;
+  const bool need_inner = back.x || in_begin < in_end || back.down_bias || back.router_bias;
+  std::vector<float> in(op.d * size.in_padded), up(need_inner ? op.d * size.out_padded : 0);
+  std::vector<float> to_x(back.x ? size.in * size.d_padded : 0);
+  pack_by_depth(op, size, in.data());
+  if (need_inner) pack_up_by_depth(op, size, up.data());
+  if (back.x) pack_back(op, size, to_x.data());
+
+  const int64_t blocks = (op.T + kAdapterRows - 1) / kAdapterRows;
+  const int64_t blocks_of_chunk = std::max(kAdapterChunk / kAdapterRows, (blocks + kAdapterChunks - 1) / kAdapterChunks);
+  const int64_t chunks = (blocks + blocks_of_chunk - 1) / blocks_of_chunk;
+  // Of each chunk: the gradients of the second matrix, of the first, and of the biases of the first.
+  const int64_t up_size = up_begin < up_end ? size.out * size.d_padded : 0;
+  const int64_t in_size = in_begin < in_end ? size.in * size.d_padded : 0, part_size = up_size + in_size + size.in;
+  std::vector<float> parts(chunks * part_size);
+
+  parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(kAdapterRows * (2 * size.in_padded + 2 * size.out_padded + size.d_padded));
+    float* inner = scratch.take(kAdapterRows * size.in_padded);
+    float* grad_inner = scratch.take(kAdapterRows * size.in_padded);
+    float* mixed = scratch.take(kAdapterRows * size.out_padded);
+    float* grad_mixed = scratch.take(kAdapterRows * size.out_padded);
+    float* rows = scratch.take(kAdapterRows * size.d_padded);
+    for (int64_t block = begin * blocks_of_chunk; block < std::min(end * blocks_of_chunk, blocks); ++block) {
+      const int64_t first = block * kAdapterRows, count = std::min(kAdapterRows, op.T - first);
+      float* grad_up = parts.data() + block / blocks_of_chunk * part_size;
+      float *grad_in = grad_up + up_size, *grad_biases = grad_in + in_size;
+      mix_rows(op, size, in.data(), first, count, inner, mixed);
+      if (up_begin < up_end) {
+        const Input<2> right = padded_rows(size, back.grad_out, first, count, op.d, rows);
+        product<true>(
+            up_end - up_begin, op.d, count, {mixed + up_begin, 1, size.out_padded}, right.data, right.stride[0],
+            grad_up + up_begin * size.d_padded, size.d_padded);
+      }
+      if (!need_inner) continue;
+      const Left left{back.grad_out.row(first), back.grad_out.stride[0], 1};
+      product<false>(count, size.out, op.d, left, up.data(), size.out_padded, grad_mixed, size.out_padded);
+      for (int64_t i = 0; i < count; ++i) {
+        float* grad = grad_inner + i * size.in_padded;
+        const float* grad_weights = back.grad_weights ? back.grad_weights + (first + i) * op.E : nullptr;
+        mix_row_backward(op, inner + i * size.in_padded, grad_mixed + i * size.out_padded, grad_weights, grad);
+        add_scaled(grad_biases, 1.0f, grad, size.in);
+      }
+      if (in_begin < in_end) {
+        const Input<2> right = padded_rows(size, op.x, first, count, op.d, rows);
+        product<true>(
+            in_end - in_begin, op.d, count, {grad_inner + in_begin, 1, size.in_padded}, right.data, right.stride[0],
+            grad_in + in_begin * size.d_padded, size.d_padded);
+      }
+      if (back.x)
+        add_product(op, size, back.grad_out, first, count, size.in, {grad_inner, size.in_padded, 1}, to_x.data(), rows, back.x);
+    }
+  });
+
+  // Sums a row of the parts, at `place`, over the chunks, in order.
+  const auto sum_row = [&](int64_t place, int64_t n, float* to) {
+    std::fill_n(to, n, 0.0f);
+    for (int64_t c = 0; c < chunks; ++c) add_scaled(to, 1.0f, parts.data() + c * part_size + place, n);
+  };
+  parallel_for(up_begin, up_end, kGrain, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(op.d);
+    for (int64_t i = begin; i < end; ++i) {
+      if (i >= hidden) {
+        sum_row(i * size.d_padded, op.d, back.up_bias + (i - hidden) * op.d);
+        continue;
+      }
+      sum_row(i * size.d_padded, op.d, row.data());
+      float* to = back.up_weight + i / op.r * op.d * op.r + i % op.r;
+      for (int64_t c = 0; c < op.d; ++c) to[c * op.r] = row[c];
+    }
+  });
+  parallel_for(in_begin, in_end, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      sum_row(
+          up_size + i * size.d_padded, op.d, i < op.r ? back.down_weight + i * op.d : back.router_weight + (i - op.r) * op.d);
+  });
+  if (back.down_bias) sum_row(up_size + in_size, op.r, back.down_bias);
+  if (back.router_bias) sum_row(up_size + in_size + op.r, op.E, back.router_bias);
+}
