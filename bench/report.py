@@ -28,6 +28,7 @@ Made by `python -m bench.report` from the rows in `bench/results`: `make bench` 
 | branchless | *released* without waiting for the device |
 | embedding_bag | torch's weighted sum of the rows of a table |
 | concatenated | the whole model written by hand, prompts concatenated with the tokens |
+| a model for each task | called one after the other, each with the items of its task; all over the same frozen weights |
 | ... compiled | the same under `torch.compile(dynamic=False)` |
 
 - A row is timed only after its result was checked: its error against float64 is at most five times that of plain PyTorch in the

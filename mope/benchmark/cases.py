@@ -18,6 +18,7 @@ WAYS = {
     "layer": ("ours", "released", "released compiled"),
     "swin_block": ("ours", "released", "released compiled", "released without waiting compiled"),
     "model": ("ours", "ours compiled+graphs", "ours without graphs", *_SWIN_MODEL, "concatenated", "concatenated compiled"),
+    "tasks": ("ours", "a model for each task"),
 }
 # Models for each of which there is one opponent.
 _OPPONENTS = {True: _SWIN_MODEL, False: ("concatenated", "concatenated compiled")}
@@ -81,6 +82,7 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
         "layer": [("tiny", None)],
         "swin_block": [("tiny", None)],
         "model": [("tiny", None), ("tiny-swin", None)],
+        "tasks": [("tiny-t2", None), ("tiny-swin-t3", None)],
     },
     "cpu": {
         "route": [("b64-k16", 2)],
@@ -91,6 +93,7 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
         "layer": [("vit-b-b8", None), ("bert-128-b16", None)],
         "swin_block": [("swin-b-stage3-shifted-b4", None)],
         "model": [("vit-b+bert-base-2-layers-b8", None), ("swin-b-8-blocks+bert-base-2-layers-b4", None)],
+        "tasks": [(f"vit-b-96+bert-base-2-layers-b16-t{tasks}", None) for tasks in (1, 16, 256)],
     },
     "cuda": {
         "route": [("b64-k4", None), ("b64-k16", 2), ("b1024-k64", 2)],
@@ -112,6 +115,10 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
         "layer": [("vit-b-b64", None), ("bert-128-b64", None), ("vit-l-b64", None)],
         "swin_block": [("swin-b-stage1-shifted-b64", None), ("swin-b-stage3-shifted-b64", None)],
         "model": [(name, None) for name in ("swin-b+bert-base-b16", "swin-b+bert-base-b64", "vit-b+bert-base-b64")],
+        "tasks": [
+            *((f"vit-b+bert-base-b64-t{tasks}", None) for tasks in (1, 16, 256)),
+            ("swin-b+bert-base-b64-t16", None),
+        ],
     },
 }
 # The rest of what is listed, for a device with time.
@@ -147,7 +154,8 @@ def cases(op: str, where: str) -> list[Case]:
     found = [
         Case(op, shape, training, top_k, backends=backends)
         for shape, top_k in _SHAPES[where].get(op, [])
-        for training in (False, True)
+        # Tasks are trained one by one.
+        for training in ((False,) if op == "tasks" else (False, True))
     ]
     if op == "mope_attention" and where in _SKEWED:
         found += [Case(op, _SKEWED[where], False, 1, skew) for skew in ("zipf", "all-to-one")]

@@ -113,7 +113,7 @@ def swin_block(case: Case, dtype: torch.dtype) -> Problem:
             "released without waiting": way(ReleasedBlock(block, waits=False, threshold=0.0), released),
         },
         definition,
-        _windows_run_by(block, dtype),
+        windows_run_by(block, dtype),
         None,
         dtype,
         (*inputs, *own) if case.training else (),
@@ -122,7 +122,7 @@ def swin_block(case: Case, dtype: torch.dtype) -> Problem:
     )
 
 
-def _windows_run_by(block: MoPESwinBlock, dtype: torch.dtype) -> str:
+def windows_run_by(block: MoPESwinBlock, dtype: torch.dtype) -> str:
     """Which implementation of the attention in windows."""
     assert block.position_bias is not None
     rows, dim = block.num_prompts + block.resolution**2, block.proj.in_features
@@ -139,26 +139,40 @@ def _windows_run_by(block: MoPESwinBlock, dtype: torch.dtype) -> str:
     return found.impl or ""
 
 
-def new_model(shape: shapes.Model, case: Case, impl: str = "auto") -> MoPEForClassification:
-    """As published where there is a Swin Transformer."""
+def layers_run_by(model: MoPEForClassification) -> str:
+    """Which implementations of the ops of a prompted layer."""
+    return ", ".join(sorted({answer.impl or "" for answer in plain.explain_ops(model).values()}))
+
+
+def new_config(shape: shapes.Model, case: Case, impl: str = "auto", prompt_owner: str = "reference") -> MoPEConfig:
+    """As published where there is a Swin Transformer, which alone has a `prompt_owner`."""
+    options: dict[str, Any] = {"num_labels": LABELS, "num_experts": shape.experts, "static_length": 6, "noise_std": 0.0}
+    options |= {"eval_top_k": case.top_k, "importance_threshold": 0.0, "impl": impl}
+    if not shape.depths:
+        return MoPEConfig(**options)
+    return MoPEConfig.preset("mope-v4", **options, prompt_dropout=0.0, prompt_owner=prompt_owner)
+
+
+def new_backbones(shape: shapes.Model) -> dict[str, nn.Module]:
+    """The same numbers every time."""
     torch.manual_seed(0)
     size: dict[str, Any] = {"hidden_size": shape.hidden, "num_hidden_layers": shape.layers}
     size |= {"num_attention_heads": shape.hidden // 64}
     size |= {"intermediate_size": 4 * shape.hidden}
-    options: dict[str, Any] = {"num_labels": LABELS, "num_experts": shape.experts, "static_length": 6, "noise_std": 0.0}
-    options |= {"eval_top_k": case.top_k, "importance_threshold": 0.0, "impl": impl}
     text = BertModel(BertConfig(**size), add_pooling_layer=False)
     vision: nn.Module
     if not shape.depths:
         vision = ViTModel(ViTConfig(**size, image_size=shape.image), add_pooling_layer=False)
-        config = MoPEConfig(**options)
     else:
         heads = [(shape.embed << stage) // 32 for stage in range(len(shape.depths))]
         swin: dict[str, Any] = {"embed_dim": shape.embed, "depths": shape.depths, "num_heads": heads, "window_size": shape.window}
         vision = SwinModel(SwinConfig(**swin, image_size=shape.image), add_pooling_layer=False)
-        config = MoPEConfig.preset("mope-v4", **options, prompt_dropout=0.0, prompt_owner="reference")
-    model = MoPEForClassification(config, vision=vision, text=text).to(torch.get_default_device())
-    return model.train(case.training)
+    return {"vision": vision, "text": text}
+
+
+def new_model(shape: shapes.Model, case: Case, impl: str = "auto") -> MoPEForClassification:
+    model = MoPEForClassification(new_config(shape, case, impl), **new_backbones(shape))
+    return model.to(torch.get_default_device()).train(case.training)
 
 
 def model(case: Case, dtype: torch.dtype) -> Problem:
@@ -168,7 +182,7 @@ def model(case: Case, dtype: torch.dtype) -> Problem:
     return build(shape, case, dtype)
 
 
-def _inputs(shape: shapes.Model) -> Inputs:
+def new_inputs(shape: shapes.Model) -> Inputs:
     return {
         "pixel_values": torch.randn(shape.batch, 3, shape.image, shape.image),
         "input_ids": torch.randint(5, 30000, (shape.batch, shape.tokens)),
@@ -193,7 +207,7 @@ def _swin_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
     model, source, twin = new_model(shape, case), new_model(shape, case), new_model(shape, case, "reference")
     # In float64 the activations of all blocks do not fit beside each other.
     twin.gradient_checkpointing_enable()
-    inputs = _inputs(shape)
+    inputs = new_inputs(shape)
     on_gpu, half = inputs["pixel_values"].is_cuda, dtype.itemsize == 2
 
     def forward(model: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
@@ -232,7 +246,7 @@ def _swin_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
         inputs | parameters,
         ways,
         definition,
-        _windows_run_by(vision.blocks()[0][0], dtype),
+        windows_run_by(vision.blocks()[0][0], dtype),
         None,
         dtype,
         tuple(parameters),
@@ -244,7 +258,7 @@ def _swin_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
 
 def _vit_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
     model, source, twin = new_model(shape, case), new_model(shape, case), new_model(shape, case, "reference")
-    inputs, banks = _inputs(shape), None
+    inputs, banks = new_inputs(shape), None
     on_gpu = inputs["pixel_values"].is_cuda
     if dtype.itemsize == 2:
         model.cast_frozen(dtype)
@@ -278,7 +292,7 @@ def _vit_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
             ),
         },
         definition,
-        ", ".join(sorted({answer.impl or "" for answer in plain.explain_ops(model).values()})),
+        layers_run_by(model),
         None,
         dtype,
         tuple(parameters),

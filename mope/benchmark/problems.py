@@ -14,7 +14,7 @@ from mope.fused import FrozenAttention, MoPEAttention
 from mope.fused.prompts import project_prompts
 from mope_kernels import ExpertBank, explain, reference
 
-from . import baselines, models, shapes
+from . import baselines, models, shapes, tasks
 from .baselines import Attend, Unavailable
 from .cases import Case
 from .problem import Inputs, Outputs, Problem
@@ -36,6 +36,7 @@ def build(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
         "layer": _layer,
         "swin_block": models.swin_block,
         "model": models.model,
+        "tasks": tasks.tasks,
     }
     with torch.device(device):
         return builders[case.op](case, dtype)

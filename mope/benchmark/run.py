@@ -20,7 +20,7 @@ from .measure import Ceilings, Clock, WrongResult, check, measure, name_of
 # For the rounds of a row: quick, and not.
 ROUNDS_SECONDS = {True: 0.3, False: 1.0}
 
-NOT_QUICK = ("layer", "swin_block", "model")
+NOT_QUICK = ("layer", "swin_block", "model", "tasks")
 
 # In a process of its own, without the rest of the package: what a first call costs where nothing was compiled before.
 COLD_START = """

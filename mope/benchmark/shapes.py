@@ -140,6 +140,17 @@ MODELS = {
         for experts in (4, 16, 64)
     },
 }
+# Of a batch of the model, and how many tasks are loaded.
+TASKS = {
+    "tiny-t2": (MODELS["tiny"], 2),
+    "tiny-swin-t3": (MODELS["tiny-swin"], 3),
+    **{f"vit-b-96+bert-base-2-layers-b16-t{tasks}": (Model(16, image=96, tokens=32, layers=2), tasks) for tasks in (1, 16, 256)},
+    **{
+        f"{name}-t{tasks}": (MODELS[name], tasks)
+        for name in ("vit-b+bert-base-b64", "swin-b+bert-base-b64")
+        for tasks in (1, 16, 256)
+    },
+}
 # items, experts
 ROUTER = {"tiny": (4, 3), "b64-k4": (64, 4), "b64-k16": (64, 16), "b1024-k64": (1024, 64)}
 

@@ -1,0 +1,98 @@
+"""Many tasks in one batch, beside a model for each of them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mope import MoPEForClassification
+from mope.graphs import CudaGraphRunner
+from mope.models.precision import HALF
+from mope.serving.model import MultiTaskModel
+
+from . import models, shapes
+from .cases import Case
+from .problem import Outputs, Problem
+
+
+def tasks(case: Case, dtype: torch.dtype) -> Problem:
+    """Logits of a batch whose items are of different tasks, as many as there are, or items. Banks are made beforehand.
+
+    Opposite stands a model for each of these tasks, over the same frozen weights: called one after the other, each with the items
+    of its task, so that switching costs nothing else. On a GPU both replay CUDA graphs, one for each model.
+    """
+    shape, loaded = shapes.TASKS[case.shape]
+    config, device, half = models.new_config(shape, case, prompt_owner="instance"), torch.get_default_device(), dtype in HALF
+    inputs, batch = models.new_inputs(shape), shape.batch
+    task_ids = torch.arange(batch) * max(loaded // batch, 1) % loaded
+
+    ours = MultiTaskModel(
+        config,
+        **{name: backbone.to(device) for name, backbone in models.new_backbones(shape).items()},
+        capacity=loaded,
+        max_labels=config.num_labels,
+        dtype=dtype if half else None,
+    )
+    first = MoPEForClassification(config, **models.new_backbones(shape)).to(device).eval()
+    twin = MoPEForClassification(config.replace(impl="reference"), **models.new_backbones(shape)).to(device).eval()
+    of_task = {task: _other_task(first) for task in task_ids.unique().tolist()}
+    items = {task: (task_ids == task).nonzero()[:, 0] for task in of_task}
+    order = torch.cat(list(items.values())).argsort()
+    states = {task: model.added_state_dict() for task, model in of_task.items()}
+    for task, state in states.items():
+        ours.write(task, ours.stage(config, state, Path(f"task {task}")))
+    if half:
+        # Of all of them, which have the same.
+        first.cast_frozen(dtype)
+
+    def forward(model: Any, banks: Any, *tensors: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=dtype, enabled=half and tensors[0].dtype == torch.float32):
+            logits: Tensor = model(**dict(zip(inputs, tensors, strict=True)), banks=banks).logits
+            return logits
+
+    def in_graphs(function: Any) -> Any:
+        return CudaGraphRunner(function, modules=()) if device.type == "cuda" else function
+
+    def of_model(model: MoPEForClassification) -> Any:
+        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=half):
+            banks = None if shape.depths else model.build_banks()
+        return in_graphs(lambda **tensors: forward(model, banks, *tensors.values()))
+
+    def one_after_the_other(**tensors: Tensor) -> Outputs:
+        found = [calls[task](**{name: tensor[items[task]] for name, tensor in tensors.items()}) for task in of_task]
+        return (torch.cat(found)[order],)
+
+    def definition(**tensors: Tensor) -> Outputs:
+        twin.to(tensors["pixel_values"].dtype)
+        found = []
+        for task, state in states.items():
+            twin.load_state_dict(state, strict=False)
+            found.append(forward(twin, None, *(tensor[items[task]] for tensor in tensors.values())))
+        return (torch.cat(found)[order],)
+
+    calls = {task: of_model(model) for task, model in of_task.items()}
+    together, vision = in_graphs(ours.classify), cast(Any, ours.vision)
+    return Problem(
+        inputs,
+        {"ours": lambda **tensors: (together(task_ids=task_ids, **tensors),), "a model for each task": one_after_the_other},
+        definition,
+        models.windows_run_by(vision.blocks()[0][0], dtype) if shape.depths else models.layers_run_by(ours),
+        None,
+        dtype,
+        recorded=device.type == "cuda",
+    )
+
+
+def _other_task(model: MoPEForClassification) -> MoPEForClassification:
+    """Over the same frozen weights, with other numbers beside them."""
+    added = model.added_state_dict()
+    frozen: dict[str, nn.Parameter] = {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in added}
+    other = copy.deepcopy(model, {id(tensor): tensor for tensor in frozen.values()})
+    with torch.no_grad():
+        for parameter in other.trainable_parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return other
