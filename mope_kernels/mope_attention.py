@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from ._ops import MOPE_ATTENTION_GRADIENTS
 from .impl import Operation, extension_check, reference_check
 from .mope_attention_details import _launch as _launch
 from .prompt_attention import check_attention, triton_attention_check
+from .prompt_attention_details import _libraries
 from .router import Routing, check_routing, dense_routing
 
 
@@ -108,7 +111,35 @@ def _cpu_check(
     return reasons
 
 
-_MOPE_ATTENTION = Operation("mope_attention", triton=_triton_check, cpu=_cpu_check, reference=reference_check)
+def _sdpa_check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logits: Tensor,
+    bank: ExpertBank,
+    *,
+    lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    **others: Tensor | None,
+) -> list[str]:
+    reasons = _libraries.nothing_visible_check(key, bank.key, lengths, None)
+    of_bank = (bank.key, bank.value, bank.gram, bank.key_offset, bank.value_offset)
+    return reasons + _libraries.sdpa_gradient_check(query, key, value, logits, *of_bank, *others.values())
+
+
+_MOPE_ATTENTION = Operation(
+    "mope_attention",
+    triton=_triton_check,
+    cpu=_cpu_check,
+    sdpa=_sdpa_check,
+    reference=reference_check,
+    left_out={"triton": _libraries.long_sequence_check},
+)
+# How each attends to prompts that were mixed before.
+_BY_AUTOGRAD: dict[str, Callable[..., Tensor]] = {
+    "sdpa": partial(_libraries.sdpa, attn_bias=None, is_causal=False),
+    "reference": reference.prompt_attention,
+}
 
 
 def _check_tasks(arguments: Arguments, task_ids: Tensor, bank: ExpertBank) -> None:
@@ -160,7 +191,7 @@ def mope_attention(
         task_ids: (B,) integer, for inference with the prompts of T tasks side by side: `bank` then has `key` and `value`
             (T*K,H,P,D), those of task t from row t*K on, and `gram` (T,P,K,K); static prompts are (T,H,S,D). Item b has the
             experts and static prompts of task task_ids[b], `logits` and the indices of the routing count within these.
-        impl: "auto", "triton", "cpu" or "reference".
+        impl: "auto", "triton", "cpu", "sdpa" (which mixes the prompts before) or "reference".
 
     Returns:
         (B,H,Lq,D) in the dtype of `query`, in memory (B,Lq,H,D), and the `Routing`.
@@ -206,7 +237,7 @@ def mope_attention(
         impl, query, key, value, logits, bank, noise=noise, lengths=lengths, dropout_p=dropout_p, task_ids=task_ids, **prompts
     )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if implementation == "reference":
+    if implementation in _BY_AUTOGRAD:
         out, weights, indices, probs = reference.mope_attention(
             query,
             key,
@@ -226,6 +257,7 @@ def mope_attention(
             dropout_p=dropout_p,
             scale=scale,
             task_ids=task_ids,
+            attend=_BY_AUTOGRAD[implementation],
             **prompts,
         )
         return out, Routing(weights, indices, probs)

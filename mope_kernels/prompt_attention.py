@@ -99,6 +99,7 @@ _PROMPT_ATTENTION = Operation(
     xformers=_libraries.xformers_check,
     reference=reference_check,
     ways={"xformers": _libraries.xformers_way},
+    left_out={"triton": _libraries.long_sequence_check},
 )
 # Those whose gradients autograd finds by itself.
 _BY_AUTOGRAD: dict[str, Callable[..., Tensor]] = {

@@ -239,10 +239,12 @@ def mope_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
     task_ids: Tensor | None = None,
+    attend: Callable[..., Tensor] = prompt_attention,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention over [static; instance; routed prompts; tokens] -> out (B,H,Lq,D), weights, indices, probs.
 
     With `task_ids` (B,) banks (T*K,H,P,D), Gram matrices (T,P,K,K) and static prompts (T,H,S,D) are those of T tasks side by side.
+    `attend` is given the prompts when they are mixed, as `prompt_attention` is.
     """
     batch = query.shape[0]
     weights, indices, probs = route(logits, top_k=top_k, temperature=temperature, noise=noise, renormalize=renormalize)
@@ -265,7 +267,7 @@ def mope_attention(
         parts += [] if instance is None else [instance]
         return torch.cat([*(part.to(routed.dtype) for part in parts), routed], dim=2)
 
-    out = prompt_attention(
+    out = attend(
         query,
         key,
         value,

@@ -16,6 +16,11 @@ from torch import Tensor
 # The libraries' kernels load 16 bytes at a time: 8 numbers of half precision, 4 of float32.
 _ALIGNMENT = 8
 _XFORMERS_DEVICES = ("cuda",)
+# Widest head -> tokens from which on sdpa is expected to be the faster, since copying keys and values then costs less than its
+# kernels gain (cuDNN's and FlashAttention's of Hopper against FlashAttention-2's algorithm in Triton). Published for an H100: at
+# 512 tokens and head_dim 128 309 TFLOP/s for FlashAttention-2, 323 in Triton, 497 for cuDNN, at 8k 370 and 600 (FlashAttention-3,
+# arXiv 2407.08608). Where the one overtakes the other with prompts is estimated from that and not measured.
+SDPA_FROM_TOKENS = {64: 4096, 128: 2048}
 # CUDA's limit on the second and third dimension of a grid; xformers puts items and heads there.
 _LARGEST_GRID = 65_535
 
@@ -67,6 +72,14 @@ def nothing_visible_check(key: Tensor, prompt_key: Tensor, lengths: Tensor | Non
     return []
 
 
+def sdpa_gradient_check(query: Tensor, *others: Tensor | None) -> list[str]:
+    """Where gradients of these tensors are asked for and torch's kernel is not as accurate as plain PyTorch."""
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, *others))
+    if query.device.type == "cpu" and query.dtype == torch.float32 and trains:
+        return ["torch's CPU kernel approximates exp: in float32 the errors of its gradients are several times plain PyTorch's"]
+    return []
+
+
 def sdpa_check(
     query: Tensor,
     key: Tensor,
@@ -79,12 +92,33 @@ def sdpa_check(
     **_: Any,
 ) -> list[str]:
     reasons = nothing_visible_check(key, prompt_key, lengths, attn_bias)
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, prompt_key, prompt_value))
-    if query.device.type == "cpu" and query.dtype == torch.float32 and trains:
-        reasons.append(
-            "torch's CPU kernel approximates exp: in float32 the errors of its gradients are several times plain PyTorch's"
-        )
-    return reasons
+    return reasons + sdpa_gradient_check(query, key, value, prompt_key, prompt_value)
+
+
+def has_fast_sdpa(device: torch.device) -> bool:
+    """Whether the kernels behind torch's attention use more of the GPU than Triton's can: NVIDIA's, from Hopper on."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def long_sequence_check(
+    query: Tensor,
+    key: Tensor,
+    *_: Tensor,
+    lengths: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    **__: Any,
+) -> list[str]:
+    """Why the Triton kernels are left out where they could run."""
+    width = next((width for width in SDPA_FROM_TOKENS if query.shape[-1] <= width), None)
+    # A mask, which padding and causal order are for sdpa, keeps it from its fastest kernels.
+    is_masked = lengths is not None or attn_bias is not None or is_causal
+    if width is None or is_masked or dropout_p or query.dtype.itemsize != 2 or not has_fast_sdpa(query.device):
+        return []
+    if min(query.shape[2], key.shape[2]) < SDPA_FROM_TOKENS[width]:
+        return []
+    return [f"for long sequences sdpa comes first: from {SDPA_FROM_TOKENS[width]} tokens on at head_dim {query.shape[-1]}"]
 
 
 def sdpa(
