@@ -37,10 +37,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def three_tasks(
-    case: str, folder: Path, dtype: torch.dtype, **of_server: Any
+    case: str, folder: Path, precision: torch.dtype, **of_server: Any
 ) -> tuple[list[MoPEForClassification], MoPEServer, dict[str, Tensor]]:
     options = dict(CASES[case])
-    encoders = backbones(*options.pop("encoders", ("vit", "bert")), dtype=dtype)
+    encoders = backbones(*options.pop("encoders", ("vit", "bert")), dtype=precision)
     batch = inputs(encoders)
     models = [task(encoders, num_labels, **options) for num_labels in (3, 5, 2)]
     server = MoPEServer(**encoders, capacity=5, **of_server)
