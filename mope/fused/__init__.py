@@ -1,5 +1,6 @@
 """Layers with the fused ops inside. Needs torch and mope_kernels only."""
 
+from .adapter import ExpertAdapter
 from .attention import FrozenAttention, MoPEAttention, PromptBank
 from .packing import Packing
 from .prompts import InputPrompts, PromptExperts
@@ -8,6 +9,7 @@ from .swin import MoPESwinBlock, PromptedPatchMerging
 
 __all__ = [
     "ComplementaryRouter",
+    "ExpertAdapter",
     "FrozenAttention",
     "InputPrompts",
     "MoPEAttention",
