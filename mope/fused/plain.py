@@ -25,14 +25,15 @@ def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | No
     return torch.get_autocast_dtype(device.type)
 
 
-def norm_dtype(device: torch.device, dtype: torch.dtype, norm: nn.Module, behind: nn.Module | None) -> torch.dtype | None:
-    """What a LayerNorm of tensors of `dtype` may write at once, because the module behind it casts to it anyway.
+def norm_dtype(x: Tensor, update: Tensor | None, norm: nn.Module, behind: nn.Module | None) -> torch.dtype | None:
+    """What a LayerNorm of x + update may write at once, because the module behind it casts to it anyway.
 
     None where the LayerNorm has to be called: it is of another kind, or what autocast makes of it is for another module to see.
     """
     if not is_plain(norm, nn.LayerNorm):
         return None
-    under_autocast = autocast_dtype(device, dtype)
+    dtype = x.dtype if update is None else torch.promote_types(x.dtype, update.dtype)
+    under_autocast = autocast_dtype(x.device, dtype)
     if under_autocast is None:
         return dtype
     return under_autocast if is_plain(behind, nn.Linear) else None
@@ -47,7 +48,7 @@ def add_norm(
     x: Tensor, update: Tensor | None, norm: nn.Module, *, behind: nn.Module | None = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """x + update and its LayerNorm, which the module `behind` reads: see `mope_kernels.add_norm`."""
-    dtype = norm_dtype(x.device, x.dtype if update is None else torch.promote_types(x.dtype, update.dtype), norm, behind)
+    dtype = norm_dtype(x, update, norm, behind)
     if dtype is None:
         total = add(x, update)
         return total, norm(total)

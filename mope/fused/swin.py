@@ -12,7 +12,7 @@ import mope_kernels
 from mope_kernels import Routing
 
 from .modules import is_plain
-from .plain import add_norm, gelu_mlp, norm_dtype
+from .plain import add, add_norm, gelu_mlp, norm_dtype
 from .prompts import PromptExperts
 from .router import Router, make_router
 
@@ -186,21 +186,26 @@ class MoPESwinBlock(nn.Module):
             raise ValueError(f"MoPESwinBlock: {found} prompts where every block of the stage has {self.num_prompts}")
         return own
 
-    def enter(
-        self, x: Tensor, update: Tensor | None = None, own: dict[str, Any] | None = None
-    ) -> tuple[Tensor, Tensor, Routing | None]:
-        """x + update, with the prompts of `own` in place of those that arrive, its first LayerNorm, and how `own` was routed."""
+    def add_up(self, x: Tensor, update: Tensor | None, own: dict[str, Any] | None) -> tuple[Tensor, Routing | None]:
+        """x + update, with the prompts of `own`, if any, in place of those that arrive; and how those were routed."""
         if own is None:
-            return *add_norm(x, update, self.norm1, behind=self.qkv, impl=self.impl), None
+            return add(x, update), None
+        replaced = x.shape[1] - self.resolution**2
+        total, _, routing = mope_kernels.prompted_norm(x, update, None, None, num_replaced=replaced, impl=self.impl, **own)
+        return total, routing
+
+    def enter(self, x: Tensor, update: Tensor | None, own: dict[str, Any] | None) -> tuple[Tensor, Tensor, Routing | None]:
+        """What `add_up` gives, and its LayerNorm in between."""
         norm: Any = self.norm1
-        dtype = norm_dtype(
-            x.device, x.dtype if update is None else torch.promote_types(x.dtype, update.dtype), norm, behind=self.qkv
-        )
-        affine = (None, None) if dtype is None else (norm.weight, norm.bias)
-        options = own | {"num_replaced": x.shape[1] - self.resolution**2, "norm_dtype": dtype, "impl": self.impl}
-        options |= {} if dtype is None else {"eps": norm.eps}
-        total, normed, routing = mope_kernels.prompted_norm(x, update, *affine, **options)
-        return total, norm(total) if dtype is None else normed, routing
+        dtype = norm_dtype(x, update, norm, behind=self.qkv)
+        if dtype is None:
+            total, routing = self.add_up(x, update, own)
+            return total, norm(total), routing
+        options: dict[str, Any] = {"eps": norm.eps, "norm_dtype": dtype, "impl": self.impl}
+        if own is None:
+            return *mope_kernels.add_norm(x, update, norm.weight, norm.bias, **options), None
+        replaced = x.shape[1] - self.resolution**2
+        return mope_kernels.prompted_norm(x, update, norm.weight, norm.bias, num_replaced=replaced, **options, **own)
 
     def mlp_layers(self) -> list[nn.Module]:
         """What the MLP does one after the other; empty where it has to be called."""

@@ -443,7 +443,7 @@ def _step(
     """`MoPESwinBlock.step`; a block that something is hooked to is called instead, on what it adds up to."""
     if is_plain(block, MoPESwinBlock):
         return block.step(x, update, own)
-    x, _, routing = block.enter(x, update, own)
+    x, routing = block.add_up(x, update, own)
     return block(x), None, routing
 
 

@@ -53,6 +53,7 @@ class Block(Accelerated):
                 self.__dict__["_cached_position_bias"] = key, position_bias(table, self.attn.window_size[0])
         return self.__dict__["_cached_position_bias"][1]
 
+    add_up: Any = MoPESwinBlock.add_up
     enter: Any = MoPESwinBlock.enter
 
     def mlp_layers(self) -> list[nn.Module]:
@@ -120,9 +121,13 @@ class Encoder(Accelerated):
             # (1 + K, depth, l, C): the static prompts come first.
             own = getattr(self, f"deep_prompt_embeddings_{stage}")
             for i, (block, static, experts) in enumerate(zip(layer.blocks, own[0].unbind(0), own[1:].unbind(1), strict=True)):
-                prompts = block.own_prompts(static, experts, mapped[stage], next(of_cross)) if i else None
+                prompts = None
+                if i:
+                    prompts = block.own_prompts(static, experts, mapped[stage], next(of_cross))
+                    # What concatenation makes of 16-bit rows under autocast.
+                    x = x.to(torch.promote_types(x.dtype, experts.dtype))
                 if has_hooks(block):
-                    x, _, routing = block.enter(x, update, prompts)
+                    x, routing = block.add_up(x, update, prompts)
                     x, update = block(x), None
                 else:
                     x, update, routing = block.step(x, update, prompts)
