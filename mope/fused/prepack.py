@@ -6,6 +6,7 @@ what torch's compiler does with frozen models. It takes as much memory again as 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -62,7 +63,9 @@ class Prepacked:
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer = layer
-        self._state: tuple[int, int] | None = None
+        # A view of what is in order now: while it is held, no other weight can lie at its address.
+        self._source: Tensor | None = None
+        self._version = 0
         self._ordered: Tensor | None = None
         self._transposed: Tensor | None = None
 
@@ -109,16 +112,14 @@ class Prepacked:
 
     def _update(self) -> None:
         weight = self.layer.weight
-        state = weight._version, weight.data_ptr()
-        if state != self._state:
+        if self._source is None or self._source.data_ptr() != weight.data_ptr() or self._version != weight._version:
             # Also when a model is first used in inference mode: what is made there could not be used outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                self._state, self._ordered, self._transposed = state, _in_order(weight), None
+                self._source, self._version = weight.detach(), weight._version
+                self._ordered, self._transposed = _in_order(weight), None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepacked:
         # The copied layer comes with the copy of its module; what is in order is made anew.
-        import copy
-
         return Prepacked(copy.deepcopy(self.layer, memo))
 
     def __reduce__(self) -> tuple[type[Prepacked], tuple[nn.Linear]]:

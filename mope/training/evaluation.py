@@ -73,7 +73,7 @@ def measure(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), model.prepacked():
             loader = Loader(batches, collate, workers=num_workers, pin=model.device.type == "cuda")
             for batch in tqdm(loader, desc=title, leave=False, disable=title is None or process > 0):
                 batch = {name: tensor.to(model.device, non_blocking=True) for name, tensor in batch.items()}

@@ -66,6 +66,10 @@ def test_a_changed_weight_is_put_in_order_again() -> None:
     before = calls(x)
     layer.weight.mul_(2)
     torch.testing.assert_close(calls(x) - layer.bias, 2 * (before - layer.bias))
+    # The memory of the one before must not be given to the next, or it would look unchanged.
+    for scale in range(1, 5):
+        layer.weight.data = torch.full((6, 8), float(scale))
+        torch.testing.assert_close(calls(x) - layer.bias, scale * x.sum(1, keepdim=True).expand(3, 6))
     layer.weight = nn.Parameter(torch.zeros(6, 8), requires_grad=False)
     torch.testing.assert_close(calls(x), layer.bias.expand(3, 6))
 
