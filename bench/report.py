@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from mope.benchmark import rows, show
 from mope.benchmark.cases import WAYS
 
+from . import pictures, targets, timeline
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
-OPS = (*WAYS, "model")
 
 HEAD = """\
 # Benchmarks
@@ -22,7 +24,8 @@ Made by `python -m bench.report` from the rows in `bench/results`: `make bench` 
 |:---|:---|
 | ours | this library; in brackets what ran, "reference" being the definition in plain PyTorch where nothing else exists |
 | released | the algorithm of the released systems written plainly: mix for each item, project, concatenate, a softmax of its own |
-| cat+sdpa | the same expert bank as ours: mix, concatenate, `scaled_dot_product_attention` |
+| cat+sdpa | the same expert bank as ours: mix, concatenate, `scaled_dot_product_attention`; in windows: roll, cut, concatenate |
+| cat+sdpa flash, efficient, cudnn, math | the same with one backend of it; without these words torch chooses |
 | flex | the same with FlexAttention, always compiled; its block mask is made beforehand |
 | xformers | the same with `memory_efficient_attention` |
 | branchless | *released* without waiting for the device |
@@ -34,9 +37,10 @@ Made by `python -m bench.report` from the rows in `bench/results`: `make bench` 
 - A row is timed only after its result was checked: its error against float64 is at most five times that of plain PyTorch in the
   same dtype and of one rounding.
 - *ms*: median of a call, ± half the interquartile range. CPU: wall time, caches warm. GPU: between two events on the device, its
-  second-level cache emptied before. "training" is forward and backward.
+  second-level cache emptied before. "training" is forward and backward, without an optimizer.
 - *ratio*: the time as a multiple of ours, above 1 ours is faster. Both run in turns, and this is the median of the quotients.
-- *memory*: the most that a call holds at once beyond its inputs. CPU: what torch's profiler sees. GPU: the allocator's count.
+- *memory*: the most that a call holds at once beyond its inputs. CPU: what torch's profiler sees. GPU: the allocator's count,
+  and nothing where graphs keep their memory between calls.
 - *of the roofline*: the least time that the device allows, as a share of the time. That is the larger of the bytes that the op
   must move at the speed of a large copy, and of the operations that it must do at the speed of a large product, both measured in
   the same run ([formulas](../mope/benchmark/shapes.py)). Neither padding nor recomputation counts. Data that stay in a cache can
@@ -44,10 +48,30 @@ Made by `python -m bench.report` from the rows in `bench/results`: `make bench` 
 - Shapes are named after models, with the batch size behind the *b* ([sizes](../mope/benchmark/shapes.py)). Items spread evenly over
   the experts unless the case says "zipf" (the i-th is preferred with a probability in proportion to 1/i) or "all-to-one".
 """
-NO_GPU = """
-## GPU
+TARGETS = """
+## Targets
 
-There are no results of a GPU yet. What the kernels take there is in the report of `make aot`; how fast they are is not known.
+What the library wants to reach on an H100. Made from the rows below ([how](../bench/targets.py)): the quotient with ours, which
+was measured in turns, of the fastest opponent that is meant.
+
+{}
+"""
+NO_GPU = """
+There are no results of a GPU yet, so nothing of that is known. What can be known without one is below: [launches](#launches), and
+in [resources](resources.md) what each kernel takes, compiled for four targets.
+"""
+LAUNCHES = """
+## Launches
+
+Operations that reach the device, by `python -m bench.launches` ([what is counted](../bench/launches.py)).
+
+{}"""
+TIMELINE = """
+## A routed block: {device}, {shape}
+
+{bars}, the released way over ours, from traces of torch's profiler (`python -m bench.timeline`).
+
+![two timelines](images/{picture})
 """
 
 
@@ -61,8 +85,23 @@ def report(results: Path, docs: Path) -> str:
     files = [(header, found) for header, found in files if header["stage"] in ("ops", "model")]
     # GPUs first, the ops before the model.
     files.sort(key=lambda file: (file[0]["type"] == "cpu", file[0]["slug"], file[0]["stage"] == "model"))
-    text = HEAD + "".join(section(header, found, docs) for header, found in files)
-    return text if any(header["type"] == "cuda" for header, _ in files) else text + NO_GPU
+    devices: dict[str, list[dict[str, Any]]] = {}
+    for header, found in files:
+        if header["type"] == "cuda":
+            devices.setdefault(header["device"], []).extend(found)
+    text = HEAD + TARGETS.format(targets.table(devices)) + ("" if devices else NO_GPU)
+    launches = results / "launches.md"
+    text += LAUNCHES.format(launches.read_text()) if launches.exists() else ""
+    text += "".join(two_timelines(json.loads(path.read_text()), docs) for path in sorted(results.glob("timeline-*.json")))
+    return text + "".join(section(header, found, docs) for header, found in files)
+
+
+def two_timelines(record: dict[str, Any], docs: Path) -> str:
+    header = record["header"]
+    picture = f"timeline-{header['slug']}.svg"
+    timeline.draw(record, docs / "images" / picture)
+    bars = "Kernels" if header["type"] == "cuda" else "Operations of the CPU, not launches"
+    return TIMELINE.format(device=header["device"], shape=header["shape"], bars=bars, picture=picture)
 
 
 def section(header: dict[str, Any], found: list[dict[str, Any]], docs: Path) -> str:
@@ -73,7 +112,13 @@ def section(header: dict[str, Any], found: list[dict[str, Any]], docs: Path) -> 
         f"{header['sources']}; {versions}; C++ kernels {header['extension']}. Copies ran at "
         f"{header['ceilings']['copy'] / 1e9:.3g} GB/s, products at {products}.\n"
     )
-    for op in OPS:
+    for name, draw, what in (
+        ("roofline", pictures.roofline, "time over the least time that the device allows"),
+        ("cost", pictures.cost, "time over the numbers of experts and of items"),
+    ):
+        picture = docs / "images" / f"{name}-{header['stage']}-{header['slug']}.svg"
+        text += f"\n![{what}](images/{picture.name})\n" if draw(found, picture) else ""
+    for op in WAYS:
         if of_op := [row for row in found if row["op"] == op]:
             picture = docs / "images" / f"{op}-{header['slug']}.svg"
             show.picture(of_op, picture)

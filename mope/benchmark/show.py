@@ -62,36 +62,44 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         ModuleNotFoundError: without matplotlib.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     rows = [row for row in rows if "ratio" in row]
     ops = list(dict.fromkeys(row["op"] for row in rows))
-    cases = {op: list(dict.fromkeys(row["case"] for row in rows if row["op"] == op)) for op in ops}
     ways = list(dict.fromkeys(row["way"] for row in rows))
-    heights = [len(cases[op]) + 1 for op in ops]
-    figure = Figure(figsize=(9, 1.2 + 0.32 * sum(heights)), layout="constrained")
+    counts = {op: Counter(row["case"] for row in rows if row["op"] == op) for op in ops}
+    heights = [sum(counts[op].values()) + 0.6 * len(counts[op]) + 2 for op in ops]
+    figure = Figure(figsize=(9, 1.2 + 0.16 * sum(heights)), layout="constrained")
     all_axes = figure.subplots(len(ops), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, op in zip(all_axes, ops, strict=True):
-        for way in ways:
-            found = [row for row in rows if row["op"] == op and row["way"] == way]
-            axes.errorbar(
-                [row["ratio"] for row in found],
-                [cases[op].index(row["case"]) for row in found],
-                xerr=[row["ratio_spread"] for row in found],
-                fmt="os^vDPX<>"[ways.index(way) % 9],
-                color=f"C{ways.index(way)}",
-                label=way if op == ops[0] else None,
-            )
+        place, middles = 0.0, []
+        for case, count in counts[op].items():
+            middles.append(place + (count - 1) / 2)
+            for row in (row for row in rows if row["op"] == op and row["case"] == case):
+                axes.barh(
+                    place,
+                    row["ratio"] - 1,
+                    left=1,
+                    height=0.9,
+                    xerr=row["ratio_spread"],
+                    color=f"C{ways.index(row['way']) % 10}",
+                    hatch="//" if ways.index(row["way"]) > 9 else None,
+                    error_kw={"elinewidth": 0.6},
+                )
+                place += 1
+            place += 0.6
         axes.axvline(1, color="black", linewidth=1)
         axes.set_title(op, loc="left", fontsize=10)
-        axes.set_yticks(range(len(cases[op])), cases[op])
-        axes.set_ylim(len(cases[op]) - 0.5, -0.5)
+        axes.set_yticks(middles, list(counts[op]))
+        axes.set_ylim(place - 0.6, -1)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     # Twice and half as fast are equally far from the line.
     all_axes[-1].set_xscale("log", base=2)
     all_axes[-1].xaxis.set_major_formatter("{x:g}")
     all_axes[-1].set_xlabel("time as a multiple of ours: right of the line ours is faster")
-    figure.legend(loc="outside upper center", ncols=min(len(ways), 6), frameon=False)
+    handles = [Patch(color=f"C{i % 10}", hatch="//" if i > 9 else None, label=way) for i, way in enumerate(ways)]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(ways), 5), frameon=False, fontsize=8)
     save(figure, path)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from bench import report
+from bench import pictures, report, targets
 
 pytest.importorskip("matplotlib")
 
@@ -18,3 +20,69 @@ def test_the_page_is_made_from_the_committed_results(tmp_path):
 def test_what_is_missing_is_said(tmp_path):
     text = report.report(tmp_path, tmp_path)
     assert "no results of a GPU yet" in text and "###" not in text
+    assert text.count("not measured") == len(targets.TARGETS) and "met" not in text
+
+
+def row(case: str, way: str, op: str = "model", **values: object) -> dict[str, object]:
+    return {"op": op, "case": case, "way": way, "ms": 1.0, **values}
+
+
+FORWARD, STEP = "swin-b+bert-base-b16 inference", "swin-b+bert-base-b16 training"
+
+
+def test_targets_by_hand():
+    found = [
+        row(FORWARD, "ours"),
+        row(FORWARD, "released", ratio=5.2),
+        row(FORWARD, "released half", ratio=3.0),
+        row(FORWARD, "released without waiting compiled+graphs", ratio=1.2),
+        row(STEP, "ours", memory=4),
+        # Faster than the other one of ours, so that it counts.
+        row(STEP, "ours compiled+graphs", ratio=0.5),
+        row(STEP, "released", ratio=2.0, memory=10),
+        {"op": "model", "case": STEP, "way": "released half", "unavailable": "out of memory"},
+    ]
+    results = {target.what: target.result(found) for target in targets.TARGETS}
+    forward, large, compiled, step, memory, *others, every = results.values()
+    assert forward == "5.2: met" and large == "not measured" and compiled == "1.2: **not met**"
+    assert step == "4: met" and memory == "0.4: met"
+    assert set(others) == {"not measured"} and every == "1.2 to 4 in 2 cases: met"
+
+
+def test_the_best_backend_counts_and_every_case():
+    case = "swin-b-stage1-b16 inference"
+    ways = {"cat+sdpa": 6.0, "cat+sdpa efficient": 4.5, "cat+sdpa compiled": 2.0, "released": 1.0}
+    found = [row(case, "ours", "window_prompt_attention")]
+    found += [row(case, way, "window_prompt_attention", ratio=ratio) for way, ratio in ways.items()]
+    found += [row(case.replace("b16", "b64"), "ours", "window_prompt_attention")]
+    (target,) = (target for target in targets.TARGETS if target.what.startswith("window attention"))
+    assert target.result(found) == "4.5: met"
+    found.append(row(case.replace("b16", "b64"), "cat+sdpa", "window_prompt_attention", ratio=3.0))
+    assert target.result(found) == "3 to 4.5 in 2 cases: **not met** in 1"
+
+
+def test_flat_in_the_number_of_experts():
+    (target,) = (target for target in targets.TARGETS if target.what.startswith("top-1"))
+    few, many = (row(f"vit-b-b64{k} top-1 inference", "ours", "mope_attention") for k in ("", "-k64"))
+    assert target.result([few]) == "not measured"
+    assert target.result([few, many | {"ms": 1.04}]) == "1.04: met"
+    assert target.result([few, many | {"ms": 1.06}]) == "1.06: **not met**"
+
+
+def test_pictures_only_where_there_is_something_to_draw(tmp_path):
+    cases = [f"vit-b-b64{k} top-1 inference" for k in ("", "-k16", "-k64")]
+    found = [row(case, "ours", "mope_attention", floor_ms=0.5) for case in cases]
+    assert not pictures.cost(found[:2], tmp_path / "cost.svg") and not pictures.roofline([], tmp_path / "roofline.svg")
+    assert not list(tmp_path.iterdir())
+    assert pictures.cost(found, tmp_path / "cost.svg") and pictures.roofline(found, tmp_path / "roofline.svg")
+    assert next(pictures._curves(found, "k"))[2] == [(4, 1.0), (16, 1.0), (64, 1.0)]
+
+
+def test_a_gpu_s_rows_fill_the_table_of_targets(tmp_path):
+    header = {"stage": "model", "type": "cuda", "device": "H100", "slug": "H100", "versions": {}, "commit": "c", "sources": "s"}
+    header |= {"date": "d", "extension": "none", "ceilings": {"copy": 1e12, "matmul": {"bfloat16": 1e14}}}
+    lines = [header, row(FORWARD, "ours", implementation="triton", spread_ms=0.1, memory=1)]
+    lines.append(row(FORWARD, "released", ratio=5.5, ratio_spread=0.1, spread_ms=0.1, memory=1))
+    (tmp_path / "model-H100.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = report.report(tmp_path, tmp_path)
+    assert "no results of a GPU" not in text and "| target | goal | H100 |" in text and "| 5.5: met |" in text

@@ -1,0 +1,154 @@
+"""What the library wants to reach on an H100, and what the rows of a device say about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mope.benchmark import show
+
+Row = dict[str, Any]
+# Of the rows of a device: a value for each case that has one.
+Measure = Callable[[Sequence[Row]], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """at_most: the values must not exceed the goal; else they must reach it. In every case."""
+
+    what: str
+    goal: float
+    measure: Measure
+    at_most: bool = False
+
+    def said(self) -> str:
+        return f"{'at most' if self.at_most else 'at least'} {self.goal:g}"
+
+    def result(self, rows: Sequence[Row]) -> str:
+        """What was measured, and whether that is enough."""
+        found = self.measure(rows)
+        if not found:
+            return "not measured"
+        low, high = min(found.values()), max(found.values())
+        span = show.digits(low, 3) if len(found) == 1 else f"{show.digits(low, 3)} to {show.digits(high, 3)} in {len(found)} cases"
+        missed = [case for case, value in found.items() if (value > self.goal if self.at_most else value < self.goal)]
+        return f"{span}: met" if not missed else f"{span}: **not met**" + (f" in {len(missed)}" if len(found) > 1 else "")
+
+
+def of_cases(rows: Sequence[Row], op: str, cases: str) -> dict[str, dict[str, Row]]:
+    """The rows of an op (any, if empty) whose cases match, by op and case and then by way; those that were timed."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if op in ("", row["op"]) and "ms" in row and re.fullmatch(cases, row["case"]):
+            found.setdefault(f"{row['op']} {row['case']}", {})[row["way"]] = row
+    return {case: ways for case, ways in found.items() if "ours" in ways}
+
+
+def faster_than(ways: str, op: str = "", cases: str = ".*") -> Measure:
+    """How many times as fast as the fastest of the opponents that match: the best of ours, if there are several."""
+
+    def measure(rows: Sequence[Row]) -> dict[str, float]:
+        found = {}
+        for case, of_way in of_cases(rows, op, cases).items():
+            opponents = [row["ratio"] for way, row in of_way.items() if not way.startswith("ours") and re.fullmatch(ways, way)]
+            if opponents:
+                found[case] = min(opponents) / min([1.0, *(row["ratio"] for w, row in of_way.items() if w.startswith("ours "))])
+        return found
+
+    return measure
+
+
+def memory_beside(way: str, op: str, cases: str) -> Measure:
+    """Peak memory as a multiple of that of `way`."""
+
+    def measure(rows: Sequence[Row]) -> dict[str, float]:
+        found = of_cases(rows, op, cases)
+        return {
+            case: ways["ours"]["memory"] / ways[way]["memory"]
+            for case, ways in found.items()
+            if "memory" in ways["ours"] and "memory" in ways.get(way, {})
+        }
+
+    return measure
+
+
+def growth(op: str, few: str, many: str) -> Measure:
+    """The time of one case as a multiple of that of another."""
+
+    def measure(rows: Sequence[Row]) -> dict[str, float]:
+        ends = [list(of_cases(rows, op, re.escape(case)).values()) for case in (few, many)]
+        if not all(ends):
+            return {}
+        first, last = (ways[0]["ours"]["ms"] for ways in ends)
+        return {f"{op} {many}": last / first}
+
+    return measure
+
+
+_MODEL = r"swin-b\+bert-base-b{} {}"
+_COMPILED = r"released without waiting compiled\+graphs"
+_SDPA = r"cat\+sdpa( flash| efficient| cudnn| math)?"
+TARGETS = (
+    *(
+        Target(
+            f"Swin-B + BERT-base, {batch} items, forward: times as fast as the released way under autocast",
+            goal,
+            faster_than("released", "model", _MODEL.format(batch, "inference")),
+        )
+        for batch, goal in ((16, 5.0), (64, 3.3))
+    ),
+    Target(
+        "the same as fast as the released way without waiting for the device, compiled, in CUDA graphs",
+        1.35,
+        faster_than(_COMPILED, "model", _MODEL.format("(16|64)", "inference")),
+    ),
+    Target(
+        "training step: times as fast as the released way under autocast",
+        3.5,
+        faster_than("released", "model", _MODEL.format("(16|64)", "training")),
+    ),
+    Target(
+        "peak memory of a training step, beside that of the released way",
+        0.5,
+        memory_beside("released", "model", _MODEL.format("(16|64)", "training")),
+        at_most=True,
+    ),
+    Target(
+        "window attention with its layout: times as fast as roll, partition, concatenate and the best backend of SDPA",
+        4.0,
+        faster_than(_SDPA, "window_prompt_attention", "swin-b-stage.* inference"),
+    ),
+    Target(
+        "ViT-B and BERT-128: times as fast as concatenate and the best backend of SDPA",
+        1.5,
+        faster_than(_SDPA, "mope_attention", "(vit-b|bert-128)-b64 dense inference"),
+    ),
+    Target(
+        "padded BERT-512 and ViT-L: the same",
+        1.2,
+        faster_than(_SDPA, "mope_attention", "(vit-l|bert-512)-b64 dense inference"),
+    ),
+    Target(
+        "router and mixture in front of a block: times as fast as the released chain of operations",
+        15.0,
+        faster_than("released", "prompted_norm", ".* inference"),
+    ),
+    Target(
+        "top-1 with a prebuilt bank: time with 64 experts beside that with 4",
+        1.05,
+        growth("mope_attention", "vit-b-b64 top-1 inference", "vit-b-b64-k64 top-1 inference"),
+        at_most=True,
+    ),
+    Target("every listed shape: times as fast as the best opponent", 1.0, faster_than(".*")),
+)
+
+
+def table(devices: dict[str, list[Row]]) -> str:
+    """Markdown: a line for each target, a column for each device; "not measured" where there is none."""
+    names = list(devices) or ["measured"]
+    lines = [("target", "goal", *names), ("---",) * (2 + len(names))]
+    for target in TARGETS:
+        lines.append((target.what, target.said(), *(target.result(rows) for rows in devices.values() or [[]])))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
