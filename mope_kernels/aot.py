@@ -111,23 +111,27 @@ def mope_attention_launches(
     sizes: tuple[int, int, int] = (6, 1, 6),
     heads: int = 12,
     batch: int = 8,
+    tasks: int = 0,
 ) -> None:
-    """Launch `mope_attention`, forward and backward, as on the heads of a projection."""
+    """Launch `mope_attention`, forward and backward, as on the heads of a projection; with `tasks`, forward only."""
     static, instance, routed = sizes
+    of_tasks = (tasks,) if tasks else ()
     tensors = (
         *(from_projection(batch, heads, tokens, head_dim, dtype=dtype, row=row) for _ in range(3)),
         torch.empty(batch, experts),
         None,
-        *(from_projection(experts, heads, routed, head_dim, dtype=torch.float32) for _ in range(2)),
-        torch.empty(routed, experts, experts) if fold else None,
+        *(from_projection(max(tasks, 1) * experts, heads, routed, head_dim, dtype=torch.float32) for _ in range(2)),
+        torch.empty(*of_tasks, routed, experts, experts) if fold else None,
         *(torch.empty(heads, head_dim) if fold else None for _ in range(2)),
-        *(from_projection(heads, static, head_dim, dtype=dtype) if static else None for _ in range(2)),
+        *(from_projection(*of_tasks, heads, static, head_dim, dtype=dtype) if static else None for _ in range(2)),
         *(from_projection(batch, heads, instance, head_dim, dtype=dtype) if instance else None for _ in range(2)),
         torch.empty(batch, dtype=torch.int64),
         torch.empty(1, dtype=torch.int64) if dropout_p else None,
     )
     inputs: Any = (*tensors, top_k, 0.1, False, 1e-6, head_dim**-0.5, dropout_p)
-    out, *saved = mope_attention.mope_attention(*inputs)
+    out, *saved = mope_attention.mope_attention(*inputs, torch.zeros(batch, dtype=torch.int64) if tasks else None)
+    if tasks:
+        return
     # Everything that is there, in the order of the schema: without noise, lengths and seed.
     needs = sum((t is not None) << bit for bit, t in enumerate((*tensors[:4], *tensors[5:-2])))
     backward_inputs: Any = (torch.empty_like(out), None, None, out, *saved, *inputs, needs)
@@ -294,7 +298,7 @@ _MANY_PROMPTS = (32, 1, 16)
 def attention_options(dtype: torch.dtype) -> dict[Callable[..., None], list[dict[str, Any]]]:
     """Options of each attention: none, each alone, and all that cost registers together."""
     top_k, dropout = {"top_k": 2}, {"dropout_p": 0.1}
-    mope: list[dict[str, Any]] = [{}, top_k, {"fold": False, **top_k}, dropout, {"experts": 64, "top_k": 4}]
+    mope: list[dict[str, Any]] = [{}, top_k, {"fold": False, **top_k}, dropout, {"experts": 64, "top_k": 4}, {"tasks": 16, **top_k}]
     mope += [{"sizes": _MANY_PROMPTS}, {**top_k, **dropout, **_FAR_APART, "sizes": _MANY_PROMPTS}]
     biases: list[dict[str, Any]] = [{"bias": bias} for bias in dict.fromkeys((dtype, torch.float32))]
     plain: list[dict[str, Any]] = [
