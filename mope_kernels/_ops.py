@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from .configs.tuning import tunable
+
 NAMESPACES = ("mope_triton", "mope_cpu")
 
 # Of the inputs of `prompt_attention` these can have a gradient. The order is that of the results of
@@ -142,7 +144,7 @@ SCHEMAS = {
     "add_norm_backward": "(Tensor? grad_total, Tensor? grad_normed, Tensor total, Tensor? weight, float eps, ScalarType x_dtype,"
     " ScalarType update_dtype, int needs) -> (Tensor, Tensor, Tensor, Tensor)",
     # pooled (B,C) float32, the mean over the rows that the router saw, empty where `keep_pooled` does not ask for it. Probs,
-    # weights and indices are empty where routing is given ready-made.
+    # weights and indices are empty where routing is given ready-made. Indices (B,K) in dense routing too: nothing else launches.
     "prompted_norm": f"({_PROMPTED_NORM_INPUTS}, bool keep_pooled)"
     " -> (Tensor total, Tensor normed, Tensor probs, Tensor weights, Tensor indices, Tensor pooled)",
     # With the sizes N of x, S of static and M of mapped. Weights and indices are those of a routing given ready-made, if one was.
@@ -356,7 +358,7 @@ def _fake_prompted_norm(
         x.new_empty(shape, dtype=norm_dtype),
         probs,
         probs.new_empty(batch, selected),
-        probs.new_empty(batch, selected, dtype=torch.int64),
+        probs.new_empty(batch, selected or num_experts, dtype=torch.int64),
         probs.new_empty((batch, width) if keep_pooled else (0, width)),
     )
 
@@ -436,7 +438,7 @@ def triton_kernel(name: str) -> Callable[[Launcher], Launcher]:
 
     def register(launcher: Launcher) -> Launcher:
         for key in ("CUDA", "CPU"):
-            LIBRARIES["mope_triton"].impl(name, launcher, key)
+            LIBRARIES["mope_triton"].impl(name, tunable(launcher), key)
         return launcher
 
     return register

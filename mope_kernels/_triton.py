@@ -24,24 +24,34 @@ def record_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any
         _recorded = outer
 
 
-# While not None, whose GPUs kernels are compiled for where none of them is.
-_vendor: str | None = None
+# While not None, the architecture that kernels are compiled for where no GPU of it is.
+_target: str | None = None
 
 
 @contextlib.contextmanager
-def compiling_for(vendor: str) -> Iterator[None]:
-    """Let launchers choose as for the GPUs of "nvidia" or "amd"."""
-    global _vendor
-    outer, _vendor = _vendor, vendor
+def compiling_for(arch: str) -> Iterator[None]:
+    """Let launchers choose as on GPUs of this architecture: "sm_90", "gfx942"."""
+    global _target
+    outer, _target = _target, arch
     try:
         yield
     finally:
-        _vendor = outer
+        _target = outer
+
+
+def target() -> str | None:
+    """The architecture that is compiled for; None where kernels run."""
+    return _target
 
 
 def on_amd() -> bool:
     """Whether kernels run, or are compiled, for AMD's GPUs."""
-    return bool(torch.version.hip) if _vendor is None else _vendor == "amd"
+    return bool(torch.version.hip) if _target is None else _target.startswith("gfx")
+
+
+def recording() -> bool:
+    """Whether launches are written down instead of run."""
+    return _recorded is not None
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:

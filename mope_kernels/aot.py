@@ -33,6 +33,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ._triton import compiling_for, record_launches
+from .configs import family
 from .expert_adapter_details import _launch as adapters
 from .impl import interpreting
 from .mlp_details import _launch as mlp
@@ -319,14 +320,10 @@ def attention_options(dtype: torch.dtype) -> dict[Callable[..., None], list[dict
 
 
 def norm_options() -> dict[Callable[..., None], list[dict[str, Any]]]:
-    """Widths of Swin Transformers, one that is no power of two and a wide one; few and many experts; what is trained."""
-    plain: list[dict[str, Any]] = [{"width": width} for width in (96, 128, 256, 512, 1024, 4096)]
-    routed: list[dict[str, Any]] = [{"width": width} for width in (128, 256, 512, 1024)]
-    routed += [
-        {"width": 512, "experts": 64, "top_k": 1},
-        {"width": 1024, "experts": 256},
-        {"width": 1024, "experts": 16, "top_k": 2},
-    ]
+    """Widths of Swin Transformers, one that is no power of two, a wide one; few experts and many. In float32 only the widths."""
+    plain: list[dict[str, Any]] = [{"width": width} for width in (128, 100, 512, 1024, 4096)]
+    routed: list[dict[str, Any]] = [{"width": width} for width in (128, 512, 1024)]
+    routed += [{"width": 512, "experts": 64, "top_k": 1}, {"width": 1024, "experts": 256}]
     return {
         add_norm_launches: [*plain, {"width": 512, "trained": True}, {"width": 512, "residual": torch.float32}],
         prompted_norm_launches: [*routed, {"width": 512, "given": True}, {"width": 512, "residual": torch.float32}],
@@ -354,7 +351,7 @@ def variants(short: bool = False) -> Iterator[tuple[str, Any]]:
     for launches, every_option in norm_options().items():
         op = launches.__name__.removesuffix("_launches")
         for dtype, given in product((torch.bfloat16, torch.float32), every_option):
-            if short and dtype == torch.float32 and given is not every_option[0]:
+            if dtype == torch.float32 and (short or len(given) > 1) and given is not every_option[0]:
                 continue
             described = " ".join(f"{k}={_TYPES.get(v, v)}" for k, v in given.items()).replace("width", "C")
             yield f"{op} {_TYPES[dtype]} {described}", lambda f=launches, d=dtype, o=given: f(d, **o)
@@ -465,11 +462,11 @@ def measure(variant: str, compiled: Any, arch: str) -> Report:
     return Report(variant, metadata.name, arch, metadata.num_warps, registers, spills, stack, max(shared, metadata.shared), matrix)
 
 
-def specializations(only: str = "", short: bool = False, vendor: str = "nvidia") -> Iterator[tuple[str, Specialization]]:
+def specializations(only: str = "", short: bool = False, arch: str = "sm_90") -> Iterator[tuple[str, Specialization]]:
     """Each distinct launch of the declared variants once, with the name of the first variant that makes it."""
     seen = set()
     for name, run in variants(short):
-        with FakeTensorMode(), compiling_for(vendor), record_launches() as launches:
+        with FakeTensorMode(), compiling_for(arch), record_launches() as launches:
             run()
         for launch in launches:
             found = Specialization(*launch)
@@ -491,9 +488,10 @@ def report(task: tuple[str, Specialization, str]) -> Report:
 def reports(architectures: list[str], only: str = "", short: bool = False, jobs: int = 1) -> Iterator[Report]:
     """Compile every declared variant whose name or kernel contains `only`, in `jobs` processes."""
     tasks = []
-    for vendor, prefix in (("nvidia", "sm_"), ("amd", "gfx")):
-        if of_vendor := [arch for arch in architectures if arch.startswith(prefix)]:
-            tasks += [(*found, arch) for found in specializations(only, short, vendor) for arch in of_vendor]
+    # What is launched depends on the family alone.
+    for _, group in groupby(sorted(architectures, key=family), key=family):
+        of_family = list(group)
+        tasks += [(*found, arch) for found in specializations(only, short, of_family[0]) for arch in of_family]
     if jobs == 1:
         yield from map(report, tasks)
     else:

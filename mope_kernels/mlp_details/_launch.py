@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mope_kernels import configs
 from mope_kernels._checks import last_dim_contiguous
 from mope_kernels._ops import GELU_MLP_GRADIENTS, not_needed, triton_kernel
-from mope_kernels._triton import cdiv, launch, on_amd
-
-
-class Blocks(NamedTuple):
-    """Rows, columns and depth of a block; blocks of rows that go together; warps, and stages of the software pipeline."""
-
-    rows: int
-    columns: int
-    depth: int
-    group: int
-    num_warps: int
-    num_stages: int
-
-    def options(self, dtype: torch.dtype) -> dict[str, int]:
-        """Options of the compiler."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if dtype == torch.float32 and not on_amd():
-            # Left to itself, NVIDIA's assembler spills a few registers to have more warps at once.
-            options["maxnreg"] = 255
-        return options
-
-
-_HALF = Blocks(128, 128, 64, 8, 8, 3)
-_FLOAT = Blocks(64, 64, 16, 8, 4, 2)
+from mope_kernels._triton import cdiv, launch
+from mope_kernels.configs.gelu_mlp import Blocks
 
 
 def _launch_product(kernel: Any, a: Tensor, weight: Tensor, *tensors: Tensor | None, num_columns: int) -> None:
     """Launch one of the two kernels on a (rows, depth), a weight, and what else it takes."""
     a = last_dim_contiguous(a)
     num_rows, depth = a.shape
-    blocks = _FLOAT if a.dtype == torch.float32 else _HALF
+    blocks: Blocks = configs.find("gelu_mlp", (configs.dtype_key(a.dtype),), a.device)
+    limit = {"maxnreg": blocks.maxnreg} if blocks.maxnreg else {}
     launch(
         kernel,
         cdiv(num_rows, blocks.rows) * cdiv(num_columns, blocks.columns),
@@ -58,7 +38,9 @@ def _launch_product(kernel: Any, a: Tensor, weight: Tensor, *tensors: Tensor | N
         GROUP=blocks.group,
         EVEN_COLUMNS=num_columns % blocks.columns == 0,
         EVEN_DEPTH=depth % blocks.depth == 0,
-        **blocks.options(a.dtype),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        **limit,
     )
 
 

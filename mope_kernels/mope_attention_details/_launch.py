@@ -17,6 +17,7 @@ from mope_kernels.prompt_attention_details._launch import (
     dot_precision,
     keep_scale,
     needs_wide_offsets,
+    options,
     prompt_block,
     same_strides,
 )
@@ -95,7 +96,7 @@ def mope_attention(
     out = empty_heads_last(query, batch, heads, num_queries, width)
     lse = torch.empty(batch, heads, num_queries, dtype=torch.float64, device=query.device)
     probs, weights, indices = empty_routing(logits, top_k)
-    blocks, _, _ = blocks_for(query, dropped=dropout_p > 0.0)
+    blocks = blocks_for("forward", query, dropped=dropout_p > 0.0)
     num_prompts, prompts_at_once = sum(prompts.sizes), prompt_block(sum(prompts.sizes), query)
     if num_prompts > prompts_at_once:
         # A loop over the prompts takes registers as well.
@@ -141,7 +142,7 @@ def mope_attention(
         BM=blocks.queries,
         BN=blocks.keys,
         PRECISION=dot_precision(query),
-        **blocks.options(query, dropped=dropout_p > 0.0),
+        **options(blocks, query, dropped=dropout_p > 0.0),
     )
     return out, lse, probs, weights, indices
 

@@ -4,82 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mope_kernels import configs
 from mope_kernels._ops import PROMPT_ATTENTION_GRADIENTS, empty_heads_last, not_needed, triton_kernel
 from mope_kernels._triton import cdiv, launch, next_power_of_2, on_amd
+from mope_kernels.configs.prompt_attention import Blocks
 
 
-class Blocks(NamedTuple):
-    """Queries and keys in a block, warps, and stages of the software pipeline."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
-    def options(self, query: Tensor, *, dropped: bool = False) -> dict[str, int]:
-        """Options of the compiler."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if (query.dtype == torch.float32 or dropped) and not on_amd():
-            # Left to itself, NVIDIA's assembler spills a few registers of these to have more warps at once.
-            options["maxnreg"] = 255
-        return options
-
-
-# Widest head -> blocks of the forward, of the gradient of the queries, and of the gradients of keys and values.
-# 64 queries for each 4 warps is what Hopper's wgmma wants. Products of float32 use no tensor cores on NVIDIA, and their
-# operands live in registers. Chosen by hand so that nothing spills on sm_80, sm_90, sm_100 and gfx942, which
-# `python -m mope_kernels.aot` checks.
-_HALF = {
-    64: (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2)),
-    128: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(32, 64, 4, 2)),
-}
-_FLOAT = {
-    16: (Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 2), Blocks(32, 16, 8, 2)),
-    32: (Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 2), Blocks(32, 16, 4, 2)),
-    64: (Blocks(16, 16, 4, 2), Blocks(32, 16, 8, 2), Blocks(16, 32, 8, 2)),
-    128: (Blocks(16, 16, 8, 2), Blocks(16, 16, 4, 2), Blocks(16, 32, 8, 2)),
-}
-# Dropout takes registers for each score, a bias more of them, and in float32 a causal mask does too.
-_DROPPED_HALF = {
-    64: (Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2)),
-    128: (Blocks(128, 32, 8, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
-}
-_BIASED_HALF = {
-    64: (Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2), Blocks(16, 64, 4, 2)),
-    128: (Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 2), Blocks(32, 32, 4, 2)),
-}
-_MASKED_FLOAT = {
-    32: (Blocks(16, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 16, 4, 2)),
-    64: (Blocks(16, 16, 4, 2), Blocks(32, 16, 8, 2), Blocks(16, 16, 4, 2)),
-    128: (Blocks(16, 16, 8, 2), Blocks(16, 16, 4, 2), Blocks(16, 16, 8, 2)),
-}
+def options(blocks: Blocks, query: Tensor, *, dropped: bool = False) -> dict[str, int]:
+    """Options of the compiler."""
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    if (query.dtype == torch.float32 or dropped) and not on_amd():
+        # Left to itself, NVIDIA's assembler spills a few registers of these to have more warps at once.
+        options["maxnreg"] = 255
+    return options
 
 
 def blocks_for(
-    query: Tensor, *, dropped: bool, biased: bool = False, is_causal: bool = False, num_queries: int | None = None
-) -> tuple[Blocks, Blocks, Blocks]:
-    """Static configurations by head_dim, dtype and what happens to the scores; short queries get smaller blocks.
+    kernel: str, query: Tensor, *, dropped: bool, biased: bool = False, is_causal: bool = False, num_queries: int | None = None
+) -> Blocks:
+    """The configuration of "forward", "query_gradient" or "key_gradient"; short queries get smaller blocks.
 
     num_queries: of the longest item, where `query` has those of all items in one matrix.
     """
     if query.dtype == torch.float32:
-        table = _MASKED_FLOAT if biased or is_causal or dropped else _FLOAT
+        scores = "masked" if biased or is_causal or dropped else "plain"
     else:
-        table = _BIASED_HALF if biased else _DROPPED_HALF if dropped else _HALF
+        scores = "biased" if biased else "dropped" if dropped else "plain"
+    key = (configs.dtype_key(query.dtype), scores, query.shape[3], kernel)
+    blocks: Blocks = configs.find("prompt_attention", key, query.device)
+    if kernel == "forward" and biased and dropped:
+        blocks = blocks._replace(keys=min(blocks.keys, 32))
     queries = max(next_power_of_2(query.shape[2] if num_queries is None else num_queries), 16)
-    forward, query_gradient, key_gradient = next(blocks for width, blocks in table.items() if query.shape[3] <= width)
-    if biased and dropped:
-        forward = forward._replace(keys=min(forward.keys, 32))
-    return (
-        forward._replace(queries=min(forward.queries, queries)),
-        query_gradient._replace(queries=min(query_gradient.queries, queries)),
-        key_gradient._replace(queries=min(key_gradient.queries, queries)),
-    )
+    return blocks._replace(queries=min(blocks.queries, queries))
 
 
 def prompt_block(num_prompts: int, query: Tensor) -> int:
@@ -161,9 +122,7 @@ def attention_backward(
     grad_out = aligned_rows(grad_out)
     # As the forward wrote it, unless somebody saved a copy.
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    _, query_blocks, key_blocks = blocks_for(
-        query, dropped=seed is not None, biased=bias is not None, is_causal=is_causal, num_queries=num_queries
-    )
+    scores: dict[str, Any] = {"dropped": seed is not None, "biased": bias is not None, "is_causal": is_causal}
     found = {
         name: empty_heads_last(like, *like.shape)
         for name, like in (("query", query), ("key", key), ("value", value))
@@ -194,6 +153,7 @@ def attention_backward(
         )
 
     if "query" in need:
+        query_blocks = blocks_for("query_gradient", query, num_queries=num_queries, **scores)
         launch(
             query_gradient,
             batch * heads * cdiv(num_queries, query_blocks.queries),
@@ -230,7 +190,7 @@ def attention_backward(
             BM=query_blocks.queries,
             BN=query_blocks.keys,
             PRECISION=precision,
-            **query_blocks.options(query),
+            **options(query_blocks, query),
         )
 
     def keys_and_values(
@@ -283,9 +243,12 @@ def attention_backward(
             BM=key_blocks.queries,
             BN=block,
             PRECISION=precision,
-            **key_blocks.options(query),
+            **options(key_blocks, query),
         )
 
+    if need <= {"query"}:
+        return found
+    key_blocks = blocks_for("key_gradient", query, num_queries=num_queries, **scores)
     keys_and_values("", key, value, num_keys, lengths, bias, offsets, is_causal, num_prompts, key_blocks.keys)
     # The prompts are one more block of keys, which every query sees.
     prompt_keys = min(prompt_block(num_prompts, query), key_blocks.keys)
@@ -344,7 +307,8 @@ def _forward(inputs: _Inputs, max_length: int, is_causal: bool, scale: float, dr
     num_queries, num_keys = (query.shape[2], key.shape[2]) if offsets is None else (max_length, max_length)
     out = empty_heads_last(query, *query.shape)
     lse = torch.empty(batch, heads, num_queries, dtype=torch.float64, device=query.device)
-    blocks, _, _ = blocks_for(query, dropped=dropout_p > 0.0, biased=bias is not None, is_causal=is_causal, num_queries=num_queries)
+    dropped = dropout_p > 0.0
+    blocks = blocks_for("forward", query, dropped=dropped, biased=bias is not None, is_causal=is_causal, num_queries=num_queries)
     launch(
         prompt_attention_forward,
         batch * heads * cdiv(num_queries, blocks.queries),
@@ -369,7 +333,7 @@ def _forward(inputs: _Inputs, max_length: int, is_causal: bool, scale: float, dr
         BM=blocks.queries,
         BN=blocks.keys,
         PRECISION=dot_precision(query),
-        **blocks.options(query, dropped=dropout_p > 0.0),
+        **options(blocks, query, dropped=dropped),
     )
     return out, lse
 

@@ -9,60 +9,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mope_kernels import configs
 from mope_kernels._ops import not_needed, triton_kernel
 from mope_kernels._triton import cdiv, launch, next_power_of_2, on_amd
+from mope_kernels.configs.window_prompt_attention import Blocks
 from mope_kernels.prompt_attention_details._launch import aligned_rows, dot_precision
 
 # Where the number of multiprocessors is not known: an H100's.
 MULTIPROCESSORS = 132
 
 
-class Blocks(NamedTuple):
-    """Rows in a block of queries and of keys, warps, and stages of the software pipeline."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
-    def options(self, *, gradient: bool = False) -> dict[str, int]:
-        """Options of the compiler."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if (gradient or self.num_stages == 1) and not on_amd():
-            # Left to itself, NVIDIA's assembler spills a few registers to have more warps at once; only in the pipelined forward,
-            # which takes few, it does not.
-            options["maxnreg"] = 255
-        return options
+def _options(blocks: Blocks, *, gradient: bool = False) -> dict[str, int]:
+    """Options of the compiler."""
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    if (gradient or blocks.num_stages == 1) and not on_amd():
+        # Left to itself, NVIDIA's assembler spills a few registers to have more warps at once; only in the pipelined forward,
+        # which takes few, it does not.
+        options["maxnreg"] = 255
+    return options
 
 
-# Widest head -> blocks of the forward and of the gradients, where the rows of a window fit into one block, and where they do not.
-# 64 rows are a window of 7 x 7 with up to 15 prompts, and what wgmma of 4 warps wants. Chosen so that nothing spills on sm_80,
-# sm_90, sm_100 and gfx942.
-_HALF = {
-    32: (Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1)),
-    64: (Blocks(64, 64, 4, 2), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
-    128: (Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
-}
-_FLOAT = {
-    32: (Blocks(32, 32, 4, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1)),
-    64: (Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1)),
-    128: (Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1)),
-}
-
-
-def blocks_for(qkv: Tensor, head_dim: int, num_rows: int) -> tuple[Blocks, Blocks]:
-    """Of the forward and of the gradients: static configurations by dtype, head_dim and number of rows."""
-    table = _FLOAT if qkv.dtype == torch.float32 else _HALF
-    of_one, gradient_of_one, of_several, gradient_of_several = next(blocks for width, blocks in table.items() if head_dim <= width)
+def blocks_for(kernel: str, qkv: Tensor, head_dim: int, num_rows: int) -> Blocks:
+    """The configuration of "forward" or "gradient" by dtype, head_dim and number of rows."""
     # Tensor cores multiply at least 16.
     rows = max(next_power_of_2(num_rows), 16)
-    forward = of_one if rows <= of_one.keys else of_several
-    gradient = gradient_of_one if rows <= min(gradient_of_one.keys, gradient_of_one.queries) else gradient_of_several
-    if on_amd():
-        # Its four warps have twice the registers of NVIDIA's, its eight no more than them.
-        forward, gradient = (b._replace(num_warps=4) for b in (forward, gradient))
-    forward, gradient = (b._replace(queries=min(b.queries, rows), keys=min(b.keys, rows)) for b in (forward, gradient))
-    return forward, gradient
+    key = (configs.dtype_key(qkv.dtype), head_dim, kernel, rows)
+    blocks: Blocks = configs.find("window_prompt_attention", key, qkv.device)
+    return blocks._replace(queries=min(blocks.queries, rows), keys=min(blocks.keys, rows))
 
 
 @functools.cache
@@ -150,7 +123,7 @@ def window_prompt_attention(
     qkv = aligned_rows(qkv)
     sizes = _sizes(qkv, num_prompts, num_heads, resolution, window_size, shift, owner_is_instance)
     batch, rows, width = qkv.shape
-    blocks, _ = blocks_for(qkv, sizes.D, sizes.num_rows)
+    blocks = blocks_for("forward", qkv, sizes.D, sizes.num_rows)
     programs = batch * num_heads * cdiv(sizes.num_rows, blocks.queries)
     splits = _splits(programs, sizes.num_windows, qkv.device)
     out = qkv.new_empty(batch, rows, width // 3)
@@ -170,7 +143,7 @@ def window_prompt_attention(
         BM=blocks.queries,
         BN=blocks.keys,
         PRECISION=dot_precision(qkv),
-        **blocks.options(),
+        **_options(blocks),
     )
     _sum_partials(partial, out, 1 / sizes.num_windows)
     return out
@@ -195,13 +168,13 @@ def window_prompt_attention_backward(
     qkv, grad_out, position_bias = aligned_rows(qkv), aligned_rows(grad_out), position_bias.contiguous()
     sizes = _sizes(qkv, num_prompts, num_heads, resolution, window_size, shift, owner_is_instance)
     batch, rows, width = qkv.shape
-    _, blocks = blocks_for(qkv, sizes.D, sizes.num_rows)
+    blocks = blocks_for("gradient", qkv, sizes.D, sizes.num_rows)
     query_blocks, key_blocks = cdiv(sizes.num_rows, blocks.queries), cdiv(sizes.num_rows, blocks.keys)
     grad = qkv.new_empty(batch, rows, width) if need_qkv else None
     strides = (qkv.stride()[:2], grad_out.stride()[:2])
     scale = sizes.D**-0.5
     scales = (scale, scale * math.log2(math.e))
-    constants: dict[str, Any] = {**sizes._asdict(), "PRECISION": dot_precision(qkv), **blocks.options(gradient=True)}
+    constants: dict[str, Any] = {**sizes._asdict(), "PRECISION": dot_precision(qkv), **_options(blocks, gradient=True)}
 
     if query_blocks == key_blocks == 1 and not need_bias and blocks.queries == blocks.keys:
         splits = _splits(batch * num_heads, sizes.num_windows, qkv.device)

@@ -1,0 +1,174 @@
+"""The autotuner: off, unless MOPE_AUTOTUNE=1. Then what an op asks of the tables is timed once, on this machine.
+
+The first call of an op that asks for a configuration that was not timed yet runs with each of the configurations beside it,
+and the fastest is kept: in memory, and in a file for each device in MOPE_CONFIG_DIR (or ~/.cache/mope-kernels), which later
+processes read. From then on the choice is that one. Nothing is timed while a CUDA graph is captured: the tables count there,
+or what was timed before. Another configuration sums in another order, so results may differ in their last bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+from mope_kernels import _triton
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
+
+class Place(NamedTuple):
+    """What an op asked its tables for."""
+
+    device: str
+    op: str
+    key: tuple[str | int, ...]
+
+    def __str__(self) -> str:
+        return " ".join(map(str, (self.op, *self.key)))
+
+
+class _State(threading.local):
+    """What the op that this thread runs asked for, and what it gets in place of the tables' entries."""
+
+    asked: dict[Place, Any] | None = None
+    trial: tuple[Place, Any] | None = None
+
+
+_state = _State()
+_winners: dict[Place, tuple[int, ...]] = {}
+_read: set[str] = set()
+
+
+def enabled() -> bool:
+    return os.environ.get("MOPE_AUTOTUNE", "") not in ("", "0")
+
+
+def instead_of(blocks: Any, op: str, key: tuple[str | int, ...], device: torch.device) -> Any:
+    """What was timed, or is being timed, in place of the tables' entry for `key`."""
+    if not enabled() or _triton.recording():
+        return blocks
+    place = Place(_name(device), op, key)
+    if _state.trial is not None and _state.trial[0] == place:
+        return _state.trial[1]
+    _read_file(place.device)
+    if place in _winners:
+        return type(blocks)(*_winners[place])
+    if _state.asked is not None:
+        _state.asked[place] = blocks
+    return blocks
+
+
+def tunable(launcher: Callable[Params, Result]) -> Callable[Params, Result]:
+    """The launcher of a raw op; with MOPE_AUTOTUNE=1 it is timed with other configurations before it first uses one."""
+
+    @functools.wraps(launcher)
+    def run(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+        if not enabled() or _triton.recording() or _state.asked is not None or _capturing():
+            return launcher(*args, **kwargs)
+        _state.asked = {}
+        try:
+            result = launcher(*args, **kwargs)
+            for place, blocks in _state.asked.items():
+                _tune(place, blocks, lambda: launcher(*args, **kwargs))
+            return launcher(*args, **kwargs) if _state.asked else result
+        finally:
+            _state.asked = None
+
+    return run
+
+
+def neighbours(blocks: Any) -> Iterator[Any]:
+    """The configuration itself, then those with one size halved or doubled, or with a stage more or less."""
+    yield blocks
+    for field, value in blocks._asdict().items():
+        if field == "num_stages":
+            others = [value - 1, value + 1]
+        elif field == "num_warps":
+            others = [n for n in (value // 2, 2 * value) if 2 <= n <= 8]
+        elif field in ("group", "maxnreg"):
+            others = []
+        else:
+            # Tensor cores multiply at least 16; more than 256 fit into no shared memory.
+            others = [n for n in (value // 2, 2 * value) if 16 <= n <= 256]
+        yield from (blocks._replace(**{field: other}) for other in others if other >= 1)
+
+
+def clock(run: Callable[[], object]) -> float:
+    """Milliseconds that `run` takes, the median of some fifty runs."""
+    from triton.testing import do_bench
+
+    return float(do_bench(run, return_mode="median"))
+
+
+def _tune(place: Place, blocks: Any, run: Callable[[], object]) -> None:
+    from triton.errors import TritonError
+
+    times = []
+    for candidate in neighbours(blocks):
+        _state.trial = (place, candidate)
+        # What does not compile, or takes more shared memory than there is, is none to choose from.
+        with contextlib.suppress(TritonError):
+            times.append((clock(run), candidate))
+    _state.trial = None
+    if times:
+        # The first of the fastest: what the table has, where nothing is faster.
+        _winners[place] = tuple(min(times, key=lambda timed: timed[0])[1])
+        _write_file(place.device)
+
+
+@functools.cache
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def _name(device: torch.device) -> str:
+    return _device_name(device.index or 0) if device.type == "cuda" else device.type
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _file(device: str) -> Path:
+    folder = os.environ.get("MOPE_CONFIG_DIR") or Path.home() / ".cache" / "mope-kernels"
+    return Path(folder) / f"{device.replace(' ', '_').replace('/', '_')}.json"
+
+
+def _read_file(device: str) -> None:
+    if device in _read:
+        return
+    _read.add(device)
+    path = _file(device)
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text())
+            found = {Place(device, *_parse(place)): tuple(map(int, blocks)) for place, blocks in stored.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} does not hold the configurations that MOPE_AUTOTUNE=1 stores; delete it") from error
+        # What this process timed itself stays.
+        _winners.update({place: blocks for place, blocks in found.items() if place not in _winners})
+
+
+def _parse(place: str) -> tuple[str, tuple[str | int, ...]]:
+    op, *key = place.split()
+    return op, tuple(int(part) if part.isdigit() else part for part in key)
+
+
+def _write_file(device: str) -> None:
+    """All at once, so that a process that reads meanwhile finds a whole file."""
+    path = _file(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mine = {str(place): blocks for place, blocks in sorted(_winners.items()) if place.device == device}
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+        json.dump(mine, file, indent=1)
+    os.replace(file.name, path)
