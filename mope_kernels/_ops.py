@@ -87,7 +87,8 @@ _MOPE_ATTENTION_OPTIONS = "int top_k, float temperature, bool renormalize, float
 
 _PROMPTED_NORM_INPUTS = (
     "Tensor x, Tensor? update, Tensor? weight, Tensor? bias, Tensor? static, Tensor? experts, Tensor? mapped, "
-    "Tensor? cross_logits, Tensor? self_weight, Tensor? self_bias, Tensor? self_keys, Tensor? routing_weights, Tensor? routing_indices, Tensor? noise, "
+    "Tensor? cross_logits, Tensor? self_weight, Tensor? self_bias, Tensor? self_keys, Tensor? routing_weights, "
+    "Tensor? routing_indices, Tensor? noise, "
     "int num_replaced, int top_k, float temperature, bool renormalize, float eps, ScalarType norm_dtype"
 )
 

@@ -2,15 +2,96 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments
+from ._checks import Arguments, last_dim_contiguous
+from ._ops import PROMPTED_NORM_GRADIENTS
 from .impl import Operation, reference_check
+from .norm import triton_norm_check
+from .prompted_norm_details import _launch as _launch
 from .router import Routing
 
-_PROMPTED_NORM = Operation("prompted_norm", reference=reference_check)
+
+class _Options(NamedTuple):
+    """What is no tensor, in the order of the raw op's schema."""
+
+    num_replaced: int
+    top_k: int
+    temperature: float
+    renormalize: bool
+    eps: float
+    norm_dtype: torch.dtype
+
+
+# The tensors of the raw op, in the order of its schema.
+_TENSORS = (*PROMPTED_NORM_GRADIENTS, "routing_indices", "noise")
+
+
+class PromptedNormFunction(torch.autograd.Function):
+    """(namespace, options, *tensors) -> total, normed, probs, weights, indices; the tensors in the order of the raw op's schema."""
+
+    @staticmethod
+    def forward(ctx: Any, namespace: str, options: _Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.ops, ctx.options = getattr(torch.ops, namespace), options
+        given = dict(zip(_TENSORS, tensors, strict=True))
+        needed = dict(zip(_TENSORS, ctx.needs_input_grad[2:], strict=True))
+        keep_pooled = given["self_weight"] is not None and (needed["self_weight"] or needed["self_keys"])
+        total, normed, probs, weights, indices, pooled = ctx.ops.prompted_norm.default(*tensors, *options, keep_pooled)
+        used = (given["routing_weights"], given["routing_indices"]) if given["routing_weights"] is not None else (weights, indices)
+        kept = ("weight", "experts", "self_weight", "self_bias", "self_keys")
+        ctx.save_for_backward(total, probs, *used, pooled, *(given[name] for name in kept))
+        ctx.dtypes = {name: None if t is None else t.dtype for name, t in given.items()}
+        ctx.sizes = (given["x"].shape[1], *(0 if (t := given[n]) is None else t.shape[-2] for n in ("static", "mapped")))
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        return total, normed, probs, weights, indices
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = dict(zip(_TENSORS, ctx.needs_input_grad[2:], strict=True))
+        x_dtype, update_dtype = ctx.dtypes["x"], ctx.dtypes["update"] or ctx.dtypes["x"]
+        shared = x_dtype == update_dtype
+        asked = needed | {"x": needed["x"] or (shared and needed["update"]), "update": needed["update"] and not shared}
+        num_rows, num_static, num_mapped = ctx.sizes
+        found = ctx.ops.prompted_norm_backward.default(
+            *(None if grad is None else last_dim_contiguous(grad) for grad in grads[:4]),
+            *ctx.saved_tensors,
+            num_rows,
+            ctx.options.num_replaced,
+            num_static,
+            num_mapped,
+            ctx.options.temperature,
+            ctx.options.renormalize,
+            ctx.options.eps,
+            x_dtype,
+            update_dtype,
+            sum(asked[name] << bit for bit, name in enumerate(PROMPTED_NORM_GRADIENTS)),
+        )
+        gradients = dict(zip(PROMPTED_NORM_GRADIENTS, found, strict=True))
+        if shared:
+            gradients["update"] = gradients["x"]
+        return None, None, *(gradients[name].to(ctx.dtypes[name]) if needed[name] else None for name in _TENSORS)
+
+
+def _triton_check(
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    norm_dtype: torch.dtype | None = None,
+    routing: Routing | None = None,
+    **others: Any,
+) -> list[str]:
+    tensors = [t for t in others.values() if isinstance(t, Tensor)]
+    return triton_norm_check(x, norm_dtype or x.dtype, update, weight, bias, *tensors, routing and routing.weights)
+
+
+_PROMPTED_NORM = Operation("prompted_norm", triton=_triton_check, reference=reference_check)
 
 
 def _check_router(
@@ -94,9 +175,9 @@ def prompted_norm(
             float32 (float64). `self_bias` may be left out, and all three where the router sees the other modality only.
         noise, top_k, temperature, renormalize: as in `route`.
         routing: ready-made, in place of the router.
-        eps: added to the variance.
+        eps: added to the variance, positive.
         norm_dtype: of `normed`; that of `total` if None.
-        impl: "auto" or "reference".
+        impl: "auto", "triton" or "reference".
 
     Returns:
         total (B,S+P+M+N-num_replaced,C) in the dtype that x and update promote to; normed, the same shape; the `Routing`, None
@@ -118,26 +199,45 @@ def prompted_norm(
     _check_router(arguments, experts, cross_logits, self_weight, self_bias, self_keys, noise, routing, top_k, temperature)
     arguments.tensor("mapped", mapped, "B M C")
     arguments.norm_dtype(norm_dtype)
-    _PROMPTED_NORM.choose(impl, x, update, weight, bias)
-    total, normed, found = reference.prompted_norm(
-        x,
-        update,
-        weight,
-        bias,
-        num_replaced=num_replaced,
-        static=static,
-        experts=experts,
-        mapped=mapped,
-        cross_logits=cross_logits,
-        self_weight=self_weight,
-        self_bias=self_bias,
-        self_keys=self_keys,
-        noise=noise,
-        routing=routing,
-        top_k=top_k,
-        temperature=temperature,
-        renormalize=renormalize,
-        eps=eps,
-        norm_dtype=norm_dtype,
+    arguments.positive("eps", eps)
+    tensors = {
+        "static": static,
+        "experts": experts,
+        "mapped": mapped,
+        "cross_logits": cross_logits,
+        "self_weight": self_weight,
+        "self_bias": self_bias,
+        "self_keys": self_keys,
+    }
+    implementation = _PROMPTED_NORM.choose(
+        impl, x, update, weight, bias, **tensors, noise=noise, routing=routing, norm_dtype=norm_dtype
     )
-    return total, normed, found if found is None else Routing(*found)
+    if implementation == "reference":
+        total, normed, found = reference.prompted_norm(
+            x,
+            update,
+            weight,
+            bias,
+            num_replaced=num_replaced,
+            **tensors,
+            noise=noise,
+            routing=routing,
+            top_k=top_k,
+            temperature=temperature,
+            renormalize=renormalize,
+            eps=eps,
+            norm_dtype=norm_dtype,
+        )
+        return total, normed, found if found is None else Routing(*found)
+    if norm_dtype is None:
+        norm_dtype = x.dtype if update is None else torch.promote_types(x.dtype, update.dtype)
+    given = (None, None) if routing is None else (routing.weights, routing.indices.long())
+    inputs = (x, update, weight, bias, *tensors.values(), *given, None if noise is None else noise.detach())
+    total, normed, probs, weights, indices = PromptedNormFunction.apply(
+        f"mope_{implementation}",
+        _Options(num_replaced, top_k or 0, temperature, renormalize, eps, norm_dtype),
+        *(None if t is None else last_dim_contiguous(t) for t in inputs),
+    )
+    if experts is None or routing is not None:
+        return total, normed, routing
+    return total, normed, Routing(probs if top_k is None else weights, indices, probs)

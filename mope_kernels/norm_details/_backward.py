@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from ._forward import statistics
+from ._forward import load_affine, statistics
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_replaced", "first_out", "num_chunks", "steps"])
@@ -50,9 +50,7 @@ def add_norm_backward(
             b_self_weight = tl.load(p_self_weight + query * C + o_column, mask=m_column, other=0.0).to(tl.float32)
             b_grad_mean += tl.load(p_grad_query + item * QUERY + query) * b_self_weight
         b_grad_mean /= num_rows
-    b_weight = tl.full([BC], 1.0, tl.float32)
-    if p_weight is not None:
-        b_weight = tl.load(p_weight + o_column, mask=m_column, other=0.0).to(tl.float32)
+    b_weight, _ = load_affine(p_weight, None, o_column, C, BC)
     b_weight_sums = tl.zeros([BR, BC], tl.float32)
     b_bias_sums = tl.zeros([BR, BC], tl.float32)
     for step in range(steps):

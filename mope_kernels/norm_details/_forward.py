@@ -14,16 +14,23 @@ def statistics(b_rows, m_column, eps, C: tl.constexpr):
 
 
 @triton.jit
-def layer_norm(b_rows, p_weight, p_bias, o_column, eps, C: tl.constexpr):
-    """(BR,BC) float32 -> (BR,BC) float32."""
+def load_affine(p_weight, p_bias, o_column, C: tl.constexpr, BC: tl.constexpr):
+    """Weight and bias of a LayerNorm, 1 and 0 where it has none: (BC,) each."""
     m_column = o_column < C
-    b_deviation, b_inverse_std = statistics(b_rows, m_column, eps, C)
-    b_normed = b_deviation * b_inverse_std[:, None]
+    b_weight = tl.full([BC], 1.0, tl.float32)
+    b_bias = tl.zeros([BC], tl.float32)
     if p_weight is not None:
-        b_normed *= tl.load(p_weight + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+        b_weight = tl.load(p_weight + o_column, mask=m_column, other=0.0).to(tl.float32)
     if p_bias is not None:
-        b_normed += tl.load(p_bias + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
-    return b_normed
+        b_bias = tl.load(p_bias + o_column, mask=m_column, other=0.0).to(tl.float32)
+    return b_weight, b_bias
+
+
+@triton.jit
+def layer_norm(b_rows, b_weight, b_bias, m_column, eps, C: tl.constexpr):
+    """(BR,BC) float32 -> (BR,BC) float32."""
+    b_deviation, b_inverse_std = statistics(b_rows, m_column, eps, C)
+    return b_deviation * b_inverse_std[:, None] * b_weight[None, :] + b_bias[None, :]
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_replaced", "first_out", "num_chunks", "steps"])
@@ -61,6 +68,7 @@ def add_norm_forward(
     chunk = tl.program_id(0) % num_chunks
     o_column = tl.arange(0, BC)
     m_column = o_column < C
+    b_weight, b_bias = load_affine(p_weight, p_bias, o_column, C, BC)
     p_x += item * x_strides[0]
     p_normed += item * stride_out
     b_sums = tl.zeros([BR, BC], tl.float32)
@@ -81,7 +89,7 @@ def add_norm_forward(
             b_total = b_rounded.to(tl.float32)
         if p_seen is not None:
             b_sums += b_total
-        b_normed = layer_norm(b_total, p_weight, p_bias, o_column, eps, C)
+        b_normed = layer_norm(b_total, b_weight, b_bias, m_column, eps, C)
         tl.store(p_normed + o_out, b_normed.to(p_normed.dtype.element_ty), mask=m_out)
     if p_seen is not None:
         # (BC,)
@@ -93,6 +101,6 @@ def add_norm_forward(
             o_query = start + tl.arange(0, BQ)
             mask = (o_query < QUERY)[:, None] & m_column[None, :]
             # (BQ, BC)
-            b_weight = tl.load(p_self_weight + o_query[:, None] * C + o_column[None, :], mask=mask, other=0.0).to(tl.float32)
-            b_seen = tl.sum(b_weight * b_sum[None, :], 1)
+            b_self = tl.load(p_self_weight + o_query[:, None] * C + o_column[None, :], mask=mask, other=0.0).to(tl.float32)
+            b_seen = tl.sum(b_self * b_sum[None, :], 1)
             tl.store(p_seen + o_chunk * QUERY + o_query, b_seen, mask=o_query < QUERY)

@@ -22,17 +22,17 @@ class RowBlocks(NamedTuple):
     num_warps: int
 
 
-def row_blocks(num_rows: int, width: int, *, steps: int = 1, most_chunks: int | None = None) -> RowBlocks:
+def row_blocks(num_rows: int, width: int, *, steps: int = 2, most_chunks: int | None = None) -> RowBlocks:
     """Blocks for the rows of an item. Where sums over rows are made, `most_chunks` bounds how many there are to add up later.
 
     It does not look at the number of items: what an item gives must not depend on it, not even in the last bit.
     """
     columns = next_power_of_2(width)
-    rows = max(2048 // columns, 1)
+    rows = max(1024 // columns, 1)
     if most_chunks is not None:
         steps = max(steps, cdiv(num_rows, most_chunks * rows))
     steps = min(steps, max(cdiv(num_rows, rows), 1))
-    return RowBlocks(rows, columns, steps, cdiv(num_rows, steps * rows), min(max(rows * columns // 512, 1), 16))
+    return RowBlocks(rows, columns, steps, cdiv(num_rows, steps * rows), min(max(columns // 256, 4), 16))
 
 
 def add_norm_rows(
@@ -108,7 +108,7 @@ def add_norm_rows_backward(
 
     batch, _, width = total.shape
     # Sums over rows are worth longer chunks: each costs a row of float32.
-    blocks = row_blocks(num_rows, width, steps=16 if need_weight or need_bias else 1)
+    blocks = row_blocks(num_rows, width, steps=32 if need_weight or need_bias else 2)
     partial = [
         torch.empty(batch * blocks.chunks, width, dtype=torch.float32, device=total.device) if need else None
         for need in (need_weight, need_bias)

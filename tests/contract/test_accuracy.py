@@ -17,7 +17,7 @@ def number_of_draws(op: Op, impl: str, case: str) -> int:
     if case in op.small:
         return 20
     few_numbers = op.cases[case].get("batch") == 1
-    if impl == "triton" and DEVICE[impl] == "cpu" and "attention" in op.name:
+    if impl == "triton" and DEVICE[impl] == "cpu" and ("attention" in op.name or op.name == "prompted_norm"):
         return 3 if few_numbers else 1
     return 6 if few_numbers else 2
 

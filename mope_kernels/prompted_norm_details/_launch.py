@@ -1,0 +1,259 @@
+"""Launchers of the Triton kernels at the beginning of a routed block. Triton is imported by the first call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mope_kernels._checks import last_dim_contiguous
+from mope_kernels._ops import PROMPTED_NORM_GRADIENTS, triton_kernel
+from mope_kernels._triton import launch, next_power_of_2
+from mope_kernels.norm_details._launch import add_norm_rows, add_norm_rows_backward, row_blocks
+from mope_kernels.prompts_details._launch import mix_prompts_backward
+from mope_kernels.router_details._launch import route_backward
+
+# What the programs of an item add to its mean is kept apart until the second kernel sums it up, in one block.
+MOST_CHUNKS = 64
+
+
+@triton_kernel("prompted_norm")
+def prompted_norm(
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    static: Tensor | None,
+    experts: Tensor | None,
+    mapped: Tensor | None,
+    cross_logits: Tensor | None,
+    self_weight: Tensor | None,
+    self_bias: Tensor | None,
+    self_keys: Tensor | None,
+    routing_weights: Tensor | None,
+    routing_indices: Tensor | None,
+    noise: Tensor | None,
+    num_replaced: int,
+    top_k: int,
+    temperature: float,
+    renormalize: bool,
+    eps: float,
+    norm_dtype: torch.dtype,
+    keep_pooled: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from ._forward import place_prompts
+
+    batch, num_rows, width = x.shape
+    static, experts, mapped = (None if t is None else last_dim_contiguous(t) for t in (static, experts, mapped))
+    sizes = (
+        0 if static is None else static.shape[0],
+        0 if experts is None else experts.shape[1],
+        0 if mapped is None else mapped.shape[1],
+    )
+    num_experts = 0 if experts is None else experts.shape[0]
+    routed = experts is not None and routing_weights is None
+    query = 0 if self_weight is None else self_weight.shape[0]
+    dtype = x.dtype if update is None else torch.promote_types(x.dtype, update.dtype)
+    shape = (batch, sum(sizes) + num_rows - num_replaced, width)
+    total = torch.empty(shape, dtype=dtype, device=x.device)
+    normed = torch.empty(shape, dtype=norm_dtype, device=x.device)
+    probs = torch.empty(batch, num_experts if routed else 0, dtype=torch.float32, device=x.device)
+    weights = probs.new_empty(batch, top_k if routed else 0)
+    indices = probs.new_empty(batch, weights.shape[1] or probs.shape[1], dtype=torch.int64)
+    pooled = probs.new_empty((batch, width) if keep_pooled else (0, width))
+
+    # Rows that only go into the mean are read where a router looks at the mean.
+    blocks = row_blocks(num_rows, width, steps=4 if query else 2, most_chunks=MOST_CHUNKS if query else None)
+    seen = probs.new_empty(batch, blocks.chunks, query) if query else None
+    sums = probs.new_empty(batch, blocks.chunks, width) if keep_pooled else None
+    weight, bias, self_weight, self_bias, self_keys = (
+        None if t is None else t.contiguous() for t in (weight, bias, self_weight, self_bias, self_keys)
+    )
+    add_norm_rows(
+        last_dim_contiguous(x),
+        None if update is None else last_dim_contiguous(update),
+        weight,
+        bias,
+        total,
+        normed,
+        eps,
+        blocks,
+        num_replaced=num_replaced,
+        first_out=sum(sizes),
+        self_weight=self_weight,
+        seen=seen,
+        sums=sums,
+    )
+    # Routing is the work of the first routed row, which has a program even where there is nothing to write.
+    programs = max(sum(sizes), sizes[0] + 1) if routed else sum(sizes)
+    selected = top_k or num_experts
+    if routing_weights is not None:
+        selected = routing_weights.shape[1]
+    columns, slots = next_power_of_2(width), next_power_of_2(num_experts)
+    num_warps = min(max(columns // 128, slots // 64, 1), 8 if columns <= 8192 else 16)
+    experts_at_once = min(next_power_of_2(selected), max(512 * num_warps // columns, 1), 16)
+    others = tuple(None if t is None else last_dim_contiguous(t) for t in (cross_logits, noise, routing_weights, routing_indices))
+    launch(
+        place_prompts,
+        batch * programs,
+        static,
+        experts,
+        mapped,
+        weight,
+        bias,
+        seen,
+        sums,
+        self_bias,
+        self_keys,
+        *others,
+        total,
+        normed,
+        probs,
+        weights,
+        indices,
+        pooled if keep_pooled else None,
+        0 if static is None else static.stride(0),
+        (0, 0) if experts is None else experts.stride()[:2],
+        (0, 0) if mapped is None else mapped.stride()[:2],
+        *(0 if t is None else t.stride(0) for t in others),
+        total.stride(0),
+        num_rows,
+        blocks.chunks,
+        temperature,
+        eps,
+        C=width,
+        SIZES=sizes,
+        PROGRAMS=programs,
+        K=num_experts,
+        QUERY=query,
+        SELECTED=selected,
+        TOP_K=top_k,
+        RENORMALIZE=renormalize,
+        CHUNKS=MOST_CHUNKS,
+        BQ=min(next_power_of_2(query), 4),
+        BK=slots,
+        BT=experts_at_once,
+        BR=max(512 * num_warps // columns, 1),
+        BC=columns,
+        num_warps=num_warps,
+    )
+    return total, normed, probs, weights, indices, pooled
+
+
+@triton_kernel("prompted_norm_backward")
+def prompted_norm_backward(
+    grad_total: Tensor | None,
+    grad_normed: Tensor | None,
+    grad_probs: Tensor | None,
+    grad_weights: Tensor | None,
+    total: Tensor,
+    probs: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    pooled: Tensor,
+    weight: Tensor | None,
+    experts: Tensor | None,
+    self_weight: Tensor | None,
+    self_bias: Tensor | None,
+    self_keys: Tensor | None,
+    num_rows: int,
+    num_replaced: int,
+    num_static: int,
+    num_mapped: int,
+    temperature: float,
+    renormalize: bool,
+    eps: float,
+    x_dtype: torch.dtype,
+    update_dtype: torch.dtype,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    needed = {name for bit, name in enumerate(PROMPTED_NORM_GRADIENTS) if needs >> bit & 1}
+    batch, num_out, width = total.shape
+    num_prompts = num_out - (num_rows - num_replaced)
+    norm_sums = {"need_weight": "weight" in needed, "need_bias": "bias" in needed}
+    found: dict[str, Tensor | None] = {}
+
+    through_router = {"cross_logits"} if self_keys is None else {"cross_logits", "x", "update", *_ROUTER}
+    need_logits = probs.shape[1] > 0 and not needed.isdisjoint(through_router)
+    need_mixture = need_logits or "routing_weights" in needed
+
+    # The prompts' own rows first, in float32: their gradients are summed over the batch.
+    grad_prompts = torch.empty(batch, num_prompts, width, dtype=torch.float32, device=total.device)
+    prompt_sums: tuple[Tensor | None, Tensor | None] = (None, None)
+    if need_mixture or not needed.isdisjoint(("weight", "bias", "static", "experts", "mapped")):
+        prompt_sums = add_norm_rows_backward(
+            grad_total, grad_normed, total, weight, grad_prompts, None, eps, num_rows=num_prompts, **norm_sums
+        )
+    if "static" in needed:
+        found["static"] = grad_prompts[:, :num_static].sum(0)
+    if "mapped" in needed:
+        found["mapped"] = grad_prompts[:, num_prompts - num_mapped :].clone(memory_format=torch.contiguous_format)
+
+    grad_query = None
+    if experts is not None and (need_mixture or "experts" in needed):
+        if weights.shape[1] == 0:
+            weights = probs
+        found["experts"], grad_mixture = mix_prompts_backward(
+            grad_prompts[:, num_static : num_prompts - num_mapped],
+            experts,
+            weights,
+            indices,
+            "experts" in needed,
+            need_mixture,
+        )
+        if "routing_weights" in needed:
+            found["routing_weights"] = grad_mixture
+        if need_logits:
+            # In dense routing the weights have no columns, as they would repeat the probabilities.
+            if grad_weights is not None and grad_weights.shape[1]:
+                grad_mixture = grad_mixture + grad_weights
+            grad_logits = route_backward(grad_probs, grad_mixture, probs, weights, indices, temperature, renormalize)
+            found["cross_logits"] = grad_logits
+            if self_weight is not None and self_keys is not None:
+                grad_query = grad_logits @ self_keys.float().T
+                found |= _router_gradients(needed, grad_logits, grad_query, pooled, self_weight, self_bias)
+
+    if not needed.isdisjoint(("x", "update", "weight", "bias")):
+        for name, dtype in (("x", x_dtype), ("update", update_dtype)):
+            if name in needed:
+                found[name] = torch.empty(batch, num_rows, width, dtype=dtype, device=total.device)
+        token_sums = add_norm_rows_backward(
+            grad_total,
+            grad_normed,
+            total,
+            weight,
+            found.get("x"),
+            found.get("update"),
+            eps,
+            num_rows=num_rows,
+            num_replaced=num_replaced,
+            first_out=num_prompts,
+            grad_query=grad_query,
+            self_weight=None if self_weight is None else self_weight.contiguous(),
+            **norm_sums,
+        )
+        for name, of_tokens, of_prompts in zip(("weight", "bias"), token_sums, prompt_sums, strict=True):
+            found[name] = of_tokens if of_tokens is None or of_prompts is None else of_tokens + of_prompts
+    return tuple(
+        gradient
+        if name in needed and (gradient := found[name]) is not None
+        else torch.empty(0, dtype=torch.float32, device=total.device)
+        for name in PROMPTED_NORM_GRADIENTS
+    )
+
+
+_ROUTER = ("self_weight", "self_bias", "self_keys")
+
+
+def _router_gradients(
+    needed: set[str], grad_logits: Tensor, grad_query: Tensor, pooled: Tensor, self_weight: Tensor, self_bias: Tensor | None
+) -> dict[str, Tensor | None]:
+    """Of the router's own parameters, logits = (pooled W' + b) keys; small products."""
+    found: dict[str, Tensor | None] = {}
+    if "self_weight" in needed:
+        found["self_weight"] = grad_query.T @ pooled
+    if "self_bias" in needed:
+        found["self_bias"] = grad_query.sum(0)
+    if "self_keys" in needed:
+        query = pooled @ self_weight.float().T
+        found["self_keys"] = (query if self_bias is None else query + self_bias).T @ grad_logits
+    return found
