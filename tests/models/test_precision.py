@@ -200,7 +200,7 @@ def test_copies_know_what_the_weights_were() -> None:
     assert_equal(results(twin, batch, labels), expected)
 
 
-def test_moving_and_loading() -> None:
+def test_moving_and_loading(tmp_path: Path) -> None:
     model, batch, _ = make(False)
     model.cast_frozen(torch.bfloat16)
     expected = model.eval()(**batch).logits
@@ -210,6 +210,6 @@ def test_moving_and_loading() -> None:
             change(model)
     # What was loaded is there in 16 bits only: what it was before would be wrong.
     model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()})
-    for action in (lambda: model.cast_frozen(None), model.detach, lambda: model.save_pretrained("nowhere")):
+    for action in (lambda: model.cast_frozen(None), model.detach, lambda: model.save_pretrained(tmp_path)):
         with pytest.raises(ValueError, match="frozen weights were changed after cast_frozen"):
             action()
