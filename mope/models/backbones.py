@@ -1,7 +1,7 @@
 """How prompts get into a transformers model: one small adapter class for each architecture.
 
 An adapter says where the layers are, which modules make up a layer's attention, and what a block does after it. It has no
-state and never touches a weight. `attach` replaces layers by `PromptedLayer`, which runs only when it is given prompts;
+state; modules that are no plain layers are called, and their weights never touched. `attach` replaces layers by `PromptedLayer`, which runs only when it is given prompts;
 `Attachment.detach` puts the same modules back.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 
 from mope.fused import FrozenAttention, MoPEAttention
 from mope_kernels import Routing
+
+from .feed_forward import add_then_norm, is_untouched, linear_gelu_linear, norm_and_mlp
 
 
 class Architecture:
@@ -120,8 +123,8 @@ class ViTAdapter(VisionAdapter):
         return FrozenAttention(a.q_proj, a.k_proj, a.v_proj, a.o_proj, a.num_attention_heads, layer.layernorm_before)
 
     def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
-        hidden_states = layer.dropout(attention_output) + hidden_states
-        return layer.dropout(layer.mlp(layer.layernorm_after(hidden_states))) + hidden_states
+        hidden_states, update = norm_and_mlp(hidden_states, layer.dropout(attention_output), layer.layernorm_after, layer.mlp)
+        return layer.dropout(update) + hidden_states
 
     def normalize(self, model: Any, features: Tensor) -> Tensor:
         return model.layernorm(features)
@@ -145,8 +148,9 @@ class Dinov2Adapter(VisionAdapter):
         return FrozenAttention(inner.query, inner.key, inner.value, a.output.dense, inner.num_attention_heads, layer.norm1)
 
     def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
-        hidden_states = layer.drop_path(layer.layer_scale1(attention_output)) + hidden_states
-        return layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(hidden_states)))) + hidden_states
+        attention_output = layer.drop_path(layer.layer_scale1(attention_output))
+        hidden_states, update = norm_and_mlp(hidden_states, attention_output, layer.norm2, layer.mlp)
+        return layer.drop_path(layer.layer_scale2(update)) + hidden_states
 
     def normalize(self, model: Any, features: Tensor) -> Tensor:
         return model.layernorm(features)
@@ -169,8 +173,8 @@ class CLIPVisionAdapter(VisionAdapter):
         return FrozenAttention(a.q_proj, a.k_proj, a.v_proj, a.out_proj, a.num_heads, layer.layer_norm1)
 
     def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
-        hidden_states = hidden_states + attention_output
-        return hidden_states + layer.mlp(layer.layer_norm2(hidden_states))
+        hidden_states, update = norm_and_mlp(hidden_states, attention_output, layer.layer_norm2, layer.mlp)
+        return hidden_states + update
 
     def normalize(self, model: Any, features: Tensor) -> Tensor:
         return model.post_layernorm(features)
@@ -197,8 +201,17 @@ class BertAdapter(BackboneAdapter):
 
     def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
         output = layer.attention.output
-        hidden_states = output.LayerNorm(output.dropout(attention_output) + hidden_states)
-        return apply_chunking_to_forward(layer.feed_forward_chunk, layer.chunk_size_feed_forward, layer.seq_len_dim, hidden_states)
+        hidden_states = add_then_norm(hidden_states, output.dropout(attention_output), output.LayerNorm)
+        chunk = partial(self._feed_forward, layer)
+        return apply_chunking_to_forward(chunk, layer.chunk_size_feed_forward, layer.seq_len_dim, hidden_states)
+
+    @staticmethod
+    def _feed_forward(layer: Any, hidden_states: Tensor) -> Tensor:
+        intermediate, output = layer.intermediate, layer.output
+        if not (is_untouched(intermediate) and is_untouched(output)):
+            return layer.feed_forward_chunk(hidden_states)
+        update = linear_gelu_linear(hidden_states, intermediate.dense, intermediate.intermediate_act_fn, output.dense)
+        return add_then_norm(hidden_states, output.dropout(update), output.LayerNorm)
 
     def is_row_wise(self, model: Any) -> bool:
         # Chunks ask for a number of rows that they divide.

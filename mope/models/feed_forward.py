@@ -1,0 +1,49 @@
+"""What a block of transformers does behind its attention, fused where its modules are as transformers made them."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import GELUActivation
+
+import mope_kernels
+from mope.fused.modules import has_hooks, is_plain
+from mope.fused.plain import add, add_norm, autocast_dtype, gelu_mlp
+
+_GELU = nn.GELU()
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a call of the module is what its class in transformers says, and nothing else."""
+    return type(module).__module__.startswith("transformers.models.") and not has_hooks(module) and "forward" not in module.__dict__
+
+
+def norm_and_mlp(x: Tensor, update: Tensor, norm: nn.Module, mlp: nn.Module) -> tuple[Tensor, Tensor]:
+    """x + update, and the MLP of its LayerNorm, which is still to be added to it (pre-LN)."""
+    layers: list[Any] = [getattr(mlp, name, None) for name in ("fc1", "activation_fn", "fc2")]
+    if None in layers or not is_untouched(mlp):
+        x, normed = add_norm(x, update, norm)
+        return x, mlp(normed)
+    x, normed = add_norm(x, update, norm, behind=layers[0])
+    return x, linear_gelu_linear(normed, *layers)
+
+
+def linear_gelu_linear(x: Tensor, first: nn.Module, activation: nn.Module, last: nn.Module) -> Tensor:
+    """The three, one after the other."""
+    if is_plain(activation, GELUActivation) and activation.act is F.gelu:
+        activation = _GELU
+    return gelu_mlp(cast(Any, lambda x: last(activation(first(x)))), (first, activation, last), x)
+
+
+def add_then_norm(x: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
+    """LayerNorm(x + update), of which nobody needs the sum (post-LN), in the dtype that torch gives it."""
+    if not is_plain(norm, nn.LayerNorm):
+        return norm(add(x, update))
+    plain: Any = norm
+    dtype = torch.promote_types(x.dtype, update.dtype)
+    if x.device.type == "cuda" and autocast_dtype(x.device, dtype) is not None:
+        dtype = torch.float32
+    return mope_kernels.add_norm(x, update, plain.weight, plain.bias, eps=plain.eps, norm_dtype=dtype)[1]
