@@ -38,7 +38,16 @@ TESTS = ["tests/kernels", "tests/contract", "tests/gpu"]
 # Of every op, forward and backward, on small tensors.
 SMALL_CASES = "triton and test_bitwise_repeatable"
 # What has a row for each op, in the order in which they are measured, and what has one for each model.
-OPS = ["window_prompt_attention", "mope_attention", "prompt_attention", "prompted_norm", "gelu_mlp", "mix_prompts", "route"]
+OPS = [
+    "window_prompt_attention",
+    "mope_attention",
+    "prompt_attention",
+    "prompted_norm",
+    "gelu_mlp",
+    "expert_adapter",
+    "mix_prompts",
+    "route",
+]
 MODELS = ["model", "swin_block", "layer", "tasks"]
 STAGES = ("tests", "ops", "model", "timeline", "sanitize")
 # pytest: no test was selected. Those that passed before are not.

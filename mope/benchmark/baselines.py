@@ -71,6 +71,45 @@ def mix_embedding_bag(experts: Tensor, weights: Tensor, indices: Tensor) -> Tens
     return flat.unflatten(1, experts.shape[1:])
 
 
+def released_adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    router_weight: Tensor | None = None,
+    router_bias: Tensor | None = None,
+) -> Tensor:
+    """A linear layer for each expert; with one expert this is how adapter libraries write theirs."""
+    hidden = F.relu(F.linear(x, down_weight, down_bias))
+    ups = [F.linear(hidden, weight, bias) for weight, bias in zip(up_weight, up_bias, strict=True)]
+    if router_weight is None:
+        return x + ups[0]
+    weights = (F.linear(x, router_weight, router_bias) / 10.0).softmax(-1).to(x.dtype)
+    for e, up in enumerate(ups):
+        x = x + weights[..., e, None] * up
+    return x
+
+
+def adapter_in_two_products(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    router_weight: Tensor | None = None,
+    router_bias: Tensor | None = None,
+) -> Tensor:
+    """What a careful user would write: down-projection and router in one product, all experts in another."""
+    if router_weight is None or router_bias is None:
+        return x + F.linear(F.relu(F.linear(x, down_weight, down_bias)), up_weight[0], up_bias[0])
+    inner = F.linear(x, torch.cat([down_weight, router_weight]), torch.cat([down_bias, router_bias]))
+    hidden, logits = inner.split([len(down_weight), len(router_weight)], dim=-1)
+    weights = (logits / 10.0).softmax(-1).to(x.dtype)
+    mixed = torch.cat([(weights[..., None] * F.relu(hidden)[..., None, :]).flatten(-2), weights], dim=-1)
+    return x + mixed @ torch.cat([up_weight.mT.flatten(0, 1), up_bias])
+
+
 def selected_weights(logits: Tensor, top_k: int | None, temperature: float) -> Tensor:
     """(B,K), zero where an expert was not selected."""
     probs = (logits.float() / temperature).softmax(-1)

@@ -15,6 +15,7 @@ WAYS = {
     "prompt_attention": _ATTENTION,
     "mope_attention": _ATTENTION,
     "window_prompt_attention": _ATTENTION,
+    "expert_adapter": ("ours", "released", "released compiled", "two products", "two products compiled"),
     "layer": ("ours", "released", "released compiled"),
     "swin_block": ("ours", "released", "released compiled", "released without waiting compiled"),
     "model": ("ours", "ours compiled+graphs", "ours without graphs", *_SWIN_MODEL, "concatenated", "concatenated compiled"),
@@ -79,6 +80,7 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
         "prompt_attention": [("tiny", None)],
         "mope_attention": [("tiny", 1)],
         "window_prompt_attention": [("tiny", None)],
+        "expert_adapter": [("tiny", None)],
         "layer": [("tiny", None)],
         "swin_block": [("tiny", None)],
         "model": [("tiny", None), ("tiny-swin", None)],
@@ -90,6 +92,7 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
         "prompt_attention": [("vit-b-b8", None), ("bert-128-b16", None)],
         "mope_attention": [("vit-b-b8", None), ("vit-b-b8", 1), ("bert-128-b16", None), ("digits-b64", None)],
         "window_prompt_attention": [(f"swin-b-stage{stage}-b4", None) for stage in ("1-shifted", "3", "3-shifted", "4")],
+        "expert_adapter": [("modex-t1k", None), ("plain-t1k", None)],
         "layer": [("vit-b-b8", None), ("bert-128-b16", None)],
         "swin_block": [("swin-b-stage3-shifted-b4", None)],
         "model": [("vit-b+bert-base-2-layers-b8", None), ("swin-b-8-blocks+bert-base-2-layers-b4", None)],
@@ -112,6 +115,7 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
             *((f"swin-b-stage{stage}-b64", None) for stage in ("1", "1-shifted", "2-shifted", "3-shifted", "4")),
             *((f"swin-b-stage{stage}-b16", None) for stage in ("1-shifted", "3-shifted")),
         ],
+        "expert_adapter": [(name, None) for name in ("modex-t8k", "modex-t2k", "plain-t8k")],
         "layer": [("vit-b-b64", None), ("bert-128-b64", None), ("vit-l-b64", None)],
         "swin_block": [("swin-b-stage1-shifted-b64", None), ("swin-b-stage3-shifted-b64", None)],
         "model": [(name, None) for name in ("swin-b+bert-base-b16", "swin-b+bert-base-b64", "vit-b+bert-base-b64")],
@@ -139,10 +143,13 @@ _LATER: dict[str, list[tuple[str, int | None]]] = {
         *((f"vit-b+bert-base-{shape}", None) for shape in ("b16", "b64-k64")),
     ],
 }
-# Inference over the number of experts, of which one is selected: that it costs nothing is measured.
-_SPARSE = {
-    "mope_attention": [f"vit-b-b64{k}" for k in ("", "-k16", "-k256")],
-    "model": [f"vit-b+bert-base-b64{k}" for k in ("", "-k64")],
+# Inference with one selected expert, over the number of experts, which should cost nothing, and of items.
+_SPARSE: dict[str, dict[str, list[str]]] = {
+    "cpu": {"mope_attention": [f"vit-b-{shape}" for shape in ("b1", "b32", "b8-k16", "b8-k64")]},
+    "cuda": {
+        "mope_attention": [f"vit-b-{shape}" for shape in ("b64", "b64-k16", "b64-k256", "b1", "b16")],
+        "model": [f"vit-b+bert-base-b64{k}" for k in ("", "-k64")],
+    },
 }
 _SKEWED = {"cpu": "vit-b-b8", "cuda": "vit-b-b64-k64"}
 
@@ -162,8 +169,8 @@ def cases(op: str, where: str) -> list[Case]:
     if op == "mope_attention" and where == "cuda":
         # In training its definition does not fit beside it.
         found.append(Case(op, "long-8k-b4", backends=True))
+    found += [Case(op, shape, False, 1, later=True) for shape in _SPARSE.get(where, {}).get(op, [])]
     if where == "cuda":
-        found += [Case(op, shape, False, 1, later=True) for shape in _SPARSE.get(op, [])]
         found += [
             Case(op, shape, training, top_k, backends=True, later=True)
             for shape, top_k in _LATER.get(op, [])

@@ -33,6 +33,7 @@ def build(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
         "prompt_attention": _prompt_attention,
         "mope_attention": _mope_attention,
         "window_prompt_attention": _window_prompt_attention,
+        "expert_adapter": _expert_adapter,
         "layer": _layer,
         "swin_block": models.swin_block,
         "model": models.model,
@@ -96,6 +97,35 @@ def _mix_prompts(case: Case, dtype: torch.dtype) -> Problem:
         dtype,
         ("experts", "weights") if case.training else (),
         (torch.randn(shape.batch, shape.prompts, shape.dim, dtype=dtype),),
+    )
+
+
+def _expert_adapter(case: Case, dtype: torch.dtype) -> Problem:
+    shape = shapes.ADAPTER[case.shape]
+    dim, bottleneck, experts = shape.dim, shape.bottleneck, shape.experts
+    sizes: dict[str, tuple[int, ...]] = {"x": (shape.tokens, dim), "down_weight": (bottleneck, dim), "down_bias": (bottleneck,)}
+    sizes |= {"up_weight": (experts, dim, bottleneck), "up_bias": (experts, dim)}
+    sizes |= {"router_weight": (experts, dim), "router_bias": (experts,)} if experts > 1 else {}
+    inputs: Inputs = {
+        name: torch.randn(size, dtype=dtype) / (size[-1] ** 0.5 if name != "x" else 1) for name, size in sizes.items()
+    }
+
+    def one(function: Callable[..., Any]) -> Way:
+        return lambda **tensors: (function(**tensors),)
+
+    return Problem(
+        inputs,
+        {
+            "ours": one(mope_kernels.expert_adapter),
+            "released": one(baselines.released_adapter),
+            "two products": one(baselines.adapter_in_two_products),
+        },
+        lambda **tensors: reference.expert_adapter(**tensors)[:1],
+        explain("expert_adapter", *inputs.values()).impl or "",
+        shapes.adapter_work(shape, dtype.itemsize, case.training),
+        dtype,
+        _train(inputs, *inputs) if case.training else (),
+        (torch.randn(shape.tokens, dim, dtype=dtype),),
     )
 
 

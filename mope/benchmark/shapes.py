@@ -74,6 +74,16 @@ class Windows:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """T tokens of width C through a bottleneck, and back by E experts. With one expert there is no router."""
+
+    tokens: int
+    experts: int = 3
+    dim: int = 768
+    bottleneck: int = 16
+
+
+@dataclass(frozen=True)
 class Model:
     """A vision encoder, prompted, beside a BERT: B items of image^2 pixels and T tokens, K experts.
 
@@ -95,9 +105,9 @@ class Model:
 ATTENTION = {
     "tiny": Attention(2, heads=2, width=16, tokens=5, experts=3, padding=0.5),
     "digits-b64": Attention(64, heads=4, width=16, tokens=17, experts=8),
-    "vit-b-b8": Attention(8, heads=12, width=64, tokens=197),
+    **{f"vit-b-b{batch}": Attention(batch, heads=12, width=64, tokens=197) for batch in (1, 8, 16, 32, 64)},
+    **{f"vit-b-b8-k{k}": Attention(8, heads=12, width=64, tokens=197, experts=k) for k in (16, 64)},
     "bert-128-b16": Attention(16, heads=12, width=64, tokens=128, padding=0.75, norm=False),
-    "vit-b-b64": Attention(64, heads=12, width=64, tokens=197),
     **{f"vit-b-b64-k{k}": Attention(64, heads=12, width=64, tokens=197, experts=k) for k in (16, 64, 256)},
     "bert-128-b64": Attention(64, heads=12, width=64, tokens=128, padding=0.75, norm=False),
     "bert-512-b64": Attention(64, heads=12, width=64, tokens=512, padding=0.75, norm=False),
@@ -124,6 +134,11 @@ WINDOWS = {
         for shift in ((0, 3) if stage < 3 else (0,))
     },
     "swin-b-384-stage1-shifted-b16": Windows(16, 96, heads=4, window=12, shift=6),
+}
+ADAPTER = {
+    "tiny": Adapter(6, dim=24, bottleneck=4),
+    **{f"modex-t{tokens}k": Adapter(tokens << 10) for tokens in (1, 2, 8)},
+    **{f"plain-t{tokens}k": Adapter(tokens << 10, experts=1) for tokens in (1, 8)},
 }
 _SWIN_B: dict[str, Any] = {"embed": 128, "depths": (2, 2, 18, 2)}
 MODELS = {
@@ -228,6 +243,14 @@ def mixture_work(shape: Mixture, selected: int, element: int, training: bool) ->
     # A weight is four bytes, an index eight.
     read = experts * size * element + shape.batch * selected * 12
     return Work.of(read, shape.batch * size * element, 2.0 * shape.batch * selected * size, training)
+
+
+def adapter_work(shape: Adapter, element: int, training: bool) -> Work:
+    """Tokens in, tokens out; the parameters are nothing beside."""
+    numbers = shape.tokens * shape.dim * element
+    routed = shape.experts if shape.experts > 1 else 0
+    columns = shape.bottleneck + routed + shape.experts * shape.bottleneck
+    return Work.of(numbers, numbers, 2.0 * shape.tokens * shape.dim * columns, training)
 
 
 def router_work(batch: int, experts: int, selected: int, training: bool) -> Work:
