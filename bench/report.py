@@ -30,9 +30,14 @@ Made by `python -m bench.report` from the rows in `bench/results`: `make bench` 
 | xformers | the same with `memory_efficient_attention` |
 | branchless | *released* without waiting for the device |
 | embedding_bag | torch's weighted sum of the rows of a table |
+| released, of a block or model | [plainly](../mope/benchmark/released.py); the host waits as it does there; autocast on a GPU |
+| released half | the same with everything in 16 bits, without autocast |
+| released without waiting | the same with all that the host waits for taken out by hand |
+| ours without graphs | where ours serves a model from CUDA graphs, on a GPU: without them |
 | concatenated | the whole model written by hand, prompts concatenated with the tokens |
 | a model for each task | called one after the other, each with the items of its task; all over the same frozen weights |
 | ... compiled | the same under `torch.compile(dynamic=False)` |
+| ... compiled+graphs | the same under `torch.compile(dynamic=False, mode="reduce-overhead")` |
 
 - A row is timed only after its result was checked: its error against float64 is at most five times that of plain PyTorch in the
   same dtype and of one rounding.

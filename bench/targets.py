@@ -100,7 +100,7 @@ TARGETS = (
         for batch, goal in ((16, 5.0), (64, 3.3))
     ),
     Target(
-        "the same as fast as the released way without waiting for the device, compiled, in CUDA graphs",
+        "the same, beside the released way without waiting for the device, compiled, in CUDA graphs",
         1.35,
         faster_than(_COMPILED, "model", _MODEL.format("(16|64)", "inference")),
     ),
