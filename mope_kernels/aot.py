@@ -191,9 +191,9 @@ def window_prompt_attention_launches(
     windows.window_prompt_attention_backward(*backward_inputs)
 
 
-def gelu_mlp_launches(dtype: torch.dtype, width: int) -> None:
+def gelu_mlp_launches(dtype: torch.dtype, width: int, *, batch: int = 64) -> None:
     """Launch `gelu_mlp`, forward with and without what backward needs, and backward."""
-    x, weight1, bias1 = (torch.empty(*shape, dtype=dtype) for shape in ((4096, width), (4 * width, width), (4 * width,)))
+    x, weight1, bias1 = (torch.empty(*shape, dtype=dtype) for shape in ((batch * 62, width), (4 * width, width), (4 * width,)))
     inputs = (x, weight1, bias1, weight1.new_empty(width, 4 * width), weight1.new_empty(width))
     mlp.gelu_mlp(*inputs, False)
     out, hidden = mlp.gelu_mlp(*inputs, True)
@@ -209,49 +209,59 @@ def expert_adapter_launches(
     parameters: torch.dtype | None = None,
     gelu: bool = False,
     dropout_p: float = 0.0,
+    batch: int = 64,
 ) -> None:
     """Launch `expert_adapter`, forward and backward; with one expert the plain adapter."""
     shapes: list[tuple[int, ...]] = [(bottleneck, width), (bottleneck,), (experts, width, bottleneck), (experts, width)]
     shapes += [(experts, width), (experts,)] if experts > 1 else []
-    x, weights = torch.empty(8192, width, dtype=dtype), [torch.empty(s, dtype=parameters or dtype) for s in shapes]
+    x, weights = torch.empty(batch * 128, width, dtype=dtype), [torch.empty(s, dtype=parameters or dtype) for s in shapes]
     seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
     inputs: Any = (x, *weights, *[None] * (6 - len(weights)), seed, 10.0, gelu, dropout_p)
     out, _ = adapters.expert_adapter(*inputs, False)
     adapters.expert_adapter_backward(out, None, *inputs, (1 << len(weights) + 1) - 1)
 
 
-def route_launches(dtype: torch.dtype, experts: int, top_k: int) -> None:
-    logits = torch.empty(64, experts, dtype=dtype)
-    probs, weights, indices = router.route(logits, torch.empty(64, experts), top_k, 0.1, top_k > 1)
+def route_launches(dtype: torch.dtype, experts: int, top_k: int, *, batch: int = 64) -> None:
+    logits = torch.empty(batch, experts, dtype=dtype)
+    probs, weights, indices = router.route(logits, torch.empty(batch, experts), top_k, 0.1, top_k > 1)
     router.route_backward(probs, weights, probs, weights, indices, 0.1, top_k > 1)
 
 
-def importance_loss_launches(experts: int) -> None:
-    loss, load = router.importance_loss(torch.empty(20, 64, experts), 0.1)
+def importance_loss_launches(experts: int, *, batch: int = 64) -> None:
+    loss, load = router.importance_loss(torch.empty(20, batch, experts), 0.1)
     router.importance_loss_backward(loss, load, 0.1)
 
 
-def mix_prompts_launches(dtype: torch.dtype, selected: int) -> None:
-    experts, weights = torch.empty(16, 6, 768, dtype=dtype), torch.empty(64, selected)
-    indices = torch.empty(64, selected, dtype=torch.int64)
+def mix_prompts_launches(dtype: torch.dtype, selected: int, *, batch: int = 64) -> None:
+    experts, weights = torch.empty(16, 6, 768, dtype=dtype), torch.empty(batch, selected)
+    indices = torch.empty(batch, selected, dtype=torch.int64)
     out = prompts.mix_prompts(experts, weights, indices)
     prompts.mix_prompts_backward(out, experts, weights, indices, True, True)
 
 
-def add_norm_launches(dtype: torch.dtype, width: int, *, trained: bool = False, residual: torch.dtype | None = None) -> None:
+def add_norm_launches(
+    dtype: torch.dtype, width: int, *, trained: bool = False, residual: torch.dtype | None = None, batch: int = 64
+) -> None:
     """Launch `add_norm`, forward and backward; with `residual` the stream has that dtype, and what is added to it another."""
     residual = residual or dtype
-    update, affine = torch.empty(4096, width, dtype=dtype), torch.empty(width, dtype=dtype)
-    total, normed = norm.add_norm(torch.empty(4096, width, dtype=residual), update, affine, affine, 1e-5, dtype)
+    update, affine = torch.empty(batch * 62, width, dtype=dtype), torch.empty(width, dtype=dtype)
+    total, normed = norm.add_norm(torch.empty(batch * 62, width, dtype=residual), update, affine, affine, 1e-5, dtype)
     needs = 1 | (residual != dtype) << 1 | trained * 0b1100
     norm.add_norm_backward(total, normed, total, affine, 1e-5, residual, dtype, needs)
 
 
 def prompted_norm_launches(
-    dtype: torch.dtype, width: int, *, experts: int = 4, top_k: int = 0, given: bool = False, residual: torch.dtype | None = None
+    dtype: torch.dtype,
+    width: int,
+    *,
+    experts: int = 4,
+    top_k: int = 0,
+    given: bool = False,
+    residual: torch.dtype | None = None,
+    batch: int = 16,
 ) -> None:
     """Launch `prompted_norm`, forward and backward, as in a stage of Swin-B, whose widths are 128 to 1024."""
-    batch, rows, residual = 16, 13 + (56 * 128 // width) ** 2, residual or dtype
+    rows, residual = 13 + (56 * 128 // width) ** 2, residual or dtype
     x, update = (torch.empty(batch, rows, width, dtype=d) for d in (residual, dtype))
     affine, logits = torch.empty(width, dtype=dtype), torch.empty(batch, experts)
     prompts = (torch.empty(6, width), torch.empty(experts, 6, width), torch.empty(batch, 1, width, dtype=dtype))
@@ -259,36 +269,17 @@ def prompted_norm_launches(
     routing: tuple[Tensor | None, ...] = (None, None, logits)
     if given:
         router, routing = (None,) * 4, (torch.empty(batch, 2), torch.empty(batch, 2, dtype=torch.int64), None)
-    total, normed, probs, *chosen, pooled = prompted_norm.prompted_norm(
-        x, update, affine, affine, *prompts, *router, *routing, 13, top_k, 0.1, False, 1e-5, dtype, not given
-    )
+    options = (13, top_k, 0.1, False, 1e-5, dtype)
+    inputs: Any = (x, update, affine, affine, *prompts, *router, *routing, *options, not given)
+    total, normed, probs, *chosen, pooled = prompted_norm.prompted_norm(*inputs)
     if given:
         chosen = [t for t in routing if t is not None]
     # Of the prompts, the router but for its keys, and the tokens.
     needs = 1 | (residual != dtype) << 1 | (0b100001110000 if given else 0b1111110000)
-    prompted_norm.prompted_norm_backward(
-        total,
-        normed,
-        None if given else probs,
-        None,
-        total,
-        probs,
-        *chosen,
-        pooled,
-        affine,
-        prompts[1],
-        *router[1:],
-        rows,
-        13,
-        6,
-        1,
-        0.1,
-        False,
-        1e-5,
-        residual,
-        dtype,
-        needs,
-    )
+    sizes = (rows, 13, 6, 1)
+    saved = (total, probs, *chosen, pooled, affine, prompts[1], *router[1:])
+    backward_inputs: Any = (total, normed, None if given else probs, None, *saved, *sizes, 0.1, False, 1e-5, residual, dtype, needs)
+    prompted_norm.prompted_norm_backward(*backward_inputs)
 
 
 # Rows so far apart that offsets need 64 bits.

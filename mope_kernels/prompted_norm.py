@@ -45,7 +45,7 @@ class PromptedNormFunction(torch.autograd.Function):
         kept = ("weight", "experts", "self_weight", "self_bias", "self_keys")
         ctx.save_for_backward(total, probs, *used, pooled, *(given[name] for name in kept))
         ctx.dtypes = {name: None if t is None else t.dtype for name, t in given.items()}
-        ctx.sizes = (given["x"].shape[1], *(0 if (t := given[n]) is None else t.shape[-2] for n in ("static", "mapped")))
+        ctx.sizes = tuple(0 if t is None else t.shape[-2] for t in (given["x"], given["static"], given["mapped"]))
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         return total, normed, probs, weights, indices

@@ -58,6 +58,39 @@ def branchless_route(logits: Tensor, top_k: int | None, temperature: float, thre
     return weights, probs, torch.where(loss > threshold, loss, 0.0)
 
 
+def released_beginning(
+    x: Tensor,
+    update: Tensor,
+    static: Tensor,
+    experts: Tensor,
+    mapped: Tensor,
+    cross_logits: Tensor,
+    self_weight: Tensor,
+    self_bias: Tensor,
+    self_keys: Tensor,
+    norm: tuple[Tensor, Tensor],
+    temperature: float,
+    waits: bool = True,
+) -> tuple[Tensor, ...]:
+    """The end of a block and the beginning of a routed one as released: residual, prompts and their concatenation, LayerNorm.
+
+    waits: the host draws noise and makes a mask that nobody uses, and copies both to the device. As results are compared, the
+        noise is scaled to nothing here.
+    """
+    batch, prompts = x.shape[0], static.shape[0] + experts.shape[1] + mapped.shape[1]
+    x = x + update
+    pooled = F.adaptive_avg_pool1d(x.float().transpose(1, 2), 1).squeeze(-1)
+    logits = F.linear(pooled, self_weight, self_bias) @ self_keys + cross_logits
+    noise = torch.randn(logits.shape).to(logits.device) if waits else torch.randn_like(logits)
+    probs = F.softmax(logits / temperature + 0.0 * noise, dim=-1)
+    if waits:
+        torch.zeros(probs.shape).to(probs.device).scatter_(1, probs.detach().topk(1, dim=-1).indices, 1)
+    dynamic = torch.einsum("bk,bkpc->bpc", probs, experts.expand(batch, -1, -1, -1))
+    own = (part.to(x.dtype) for part in (static.expand(batch, -1, -1), dynamic, mapped))
+    x = torch.cat([*own, x[:, prompts:]], dim=1)
+    return x, F.layer_norm(x, x.shape[-1:], *norm), probs
+
+
 def mix_einsum(experts: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     """Dense routing as the released code does it; gather and sum where experts were selected."""
     if weights.shape[1] == experts.shape[0]:

@@ -33,6 +33,7 @@ def build(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
         "prompt_attention": _prompt_attention,
         "mope_attention": _mope_attention,
         "window_prompt_attention": _window_prompt_attention,
+        "prompted_norm": _prompted_norm,
         "expert_adapter": _expert_adapter,
         "layer": _layer,
         "swin_block": models.swin_block,
@@ -97,6 +98,45 @@ def _mix_prompts(case: Case, dtype: torch.dtype) -> Problem:
         dtype,
         ("experts", "weights") if case.training else (),
         (torch.randn(shape.batch, shape.prompts, shape.dim, dtype=dtype),),
+    )
+
+
+def _prompted_norm(case: Case, dtype: torch.dtype) -> Problem:
+    """Prompts and router are float32 whatever the tokens are; LayerNorm and router's keys are frozen."""
+    shape = shapes.ROUTED[case.shape]
+    batch, dim, experts, prompts = shape.batch, shape.dim, shape.experts, shape.prompts
+    inputs: Inputs = {name: torch.randn(batch, shape.rows, dim, dtype=dtype) for name in ("x", "update")}
+    sizes: dict[str, tuple[int, ...]] = {"static": (prompts, dim), "experts": (experts, prompts, dim)}
+    inputs |= {name: torch.randn(size) for name, size in sizes.items()}
+    inputs["mapped"] = torch.randn(batch, 1, dim, dtype=dtype)
+    inputs["cross_logits"] = shapes.logits(batch, experts, case.skew, TEMPERATURE)
+    inputs |= {"self_weight": torch.randn(2, dim) / dim**0.5, "self_bias": torch.zeros(2)}
+    trained = _train(inputs, *inputs) if case.training else ()
+    inputs["self_keys"] = torch.randn(2, experts) / experts**0.5
+    norm = (torch.randn(dim, dtype=dtype), torch.randn(dim, dtype=dtype))
+    options: dict[str, Any] = {"num_replaced": 2 * prompts + 1, "temperature": TEMPERATURE}
+
+    def ours(x: Tensor, update: Tensor, **others: Tensor) -> Outputs:
+        total, normed, routing = mope_kernels.prompted_norm(x, update, *norm, **others, **options)
+        assert routing is not None
+        return total, normed, routing.probs
+
+    def definition(x: Tensor, update: Tensor, **others: Tensor) -> Outputs:
+        total, normed, routing = reference.prompted_norm(x, update, *norm, **others, **options)
+        assert routing is not None
+        return total, normed, routing[2]
+
+    released = functools.partial(baselines.released_beginning, norm=norm, temperature=TEMPERATURE)
+    x, update, *others = inputs.values()
+    return Problem(
+        inputs,
+        {"ours": ours, "released": released, "branchless": functools.partial(released, waits=False)},
+        definition,
+        explain("prompted_norm", x, update, *norm, experts=others[1], **options).impl or "",
+        shapes.routed_work(shape, dtype.itemsize, case.training),
+        dtype,
+        trained,
+        (torch.randn(x.shape, dtype=dtype), torch.randn(x.shape, dtype=dtype), torch.randn(batch, experts)),
     )
 
 

@@ -74,6 +74,21 @@ class Windows:
 
 
 @dataclass(frozen=True)
+class Routed:
+    """The beginning of a routed block: B items of T tokens of width C behind 2 * P + 1 prompts, K experts of P prompts."""
+
+    batch: int
+    tokens: int
+    dim: int
+    experts: int = 4
+    prompts: int = 6
+
+    @property
+    def rows(self) -> int:
+        return 2 * self.prompts + 1 + self.tokens
+
+
+@dataclass(frozen=True)
 class Adapter:
     """T tokens of width C through a bottleneck, and back by E experts. With one expert there is no router."""
 
@@ -134,6 +149,11 @@ WINDOWS = {
         for shift in ((0, 3) if stage < 3 else (0,))
     },
     "swin-b-384-stage1-shifted-b16": Windows(16, 96, heads=4, window=12, shift=6),
+}
+ROUTED = {
+    "tiny": Routed(2, tokens=4, dim=16, experts=3, prompts=2),
+    **{f"swin-b-stage{i + 1}-b{b}": Routed(b, (56 >> i) ** 2, 128 << i) for b in (4, 16, 64) for i in range(4)},
+    **{f"swin-b-stage3-b{b}-k{k}": Routed(b, 14**2, 512, experts=k) for b in (4, 16, 64) for k in (16, 64, 256)},
 }
 ADAPTER = {
     "tiny": Adapter(6, dim=24, bottleneck=4),
@@ -243,6 +263,13 @@ def mixture_work(shape: Mixture, selected: int, element: int, training: bool) ->
     # A weight is four bytes, an index eight.
     read = experts * size * element + shape.batch * selected * 12
     return Work.of(read, shape.batch * size * element, 2.0 * shape.batch * selected * size, training)
+
+
+def routed_work(shape: Routed, element: int, training: bool) -> Work:
+    """Of `prompted_norm`: x and update in, total and normed out, experts once; dense routing."""
+    rows = shape.batch * shape.rows * shape.dim * element
+    experts = shape.experts * shape.prompts * shape.dim
+    return Work.of(2 * rows + 4 * experts, 2 * rows, 2.0 * shape.batch * experts, training)
 
 
 def adapter_work(shape: Adapter, element: int, training: bool) -> Work:
