@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import mope_kernels
+from mope.fused import Packing
 from mope.fused.modules import has_hooks
 from mope.models.backbones import BertAdapter
 
@@ -56,12 +57,14 @@ class TextClassifier(Accelerated):
         device = self.bert_encoder.device
         encoded = self.tokenizer(text_input, return_tensors="pt", padding=True, truncation=True)
         tokens, types, mask = (encoded[name].to(device) for name in ("input_ids", "token_type_ids", "attention_mask"))
-        x = self.bert_encoder.embeddings(input_ids=tokens, token_type_ids=types)
-        hidden = {"lengths": mask.sum(1)}
+        x, batch, packing = self.bert_encoder.embeddings(input_ids=tokens, token_type_ids=types), len(tokens), None
+        hidden: dict[str, Any] = {"lengths": mask.sum(1)}
         if getattr(self.tokenizer, "padding_side", "right") != "right":
             hidden = {"attn_bias": (1 - mask[:, None, None].to(x.dtype)) * -1e4}
+        elif (packing := self._packing(encoded["attention_mask"], device)) is not None:
+            x, hidden = packing.pack(x), {"offsets": packing.offsets, "max_length": packing.max_length}
         for i, layer in enumerate(layers):
-            prompts = self._prompts(i, len(x), prompt_embeddings, vision_embedding)
+            prompts = self._prompts(i, batch, prompt_embeddings, vision_embedding)
             attention, dropout = _BERT.attention(layer), layer.attention.self.dropout
             out = mope_kernels.prompt_attention(
                 *attention.project(x),
@@ -70,9 +73,14 @@ class TextClassifier(Accelerated):
                 dropout_p=dropout.p if dropout.training else 0.0,
             )
             x = _BERT.finish(layer, x, attention.merge(out))
-        features = x[:, 0]
+        features = x[:, 0] if packing is None else packing.first_tokens(x)
         logits = self.heads(features)
         return (logits, features) if return_features else logits
+
+    def _packing(self, mask: Tensor, device: torch.device) -> Packing | None:
+        """The tokenizer's mask is the host's to read."""
+        can_pack = mask.device.type == "cpu" and not torch.compiler.is_compiling() and _BERT.is_row_wise(self.bert_encoder)
+        return Packing.of(mask.bool(), device) if can_pack else None
 
     def _prompts(self, layer: int, batch: int, given: Sequence[Tensor] | None, mapped: Tensor | None) -> Tensor:
         """(B, P, C) of a layer, (1, P, C) where all items share them."""

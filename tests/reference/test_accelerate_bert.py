@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 from mope import accelerate
+from mope.fused import Packing
 
 from ..models.test_swin import NothingOnTheHost
 from .stand_in_bert import TextClassifier, Tokenizer
@@ -68,6 +69,21 @@ def test_prompts_of_the_caller(given):
     assert (wanted["cls"] - run(model)["cls"]).abs().max() > 1e-3
     accelerate(model)
     assert_same(run(model, **inputs), wanted)
+
+
+def test_padding_is_left_out(monkeypatch):
+    assert (TEXTS == 0).any()
+    model = classifier()
+    accelerate(model)
+    rows: list[int] = []
+    pack = Packing.pack
+    monkeypatch.setattr(Packing, "pack", lambda self, x: rows.append(int(self.offsets[-1])) or pack(self, x))
+    run(model)
+    assert rows == [int((TEXTS != 0).sum())]
+    # As many rows as chunks divide, which those of a batch without padding are.
+    model.bert_encoder.config.chunk_size_feed_forward = 1
+    run(model)
+    assert len(rows) == 1
 
 
 def test_padding_on_the_left():
