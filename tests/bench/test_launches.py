@@ -1,0 +1,29 @@
+"""What a block of a Swin Transformer launches on a GPU, counted where none is."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.launches import swin_block
+
+# The residual additions, the LayerNorms, the MLP's first product and the attention are kernels of ours, the others torch's.
+PLAIN = {"add_norm_forward": 2, "aten.addmm.default": 3, "window_forward": 1, "gelu_forward": 1}
+
+
+def test_a_plain_block_is_seven_launches() -> None:
+    pytest.importorskip("triton")
+    assert swin_block("fused", routed=False) == PLAIN
+
+
+def test_a_routed_block_is_eight_launches() -> None:
+    pytest.importorskip("triton")
+    assert swin_block("fused") == PLAIN | {"place_prompts": 1}
+
+
+def test_every_operation_of_the_other_ways_is_counted() -> None:
+    """A product is one operation, however many dimensions it has; a view is none."""
+    released, definition = swin_block("released"), swin_block("definition")
+    for found in (released, definition):
+        assert found["aten.addmm.default"] == 4 + 1 * (found is definition) + 2 * (found is released)
+        assert found["aten.native_layer_norm.default"] == 2 and not any("view" in name for name in found)
+    assert released["aten.roll.default"] == 2 and released["aten._local_scalar_dense.default"] == 2
