@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mope import MoPEForClassification
+from mope.models.exporting import InferenceModel
 from mope.models.modeling import MoPEOutput
 from mope.training.evaluation import set_prompt_owner
 from mope_kernels.impl import Operation
@@ -18,7 +22,7 @@ from mope_kernels.impl import Operation
 from ..test_graphs import StandIn
 from . import test_swin_classification as with_swin
 from .test_swin import NothingOnTheHost
-from .tiny import fusion, inputs
+from .tiny import backbone, fusion, inputs
 
 CASES: dict[str, tuple[bool, dict[str, Any]]] = {
     "ViT by BERT, banks": (False, {}),
@@ -161,3 +165,108 @@ def test_graphs_over_stale_banks_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         model.blocks[1].experts.prompts.mul_(2)
         with pytest.raises(ValueError, match=r"prompts have changed since this bank was built: call build_banks?\(\) again"):
             predict(**batch)
+
+
+def export(model: MoPEForClassification, batch: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Write the program, for any batch and any length of texts, and give back what it computes from `batch`."""
+    any_size = torch.export.Dim.DYNAMIC
+    sizes = {name: {0: any_size} if name == "pixel_values" else {0: any_size, 1: any_size} for name in batch}
+    with torch.no_grad():
+        program = torch.export.export(InferenceModel(model.eval()), (), batch, dynamic_shapes=sizes)
+        torch.export.save(program, file)
+        return program.module()(**batch)
+
+
+@pytest.mark.filterwarnings("ignore:No complete tensor found")
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if "banks" in case else pytest.mark.slow) for case in CASES])
+def test_exported_programs_take_any_batch(case: str, tmp_path: Path) -> None:
+    model, (batch, _) = make(case), example(case)
+    export(model, batch, tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for items, tokens in ((len(batch["input_ids"]), 7), (1, 7), (9, 4)):
+        given = {name: tensor[:1].repeat(items, *[1] * (tensor.ndim - 1)) for name, tensor in batch.items()}
+        given |= {name: given[name][:, :tokens].contiguous() for name in ("input_ids", "attention_mask")}
+        given["pixel_values"] = torch.randn_like(given["pixel_values"])
+        with torch.no_grad():
+            found, expected = program(**given), model(**given)
+        torch.testing.assert_close(found["logits"], expected.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found["features"], expected.features, rtol=1e-4, atol=1e-5)
+
+
+LOADED_ALONE = """
+import sys, torch
+program = torch.export.load(sys.argv[1]).module()
+batch, expected = torch.load(sys.argv[2])
+with torch.no_grad():
+    torch.testing.assert_close(program(**batch), expected)
+assert not {"mope", "mope_kernels", "transformers"} & sys.modules.keys()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:No complete tensor found")
+@pytest.mark.parametrize("swin", [False, True])
+def test_exported_definitions_need_torch_alone(swin: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With encoders in bfloat16, and in a process that has none of these packages."""
+    monkeypatch.setenv("MOPE_IMPL", "reference")
+    case = "Swin by BERT" if swin else "BERT by ViT"
+    vision = with_swin.swin(torch.bfloat16) if swin else backbone("vit", torch.bfloat16)
+    model = MoPEForClassification(make(case).config, vision=vision, text=backbone("bert", torch.bfloat16))
+    batch, _ = example(case)
+    torch.save((batch, export(model, batch, tmp_path / "model.pt2")), tmp_path / "batch.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED_ALONE, str(tmp_path / "model.pt2"), str(tmp_path / "batch.pt")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_cannot_be_exported_is_refused() -> None:
+    model = make("ViT by BERT, banks").train()
+    with pytest.raises(ValueError, match=r"training mode: call model.eval\(\) first"):
+        InferenceModel(model)
+    model.eval().cast_frozen(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"call cast_frozen\(None\), or load the encoders in 16 bits"):
+        InferenceModel(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("case", ["ViT by BERT, banks", "ViT by BERT, mixed first", "BERT by ViT", "Swin by BERT", "BERT by Swin"])
+def test_compiles_into_one_graph_for_all_batches(case: str, training: bool) -> None:
+    model = make(case, noise_std=0.0, prompt_dropout=0.0).train(training)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    # Below the number of experts prompts are mixed before they are projected, and above it after: two graphs at most.
+    for n, items in enumerate((5, 6, 7)):
+        batch, labels = example(case, items)
+        with torch._dynamo.config.patch(error_on_recompile=n > 0), torch.set_grad_enabled(training):
+            found = compiled(**batch, labels=labels)
+        expected = model(**batch, labels=labels)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-3, atol=1e-4)
+        if training:
+            parameters = list(model.trainable_parameters())
+            for one, other in zip(
+                torch.autograd.grad(found.loss, parameters), torch.autograd.grad(expected.loss, parameters), strict=True
+            ):
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["ViT by BERT, banks", "Swin by BERT"])
+def test_inductor_gives_the_same(case: str) -> None:
+    model, (batch, _) = make(case).eval(), example(case)
+    model.cast_frozen(torch.bfloat16)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        found = torch.compile(model, fullgraph=True)(**batch).logits
+    # Two bfloat16 computations of other order.
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
+
+
+@pytest.fixture(autouse=True)
+def compile_anew() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
