@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mope_kernels
@@ -34,6 +35,7 @@ def build(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
         "mope_attention": _mope_attention,
         "window_prompt_attention": _window_prompt_attention,
         "prompted_norm": _prompted_norm,
+        "gelu_mlp": _gelu_mlp,
         "expert_adapter": _expert_adapter,
         "layer": _layer,
         "swin_block": models.swin_block,
@@ -137,6 +139,28 @@ def _prompted_norm(case: Case, dtype: torch.dtype) -> Problem:
         dtype,
         trained,
         (torch.randn(x.shape, dtype=dtype), torch.randn(x.shape, dtype=dtype), torch.randn(batch, experts)),
+    )
+
+
+def _gelu_mlp(case: Case, dtype: torch.dtype) -> Problem:
+    """Its weights are frozen, as in a backbone."""
+    shape = shapes.MLP[case.shape]
+    inputs: Inputs = {"x": torch.randn(shape.rows, shape.dim, dtype=dtype)}
+    trained = _train(inputs, "x") if case.training else ()
+    first, second = nn.Linear(shape.dim, 4 * shape.dim), nn.Linear(4 * shape.dim, shape.dim)
+    weights = [t.detach().to(dtype) for t in (first.weight, first.bias, second.weight, second.bias)]
+    return Problem(
+        inputs,
+        {
+            "ours": lambda x: (mope_kernels.gelu_mlp(x, *weights),),
+            "released": lambda x: (F.linear(F.gelu(F.linear(x, *weights[:2])), *weights[2:]),),
+        },
+        lambda x: (reference.gelu_mlp(x, *(t.to(x.dtype) for t in weights)),),
+        explain("gelu_mlp", inputs["x"], *weights).impl or "",
+        shapes.mlp_work(shape, dtype.itemsize, case.training),
+        dtype,
+        trained,
+        (torch.randn(shape.rows, shape.dim, dtype=dtype),),
     )
 
 

@@ -89,6 +89,14 @@ class Routed:
 
 
 @dataclass(frozen=True)
+class Mlp:
+    """R rows of width C through 4C and back."""
+
+    rows: int
+    dim: int
+
+
+@dataclass(frozen=True)
 class Adapter:
     """T tokens of width C through a bottleneck, and back by E experts. With one expert there is no router."""
 
@@ -154,6 +162,11 @@ ROUTED = {
     "tiny": Routed(2, tokens=4, dim=16, experts=3, prompts=2),
     **{f"swin-b-stage{i + 1}-b{b}": Routed(b, (56 >> i) ** 2, 128 << i) for b in (4, 16, 64) for i in range(4)},
     **{f"swin-b-stage3-b{b}-k{k}": Routed(b, 14**2, 512, experts=k) for b in (4, 16, 64) for k in (16, 64, 256)},
+}
+MLP = {
+    "tiny": Mlp(6, dim=16),
+    **{f"swin-b-stage{i + 1}-b{b}": Mlp(b * (13 + (56 >> i) ** 2), 128 << i) for b in (4, 16, 64) for i in range(4)},
+    "vit-b-b64": Mlp(64 * 197, 768),
 }
 ADAPTER = {
     "tiny": Adapter(6, dim=24, bottleneck=4),
@@ -270,6 +283,13 @@ def routed_work(shape: Routed, element: int, training: bool) -> Work:
     rows = shape.batch * shape.rows * shape.dim * element
     experts = shape.experts * shape.prompts * shape.dim
     return Work.of(2 * rows + 4 * experts, 2 * rows, 2.0 * shape.batch * experts, training)
+
+
+def mlp_work(shape: Mlp, element: int, training: bool) -> Work:
+    """Rows in, rows out, frozen weights in each pass; what is between the two products need not go to memory."""
+    rows, weights = shape.rows * shape.dim * element, 8 * shape.dim**2
+    passes = 2 if training else 1
+    return Work(Work.of(rows, rows, 0.0, training).bytes + passes * weights * element, passes * 2.0 * shape.rows * weights)
 
 
 def adapter_work(shape: Adapter, element: int, training: bool) -> Work:
