@@ -10,10 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mope import MoPEForClassification, MoPEServer
+from mope import MoPEConfig, MoPEForClassification, MoPEServer
+from mope.serving.model import MultiTaskModel
 from tests.kernels.numerics import FORWARD, assert_accurate
+from tests.models import test_model_path
+from tests.models.test_swin import NothingOnTheHost
 
-from .made import backbones, inputs, saved, task
+from .made import SIZES, backbones, inputs, saved, task
+
+raw_ops = test_model_path.raw_ops
 
 CASES: dict[str, dict[str, Any]] = {
     "vit": {},
@@ -105,3 +110,18 @@ def test_tensors_in_tensors_out(tmp_path: Path) -> None:
     for row, prediction in zip(logits, server(tasks, **batch), strict=True):
         count = len(prediction.logits)
         assert torch.equal(row[:count], prediction.logits) and (row[count:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("case", ["vit", "bert", "vit, some layers, prompts in the text", "swin", "bert, prompts in the swin"])
+def test_the_host_never_waits(case: str, raw_ops: set[str]) -> None:
+    """No value is read and nothing copied from or to the host: each raises on the meta device."""
+    options = dict(CASES[case])
+    with torch.device("meta"):
+        encoders = backbones(*options.pop("encoders", ("vit", "bert")), dtype=torch.float32)
+        config = MoPEConfig(**{**SIZES, "num_labels": 3, **options})
+        model = MultiTaskModel(config, **encoders, capacity=4, max_labels=5)
+        batch = {name: tensor.to("meta") for name, tensor in inputs(encoders).items()}
+        with NothingOnTheHost():
+            logits = model.classify(torch.empty(len(batch["input_ids"]), dtype=torch.int64), **batch)
+    assert logits.is_meta and logits.shape == (len(batch["input_ids"]), 5)
+    assert ("mix_prompts" if config.main == "vision" and "encoders" in CASES[case] else "mope_attention") in raw_ops
