@@ -20,6 +20,11 @@ def attention(**changes):
     return mope_kernels.mope_attention(**{**arguments, **changes})
 
 
+def beginning(**changes):
+    arguments = {"num_replaced": 2, "experts": torch.zeros(3, 1, 8), "cross_logits": torch.zeros(2, 3)}
+    return mope_kernels.prompted_norm(torch.zeros(2, 5, 8), None, None, None, **{**arguments, **changes})
+
+
 WRONG = {
     "route: logits must have the axes (B, K), got shape (3,)": lambda: mope_kernels.route(torch.zeros(3)),
     "route: logits must be a floating point tensor, got torch.int64": lambda: mope_kernels.route(
@@ -94,6 +99,25 @@ WRONG = {
     "gelu_mlp: weight2 must be torch.float16, got torch.float32": lambda: mope_kernels.gelu_mlp(
         torch.zeros(2, 8).half(), torch.zeros(16, 8).half(), None, torch.zeros(8, 16), None
     ),
+    "add_norm: update must have the shape of x, (2, 3, 8), got (2, 4, 8)": lambda: mope_kernels.add_norm(
+        torch.zeros(2, 3, 8), torch.zeros(2, 4, 8), None, None
+    ),
+    "add_norm: weight must be (C=8), got shape (7,)": lambda: mope_kernels.add_norm(torch.zeros(2, 8), None, torch.zeros(7), None),
+    "add_norm: norm_dtype must be a floating point dtype, got torch.int64": lambda: mope_kernels.add_norm(
+        torch.zeros(2, 8), None, None, None, norm_dtype=torch.int64
+    ),
+    "add_norm: eps must be positive, got 0.0": lambda: mope_kernels.add_norm(torch.zeros(2, 8), None, None, None, eps=0.0),
+    "prompted_norm: num_replaced must be between 0 and the 5 rows of x, got 6": lambda: beginning(num_replaced=6),
+    "prompted_norm: experts need cross_logits, self_weight and self_keys, or routing": lambda: beginning(cross_logits=None),
+    "prompted_norm: cross_logits routes to experts, and there are none: give experts": lambda: beginning(experts=None),
+    "prompted_norm: routing is given ready-made, and cross_logits too: give one of them": lambda: beginning(
+        routing=mope_kernels.route(torch.zeros(2, 3))
+    ),
+    "prompted_norm: self_weight and self_keys go together": lambda: beginning(self_weight=torch.zeros(2, 8)),
+    "prompted_norm: self_bias belongs to self_weight": lambda: beginning(self_bias=torch.zeros(2)),
+    "prompted_norm: cross_logits must be (B=2, K=3), got shape (2, 4)": lambda: beginning(cross_logits=torch.zeros(2, 4)),
+    "prompted_norm: static must be (S=1, C=8), got shape (1, 7)": lambda: beginning(static=torch.zeros(1, 7)),
+    "prompted_norm: top_k must be between 1 and the 3 experts": lambda: beginning(top_k=4),
     "explain: unknown op 'attention'": lambda: mope_kernels.explain("attention"),
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mope_kernels
 from mope_kernels import reference
-from tests.contract.ops import MOPE_ATTENTION
+from tests.contract.ops import MOPE_ATTENTION, PROMPTED_NORM
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -102,6 +102,36 @@ def test_instances_mix_only_in_reference_order():
         assert torch.equal(before, after) != mixes
 
 
+def test_prompted_norm_is_its_parts():
+    """Against the modules that a user would put together."""
+    x, update, static, experts, mapped = doubles(2, 6, 8), doubles(2, 6, 8), doubles(1, 8), doubles(3, 2, 8), doubles(2, 1, 8)
+    cross, keys, projection, norm = doubles(2, 3), doubles(4, 3), torch.nn.Linear(8, 4).double(), torch.nn.LayerNorm(8).double()
+    s = x + update
+    routing = mope_kernels.route(projection(s.mean(1)) @ keys + cross, top_k=2, temperature=0.3)
+    dynamic = torch.stack([sum(w * experts[i] for w, i in zip(*item, strict=True)) for item in zip(*routing[:2], strict=True)])
+    expected = torch.cat([static.expand(2, -1, -1), dynamic, mapped, s[:, 4:]], dim=1)
+    router = {"cross_logits": cross, "self_weight": projection.weight, "self_bias": projection.bias, "self_keys": keys}
+    total, normed, found = mope_kernels.prompted_norm(
+        x,
+        update,
+        norm.weight,
+        norm.bias,
+        num_replaced=4,
+        static=static,
+        experts=experts,
+        mapped=mapped,
+        **router,
+        top_k=2,
+        temperature=0.3,
+    )
+    torch.testing.assert_close((total, normed), (expected, norm(expected)))
+    torch.testing.assert_close(tuple(found), tuple(routing))
+    given = mope_kernels.prompted_norm(
+        x, update, norm.weight, norm.bias, num_replaced=4, static=static, experts=experts, mapped=mapped, routing=routing
+    )
+    torch.testing.assert_close(given[:2], (total, normed))
+
+
 @pytest.mark.parametrize("kind", ["adapter", "mec"])
 def test_expert_adapter_matches_the_released_code(kind):
     """Numbers computed by ModeX's own modules in float64."""
@@ -153,6 +183,17 @@ def test_gradients_of_mope_attention(case):
     def op(*values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out, weights, _, probs = reference.mope_attention(**dict(zip(inputs, values, strict=True)), **rest, **options)
         return out, weights, probs
+
+    assert torch.autograd.gradcheck(op, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2, "renormalize": True, "mapped": 0}, {"query": 0, "replaced": 0}])
+def test_gradients_of_prompted_norm(options):
+    tensors, arguments = PROMPTED_NORM.draw(torch.float64, "cpu", **{"batch": 1, "rows": 3, "width": 4, "prompts": 1, **options})
+    inputs = {n: t.double().requires_grad_() for n, t in tensors.items() if t is not None and n != "noise"}
+
+    def op(*values: Tensor) -> tuple[Tensor, ...]:
+        return PROMPTED_NORM.plain(arguments, tensors | dict(zip(inputs, values, strict=True)))
 
     assert torch.autograd.gradcheck(op, tuple(inputs.values()))
 
