@@ -101,7 +101,7 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
         "expert_adapter": [("modex-t1k", None), ("plain-t1k", None)],
         "layer": [("vit-b-b8", None), ("bert-128-b16", None)],
         "swin_block": [("swin-b-stage3-shifted-b4", None)],
-        "model": [("vit-b+bert-base-2-layers-b8", None), ("swin-b-8-blocks+bert-base-2-layers-b4", None)],
+        "model": [("vit-b+bert-base-2-layers-b8", None)],
         "tasks": [(f"vit-b-96+bert-base-2-layers-b16-t{tasks}", None) for tasks in (1, 16, 256)],
     },
     "cuda": {
@@ -136,23 +136,26 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
         ],
     },
 }
-# The rest of what is listed, for a device with time.
-_LATER: dict[str, list[tuple[str, int | None]]] = {
-    "window_prompt_attention": [
-        *((f"swin-b-stage{stage}-b64", None) for stage in ("2", "3")),
-        *((f"swin-b-stage{stage}-b16", None) for stage in ("1", "2", "2-shifted", "3", "4")),
-        *(
-            (f"swin-b-stage{stage}-b{batch}-p{prompts}", None)
-            for prompts in (9, 33)
-            for batch in (64, 16)
-            for stage in ("1", "1-shifted", "2", "2-shifted", "3", "3-shifted", "4")
-        ),
-        ("swin-b-384-stage1-shifted-b16", None),
-    ],
-    "model": [
-        *((f"swin-b+bert-base-b{b}{k}", None) for b in (1, 16, 64) for k in ("", "-k16", "-k64") if b == 1 or k),
-        *((f"vit-b+bert-base-{shape}", None) for shape in ("b16", "b64-k64")),
-    ],
+# The rest of what is listed, dense, for a device with time.
+_LATER: dict[str, dict[str, list[str]]] = {
+    "cpu": {"model": ["swin-b-8-blocks+bert-base-2-layers-b4"]},
+    "cuda": {
+        "window_prompt_attention": [
+            *(f"swin-b-stage{stage}-b64" for stage in ("2", "3")),
+            *(f"swin-b-stage{stage}-b16" for stage in ("1", "2", "2-shifted", "3", "4")),
+            *(
+                f"swin-b-stage{stage}-b{batch}-p{prompts}"
+                for prompts in (9, 33)
+                for batch in (64, 16)
+                for stage in ("1", "1-shifted", "2", "2-shifted", "3", "3-shifted", "4")
+            ),
+            "swin-b-384-stage1-shifted-b16",
+        ],
+        "model": [
+            *(f"swin-b+bert-base-b{b}{k}" for b in (1, 16, 64) for k in ("", "-k16", "-k64") if b == 1 or k),
+            *(f"vit-b+bert-base-{shape}" for shape in ("b16", "b64-k64")),
+        ],
+    },
 }
 # Inference with one selected expert, over the number of experts, which should cost nothing, and of items.
 _SPARSE: dict[str, dict[str, list[str]]] = {
@@ -181,10 +184,9 @@ def cases(op: str, where: str) -> list[Case]:
         # In training its definition does not fit beside it.
         found.append(Case(op, "long-8k-b4", backends=True))
     found += [Case(op, shape, False, 1, later=True) for shape in _SPARSE.get(where, {}).get(op, [])]
-    if where == "cuda":
-        found += [
-            Case(op, shape, training, top_k, backends=True, later=True)
-            for shape, top_k in _LATER.get(op, [])
-            for training in (False, True)
-        ]
+    found += [
+        Case(op, shape, training, backends=backends, later=True)
+        for shape in _LATER.get(where, {}).get(op, [])
+        for training in (False, True)
+    ]
     return found
