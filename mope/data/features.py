@@ -287,7 +287,7 @@ def _encode(model: MoPEForClassification, loader: DataLoader[dict[str, Any]]) ->
         # A bar, on a terminal only.
         for batch in tqdm(loader, f"features of the {model.config.complementary} encoder", disable=_rank()[0] > 0 or None):
             with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-                psi = model.encode_complementary(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+                psi = model.encode_complementary(**model.on_device(batch))
             yield psi.float().cpu().numpy()
     finally:
         model.train(was_training)

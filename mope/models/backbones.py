@@ -1,8 +1,8 @@
 """How prompts get into a transformers model: one small adapter class for each architecture.
 
 An adapter says where the layers are, which modules make up a layer's attention, and what a block does after it. It has no
-state; modules that are no plain layers are called, and their weights never touched. `attach` replaces layers by `PromptedLayer`, which runs only when it is given prompts;
-`Attachment.detach` puts the same modules back.
+state; modules that are no plain layers are called, and their weights never touched. `attach` replaces layers by `PromptedLayer`,
+which runs only when it is given prompts; `Attachment.detach` puts the same modules back.
 """
 
 from __future__ import annotations

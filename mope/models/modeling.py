@@ -231,6 +231,14 @@ class MoPEForClassification(SavedModel):
     def device(self) -> torch.device:
         return next(self.backbone(self.config.main).parameters()).device
 
+    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch on the device of the model, but for the attention mask, which stays where it is.
+
+        Of a mask on the CPU the host reads which rows of a BERT are padding, and leaves them out; it waits for nothing. From one
+        on a GPU it would have to wait, and padding is computed with and hidden from attention.
+        """
+        return {n: t if n == "attention_mask" else t.to(self.device, non_blocking=True) for n, t in batch.items()}
+
     @property
     def attached(self) -> bool:
         """Whether the backbones are frozen and wait for prompts. Always so for a Swin Transformer alone, which is a copy."""
@@ -411,7 +419,8 @@ class MoPEForClassification(SavedModel):
 
         Args:
             pixel_values: (B,channels,height,width), as the vision backbone wants them.
-            input_ids, attention_mask, token_type_ids, position_ids: (B,L) integer, as the text backbone wants them.
+            input_ids, attention_mask, token_type_ids, position_ids: (B,L) integer, as the text backbone wants them. The mask may be
+                on the CPU whatever the device: nothing is then computed for padding (see `on_device`).
             labels: (B,) integer, or (B,num_labels) of 0 and 1 with problem_type "multi_label".
             cross_features: (B,Cc) of `encode_complementary`. The complementary encoder then does not run, and needs no inputs.
             banks: of `build_banks`, to project the prompts once for many batches.

@@ -72,7 +72,7 @@ def collect(
     with model.serving() as predict:
         for batch in loader:
             given = batch.get("labels")
-            out: Any = predict(**{name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"})
+            out: Any = predict(**model.on_device({name: tensor for name, tensor in batch.items() if name != "labels"}))
             part = slice(start, start := start + len(out.logits))
             if start > len(split) or (given is not None and not _same(given, labels[part])):
                 raise ValueError(f"the loader does not give the {len(split)} examples of the {split.name} split in their order")

@@ -76,7 +76,7 @@ def measure(
         with torch.no_grad(), model.prepacked():
             loader = Loader(batches, collate, workers=num_workers, pin=model.device.type == "cuda")
             for batch in tqdm(loader, desc=title, leave=False, disable=title is None or process > 0):
-                batch = {name: tensor.to(model.device, non_blocking=True) for name, tensor in batch.items()}
+                batch = model.on_device(batch)
                 labels = batch.pop("labels")
                 with autocast():
                     logits = model(**batch).logits

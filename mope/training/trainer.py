@@ -209,6 +209,10 @@ class FusionTrainer(Trainer):
         assert self.lr_scheduler is not None
         return self.lr_scheduler
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the device; DistributedDataParallel would move what stays on the host, and wait."""
+        return self.fusion.on_device(inputs) if self.args.world_size == 1 else super()._prepare_inputs(inputs)
+
     def compute_loss(
         self,
         model: nn.Module,

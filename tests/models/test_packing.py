@@ -111,3 +111,16 @@ def test_rows_return_to_their_places() -> None:
     assert torch.equal(packing.unpack(packed), rows.where(mask[..., None], 0))
     assert torch.equal(packing.first_tokens(packed), torch.stack([rows[0, 0], rows[1, 2]]))
     torch.testing.assert_close(packing.mean(packed), torch.stack([rows[0, mask[0]].mean(0), rows[1, 2]]))
+
+
+def test_the_mask_stays_on_the_host() -> None:
+    batch = inputs()
+    moved = fusion().to("meta").on_device(batch)
+    assert {name: tensor.device.type for name, tensor in moved.items()} == {
+        name: "cpu" if name == "attention_mask" else "meta" for name in batch
+    }
+    # Where it has to be used as it is, it follows.
+    model = fusion(main="text", method="static_mapped", prompt_depth="shallow").to("meta")
+    assert model._padding(batch["attention_mask"]).lengths.is_meta
+    with torch.no_grad():
+        assert model(**moved).logits.is_meta

@@ -80,7 +80,7 @@ def test_padding_is_left_out(monkeypatch):
     monkeypatch.setattr(Packing, "pack", lambda self, x: rows.append(int(self.offsets[-1])) or pack(self, x))
     run(model)
     assert rows == [int((TEXTS != 0).sum())]
-    # As many rows as chunks divide, which those of a batch without padding are.
+    # Chunks have to divide the rows: none are left out then.
     model.bert_encoder.config.chunk_size_feed_forward = 1
     run(model)
     assert len(rows) == 1
