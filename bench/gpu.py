@@ -97,7 +97,7 @@ def missing() -> list[str]:
 def take_over(begun: Path, out: Path, device: str) -> None:
     """Copy a device's files that `out` does not have, so that they are continued there."""
     out.mkdir(parents=True, exist_ok=True)
-    for path in begun.glob(f"*-{device}.json*"):
+    for path in (*begun.glob(f"*-{device}.jsonl"), *begun.glob(f"*-{device}.json")):
         if not (out / path.name).exists():
             shutil.copy(path, out)
 
