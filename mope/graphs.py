@@ -43,22 +43,28 @@ class _CudaGraphs:
     def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """-> what replays the launches of `call`, and what `call` returned: the tensors that each replay writes."""
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                call()
-        current.wait_stream(side)
         # Graphs replay one after the other, so what is left over of one serves the next.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-                outputs = call()
-        except RuntimeError as error:
-            self.release()
-            raise RuntimeError(
-                "CudaGraphRunner: the function cannot be recorded: it reads a value on the host, or copies from or to it"
-            ) from error
+        clear_workspaces = torch._C._cuda_clearCublasWorkspaces
+        side.wait_stream(current)
+        # torch.cuda.graph does not leave its stream where a recording fails.
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                call()
+            # The workspaces of cuBLAS have to be the graphs' own: two threads replay at the same time.
+            clear_workspaces()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+                    outputs = call()
+            except RuntimeError as error:
+                self.release()
+                raise RuntimeError(
+                    "CudaGraphRunner: the function cannot be recorded: it reads a value on the host, or copies from or to it"
+                ) from error
+            finally:
+                clear_workspaces()
+        current.wait_stream(side)
         return graph.replay, outputs
 
     def release(self) -> None:
