@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -117,7 +118,7 @@ def _tune(place: Place, blocks: Any, run: Callable[[], object]) -> None:
     for candidate in neighbours(blocks):
         _state.trial = (place, candidate)
         # What does not compile, or takes more shared memory than there is, is none to choose from.
-        with contextlib.suppress(TritonError):
+        with contextlib.suppress(TritonError, RuntimeError):
             times.append((clock(run), candidate))
     _state.trial = None
     if times:
@@ -140,8 +141,13 @@ def _capturing() -> bool:
 
 
 def _file(device: str) -> Path:
+    """One for each device and each version of what is compiled and of what compiles."""
+    from triton import __version__ as triton_version
+
+    from mope_kernels import __version__
+
     folder = os.environ.get("MOPE_CONFIG_DIR") or Path.home() / ".cache" / "mope-kernels"
-    return Path(folder) / f"{device.replace(' ', '_').replace('/', '_')}.json"
+    return Path(folder) / f"{re.sub(r'[^-.0-9A-Za-z]', '_', device)}-{__version__}-triton-{triton_version}.json"
 
 
 def _read_file(device: str) -> None:

@@ -246,7 +246,7 @@ def attention_backward(
             **options(key_blocks, query),
         )
 
-    if need <= {"query"}:
+    if set(need) <= {"query"}:
         return found
     key_blocks = blocks_for("key_gradient", query, num_queries=num_queries, **scores)
     keys_and_values("", key, value, num_keys, lengths, bias, offsets, is_causal, num_prompts, key_blocks.keys)

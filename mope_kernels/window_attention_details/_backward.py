@@ -90,9 +90,11 @@ def window_gradient(
         store_tokens(p_grad + (H + head) * D, b_grad_key, o_row, item, window, 3 * H * D, D, BD, P, R, W, SHIFT)
         store_tokens(p_grad + (2 * H + head) * D, b_grad_value, o_row, item, window, 3 * H * D, D, BD, P, R, W, SHIFT)
     if P > 0:
-        store_prompts(p_grad, p_partial, b_sum_query, o_row, head * D, owner, split, batch, 1.0, 3 * H * D, D, BD, P, R)
-        store_prompts(p_grad, p_partial, b_sum_key, o_row, (H + head) * D, owner, split, batch, 1.0, 3 * H * D, D, BD, P, R)
-        store_prompts(p_grad, p_partial, b_sum_value, o_row, (2 * H + head) * D, owner, split, batch, 1.0, 3 * H * D, D, BD, P, R)
+        store_prompts(p_grad, p_partial, b_sum_query, o_row, head * D, owner, split, splits, batch, 1.0, 3 * H * D, D, BD, P, R)
+        store_prompts(p_grad, p_partial, b_sum_key, o_row, (H + head) * D, owner, split, splits, batch, 1.0, 3 * H * D, D, BD, P, R)
+        store_prompts(
+            p_grad, p_partial, b_sum_value, o_row, (2 * H + head) * D, owner, split, splits, batch, 1.0, 3 * H * D, D, BD, P, R
+        )
 
 
 @triton.jit
@@ -197,7 +199,9 @@ def query_gradient(
             b_sum_of_windows += b_grad_query
             store_tokens(p_grad + head * D, b_grad_query, o_query, item, window, 3 * H * D, D, BD, P, R, W, SHIFT)
     if p_grad is not None and P > 0:
-        store_prompts(p_grad, p_partial, b_sum_of_windows, o_query, head * D, owner, split, batch, 1.0, 3 * H * D, D, BD, P, R)
+        store_prompts(
+            p_grad, p_partial, b_sum_of_windows, o_query, head * D, owner, split, splits, batch, 1.0, 3 * H * D, D, BD, P, R
+        )
 
 
 @triton.jit(do_not_specialize=["batch", "splits"])
@@ -272,8 +276,10 @@ def key_gradient(
         store_tokens(p_grad + (H + head) * D, b_grad_key, o_key, item, window, 3 * H * D, D, BD, P, R, W, SHIFT)
         store_tokens(p_grad + (2 * H + head) * D, b_grad_value, o_key, item, window, 3 * H * D, D, BD, P, R, W, SHIFT)
     if P > 0:
-        store_prompts(p_grad, p_partial, b_sum_key, o_key, (H + head) * D, owner, split, batch, 1.0, 3 * H * D, D, BD, P, R)
-        store_prompts(p_grad, p_partial, b_sum_value, o_key, (2 * H + head) * D, owner, split, batch, 1.0, 3 * H * D, D, BD, P, R)
+        store_prompts(p_grad, p_partial, b_sum_key, o_key, (H + head) * D, owner, split, splits, batch, 1.0, 3 * H * D, D, BD, P, R)
+        store_prompts(
+            p_grad, p_partial, b_sum_value, o_key, (2 * H + head) * D, owner, split, splits, batch, 1.0, 3 * H * D, D, BD, P, R
+        )
 
 
 @triton.jit(do_not_specialize=["batch", "parts"])

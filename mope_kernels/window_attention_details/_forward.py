@@ -111,6 +111,7 @@ def store_prompts(
     column,
     owner,
     split,
+    splits,
     batch,
     scale,
     WIDTH: tl.constexpr,
@@ -121,9 +122,9 @@ def store_prompts(
 ):
     """Of a (rows, BD) tile those of prompts, from a column on.
 
-    They go, times scale, to a contiguous (B, P + R*R, WIDTH), or where there is one to partial (splits, B, P, WIDTH).
+    They go, times scale, to a contiguous (B, P + R*R, WIDTH), or where windows are split to partial (splits, B, P, WIDTH).
     """
-    if p_partial is None:
+    if splits == 1:
         o_start = (owner.to(tl.int64) * (P + R * R) + o_row) * WIDTH
         store_rows(p_out + column, o_start, o_row < P, b_rows * scale, D, BD)
     else:
@@ -236,7 +237,21 @@ def window_forward(
         store_tokens(p_out + head * D, b_out, o_query, item, window, H * D, D, BD, P, R, W, SHIFT)
     if P > 0:
         store_prompts(
-            p_out, p_partial, b_sum_of_windows, o_query, head * D, owner, split, batch, 1.0 / NUM_WINDOWS, H * D, D, BD, P, R
+            p_out,
+            p_partial,
+            b_sum_of_windows,
+            o_query,
+            head * D,
+            owner,
+            split,
+            splits,
+            batch,
+            1.0 / NUM_WINDOWS,
+            H * D,
+            D,
+            BD,
+            P,
+            R,
         )
 
 

@@ -80,7 +80,7 @@ def _sum_partials(partial: Tensor | None, out: Tensor, scale: float) -> None:
     """(splits, B, P, C) -> the first P rows of (B, ..., C)."""
     from ._forward import sum_partials
 
-    if partial is None:
+    if partial is None or len(partial) == 0:
         return
     splits, batch, num_prompts, width = partial.shape
     block = min(next_power_of_2(width), 1024)
@@ -101,10 +101,13 @@ def _sum_partials(partial: Tensor | None, out: Tensor, scale: float) -> None:
 
 
 def _partial(splits: int, like: Tensor, num_prompts: int) -> Tensor | None:
-    """Room for the sums of each split, where there is more than one."""
-    if splits == 1 or num_prompts == 0:
+    """Room for the sums of each split, where there is more than one; no room, but a tensor, where there is one.
+
+    How many there are depends on the batch, and for None other kernels would be compiled.
+    """
+    if num_prompts == 0:
         return None
-    return like.new_empty(splits, like.shape[0], num_prompts, like.shape[2], dtype=torch.float32)
+    return like.new_empty(splits if splits > 1 else 0, like.shape[0], num_prompts, like.shape[2], dtype=torch.float32)
 
 
 @triton_kernel("window_prompt_attention")

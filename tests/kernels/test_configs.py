@@ -1,0 +1,175 @@
+"""Configurations: every table is complete and says where it comes from, the batch is no part of a key, and tuning keeps winners."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import product
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mope_kernels import aot, configs
+from mope_kernels._triton import compiling_for, record_launches
+from mope_kernels.configs import tuning
+from mope_kernels.impl import interpreting
+from mope_kernels.prompt_attention import TRITON_HEAD_DIMS
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+CPU = torch.device("cpu")
+OPS = ("gelu_mlp", "prompt_attention", "window_prompt_attention")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_tables_say_where_they_come_from(op):
+    tables = importlib.import_module(f"mope_kernels.configs.{op}").TABLES
+    assert "default" in tables
+    for name, table in tables.items():
+        assert "compiled" in table.provenance or "timed on" in table.provenance
+        assert configs.family(name) == name
+        # What a family has of its own replaces something.
+        assert table.entries.keys() <= tables["default"].entries.keys()
+
+
+@pytest.mark.parametrize("arch", aot.DEFAULT_ARCHITECTURES)
+def test_every_head_has_a_configuration(arch):
+    with compiling_for(arch):
+        for dtype, head_dim in product(("half", "float"), TRITON_HEAD_DIMS):
+            for kernel, rows in product(("forward", "gradient"), (16, 64, 256)):
+                assert min(configs.find("window_prompt_attention", (dtype, head_dim, kernel, rows), CPU)[:2]) >= 16
+            for scores, kernel in product(
+                {"half": ("plain", "dropped", "biased"), "float": ("plain", "masked")}[dtype],
+                ("forward", "query_gradient", "key_gradient"),
+            ):
+                assert min(configs.find("prompt_attention", (dtype, scores, head_dim, kernel), CPU)[:2]) >= 16
+
+
+def test_a_family_comes_before_the_default():
+    key = ("half", 32, "gradient", 64)
+    with compiling_for("sm_90"):
+        on_nvidia = configs.find("gelu_mlp", ("half",), CPU)
+        assert configs.find("window_prompt_attention", ("half", 17, "gradient", 33), CPU).queries == 64
+    with compiling_for("sm_100"):
+        assert configs.find("gelu_mlp", ("half",), CPU) == on_nvidia._replace(maxnreg=255)
+    with compiling_for("gfx950"):
+        assert configs.find("window_prompt_attention", key, CPU).num_warps == 4
+    with pytest.raises(KeyError, match="gelu_mlp has no configuration for"):
+        configs.find("gelu_mlp", ("double",), CPU)
+
+
+LAUNCHES: dict[str, Callable[[int], None]] = {
+    "route": lambda batch: aot.route_launches(torch.bfloat16, 16, 2, batch=batch),
+    "importance_loss": lambda batch: aot.importance_loss_launches(16, batch=batch),
+    "mix_prompts": lambda batch: aot.mix_prompts_launches(torch.bfloat16, 2, batch=batch),
+    "prompt_attention": lambda batch: aot.prompt_attention_launches(torch.bfloat16, 64, batch=batch),
+    "prompt_attention packed": lambda batch: aot.prompt_attention_launches(torch.bfloat16, 64, packed=True, batch=batch),
+    "mope_attention": lambda batch: aot.mope_attention_launches(torch.bfloat16, 64, batch=batch),
+    "window_prompt_attention": lambda batch: aot.window_prompt_attention_launches(torch.bfloat16, 32, batch=batch),
+    "window_prompt_attention trained bias": lambda batch: aot.window_prompt_attention_launches(
+        torch.bfloat16, 32, prompts=33, trained_bias=True, batch=batch
+    ),
+    "expert_adapter": lambda batch: aot.expert_adapter_launches(torch.bfloat16, 3, batch=batch),
+    "add_norm": lambda batch: aot.add_norm_launches(torch.bfloat16, 128, trained=True, batch=batch),
+    "prompted_norm": lambda batch: aot.prompted_norm_launches(torch.bfloat16, 512, batch=batch),
+    "gelu_mlp": lambda batch: aot.gelu_mlp_launches(torch.bfloat16, 128, batch=batch),
+}
+
+
+@needs_triton
+@pytest.mark.skipif(interpreting(), reason="interpreted kernels have no specialisations")
+@pytest.mark.parametrize("op", LAUNCHES)
+def test_another_batch_compiles_nothing_new(op):
+    def compiled(batch: int) -> dict[str, list[Any]]:
+        found = defaultdict(list)
+        with FakeTensorMode(), record_launches() as launches:
+            LAUNCHES[op](batch)
+        for launch in launches:
+            found[launch[0].__name__].append(vars(aot.Specialization(*launch)))
+        return found
+
+    of_few = compiled(1)
+    assert of_few
+    for batch in (3, 16, 64, 1000):
+        for kernel, specialisations in compiled(batch).items():
+            # A large batch is not split, and there is nothing to add up then.
+            assert all(s in of_few[kernel] for s in specialisations), f"{kernel} for {batch} items"
+
+
+class Sizes(NamedTuple):
+    rows: int
+    num_warps: int
+    num_stages: int
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path):
+    """A fresh tuner that stores in `tmp_path`, and a launcher that returns the configuration it ran with."""
+    monkeypatch.setenv("MOPE_AUTOTUNE", "1")
+    monkeypatch.setenv("MOPE_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_winners", {})
+    monkeypatch.setattr(tuning, "_read", set())
+    timed: list[Sizes] = []
+
+    def clock(run: Callable[[], Sizes]) -> float:
+        timed.append(run())
+        # Two are equally fast.
+        return 1.0 if timed[-1] in (Sizes(64, 4, 1), Sizes(64, 4, 3)) else 2.0
+
+    monkeypatch.setattr(tuning, "clock", clock)
+
+    def ask(name: str) -> Sizes:
+        found = tuning.instead_of(Sizes(64, 4, 2), "op", (name, 32), CPU)
+        if found.rows == 128:
+            raise RuntimeError("out of resource: shared memory")
+        return found
+
+    return tuning.tunable(ask), timed
+
+
+@needs_triton
+def test_tuning_times_once_and_keeps_the_first_of_the_fastest(tuned, monkeypatch, tmp_path):
+    launcher, timed = tuned
+    assert launcher("a") == Sizes(64, 4, 1)
+    # What cannot run was left out.
+    assert timed == [Sizes(64, 4, 2), Sizes(32, 4, 2), Sizes(64, 2, 2), Sizes(64, 8, 2), Sizes(64, 4, 1), Sizes(64, 4, 3)]
+    timed.clear()
+    assert launcher("a") == Sizes(64, 4, 1) and not timed
+    assert launcher("b") == Sizes(64, 4, 1) and len(timed) == 6
+    (file,) = tmp_path.iterdir()
+    assert json.loads(file.read_text()) == {"op a 32": [64, 4, 1], "op b 32": [64, 4, 1]}
+
+    # Another process.
+    monkeypatch.setattr(tuning, "_winners", {})
+    monkeypatch.setattr(tuning, "_read", set())
+    timed.clear()
+    assert launcher("b") == Sizes(64, 4, 1) and not timed
+
+    monkeypatch.setenv("MOPE_AUTOTUNE", "0")
+    assert launcher("b") == Sizes(64, 4, 2)
+
+
+@needs_triton
+def test_nothing_is_timed_in_a_capture(tuned, monkeypatch, tmp_path):
+    launcher, timed = tuned
+    monkeypatch.setattr(tuning, "_capturing", lambda: True)
+    assert launcher("a") == Sizes(64, 4, 2) and not timed and not list(tmp_path.iterdir())
+    monkeypatch.setattr(tuning, "_capturing", lambda: False)
+    launcher("a")
+    monkeypatch.setattr(tuning, "_capturing", lambda: True)
+    assert launcher("a") == Sizes(64, 4, 1)
+
+
+@needs_triton
+def test_a_broken_file_is_named(tuned, tmp_path):
+    launcher, _ = tuned
+    launcher("a")
+    (file,) = tmp_path.iterdir()
+    file.write_text("[")
+    tuning._read.clear()
+    with pytest.raises(ValueError, match=f"{file.name} does not hold the configurations"):
+        launcher("a")
