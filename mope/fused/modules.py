@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+
 def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
