@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,12 @@ from torch import Tensor
 from tests.kernels.numerics import DEVICE
 
 from .ops import MOPE_ATTENTION, PROMPT_ATTENTION, RUNS, Op, Options, Tensors, assert_same, dtype_of, every, run_with_gradients
+
+try:
+    import resource
+except ModuleNotFoundError:
+    # Windows.
+    resource = None
 
 LENGTHS = {"prompt_attention": {"lengths": [9, 4], "bias": (2, 2, 9, 9)}, "mope_attention": {"lengths": [9, 4], "top_k": 2}}
 
@@ -121,3 +128,20 @@ def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor], moved: str)
         torch.testing.assert_close(
             tensor, wanted[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}, {moved} far apart: {m}"
         )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(resource is None, reason="the platform does not say how much memory is used")
+@every("cpu")
+def test_ten_thousand_calls_leave_no_memory_behind(op, impl):
+    """Small calls: what each of them would lose, and what tensors it makes, differ by orders of magnitude."""
+    tensors, options = example(op, impl)
+
+    def peak_after(calls: int) -> int:
+        for _ in range(calls):
+            run_with_gradients(op, impl, options, tensors)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    before = peak_after(1000)
+    # In units of 1 kB, on macOS of 1 byte: 100 bytes a call.
+    assert peak_after(10_000) - before < 1000 * (1024 if sys.platform == "darwin" else 1)
