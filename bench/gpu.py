@@ -8,7 +8,7 @@ STAGE picks what runs, several with commas between them:
 
     tests     the kernels against float64, on the GPU
     ops       the ops beside what a user would write instead
-    model     whole models, a layer and a block beside the same as released, or with the prompts concatenated; many tasks
+    model     whole models, a layer and a block as released or with the prompts concatenated, many tasks, a cold start
     timeline  a trace of one block, the released way and ours
     sanitize  small cases under compute-sanitizer: memcheck, then racecheck
 
@@ -48,7 +48,7 @@ OPS = [
     "mix_prompts",
     "route",
 ]
-MODELS = ["model", "swin_block", "layer", "tasks"]
+MODELS = ["cold_start", "model", "swin_block", "layer", "tasks"]
 STAGES = ("tests", "ops", "model", "timeline", "sanitize")
 # pytest: no test was selected. Those that passed before are not.
 NOTHING_LEFT = 5

@@ -117,6 +117,12 @@ def section(header: dict[str, Any], found: list[dict[str, Any]], docs: Path) -> 
         f"{header['sources']}; {versions}; C++ kernels {header['extension']}. Copies ran at "
         f"{header['ceilings']['copy'] / 1e9:.3g} GB/s, products at {products}.\n"
     )
+    for row in (row for row in found if row["op"] == "cold start"):
+        seconds = {name: show.digits(value, 2) for name, value in row["seconds"].items()}
+        text += (
+            f"\nCold start, {row['case']}, a fresh process with an empty Triton cache: {seconds['import']} s to import, "
+            f"{seconds['model']} s to make the model, {seconds['first']} s for the first step, {seconds['second']} s for another.\n"
+        )
     for name, draw, what in (
         ("roofline", pictures.roofline, "time over the least time that the device allows"),
         ("cost", pictures.cost, "time over the numbers of experts and of items"),

@@ -82,7 +82,10 @@ def test_a_gpu_s_rows_fill_the_table_of_targets(tmp_path):
     header = {"stage": "model", "type": "cuda", "device": "H100", "slug": "H100", "versions": {}, "commit": "c", "sources": "s"}
     header |= {"date": "d", "extension": "none", "ceilings": {"copy": 1e12, "matmul": {"bfloat16": 1e14}}}
     lines = [header, row(FORWARD, "ours", implementation="triton", spread_ms=0.1, memory=1)]
+    seconds = {"import": 9.1, "model": 2.5, "first": 31.0, "second": 0.2}
+    lines.append({"op": "cold start", "case": STEP, "way": "ours", "seconds": seconds})
     lines.append(row(FORWARD, "released", ratio=5.5, ratio_spread=0.1, spread_ms=0.1, memory=1))
     (tmp_path / "model-H100.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = report.report(tmp_path, tmp_path)
     assert "no results of a GPU" not in text and "| target | goal | H100 |" in text and "| 5.5: met |" in text
+    assert "31 s for the first step" in text and "| at most 30 | 31: **not met** |" in text

@@ -1,0 +1,29 @@
+"""What the first training step of a model takes where no kernel was compiled before."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import DEVICE
+
+SHAPES = {"tiny": "tiny-swin", "cpu": "swin-b-8-blocks+bert-base-2-layers-b4", "cuda": "swin-b+bert-base-b16"}
+
+
+def test_cold_start(results, pytestconfig, tmp_path):
+    found, shape = results("model"), SHAPES["tiny" if pytestconfig.getoption("--tiny") else DEVICE.type]
+    key = {"op": "cold start", "case": f"{shape} training", "way": "ours"}
+    if found.has(**key):
+        pytest.skip("stands in the results")
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.cold_start", shape],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found.add(key | {"seconds": json.loads(done.stdout)})
