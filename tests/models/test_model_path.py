@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mope
 from mope import MoPEForClassification
 from mope.models.exporting import InferenceModel
 from mope.models.modeling import MoPEOutput
@@ -270,3 +272,47 @@ def test_inductor_gives_the_same(case: str) -> None:
 def compile_anew() -> Iterator[None]:
     yield
     torch.compiler.reset()
+
+
+def kept_for_backward(depths: list[int]) -> int:
+    """Bytes of activations, of a model over a Swin Transformer in bfloat16."""
+    with torch.device("meta"):
+        config = make("Swin by BERT", prompt_length=6, static_length=6).config
+        vision = with_swin.swin(torch.bfloat16, depths=depths)
+        model = MoPEForClassification(config, vision=vision, text=backbone("bert", torch.bfloat16)).train()
+    batch, labels = ({n: t.to("meta") for n, t in example("Swin by BERT")[0].items()}, example("Swin by BERT")[1].to("meta"))
+    weights = {tensor.untyped_storage()._cdata for tensor in model.state_dict(keep_vars=True).values()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if (place := tensor.untyped_storage()._cdata) not in weights:
+            kept[place] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch, labels=labels).loss
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_a_routed_block_keeps_nine_numbers_per_channel(raw_ops: set[str]) -> None:
+    """qkv 3, what it adds up to 2, the MLP before its activation 4; routing and means are small beside it."""
+    batch, prompts, tokens, width = 4, 13, 7 * 7, 32
+    one = 2 * batch * (prompts + tokens) * width
+    assert 9 * one <= kept_for_backward([2, 3]) - kept_for_backward([2, 2]) < 9.2 * one
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:No complete tensor found")
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = make("Swin by BERT")
+    batch, labels = example("Swin by BERT")
+    snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(snippets) == 7
+    for snippet in snippets:
+        exec(snippet, {"torch": torch, "mope": mope, "model": model, "batch": batch, "labels": labels})
+    assert (tmp_path / "model.pt2").exists()
