@@ -6,7 +6,7 @@ target has is named at the end, and makes the exit status 1.
 
 All of it is every op x dtype x head_dim, without options and with all of them that cost registers together; and, for bfloat16,
 float32 and the head_dims that others are padded to, each option that changes the code alone. `--short` is a list of at most
-200 kernels in which each of these occurs, but not each with each. What was compiled is kept in Triton's cache
+300 kernels in which each of these occurs, but not each with each. What was compiled is kept in Triton's cache
 (TRITON_CACHE_DIR): a second run only reads it.
 """
 
@@ -22,7 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby, product
 from pathlib import Path
@@ -335,9 +335,11 @@ def variants(short: bool = False) -> Iterator[tuple[str, Any]]:
     for experts in (4, 16, 64, 1024):
         yield f"importance_loss K={experts}", lambda e=experts: importance_loss_launches(e)
     for dtype in dtypes:
-        for selected in (1, 2, 16):
+        for selected in (1, 2, 16) if dtype == torch.bfloat16 or not short else (1,):
             yield f"mix_prompts {_TYPES[dtype]} k={selected}", lambda d=dtype, s=selected: mix_prompts_launches(d, s)
     for dtype, width in product(dtypes, (100, 128, 256, 512, 768, 1024)):
+        if short and dtype != torch.bfloat16 and width != 128:
+            continue
         yield f"gelu_mlp {_TYPES[dtype]} C={width}", lambda d=dtype, w=width: gelu_mlp_launches(d, w)
     for launches, every_option in norm_options().items():
         op = launches.__name__.removesuffix("_launches")
@@ -351,6 +353,8 @@ def variants(short: bool = False) -> Iterator[tuple[str, Any]]:
         {"experts": 8, "bottleneck": 64, "width": 770, "parameters": torch.float32, "gelu": True, "dropout_p": 0.1}
     )
     for dtype, adapter in product((torch.bfloat16, torch.float32), adapter_options):
+        if short and dtype == torch.float32 and adapter is not adapter_options[1]:
+            continue
         described = " ".join(f"{k}={_TYPES.get(v, v)}" for k, v in adapter.items())
         yield f"expert_adapter {_TYPES[dtype]} {described}", lambda d=dtype, o=adapter: expert_adapter_launches(d, **o)
     for dtype, head_dim in product(dtypes, TRITON_HEAD_DIMS):
@@ -476,13 +480,17 @@ def report(task: tuple[str, Specialization, str]) -> Report:
         raise RuntimeError(f"{name}: {found.kernel} does not compile for {arch}: {error!r}") from None
 
 
-def reports(architectures: list[str], only: str = "", short: bool = False, jobs: int = 1) -> Iterator[Report]:
-    """Compile every declared variant whose name or kernel contains `only`, in `jobs` processes."""
+def reports(architectures: Iterable[str], only: str = "", short: Collection[str] = (), jobs: int = 1) -> Iterator[Report]:
+    """Compile every declared variant whose name or kernel contains `only`, in `jobs` processes; for those in `short` the short list."""
+
+    def kind(arch: str) -> tuple[str, bool]:
+        return family(arch), arch in short
+
     tasks = []
     # What is launched depends on the family alone.
-    for _, group in groupby(sorted(architectures, key=family), key=family):
-        of_family = list(group)
-        tasks += [(*found, arch) for found in specializations(only, short, of_family[0]) for arch in of_family]
+    for (_, is_short), group in groupby(sorted(architectures, key=kind), key=kind):
+        alike = list(group)
+        tasks += [(*found, arch) for found in specializations(only, is_short, alike[0]) for arch in alike]
     if jobs == 1:
         yield from map(report, tasks)
     else:
@@ -501,7 +509,7 @@ def _print_table(found: Iterable[Report]) -> None:
         print(row.format(*fields, "; ".join([matrix or "none", *each.problems])), flush=True)
 
 
-def _print_markdown(found: list[Report]) -> None:
+def _print_markdown(found: list[Report], short: Collection[str]) -> None:
     """docs/resources.md."""
     import triton
 
@@ -511,11 +519,14 @@ def _print_markdown(found: list[Report]) -> None:
     def print_row(*cells: object) -> None:
         print(f"| {' | '.join(map(str, cells))} |")
 
+    of_short = ""
+    if short:
+        of_short = f" All declared variants were compiled, but for {', '.join(sorted(short))} the short list: every feature once."
     print(
         f"""# Resources
 
 What the Triton kernels take on each target, compiled without a GPU by Triton {triton.__version__}. Written by `make aot`, that is
-`python -m mope_kernels.aot --markdown`; not edited by hand.
+`python -m mope_kernels.aot --markdown`; not edited by hand.{of_short}
 
 Registers are those of a thread, spills the instructions that spill (AMD: the registers), stack is bytes of a thread, shared
 bytes of a block. A launch that several variants have in common is listed with the first of them.
@@ -549,7 +560,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m mope_kernels.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", nargs="+", choices=sorted(SHARED_MEMORY), default=list(DEFAULT_ARCHITECTURES))
-    parser.add_argument("--short", action="store_true", help="the short list: at most 200 kernels, every feature once")
+    parser.add_argument(
+        "--short", nargs="*", choices=sorted(SHARED_MEMORY), metavar="ARCH", help="every feature once, for these (default: all)"
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="only variants whose name or kernel contains this")
     parser.add_argument(
         "--jobs", type=int, default=_usable_cores(), metavar="N", help="processes (default: one a core, %(default)s)"
@@ -561,10 +574,11 @@ def main(arguments: list[str] | None = None) -> int:
     if interpreting():
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
 
+    short = options.arch if options.short == [] else options.short or []
     failed: list[Report] = []
 
     def watched() -> Iterator[Report]:
-        for each in reports(options.arch, options.only, options.short, options.jobs):
+        for each in reports(options.arch, options.only, short, options.jobs):
             failed.extend([each] * bool(each.problems))
             yield each
 
@@ -572,7 +586,7 @@ def main(arguments: list[str] | None = None) -> int:
         for each in watched():
             print(json.dumps(dataclasses.asdict(each) | {"problems": each.problems}), flush=True)
     elif options.markdown:
-        _print_markdown(list(watched()))
+        _print_markdown(list(watched()), short)
     else:
         _print_table(watched())
     for each in failed:

@@ -80,7 +80,7 @@ def adapter_backward(
     b_weights = route(b_logits, temperature, p_router is not None, E, BG)
     b_hidden, b_kept = activate(b_down, p_seed, o_row, dropout_p, GELU, BR)
     if p_mixed is not None:
-        for group in tl.static_range(GROUPS):
+        for group in tl.range(0, GROUPS):
             b_mixed = mix(of_group(b_weights, group, BM, BE, BG), b_hidden, BM, BR, BE)
             store_factor(p_mixed, o_row, num_rows, b_mixed, BE * BR, group, GROUPS)
     if p_weights is not None:
@@ -89,7 +89,7 @@ def adapter_backward(
         dtype = p_x.dtype.element_ty
         b_grad_hidden = tl.zeros([BM, BR], tl.float32)
         b_grad_weights = tl.zeros([BM, BG], tl.float32)
-        for group in tl.static_range(GROUPS):
+        for group in tl.range(0, GROUPS):
             b_grad_mixed = tl.zeros([BM, BE * BR], tl.float32)
             for start in tl.range(0, D, BD):
                 o_column = start + tl.arange(0, BD)
@@ -98,9 +98,9 @@ def adapter_backward(
                 # (BD, BE*BR)
                 b_up = load_up(p_up, o_column, group, D, R, E, BR, BE, EVEN).to(dtype)
                 b_grad_mixed = tl.dot(b_grad_out, b_up, b_grad_mixed, input_precision=PRECISION)
-                if p_router is not None and group == 0:
-                    # (BG, BD)
-                    b_bias = load_weight(p_up_bias, o_column, E, BG, D, EVEN).to(dtype)
+                if p_router is not None:
+                    # (BG, BD), in one of the groups
+                    b_bias = load_weight(p_up_bias, o_column, tl.where(group == 0, E, 0), BG, D, EVEN).to(dtype)
                     b_grad_weights = tl.dot(b_grad_out, tl.trans(b_bias), b_grad_weights, input_precision=PRECISION)
             # (BM, BE, BR)
             b_by_expert = tl.reshape(b_grad_mixed, [BM, BE, BR])

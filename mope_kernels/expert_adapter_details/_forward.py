@@ -26,7 +26,7 @@ def load_rows(p_matrix, o_row, num_rows, stride_row, o_column, D: tl.constexpr, 
 
 
 @triton.jit
-def load_weight(p_weight, o_column, N: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr):
+def load_weight(p_weight, o_column, N, BN: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr):
     """Columns of a weight (N,D): (BN, columns), zero beyond the last of either."""
     o_out = tl.arange(0, BN)
     mask = (o_out < N)[:, None]
@@ -173,7 +173,8 @@ def adapter_forward(
         # (BG, BD)
         b_bias = load_weight(p_up_bias, o_column, E, BG, D, EVEN).to(dtype)
         b_out = tl.dot(b_weights.to(dtype), b_bias, input_precision=PRECISION)
-        for group in tl.static_range(GROUPS):
+        # Not unrolled, or the compiler would keep what it mixes here for all groups in registers.
+        for group in tl.range(0, GROUPS):
             b_mixed = mix(of_group(b_weights, group, BM, BE, BG), b_hidden, BM, BR, BE).to(dtype)
             # (BD, BE*BR)
             b_up = load_up(p_up, o_column, group, D, R, E, BR, BE, EVEN).to(dtype)

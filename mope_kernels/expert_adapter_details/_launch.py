@@ -30,13 +30,12 @@ class Blocks(NamedTuple):
 # Columns that the bottlenecks of a group of experts have side by side, at most; a bottleneck has no more.
 SIDE_BY_SIDE = 64
 
-# Of forward, of backward, and of the parameters' gradients. Chosen so that nothing spills on sm_80, sm_90, sm_100 and gfx942.
+# Of forward, of backward, and of the parameters' gradients; for one group of experts, and for more, whose parts of a product the
+# compiler would all pipeline. Chosen so that nothing spills on sm_80, sm_90, sm_100 and gfx942.
 _HALF = (Blocks(32, 128, 4, 3), Blocks(32, 64, 4, 3), Blocks(64, 64, 4, 3))
 _FLOAT = (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1))
-
-
-def _blocks(x: Tensor) -> tuple[Blocks, Blocks, Blocks]:
-    return _FLOAT if x.dtype == torch.float32 else _HALF
+_HALF_OF_MANY = (Blocks(32, 64, 4, 1), Blocks(16, 16, 4, 1), Blocks(32, 32, 4, 1))
+_FLOAT_OF_MANY = (Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 32, 4, 1))
 
 
 class _Sizes(NamedTuple):
@@ -56,6 +55,11 @@ class _Sizes(NamedTuple):
         experts, hidden = next_power_of_2(num_experts), max(next_power_of_2(bottleneck), SMALLEST)
         in_group = min(experts, SIDE_BY_SIDE // hidden)
         return cls(width, bottleneck, num_experts, hidden, in_group, max(experts, SMALLEST), experts // in_group)
+
+    def blocks(self, x: Tensor) -> tuple[Blocks, Blocks, Blocks]:
+        if x.dtype == torch.float32:
+            return _FLOAT if self.GROUPS == 1 else _FLOAT_OF_MANY
+        return _HALF if self.GROUPS == 1 else _HALF_OF_MANY
 
     def constants(self, blocks: Blocks) -> dict[str, Any]:
         """With those of a block, and the options of the compiler."""
@@ -92,7 +96,7 @@ def expert_adapter(
 
     x = last_dim_contiguous(x)
     num_rows, sizes = x.shape[0], _Sizes.of(up_weight)
-    blocks, *_ = _blocks(x)
+    blocks, *_ = sizes.blocks(x)
     out = x.new_empty(x.shape)
     weights = x.new_empty(num_rows, sizes.E, dtype=torch.float32) if return_weights else None
     launch(
@@ -136,7 +140,7 @@ def expert_adapter_backward(
     parameters = (down_weight, down_bias, up_weight, up_bias, router_weight, router_bias)
     need = {name for bit, name in enumerate(EXPERT_ADAPTER_GRADIENTS) if needs >> bit & 1}
     num_rows, sizes = x.shape[0], _Sizes.of(up_weight)
-    _, blocks, product_blocks = _blocks(x)
+    _, blocks, product_blocks = sizes.blocks(x)
 
     def factor(width: int, *wanted_by: str) -> Tensor | None:
         return None if need.isdisjoint(wanted_by) else x.new_empty(num_rows, width)

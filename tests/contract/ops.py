@@ -458,8 +458,8 @@ EXPERT_ADAPTER = Op(
         "routed": {},
         "plain": {"experts": 1, "router": False, "activation": "relu"},
         "one expert, parameters in float32": {"experts": 1, "float32_parameters": True, "width": 32, "batch": (20,)},
-        "several blocks": {"batch": (33,), "width": 80, "bottleneck": 16, "activation": "relu"},
-        "as many as there may be": {"batch": (3,), "width": 40, "bottleneck": 64, "experts": 8},
+        "several blocks": {"batch": (17,), "width": 80, "bottleneck": 16, "activation": "relu"},
+        "several groups of experts": {"batch": (3,), "width": 16, "bottleneck": 33},
         "empty": {"batch": (0, 4)},
     },
 )

@@ -93,6 +93,9 @@ WRONG = {
     "expert_adapter: 3 experts need router_weight and router_bias": lambda: mope_kernels.expert_adapter(
         torch.zeros(2, 8), torch.zeros(4, 8), torch.zeros(4), torch.zeros(3, 8, 4), torch.zeros(3, 8)
     ),
+    "expert_adapter: up_weight must be torch.float16, got torch.float32": lambda: mope_kernels.expert_adapter(
+        torch.zeros(2, 8), torch.zeros(4, 8).half(), torch.zeros(4).half(), torch.zeros(1, 8, 4), torch.zeros(1, 8)
+    ),
     "gelu_mlp: weight1 must be (F=16, C=8), got shape (16, 9): axis C is 9, not 8": lambda: mope_kernels.gelu_mlp(
         torch.zeros(2, 8), torch.zeros(16, 9), None, torch.zeros(8, 16), None
     ),

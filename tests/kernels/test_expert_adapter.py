@@ -1,0 +1,109 @@
+"""What is particular to the adapter: what it keeps and launches, dropout, and what its kernels are not made for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mope_kernels
+from mope_kernels._ops import EXPERT_ADAPTER_GRADIENTS
+from mope_kernels.expert_adapter_details import _launch
+
+from .numerics import DEVICE, RecordResults, implementations
+
+
+def draw(device: str, tokens: int = 6, width: int = 24, bottleneck: int = 8, experts: int = 3) -> dict[str, Tensor]:
+    shapes: dict[str, tuple[int, ...]] = {"x": (tokens, width), "down_weight": (bottleneck, width), "down_bias": (bottleneck,)}
+    shapes |= {"up_weight": (experts, width, bottleneck), "up_bias": (experts, width)}
+    shapes |= {"router_weight": (experts, width), "router_bias": (experts,)} if experts > 1 else {}
+    return {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+
+
+@implementations("cpu", "triton")
+def test_keeps_its_arguments_and_nothing_else(impl):
+    tensors = {name: t.requires_grad_() for name, t in draw(DEVICE[impl]).items()}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        mope_kernels.expert_adapter(**tensors, return_weights=True, impl=impl)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in tensors.values()}
+
+
+@implementations("triton")
+@pytest.mark.parametrize(("wanted", "backward"), [(("x",), 1), (EXPERT_ADAPTER_GRADIENTS, 3), (("up_weight",), 3)])
+def test_number_of_launches(impl, wanted, backward, monkeypatch):
+    tensors = draw(DEVICE[impl])
+    launched: list[Any] = []
+    launch = _launch.launch
+    monkeypatch.setattr(
+        _launch, "launch", lambda kernel, *args, **options: launched.append(kernel) or launch(kernel, *args, **options)
+    )
+    out = mope_kernels.expert_adapter(**{n: t.requires_grad_(n in wanted) for n, t in tensors.items()}, impl=impl)
+    assert len(launched) == 1
+    out.sum().backward()
+    assert len(launched) == 1 + backward
+
+
+@implementations("cpu", "triton")
+def test_weights_only_on_request(impl):
+    tensors = draw(DEVICE[impl])
+    op = getattr(torch.ops, f"mope_{impl}").expert_adapter.default
+    with RecordResults(op) as record:
+        mope_kernels.expert_adapter(**tensors, impl=impl)
+    assert record.results[1].numel() == 0
+
+
+@implementations("cpu", "triton")
+def test_gradient_through_the_weights_alone(impl):
+    """What a loss on the router needs: the output gets no gradient."""
+    gradients = []
+    torch.manual_seed(3)
+    tensors = draw(DEVICE[impl])
+    for each in (impl, "reference"):
+        leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+        _, weights = mope_kernels.expert_adapter(**leaves, return_weights=True, impl=each)
+        wanted = [leaves[n] for n in ("x", "router_weight", "router_bias")]
+        gradients.append(torch.autograd.grad(weights[:, 0].sum(), wanted))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+@implementations("triton")
+def test_dropout(impl):
+    """The backward drops what the forward did, and the rest is scaled by what keeps the mean."""
+    tensors = draw(DEVICE[impl], tokens=40, bottleneck=16, experts=1)
+    # Shows h, as every expert's output is h with zeros behind it.
+    tensors["up_weight"] = torch.eye(24, 16, device=DEVICE[impl])[None]
+    tensors["up_bias"].zero_()
+    tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+    torch.manual_seed(0)
+    out = mope_kernels.expert_adapter(**tensors, dropout_p=0.25, impl=impl)
+    hidden = (tensors["x"] @ tensors["down_weight"].T + tensors["down_bias"]).relu()
+    shown = (out - tensors["x"])[:, :16].detach()
+    kept = (shown != 0) / 0.75
+    torch.testing.assert_close(shown, hidden * kept, rtol=1e-4, atol=1e-5)
+    share = (shown[hidden > 0] != 0).float().mean().item()
+    assert 0.65 < share < 0.85
+
+    incoming = torch.randn_like(out)
+    found = torch.autograd.grad(out, list(tensors.values()), incoming)
+    plain = tensors["x"] + (hidden * kept) @ tensors["up_weight"][0].T + tensors["up_bias"][0]
+    wanted = torch.autograd.grad(plain, list(tensors.values()), incoming)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+    torch.manual_seed(0)
+    again = mope_kernels.expert_adapter(**tensors, dropout_p=0.25, impl=impl)
+    other = mope_kernels.expert_adapter(**tensors, dropout_p=0.25, impl=impl)
+    assert torch.equal(again, out) and not torch.equal(other, out)
+
+
+@pytest.mark.parametrize(("changes", "got"), [({"experts": 9}, "E=9 and r=8"), ({"bottleneck": 65}, "E=3 and r=65")])
+def test_says_what_the_triton_kernels_are_not_made_for(changes, got):
+    reasons = mope_kernels.explain("expert_adapter", *draw("cpu", **changes).values()).reasons
+    assert any(got in reason for reason in reasons["triton"])
+
+
+def test_dropout_is_not_left_to_the_cpp_kernel():
+    with pytest.raises(ValueError, match="no dropout"):
+        mope_kernels.expert_adapter(**draw("cpu"), dropout_p=0.5, impl="cpu")
