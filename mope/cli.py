@@ -57,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
     info.set_defaults(command=_info)
 
     bench = commands.add_parser("bench", help="check the ops on this device, then time them beside what you would write instead")
-    bench.add_argument("--quick", action="store_true", help="one shape of each op, nothing compiled: about a minute")
+    extent = bench.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="one shape of each op, nothing compiled: about a minute")
+    extent.add_argument("--all", action="store_true", help="every shape that is listed, which takes long")
     bench.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the results and a picture (out/)")
     bench.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
     bench.add_argument("--threads", type=_positive, default=1, metavar="N", help="on the CPU (1)")
@@ -132,7 +134,7 @@ def _bench(options: argparse.Namespace) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from mope.benchmark.run import bench
 
-    return bench(out=options.out, quick=options.quick, device=options.device, threads=options.threads)
+    return bench(out=options.out, quick=options.quick, everything=options.all, device=options.device, threads=options.threads)
 
 
 def _build(options: argparse.Namespace) -> int:

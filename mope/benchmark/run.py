@@ -42,12 +42,13 @@ print(json.dumps(times))
 """
 
 
-def bench(*, out: Path, quick: bool, device: str = "auto", threads: int = 1) -> int:
+def bench(*, out: Path, quick: bool, everything: bool = False, device: str = "auto", threads: int = 1) -> int:
     """Print tables, draw a picture -> the exit status, 1 where an op is wrong.
 
     Args:
         out: folder for bench.jsonl and bench.svg.
-        quick: one shape of each op, nothing compiled: about a minute. Otherwise all shapes and torch.compile: minutes.
+        quick: one shape of each op, nothing compiled: about a minute. Otherwise the main shapes and torch.compile: minutes.
+        everything: all shapes that are listed.
         device: "auto" takes CUDA where there is one.
         threads: of torch, on the CPU.
     """
@@ -58,7 +59,7 @@ def bench(*, out: Path, quick: bool, device: str = "auto", threads: int = 1) -> 
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     ops = [op for op in WAYS if not (quick and op in NOT_QUICK)]
     # Inference and training of the first shape.
-    planned = [case for op in ops for case in cases(op, place.type)[: 2 if quick else None]]
+    planned = [case for op in ops for case in cases(op, place.type)[: 2 if quick else None] if everything or not case.later]
     header = rows.header(place)
     print(f"{header['device']}, torch {header['versions']['torch']}, triton {header['versions']['triton']}, {dtype}")
 
