@@ -27,7 +27,6 @@ def test_on_a_gpu_kernels_and_copies_are_shown():
     found = timeline.bars(events)
     assert found == [("softmax_warp_forward", 0.0, 8.0), ("Memcpy HtoD", 10.5, 1.5), ("_window_forward", 20.0, 4.0)]
     assert [timeline.kind(name) for name, *_ in found] == ["softmax", "copies and layout", "attention"]
-    # One of the two is that behind the call.
     assert timeline.waits(events) == 1
     assert timeline.summary(found, 1, "kernels") == "3 kernels, 0.0135 ms of work in 0.024 ms, the host waits 1 times"
 
