@@ -33,7 +33,7 @@ class Resume:
             self.passed = set(worker["passed"])
             return
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        header = {"stage": "tests"} | rows.header(device) | {"sources": rows.sources("mope_kernels", "tests")}
+        header = {"stage": "tests"} | rows.header(device) | {"sources": rows.sources("mope", "mope_kernels", "tests")}
         self.rows = rows.Rows(config.getoption("--resume"), header)
         # A test that was run again counts as it came out last.
         outcomes = {row["test"]: row["outcome"] for row in self.rows.rows}
