@@ -136,7 +136,7 @@ def assert_last_item_is_right(found: list[Tensor], wanted: list[Tensor]) -> None
 
 
 @LARGE
-@pytest.mark.xdist_group("memory")
+@pytest.mark.xdist_group("much memory")
 def test_windows_beyond_2_to_the_31(batch):
     rows, dim, heads = 13 + 56 * 56, 128, 4
     batch = enough(rows * 3 * dim, 3) if batch < 0 else batch
@@ -152,7 +152,7 @@ def test_windows_beyond_2_to_the_31(batch):
 
 
 @LARGE
-@pytest.mark.xdist_group("memory")
+@pytest.mark.xdist_group("much memory")
 def test_attention_beyond_2_to_the_31(batch):
     heads, tokens, width = 16, 577, 64
     batch = enough(heads * tokens * width, 10) if batch < 0 else batch
