@@ -217,8 +217,10 @@ def expert_adapter_launches(
     x, weights = torch.empty(batch * 128, width, dtype=dtype), [torch.empty(s, dtype=parameters or dtype) for s in shapes]
     seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
     inputs: Any = (x, *weights, *[None] * (6 - len(weights)), seed, 10.0, gelu, dropout_p)
-    out, _ = adapters.expert_adapter(*inputs, False)
-    adapters.expert_adapter_backward(out, None, *inputs, (1 << len(weights) + 1) - 1)
+    forward_inputs: Any = (*inputs, False)
+    out, _ = adapters.expert_adapter(*forward_inputs)
+    backward_inputs: Any = (out, None, *inputs, (1 << len(weights) + 1) - 1)
+    adapters.expert_adapter_backward(*backward_inputs)
 
 
 def route_launches(dtype: torch.dtype, experts: int, top_k: int, *, batch: int = 64) -> None:
@@ -481,7 +483,7 @@ def report(task: tuple[str, Specialization, str]) -> Report:
 
 
 def reports(architectures: Iterable[str], only: str = "", short: Collection[str] = (), jobs: int = 1) -> Iterator[Report]:
-    """Compile every declared variant whose name or kernel contains `only`, in `jobs` processes; for those in `short` the short list."""
+    """Compile the declared variants whose name or kernel contains `only`, of targets in `short` the short list, in `jobs` processes."""
 
     def kind(arch: str) -> tuple[str, bool]:
         return family(arch), arch in short
