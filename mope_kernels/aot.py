@@ -483,7 +483,7 @@ def report(task: tuple[str, Specialization, str]) -> Report:
 
 
 def reports(architectures: Iterable[str], only: str = "", short: Collection[str] = (), jobs: int = 1) -> Iterator[Report]:
-    """Compile the declared variants whose name or kernel contains `only`, of targets in `short` the short list, in `jobs` processes."""
+    """Compile the variants whose name or kernel contains `only`, in `jobs` processes; for targets in `short` the short list."""
 
     def kind(arch: str) -> tuple[str, bool]:
         return family(arch), arch in short
