@@ -35,7 +35,7 @@ class Packing:
         The host reads the mask and does not wait for `device`.
         """
         lengths = token_mask.sum(1)
-        if lengths.sum() > PACKED_UP_TO * token_mask.numel() or not lengths.all():
+        if lengths.sum() >= PACKED_UP_TO * token_mask.numel() or not lengths.all():
             return None
         places, offsets = token_mask.flatten().nonzero()[:, 0], F.pad(lengths.cumsum(0), (1, 0))
         max_length, (batch, length) = int(lengths.max()), token_mask.shape

@@ -184,14 +184,21 @@ class MultiTaskModel(MoPEForClassification):
         if cross is not None:
             mapped = None if self.stacked_mapper is None else self.stacked_mapper(task_ids, cross)[:, None]
             of_main = {"cross": cross, "mapped": mapped, "top_k": self.config.eval_top_k}
-        hidden_states = adapter.embed(backbone, inputs, padding.token_mask)
+        hidden_states, packing = adapter.embed(backbone, inputs, padding.token_mask), None
+        if padding.packing is not None and adapter.is_row_wise(backbone):
+            packing, padding = padding.packing, Padding()
+            hidden_states = packing.pack(hidden_states)
         mask = padding.as_mask(hidden_states.shape[1])
         for i, layer in enumerate(adapter.layers(backbone)):
-            if i not in of_layer:
-                hidden_states = adapter.finish(layer, hidden_states, adapter.attention(layer).plain(hidden_states, mask))
-                continue
-            hidden_states, _ = layer(hidden_states, prompts=of_layer[i], task_ids=task_ids, lengths=padding.lengths, **of_main)
-        return adapter.normalize(backbone, padding.first_tokens(hidden_states))
+            if i in of_layer:
+                hidden_states, _ = layer(
+                    hidden_states, prompts=of_layer[i], task_ids=task_ids, lengths=padding.lengths, packing=packing, **of_main
+                )
+            else:
+                attended = adapter.attention(layer).plain(hidden_states, mask, packing)
+                hidden_states = adapter.finish(layer, hidden_states, attended)
+        first = padding.first_tokens(hidden_states) if packing is None else packing.first_tokens(hidden_states)
+        return adapter.normalize(backbone, first)
 
     def _encode_swin_tasks(self, encoder: MoPESwinEncoder, pixel_values: Tensor, task_ids: Tensor, cross: Tensor | None) -> Tensor:
         """As `MoPESwinEncoder`, with the task (B,) of each item."""

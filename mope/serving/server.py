@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,6 +122,8 @@ class MoPEServer:
         self._described: _Records = {}
         self._lock = threading.RLock()
         self._of_thread = threading.local()
+        # What `close` ends.
+        self._open = ExitStack()
         if config is not None:
             _check_served("MoPEServer", config)
             if vision is None or text is None:
@@ -233,7 +235,7 @@ class MoPEServer:
         with self._lock:
             if self._model is not None:
                 with self._quiet():
-                    self._model.detach()
+                    self._open.close()
             self._tasks.clear()
             self._model, self._of_thread = None, threading.local()
 
@@ -249,6 +251,8 @@ class MoPEServer:
             max_labels=self.max_labels or config.num_labels,
             dtype=self.dtype,
         )
+        self._open.callback(self._model.detach)
+        self._open.enter_context(self._model.prepacked())
 
     def _check_free(self, task: str, replace: bool) -> None:
         with self._lock:

@@ -14,6 +14,8 @@ from torch.func import functional_call
 import mope_kernels
 from mope.fused import FrozenAttention, PromptBank, Router
 from mope.fused.attention import mean_over_tokens
+from mope.fused.packing import Packing
+from mope.fused.prompts import split_heads
 from mope_kernels import ExpertBank, Routing
 
 
@@ -130,14 +132,22 @@ class LayerPrompts(TaskStack):
         cross: Tensor,
         mapped: Tensor | None,
         lengths: Tensor | None,
+        packing: Packing | None,
         top_k: int | None,
     ) -> tuple[Tensor, Routing]:
-        """As `MoPEAttention`, with the task (B,) of each item: (B,L,C) -> (B,L,C), and the routing among its experts."""
+        """As `MoPEAttention`, with the task (B,) of each item: the output in the shape of x, and the routing among its experts."""
         instance_key = instance_value = None
         if mapped is not None:
             instance_key, instance_value = frozen.keys_and_values(frozen.normalize(mapped.to(x.dtype)))
         router = self.router
-        pooled = mean_over_tokens(x, lengths) if router.sees_tokens else None
+        pooled = None
+        if router.sees_tokens:
+            pooled = mean_over_tokens(x, lengths) if packing is None else packing.mean(x)
+        query, key, value = frozen.project(x)
+        if packing is not None:
+            # The op takes a batch. Everything around it goes without padding.
+            query, key, value = (_unpacked(heads, packing) for heads in (query, key, value))
+            lengths = packing.offsets.diff()
         bank = ExpertBank(
             self["key"].flatten(0, 1),
             self["value"].flatten(0, 1),
@@ -146,7 +156,9 @@ class LayerPrompts(TaskStack):
             **self.offsets,
         )
         out, routing = mope_kernels.mope_attention(
-            *frozen.project(x),
+            query,
+            key,
+            value,
             router.logits(task_ids, pooled, cross),
             bank,
             static_key=self._buffers["static_key"],
@@ -161,7 +173,7 @@ class LayerPrompts(TaskStack):
             task_ids=task_ids,
             impl=self.impl,
         )
-        return frozen.merge(out), routing
+        return frozen.merge(out if packing is None else _packed(out, packing)), routing
 
 
 class LayerStatic(TaskStack):
@@ -177,10 +189,25 @@ class LayerStatic(TaskStack):
         super().__init__(lambda: {"static": static()}, capacity)
         self.impl = impl
 
-    def forward(self, x: Tensor, *, frozen: FrozenAttention, task_ids: Tensor, lengths: Tensor | None) -> tuple[Tensor, None]:
-        """As `MoPEAttention`, with the task (B,) of each item: (B,L,C) -> (B,L,C)."""
-        prompts = frozen.keys_and_values(frozen.normalize(self["static"][task_ids].to(x.dtype)))
-        out = mope_kernels.prompt_attention(*frozen.project(x), *prompts, lengths=lengths, scale=frozen.scale, impl=self.impl)
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        frozen: FrozenAttention,
+        task_ids: Tensor,
+        lengths: Tensor | None,
+        packing: Packing | None,
+    ) -> tuple[Tensor, None]:
+        """As `MoPEAttention`, with the task (B,) of each item: the output in the shape of x."""
+        out = mope_kernels.prompt_attention(
+            *frozen.project(x),
+            *frozen.keys_and_values(frozen.normalize(self["static"][task_ids].to(x.dtype))),
+            lengths=lengths,
+            offsets=None if packing is None else packing.offsets,
+            max_length=None if packing is None else packing.max_length,
+            scale=frozen.scale,
+            impl=self.impl,
+        )
         return frozen.merge(out), None
 
 
@@ -193,6 +220,16 @@ class _Logits(nn.Module):
 
     def forward(self, cross: Tensor, pooled: Tensor | None = None) -> Tensor:
         return self.router.logits(pooled, cross)
+
+
+def _unpacked(heads: Tensor, packing: Packing) -> Tensor:
+    """(1,H,T,D) -> (B,H,L,D)."""
+    return split_heads(packing.unpack(heads.transpose(1, 2).flatten(2)), heads.shape[1])
+
+
+def _packed(heads: Tensor, packing: Packing) -> Tensor:
+    """(B,H,L,D) -> (1,H,T,D)."""
+    return split_heads(packing.pack(heads.transpose(1, 2).flatten(2)), heads.shape[1])
 
 
 def _widened(head: nn.Sequential, num_labels: int) -> nn.Sequential:
