@@ -9,13 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .modules import is_plain
+
 
 def join_linear(modules: Sequence[nn.Module]) -> None:
     """Move the weights of frozen linear layers that read the same input into one tensor, and their biases into another.
 
     The parameters become views of it: modules, names and values stay, no memory is added, and a change in place is a change of
     both. What moves parameters (`to`, a copy) takes them apart, and `call_linear` then calls each layer: join them again.
-    Layers that `call_linear` would call one by one are left alone, and so are weights in memory that processes share.
+    Layers that `call_linear` would call one by one are left alone, and so are weights that are a part of somebody else's tensor
+    or lie in memory that processes share.
     """
     if not _are_plain(modules) or _joined(modules) is not None:
         return
@@ -46,9 +49,8 @@ def call_linear(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
 def _are_plain(modules: Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Linear]]:
     """Whether each `module(x)` is sure to be F.linear(x, weight, bias) of frozen parameters, and nothing else."""
     return all(
-        type(module) is nn.Linear
-        and "forward" not in module.__dict__
-        and not (module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks)
+        is_plain(module, nn.Linear)
+        # Subclasses of tensors are no exact parameters, nor is what torch.func puts in their place.
         and all(type(p) is nn.Parameter and not p.requires_grad for p in module._parameters.values() if p is not None)
         for module in modules
     )
@@ -56,8 +58,10 @@ def _are_plain(modules: Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Linear]]:
 
 def _can_move(parameters: Sequence[Tensor]) -> bool:
     layouts = {(p.dtype, p.device, p.shape[1:]) for p in parameters}
+    if len(layouts) > 1 or any(p.is_meta or p.is_inference() for p in parameters):
+        return False
     is_shared = any(p.device.type == "cpu" and p.is_shared() for p in parameters)
-    return len(layouts) <= 1 and not (is_shared or any(p.is_meta or p.is_inference() for p in parameters))
+    return not is_shared and all(p.untyped_storage().nbytes() == p.nbytes for p in parameters)
 
 
 def _joined(modules: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None] | None:

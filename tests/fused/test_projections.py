@@ -1,7 +1,7 @@
 """One product for the frozen projections of a layer: the same numbers, and never where a module should be called."""
 
 import copy
-import pickle
+import io
 from collections.abc import Callable
 
 import pytest
@@ -131,15 +131,18 @@ def _copied(modules: nn.ModuleList) -> nn.ModuleList:
     return copy.deepcopy(modules)
 
 
-def _pickled(modules: nn.ModuleList) -> nn.ModuleList:
-    return pickle.loads(pickle.dumps(modules))
+def _saved(modules: nn.ModuleList) -> nn.ModuleList:
+    file = io.BytesIO()
+    torch.save(modules, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def _cast(modules: nn.ModuleList) -> nn.ModuleList:
     return modules.float().double()
 
 
-@pytest.mark.parametrize("move", [_copied, _pickled, _cast])
+@pytest.mark.parametrize("move", [_copied, _saved, _cast])
 def test_what_was_moved_is_right_and_can_be_joined_again(
     move: Callable[[nn.ModuleList], nn.ModuleList], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,11 +154,14 @@ def test_what_was_moved_is_right_and_can_be_joined_again(
     assert products(modules, X, monkeypatch) == 1
 
 
-def test_shared_meta_and_inference_weights_are_left_alone() -> None:
-    shared = layers().share_memory()
+def test_weights_that_have_to_stay_where_they_are_do() -> None:
+    """In shared memory, among those that somebody flattened, on the meta device, made in inference mode."""
+    shared, flattened = layers().share_memory(), layers()
+    flat = nn.utils.parameters_to_vector(flattened.parameters())
+    nn.utils.vector_to_parameters(flat, flattened.parameters())
     with torch.inference_mode():
         inference = layers()
-    for modules in (shared, inference, layers().to("meta")):
+    for modules in (shared, flattened, inference, layers().to("meta")):
         addresses = [p.data_ptr() for p in modules.parameters()]
         join_linear(modules)
         assert addresses == [p.data_ptr() for p in modules.parameters()]
