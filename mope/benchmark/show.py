@@ -14,7 +14,9 @@ COLUMNS = ("case", "way", "ms", "ratio", "memory", "of the roofline")
 def table(rows: Sequence[Row]) -> str:
     """Markdown: a line for each way of each case of one op, and what did not run."""
     lines, before = [], ""
-    for row in rows:
+    # Those of a case need not have been measured one after the other.
+    place = {case: i for i, case in enumerate(dict.fromkeys(row["case"] for row in rows))}
+    for row in sorted(rows, key=lambda row: place[row["case"]]):
         if "ms" in row:
             case = "" if row["case"] == before else row["case"]
             before = row["case"]

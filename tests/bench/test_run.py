@@ -84,11 +84,13 @@ def test_table_by_hand():
     ours = {"case": "a", "way": "ours", "implementation": "cpu", "ms": 1.0, "spread_ms": 0.1, "memory": 2**20, "roofline": 0.5}
     other = {"case": "a", "way": "flex", "ms": 2.0, "spread_ms": 0.2, "ratio": 2.01, "ratio_spread": 0.02, "memory": 2**21}
     absent = {"case": "a", "way": "xformers", "unavailable": "not here"}
-    assert show.table([ours, other, absent]).splitlines() == [
+    later = {"case": "b", "way": "ours", "implementation": "cpu", "ms": 3.0, "spread_ms": 0.1}
+    assert show.table([ours, later, other, absent]).splitlines() == [
         "| case | way        | ms      | ratio       | memory | of the roofline |",
         "| :--- | :--------- | ------: | ----------: | -----: | --------------: |",
         "| a    | ours (cpu) | 1 ± 0.1 |             |   1 MB |            50 % |",
         "|      | flex       | 2 ± 0.2 | 2.01 ± 0.02 |   2 MB |                 |",
+        "| b    | ours (cpu) | 3 ± 0.1 |             |        |                 |",
         "",
         "Not run: xformers in 1 case (not here).",
     ]
