@@ -20,7 +20,7 @@ def test_cold_start(results, pytestconfig, tmp_path):
     if found.has(**key):
         pytest.skip("stands in the results")
     done = subprocess.run(
-        [sys.executable, "-m", "bench.cold_start", shape],
+        [sys.executable, "-m", "bench.first_step", shape],
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
