@@ -149,7 +149,7 @@ SCHEMAS = {
     "prompted_norm": f"({_PROMPTED_NORM_INPUTS}, bool keep_pooled)"
     " -> (Tensor total, Tensor normed, Tensor probs, Tensor weights, Tensor indices, Tensor pooled)",
     # With the sizes N of x, S of static and M of mapped. Weights and indices are those of a routing given ready-made, if one was.
-    # -> the gradients of x and update in their dtypes, that of experts in theirs, the others in float32
+    # -> the gradients of x, update, experts and routing_weights in their dtypes, the others in float32
     "prompted_norm_backward": "(Tensor? grad_total, Tensor? grad_normed, Tensor? grad_probs, Tensor? grad_weights, Tensor total,"
     " Tensor probs, Tensor weights, Tensor indices, Tensor pooled, Tensor? weight, Tensor? experts, Tensor? self_weight,"
     " Tensor? self_bias, Tensor? self_keys, int num_rows, int num_replaced, int num_static, int num_mapped, float temperature,"
@@ -366,21 +366,24 @@ def _fake_prompted_norm(
 
 def _fake_prompted_norm_backward(*args: Any) -> tuple[Tensor, ...]:
     total, probs, weights = args[4:7]
-    _, experts, self_weight, self_bias, self_keys, num_rows, _, num_static, num_mapped = args[9:18]
+    _, experts, self_weight, self_bias, self_keys, num_rows, num_replaced, num_static, num_mapped = args[9:18]
     x_dtype, update_dtype, needs = args[-3:]
-    batch, _, width = total.shape
+    batch, num_out, width = total.shape
     like = {"experts": experts, "self_weight": self_weight, "self_bias": self_bias, "self_keys": self_keys}
     shapes: dict[str, tuple[int, ...]] = {name: tuple(t.shape) for name, t in like.items() if t is not None}
     shapes |= dict.fromkeys(("x", "update"), (batch, num_rows, width)) | dict.fromkeys(("weight", "bias"), (width,))
-    shapes |= {"static": (num_static, width), "mapped": (batch, num_mapped, width)}
+    shapes |= {"static": (num_static, width), "mapped": (batch, num_out - (num_rows - num_replaced), width)}
     shapes |= {"cross_logits": tuple(probs.shape), "routing_weights": tuple(weights.shape)}
-    dtypes = {"x": x_dtype, "update": update_dtype} | ({} if experts is None else {"experts": experts.dtype})
-    return tuple(
-        total.new_empty(shapes[name], dtype=dtypes.get(name, torch.float32))
-        if needs >> bit & 1
-        else total.new_empty(0, dtype=torch.float32)
+    dtypes = {"x": x_dtype, "update": update_dtype, "routing_weights": weights.dtype}
+    dtypes |= {} if experts is None else {"experts": experts.dtype}
+    found = {
+        name: total.new_empty(shapes[name] if needs >> bit & 1 else (0,), dtype=dtypes.get(name, torch.float32))
         for bit, name in enumerate(PROMPTED_NORM_GRADIENTS)
-    )
+    }
+    if needs >> PROMPTED_NORM_GRADIENTS.index("mapped") & 1:
+        # The last of the rows of all prompts.
+        found["mapped"] = found["mapped"][:, shapes["mapped"][1] - num_mapped :]
+    return tuple(found.values())
 
 
 def _fake_expert_adapter(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ class PromptedNormFunction(torch.autograd.Function):
         ctx.ops, ctx.options = getattr(torch.ops, namespace), options
         given = dict(zip(_TENSORS, tensors, strict=True))
         needed = dict(zip(_TENSORS, ctx.needs_input_grad[2:], strict=True))
-        keep_pooled = given["self_weight"] is not None and (needed["self_weight"] or needed["self_keys"])
+        keep_pooled = needed["self_weight"] or needed["self_bias"] or needed["self_keys"]
         total, normed, probs, weights, indices, pooled = ctx.ops.prompted_norm.default(*tensors, *options, keep_pooled)
         used = (given["routing_weights"], given["routing_indices"]) if given["routing_weights"] is not None else (weights, indices)
         kept = ("weight", "experts", "self_weight", "self_bias", "self_keys")

@@ -115,26 +115,26 @@ def _prompted_norm(case: Case, dtype: torch.dtype) -> Problem:
     inputs |= {"self_weight": torch.randn(2, dim) / dim**0.5, "self_bias": torch.zeros(2)}
     trained = _train(inputs, *inputs) if case.training else ()
     inputs["self_keys"] = torch.randn(2, experts) / experts**0.5
-    norm = (torch.randn(dim, dtype=dtype), torch.randn(dim, dtype=dtype))
+    weight, bias = torch.randn(dim, dtype=dtype), torch.randn(dim, dtype=dtype)
     options: dict[str, Any] = {"num_replaced": 2 * prompts + 1, "temperature": TEMPERATURE}
 
-    def ours(x: Tensor, update: Tensor, **others: Tensor) -> Outputs:
-        total, normed, routing = mope_kernels.prompted_norm(x, update, *norm, **others, **options)
+    def ours(x: Tensor, update: Tensor, **others: Any) -> Outputs:
+        total, normed, routing = mope_kernels.prompted_norm(x, update, weight, bias, **others, **options)
         assert routing is not None
         return total, normed, routing.probs
 
-    def definition(x: Tensor, update: Tensor, **others: Tensor) -> Outputs:
-        total, normed, routing = reference.prompted_norm(x, update, *norm, **others, **options)
+    def definition(x: Tensor, update: Tensor, **others: Any) -> Outputs:
+        total, normed, routing = reference.prompted_norm(x, update, weight, bias, **others, **options)
         assert routing is not None
         return total, normed, routing[2]
 
-    released = functools.partial(baselines.released_beginning, norm=norm, temperature=TEMPERATURE)
+    released = functools.partial(baselines.released_beginning, norm=(weight, bias), temperature=TEMPERATURE)
     x, update, *others = inputs.values()
     return Problem(
         inputs,
         {"ours": ours, "released": released, "branchless": functools.partial(released, waits=False)},
         definition,
-        explain("prompted_norm", x, update, *norm, experts=others[1], **options).impl or "",
+        explain("prompted_norm", x, update, weight, bias, experts=others[1], **options).impl or "",
         shapes.routed_work(shape, dtype.itemsize, case.training),
         dtype,
         trained,

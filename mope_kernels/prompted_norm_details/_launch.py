@@ -7,10 +7,9 @@ from torch import Tensor
 
 from mope_kernels._checks import last_dim_contiguous
 from mope_kernels._ops import PROMPTED_NORM_GRADIENTS, triton_kernel
-from mope_kernels._triton import launch, next_power_of_2
+from mope_kernels._triton import cdiv, launch, next_power_of_2
 from mope_kernels.norm_details._launch import add_norm_rows, add_norm_rows_backward, row_blocks
-from mope_kernels.prompts_details._launch import mix_prompts_backward
-from mope_kernels.router_details._launch import route_backward
+from mope_kernels.prompts_details._launch import mixture_backward
 
 # What the programs of an item add to its mean is kept apart until the second kernel sums it up, in one block.
 MOST_CHUNKS = 64
@@ -174,43 +173,36 @@ def prompted_norm_backward(
 
     through_router = {"cross_logits"} if self_keys is None else {"cross_logits", "x", "update", *_ROUTER}
     need_logits = probs.shape[1] > 0 and not needed.isdisjoint(through_router)
-    need_mixture = need_logits or "routing_weights" in needed
 
     # The prompts' own rows first, in float32: their gradients are summed over the batch.
     grad_prompts = torch.empty(batch, num_prompts, width, dtype=torch.float32, device=total.device)
     prompt_sums: tuple[Tensor | None, Tensor | None] = (None, None)
-    if need_mixture or not needed.isdisjoint(("weight", "bias", "static", "experts", "mapped")):
+    if need_logits or needed - {"x", "update"}:
         prompt_sums = add_norm_rows_backward(
             grad_total, grad_normed, total, weight, grad_prompts, None, eps, num_rows=num_prompts, **norm_sums
         )
-    if "static" in needed:
-        found["static"] = grad_prompts[:, :num_static].sum(0)
     if "mapped" in needed:
-        found["mapped"] = grad_prompts[:, num_prompts - num_mapped :].clone(memory_format=torch.contiguous_format)
+        found["mapped"] = grad_prompts[:, num_prompts - num_mapped :]
 
+    # Dense routing: every expert in its place, with its probability.
+    dense = weights.shape[1] == 0
+    mixture, chosen = (probs, None) if dense else (weights, indices)
+    if experts is not None and (need_logits or "routing_weights" in needed):
+        grad_routed = grad_prompts[:, num_static : num_prompts - num_mapped]
+        found["routing_weights"] = mixture_backward(grad_routed, experts, mixture, chosen)
     grad_query = None
-    if experts is not None and (need_mixture or "experts" in needed):
-        if weights.shape[1] == 0:
-            weights = probs
-        found["experts"], grad_mixture = mix_prompts_backward(
-            grad_prompts[:, num_static : num_prompts - num_mapped],
-            experts,
-            weights,
-            indices,
-            "experts" in needed,
-            need_mixture,
+    if need_logits:
+        grad_mixture = found["routing_weights"]
+        if grad_weights is not None and not dense:
+            grad_mixture = grad_mixture + grad_weights
+        grad_logits, grad_query = _router_backward(
+            grad_probs, grad_mixture, probs, mixture, chosen, self_keys, temperature, renormalize
         )
-        if "routing_weights" in needed:
-            found["routing_weights"] = grad_mixture
-        if need_logits:
-            # In dense routing the weights have no columns, as they would repeat the probabilities.
-            if grad_weights is not None and grad_weights.shape[1]:
-                grad_mixture = grad_mixture + grad_weights
-            grad_logits = route_backward(grad_probs, grad_mixture, probs, weights, indices, temperature, renormalize)
-            found["cross_logits"] = grad_logits
-            if self_weight is not None and self_keys is not None:
-                grad_query = grad_logits @ self_keys.float().T
-                found |= _router_gradients(needed, grad_logits, grad_query, pooled, self_weight, self_bias)
+        found["cross_logits"] = grad_logits
+        if "self_keys" in needed and self_weight is not None:
+            query = pooled @ self_weight.float().T
+            found["self_keys"] = (query if self_bias is None else query + self_bias).T @ grad_logits
+    found |= _shared_backward(needed, grad_prompts, num_static, experts, mixture, chosen, grad_query, pooled)
 
     if not needed.isdisjoint(("x", "update", "weight", "bias")):
         for name, dtype in (("x", x_dtype), ("update", update_dtype)):
@@ -244,16 +236,95 @@ def prompted_norm_backward(
 _ROUTER = ("self_weight", "self_bias", "self_keys")
 
 
-def _router_gradients(
-    needed: set[str], grad_logits: Tensor, grad_query: Tensor, pooled: Tensor, self_weight: Tensor, self_bias: Tensor | None
-) -> dict[str, Tensor | None]:
-    """Of the router's own parameters, logits = (pooled W' + b) keys; small products."""
-    found: dict[str, Tensor | None] = {}
-    if "self_weight" in needed:
-        found["self_weight"] = grad_query.T @ pooled
-    if "self_bias" in needed:
-        found["self_bias"] = grad_query.sum(0)
-    if "self_keys" in needed:
-        query = pooled @ self_weight.float().T
-        found["self_keys"] = (query if self_bias is None else query + self_bias).T @ grad_logits
+def _router_backward(
+    grad_probs: Tensor | None,
+    grad_mixture: Tensor,
+    probs: Tensor,
+    weights: Tensor,
+    indices: Tensor | None,
+    self_keys: Tensor | None,
+    temperature: float,
+    renormalize: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the logits (B,K), and of the query (B,s) if there are keys."""
+    from ._backward import router_backward
+
+    batch, num_experts = probs.shape
+    selected = weights.shape[1]
+    grad_logits = torch.empty_like(probs, memory_format=torch.contiguous_format)
+    grad_query = None if self_keys is None else probs.new_empty(batch, self_keys.shape[0])
+    launch(
+        router_backward,
+        batch,
+        None if grad_probs is None else grad_probs.contiguous(),
+        grad_mixture,
+        probs,
+        weights,
+        indices,
+        None if self_keys is None else self_keys.contiguous(),
+        grad_logits,
+        grad_query,
+        temperature,
+        K=num_experts,
+        TOP_K=selected,
+        RENORMALIZE=renormalize,
+        QUERY=0 if self_keys is None else self_keys.shape[0],
+        BK=next_power_of_2(num_experts),
+        BT=min(next_power_of_2(selected), 16),
+        num_warps=min(max(next_power_of_2(num_experts) // 64, 1), 8),
+    )
+    return grad_logits, grad_query
+
+
+def _shared_backward(
+    needed: set[str],
+    grad_prompts: Tensor,
+    num_static: int,
+    experts: Tensor | None,
+    weights: Tensor,
+    indices: Tensor | None,
+    grad_query: Tensor | None,
+    pooled: Tensor,
+) -> dict[str, Tensor]:
+    """Gradients of what all items share: static prompts, experts, the router's weight and bias. One launch."""
+    from ._backward import shared_backward
+
+    batch, num_prompts, width = grad_prompts.shape
+    found: dict[str, Tensor] = {}
+    if "static" in needed:
+        found["static"] = grad_prompts.new_empty(num_static, width)
+    if "experts" in needed and experts is not None:
+        found["experts"] = torch.empty_like(experts, memory_format=torch.contiguous_format)
+    if grad_query is not None and not needed.isdisjoint(("self_weight", "self_bias")):
+        found["self_weight"] = grad_prompts.new_empty(grad_query.shape[1], width)
+        found["self_bias"] = grad_prompts.new_empty(grad_query.shape[1])
+    sizes = {name: found[name].numel() // width if name in found else 0 for name in ("static", "experts", "self_weight")}
+    block = min(next_power_of_2(width), 128)
+    # What is not asked for has no rows, and its pointer is not followed.
+    pointers = (found.get(name, grad_prompts) for name in ("static", "experts", "self_weight", "self_bias"))
+    launch(
+        shared_backward,
+        sum(sizes.values()) * cdiv(width, block),
+        grad_prompts,
+        weights,
+        indices,
+        grad_prompts if grad_query is None else grad_query,
+        pooled,
+        *pointers,
+        batch,
+        weights.stride(0),
+        0 if indices is None else indices.stride(0),
+        C=width,
+        ROWS=num_prompts,
+        S=num_static,
+        P=max(experts.shape[1], 1) if experts is not None else 1,
+        STATIC_ROWS=sizes["static"],
+        EXPERT_ROWS=sizes["experts"],
+        QUERY=sizes["self_weight"],
+        SELECTED=weights.shape[1],
+        BB=16,
+        BT=min(next_power_of_2(weights.shape[1]), 32),
+        BC=block,
+        num_warps=4,
+    )
     return found

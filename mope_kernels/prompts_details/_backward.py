@@ -67,10 +67,12 @@ def mix_backward_weights(
     TOP_K: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """One program: one weight of one item, the product of its expert with the incoming gradient."""
+    """One program: one weight of one item, the product of its expert with the incoming gradient. No indices: every expert's."""
     item = (tl.program_id(0) // TOP_K).to(tl.int64)
     slot = tl.program_id(0) % TOP_K
-    index = tl.load(p_indices + item * stride_indices + slot).to(tl.int64)
+    index = slot.to(tl.int64)
+    if p_indices is not None:
+        index = tl.load(p_indices + item * stride_indices + slot).to(tl.int64)
     b_products = tl.zeros([BE], tl.float32)
     for start in range(0, P * D, BE):
         o_element = start + tl.arange(0, BE)

@@ -42,7 +42,7 @@ def mix_prompts(experts: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
 def mix_prompts_backward(
     grad_out: Tensor, experts: Tensor, weights: Tensor, indices: Tensor, need_experts: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor]:
-    from ._backward import mix_backward_experts, mix_backward_weights
+    from ._backward import mix_backward_experts
 
     grad_out, experts, weights, indices = (last_dim_contiguous(t) for t in (grad_out, experts, weights, indices))
     batch, top_k = weights.shape
@@ -72,23 +72,33 @@ def mix_prompts_backward(
             num_warps=4,
         )
     if need_weights:
-        grad_weights = weights.new_empty(weights.shape)
-        launch(
-            mix_backward_weights,
-            batch * top_k,
-            grad_out,
-            experts,
-            indices,
-            grad_weights,
-            grad_out.stride(0),
-            grad_out.stride(1),
-            experts.stride(0),
-            experts.stride(1),
-            indices.stride(0),
-            P=num_prompts,
-            D=width,
-            TOP_K=top_k,
-            BE=min(next_power_of_2(num_prompts * width), 1024),
-            num_warps=4,
-        )
+        grad_weights = mixture_backward(grad_out, experts, weights, indices)
     return grad_experts, grad_weights
+
+
+def mixture_backward(grad_out: Tensor, experts: Tensor, weights: Tensor, indices: Tensor | None) -> Tensor:
+    """The gradient of the weights (B,k). Without indices there is a weight for each expert."""
+    from ._backward import mix_backward_weights
+
+    batch, top_k = weights.shape
+    _, num_prompts, width = experts.shape
+    grad_weights = weights.new_empty(weights.shape)
+    launch(
+        mix_backward_weights,
+        batch * top_k,
+        grad_out,
+        experts,
+        indices,
+        grad_weights,
+        grad_out.stride(0),
+        grad_out.stride(1),
+        experts.stride(0),
+        experts.stride(1),
+        0 if indices is None else indices.stride(0),
+        P=num_prompts,
+        D=width,
+        TOP_K=top_k,
+        BE=min(next_power_of_2(num_prompts * width), 1024),
+        num_warps=4,
+    )
+    return grad_weights

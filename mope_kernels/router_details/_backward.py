@@ -6,13 +6,13 @@ import triton.language as tl
 
 
 @triton.jit
-def route_backward(
+def route_item_backward(
     p_grad_probs,
     p_grad_weights,
     p_probs,
     p_weights,
     p_indices,
-    p_grad_logits,
+    item,
     temperature,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -20,7 +20,7 @@ def route_backward(
     BK: tl.constexpr,
     BT: tl.constexpr,
 ):
-    item = tl.program_id(0).to(tl.int64)
+    """Gradient of an item's logits: (BK,). Where p_indices is None the weights are the probabilities."""
     o_expert = tl.arange(0, BK)
     m_expert = o_expert < K
     # (BK,)
@@ -28,7 +28,9 @@ def route_backward(
     b_grad = tl.zeros([BK], tl.float32)
     if p_grad_probs is not None:
         b_grad += tl.load(p_grad_probs + item * K + o_expert, mask=m_expert, other=0.0).to(tl.float32)
-    if p_grad_weights is not None:
+    if p_grad_weights is not None and p_indices is None:
+        b_grad += tl.load(p_grad_weights + item * K + o_expert, mask=m_expert, other=0.0).to(tl.float32)
+    if p_grad_weights is not None and p_indices is not None:
         # weights = probs[indices] / total; without renormalization total is 1 and nothing is common to all weights.
         b_total = tl.full([BT], 1.0, tl.float32)
         b_common = tl.zeros([BT], tl.float32)
@@ -53,5 +55,27 @@ def route_backward(
             b_grad_weight = tl.load(p_grad_weights + item * TOP_K + o_slot, mask=m_slot, other=0.0).to(tl.float32)
             b_grad_selected = (b_grad_weight - b_common) / b_total
             b_grad += tl.sum(tl.where(b_index[None, :] == o_expert[:, None], b_grad_selected[None, :], 0.0), 1)
-    b_grad_logits = b_probs * (b_grad - tl.sum(b_grad * b_probs, 0)) / temperature
-    tl.store(p_grad_logits + item * K + o_expert, b_grad_logits, mask=m_expert)
+    return b_probs * (b_grad - tl.sum(b_grad * b_probs, 0)) / temperature
+
+
+@triton.jit
+def route_backward(
+    p_grad_probs,
+    p_grad_weights,
+    p_probs,
+    p_weights,
+    p_indices,
+    p_grad_logits,
+    temperature,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    BK: tl.constexpr,
+    BT: tl.constexpr,
+):
+    item = tl.program_id(0).to(tl.int64)
+    o_expert = tl.arange(0, BK)
+    b_grad_logits = route_item_backward(
+        p_grad_probs, p_grad_weights, p_probs, p_weights, p_indices, item, temperature, K, TOP_K, RENORMALIZE, BK, BT
+    )
+    tl.store(p_grad_logits + item * K + o_expert, b_grad_logits, mask=o_expert < K)
