@@ -211,7 +211,7 @@ def attention(kind: str, query: Tensor, num_keys: int, num_prompts: int, lengths
     if kind == "released":
         return lambda q, k, v: _own_softmax(q, k, v, mask)
     if kind.startswith("cat+sdpa"):
-        return _sdpa(kind, None if mask is None else mask.expand(-1, -1, query.shape[2], -1))
+        return _sdpa(kind, None if mask is None else mask.expand(-1, query.shape[1], query.shape[2], -1))
     if kind == "flex":
         return _flex(query, total, lengths, num_prompts, training)
     if kind == "xformers":
