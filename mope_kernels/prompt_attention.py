@@ -193,10 +193,10 @@ def prompt_attention(
         ValueError: shapes, dtypes or devices do not fit, `attn_bias` requires a gradient, or `impl` cannot run.
     """
     arguments = Arguments("prompt_attention")
-    arguments.probability("dropout_p", dropout_p)
     if offsets is None:
         check_attention(arguments, query, key, value, lengths, dropout_p)
     else:
+        arguments.probability("dropout_p", dropout_p)
         _check_packed(arguments, query, key, value, offsets, max_length, has_other=lengths is not None or attn_bias is not None)
     owner = "1" if prompt_key.shape[:1] == (1,) else "B"
     arguments.tensor("prompt_key", prompt_key, f"{owner} H P D")
@@ -243,8 +243,7 @@ def _attend_packed(
 ) -> Tensor:
     """Packed items, where Triton runs; else they are padded, attended and packed again."""
     query, key, value, *prompts = tensors
-    # What stands for padding once they are padded.
-    implementation = _PROMPT_ATTENTION.choose(impl, *tensors, lengths=offsets, is_causal=is_causal, dropout_p=dropout_p)
+    implementation = _PROMPT_ATTENTION.choose(impl, *tensors, offsets=offsets, is_causal=is_causal, dropout_p=dropout_p)
     if implementation == "triton":
         return PromptAttentionFunction.apply(
             "mope_triton::packed_attention",

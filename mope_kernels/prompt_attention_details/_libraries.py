@@ -88,10 +88,12 @@ def sdpa_check(
     prompt_value: Tensor,
     *,
     lengths: Tensor | None = None,
+    offsets: Tensor | None = None,
     attn_bias: Tensor | None = None,
     **_: Any,
 ) -> list[str]:
-    reasons = nothing_visible_check(key, prompt_key, lengths, attn_bias)
+    # Packed items are padded here.
+    reasons = nothing_visible_check(key, prompt_key, lengths if offsets is None else offsets, attn_bias)
     return reasons + sdpa_gradient_check(query, key, value, prompt_key, prompt_value)
 
 
@@ -105,6 +107,7 @@ def long_sequence_check(
     key: Tensor,
     *_: Tensor,
     lengths: Tensor | None = None,
+    offsets: Tensor | None = None,
     attn_bias: Tensor | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
@@ -113,7 +116,7 @@ def long_sequence_check(
     """Why the Triton kernels are left out where they could run."""
     width = next((width for width in SDPA_FROM_TOKENS if query.shape[-1] <= width), None)
     # A mask, which padding and causal order are for sdpa, keeps it from its fastest kernels.
-    is_masked = lengths is not None or attn_bias is not None or is_causal
+    is_masked = is_causal or any(t is not None for t in (lengths, offsets, attn_bias))
     if width is None or is_masked or dropout_p or query.dtype.itemsize != 2 or not has_fast_sdpa(query.device):
         return []
     if min(query.shape[2], key.shape[2]) < SDPA_FROM_TOKENS[width]:
@@ -193,11 +196,13 @@ def xformers_check(
     prompt_value: Tensor,
     *,
     lengths: Tensor | None = None,
+    offsets: Tensor | None = None,
     attn_bias: Tensor | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
     **_: Any,
 ) -> list[str]:
+    lengths = lengths if offsets is None else offsets
     # First what needs no import: it takes seconds.
     if query.device.type not in _XFORMERS_DEVICES:
         return [f"xformers runs on NVIDIA GPUs, these tensors are on {query.device.type}"]
@@ -216,12 +221,13 @@ def _against_merging(
     prompt_value: Tensor,
     *,
     lengths: Tensor | None = None,
+    offsets: Tensor | None = None,
     attn_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     **_: Any,
 ) -> list[str]:
     """Why prompts and tokens have to be concatenated."""
-    given = {"lengths": lengths is not None, "attn_bias": attn_bias is not None, "dropout_p": dropout_p > 0}
+    given = {"lengths": lengths is not None or offsets is not None, "attn_bias": attn_bias is not None, "dropout_p": dropout_p > 0}
     reasons = [f"partial attentions take no {name}" for name, is_given in given.items() if is_given]
     if key.shape[2] == 0 or prompt_key.shape[2] == 0:
         reasons.append("there is but one part")

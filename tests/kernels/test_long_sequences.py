@@ -49,6 +49,7 @@ def test_sdpa_from_a_length_on(op: Any, width: int, first: int) -> None:
     [
         {"dtype": torch.float32},
         {"lengths": torch.empty(2, dtype=torch.int64, device="meta")},
+        {"offsets": torch.empty(3, dtype=torch.int64, device="meta"), "max_length": 4096},
         {"attn_bias": torch.empty(4096, device="meta")},
         {"is_causal": True},
         {"dropout_p": 0.1},

@@ -65,3 +65,10 @@ def test_no_memory_and_no_name_is_added() -> None:
 def test_fine_tuned_encoders_are_left_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fusion(finetuned=("text",)).eval()
     assert widths(model, inputs(), monkeypatch)[0].count(96) == 3
+
+
+def test_cast_models_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = fusion(dtype=torch.float32).eval(), inputs(torch.float32)
+    for dtype in (torch.bfloat16, None):
+        model.cast_frozen(dtype)
+        assert widths(model, batch, monkeypatch)[0].count(96) == 6
