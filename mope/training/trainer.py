@@ -194,7 +194,9 @@ class FusionTrainer(Trainer):
                 {"params": parameters, "lr": rates[modality]}
                 for modality, parameters in parameters_by_modality(self.fusion).items()
             ]
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.recipe.weight_decay)
+            # Fused, a step of fp16 asks on the device whether gradients overflowed; else the host waits for the answer.
+            on_gpu = self.args.device.type == "cuda"
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.recipe.weight_decay, fused=on_gpu or None)
         return self.optimizer
 
     def create_scheduler(

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 @pytest.mark.filterwarnings("ignore:No complete tensor found")
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # Inductor takes minutes, and has a test of its own.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     model = make("Swin by BERT")
     batch, labels = example("Swin by BERT")
     snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)

@@ -347,16 +347,3 @@ def test_what_runs_here_agrees_with_the_reference(options: dict[str, Any]) -> No
         results.append((output.loss, *torch.autograd.grad(output.loss, list(model.trainable_parameters()))))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"num_experts": 8}])
-def test_compiles_into_one_graph(options: dict[str, Any]) -> None:
-    model, batch, labels = fusion(dtype=torch.float32, **options), inputs(torch.float32), torch.zeros(5, dtype=torch.long)
-    model.eval()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
-    model.train()
-    compiled(**batch, labels=labels).loss.backward()
-    assert all(p.grad is not None for p in model.trainable_parameters())

@@ -114,10 +114,11 @@ def test_no_frozen_weight_is_cast_in_a_step(swin: bool, options: dict[str, Any])
 
 def test_banks_are_those_of_autocast() -> None:
     model, batch, _ = make(False)
-    with torch.autocast("cpu", dtype=torch.bfloat16), model.serving() as predict:
+    # oneDNN adds up in another order.
+    with torch.autocast("cpu", dtype=torch.bfloat16), model.serving(prepack=False) as predict:
         expected = predict(**batch).logits
     model.cast_frozen(torch.bfloat16)
-    with model.serving() as predict:
+    with model.serving(prepack=False) as predict:
         assert torch.equal(predict(**batch).logits, expected)
 
 

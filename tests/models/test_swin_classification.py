@@ -437,17 +437,6 @@ def test_autocast() -> None:
     assert all(p.grad is not None for p in model.trainable_parameters())
 
 
-@pytest.mark.slow
-def test_compiles_into_one_graph() -> None:
-    model, batch = fusion(dtype=torch.float32).eval(), inputs(torch.float32)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
-    compiled.train()
-    compiled(**batch, labels=torch.zeros(BATCH, dtype=torch.long)).loss.backward()
-    assert all(p.grad is not None for p in model.trainable_parameters())
-
-
 def test_both_generations_of_names_have_one_fingerprint() -> None:
     """The state dict of an older SwinModel, with the index that it saves."""
     model = swin()
