@@ -184,24 +184,23 @@ def add_norm_backward(
     x_dtype: torch.dtype,
     update_dtype: torch.dtype,
     needs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     rows = _as_one_item(total)
-    grads = [
+    grad_x, grad_update = (
         torch.empty(total.shape, dtype=dtype, device=total.device) if needs >> bit & 1 else None
         for bit, dtype in enumerate((x_dtype, update_dtype))
-    ]
+    )
     grad_weight, grad_bias = add_norm_rows_backward(
         None if grad_total is None else _as_one_item(grad_total),
         None if grad_normed is None else _as_one_item(grad_normed),
         rows,
         weight,
-        *grads,
+        grad_x,
+        grad_update,
         eps,
         num_rows=rows.shape[1],
         need_weight=bool(needs & 4),
         need_bias=bool(needs & 8),
     )
-    grad_x, grad_update, grad_weight, grad_bias = (
-        torch.empty(0, dtype=torch.float32, device=total.device) if g is None else g for g in (*grads, grad_weight, grad_bias)
-    )
-    return grad_x, grad_update, grad_weight, grad_bias
+    found = (grad_x, grad_update, grad_weight, grad_bias)
+    return tuple(torch.empty(0, dtype=torch.float32, device=total.device) if g is None else g for g in found)

@@ -168,7 +168,7 @@ def prompted_norm_backward(
     needed = {name for bit, name in enumerate(PROMPTED_NORM_GRADIENTS) if needs >> bit & 1}
     batch, num_out, width = total.shape
     num_prompts = num_out - (num_rows - num_replaced)
-    norm_sums = {"need_weight": "weight" in needed, "need_bias": "bias" in needed}
+    need_weight, need_bias = "weight" in needed, "bias" in needed
     found: dict[str, Tensor | None] = {}
 
     through_router = {"cross_logits"} if self_keys is None else {"cross_logits", "x", "update", *_ROUTER}
@@ -179,7 +179,16 @@ def prompted_norm_backward(
     prompt_sums: tuple[Tensor | None, Tensor | None] = (None, None)
     if need_logits or needed - {"x", "update"}:
         prompt_sums = add_norm_rows_backward(
-            grad_total, grad_normed, total, weight, grad_prompts, None, eps, num_rows=num_prompts, **norm_sums
+            grad_total,
+            grad_normed,
+            total,
+            weight,
+            grad_prompts,
+            None,
+            eps,
+            num_rows=num_prompts,
+            need_weight=need_weight,
+            need_bias=need_bias,
         )
     if "mapped" in needed:
         found["mapped"] = grad_prompts[:, num_prompts - num_mapped :]
@@ -187,12 +196,11 @@ def prompted_norm_backward(
     # Dense routing: every expert in its place, with its probability.
     dense = weights.shape[1] == 0
     mixture, chosen = (probs, None) if dense else (weights, indices)
+    grad_mixture = grad_query = None
     if experts is not None and (need_logits or "routing_weights" in needed):
         grad_routed = grad_prompts[:, num_static : num_prompts - num_mapped]
-        found["routing_weights"] = mixture_backward(grad_routed, experts, mixture, chosen)
-    grad_query = None
-    if need_logits:
-        grad_mixture = found["routing_weights"]
+        grad_mixture = found["routing_weights"] = mixture_backward(grad_routed, experts, mixture, chosen)
+    if need_logits and grad_mixture is not None:
         if grad_weights is not None and not dense:
             grad_mixture = grad_mixture + grad_weights
         grad_logits, grad_query = _router_backward(
@@ -221,7 +229,8 @@ def prompted_norm_backward(
             first_out=num_prompts,
             grad_query=grad_query,
             self_weight=None if self_weight is None else self_weight.contiguous(),
-            **norm_sums,
+            need_weight=need_weight,
+            need_bias=need_bias,
         )
         for name, of_tokens, of_prompts in zip(("weight", "bias"), token_sums, prompt_sums, strict=True):
             found[name] = of_tokens if of_tokens is None or of_prompts is None else of_tokens + of_prompts
