@@ -11,6 +11,7 @@ import pytest
 
 from bench import gpu
 from mope.benchmark import rows
+from mope.benchmark.cases import WAYS
 from tests.contract.ops import OPS
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +50,11 @@ def test_dry_run_leaves_results_and_continues_them(tmp_path):
     assert [(row["op"], row["case"], row["way"]) for row in rows.read(tmp_path / "ops-dry.jsonl")[1]] == [
         (row["op"], row["case"], row["way"]) for row in found
     ]
+
+
+def test_everything_that_is_timed_is_timed_there():
+    assert {*gpu.OPS, *gpu.MODELS} == {*WAYS, "cold_start"}
+    assert all((ROOT / "bench" / f"test_bench_{name}.py").exists() for name in (*gpu.OPS, *gpu.MODELS))
 
 
 @pytest.mark.slow

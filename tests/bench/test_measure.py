@@ -197,3 +197,9 @@ def test_each_model_has_its_opponents():
 def test_names_of_rows_are_unique(where):
     named = [(case.op, str(case)) for op in WAYS for case in cases(op, where)]
     assert len(set(named)) == len(named)
+
+
+@pytest.mark.parametrize("where", ["tiny", "cpu", "cuda"])
+def test_every_case_has_its_shape(where):
+    named = {name for table in vars(shapes).values() if isinstance(table, dict) for name in table}
+    assert {case.shape for op in WAYS for case in cases(op, where)} <= named
