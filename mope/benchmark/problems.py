@@ -374,6 +374,7 @@ class _Layer(nn.Module):
         self.requires_grad_(False).to(dtype)
         self.heads = shape.heads
         frozen = FrozenAttention(self.query, self.key, self.value, self.output, shape.heads, self.norm)
+        frozen.join()
         self.prompts = MoPEAttention(
             frozen,
             shape.dim,
