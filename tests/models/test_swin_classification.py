@@ -349,7 +349,9 @@ def test_serving_banks_and_detach() -> None:
     model.train()
     with model.serving() as predict:
         logits = predict(**batch).logits
-    assert torch.equal(logits, expected) and model.training and not logits.requires_grad
+    # The frozen text encoder may multiply in other shapes when it serves.
+    torch.testing.assert_close(logits, expected.detach(), rtol=1e-12, atol=1e-12)
+    assert model.training and not logits.requires_grad
     with pytest.raises(ValueError, match="a Swin Transformer has no banks"):
         model.build_banks()
     with pytest.raises(ValueError, match="a Swin Transformer has no banks"):
