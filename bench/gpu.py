@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no"]
 TESTS = ["tests/kernels", "tests/contract", "tests/gpu"]
+DRY_TESTS = ["tests/kernels/test_triton_router.py", "tests/gpu/test_ops.py"]
 # Of every op, forward and backward, on small tensors.
 SMALL_CASES = "triton and test_bitwise_repeatable"
 # What has a row for each op, in the order in which they are measured, and what has one for each model.
@@ -60,8 +61,8 @@ def commands(stage: str, out: Path, device: str, dry: bool) -> list[list[str]]:
     if stage == "tests":
         # Most of the time goes into compiling. What takes much memory runs in one worker.
         workers = ["-n", "2" if dry else str(min(os.cpu_count() or 1, 8)), "--dist", "loadgroup"] if installed("xdist") else []
-        which = "test_ties or test_takes_heads or gpu" if dry else "triton or xformers or gpu"
-        return [[*resume, str(out / f"tests-{device}.jsonl"), *workers, *TESTS, "-m", "not slow", "-k", which]]
+        which = DRY_TESTS if dry else [*TESTS, "-k", "triton or xformers or gpu"]
+        return [[*resume, str(out / f"tests-{device}.jsonl"), *workers, *which, "-m", "not slow"]]
     if stage == "sanitize":
         tool = shutil.which("compute-sanitizer")
         if tool is None and not dry:
