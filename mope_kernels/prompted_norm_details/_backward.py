@@ -77,13 +77,10 @@ def shared_backward(
     query = expert_row - EXPERT_ROWS
     of_expert = (row >= STATIC_ROWS) & (query < 0)
     expert = expert_row // P
-    p_rows = p_grad_prompts + row * C
-    stride_rows = ROWS * C
-    if of_expert:
-        p_rows = p_grad_prompts + (S + expert_row % P) * C
+    stride_rows = tl.where(query >= 0, C, ROWS * C)
+    p_rows = p_grad_prompts + tl.where(of_expert, S + expert_row % P, row) * C
     if query >= 0:
         p_rows = p_pooled
-        stride_rows = C
     b_sum = tl.zeros([BC], tl.float32)
     b_factors = tl.zeros([BB], tl.float32)
     for start in range(0, batch, BB):

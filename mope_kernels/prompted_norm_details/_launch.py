@@ -89,7 +89,7 @@ def prompted_norm(
         selected = routing_weights.shape[1]
     columns, slots = next_power_of_2(width), next_power_of_2(num_experts)
     num_warps = min(max(columns // 128, slots // 64, 1), 8 if columns <= 8192 else 16)
-    experts_at_once = min(next_power_of_2(selected), max(512 * num_warps // columns, 1), 16)
+    experts_at_once = min(next_power_of_2(selected), max(1024 * num_warps // columns, 1), 16)
     others = tuple(None if t is None else last_dim_contiguous(t) for t in (cross_logits, noise, routing_weights, routing_indices))
     launch(
         place_prompts,
