@@ -98,11 +98,11 @@ def per_layer(name: str, impl: str, serving: bool) -> Counter[str]:
     return operations(name, 3, impl, serving) - operations(name, 2, impl, serving)
 
 
-def swin_block(way: str, *, routed: bool = True, batch: int = 64, backward: bool = False) -> Counter[str]:
+def swin_block(way: str, *, routed: bool = True, batch: int = 64, backward: bool = False, half: bool = False) -> Counter[str]:
     """Of one block, its windows shifted: "released", "definition" or "fused", forward, or backward to its own prompts alone.
 
     The frozen weights ask for no gradients. Sizes are those of stage 3 of a Swin-B; nothing is computed but the released way,
-    which looks at its results, on small ones.
+    which looks at its results, on small ones. With `half` under autocast, the frozen weights cast before.
     """
     small = way == "released"
     batch, dim, heads, cross_dim = (2, 32, 1, 16) if small else (batch, 512, 16, 768)
@@ -113,7 +113,10 @@ def swin_block(way: str, *, routed: bool = True, batch: int = 64, backward: bool
         block: Any = MoPESwinBlock(dim, heads, 14, shift=3, num_prompts=13, impl=impl, **own)
         for module in block.swin_modules():
             module.requires_grad_(False)
-        x, update = (torch.randn(batch, 13 + 14**2, dim, requires_grad=backward) for _ in range(2))
+            for linear in (m for m in module.modules() if half and isinstance(m, nn.Linear)):
+                linear.weight, linear.bias = (nn.Parameter(t.half(), requires_grad=False) for t in (linear.weight, linear.bias))
+        dtypes = torch.float32, torch.float16 if half else torch.float32
+        x, update = (torch.randn(batch, 13 + 14**2, dim, requires_grad=backward, dtype=dtype) for dtype in dtypes)
         cross, mapped, noise = torch.randn(batch, cross_dim), torch.randn(batch, 1, dim), torch.randn(batch, 4)
         prompts: dict[str, Any] | None = None
         if routed:
@@ -121,7 +124,8 @@ def swin_block(way: str, *, routed: bool = True, batch: int = 64, backward: bool
             logits = logits.detach().requires_grad_(backward)
             prompts = block.own_prompts(None, mapped, router=block.router, cross_logits=logits, noise=noise)
         released = ReleasedBlock(block) if small else None
-        with torch.set_grad_enabled(backward), CountLaunches() as forward:
+        autocast = torch.autocast("cpu", torch.float16, enabled=half)
+        with torch.set_grad_enabled(backward), autocast, CountLaunches() as forward:
             if released is not None:
                 out = (released(x, cross, mapped) if routed else released(x))[:1]
             else:

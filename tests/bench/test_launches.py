@@ -20,6 +20,12 @@ def test_a_routed_block_is_eight_launches() -> None:
     assert swin_block("fused") == PLAIN | {"place_prompts": 1}
 
 
+def test_nothing_is_cast_under_autocast_where_frozen_weights_were_cast_once() -> None:
+    pytest.importorskip("triton")
+    assert swin_block("fused", half=True) == PLAIN | {"place_prompts": 1}
+    assert not any("copy" in name for name in swin_block("fused", half=True, backward=True))
+
+
 def test_every_operation_of_the_other_ways_is_counted() -> None:
     """A product is one operation, however many dimensions it has; a view is none."""
     released, definition = swin_block("released"), swin_block("definition")
