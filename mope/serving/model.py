@@ -158,7 +158,7 @@ class MultiTaskModel(MoPEForClassification):
         main, other = self.config.modalities
         inputs, padding = self._inputs(pixel_values, input_ids, attention_mask, token_type_ids, position_ids)
         self._check_given(inputs, (main, other) if cross_features is None else (main,))
-        batch = len(inputs[main][REQUIRED[main]])
+        batch = inputs[main][REQUIRED[main]].shape[0]
         if tuple(task_ids.shape) != (batch,):
             raise ValueError(f"task_ids must be ({batch},), one for each item, got {tuple(task_ids.shape)}")
         if batch == 0:

@@ -39,7 +39,7 @@ class _Prompts:
         instance_key: Tensor | None,
         instance_value: Tensor | None,
     ) -> None:
-        num_static = 0 if static_key is None else static_key.shape[1]
+        num_static = 0 if static_key is None else static_key.shape[-2]
         num_instance = 0 if instance_key is None else instance_key.shape[2]
         num_routed = bank_key.shape[2]
         self.sizes = (num_static, num_instance, num_routed)
