@@ -351,9 +351,8 @@ def variants(short: bool = False) -> Iterator[tuple[str, Any]]:
             described = " ".join(f"{k}={_TYPES.get(v, v)}" for k, v in given.items()).replace("width", "C")
             yield f"{op} {_TYPES[dtype]} {described}", lambda f=launches, d=dtype, o=given: f(d, **o)
     adapter_options: list[dict[str, Any]] = [{"experts": experts} for experts in (1, 3, 8)]
-    adapter_options.append(
-        {"experts": 8, "bottleneck": 64, "width": 770, "parameters": torch.float32, "gelu": True, "dropout_p": 0.1}
-    )
+    wide = {"width": 770, "parameters": torch.float32, "gelu": True}
+    adapter_options += [{"experts": 3, **wide, "dropout_p": 0.1}, {"experts": 8, "bottleneck": 64, **wide}]
     for dtype, adapter in product((torch.bfloat16, torch.float32), adapter_options):
         if short and dtype == torch.float32 and adapter is not adapter_options[1]:
             continue

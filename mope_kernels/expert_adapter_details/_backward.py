@@ -4,17 +4,7 @@
 import triton
 import triton.language as tl
 
-from ._forward import activate, load_rows, load_up, load_weight, mix, normal_cdf, of_group, project, route
-
-# 1 / sqrt(2 pi)
-NORMAL_PEAK = tl.constexpr(0.3989422804014327)
-
-
-@triton.jit
-def activation_gradient(b_down, GELU: tl.constexpr):
-    if GELU:
-        return normal_cdf(b_down) + b_down * NORMAL_PEAK * tl.exp(-0.5 * b_down * b_down)
-    return tl.where(b_down <= 0.0, 0.0, 1.0)
+from ._forward import activate, load_rows, load_up, load_weight, mix, of_group, project, route
 
 
 @triton.jit
@@ -78,7 +68,7 @@ def adapter_backward(
     )
     # (BM, BG)
     b_weights = route(b_logits, temperature, p_router is not None, E, BG)
-    b_hidden, b_kept = activate(b_down, p_seed, o_row, dropout_p, GELU, BR)
+    b_hidden, b_slope = activate(b_down, p_seed, o_row, dropout_p, GELU, BR)
     if p_mixed is not None:
         for group in tl.range(0, GROUPS):
             b_mixed = mix(of_group(b_weights, group, BM, BE, BG), b_hidden, BM, BR, BE)
@@ -107,7 +97,7 @@ def adapter_backward(
             b_grad_hidden += tl.sum(b_by_expert * of_group(b_weights, group, BM, BE, BG)[:, :, None], 1)
             if p_router is not None:
                 b_grad_weights += in_group(tl.sum(b_by_expert * b_hidden[:, None, :], 2), group, BM, BE, BG)
-        b_grad_down = (b_grad_hidden * b_kept * activation_gradient(b_down, GELU)).to(dtype)
+        b_grad_down = (b_grad_hidden * b_slope).to(dtype)
         if p_router is not None:
             if p_grad_weights is not None:
                 o_expert = tl.arange(0, BG)

@@ -9,11 +9,8 @@ import triton
 import triton.language as tl
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
-
-
-@triton.jit
-def normal_cdf(b_x):
-    return 0.5 * (1.0 + tl.erf(b_x * SQRT_HALF))
+# 1 / sqrt(2 pi)
+NORMAL_PEAK = tl.constexpr(0.3989422804014327)
 
 
 @triton.jit
@@ -102,16 +99,21 @@ def route(b_logits, temperature, ROUTED: tl.constexpr, E: tl.constexpr, BG: tl.c
 
 @triton.jit
 def activate(b_down, p_seed, o_row, dropout_p, GELU: tl.constexpr, BR: tl.constexpr):
-    """h, (BM,BR), and what dropout multiplies it by: a tile, or 1."""
-    # Where a maximum would be taken, NaN would become 0.
-    b_hidden = b_down * normal_cdf(b_down) if GELU else tl.where(b_down < 0.0, 0.0, b_down)
-    b_kept = 1.0
+    """h = activation(down), after dropout, and its derivative: (BM,BR) each."""
+    if GELU:
+        b_cdf = 0.5 * (1.0 + tl.erf(b_down * SQRT_HALF))
+        b_hidden, b_slope = b_down * b_cdf, b_cdf + b_down * NORMAL_PEAK * tl.exp(-0.5 * b_down * b_down)
+    else:
+        # Where a maximum would be taken, NaN would become 0.
+        b_hidden, b_slope = tl.where(b_down < 0.0, 0.0, b_down), tl.where(b_down <= 0.0, 0.0, 1.0)
     if p_seed is not None:
         # The counter is (row, column), so that forward and backward agree.
         o_row, o_hidden = o_row.to(tl.int32)[:, None], tl.arange(0, BR)[None, :]
         b_random, _, _, _ = tl.philox(tl.load(p_seed), o_row + tl.zeros_like(o_hidden), o_hidden + tl.zeros_like(o_row), 0, 0)
         b_kept = tl.where(tl.uint_to_uniform_float(b_random) >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)
-    return b_hidden * b_kept, b_kept
+        b_hidden *= b_kept
+        b_slope *= b_kept
+    return b_hidden, b_slope
 
 
 @triton.jit

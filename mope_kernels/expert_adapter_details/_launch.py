@@ -35,7 +35,7 @@ SIDE_BY_SIDE = 64
 _HALF = (Blocks(32, 128, 4, 3), Blocks(32, 64, 4, 3), Blocks(64, 64, 4, 3))
 _FLOAT = (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1))
 _HALF_OF_MANY = (Blocks(32, 64, 4, 1), Blocks(16, 16, 4, 1), Blocks(32, 32, 4, 1))
-_FLOAT_OF_MANY = (Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 32, 4, 1))
+_FLOAT_OF_MANY = (Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1))
 
 
 class _Sizes(NamedTuple):
