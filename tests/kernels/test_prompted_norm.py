@@ -89,6 +89,12 @@ def test_takes_the_lowest_of_tied_experts(impl):
         torch.testing.assert_close(total[:, 0, 0], (routing.weights * order).sum(1))
 
 
+@implementations("reference", "triton")
+def test_dense_routing_has_every_expert_in_its_place(impl):
+    _, _, routing = mope_kernels.prompted_norm(**example(impl), num_replaced=2, impl=impl)
+    assert routing.indices.tolist() == [[0, 1, 2, 3, 4]] * 2 and torch.equal(routing.weights, routing.probs)
+
+
 @implementations("triton")
 def test_an_item_gives_the_same_in_any_batch(impl):
     """Bit by bit: how the rows of an item are summed up does not depend on how many items there are."""
