@@ -113,7 +113,6 @@ def add_norm_rows_backward(
         torch.empty(batch * blocks.chunks, width, dtype=torch.float32, device=total.device) if need else None
         for need in (need_weight, need_bias)
     ]
-    # A gradient of rows that lie evenly apart; a kernel needs each row's numbers beside each other.
     grad_total, grad_normed = (None if g is None else last_dim_contiguous(g) for g in (grad_total, grad_normed))
     launch(
         add_norm_backward,

@@ -60,7 +60,7 @@ def prompted_norm(
     indices = probs.new_empty(batch, weights.shape[1] or probs.shape[1], dtype=torch.int64)
     pooled = probs.new_empty((batch, width) if keep_pooled else (0, width))
 
-    # Rows that only go into the mean are read where a router looks at the mean.
+    # Where the router looks at the mean, each program leaves a sum: longer chunks, and never more than one block of them.
     blocks = row_blocks(num_rows, width, steps=4 if query else 2, most_chunks=MOST_CHUNKS if query else None)
     seen = probs.new_empty(batch, blocks.chunks, query) if query else None
     sums = probs.new_empty(batch, blocks.chunks, width) if keep_pooled else None
