@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -312,8 +313,21 @@ class MoPESwinEncoder(nn.Module):
         return self.patch_norm(rearrange(self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)), "b c y x -> b (y x) c"))
 
     def mapped_prompts(self, mapper_input: Tensor) -> list[Tensor]:
-        """The mapped prompt of each stage, (B, 1, C_s), from what the shared part of the mapper gives, (B, mapper_hidden)."""
-        return [self.prompt_dropout(mapper(mapper_input))[:, None] for mapper in self.stage_mappers]
+        """The mapped prompt of each stage, (B, 1, C_s), from what the shared part of the mapper gives, (B, mapper_hidden).
+
+        One product for all stages, where their mappers are plain.
+        """
+        mappers: Any = self.stage_mappers
+        first = [mapper[0] for mapper in mappers if is_plain(mapper, nn.Sequential) and is_plain(mapper[0], nn.Linear)]
+        behind = [list(mapper)[1:] for mapper in mappers]
+        alike = len(first) == len(mappers) and len(set(map(len, behind))) == 1
+        if not alike or any(not is_plain(layer, nn.GELU) for layers in behind for layer in layers):
+            return [self.prompt_dropout(mapper(mapper_input))[:, None] for mapper in mappers]
+        mapped = F.linear(mapper_input, torch.cat([m.weight for m in first]), torch.cat([m.bias for m in first]))
+        for layer in behind[0]:
+            mapped = layer(mapped)
+        parts = self.prompt_dropout(mapped).split([m.out_features for m in first], dim=1)
+        return [part[:, None] for part in parts]
 
     def forward(
         self,

@@ -27,7 +27,8 @@ Results = tuple[Tensor, Tensor, tuple[Any, ...], dict[str, Tensor]]
 def encoder(dtype: torch.dtype = torch.float64, **options: Any) -> MoPESwinEncoder:
     """Far from its initialisation, with noise large enough to matter."""
     torch.manual_seed(0)
-    made = MoPESwinEncoder(**SMALL, cross_dim=PSI, mapper_hidden=8, **{"noise_std": 0.3, **options}).to(dtype)
+    options = {"noise_std": 0.3, "prompt_dropout": 0.0, **options}
+    made = MoPESwinEncoder(**SMALL, cross_dim=PSI, mapper_hidden=8, **options).to(dtype)
     with torch.no_grad():
         for tensor in (*made.parameters(), *(block.position_bias for stage in made.blocks() for block in stage)):
             tensor.add_(0.1 * torch.randn_like(tensor))
@@ -79,7 +80,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "static and mapped": ({"num_experts": 0}, {}),
     "mapped prompts only": ({"num_experts": 0, "static_length": 0}, {}),
     "shallow": ({"prompt_depth": "shallow"}, {}),
-    "dropped prompts": ({"drop_block_prompts": True, "prompt_dropout": 0.5}, {}),
+    "dropped prompts": ({"drop_block_prompts": True, "prompt_dropout": 0.5, "use_mapped": False}, {}),
     "given routing": ({"router": None, "first_blocks": "either"}, {"route_weights": torch.rand(3, 4, 4, dtype=torch.float64)}),
     "checkpointed": ({}, {"checkpointing": True}),
 }
@@ -91,7 +92,8 @@ def test_as_if_every_module_were_called(variant: str) -> None:
     fused, plain = encoder(**build), encoder(**build)
     called = call_everything(plain)
     wanted = evaluate(plain, **call)
-    steps = [f"stages.1.1.{name}" for name in ("norm1", "qkv", "proj", "norm2", "mlp.0", "mlp.1", "mlp")]
+    steps = [f"stage_mappers.{stage}.{layer}" for stage in range(2 * fused.use_mapped * fused.deep) for layer in range(2)]
+    steps += [f"stages.1.1.{name}" for name in ("norm1", "qkv", "proj", "norm2", "mlp.0", "mlp.1", "mlp")]
     assert {*steps, "stages.1.1", "merges.0.norm", "norm"} <= set(called)
     assert_same(evaluate(fused, **call), wanted)
 
