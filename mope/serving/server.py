@@ -86,6 +86,8 @@ class MoPEServer:
             before has graphs recorded anew.
         device: where to put the backbones. None: where they are.
         dtype: torch.float16 or torch.bfloat16, see `MoPEForClassification.cast_frozen`. None: as the backbones are.
+        prepack: on the CPU, keep frozen weights a second time, in the order that is fastest there; see
+            `MoPEForClassification.prepacked`.
         graphs: call through CUDA graphs, one for each thread and shape, see `CudaGraphRunner`. On the CPU it makes no difference.
         max_graphs, batch_sizes: of each thread's `CudaGraphRunner`.
 
@@ -106,6 +108,7 @@ class MoPEServer:
         max_labels: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        prepack: bool = True,
         graphs: bool = True,
         max_graphs: int = 8,
         batch_sizes: Sequence[int] | None = None,
@@ -114,6 +117,7 @@ class MoPEServer:
             if value is not None and value < 1:
                 raise ValueError(f"MoPEServer: {name} must be at least 1, got {value}")
         self.capacity, self.max_labels, self.device, self.dtype = capacity, max_labels, device, dtype
+        self.prepack = prepack
         self._graph_options: dict[str, Any] | None = {"max_graphs": max_graphs, "batch_sizes": batch_sizes} if graphs else None
         self._backbones = {"vision": vision, "text": text}
         self._tasks: dict[str, _Task] = {}
@@ -252,7 +256,8 @@ class MoPEServer:
             dtype=self.dtype,
         )
         self._open.callback(self._model.detach)
-        self._open.enter_context(self._model.prepacked())
+        if self.prepack:
+            self._open.enter_context(self._model.prepacked())
 
     def _check_free(self, task: str, replace: bool) -> None:
         with self._lock:

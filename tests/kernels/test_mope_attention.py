@@ -173,7 +173,7 @@ def test_schema_and_fake_of_many_tasks(impl):
         torch.library.opcheck(func, args, kwargs, test_utils=("test_schema", "test_faketensor"))
 
 
-@implementations("cpu", "triton")
+@implementations("cpu")
 def test_compiles_once_for_any_tasks(impl):
     """fullgraph, and no recompilation for another number of items or of tasks."""
     _, options = MANY_TASKS.draw(torch.float32, impl)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mope import MoPEConfig, MoPEServer
+from mope.fused.prepack import available
 from mope.models.saving import CONFIG, WEIGHTS
 from tests.test_graphs import StandIn
 
@@ -235,6 +236,19 @@ def test_gives_the_backbones_back(world: World) -> None:
     assert_bitwise(world.logits(server, "three"), found)
     server.close()
     server.close()
+
+
+def test_frozen_weights_are_kept_in_order_unless_asked_not_to(world: World) -> None:
+    found = {}
+    for prepack in (True, False):
+        encoders = copy.deepcopy(world.encoders)
+        server = world.server("three", prepack=prepack, **encoders)
+        found[prepack] = world.logits(server, "three")
+        in_order = ["forward" in module.__dict__ for module in encoders["vision"].modules()]
+        assert any(in_order) == (prepack and available(torch.float32))
+        server.close()
+        assert not any("forward" in module.__dict__ for module in encoders["vision"].modules())
+    torch.testing.assert_close(found[True], found[False])
 
 
 def test_takes_backbones_from_the_first_folder(world: World, tmp_path: Path) -> None:
