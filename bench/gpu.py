@@ -60,7 +60,7 @@ def commands(stage: str, out: Path, device: str, dry: bool) -> list[list[str]]:
     resume = [*PYTEST, "-p", "bench.resume", "--resume"]
     if stage == "tests":
         # Most of the time goes into compiling. What takes much memory runs in one worker.
-        workers = ["-n", "2" if dry else str(min(os.cpu_count() or 1, 8)), "--dist", "loadgroup"] if installed("xdist") else []
+        workers = ["-n", "1" if dry else str(min(os.cpu_count() or 1, 8)), "--dist", "loadgroup"] if installed("xdist") else []
         which = DRY_TESTS if dry else [*TESTS, "-k", "triton or xformers or gpu"]
         return [[*resume, str(out / f"tests-{device}.jsonl"), *workers, *which, "-m", "not slow"]]
     if stage == "sanitize":
