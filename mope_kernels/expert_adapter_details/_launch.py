@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mope_kernels._checks import last_dim_contiguous
 from mope_kernels._ops import EXPERT_ADAPTER_GRADIENTS, not_needed, triton_kernel
-from mope_kernels._triton import cdiv, launch, next_power_of_2
+from mope_kernels._triton import cdiv, launch, next_power_of_2, on_amd
 
 # Tensor cores multiply at least 16.
 SMALLEST = 16
@@ -69,7 +69,8 @@ class _Sizes(NamedTuple):
             "EVEN": self.D % blocks.columns == 0,
             "PRECISION": "ieee",
             "num_warps": blocks.num_warps,
-            "num_stages": blocks.num_stages,
+            # AMD's have less shared memory.
+            "num_stages": min(blocks.num_stages, 2) if on_amd() else blocks.num_stages,
         }
 
 
