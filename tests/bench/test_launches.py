@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.launches import swin_block
+from bench.launches import swin_block, swin_encoder
 
 # The residual additions, the LayerNorms, the MLP's first product and the attention are kernels of ours, the others torch's.
 PLAIN = {"add_norm_forward": 2, "aten.addmm.default": 3, "window_forward": 1, "gelu_forward": 1}
@@ -18,6 +18,14 @@ def test_a_plain_block_is_seven_launches() -> None:
 def test_a_routed_block_is_eight_launches() -> None:
     pytest.importorskip("triton")
     assert swin_block("fused") == PLAIN | {"place_prompts": 1}
+
+
+def test_around_the_blocks_there_is_little() -> None:
+    """Images to tokens, prompts and psi for all blocks, three merges, and sums of the windows of small stages."""
+    pytest.importorskip("triton")
+    launches = swin_encoder()
+    assert launches["place_prompts"] == 20 and launches["window_forward"] == 24
+    assert 20 * 8 + 4 * 7 < launches.total() <= 20 * 8 + 4 * 7 + 40
 
 
 def test_nothing_is_cast_under_autocast_where_frozen_weights_were_cast_once() -> None:
