@@ -517,6 +517,7 @@ ADD_NORM = Op(
         "plain": {},
         "nothing to add, no weight": {"update": False, "affine": False},
         "several blocks of odd rows": {"rows": 20, "width": 97},
+        "one number": {"width": 1},
         "wide": {"rows": 1, "width": 1500},
         "empty batch": {"batch": 0},
     },
