@@ -57,13 +57,16 @@ def row_offsets(
 
 
 @triton.jit
-def regions(o_row, window, P: tl.constexpr, R: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
-    """Which of the at most four parts that a shift brings together a row is of, as a bit. A prompt is of all: (rows,)."""
+def cuts(o_row, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
+    """On which side a row is of the two cuts that a shift makes: bit 0 along y, bit 1 along x: (rows,)."""
     o_token = tl.maximum(o_row - P, 0)
-    # Where a window at the end of a column or row of windows is cut: the same for all windows, so the compiler keeps one number.
-    b_cut = tl.where(o_token // W >= W - SHIFT, 1, 0) + tl.where(o_token % W >= W - SHIFT, 2, 0)
-    is_cut = tl.where(window // (R // W) == R // W - 1, 1, 0) + tl.where(window % (R // W) == R // W - 1, 2, 0)
-    return tl.where(o_row < P, 15, 1 << (b_cut & is_cut))
+    return tl.where(o_token // W >= W - SHIFT, 1, 0) + tl.where(o_token % W >= W - SHIFT, 2, 0)
+
+
+@triton.jit
+def cuts_of(window, R: tl.constexpr, W: tl.constexpr):
+    """Which of these cuts go through a window: only those of the last row and the last column of windows."""
+    return tl.where(window // (R // W) == R // W - 1, 1, 0) + tl.where(window % (R // W) == R // W - 1, 2, 0)
 
 
 @triton.jit
@@ -133,12 +136,21 @@ def store_prompts(
 
 
 @triton.jit
-def load_bias(p_bias, o_query, o_key, P: tl.constexpr, W: tl.constexpr):
-    """(W*W, W*W) position bias of one head in units of log 2; 0 beside prompts, -inf for keys that are not there: (BM, BN)."""
+def load_bias(p_bias, o_query, o_key, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
+    """(W*W, W*W) position bias of one head in units of log 2; 0 beside prompts, -inf for keys that are not there: (BM, BN).
+
+    With a shift its two lowest bits say which cuts lie between query and key. They change it by less than 2^-21 of its size, and
+    numbers of their own would take registers, so that one program less fits on a multiprocessor of sm_90.
+    """
     m_query = (o_query >= P) & (o_query < P + W * W)
     m_key = (o_key >= P) & (o_key < P + W * W)
     offsets = (o_query - P)[:, None] * (W * W) + (o_key - P)[None, :]
-    b_bias = tl.load(p_bias + offsets, mask=m_query[:, None] & m_key[None, :], other=0.0).to(tl.float32) * LOG2_E
+    mask = m_query[:, None] & m_key[None, :]
+    b_bias = tl.load(p_bias + offsets, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+    if SHIFT > 0:
+        b_between = cuts(o_query, P, W, SHIFT)[:, None] ^ cuts(o_key, P, W, SHIFT)[None, :]
+        b_bits = (b_bias.to(tl.int32, bitcast=True) & ~3) | tl.where(mask & (b_bias > float("-inf")), b_between, 0)
+        b_bias = b_bits.to(tl.float32, bitcast=True)
     return tl.where((o_key < P + W * W)[None, :], b_bias, float("-inf"))
 
 
@@ -147,22 +159,18 @@ def window_scores(
     b_query,
     b_key,
     b_bias,
-    o_query,
-    o_key,
     window,
     scale_log2,
-    P: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
     SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(BM, BN) in units of log 2."""
+    """(BM, BN) in units of log 2, with the bias as it is loaded."""
     b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2 + b_bias
     if SHIFT > 0:
-        b_query_region = regions(o_query, window, P, R, W, SHIFT)
-        b_key_region = regions(o_key, window, P, R, W, SHIFT)
-        b_scores += tl.where((b_query_region[:, None] & b_key_region[None, :]) == 0, APART, 0.0)
+        is_apart = (b_bias.to(tl.int32, bitcast=True) & cuts_of(window, R, W)) != 0
+        b_scores = tl.where(is_apart, b_scores + APART, b_scores)
     return b_scores
 
 
@@ -206,7 +214,7 @@ def window_forward(
     p_bias += head.to(tl.int64) * (W * W * W * W)
     if KEY_BLOCKS == 1:
         # (BM, BN), the same for all windows
-        b_bias = load_bias(p_bias, o_query, tl.arange(0, BN), P, W)
+        b_bias = load_bias(p_bias, o_query, tl.arange(0, BN), P, W, SHIFT)
     b_sum_of_windows = tl.zeros([BM, BD], tl.float32)
     for j in tl.range(split * NUM_WINDOWS // splits, (split + 1) * NUM_WINDOWS // splits):
         item, window = place(j, owner, batch, NUM_WINDOWS, OWNER_IS_INSTANCE)
@@ -223,8 +231,8 @@ def window_forward(
             b_key = load_rows(p_key, o_key_start, o_key, NUM_ROWS, D, BD)
             b_value = load_rows(p_value, o_key_start, o_key, NUM_ROWS, D, BD)
             if KEY_BLOCKS > 1:
-                b_bias = load_bias(p_bias, o_query, o_key, P, W)
-            b_scores = window_scores(b_query, b_key, b_bias, o_query, o_key, window, scale_log2, P, R, W, SHIFT, PRECISION)
+                b_bias = load_bias(p_bias, o_query, o_key, P, W, SHIFT)
+            b_scores = window_scores(b_query, b_key, b_bias, window, scale_log2, R, W, SHIFT, PRECISION)
             # Each block of keys has one that is there, so no maximum is -inf.
             b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
             b_probs = tl.exp2(b_scores - b_new_max[:, None])
@@ -255,16 +263,18 @@ def window_forward(
         )
 
 
-@triton.jit(do_not_specialize=["batch", "splits"])
-def sum_partials(p_partial, p_out, batch, splits, scale, ROWS: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
-    """One program: one prompt of one item; scale * sum of partial (splits, B, P, C), into the first P rows of out (B, ROWS, C)."""
-    item = (tl.program_id(0) // P).to(tl.int64)
-    prompt = tl.program_id(0) % P
-    for start in tl.range(0, C, BC):
+# Compiled once for all blocks of a model.
+@triton.jit(do_not_specialize=["batch", "splits", "rows", "num_prompts", "width"])
+def sum_partials(p_partial, p_out, batch, splits, rows, num_prompts, width, scale, BC: tl.constexpr):
+    """One program: one prompt of one item; scale * sum of partial (splits, B, P, C), into the first P rows of out (B, rows, C)."""
+    item = (tl.program_id(0) // num_prompts).to(tl.int64)
+    prompt = tl.program_id(0) % num_prompts
+    for start in tl.range(0, width, BC):
         o_column = start + tl.arange(0, BC)
         b_sum = tl.zeros([BC], tl.float32)
         # In order, whatever finished first.
         for split in tl.range(0, splits):
-            b_sum += tl.load(p_partial + ((split * batch + item) * P + prompt) * C + o_column, mask=o_column < C, other=0.0)
-        p_row = p_out + (item * ROWS + prompt) * C
-        tl.store(p_row + o_column, (scale * b_sum).to(p_out.dtype.element_ty), mask=o_column < C)
+            p_row = p_partial + ((split * batch + item) * num_prompts + prompt) * width
+            b_sum += tl.load(p_row + o_column, mask=o_column < width, other=0.0)
+        p_row = p_out + (item * rows + prompt) * width
+        tl.store(p_row + o_column, (scale * b_sum).to(p_out.dtype.element_ty), mask=o_column < width)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mope_kernels import configs
 from mope_kernels._ops import not_needed, triton_kernel
 from mope_kernels._triton import cdiv, launch, next_power_of_2, on_amd
-from mope_kernels.configs.window_prompt_attention import Blocks
+from mope_kernels.configs.window_prompt_attention import MORE, Blocks
 from mope_kernels.prompt_attention_details._launch import aligned_rows, dot_precision
 
 # Where the number of multiprocessors is not known: an H100's.
@@ -83,7 +83,6 @@ def _sum_partials(partial: Tensor | None, out: Tensor, scale: float) -> None:
     if partial is None or len(partial) == 0:
         return
     splits, batch, num_prompts, width = partial.shape
-    block = min(next_power_of_2(width), 1024)
     launch(
         sum_partials,
         batch * num_prompts,
@@ -91,12 +90,12 @@ def _sum_partials(partial: Tensor | None, out: Tensor, scale: float) -> None:
         out,
         batch,
         splits,
+        out.shape[1],
+        num_prompts,
+        width,
         scale,
-        ROWS=out.shape[1],
-        P=num_prompts,
-        C=width,
-        BC=block,
-        num_warps=4,
+        BC=256,
+        num_warps=2,
     )
 
 
@@ -171,7 +170,8 @@ def window_prompt_attention_backward(
     qkv, grad_out, position_bias = aligned_rows(qkv), aligned_rows(grad_out), position_bias.contiguous()
     sizes = _sizes(qkv, num_prompts, num_heads, resolution, window_size, shift, owner_is_instance)
     batch, rows, width = qkv.shape
-    blocks = blocks_for("gradient", qkv, sizes.D, sizes.num_rows)
+    # A gradient of the bias keeps registers that large blocks have not.
+    blocks = blocks_for("gradient", qkv, sizes.D, MORE if need_bias else sizes.num_rows)
     query_blocks, key_blocks = cdiv(sizes.num_rows, blocks.queries), cdiv(sizes.num_rows, blocks.keys)
     grad = qkv.new_empty(batch, rows, width) if need_qkv else None
     strides = (qkv.stride()[:2], grad_out.stride()[:2])

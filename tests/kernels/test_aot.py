@@ -43,6 +43,13 @@ def test_the_attention_of_hopper_runs_on_its_matrix_units():
     assert len(lines) == 1 and "wgmma" in lines[0]["matrix"] and lines[0]["shared"] > 0
 
 
+@needs_triton
+def test_four_programs_of_the_shifted_windows_fit_on_a_multiprocessor_of_hopper():
+    """65536 registers for 4 x 128 threads. The mask of the shift takes none of its own."""
+    (line,) = report("--arch", "sm_90", "--short", "--only", "window_prompt_attention bf16 D=32 window_forward")
+    assert line["registers"] <= 128 and line["num_warps"] == 4 and "wgmma" in line["matrix"]
+
+
 def test_spills_and_too_much_shared_memory_are_problems(monkeypatch, capsys):
     good = aot.Report("variant", "kernel", "gfx942", num_warps=4, registers=64, spills=0, stack=0, shared=65536, matrix="")
     spilling, large = dataclasses.replace(good, spills=1), dataclasses.replace(good, shared=65537)
