@@ -123,11 +123,12 @@ SCHEMAS = {
     "prompt_attention": f"({_PROMPT_ATTENTION_INPUTS}) -> (Tensor out, Tensor lse)",
     "prompt_attention_backward": f"(Tensor grad_out, Tensor out, Tensor lse, {_PROMPT_ATTENTION_INPUTS}, int needs)"
     f" -> ({', '.join(['Tensor'] * len(PROMPT_ATTENTION_GRADIENTS))})",
-    # With task_ids (B,), int64: bank_key and bank_value (T*K,H,P,D), gram (T,P,K,K), static_key and static_value (T,H,S,D). No backward.
     # The same for packed items: query, key and value (1,H,T,D), item b in rows offsets[b] to offsets[b+1]; lse (B,H,max_length)
     "packed_attention": f"({_PACKED_ATTENTION_INPUTS}) -> (Tensor out, Tensor lse)",
     "packed_attention_backward": f"(Tensor grad_out, Tensor out, Tensor lse, {_PACKED_ATTENTION_INPUTS}, int needs)"
     f" -> ({', '.join(['Tensor'] * len(PROMPT_ATTENTION_GRADIENTS))})",
+    # With task_ids (B,), int64: bank_key and bank_value (T*K,H,P,D), gram (T,P,K,K), static_key and static_value (T,H,S,D); no
+    # backward.
     "mope_attention": f"({_MOPE_ATTENTION_TENSORS}, {_MOPE_ATTENTION_OPTIONS}, Tensor? task_ids=None)"
     " -> (Tensor out, Tensor lse, Tensor probs, Tensor weights, Tensor indices)",
     "window_prompt_attention": f"({_WINDOW_PROMPT_ATTENTION_INPUTS}) -> Tensor",

@@ -134,7 +134,7 @@ class PrepackedLayers:
             layer
             for module in modules
             for layer in module.modules()
-            if is_plain(layer, nn.Linear) and not any(p.requires_grad for p in layer.parameters())
+            if isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear) and not any(p.requires_grad for p in layer.parameters())
         ]
         for layer in self.layers:
             layer.forward = Prepacked(layer)  # type: ignore[method-assign]
