@@ -19,12 +19,16 @@ PROGRAMS = 264
 
 
 class Blocks(NamedTuple):
-    """Rows and columns of a block, warps, and stages of the software pipeline."""
+    """Rows and columns of a block, warps, stages of the software pipeline, and registers that NVIDIA's assembler shall use.
+
+    Left to itself (None), it may spill a few to have more warps at once.
+    """
 
     rows: int
     columns: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
 # Columns that the bottlenecks of a group of experts have side by side, at most; a bottleneck has no more.
@@ -35,7 +39,7 @@ SIDE_BY_SIDE = 64
 _HALF = (Blocks(32, 128, 4, 3), Blocks(32, 64, 4, 3), Blocks(64, 64, 4, 3))
 _FLOAT = (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1))
 _HALF_OF_MANY = (Blocks(32, 64, 4, 1), Blocks(16, 16, 4, 1), Blocks(32, 32, 4, 1))
-_FLOAT_OF_MANY = (Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1))
+_FLOAT_OF_MANY = (Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1, 255), Blocks(16, 16, 4, 1))
 
 
 class _Sizes(NamedTuple):
@@ -63,7 +67,10 @@ class _Sizes(NamedTuple):
 
     def constants(self, blocks: Blocks) -> dict[str, Any]:
         """With those of a block, and the options of the compiler."""
-        return self._asdict() | {
+        limit = {} if blocks.registers is None or on_amd() else {"maxnreg": blocks.registers}
+        return {
+            **self._asdict(),
+            **limit,
             "BM": blocks.rows,
             "BD": blocks.columns,
             "EVEN": self.D % blocks.columns == 0,
