@@ -39,6 +39,7 @@ def examples(device: torch.device) -> dict[str, tuple[tuple[Any, ...], dict[str,
     heads, prompts, probs = zeros(2, 2, 4, 32), zeros(2, 2, 1, 32), zeros(2, 4)
     indices = torch.zeros(2, 4, dtype=torch.int64, device=device)
     bank = ExpertBank(zeros(4, 2, 1, 32), zeros(4, 2, 1, 32))
+    rows = zeros(2, 3, 8)
     adapter = (zeros(2, 8), zeros(4, 8), zeros(4), zeros(1, 8, 4), zeros(1, 8))
     window = {"num_prompts": 1, "num_heads": 2, "resolution": 2, "window_size": 2}
     return {
@@ -48,5 +49,8 @@ def examples(device: torch.device) -> dict[str, tuple[tuple[Any, ...], dict[str,
         "prompt_attention": ((heads, heads, heads, prompts, prompts), {}),
         "mope_attention": ((heads, heads, heads, probs, bank), {}),
         "window_prompt_attention": ((zeros(2, 5, 192), zeros(2, 4, 4)), window),
+        "add_norm": ((rows, rows, None, None), {}),
+        "prompted_norm": ((rows, rows, None, None), {"num_replaced": 0, "experts": zeros(4, 1, 8), "cross_logits": probs}),
+        "gelu_mlp": ((rows, zeros(32, 8), None, zeros(8, 32), None), {}),
         "expert_adapter": (adapter, {}),
     }

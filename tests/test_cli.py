@@ -12,6 +12,7 @@ import pytest
 import mope_kernels
 from mope import cli
 from mope_kernels import _extension
+from mope_kernels.impl import _OPERATIONS
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -62,9 +63,9 @@ def test_info_says_what_runs_and_why_the_rest_does_not(capsys: pytest.CaptureFix
     assert torch.__version__ in text
     status = _extension.status()
     assert (str(status.path) if status.loaded else status.reason) in text
-    for op in ("route", "mix_prompts", "importance_loss", "prompt_attention", "mope_attention", "window_prompt_attention"):
+    for op in _OPERATIONS:
         assert f"{op}: " in text
-    assert "mope_attention: " + ("cpu" if status.loaded else "reference") + " would run" in text
+    assert "mix_prompts: " + ("cpu" if status.loaded else "reference") + " would run" in text
     assert "Triton" in text
 
 
@@ -81,7 +82,7 @@ def test_info_without_the_extension_says_why() -> None:
     answer = run("info", MOPE_DISABLE_EXTENSION="1")
     assert answer.returncode == 0, answer.stderr
     assert "switched off by MOPE_DISABLE_EXTENSION" in answer.stdout
-    assert "mope_attention: reference would run" in answer.stdout
+    assert "mix_prompts: reference would run" in answer.stdout
 
 
 def test_build_without_a_compiler_fails_and_says_why(tmp_path: Path) -> None:
