@@ -315,7 +315,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("Swin by BERT")
     batch, labels = example("Swin by BERT")
     snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(snippets) == 7
+    assert len(snippets) > 6
     for snippet in snippets:
         exec(snippet, {"torch": torch, "mope": mope, "model": model, "batch": batch, "labels": labels})
     assert (tmp_path / "model.pt2").exists()
