@@ -208,8 +208,9 @@ def prompted_norm_backward(
         )
         found["cross_logits"] = grad_logits
         if "self_keys" in needed and self_weight is not None:
-            query = pooled @ self_weight.float().T
-            found["self_keys"] = (query if self_bias is None else query + self_bias).T @ grad_logits
+            with torch.autocast(total.device.type, enabled=False):
+                query = pooled @ self_weight.float().T
+                found["self_keys"] = (query if self_bias is None else query + self_bias).T @ grad_logits
     found |= _shared_backward(needed, grad_prompts, num_static, experts, mixture, chosen, grad_query, pooled)
 
     if not needed.isdisjoint(("x", "update", "weight", "bias")):

@@ -39,6 +39,15 @@ def test_autocast_changes_nothing(op, impl):
         assert_same(found, clean)
 
 
+@every("cpu", "triton")
+def test_autocast_around_backward_changes_nothing(op, impl):
+    tensors, options = op.draw(torch.float32, impl)
+    clean = run_with_gradients(op, impl, options, tensors)
+    with torch.autocast(DEVICE[impl], dtype=torch.bfloat16):
+        found = run_with_gradients(op, impl, options, tensors)
+    assert_same(found, clean)
+
+
 @every("reference", "cpu", "triton")
 def test_dtypes_of_results(op, impl):
     """Outputs in the dtype of the input, statistics in float32, gradients in the dtype of what they belong to."""
