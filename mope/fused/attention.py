@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import mope_kernels
 from mope_kernels import ExpertBank, Routing
 
+from .modules import version
 from .packing import Packing
 from .projections import call_linear, join_linear
 from .prompts import PromptExperts, project_prompts, split_heads
@@ -275,7 +276,7 @@ class MoPEAttention(nn.Module):
         """Counts of the in-place changes to what a bank is made from."""
         if torch.compiler.is_compiling():
             return ()
-        return tuple(parameter._version for name, parameter in self.named_parameters() if not name.startswith("router."))
+        return tuple(version(parameter) for name, parameter in self.named_parameters() if not name.startswith("router."))
 
     def _check_bank(self, bank: PromptBank) -> None:
         if bank.versions != self._versions() and not torch.compiler.is_compiling():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; 0 of an inference tensor, of which nobody counts it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .modules import is_plain
+from .modules import is_plain, version
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -26,9 +26,11 @@ def available(dtype: torch.dtype) -> bool:
     if dtype not in DTYPES or not torch.backends.mkldnn.is_available():
         return False
     try:
-        x, weight = torch.ones(2, 3, dtype=dtype), torch.arange(12, dtype=dtype).view(4, 3) / 8
-        found = _product(x, _in_order(weight), weight[:, 0].contiguous(), gelu=True)
-        return torch.allclose(found, F.gelu(F.linear(x, weight, weight[:, 0])), atol=1e-2)
+        # Asked once, wherever that happens to be: under autocast, or where new tensors go to a GPU.
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            x, weight = torch.ones(2, 3, dtype=dtype), torch.arange(12, dtype=dtype).view(4, 3) / 8
+            found = _product(x, _in_order(weight), weight[:, 0].contiguous(), gelu=True)
+            return torch.allclose(found, F.gelu(F.linear(x, weight, weight[:, 0])), atol=1e-2)
     except (RuntimeError, AttributeError, NotImplementedError, TypeError):
         return False
 
@@ -112,10 +114,10 @@ class Prepacked:
 
     def _update(self) -> None:
         weight = self.layer.weight
-        if self._source is None or self._source.data_ptr() != weight.data_ptr() or self._version != weight._version:
+        if self._source is None or self._source.data_ptr() != weight.data_ptr() or self._version != version(weight):
             # Also when a model is first used in inference mode: what is made there could not be used outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                self._source, self._version = weight.detach(), weight._version
+                self._source, self._version = weight.detach(), version(weight)
                 self._ordered, self._transposed = _in_order(weight), None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepacked:

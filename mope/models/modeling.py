@@ -17,6 +17,7 @@ from transformers import SwinModel
 from transformers.utils.generic import ModelOutput
 
 from mope.fused import FrozenAttention, InputPrompts, MoPEAttention, Packing, PromptBank, Router
+from mope.fused.modules import version
 from mope.fused.prepack import PrepackedLayers
 from mope.fused.router import make_router, sample_noise, without_noise
 from mope.graphs import CudaGraphRunner
@@ -734,7 +735,7 @@ class MoPEForClassification(SavedModel):
                     predict,
                     max_graphs=max_graphs,
                     batch_sizes=batch_sizes,
-                    guard=lambda: (self.config, [p._version for p in in_banks]),
+                    guard=lambda: (self.config, [version(p) for p in in_banks]),
                 ) as run:
                     yield run
         finally:

@@ -130,6 +130,13 @@ def test_first_used_in_inference_mode() -> None:
     assert x.grad is not None
 
 
+@needs_onednn
+def test_where_it_is_first_asked_for_does_not_matter() -> None:
+    prepack.available.cache_clear()
+    with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert prepack.available(torch.float32)
+
+
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object, **__: object) -> Tensor:
         raise NotImplementedError

@@ -9,8 +9,10 @@ from mope.fused.prepack import Prepacked, available
 
 from .tiny import fusion, inputs
 
+needs_onednn = pytest.mark.skipif(not available(torch.float32), reason="torch without oneDNN's operators")
 
-@pytest.mark.skipif(not available(torch.float32), reason="torch without oneDNN's operators")
+
+@needs_onednn
 @pytest.mark.parametrize("main", ["vision", "text"])
 def test_prepacked_for_a_while(main: str) -> None:
     """Serving and training compute the same with frozen weights in oneDNN's order, and nothing of it stays."""
@@ -36,3 +38,13 @@ def test_prepacked_for_a_while(main: str) -> None:
     with model.serving() as predict:
         torch.testing.assert_close(predict(**batch).logits, logits, rtol=1e-4, atol=1e-5)
     assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+@needs_onednn
+def test_a_model_made_in_inference_mode_serves() -> None:
+    """Nobody counts the changes of its weights."""
+    with torch.inference_mode():
+        model, batch = fusion(dtype=torch.float32), inputs(torch.float32)
+        wanted = model.eval()(**batch).logits
+        with model.serving() as predict:
+            torch.testing.assert_close(predict(**batch).logits, wanted, rtol=1e-4, atol=1e-5)
