@@ -83,6 +83,15 @@ class Arguments:
                 raise self.error(f"{name} must lie in 0..{bound - 1}, got values from {lowest} to {highest}")
 
 
+def first_derivative_only(op: str) -> None:
+    """For backwards, which have no derivative themselves: torch would warn, and go on as if they were constant."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op}: its kernels have no gradients of gradients, which create_graph=True asks for: use impl='reference' "
+            "(everywhere: MOPE_IMPL=reference)"
+        )
+
+
 def debugging() -> bool:
     """Whether checks that make the host wait for the device are asked for."""
     return os.environ.get("MOPE_DEBUG", "") not in ("", "0")

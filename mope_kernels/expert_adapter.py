@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, last_dim_contiguous
+from ._checks import Arguments, first_derivative_only, last_dim_contiguous
 from ._ops import EXPERT_ADAPTER_GRADIENTS
 from .expert_adapter_details import _launch as _launch
 from .impl import Operation, extension_check, reference_check, triton_check
@@ -43,6 +43,7 @@ class ExpertAdapterFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        first_derivative_only("expert_adapter")
         tensors = ctx.saved_tensors
         grad_out, grad_weights = grads
         grad_out = torch.zeros_like(tensors[0]) if grad_out is None else last_dim_contiguous(grad_out)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, last_dim_contiguous
+from ._checks import Arguments, first_derivative_only, last_dim_contiguous
 from .impl import Operation, reference_check, triton_check
 from .mlp_details import _launch as _launch
 
@@ -26,6 +26,7 @@ class GeluMlpFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first_derivative_only("gelu_mlp")
         needed = ctx.needs_input_grad[:5]
         found = torch.ops.mope_triton.gelu_mlp_backward.default(
             last_dim_contiguous(grads[0]), *ctx.saved_tensors, sum(need << bit for bit, need in enumerate(needed))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, last_dim_contiguous
+from ._checks import Arguments, first_derivative_only, last_dim_contiguous
 from ._ops import MOPE_ATTENTION_GRADIENTS
 from .impl import Operation, extension_check, reference_check
 from .mope_attention_details import _launch as _launch
@@ -69,6 +69,7 @@ class MoPEAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        first_derivative_only("mope_attention")
         grad_out, grad_probs, grad_weights, _ = grads
         out, lse, probs, weights, indices, *tensors = ctx.saved_tensors
         if grad_out is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments
+from ._checks import Arguments, first_derivative_only
 from .impl import Operation, reference_check, triton_check
 from .norm_details import _launch as _launch
 
@@ -42,6 +42,7 @@ class AddNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        first_derivative_only("add_norm")
         grad_total, grad_normed = grads
         need_x, need_update, need_weight, need_bias = ctx.needs_input_grad[3:]
         if grad_total is None and grad_normed is None:

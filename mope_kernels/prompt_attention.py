@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, debugging, last_dim_contiguous
+from ._checks import Arguments, debugging, first_derivative_only, last_dim_contiguous
 from ._ops import PROMPT_ATTENTION_GRADIENTS
 from .impl import Operation, extension_check, reference_check, triton_check
 from .prompt_attention_details import _launch as _launch
@@ -50,6 +50,7 @@ class PromptAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first_derivative_only("prompt_attention")
         out, lse, *tensors = ctx.saved_tensors
         # Of op, options and tensors; those that can have a gradient come first among the tensors.
         needed = ctx.needs_input_grad[2 : 2 + len(PROMPT_ATTENTION_GRADIENTS)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, last_dim_contiguous
+from ._checks import Arguments, first_derivative_only, last_dim_contiguous
 from ._ops import PROMPTED_NORM_GRADIENTS
 from .impl import Operation, reference_check
 from .norm import triton_norm_check
@@ -52,6 +52,7 @@ class PromptedNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        first_derivative_only("prompted_norm")
         needed = dict(zip(_TENSORS, ctx.needs_input_grad[2:], strict=True))
         x_dtype, update_dtype = ctx.dtypes["x"], ctx.dtypes["update"] or ctx.dtypes["x"]
         shared = x_dtype == update_dtype

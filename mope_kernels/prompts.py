@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, last_dim_contiguous
+from ._checks import Arguments, first_derivative_only, last_dim_contiguous
 from .impl import Operation, extension_check, reference_check, triton_check
 from .prompts_details import _launch as _launch
 
@@ -22,6 +22,7 @@ class MixPromptsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first_derivative_only("mix_prompts")
         experts, weights, indices = ctx.saved_tensors
         need_experts, need_weights = ctx.needs_input_grad[:2]
         grad_experts, grad_weights = ctx.ops.mix_prompts_backward.default(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, last_dim_contiguous
+from ._checks import Arguments, first_derivative_only, last_dim_contiguous
 from .impl import Operation, extension_check, reference_check, triton_check
 from .router_details import _launch as _launch
 
@@ -48,6 +48,7 @@ class RouteFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        first_derivative_only("route")
         grad_probs, grad_weights, _ = grads
         if not ctx.needs_input_grad[1] or (grad_probs is None and grad_weights is None):
             return (None,) * 6
@@ -124,6 +125,7 @@ class ImportanceLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        first_derivative_only("importance_loss")
         (load,) = ctx.saved_tensors
         grad_load = ctx.ops.importance_loss_backward.default(grads[0], load, ctx.threshold)
         return None, grad_load.to(ctx.dtype)[:, None].expand(ctx.shape), None

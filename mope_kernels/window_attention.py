@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, last_dim_contiguous
+from ._checks import Arguments, first_derivative_only, last_dim_contiguous
 from .impl import Operation, extension_check, reference_check, triton_check
 from .prompt_attention import TRITON_HEAD_DIMS
 from .window_attention_details import _launch as _launch
@@ -36,6 +36,7 @@ class WindowPromptAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first_derivative_only("window_prompt_attention")
         needed = ctx.needs_input_grad[2:]
         found = ctx.ops.window_prompt_attention_backward.default(
             last_dim_contiguous(grads[0]), *ctx.saved_tensors, *ctx.options, sum(need << bit for bit, need in enumerate(needed))

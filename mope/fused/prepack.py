@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .modules import is_plain, version
 
@@ -52,6 +53,7 @@ class PrepackedFunction(torch.autograd.Function):
         return layer.product(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         return None, ctx.layer.transposed_product(grads[0])
 
@@ -139,7 +141,7 @@ class PrepackedLayers:
             if isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear) and not any(p.requires_grad for p in layer.parameters())
         ]
         for layer in self.layers:
-            layer.forward = Prepacked(layer)  # type: ignore[method-assign]
+            layer.forward = Prepacked(layer)  # type: ignore[method-assign, assignment]
 
     def undo(self) -> None:
         for layer in self.layers:

@@ -73,6 +73,16 @@ def test_each_gradient_alone_is_the_same(op, impl):
         torch.testing.assert_close(alone[f"gradient of {name}"], together[f"gradient of {name}"], rtol=1e-5, atol=1e-6)
 
 
+@every("cpu", "triton")
+def test_gradients_of_gradients_are_refused(op, impl):
+    """And not left out."""
+    tensors, options = op.draw(torch.float32, impl)
+    inputs = require_gradients(tensors, op.leaves(tensors))
+    loss = sum(o.square().sum() for o in op.run(impl, options, inputs))
+    with pytest.raises(RuntimeError, match=f"{op.name}: .*create_graph=True .*impl='reference'"):
+        torch.autograd.grad(loss, [inputs[n] for n in op.leaves(tensors)], create_graph=True)
+
+
 # Of the others the backward has one gradient only, and is not called without it.
 @every("cpu", "triton", where=lambda op: len(op.differentiable) > 1)
 def test_only_what_needs_a_gradient_is_computed(op, impl):
