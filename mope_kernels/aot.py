@@ -130,7 +130,8 @@ def mope_attention_launches(
         torch.empty(1, dtype=torch.int64) if dropout_p else None,
     )
     inputs: Any = (*tensors, top_k, 0.1, False, 1e-6, head_dim**-0.5, dropout_p)
-    out, *saved = mope_attention.mope_attention(*inputs, task_ids=torch.zeros(batch, dtype=torch.int64) if tasks else None)
+    with_tasks: Any = (*inputs, torch.zeros(batch, dtype=torch.int64) if tasks else None)
+    out, *saved = mope_attention.mope_attention(*with_tasks)
     if tasks:
         return
     # Everything that is there, in the order of the schema: without noise, lengths and seed.
