@@ -60,6 +60,15 @@ def test_gradients_pass_through() -> None:
 
 
 @needs_onednn
+def test_gradients_of_gradients_are_refused() -> None:
+    """And not left out."""
+    x = torch.randn(3, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(Prepacked(frozen(8, 6))(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@needs_onednn
 def test_a_changed_weight_is_put_in_order_again() -> None:
     layer, x = frozen(8, 6), torch.randn(3, 8)
     calls = Prepacked(layer)
