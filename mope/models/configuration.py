@@ -240,7 +240,7 @@ class MoPEConfig:
             names = {int(k): v for k, v in names.items()} if isinstance(names, Mapping) else dict(enumerate(names))
             if not self.num_labels:
                 put("num_labels", len(names))
-            if sorted(names) != list(range(self.num_labels)):
+            if len(names) != self.num_labels or sorted(names) != list(range(self.num_labels)):
                 raise ValueError(f"MoPEConfig: id2label must name 0..{self.num_labels - 1}, its keys are {sorted(names)}")
         elif not self.num_labels:
             raise ValueError("MoPEConfig: give num_labels or id2label")

@@ -429,8 +429,9 @@ class MoPEForClassification(SavedModel):
             output_attentions: refused.
 
         Raises:
-            ValueError: an input is missing, `cross_features` have another shape, the attention mask is not that of `padding_side`
-                (looked at on the CPU), a bank is stale, or attention matrices are asked for.
+            ValueError: an input is missing or has another number of items, `cross_features` or the attention mask have another
+                shape, the mask is not that of `padding_side` (looked at on the CPU), a bank is stale, or attention matrices are
+                asked for.
             RuntimeError: prompts would be skipped, because a backbone was detached or its layers were replaced.
         """
         if output_attentions:
@@ -504,6 +505,9 @@ class MoPEForClassification(SavedModel):
         position_ids: Tensor | None,
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Padding]]:
         """What each encoder reads, and where its padding is."""
+        if attention_mask is not None and input_ids is not None and attention_mask.shape != input_ids.shape:
+            expected, found = tuple(input_ids.shape), tuple(attention_mask.shape)
+            raise ValueError(f"attention_mask must be {expected}, as input_ids is, got {found}")
         given = {
             "vision": {"pixel_values": pixel_values},
             "text": {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids},
@@ -516,6 +520,10 @@ class MoPEForClassification(SavedModel):
             if REQUIRED[modality] not in inputs[modality]:
                 works_on = " and ".join(self.config.modalities)
                 raise ValueError(f"method {self.config.method!r} works on {works_on}: {REQUIRED[modality]} must be given")
+        sizes = [inputs[modality][REQUIRED[modality]].shape[0] for modality in modalities]
+        if sizes[0] != sizes[-1]:
+            found = ", ".join(f"{size} in {REQUIRED[modality]}" for size, modality in zip(sizes, modalities, strict=True))
+            raise ValueError(f"all inputs must hold the same number of items, got {found}")
 
     def _check_cross_features(self, psi: Tensor, batch: int) -> Tensor:
         other = self.config.complementary

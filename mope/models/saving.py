@@ -195,7 +195,8 @@ class SavedModel(nn.Module, ABC):
         if unknown := sorted(set(tensors) - set(expected)):
             warnings.warn(f"{file}: ignoring unknown tensors {', '.join(unknown)}", stacklevel=3)
         # Copied out of the file's mapping, in which tensors are not aligned.
-        on_device = {name: tensors[name].to(t.device, copy=True) for name, t in expected.items()}
+        device = next(self.backbone(self.config.main).parameters()).device
+        on_device = {name: tensors[name].to(device, copy=True) for name in expected}
         self.load_state_dict(on_device, strict=False, assign=True)
 
 
@@ -279,6 +280,9 @@ def read_config(folder: Path) -> tuple[MoPEConfig, dict[str, dict[str, Any]]]:
             raise ValueError(
                 f"{file}: the record of the {modality} backbone must hold {', '.join(RECORD)}, with a dtype of {DTYPES}"
             )
+    # Else a damaged number of labels would make as many names.
+    if values.get("id2label") is None:
+        raise ValueError(f"{file} lacks id2label, the names of the labels")
     try:
         config = MoPEConfig.from_dict(values)
     except (TypeError, ValueError) as error:

@@ -118,7 +118,9 @@ class MultiTaskModel(MoPEForClassification):
         Raises:
             ValueError: tensors are missing, do not fit, or hold numbers that are not finite. No slot has changed.
         """
-        self.head = new_head(config, self._widths[config.main]).to(self.device, self.added_dtype)
+        # A damaged file may ask for more labels than there is memory for.
+        with torch.device("meta"):
+            self.head = new_head(config, self._widths[config.main]).to(self.added_dtype)
         self.load_added(self._in_added_dtype(tensors), file)
         broken = [name for name, tensor in self.added_state_dict().items() if not tensor.isfinite().all()]
         if broken:
@@ -160,7 +162,7 @@ class MultiTaskModel(MoPEForClassification):
         self._check_given(inputs, (main, other) if cross_features is None else (main,))
         batch = inputs[main][REQUIRED[main]].shape[0]
         if tuple(task_ids.shape) != (batch,):
-            raise ValueError(f"task_ids must be ({batch},), one for each item, got {tuple(task_ids.shape)}")
+            raise ValueError(f"tasks (task_ids) must be ({batch},), one for each item, got {tuple(task_ids.shape)}")
         if batch == 0:
             # vmap knows no empty batch for some layers.
             return torch.empty(0, self.stacked_head.num_labels, dtype=self.added_dtype, device=self.device)

@@ -119,6 +119,9 @@ class MoPEServer:
         self.capacity, self.max_labels, self.device, self.dtype = capacity, max_labels, device, dtype
         self.prepack = prepack
         self._graph_options: dict[str, Any] | None = {"max_graphs": max_graphs, "batch_sizes": batch_sizes} if graphs else None
+        if self._graph_options is not None:
+            # Wrong options are an error now, not in the first call.
+            CudaGraphRunner(self.forward, **self._graph_options)
         self._backbones = {"vision": vision, "text": text}
         self._tasks: dict[str, _Task] = {}
         self._model: MultiTaskModel | None = None
@@ -206,8 +209,13 @@ class MoPEServer:
             B predictions.
 
         Raises:
-            ValueError: a task is not loaded, there are more or fewer names than items, or an input is missing or does not fit.
+            ValueError: a task is not loaded, there are more or fewer names than items, or an input is missing, no tensor, or does
+                not fit.
         """
+        if isinstance(tasks, str):
+            raise ValueError(f"tasks must be a sequence of names, one for each item, got the single name {tasks!r}")
+        if wrong := [name for name, value in inputs.items() if not (value is None or isinstance(value, Tensor))]:
+            raise ValueError(f"MoPEServer: {', '.join(wrong)} must be tensors")
         with self._lock:
             found = [self._find(task) for task in tasks]
             model = self._running()

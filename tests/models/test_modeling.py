@@ -282,6 +282,17 @@ def test_missing_inputs_and_attention_matrices_are_refused() -> None:
         model(**batch, output_attentions=True)
 
 
+def test_inputs_must_fit_each_other() -> None:
+    """A mask that is too short would hide tokens without a word."""
+    model, batch = fusion().eval(), inputs()
+    items, tokens = batch["input_ids"].shape
+    for mask in (batch["attention_mask"][:, :3], batch["attention_mask"][:2], batch["attention_mask"][0]):
+        with pytest.raises(ValueError, match=rf"attention_mask must be \({items}, {tokens}\), as input_ids is, got"):
+            model(**{**batch, "attention_mask": mask})
+    with pytest.raises(ValueError, match=f"same number of items, got 1 in pixel_values, {items} in input_ids"):
+        model(**{**batch, "pixel_values": batch["pixel_values"][:1]})
+
+
 def test_backbones_must_fit_the_method() -> None:
     with pytest.raises(ValueError, match="text must be given"):
         MoPEForClassification(MoPEConfig(num_labels=2), vision=backbone("vit"))

@@ -174,8 +174,8 @@ def test_unknown_keys_and_tensors_are_warned_about(saved: Path) -> None:
     [
         ("config.json", b"{", "not readable JSON"),
         ("config.json", b"[]", "no MoPEConfig"),
-        ("config.json", b'{"backbones": {}, "num_labels": 2}', "no record of the vision backbone"),
-        ("config.json", b'{"backbones": {}, "num_labels": 2, "temperature": "warm"}', "config.json: "),
+        ("config.json", b'{"backbones": {}, "id2label": ["a", "b"]}', "no record of the vision backbone"),
+        ("config.json", b'{"backbones": {}, "id2label": ["a", "b"], "temperature": "warm"}', "config.json: "),
         ("model.safetensors", b"\x80\x04]q\x00.", "no readable safetensors"),
         ("vision/model.safetensors", b"123", "cannot load the vision backbone"),
         ("vision/config.json", b"{", "cannot load the vision backbone"),

@@ -113,10 +113,25 @@ REFUSED: dict[str, tuple[Callable[[MoPEServer, World, Path], object], type[Excep
     r"there is no task 'six'; loaded are 'three', 'five'": (lambda server, world, _: server.unload("six"), ValueError),
     r"there is no task 'seven'": (lambda server, world, _: server(["three", "seven"], **world.batch), ValueError),
     r"there is no task 'eight'": (lambda server, world, _: server.slot("eight"), ValueError),
-    r"task_ids must be \(5,\), one for each item, got \(1,\)": (
+    r"tasks \(task_ids\) must be \(5,\), one for each item, got \(1,\)": (
         lambda server, world, _: server(["three"], **world.batch),
         ValueError,
     ),
+    r"a sequence of names, one for each item, got the single name 'three'": (
+        lambda server, world, _: server("three", **world.batch),
+        ValueError,
+    ),
+    r"pixel_values must be tensors": (
+        lambda server, world, _: server(["three"] * 5, pixel_values=[[0.0]], input_ids=world.batch["input_ids"]),
+        ValueError,
+    ),
+    r"same number of items, got 5 in pixel_values, 4 in input_ids": (
+        lambda server, world, _: server(
+            ["three"] * 5, pixel_values=world.batch["pixel_values"], input_ids=world.batch["input_ids"][:4]
+        ),
+        ValueError,
+    ),
+    r"batch_sizes must be positive": (lambda *_: MoPEServer(batch_sizes=(0, 4)), ValueError),
     r"input_ids must be given": (
         lambda server, world, _: server(["three"] * 5, pixel_values=world.batch["pixel_values"]),
         ValueError,
@@ -177,8 +192,10 @@ DAMAGED: dict[str, Callable[[Path], None]] = {
     r"finetuned names text": configured(finetuned=["text"]),
     r"task 'three': eval_top_k is 2, and None in the tasks of this server": configured(eval_top_k=2),
     r"renormalize is True, and False in .*; temperature is 0\.3, and 0\.5 in": configured(temperature=0.3, renormalize=True),
-    r"num_labels is 6, and this server has max_labels=5": configured(num_labels=6, id2label=None),
-    r"num_labels is 0|must be an integer|give num_labels": configured(num_labels=0, id2label=None),
+    r"num_labels is 6, and this server has max_labels=5": configured(num_labels=6, id2label=dict(enumerate("abcdef"))),
+    r"id2label must name 0\.\.999999999, its keys are \[0, 1, 2\]": configured(num_labels=10**9),
+    r"lacks id2label": configured(num_labels=10**9, id2label=None),
+    r"head\.0\.weight is \(3, 32\), the config says \(5, 32\)": configured(num_labels=5, id2label=dict(enumerate("abcde"))),
 }
 
 
