@@ -110,6 +110,9 @@ def _softmax_or_zero(scores: Tensor) -> Tensor:
 def pad_items(rows: Tensor, offsets: Tensor, max_length: int) -> Tensor:
     """Packed items, item b in rows offsets[b] to offsets[b+1], padded with zeros: (1,H,T,D), (B+1,) -> (B,H,max_length,D)."""
     place = offsets[:-1, None] + torch.arange(max_length, device=offsets.device)
+    if rows.shape[2] == 0:
+        # Something to point at.
+        rows = F.pad(rows, (0, 0, 0, 1))
     padded = rows[0].transpose(0, 1)[place.clamp(max=rows.shape[2] - 1)]
     return padded.masked_fill((place >= offsets[1:, None])[..., None, None], 0.0).transpose(1, 2)
 

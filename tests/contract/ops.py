@@ -273,6 +273,7 @@ PROMPT_ATTENTION = Op(
         "empty batch": {"batch": 0},
         "long": {"batch": 1, "heads": 1, "queries": 70, "keys": 133, "lengths": [130]},
         "packed": {"packed": True, "batch": 3, "lengths": [9, 0, 4]},
+        "packed, no tokens": {"packed": True, "lengths": [0, 0]},
         "packed, causal, several blocks": {
             "packed": True,
             "heads": 1,
