@@ -218,7 +218,7 @@ def prompt_attention(
         f"mope_{implementation}::prompt_attention",
         _Options(is_causal, _scale(query, scale), dropout_p),
         *(last_dim_contiguous(t) for t in tensors),
-        lengths,
+        None if lengths is None else last_dim_contiguous(lengths),
         attn_bias,
         _seed(query, dropout_p),
     )

@@ -24,7 +24,8 @@ def strided_variants(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor.mT.contiguous().mT
     if tensor.dim() > 0:
         yield torch.cat([tensor, tensor], dim=-1)[..., tensor.shape[-1] :]
-    yield torch.stack([tensor, tensor], dim=-1)[..., 1]
+    # The first of each pair: from the second on, the next number in memory is the right one.
+    yield torch.stack([tensor, tensor], dim=-1)[..., 0]
 
 
 def strided_gradients(outputs: list[Tensor]) -> Iterator[list[Tensor]]:
