@@ -59,7 +59,8 @@ class PrepackedFunction(torch.autograd.Function):
 
 
 class Prepacked:
-    """The `forward` of a frozen nn.Linear: x (..., C) -> (..., N). It is put in order anew when the weight has changed.
+    """The `forward` of a frozen nn.Linear: x (..., C) -> (..., N). It is put in order anew when the weight has changed, but
+    for changes in place through `.data`, which torch does not count.
 
     Where oneDNN cannot do it - another dtype or device, autocast of other weights, weights that train, inside torch.compile -
     the layer is called as before.
