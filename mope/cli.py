@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for results, pictures and the model (out/)")
     demo.add_argument("--seeds", type=_positive, default=1, metavar="N", help="repeat with N seeds, for mean and deviation (1)")
-    demo.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
+    demo.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
     demo.add_argument(
         "--threads", type=_positive, default=1, metavar="N", help="on the CPU (1: small models gain nothing from more)"
     )
@@ -61,7 +61,9 @@ def parser() -> argparse.ArgumentParser:
     extent.add_argument("--quick", action="store_true", help="one shape of each op, nothing compiled: about a minute")
     extent.add_argument("--all", action="store_true", help="every shape that is listed, which takes long")
     bench.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the results and a picture (out/)")
-    bench.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
+    bench.add_argument(
+        "--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: CUDA where there is one)"
+    )
     bench.add_argument("--threads", type=_positive, default=1, metavar="N", help="on the CPU (1)")
     bench.set_defaults(command=_bench)
 
@@ -76,6 +78,18 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _device(text: str) -> str:
+    if text == "auto":
+        return text
+    import torch
+
+    try:
+        torch.empty(0, device=text)
+    except (AssertionError, RuntimeError) as error:
+        raise argparse.ArgumentTypeError(f"there is no {text} here") from error
+    return text
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -48,6 +48,15 @@ def test_wrong_arguments_exit_with_two(arguments: list[str], capsys: pytest.Capt
     assert "usage: mope" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["demo", "bench"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused(command: str, device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--device", device])
+    assert stop.value.code == 2
+    assert f"argument --device: there is no {device} here" in capsys.readouterr().err
+
+
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys, mope.cli; mope.cli.parser().format_help(); print([m for m in ('torch', 'transformers') if m in sys.modules])"

@@ -429,9 +429,9 @@ class MoPEForClassification(SavedModel):
             output_attentions: refused.
 
         Raises:
-            ValueError: an input is missing or has another number of items, `cross_features` or the attention mask have another
-                shape, the mask is not that of `padding_side` (looked at on the CPU), a bank is stale, or attention matrices are
-                asked for.
+            ValueError: an input is missing or has another number of items; `cross_features`, labels or the attention mask have
+                another shape; the mask is not that of `padding_side` (looked at on the CPU); a bank is stale; or attention matrices
+                are asked for.
             RuntimeError: prompts would be skipped, because a backbone was detached or its layers were replaced.
         """
         if output_attentions:
@@ -569,6 +569,11 @@ class MoPEForClassification(SavedModel):
             )
 
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        expected = logits.shape if self.config.problem_type == "multi_label" else logits.shape[:1]
+        # Of labels (B,num_labels) cross_entropy would take numbers for probabilities of classes.
+        if labels.shape != expected:
+            kind = self.config.problem_type
+            raise ValueError(f"labels must be {tuple(expected)} with problem_type={kind!r}, got {tuple(labels.shape)}")
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.config.problem_type == "multi_label":
             return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))

@@ -293,6 +293,16 @@ def test_inputs_must_fit_each_other() -> None:
         model(**{**batch, "pixel_values": batch["pixel_values"][:1]})
 
 
+@pytest.mark.parametrize("kind", ["single_label", "multi_label"])
+def test_labels_must_be_those_of_the_problem(kind: str) -> None:
+    """Labels (B,num_labels) would else be probabilities of classes to a model of one label."""
+    model, batch = fusion(problem_type=kind).eval(), inputs()
+    shape = model(**batch).logits.shape
+    right, wrong = (shape[:1], shape) if kind == "single_label" else (shape, shape[:1])
+    with pytest.raises(ValueError, match=rf"labels must be \({', '.join(map(str, right))},?\) with problem_type='{kind}', got"):
+        model(**batch, labels=torch.zeros(wrong))
+
+
 def test_backbones_must_fit_the_method() -> None:
     with pytest.raises(ValueError, match="text must be given"):
         MoPEForClassification(MoPEConfig(num_labels=2), vision=backbone("vit"))
