@@ -101,8 +101,8 @@ class Operation:
         return Explanation(self.name, chosen, {name: why for name, why in reasons.items() if name != chosen}, way)
 
     def _preferences(self, impl: str) -> tuple[str, ...]:
-        if impl == "auto":
-            impl = os.environ.get("MOPE_IMPL", "") or "auto"
+        if impl == "auto" and (preferred := os.environ.get("MOPE_IMPL")):
+            return names_in(preferred, f"{self.name}: MOPE_IMPL={preferred}")
         return names_in(impl, self.name)
 
     def _warn_if_slow(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ class MultiTaskModel(MoPEForClassification):
             self.cast_frozen(dtype)
             with torch.no_grad(), self._autocast():
                 self._make_stacks(max_labels)
-        except (TypeError, ValueError):
+        except BaseException:
             self.detach()
             raise
 

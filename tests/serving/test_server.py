@@ -237,6 +237,15 @@ def test_what_fails_first_leaves_the_backbones_as_they_were(world: World, tmp_pa
     assert len(server(["top"] * 5, **world.batch)) == 5
 
 
+def test_where_memory_does_not_suffice_the_backbones_are_given_back(world: World) -> None:
+    encoders = copy.deepcopy(world.encoders)
+    with pytest.raises(RuntimeError, match=r"memory|overflow|large"):
+        MoPEServer(capacity=10**13, **encoders).load("three", world.folders["three"])
+    server = MoPEServer(capacity=1, **encoders)
+    server.load("three", world.folders["three"])
+    assert server.tasks == ("three",)
+
+
 def test_gives_the_backbones_back(world: World) -> None:
     encoders = copy.deepcopy(world.encoders)
     wanted = encoders["vision"].eval()(world.batch["pixel_values"]).last_hidden_state
