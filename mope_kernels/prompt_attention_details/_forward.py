@@ -23,7 +23,9 @@ def matrix_offset(item, head, strides, first=0):
     """Where the rows of an item and head, both int64, start: at row `first` of their (L,D) matrix."""
     # The launchers copy what does not start at multiples of 8 elements. Triton by itself sees multiples of 16 only, and would read
     # heads of 72 or 88 columns element by element.
-    return tl.multiple_of(item * strides[0] + head * strides[1] + first * strides[2], 8)
+    offset = tl.multiple_of(item * strides[0] + head * strides[1], 8)
+    # Apart: what is known of a sum is forgotten where it is one with 0. As a tensor: `first` may be a number.
+    return offset + tl.multiple_of((item * 0 + first) * strides[2], 8)
 
 
 @triton.jit
