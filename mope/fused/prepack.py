@@ -32,7 +32,8 @@ def available(dtype: torch.dtype) -> bool:
             x, weight = torch.ones(2, 3, dtype=dtype), torch.arange(12, dtype=dtype).view(4, 3) / 8
             found = _product(x, _in_order(weight), weight[:, 0].contiguous(), gelu=True)
             return torch.allclose(found, F.gelu(F.linear(x, weight, weight[:, 0])), atol=1e-2)
-    except (RuntimeError, AttributeError, NotImplementedError, TypeError):
+    # No such operator, another signature, not built for this processor: the layers then are called as they are.
+    except (RuntimeError, AttributeError, TypeError):
         return False
 
 

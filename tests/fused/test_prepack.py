@@ -148,6 +148,7 @@ def test_where_it_is_first_asked_for_does_not_matter() -> None:
 
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object, **__: object) -> Tensor:
+        # As torch does where an operator has no kernel for this device.
         raise NotImplementedError
 
     monkeypatch.setattr(prepack, "_product", missing)
