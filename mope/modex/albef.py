@@ -1,0 +1,180 @@
+"""A fusion model of ALBEF's shape: a ViT, text layers of BERT, and further layers of BERT that attend to the image too."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, PreTrainedConfig, PreTrainedModel, ViTConfig, ViTModel
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.utils import ModelOutput
+
+
+class AlbefConfig(PreTrainedConfig):
+    """Sizes of an `AlbefModel`.
+
+    Args:
+        vision_config: of the ViT, as `ViTConfig` or its values. Default: ViT-B/16 at 384 pixels.
+        text_config: of all text layers, as `BertConfig` or its values. Default: bert-base.
+        fusion_layer: the number of text layers in front of the first that attends to the image.
+    """
+
+    model_type = "albef"
+    sub_configs = {"vision_config": ViTConfig, "text_config": BertConfig}  # noqa: RUF012 - as transformers declares it
+
+    def __init__(
+        self,
+        vision_config: ViTConfig | dict[str, Any] | None = None,
+        text_config: BertConfig | dict[str, Any] | None = None,
+        fusion_layer: int = 6,
+        **options: Any,
+    ) -> None:
+        if vision_config is None:
+            vision_config = ViTConfig(image_size=384, layer_norm_eps=1e-6)
+        self.vision_config = ViTConfig(**vision_config) if isinstance(vision_config, dict) else vision_config
+        self.text_config = BertConfig(**(text_config or {})) if not isinstance(text_config, BertConfig) else text_config
+        self.fusion_layer = fusion_layer
+        layers = self.text_config.num_hidden_layers
+        if not 0 <= fusion_layer < layers:
+            raise ValueError(
+                f"AlbefConfig: fusion_layer must leave at least one of {layers} text layers for fusion, got {fusion_layer}"
+            )
+        if self.text_config.is_decoder or self.text_config.add_cross_attention:
+            raise ValueError(
+                "AlbefConfig: text_config must be an encoder's, without is_decoder and add_cross_attention: "
+                "fusion_layer says which layers attend to the image"
+            )
+        super().__init__(**options)
+
+
+@dataclass
+class AlbefOutput(ModelOutput):
+    """last_hidden_state: (B, T, C). image_embeds: (B, P, C_v) or, of N images for each text, (B, N, P, C_v); None of text alone."""
+
+    last_hidden_state: Tensor | None = None
+    image_embeds: Tensor | None = None
+
+
+class AlbefModel(PreTrainedModel):
+    """Image and text -> the fused text's hidden states.
+
+    `vision` and `text` are transformers' `ViTModel` and `BertModel`. The text layers from `config.fusion_layer` on have
+    cross-attention as well. All of them are bidirectional.
+    """
+
+    config: AlbefConfig
+    config_class = AlbefConfig
+    base_model_prefix = "albef"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ViTEmbeddings", "ViTLayer", "BertEmbeddings", "BertLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: AlbefConfig) -> None:
+        super().__init__(config)
+        self.vision = ViTModel(config.vision_config, add_pooling_layer=False)
+        self.text = BertModel(config.text_config, add_pooling_layer=False)
+        for i in range(config.fusion_layer, config.text_config.num_hidden_layers):
+            self.text.encoder.layer[i] = _fusion_layer(config.text_config, i, config.vision_config.hidden_size)
+        self.post_init()
+
+    @classmethod
+    def from_encoders(cls, vision: ViTModel, text: BertModel, *, fusion_layer: int | None = None) -> Self:
+        """A fusion model with the weights of two encoders, which stay as they are.
+
+        The cross-attention of the text layers from `fusion_layer` on (default: of the upper half) is new and random.
+        """
+        if fusion_layer is None:
+            fusion_layer = text.config.num_hidden_layers // 2
+        model = cls(AlbefConfig(copy.deepcopy(vision.config), copy.deepcopy(text.config), fusion_layer))
+        model.to(vision.dtype)
+        for own, given in ((model.vision, vision), (model.text, text)):
+            missing, _ = own.load_state_dict(given.state_dict(), strict=False)
+            if lacking := [name for name in missing if ".crossattention." not in name]:
+                raise ValueError(f"from_encoders: {type(given).__name__} lacks {', '.join(lacking[:5])}")
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text.set_input_embeddings(value)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> AlbefOutput:
+        """(B, channels, H, W) or, with N images for each text, (B, N, channels, H, W); (B, T) -> `AlbefOutput`.
+
+        Without `pixel_values` only the text layers run. `attention_mask` (B, T) is 1 for tokens and 0 for padding.
+        """
+        if input_ids is None:
+            raise ValueError(
+                "AlbefModel: input_ids are missing; the features of an image alone are model.encode_image(pixel_values)"
+            )
+        hidden_states = self.encode_text(input_ids, attention_mask, token_type_ids)
+        if pixel_values is None:
+            return AlbefOutput(last_hidden_state=hidden_states)
+        image_embeds = self.encode_image(pixel_values)
+        return AlbefOutput(self.fuse(hidden_states, image_embeds, attention_mask), image_embeds)
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """(B, channels, H, W) -> (B, P, C_v), or (B, N, channels, H, W) -> (B, N, P, C_v); the class token is the first of P."""
+        if pixel_values.dim() not in (4, 5):
+            raise ValueError(
+                "AlbefModel: pixel_values must be (B, channels, H, W), or (B, N, channels, H, W) with N images for each text, "
+                f"got {tuple(pixel_values.shape)}"
+            )
+        embeds = self.vision(pixel_values.flatten(0, -4)).last_hidden_state
+        return embeds.unflatten(0, pixel_values.shape[:-3])
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
+        """The layers in front of the fusion: (B, T) -> (B, T, C)."""
+        hidden_states = self.text.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
+        mask = self._mask(hidden_states, attention_mask)
+        for layer in self.text.encoder.layer[: self.config.fusion_layer]:
+            hidden_states = layer(hidden_states, mask)
+        return hidden_states
+
+    def fuse(self, text_embeds: Tensor, image_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The fusion layers, from what `encode_text` and `encode_image` give: (B, T, C) -> (B, T, C).
+
+        Of N images for each text, every layer attends to one, in turn.
+        """
+        if len(text_embeds) != len(image_embeds):
+            raise ValueError(f"AlbefModel: as many texts as images are needed, got {len(text_embeds)} and {len(image_embeds)}")
+        images = image_embeds.unbind(1) if image_embeds.dim() == 4 else (image_embeds,)
+        mask = self._mask(text_embeds, attention_mask)
+        hidden_states = text_embeds
+        for i, layer in enumerate(self.text.encoder.layer[self.config.fusion_layer :]):
+            hidden_states = layer(hidden_states, mask, images[i % len(images)])
+        return hidden_states
+
+    def _mask(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Any:
+        # Not typed in transformers: a tensor, None, or what an attention backend takes.
+        return create_bidirectional_mask(config=self.config.text_config, inputs_embeds=hidden_states, attention_mask=attention_mask)
+
+
+def _fusion_layer(config: BertConfig, index: int, vision_width: int) -> BertLayer:
+    """A layer of BERT with cross-attention to tokens of another width, in which every token sees all tokens."""
+    # transformers gives cross-attention to decoders only, and reads these two once, when it makes the layer.
+    decoder = copy.deepcopy(config)
+    decoder.is_decoder = decoder.add_cross_attention = True
+    layer = BertLayer(decoder, layer_idx=index)
+    attention, cross = layer.attention.self, layer.crossattention.self
+    attention.is_causal = False
+    # One config for all layers, so that `set_attn_implementation` reaches them.
+    attention.config = cross.config = config
+    if vision_width != config.hidden_size:
+        cross.key, cross.value = (nn.Linear(vision_width, cross.all_head_size) for _ in range(2))
+    return layer
