@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import mope_kernels
 
-from .modules import has_hooks, is_plain
-from .prepack import Prepacked
+from .modules import is_plain
+from .prepack import prepacked
 
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
@@ -36,7 +36,7 @@ def norm_dtype(x: Tensor, update: Tensor | None, norm: nn.Module, behind: nn.Mod
     under_autocast = autocast_dtype(x.device, dtype)
     if under_autocast is None:
         return dtype
-    return under_autocast if is_plain(behind, nn.Linear) else None
+    return under_autocast if is_plain(behind, nn.Linear) or prepacked(behind) else None
 
 
 def add(x: Tensor, update: Tensor | None) -> Tensor:
@@ -63,8 +63,8 @@ def gelu_mlp(mlp: nn.Module, layers: Sequence[nn.Module], x: Tensor, *, impl: st
     first, activation, last = cast(Any, layers)
     if activation.approximate != "none":
         return mlp(x)
-    if isinstance(prepacked := first.__dict__.get("forward"), Prepacked) and not has_hooks(first):
-        return last(prepacked.gelu(x))
+    if in_order := prepacked(first):
+        return last(in_order.gelu(x))
     if not is_plain(first, nn.Linear) or not is_plain(last, nn.Linear):
         return mlp(x)
     x = x.to(autocast_dtype(x.device, x.dtype) or x.dtype)

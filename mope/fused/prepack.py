@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .modules import is_plain, version
+from .modules import has_hooks, is_plain, version
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -130,6 +130,12 @@ class Prepacked:
 
     def __reduce__(self) -> tuple[type[Prepacked], tuple[nn.Linear]]:
         return Prepacked, (self.layer,)
+
+
+def prepacked(module: nn.Module | None) -> Prepacked | None:
+    """The `forward` of a layer that was put in order and does nothing else."""
+    forward = None if module is None else module.__dict__.get("forward")
+    return forward if isinstance(forward, Prepacked) and type(module) is nn.Linear and not has_hooks(module) else None
 
 
 class PrepackedLayers:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .modules import is_plain
+from .plain import autocast_dtype
+from .prepack import prepacked
 
 
 def join_linear(modules: Sequence[nn.Module]) -> None:
@@ -43,6 +45,9 @@ def call_linear(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     """
     if not torch.compiler.is_compiling() and _are_plain(modules) and (joined := _joined(modules)) is not None:
         return F.linear(x, *joined).split([module.out_features for module in modules], dim=-1)
+    if all(prepacked(module) for module in modules):
+        # Each of them would cast it.
+        x = x.to(autocast_dtype(x.device, x.dtype) or x.dtype)
     return [module(x) for module in modules]
 
 

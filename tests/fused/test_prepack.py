@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mope.fused import prepack
-from mope.fused.plain import gelu_mlp
+from mope.fused.plain import gelu_mlp, norm_dtype
 from mope.fused.prepack import Prepacked, PrepackedLayers
+from mope.fused.projections import call_linear
 
 needs_onednn = pytest.mark.skipif(not prepack.available(torch.float32), reason="torch without oneDNN's operators")
 FLOATS = [torch.float32, torch.bfloat16]
@@ -157,3 +160,33 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Prepacked(layer).fits(x)
     assert torch.equal(Prepacked(layer)(x), layer(x))
     prepack.available.cache_clear()
+
+
+class CountCasts(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+@needs_onednn
+def test_rows_are_cast_once_for_all_layers_that_read_them() -> None:
+    if not prepack.available(torch.bfloat16):
+        pytest.skip("no bfloat16 here")
+    layers, norm = [frozen(8, 8, dtype=torch.bfloat16) for _ in range(3)], nn.LayerNorm(8)
+    x = torch.randn(2, 8)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = [layer(x) for layer in layers]
+        PrepackedLayers(layers)
+        with CountCasts() as casts:
+            found = call_linear(layers, x)
+        # A LayerNorm in front of them writes what they read.
+        assert norm_dtype(x, None, norm, behind=layers[0]) == torch.bfloat16
+        layers[0].register_forward_hook(lambda *_: None)
+        assert norm_dtype(x, None, norm, behind=layers[0]) is None
+    assert casts.count == 1
+    for ours, plain in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, plain)
