@@ -19,7 +19,7 @@ GPU_PYTHON ?= python3
 OUT ?= bench/results
 STAGE ?= tests,ops,timeline
 
-.PHONY: demo test test-all test-oldest lint compile asan bench gpu wheel aot clean
+.PHONY: demo test test-all test-oldest lint compile asan abi bench gpu wheel aot clean
 
 demo: $(READY)
 	$(BIN)/mope demo --out out $(DEMO)
@@ -35,8 +35,10 @@ test-all: $(READY) test-oldest
 	MOPE_TEST_EVERYTHING=1 TRITON_INTERPRET=1 $(PYTEST) tests/contract tests/kernels -k triton --durations 20
 
 # Triton 3.6 interprets no loop with bounds of NumPy 2.4 or newer.
+OLDEST := .venv-oldest
+OF_OLDEST := VENV=$(OLDEST) TORCH=torch==2.11.0 TRITON=triton==3.6.0 PINS='"transformers==5.17.0" "numpy<2.4"'
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest TORCH=torch==2.11.0 TRITON=triton==3.6.0 PINS='"transformers==5.17.0" "numpy<2.4"'
+	$(MAKE) test $(OF_OLDEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -47,14 +49,26 @@ lint: $(READY)
 compile: $(READY)
 	$(BIN)/python -m mope_kernels.aot --arch sm_90 --short
 
+# The C++ kernels, compiled into the file that follows; and that they are what runs.
+COMPILE := -c "import sys; from pathlib import Path; from mope_kernels import build; build.compile_library(Path(sys.argv[1]))"
+LOADED := -c "from mope_kernels._extension import STATUS; assert STATUS.loaded, STATUS.reason"
+
 # The C++ kernels with AddressSanitizer and UndefinedBehaviorSanitizer, under the contract. Leaks of Python itself are not looked for.
 SANITIZE := g++ -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 asan: $(READY)
-	CXX="$(SANITIZE)" $(BIN)/python -c "from pathlib import Path; from mope_kernels import build; build.compile_library(Path('build/asan/_C.so'))"
+	CXX="$(SANITIZE)" $(BIN)/python $(COMPILE) build/asan/_C.so
 	export MOPE_EXTENSION=build/asan/_C.so ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)"; \
-	$(BIN)/python -c "from mope_kernels._extension import STATUS; assert STATUS.loaded, STATUS.reason" && \
-	$(BIN)/python -m pytest -q tests/contract -k cpu
+	$(BIN)/python $(LOADED) && $(BIN)/python -m pytest -q tests/contract -k cpu -m "not slow"
+
+# One binary for every torch: what the oldest compiles passes the contract under the tested one, and the other way round.
+abi: $(READY)
+	$(MAKE) $(OLDEST)/.ready $(OF_OLDEST)
+	$(BIN)/python $(COMPILE) build/abi/tested.so
+	$(OLDEST)/bin/python $(COMPILE) build/abi/oldest.so
+	export MOPE_EXTENSION=build/abi/oldest.so; $(BIN)/python $(LOADED) && $(PYTEST) tests/contract -k cpu -m "not slow"
+	export MOPE_EXTENSION=build/abi/tested.so; $(OLDEST)/bin/python $(LOADED) && \
+	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -q tests/contract -k cpu -m "not slow"
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench -q --show-capture=no --out $(BENCH_OUT)
@@ -63,7 +77,7 @@ gpu:
 	OUT="$(OUT)" STAGE="$(STAGE)" $(GPU_PYTHON) -m bench.gpu
 
 wheel: $(READY)
-	$(BIN)/python -m build --no-isolation --outdir dist
+	start=$$(date +%s); $(BIN)/python -m build --no-isolation --outdir dist && echo "built in $$(($$(date +%s) - start)) s"
 	MOPE_BUILD_NATIVE=0 $(BIN)/python -m build --no-isolation --wheel --outdir dist/pure
 
 # Everything on the GPU that most have, every feature once on the others; SHORT= for everything everywhere, which takes hours.
