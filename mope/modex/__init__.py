@@ -1,0 +1,40 @@
+"""ModeX: adapters whose experts are mixed for each token, attached to frozen transformers.
+
+The names below are imported on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mope.lazy import lazily
+
+if TYPE_CHECKING:
+    from .albef import AlbefConfig, AlbefModel
+    from .attaching import Adapters, attach
+    from .configuration import ModeXConfig
+    from .modeling import ModeXForClassification
+    from .released import load_released_state_dict
+
+__all__ = [
+    "Adapters",
+    "AlbefConfig",
+    "AlbefModel",
+    "ModeXConfig",
+    "ModeXForClassification",
+    "attach",
+    "load_released_state_dict",
+]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Adapters": ".attaching",
+        "AlbefConfig": ".albef",
+        "AlbefModel": ".albef",
+        "ModeXConfig": ".configuration",
+        "ModeXForClassification": ".modeling",
+        "attach": ".attaching",
+        "load_released_state_dict": ".released",
+    },
+)

@@ -1,0 +1,351 @@
+"""Putting adapters into a model, and taking them out again."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from mope.fused.adapter import ExpertAdapter
+
+from .configuration import ModeXConfig
+from .saving import WEIGHTS, check_tensors, read_tensors, write_tensors
+from .sites import Layout, Plan, Site, find_sites, has_cross, layout_of, trained_modules
+
+# Of the model that was attached to: its `Adapters`.
+_OWNER = "_modex_adapters"
+
+
+class _Scope:
+    """Stands for the adapters of one model, in what a thread keeps. Copied and pickled with the model, hence no number."""
+
+
+class _Mode:
+    """Whether the running call of a text layer was given an image: what its feed-forward part has to know.
+
+    Kept by thread, for the layer that the thread is in. The layer's own calls say it rather than hooks on the layer: recomputation
+    under gradient checkpointing runs its `forward` alone.
+    """
+
+    def set(self, fused: bool) -> None:
+        _THREAD.mode = (self, fused)
+
+    def get(self) -> bool:
+        if _THREAD.mode is None or _THREAD.mode[0] is not self:
+            raise RuntimeError(
+                "the feed-forward part of a layer with adapters was called without its attention, which says which adapter acts: "
+                "run, or recompute, the whole layer"
+            )
+        return _THREAD.mode[1]
+
+
+class _Thread(threading.local):
+    mode: tuple[_Mode, bool] | None = None
+    disabled: frozenset[_Scope] = frozenset()
+    # By the name of the adapter.
+    routes: Mapping[_Scope, dict[str, list[Tensor]]] = {}
+
+
+_THREAD = _Thread()
+
+
+class _Adapt:
+    """Runs an adapter, found by its place: what wraps or replaces modules, as FSDP does, is respected."""
+
+    def __init__(self, scope: _Scope, name: str, holder: nn.Module, attribute: str) -> None:
+        self.scope, self.name, self.holder, self.attribute = scope, name, holder, attribute
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.scope in _THREAD.disabled:
+            return x
+        adapter = getattr(self.holder, self.attribute)
+        if self.scope not in _THREAD.routes:
+            return adapter(x)
+        out, weights = adapter(x, return_weights=True)
+        _THREAD.routes[self.scope].setdefault(self.name, []).append(weights.detach())
+        return out
+
+
+class _OnOutput:
+    """Forward hook: adapts the output, or the first of several. `fused` instead where the layer's call was given an image."""
+
+    def __init__(self, adapt: _Adapt | None, fused: _Adapt | None = None, mode: _Mode | None = None) -> None:
+        self.adapt, self.fused, self.mode = adapt, fused, mode
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        adapt = self.fused if self.mode is not None and self.mode.get() else self.adapt
+        if adapt is None:
+            return output
+        if isinstance(output, tuple):
+            return (adapt(output[0]), *output[1:])
+        return adapt(output)
+
+
+class _OnInput:
+    """Forward pre-hook of a text layer: adapts its hidden states by `fused` if the call was given an image, else by `adapt`."""
+
+    def __init__(self, adapt: _Adapt | None, fused: _Adapt | None, position: int) -> None:
+        self.adapt, self.fused, self.position = adapt, fused, position
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        image = args[self.position] if len(args) > self.position else kwargs.get("encoder_hidden_states")
+        adapt = self.adapt if image is None or not has_cross(module) else self.fused
+        if adapt is None:
+            return args, kwargs
+        if args:
+            return (adapt(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": adapt(kwargs["hidden_states"])}
+
+
+class _SetMode:
+    """Forward pre-hook of the attentions of a text layer."""
+
+    def __init__(self, mode: _Mode, fused: bool) -> None:
+        self.mode, self.fused = mode, fused
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.mode.set(self.fused)
+
+
+class _OriginalNorm:
+    """Forward hook of a LayerNorm: its output with the values that it had before it trained, while adapters are disabled."""
+
+    def __init__(self, scope: _Scope, values: dict[str, Tensor]) -> None:
+        self.scope, self.values = scope, values
+
+    def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if self.scope not in _THREAD.disabled:
+            return output
+        weight, bias = (value if value is None else value.to(args[0].device) for value in map(self.values.get, ("weight", "bias")))
+        return F.layer_norm(args[0], module.normalized_shape, weight, bias, module.eps)
+
+
+class Adapters:
+    """The adapters of a model: what `attach` gives. The model runs them by itself."""
+
+    def __init__(self, model: nn.Module, config: ModeXConfig, plan: Plan) -> None:
+        self.model, self.config = model, config
+        self._scope = _Scope()
+        self._names = [site.name for site in plan.sites()]
+        self._trained = trained_modules(model, config)
+        self._originals = {name: tensor.detach().clone() for name, tensor in self._trained_parameters().items()}
+        self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._handles: list[RemovableHandle] = []
+
+        model.requires_grad_(False)
+        for parameter in self._trained_parameters().values():
+            parameter.requires_grad_(True)
+        adapts = {site.name: self._add(site) for site in plan.sites()}
+        for name, sites in plan.layers.items():
+            layer = model.get_submodule(name)
+            layout = layout_of(layer)
+            assert layout is not None
+            self._hook_layer(layer, layout, {kind: adapts[site.name] for kind, site in sites.items()})
+        for name, site in plan.modules.items():
+            self._handles.append(model.get_submodule(name).register_forward_hook(_OnOutput(adapts[site.name])))
+        setattr(model, _OWNER, self)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Adapters:
+        """Those of a model that `attach` was called with, or of a copy of it."""
+        adapters = getattr(model, _OWNER, None)
+        if adapters is None:
+            raise ValueError(f"this {type(model).__name__} has no adapters of its own: attach(model, config) makes them")
+        return adapters
+
+    @property
+    def modules(self) -> dict[str, ExpertAdapter]:
+        """The adapters by name, which says where they are: `text_encoder.encoder.layer.0.cross_msa`."""
+        found: dict[str, Any] = {name: self.model.get_submodule(name) for name in self._names}
+        return found
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All that trains: the adapters, then LayerNorms and what else the configuration says."""
+        for adapter in self.modules.values():
+            yield from adapter.parameters()
+        yield from self._trained_parameters().values()
+
+    def num_parameters(self) -> int:
+        """Of the adapters alone, without the LayerNorms."""
+        return sum(p.numel() for adapter in self.modules.values() for p in adapter.parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is saved: the adapters, and what trains beside them, by the names that these have in the model."""
+        added = {f"{name}.{key}": t for name, adapter in self.modules.items() for key, t in adapter.state_dict().items()}
+        return {**added, **{name: p.detach() for name, p in self._trained_parameters().items()}}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the values of `state_dict`. ValueError and no change where a name or a shape differs."""
+        own = self.state_dict()
+        check_tensors(tensors, own)
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `modex_config.json` and `modex.safetensors`: the adapters and what trains beside them, not the model."""
+        self.config.save_pretrained(folder)
+        write_tensors(self.state_dict(), Path(folder) / WEIGHTS)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, folder: str | Path) -> Adapters:
+        """Attach what `save_pretrained` wrote to the model that it was trained on.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the configuration or the tensors do not fit the model, which then is as it was.
+        """
+        config, tensors = ModeXConfig.from_pretrained(folder), read_tensors(Path(folder) / WEIGHTS)
+        adapters = attach(model, config)
+        try:
+            adapters.load_state_dict(tensors)
+        except ValueError as error:
+            adapters.detach()
+            raise ValueError(f"{Path(folder) / WEIGHTS} does not fit this {type(model).__name__}: {error}") from error
+        return adapters
+
+    @torch.no_grad()
+    def detach(self) -> None:
+        """Give the model back as it was: no hooks, no adapters, every value and `requires_grad`. A second call does nothing."""
+        if getattr(self.model, _OWNER, None) is not self:
+            return
+        for handle in self._handles:
+            handle.remove()
+        for name in self._names:
+            holder, _, attribute = name.rpartition(".")
+            delattr(self.model.get_submodule(holder), attribute)
+        for name, parameter in self._trained_parameters().items():
+            parameter.copy_(self._originals[name])
+            parameter.grad = None
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._requires_grad[name])
+        delattr(self.model, _OWNER)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within, this thread sees the model without adapters and with the LayerNorms that it had; other threads do not.
+
+        What `trained` names stays as it is. Not for training with gradient checkpointing, which computes again elsewhere.
+        """
+        before, handles = _THREAD.disabled, []
+        for name in self._trained:
+            module = self.model.get_submodule(name)
+            if isinstance(module, nn.LayerNorm):
+                values = {key: self._originals[f"{name}.{key}"] for key, _ in module.named_parameters(recurse=False)}
+                handles.append(module.register_forward_hook(_OriginalNorm(self._scope, values), prepend=True))
+        _THREAD.disabled = before | {self._scope}
+        try:
+            yield
+        finally:
+            _THREAD.disabled = before
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def routes(self) -> Iterator[dict[str, list[Tensor]]]:
+        """Within, calls of the model by this thread put the weights of the experts into the dict that it gives.
+
+        Name of an adapter -> (B, T, E) float32 (float64), for each time that it ran, in order: in a text layer with
+        cross-attention cross_msa runs twice in a call, on the layer's input and after cross-attention. Plain adapters have
+        weights of 1.
+        """
+        before = _THREAD.routes
+        found: dict[str, list[Tensor]] = {}
+        _THREAD.routes = {**before, self._scope: found}
+        try:
+            yield found
+        finally:
+            _THREAD.routes = before
+
+    def merge(self) -> None:
+        """Impossible, and says why."""
+        raise NotImplementedError(
+            "ModeX adapters cannot be merged into the weights beside them: their hidden layer is not linear, and the router weighs "
+            "the experts for each token by what the token is. Save them with save_pretrained instead"
+        )
+
+    def __repr__(self) -> str:
+        plain = sum(len(adapter.up_weight) == 1 for adapter in self.modules.values())
+        beside = sum(p.numel() for p in self._trained_parameters().values())
+        own = self.num_parameters()
+        share = 100 * (own + beside) / sum(p.numel() for p in self.model.parameters())
+        return (
+            f"Adapters({type(self.model).__name__}: {plain} plain, {len(self._names) - plain} expert; "
+            f"{own:,} parameters and {beside:,} beside them train, {share:.2f} % of all)"
+        )
+
+    def _trained_parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{module}.{name}" if module else name: parameter
+            for module in self._trained
+            for name, parameter in self.model.get_submodule(module).named_parameters(recurse=False)
+        }
+
+    def _add(self, site: Site) -> _Adapt:
+        """Make the adapter of a site. Its parameters have 32 bits or more, since they train; the op rounds them to its input's."""
+        c = self.config
+        adapter = ExpertAdapter(
+            site.width,
+            c.num_experts if site.adapter == "expert" else 1,
+            bottleneck=c.bottleneck,
+            temperature=c.temperature,
+            activation=c.activation,
+            dropout=c.dropout,
+            impl=c.impl,
+        )
+        holder = self.model.get_submodule(site.holder)
+        if site.like is not None:
+            adapter.to(site.like.device, torch.promote_types(site.like.dtype, torch.float32))
+        holder.add_module(site.attribute, adapter.train(holder.training))
+        return _Adapt(self._scope, site.name, holder, site.attribute)
+
+    def _hook_layer(self, layer: nn.Module, layout: Layout, adapts: dict[str, _Adapt]) -> None:
+        msa, ffn = adapts.get(f"{layout.modality}_msa"), adapts.get(f"{layout.modality}_ffn")
+        cross_msa, cross_ffn = adapts.get("cross_msa"), adapts.get("cross_ffn")
+        if layout.adapts_input and (msa or cross_msa):
+            position = [*inspect.signature(layer.forward).parameters].index("encoder_hidden_states")
+            self._handles.append(layer.register_forward_pre_hook(_OnInput(msa, cross_msa, position), with_kwargs=True))
+        self._on_output(layer, layout.msa, msa)
+        if layout.cross is not None and has_cross(layer):
+            self._on_output(layer, layout.cross, cross_msa)
+        if layout.cross is None or not has_cross(layer) or not (ffn or cross_ffn):
+            self._on_output(layer, layout.ffn, ffn)
+            return
+        mode = _Mode()
+        for name, fused in (("attention", False), ("crossattention", True)):
+            self._handles.append(layer.get_submodule(name).register_forward_pre_hook(_SetMode(mode, fused)))
+        self._handles.append(layer.get_submodule(layout.ffn).register_forward_hook(_OnOutput(ffn, cross_ffn, mode)))
+
+    def _on_output(self, layer: nn.Module, path: str, adapt: _Adapt | None) -> None:
+        if adapt is not None:
+            self._handles.append(layer.get_submodule(path).register_forward_hook(_OnOutput(adapt)))
+
+
+def attach(model: nn.Module, config: ModeXConfig) -> Adapters:
+    """Freeze a model and put adapters into it, which train with its LayerNorms. At the start it computes what it did.
+
+    Each adapter is a submodule of the layer that it serves, or stands beside the module that a pattern names, so that `.to()`,
+    `state_dict`, DDP and FSDP see it. It works by forward hooks; what is frozen is called and never replaced.
+
+    Args:
+        model: any `nn.Module`. The layers of transformers' ViT, BERT, RoBERTa, BLIP and CLIP are known.
+        config: which sites get which adapter.
+
+    Raises:
+        ValueError: the model has adapters already, or the configuration asks for what it does not have; nothing is changed then.
+    """
+    for name, module in model.named_modules():
+        if any(
+            isinstance(hook, _OnOutput | _OnInput)
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        ):
+            raise ValueError(f"{type(model).__name__} has adapters attached already, at {name}: detach() them first")
+    return Adapters(model, config, find_sites(model, config))

@@ -1,0 +1,168 @@
+"""The configuration of ModeX adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mope
+from mope_kernels.expert_adapter import ACTIVATIONS
+from mope_kernels.impl import names_in
+
+CONFIG = "modex_config.json"
+# The kinds of site, by their published names: after attention and after the feed-forward part of an image layer, of a text layer,
+# and of a text layer that attends to an image as well.
+KINDS = ("visual_msa", "visual_ffn", "textual_msa", "textual_ffn", "cross_msa", "cross_ffn")
+ADAPTERS = ("plain", "expert")
+_VISUAL = dict.fromkeys(KINDS[:2], "plain")
+_TEXTUAL = dict.fromkeys(KINDS[2:4], "plain")
+PRESETS: dict[str, dict[str, str]] = {
+    "albef": {**_VISUAL, **_TEXTUAL, "cross_msa": "expert", "cross_ffn": "expert"},
+    "blip": {**_VISUAL, "cross_msa": "expert"},
+    "vit": _VISUAL,
+    "bert": _TEXTUAL,
+    "clip": {**_VISUAL, **_TEXTUAL},
+}
+# Where the text encoder of the published ALBEF begins to attend to the image.
+FUSION_LAYER = 6
+
+
+@dataclass(frozen=True)
+class ModeXConfig:
+    """Which sites of a model get which adapter. Immutable; `replace` makes a changed copy.
+
+    Args:
+        sites: kind of site -> "plain" (a bottleneck) or "expert" (one whose up-projections are mixed for each token). The kinds are
+            visual_msa, visual_ffn, textual_msa, textual_ffn, cross_msa and cross_ffn; cross_* act in the calls of a text layer
+            that are given an image, textual_ffn in the others, textual_msa in both.
+        layers: kind of site -> the layers that have it, where these are not all. Layers count from 0 in each encoder.
+        modules: pattern (`fnmatch`, on qualified names) -> "plain" or "expert", for modules of any model; their output is adapted,
+            the first one if there are several.
+        trained: patterns of modules that train as they are and are saved with the adapters, such as "classifier".
+        bottleneck: r, width of the hidden layer.
+        num_experts: E of "expert" adapters.
+        temperature: of their router.
+        activation: of the hidden layer, "relu" or "gelu" (exact).
+        dropout: of the hidden layer, in training.
+        train_layer_norms: whether every `nn.LayerNorm` of the model trains too.
+        impl: of the op, as in `mope_kernels.expert_adapter`.
+
+    Raises:
+        ValueError: names the value and what is allowed.
+    """
+
+    sites: Mapping[str, str] = field(default_factory=dict)
+    layers: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
+    trained: Sequence[str] = ()
+    bottleneck: int = 16
+    num_experts: int = 3
+    temperature: float = 10.0
+    activation: str = "relu"
+    dropout: float = 0.0
+    train_layer_norms: bool = True
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("sites", "layers", "modules"):
+            if not isinstance(value := getattr(self, name), Mapping) or not all(isinstance(key, str) for key in value):
+                raise ValueError(f"ModeXConfig: {name} must map names, got {value!r}")
+            object.__setattr__(self, name, dict(value))
+        if not (self.sites or self.modules):
+            raise ValueError("ModeXConfig: give sites or modules; without either there is nothing to adapt")
+        for name in ("sites", "layers"):
+            if strangers := [kind for kind in getattr(self, name) if kind not in KINDS]:
+                raise ValueError(f"ModeXConfig: {name} may name {', '.join(KINDS)}, got {', '.join(strangers)}")
+        for where, adapter in [*self.sites.items(), *self.modules.items()]:
+            if adapter not in ADAPTERS:
+                raise ValueError(f"ModeXConfig: the adapter of {where} must be 'plain' or 'expert', got {adapter!r}")
+        if useless := [kind for kind in self.layers if kind not in self.sites]:
+            raise ValueError(f"ModeXConfig: layers names {', '.join(useless)}, which sites does not")
+        for kind, layers in self.layers.items():
+            if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers or not all(map(_is_index, layers)):
+                raise ValueError(f"ModeXConfig: layers of {kind} must be integers from 0 on, at least one, got {layers!r}")
+        object.__setattr__(self, "layers", {kind: tuple(layers) for kind, layers in self.layers.items()})
+        if isinstance(self.trained, str) or not all(isinstance(pattern, str) for pattern in self.trained):
+            raise ValueError(f"ModeXConfig: trained must be a list of patterns, got {self.trained!r}")
+        object.__setattr__(self, "trained", tuple(self.trained))
+        for name, lowest in {"bottleneck": 1, "num_experts": 2}.items():
+            if not _is_index(value := getattr(self, name)) or value < lowest:
+                raise ValueError(f"ModeXConfig: {name} must be an integer of at least {lowest}, got {value!r}")
+        if not (_is_number(self.temperature) and self.temperature > 0):
+            raise ValueError(f"ModeXConfig: temperature must be positive, got {self.temperature!r}")
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ValueError(f"ModeXConfig: dropout must be in [0, 1), got {self.dropout!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"ModeXConfig: activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        if not isinstance(self.train_layer_norms, bool):
+            raise ValueError(f"ModeXConfig: train_layer_norms must be true or false, got {self.train_layer_norms!r}")
+        if not isinstance(self.impl, str):
+            raise ValueError(f"ModeXConfig: impl must be a name, or several with commas between them, got {self.impl!r}")
+        names_in(self.impl, "ModeXConfig")
+
+    @classmethod
+    def preset(cls, name: str, *, fusion_layer: int = FUSION_LAYER, **changes: Any) -> ModeXConfig:
+        """The published placement for "albef" or "blip", or plain adapters everywhere for "vit", "bert" or "clip".
+
+        In "albef" the layers below `fusion_layer`, those without cross-attention, have textual_ffn, the others cross_msa and
+        cross_ffn.
+
+        Raises:
+            ValueError: there is no such preset, or `changes` do not fit.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"ModeXConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        layers = {"textual_ffn": range(fusion_layer)} if name == "albef" else {}
+        return cls(**{"sites": PRESETS[name], "layers": layers, **changes})
+
+    def replace(self, **changes: Any) -> ModeXConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold, with the version of this library; `from_dict` reads them back."""
+        return {"mope_version": mope.__version__, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModeXConfig:
+        """ValueError where a key is unknown: what it asks for would be left out in silence."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - fields - {"mope_version"}):
+            version = values.get("mope_version", "unknown")
+            raise ValueError(
+                f"ModeXConfig: unknown keys {', '.join(unknown)} (saved by version {version}, this is {mope.__version__})"
+            )
+        return cls(**{name: value for name, value in values.items() if name in fields})
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `modex_config.json` into a folder, which is made if need be."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / CONFIG).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ModeXConfig:
+        """Read what `save_pretrained` wrote. FileNotFoundError without a file, ValueError where it does not fit."""
+        file = Path(folder) / CONFIG
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} has no {CONFIG}: give a folder that save_pretrained of the adapters wrote")
+        try:
+            values = json.loads(file.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not readable JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{file} is no ModeXConfig")
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {error}") from error
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

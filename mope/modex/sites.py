@@ -1,0 +1,202 @@
+"""Where adapters go: the layers of transformers that are known, and modules named by patterns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from .configuration import ModeXConfig
+
+# Adding a module to one of these would change what it computes, or what iterating over it gives.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# Attributes that say how wide a module's output is.
+_WIDTHS = ("out_features", "normalized_shape", "embedding_dim")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a layer are, as paths below it.
+
+    Args:
+        modality: "visual" or "textual".
+        msa, ffn: the modules whose outputs are adapted.
+        norm: a LayerNorm as wide as the layer.
+        cross: as `msa`, of the cross-attention. None: such a layer never has any.
+        adapts_input: whether the input of the layer is adapted as well, as in published text layers.
+    """
+
+    modality: str
+    msa: str
+    ffn: str
+    norm: str
+    cross: str | None = None
+    adapts_input: bool = False
+
+
+# After dropout and before the sum is normalised.
+_POST_NORM = Layout(
+    "textual", "attention.output.dropout", "output.dropout", "output.LayerNorm", "crossattention.output.dropout", adapts_input=True
+)
+_CLIP = {modality: Layout(modality, "self_attn", "mlp", "layer_norm1") for modality in ("visual", "textual")}
+_LAYOUTS = {
+    "BertLayer": _POST_NORM,
+    "RobertaLayer": _POST_NORM,
+    "BlipTextLayer": _POST_NORM,
+    "BlipEncoderLayer": _CLIP["visual"],
+    "ViTLayer": Layout("visual", "attention", "mlp", "layernorm_before"),
+}
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """The layout of a layer that is known, None of other modules. Subclasses count, such as those that FSDP makes."""
+    names = [base.__name__ for base in type(module).__mro__]
+    if "CLIPEncoderLayer" in names:
+        # Both towers have the same class.
+        config: Any = module.self_attn.config
+        return _CLIP["textual" if config.model_type == "clip_text_model" else "visual"]
+    return next((_LAYOUTS[name] for name in names if name in _LAYOUTS), None)
+
+
+@dataclass(frozen=True)
+class Site:
+    """An adapter to be made.
+
+    Args:
+        holder, attribute: where it will be: the qualified name of a module, and its name there.
+        adapter: "plain" or "expert".
+        width: d.
+        like: a parameter whose device and dtype it takes.
+    """
+
+    holder: str
+    attribute: str
+    adapter: str
+    width: int
+    like: Tensor | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.holder}.{self.attribute}" if self.holder else self.attribute
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The adapters of a model: `layers`, layer -> kind of site -> site; `modules`, module -> site."""
+
+    layers: dict[str, dict[str, Site]]
+    modules: dict[str, Site]
+
+    def sites(self) -> Iterator[Site]:
+        for sites in self.layers.values():
+            yield from sites.values()
+        yield from self.modules.values()
+
+
+def find_sites(model: nn.Module, config: ModeXConfig) -> Plan:
+    """What a configuration asks for in a model.
+
+    Raises:
+        ValueError: a kind of site, a layer or a pattern is nowhere in the model, a name is taken, or the width of a module cannot
+            be told.
+    """
+    modules = dict(model.named_modules())
+    layers = {name: layout for name, module in modules.items() if (layout := layout_of(module)) is not None}
+    plan = Plan({}, {})
+    kinds = set()
+    for name, layout in layers.items():
+        layer = modules[name]
+        offered = {f"{layout.modality}_msa", f"{layout.modality}_ffn", *(("cross_msa", "cross_ffn") if has_cross(layer) else ())}
+        kinds |= offered
+        norm: Any = layer.get_submodule(layout.norm)
+        sites = {
+            kind: Site(name, kind, adapter, norm.normalized_shape[-1], _like(norm, layer))
+            for kind, adapter in config.sites.items()
+            if kind in offered and _index(name) in config.layers.get(kind, (_index(name),))
+        }
+        if sites:
+            plan.layers[name] = sites
+    if lacking := [kind for kind in config.sites if kind not in kinds]:
+        found = (
+            f"the kinds it has are {', '.join(sorted(kinds))}"
+            if kinds
+            else f"it has no {', '.join((*_LAYOUTS, 'CLIPEncoderLayer'))}"
+        )
+        raise ValueError(
+            f"{type(model).__name__} has no {', '.join(lacking)}: {found}. Other modules can be named in `modules` of ModeXConfig"
+        )
+    for kind, indices in config.layers.items():
+        there = {_index(name) for name, sites in plan.layers.items() if kind in sites}
+        if absent := sorted(set(indices) - there):
+            raise ValueError(f"{type(model).__name__} has no {kind} in layers {absent}, which ModeXConfig names")
+    for pattern, adapter in config.modules.items():
+        matched = [name for name in modules if name and fnmatchcase(name, pattern)]
+        if not matched:
+            raise ValueError(f"{type(model).__name__} has no module {pattern!r}; its modules begin {', '.join([*modules][1:6])}")
+        for name in matched:
+            if name in plan.modules:
+                raise ValueError(f"{name} is named by {pattern!r} and by a pattern before it: one adapter goes behind a module")
+            holder, attribute = _place(modules, name)
+            plan.modules[name] = Site(holder, attribute, adapter, _width(modules[name], name), _like(modules[name], model))
+    for site in plan.sites():
+        if hasattr(modules[site.holder], site.attribute):
+            raise ValueError(f"{site.holder or type(model).__name__} has an attribute {site.attribute} of its own already")
+    return plan
+
+
+def has_cross(layer: nn.Module) -> bool:
+    """Whether a layer has cross-attention."""
+    return hasattr(layer, "crossattention")
+
+
+def trained_modules(model: nn.Module, config: ModeXConfig) -> list[str]:
+    """The modules whose parameters train as they are: LayerNorms, and those that `trained` names with all that is below them."""
+    modules = dict(model.named_modules())
+    for pattern in config.trained:
+        if not any(fnmatchcase(name, pattern) for name in modules):
+            raise ValueError(f"{type(model).__name__} has no module {pattern!r}, which `trained` of ModeXConfig names")
+    roots = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in config.trained)]
+    below = tuple(f"{name}." for name in roots)
+    return [
+        name
+        for name, module in modules.items()
+        if name in roots or (below and name.startswith(below)) or (config.train_layer_norms and isinstance(module, nn.LayerNorm))
+    ]
+
+
+def _index(name: str) -> int:
+    """The number of a layer in its encoder: the last one in its name."""
+    return next((int(part) for part in reversed(name.split(".")) if part.isdecimal()), 0)
+
+
+def _place(modules: dict[str, nn.Module], name: str) -> tuple[str, str]:
+    """Beside a module; beside the container that it is in; in itself, where all around it are containers."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        holder = ".".join(parts[:end])
+        if not isinstance(modules[holder], _CONTAINERS):
+            return holder, "_".join([*parts[end:], "adapter"])
+    if isinstance(modules[name], _CONTAINERS):
+        raise ValueError(f"there is no place for an adapter of {name}: it is a container in a container")
+    return name, "adapter"
+
+
+def _like(*modules: nn.Module) -> Tensor | None:
+    """The first parameter of floating point, which quantised weights are not."""
+    return next((p for module in modules for p in module.parameters() if p.is_floating_point()), None)
+
+
+def _width(module: nn.Module, name: str) -> int:
+    """How wide the output of a module is: as it says itself, or the last module in it that says so."""
+    for candidate in (module, *reversed([*module.modules()])):
+        for attribute in _WIDTHS:
+            width = getattr(candidate, attribute, None)
+            if width is not None:
+                return width if isinstance(width, int) else width[-1]
+    raise ValueError(
+        f"the width of what {name}, a {type(module).__name__}, gives cannot be told: neither it nor a module in it has "
+        f"{', '.join(_WIDTHS)}. Name a module in it that has, such as its last nn.Linear"
+    )
