@@ -75,7 +75,7 @@ def read_reference_checkpoint(path: str | Path) -> ReferenceCheckpoint:
             unknown.append(name)
         elif _OBSOLETE.search(own):
             continue
-        elif own in tensors and not _same(tensors[own], tensor):
+        elif own in tensors and not same(tensors[own], tensor):
             raise ValueError(f"{path}: the two copies of {own} differ, so one of them is not what was trained")
         else:
             tensors[own] = tensor
@@ -92,28 +92,13 @@ def read_reference_checkpoint(path: str | Path) -> ReferenceCheckpoint:
 
 
 def _read_lightning(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        # Else torch's first line is advice to switch the check off.
-        named = f"it asks for {found[1]}" if found else "this is no checkpoint that can be checked"
-        raise ValueError(
-            f"{path}: {named}, and only tensors, plain values and argparse.Namespace are read. Nothing was executed. If you trust "
-            "the file, load it where it was made and save {'state_dict': ..., 'hyper_parameters': {'args': vars(args)}} again."
-        ) from error
-    # A damaged pickle makes torch raise almost anything.
-    except Exception as error:
-        raise ValueError(f"{path}: not a readable checkpoint, perhaps cut off ({type(error).__name__}: {error})") from error
+    checkpoint = read_pickle(path, "{'state_dict': ..., 'hyper_parameters': {'args': vars(args)}}", argparse.Namespace)
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, Mapping):
         raise ValueError(
             f"{path}: a checkpoint of the released code is a dict with a 'state_dict', this is {type(checkpoint).__name__}"
         )
-    strangers = [name for name, value in state.items() if not (isinstance(name, str) and _is_plain(value))]
-    if strangers:
-        raise ValueError(f"{path}: in state_dict these are no tensors: {', '.join(map(str, strangers[:5]))}")
+    refuse_strangers(state, f"{path}: in state_dict")
     # Lightning writes the options themselves; scripts that save them on their own put them under the name of the argument.
     options = checkpoint.get("hyper_parameters") or {}
     if isinstance(options, Mapping):
@@ -124,6 +109,46 @@ def _read_lightning(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         raise ValueError(f"{path}: hyper_parameters hold no options by name, but {type(options).__name__}")
     # What JSON can hold; the rest as its description.
     return json.loads(json.dumps(dict(options), default=repr)), state
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            options = json.loads((file.metadata() or {}).get("options", "{}"))
+            if not isinstance(options, dict):
+                raise ValueError(f"{path}: its options are no options by name, but {type(options).__name__}")
+            return options, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
+
+
+def read_pickle(path: Path, wanted: str, *classes: type) -> Any:
+    """What `torch.save` wrote: tensors, plain values and objects of these classes. Nothing in the file is executed.
+
+    ValueError for everything else, advising to save `wanted` instead.
+    """
+    try:
+        with torch.serialization.safe_globals([*classes]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        # Else torch's first line is advice to switch the check off.
+        named = f"it asks for {found[1]}" if found else "this is no checkpoint that can be checked"
+        *first, last = ("tensors", "plain values", *(f"{each.__module__}.{each.__qualname__}" for each in classes))
+        raise ValueError(
+            f"{path}: {named}, and only {', '.join(first)} and {last} are read. Nothing was executed. If you trust "
+            f"the file, load it where it was made and save {wanted} again."
+        ) from error
+    # A damaged pickle makes torch raise almost anything.
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable checkpoint, perhaps cut off ({type(error).__name__}: {error})") from error
+
+
+def refuse_strangers(state: Mapping[Any, Any], where: str) -> None:
+    """ValueError where a state dict holds something else than tensors by name."""
+    strangers = [name for name, value in state.items() if not (isinstance(name, str) and _is_plain(value))]
+    if strangers:
+        raise ValueError(f"{where} these are no tensors: {', '.join(map(str, strangers[:5]))}")
 
 
 def _is_plain(value: Any) -> bool:
@@ -137,17 +162,6 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same(one: Tensor, other: Tensor) -> bool:
     """Bit by bit but for NaN, which is NaN."""
     return one.dtype == other.dtype and one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, "pt") as file:
-            options = json.loads((file.metadata() or {}).get("options", "{}"))
-            if not isinstance(options, dict):
-                raise ValueError(f"{path}: its options are no options by name, but {type(options).__name__}")
-            return options, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
