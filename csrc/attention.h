@@ -41,12 +41,13 @@ struct Workspace {
     grad_values = rows(op.prompts() + op.Lk);
     grad_out_by_width = scratch.take(width * kQueries);
     grad_scores = scratch.take((op.prompts() + op.Lk) * kQueries);
+    row = rows(1);
   }
 
   const int64_t width;
   Scratch scratch;
   float *keys, *values, *queries, *queries_by_width, *scores, *out;
-  float *grad_keys = nullptr, *grad_values = nullptr, *grad_out_by_width = nullptr, *grad_scores = nullptr;
+  float *grad_keys = nullptr, *grad_values = nullptr, *grad_out_by_width = nullptr, *grad_scores = nullptr, *row = nullptr;
 
  private:
   float* rows(int64_t count) { return scratch.take(count * width); }
@@ -54,17 +55,25 @@ struct Workspace {
   int64_t size(const MopeAttention& op, bool backward) const {
     const int64_t keys = op.prompts() + op.Lk, block = Scratch::padded(width * kQueries);
     const int64_t forward = 2 * Scratch::padded(keys * width) + 3 * block + Scratch::padded(keys * kQueries);
-    return backward ? forward + 2 * Scratch::padded(keys * width) + block + Scratch::padded(keys * kQueries) : forward;
+    if (!backward) return forward;
+    return forward + 2 * Scratch::padded(keys * width) + block + Scratch::padded(keys * kQueries) + Scratch::padded(width);
   }
 };
 
-// Copies rows of `columns` floats, times `scale`, into rows of `width`.
-inline void pack(
-    const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t width, float scale = 1.0f) {
+// Copies rows of `columns` numbers, times `scale`, into rows of `width` floats.
+template <class T>
+inline void pack(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t width, float scale = 1.0f) {
   for (int64_t i = 0; i < rows; ++i, from += from_stride, to += width) {
-    MOPE_SIMD for (int64_t d = 0; d < columns; ++d) to[d] = scale * from[d];
+    convert(from, columns, to, scale);
     for (int64_t d = columns; d < width; ++d) to[d] = 0.0f;
   }
+}
+
+// The same of rows of a head from `first` on.
+inline void pack(
+    const AnyInput<4>& from, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t columns, float* to, int64_t width,
+    float scale = 1.0f) {
+  from.visit([&](auto view) { pack(view.row(b, h, first), view.stride[2], rows, columns, to, width, scale); });
 }
 
 // Transposes up to kQueries packed rows; what is missing to whole vectors of rows is filled with zeros.
@@ -91,12 +100,12 @@ inline void mix_bank(
 // The rows that a head attends: [static; instance; routed prompts; visible tokens]. Returns how many.
 inline int64_t gather_rows(
     const MopeAttention& op, int64_t b, int64_t h, const Selection& selection, const float* inverse_std, Input<4> fixed,
-    Input<4> instance, Input<4> bank, Input<2> offset, Input<4> tokens, float* to, int64_t width) {
+    Input<4> instance, Input<4> bank, Input<2> offset, const AnyInput<4>& tokens, float* to, int64_t width) {
   if (op.S) pack(fixed.row(selection.task, h, 0), fixed.stride[2], op.S, op.D, to, width);
   if (op.M) pack(instance.row(b, h, 0), instance.stride[2], op.M, op.D, to + op.S * width, width);
   mix_bank(op, selection, h, inverse_std, bank, offset, to + (op.S + op.M) * width, width);
   const int64_t visible = op.lengths.visible(b, op.Lk);
-  if (visible) pack(tokens.row(b, h, 0), tokens.stride[2], visible, op.D, to + op.prompts() * width, width);
+  pack(tokens, b, h, 0, visible, op.D, to + op.prompts() * width, width);
   return op.prompts() + visible;
 }
 
@@ -161,7 +170,7 @@ inline void attend(
   const int64_t width = work.width;
   for (int64_t first = 0; first < op.Lq; first += kQueries) {
     const int64_t count = std::min(kQueries, op.Lq - first);
-    pack(op.query.row(b, h, first), op.query.stride[2], count, op.D, work.queries, width, op.scale);
+    pack(op.query, b, h, first, count, op.D, work.queries, width, op.scale);
     score(op, b, h, first, count, keys, work);
     in_blocks<4>(vectors(count), [&](auto block, int64_t n) {
       exponentials<block()>(work.scores + n * kLanes, keys, sums + n * kLanes, highest + n * kLanes);
@@ -173,8 +182,7 @@ inline void attend(
       const float factor = nothing ? 0.0f : 1.0f / sums[i];
       float& lse = result.lse[(b * op.H + h) * op.Lq + first + i];
       lse = nothing ? std::numeric_limits<float>::infinity() : highest[i] + std::log(sums[i]);
-      float* out = result.out.row(b, h, first + i);
-      MOPE_SIMD for (int64_t d = 0; d < op.D; ++d) out[d] = factor * work.out[i * width + d];
+      result.out.visit([&](auto out) { convert(work.out + i * width, op.D, out.row(b, h, first + i), factor); });
     }
   }
 }
@@ -235,14 +243,15 @@ inline void attend_backward(
     std::fill_n(lse, kQueries, std::numeric_limits<float>::infinity());
     std::copy_n(back.lse + (b * op.H + h) * op.Lq + first, count, lse);
 
-    pack(op.query.row(b, h, first), op.query.stride[2], count, op.D, work.queries, width, op.scale);
+    pack(op.query, b, h, first, count, op.D, work.queries, width, op.scale);
     score(op, b, h, first, count, rows, work);
 
     float* grad_out = work.out;
-    pack(back.grad_out.row(b, h, first), back.grad_out.stride[2], count, op.D, grad_out, width);
+    pack(back.grad_out, b, h, first, count, op.D, grad_out, width);
     if (grad_rows) {
       if (grad_rows < keys)
-        for (int64_t i = 0; i < count; ++i) mean[i] = dot(grad_out + i * width, back.out.row(b, h, first + i), op.D);
+        for (int64_t i = 0; i < count; ++i)
+          mean[i] = dot(grad_out + i * width, floats(back.out, op.D, work.row, b, h, first + i), op.D);
       transpose_queries(grad_out, count, width, work.grad_out_by_width);
       product<false>(grad_rows, count, op.D, {work.values, width, 1}, work.grad_out_by_width, kQueries, work.grad_scores, kQueries);
     }
@@ -257,10 +266,9 @@ inline void attend_backward(
     if (needed.query) {
       float* grad_query = work.queries;
       product<false>(count, op.D, keys, {work.grad_scores, 1, kQueries}, work.keys, width, grad_query, width);
-      for (int64_t i = 0; i < count; ++i) {
-        float* to = back.query.row(b, h, first + i);
-        MOPE_SIMD for (int64_t d = 0; d < op.D; ++d) to[d] = op.scale * grad_query[i * width + d];
-      }
+      back.query.visit([&](auto to) {
+        for (int64_t i = 0; i < count; ++i) convert(grad_query + i * width, op.D, to.row(b, h, first + i), op.scale);
+      });
     }
   }
 }

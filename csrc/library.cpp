@@ -29,8 +29,11 @@ MixPrompts mix_prompts_problem(Arguments& arguments, const Tensor& experts, cons
 Tensor mix_prompts(Tensor experts, Tensor weights, Tensor indices) {
   Arguments arguments("mix_prompts");
   const MixPrompts op = mix_prompts_problem(arguments, experts, weights, indices);
-  Tensor out = empty(op.B, experts.size(1), experts.size(2));
-  kernels().mix_prompts(op, out.mutable_data_ptr<float>());
+  FloatResults results;
+  float* data;
+  Tensor out = results.like(experts, data, op.B, experts.size(1), experts.size(2));
+  kernels().mix_prompts(op, data);
+  results.finish();
   return out;
 }
 
@@ -40,11 +43,12 @@ std::tuple<Tensor, Tensor> mix_prompts_backward(
   const MixPrompts op = mix_prompts_problem(arguments, experts, weights, indices);
   const int64_t P = experts.size(1), D = experts.size(2);
   const float* grad = arguments.dense<float>("grad_out", grad_out, {op.B, P, D});
-  Tensor grad_experts = need_experts ? empty(op.K, P, D) : empty(0);
-  Tensor grad_weights = need_weights ? empty(op.B, op.k) : empty(0);
-  kernels().mix_prompts_backward(
-      op, grad, need_experts ? grad_experts.mutable_data_ptr<float>() : nullptr,
-      need_weights ? grad_weights.mutable_data_ptr<float>() : nullptr);
+  FloatResults results;
+  float *to_experts = nullptr, *to_weights = nullptr;
+  Tensor grad_experts = need_experts ? results.like(experts, to_experts, op.K, P, D) : empty_like(experts, 0);
+  Tensor grad_weights = need_weights ? results.like(weights, to_weights, op.B, op.k) : empty_like(weights, 0);
+  kernels().mix_prompts_backward(op, grad, to_experts, to_weights);
+  results.finish();
   return {grad_experts, grad_weights};
 }
 
@@ -132,9 +136,9 @@ MopeAttention mope_attention_problem(Arguments& arguments, MOPE_ATTENTION_PARAME
   op.dense = top_k == 0, op.k = op.dense ? K : top_k, op.renormalize = renormalize;
   op.temperature = static_cast<float>(temperature), op.eps = static_cast<float>(eps), op.scale = static_cast<float>(scale);
 
-  op.query = arguments.rows<4>("query", query, {B, H, Lq, D});
-  op.key = arguments.rows<4>("key", key, {B, H, Lk, D});
-  op.value = arguments.rows<4>("value", value, {B, H, Lk, D});
+  op.query = arguments.any_rows<4>("query", query, {B, H, Lq, D});
+  op.key = arguments.any_rows<4>("key", key, {B, H, Lk, D});
+  op.value = arguments.any_rows<4>("value", value, {B, H, Lk, D});
   op.logits = arguments.rows<2>("logits", logits, {B, K});
   op.noise = arguments.rows<2>("noise", noise, {B, K});
   const int64_t T = task_ids ? bank_key.size(0) / K : 1;
@@ -168,11 +172,11 @@ MopeAttention mope_attention_problem(Arguments& arguments, MOPE_ATTENTION_PARAME
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mope_attention(MOPE_ATTENTION_PARAMETERS, Optional task_ids) {
   Arguments arguments("mope_attention");
   const MopeAttention op = mope_attention_problem(arguments, MOPE_ATTENTION_ARGUMENTS, task_ids);
-  Tensor out = empty_heads_last(op.B, op.H, op.Lq, op.D), lse = empty(op.B, op.H, op.Lq), probs = empty(op.B, op.K);
+  Tensor out = empty_heads_last(query, op.B, op.H, op.Lq, op.D), lse = empty(op.B, op.H, op.Lq), probs = empty(op.B, op.K);
   Tensor weights = empty(op.B, top_k), indices = empty<int64_t>(op.B, top_k);
   kernels().mope_attention(
       op, {{probs.mutable_data_ptr<float>(), weights.mutable_data_ptr<float>(), indices.mutable_data_ptr<int64_t>()},
-           rows(out), lse.mutable_data_ptr<float>()});
+           any_rows<4>(out), lse.mutable_data_ptr<float>()});
   return {out, lse, probs, weights, indices};
 }
 
@@ -187,8 +191,8 @@ Gradients mope_attention_backward(
   const MopeAttention op = mope_attention_problem(arguments, MOPE_ATTENTION_ARGUMENTS);
   const int64_t B = op.B, H = op.H, K = op.K, P = op.P, D = op.D;
   MopeAttentionBackward back{};
-  back.grad_out = arguments.rows<4>("grad_out", grad_out, {B, H, op.Lq, D});
-  back.out = arguments.rows<4>("out", out, {B, H, op.Lq, D});
+  back.grad_out = arguments.any_rows<4>("grad_out", grad_out, {B, H, op.Lq, D});
+  back.out = arguments.any_rows<4>("out", out, {B, H, op.Lq, D});
   back.grad_probs = arguments.rows<2>("grad_probs", grad_probs, {B, K});
   // Dense weights are the probabilities, and their gradient comes as that of those.
   if (!op.dense) back.grad_weights = arguments.rows<2>("grad_weights", grad_weights, {B, top_k});
@@ -204,35 +208,34 @@ Gradients mope_attention_backward(
         given || !asked, "mope_attention_backward: the gradient of a tensor that was not given is asked for, bit ", bit - 1);
     return asked;
   };
-  const auto tokens = [&](Output<4>& to, int64_t length) {
-    if (!needed(true)) return empty(0);
-    Tensor grad = empty_heads_last(B, H, length, D);
-    to = rows(grad);
+  const auto tokens = [&](AnyOutput<4>& to, const Tensor& like, int64_t length) {
+    if (!needed(true)) return empty_like(query, 0);
+    Tensor grad = empty_heads_last(like, B, H, length, D);
+    to = any_rows<4>(grad);
     return grad;
   };
-  const auto dense = [&](float*& to, bool given, auto... sizes) {
-    if (!needed(given)) return empty(0);
-    Tensor grad = empty(sizes...);
-    to = grad.mutable_data_ptr<float>();
-    return grad;
+  FloatResults results;
+  const auto dense = [&](float*& to, const Optional& like, auto... sizes) {
+    return needed(like.has_value()) ? results.like(*like, to, sizes...) : empty_like(query, 0);
   };
   // Braces: evaluated from left to right.
   Gradients gradients{
-      tokens(back.query, op.Lq),
-      tokens(back.key, op.Lk),
-      tokens(back.value, op.Lk),
-      dense(back.logits, true, B, K),
-      dense(back.bank_key, true, K, H, P, D),
-      dense(back.bank_value, true, K, H, P, D),
-      dense(back.gram, bool(op.gram), P, K, K),
-      dense(back.key_offset, bool(op.key_offset), H, D),
-      dense(back.value_offset, bool(op.value_offset), H, D),
-      dense(back.static_key, bool(op.static_key), H, op.S, D),
-      dense(back.static_value, bool(op.static_value), H, op.S, D),
-      dense(back.instance_key, bool(op.instance_key), B, H, op.M, D),
-      dense(back.instance_value, bool(op.instance_value), B, H, op.M, D),
+      tokens(back.query, query, op.Lq),
+      tokens(back.key, key, op.Lk),
+      tokens(back.value, value, op.Lk),
+      dense(back.logits, logits, B, K),
+      dense(back.bank_key, bank_key, K, H, P, D),
+      dense(back.bank_value, bank_value, K, H, P, D),
+      dense(back.gram, gram, P, K, K),
+      dense(back.key_offset, key_offset, H, D),
+      dense(back.value_offset, value_offset, H, D),
+      dense(back.static_key, static_key, H, op.S, D),
+      dense(back.static_value, static_value, H, op.S, D),
+      dense(back.instance_key, instance_key, B, H, op.M, D),
+      dense(back.instance_value, instance_value, B, H, op.M, D),
   };
   kernels().mope_attention_backward(op, back);
+  results.finish();
   return gradients;
 }
 
@@ -257,9 +260,9 @@ MopeAttention prompt_attention_problem(Arguments& arguments, PROMPT_ATTENTION_PA
   MopeAttention op{};
   op.B = B, op.H = H, op.Lq = Lq, op.Lk = Lk, op.D = D, op.dense = true;
   op.is_causal = is_causal, op.scale = static_cast<float>(scale);
-  op.query = arguments.rows<4>("query", query, {B, H, Lq, D});
-  op.key = arguments.rows<4>("key", key, {B, H, Lk, D});
-  op.value = arguments.rows<4>("value", value, {B, H, Lk, D});
+  op.query = arguments.any_rows<4>("query", query, {B, H, Lq, D});
+  op.key = arguments.any_rows<4>("key", key, {B, H, Lk, D});
+  op.value = arguments.any_rows<4>("value", value, {B, H, Lk, D});
   const int64_t owners = prompt_key.size(0) == 1 ? 1 : B;
   const Input<4> keys = arguments.rows<4>("prompt_key", prompt_key, {owners, H, prompts, D});
   const Input<4> values = arguments.rows<4>("prompt_value", prompt_value, {owners, H, prompts, D});
@@ -277,8 +280,8 @@ MopeAttention prompt_attention_problem(Arguments& arguments, PROMPT_ATTENTION_PA
 std::tuple<Tensor, Tensor> prompt_attention(PROMPT_ATTENTION_PARAMETERS) {
   Arguments arguments("prompt_attention");
   const MopeAttention op = prompt_attention_problem(arguments, PROMPT_ATTENTION_ARGUMENTS);
-  Tensor out = empty_heads_last(op.B, op.H, op.Lq, op.D), lse = empty(op.B, op.H, op.Lq);
-  kernels().mope_attention(op, {{}, rows(out), lse.mutable_data_ptr<float>()});
+  Tensor out = empty_heads_last(query, op.B, op.H, op.Lq, op.D), lse = empty(op.B, op.H, op.Lq);
+  kernels().mope_attention(op, {{}, any_rows<4>(out), lse.mutable_data_ptr<float>()});
   return {out, lse};
 }
 
@@ -288,26 +291,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_attention_backward(
   Arguments arguments("prompt_attention_backward");
   const MopeAttention op = prompt_attention_problem(arguments, PROMPT_ATTENTION_ARGUMENTS);
   MopeAttentionBackward back{};
-  back.grad_out = arguments.rows<4>("grad_out", grad_out, {op.B, op.H, op.Lq, op.D});
-  back.out = arguments.rows<4>("out", out, {op.B, op.H, op.Lq, op.D});
+  back.grad_out = arguments.any_rows<4>("grad_out", grad_out, {op.B, op.H, op.Lq, op.D});
+  back.out = arguments.any_rows<4>("out", out, {op.B, op.H, op.Lq, op.D});
   back.lse = arguments.dense<float>("lse", lse, {op.B, op.H, op.Lq});
-  const auto tokens = [&](int bit, Output<4>& to, int64_t length) {
-    if (!(needs >> bit & 1)) return empty(0);
-    Tensor grad = empty_heads_last(op.B, op.H, length, op.D);
-    to = rows(grad);
+  const auto tokens = [&](int bit, AnyOutput<4>& to, const Tensor& like, int64_t length) {
+    if (!(needs >> bit & 1)) return empty_like(grad_out, 0);
+    Tensor grad = empty_heads_last(like, op.B, op.H, length, op.D);
+    to = any_rows<4>(grad);
     return grad;
   };
-  const auto prompts = [&](int bit, float*& of_all, float*& of_each) {
-    if (!(needs >> bit & 1)) return empty(0);
+  FloatResults results;
+  const auto prompts = [&](int bit, const Tensor& like, float*& of_all, float*& of_each) {
+    if (!(needs >> bit & 1)) return empty_like(grad_out, 0);
     const bool shared = bool(op.static_key);
-    Tensor grad = empty(shared ? 1 : op.B, op.H, op.prompts(), op.D);
-    (shared ? of_all : of_each) = grad.mutable_data_ptr<float>();
-    return grad;
+    return results.like(like, shared ? of_all : of_each, shared ? 1 : op.B, op.H, op.prompts(), op.D);
   };
-  Tensor query_grad = tokens(0, back.query, op.Lq), key_grad = tokens(1, back.key, op.Lk), value_grad = tokens(2, back.value, op.Lk);
-  Tensor prompt_key_grad = prompts(3, back.static_key, back.instance_key);
-  Tensor prompt_value_grad = prompts(4, back.static_value, back.instance_value);
+  Tensor query_grad = tokens(0, back.query, query, op.Lq);
+  Tensor key_grad = tokens(1, back.key, key, op.Lk), value_grad = tokens(2, back.value, value, op.Lk);
+  Tensor prompt_key_grad = prompts(3, prompt_key, back.static_key, back.instance_key);
+  Tensor prompt_value_grad = prompts(4, prompt_value, back.static_value, back.instance_value);
   kernels().mope_attention_backward(op, back);
+  results.finish();
   return {query_grad, key_grad, value_grad, prompt_key_grad, prompt_value_grad};
 }
 
@@ -331,20 +335,16 @@ WindowAttention window_attention_problem(Arguments& arguments, WINDOW_ATTENTION_
   WindowAttention op{};
   op.B = B, op.H = num_heads, op.D = width / (3 * num_heads), op.P = num_prompts, op.R = resolution, op.W = window_size;
   op.shift = shift, op.owner_is_instance = owner_is_instance, op.scale = 1.0f / std::sqrt(static_cast<float>(op.D));
-  op.qkv = arguments.rows<3>("qkv", qkv, {B, num_prompts + resolution * resolution, width});
+  op.qkv = arguments.any_rows<3>("qkv", qkv, {B, num_prompts + resolution * resolution, width});
   op.bias = arguments.dense<float>("position_bias", position_bias, {num_heads, tokens, tokens});
   return op;
-}
-
-Output<3> rows_of_images(const Tensor& tensor) {
-  return {tensor.mutable_data_ptr<float>(), {tensor.stride(0), tensor.stride(1)}};
 }
 
 Tensor window_attention(WINDOW_ATTENTION_PARAMETERS) {
   Arguments arguments("window_prompt_attention");
   const WindowAttention op = window_attention_problem(arguments, WINDOW_ATTENTION_ARGUMENTS);
-  Tensor out = empty(op.B, qkv.size(1), op.H * op.D);
-  kernels().window_attention(op, rows_of_images(out));
+  Tensor out = empty_like(qkv, op.B, qkv.size(1), op.H * op.D);
+  kernels().window_attention(op, any_rows<3>(out));
   return out;
 }
 
@@ -352,12 +352,14 @@ std::tuple<Tensor, Tensor> window_attention_backward(Tensor grad_out, WINDOW_ATT
   Arguments arguments("window_prompt_attention_backward");
   const WindowAttention op = window_attention_problem(arguments, WINDOW_ATTENTION_ARGUMENTS);
   WindowAttentionBackward back{};
-  back.grad_out = arguments.rows<3>("grad_out", grad_out, {op.B, qkv.size(1), op.H * op.D});
-  Tensor grad_qkv = needs & 1 ? empty(op.B, qkv.size(1), qkv.size(2)) : empty(0);
-  Tensor grad_bias = needs & 2 ? empty(op.H, op.W * op.W, op.W * op.W) : empty(0);
-  if (needs & 1) back.qkv = rows_of_images(grad_qkv);
-  if (needs & 2) back.bias = grad_bias.mutable_data_ptr<float>();
+  back.grad_out = arguments.any_rows<3>("grad_out", grad_out, {op.B, qkv.size(1), op.H * op.D});
+  FloatResults results;
+  Tensor grad_qkv = needs & 1 ? empty_like(qkv, op.B, qkv.size(1), qkv.size(2)) : empty_like(qkv, 0);
+  Tensor grad_bias = needs & 2 ? results.like(position_bias, back.bias, op.H, op.W * op.W, op.W * op.W)
+                               : empty_like(position_bias, 0);
+  if (needs & 1) back.qkv = any_rows<3>(grad_qkv);
   kernels().window_attention_backward(op, back);
+  results.finish();
   return {grad_qkv, grad_bias};
 }
 
@@ -392,8 +394,11 @@ ExpertAdapter expert_adapter_problem(Arguments& arguments, EXPERT_ADAPTER_PARAME
 std::tuple<Tensor, Tensor> expert_adapter(EXPERT_ADAPTER_PARAMETERS, bool return_weights) {
   Arguments arguments("expert_adapter");
   const ExpertAdapter op = expert_adapter_problem(arguments, EXPERT_ADAPTER_ARGUMENTS);
-  Tensor out = empty(op.T, op.d), weights = return_weights ? empty(op.T, op.E) : empty(0);
-  kernels().expert_adapter(op, out.mutable_data_ptr<float>(), return_weights ? weights.mutable_data_ptr<float>() : nullptr);
+  FloatResults results;
+  float* data;
+  Tensor out = results.like(x, data, op.T, op.d), weights = return_weights ? empty(op.T, op.E) : empty(0);
+  kernels().expert_adapter(op, data, return_weights ? weights.mutable_data_ptr<float>() : nullptr);
+  results.finish();
   return {out, weights};
 }
 
@@ -405,18 +410,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_adapte
   back.grad_out = arguments.rows<2>("grad_out", grad_out, {op.T, op.d});
   if (grad_weights) back.grad_weights = arguments.dense<float>("grad_weights", *grad_weights, {op.T, op.E});
   int bit = 0;
-  const auto gradient = [&](float*& data, auto... sizes) {
-    if (!(needs >> bit++ & 1)) return empty(0);
-    Tensor result = empty(sizes...);
-    data = result.template mutable_data_ptr<float>();
-    return result;
+  FloatResults results;
+  const auto gradient = [&](float*& data, const Optional& like, auto... sizes) {
+    return needs >> bit++ & 1 ? results.like(like.value(), data, sizes...) : empty_like(grad_out, 0);
   };
   // In the order of EXPERT_ADAPTER_GRADIENTS.
-  Tensor grad_x = gradient(back.x, op.T, op.d);
-  Tensor grad_down_weight = gradient(back.down_weight, op.r, op.d), grad_down_bias = gradient(back.down_bias, op.r);
-  Tensor grad_up_weight = gradient(back.up_weight, op.E, op.d, op.r), grad_up_bias = gradient(back.up_bias, op.E, op.d);
-  Tensor grad_router_weight = gradient(back.router_weight, op.E, op.d), grad_router_bias = gradient(back.router_bias, op.E);
+  Tensor grad_x = gradient(back.x, x, op.T, op.d);
+  Tensor grad_down_weight = gradient(back.down_weight, down_weight, op.r, op.d);
+  Tensor grad_down_bias = gradient(back.down_bias, down_bias, op.r);
+  Tensor grad_up_weight = gradient(back.up_weight, up_weight, op.E, op.d, op.r);
+  Tensor grad_up_bias = gradient(back.up_bias, up_bias, op.E, op.d);
+  Tensor grad_router_weight = gradient(back.router_weight, router_weight, op.E, op.d);
+  Tensor grad_router_bias = gradient(back.router_bias, router_bias, op.E);
   kernels().expert_adapter_backward(op, back);
+  results.finish();
   return {grad_x, grad_down_weight, grad_down_bias, grad_up_weight, grad_up_bias, grad_router_weight, grad_router_bias};
 }
 

@@ -97,9 +97,11 @@ class MopeAttentionGradients {
   }
 
   // The gradients of a head's tokens; those of hidden tokens are 0.
-  void tokens(Output<4> to, int64_t b, int64_t h, int64_t visible, const float* from, int64_t width) const {
-    for (int64_t l = 0; l < visible; ++l) std::copy_n(from + (op_.prompts() + l) * width, op_.D, to.row(b, h, l));
-    for (int64_t l = visible; l < op_.Lk; ++l) std::fill_n(to.row(b, h, l), op_.D, 0.0f);
+  void tokens(const AnyOutput<4>& to, int64_t b, int64_t h, int64_t visible, const float* from, int64_t width) const {
+    to.visit([&](auto view) {
+      for (int64_t l = 0; l < visible; ++l) convert(from + (op_.prompts() + l) * width, op_.D, view.row(b, h, l));
+      for (int64_t l = visible; l < op_.Lk; ++l) std::fill_n(view.row(b, h, l), op_.D, std::decay_t<decltype(*view.data)>{});
+    });
   }
 
   void prompts(int64_t b, int64_t h, const float* from, int64_t width, std::vector<float>& to, float* instance) const {

@@ -5,8 +5,14 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace mope {
+
+// The upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
 
 // A tensor whose rows (the last dimension) are contiguous.
 template <class T, int kDims>
@@ -29,6 +35,36 @@ template <int kDims>
 using Input = View<const float, kDims>;
 template <int kDims>
 using Output = View<float, kDims>;
+
+// The same of floats or of bfloat16s. Void is void or const void.
+template <class Void, int kDims>
+struct AnyView {
+  Void* data = nullptr;
+  int64_t stride[kDims - 1] = {};
+  bool is_bfloat16 = false;
+
+  template <class T>
+  auto as() const {
+    using Element = std::conditional_t<std::is_const_v<Void>, const T, T>;
+    View<Element, kDims> view{static_cast<Element*>(data)};
+    for (int i = 0; i + 1 < kDims; ++i) view.stride[i] = stride[i];
+    return view;
+  }
+  // Calls f with a view of what it holds.
+  template <class F>
+  void visit(const F& f) const {
+    if (is_bfloat16)
+      f(as<BFloat16>());
+    else
+      f(as<float>());
+  }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+template <int kDims>
+using AnyInput = AnyView<const void, kDims>;
+template <int kDims>
+using AnyOutput = AnyView<void, kDims>;
 
 struct Lengths {
   const void* data = nullptr;
@@ -79,7 +115,7 @@ struct ImportanceLoss {
 // Attention whose first keys are prompts, some of them routed. Without experts (K = P = 0) it is `prompt_attention`, which alone has bias and is_causal.
 struct MopeAttention : Route {
   int64_t H, Lq, Lk, D, S, M, P;
-  Input<4> query, key, value;            // (B,H,L,D)
+  AnyInput<4> query, key, value;         // (B,H,L,D)
   Input<4> bank_key, bank_value;         // (T*K,H,P,D)
   Input<4> gram;                         // (T,P,K,K)
   Input<2> key_offset, value_offset;     // (H,D)
@@ -96,18 +132,18 @@ struct MopeAttention : Route {
 };
 
 struct MopeAttentionForward : RouteForward {
-  Output<4> out;  // (B,H,Lq,D)
-  float* lse;     // (B,H,Lq)
+  AnyOutput<4> out;  // (B,H,Lq,D)
+  float* lse;        // (B,H,Lq)
 };
 
 struct MopeAttentionBackward {
-  Input<4> grad_out, out;               // (B,H,Lq,D)
+  AnyInput<4> grad_out, out;            // (B,H,Lq,D)
   Input<2> grad_probs, grad_weights;    // (B,K), (B,k)
   const float* lse;                     // (B,H,Lq)
   const float* probs;                   // (B,K)
   const float* weights;                 // (B,k), dense: nothing
   const int64_t* indices;               // (B,k), dense: nothing
-  Output<4> query, key, value;          // the gradients, contiguous but for the order of heads and tokens
+  AnyOutput<4> query, key, value;       // the gradients, contiguous but for the order of heads and tokens
   float *logits, *bank_key, *bank_value, *gram, *key_offset, *value_offset;
   float *static_key, *static_value, *instance_key, *instance_value;
 };
@@ -123,7 +159,7 @@ struct WindowAttention {
   int64_t B, H, D, P, R, W, shift;  // R tokens on a side of the image, W on a side of a window
   bool owner_is_instance;
   float scale;
-  Input<3> qkv;       // (B, P + R*R, 3 * H * D)
+  AnyInput<3> qkv;    // (B, P + R*R, 3 * H * D)
   const float* bias;  // (H, W*W, W*W)
 
   int64_t windows() const { return (R / W) * (R / W); }
@@ -133,8 +169,8 @@ struct WindowAttention {
 };
 
 struct WindowAttentionBackward {
-  Input<3> grad_out;  // (B, P + R*R, H * D)
-  Output<3> qkv;      // the gradients
+  AnyInput<3> grad_out;  // (B, P + R*R, H * D)
+  AnyOutput<3> qkv;      // the gradients
   float* bias;
 };
 
@@ -166,7 +202,7 @@ struct Kernels {
   void (*importance_loss_backward)(const ImportanceLoss&, const float* grad_loss, const float* load, float* grad_load);
   void (*mope_attention)(const MopeAttention&, const MopeAttentionForward&);
   void (*mope_attention_backward)(const MopeAttention&, const MopeAttentionBackward&);
-  void (*window_attention)(const WindowAttention&, Output<3> out);
+  void (*window_attention)(const WindowAttention&, AnyOutput<3> out);
   void (*window_attention_backward)(const WindowAttention&, const WindowAttentionBackward&);
   void (*expert_adapter)(const ExpertAdapter&, float* out, float* weights);
   void (*expert_adapter_backward)(const ExpertAdapter&, const ExpertAdapterBackward&);

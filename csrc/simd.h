@@ -2,10 +2,21 @@
 
 inline constexpr int kLanes = MOPE_LANES;
 
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
+inline void put(float* p, float x) { *p = x; }
+// Rounds to nearest, ties to even. NaN stays NaN.
+inline void put(BFloat16* p, float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  p->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
 #if defined(__GNUC__)
 
 typedef float Vec __attribute__((vector_size(4 * MOPE_LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * MOPE_LANES)));
+typedef uint32_t BitsVec __attribute__((vector_size(4 * MOPE_LANES)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * MOPE_LANES)));
 
 inline Vec load(const float* p) {
   Vec x;
@@ -13,6 +24,16 @@ inline Vec load(const float* p) {
   return x;
 }
 inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
+inline Vec load(const BFloat16* p) {
+  HalfVec halves;
+  std::memcpy(&halves, p, sizeof halves);
+  return (Vec)(__builtin_convertvector(halves, BitsVec) << 16);
+}
+inline void store(BFloat16* p, Vec x) {
+  const BitsVec bits = (BitsVec)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const HalfVec halves = __builtin_convertvector(x != x ? BitsVec{} + 0x7fc0 : rounded, HalfVec);
+  std::memcpy(p, &halves, sizeof halves);
+}
 inline Vec splat(float x) { return x - Vec{}; }
 // Where a is NaN the result is b.
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
@@ -91,6 +112,12 @@ inline Vec map(F f) {
   for (int i = 0; i < kLanes; ++i) x.lane[i] = f(i);
   return x;
 }
+inline Vec load(const BFloat16* p) {
+  return map([&](int i) { return to_float(p[i]); });
+}
+inline void store(BFloat16* p, Vec x) {
+  for (int i = 0; i < kLanes; ++i) put(p + i, x.lane[i]);
+}
 inline Vec splat(float x) {
   return map([&](int) { return x; });
 }
@@ -143,6 +170,28 @@ inline float dot(const float* a, const float* b, int64_t n) {
   for (const float lane : lanes) total += lane;
   for (; i < n; ++i) total += a[i] * b[i];
   return total;
+}
+
+// to = scale * from, from either type to either.
+template <class From, class To>
+inline void convert(const From* MOPE_RESTRICT from, int64_t n, To* MOPE_RESTRICT to, float scale = 1.0f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, scale * load(from + i));
+  for (; i < n; ++i) put(to + i, scale * to_float(from[i]));
+}
+
+// A row of n numbers as floats: where it lies if it is of floats, else converted into `scratch`.
+template <int kDims, class... Index>
+inline const float* floats(const AnyInput<kDims>& from, int64_t n, float* scratch, Index... index) {
+  if (!from.is_bfloat16) return from.template as<float>().row(index...);
+  convert(from.template as<BFloat16>().row(index...), n, scratch);
+  return scratch;
+}
+
+// Writes n floats as a row of either type.
+template <int kDims, class... Index>
+inline void put_row(const float* from, int64_t n, const AnyOutput<kDims>& to, Index... index) {
+  to.visit([&](auto view) { convert(from, n, view.row(index...)); });
 }
 
 // to += scale * from

@@ -6,11 +6,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <deque>
-#include <initializer_list>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "problem.h"
 
@@ -19,7 +21,6 @@ namespace mope {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
-using Sizes = std::initializer_list<int64_t>;
 
 template <class Range>
 std::string to_string(const Range& sizes) {
@@ -28,15 +29,33 @@ std::string to_string(const Range& sizes) {
   return "(" + text + ")";
 }
 
-// The arguments of one call of an op. Keeps what had to be copied to make rows contiguous.
+inline bool is_bfloat16(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; }
+
+// The arguments of one call of an op. Keeps what had to be copied to make rows contiguous, or to make floats of it.
 class Arguments {
  public:
   explicit Arguments(const char* op) : op_(op) {}
 
-  // A float32 tensor of these sizes; nothing if it was not given.
+  // A float32 or bfloat16 tensor of these sizes, where it lies; nothing if it was not given.
+  template <size_t kDims>
+  AnyInput<kDims> any_rows(const char* name, const Optional& given, const int64_t (&sizes)[kDims]) {
+    AnyInput<kDims> result;
+    if (!given) return result;
+    result.is_bfloat16 = is_bfloat16(*given);
+    const auto copy = [&](const auto& view) {
+      result.data = view.data;
+      std::copy(std::begin(view.stride), std::end(view.stride), result.stride);
+    };
+    if (result.is_bfloat16)
+      copy(view<const BFloat16>(name, given, sizes, ScalarType::BFloat16));
+    else
+      copy(view<const float>(name, given, sizes, ScalarType::Float));
+    return result;
+  }
+  // The same as floats, which takes a copy of a bfloat16 tensor: for small ones.
   template <size_t kDims>
   Input<kDims> rows(const char* name, const Optional& tensor, const int64_t (&sizes)[kDims]) {
-    return view<const float>(name, tensor, sizes, ScalarType::Float);
+    return view<const float>(name, floats(tensor), sizes, ScalarType::Float);
   }
   template <size_t kDims>
   View<const int64_t, kDims> integers(const char* name, const Optional& tensor, const int64_t (&sizes)[kDims]) {
@@ -52,7 +71,8 @@ class Arguments {
 
   // The same, dense in memory.
   template <class T, size_t kDims>
-  const T* dense(const char* name, const Tensor& tensor, const int64_t (&sizes)[kDims]) {
+  const T* dense(const char* name, const Tensor& given, const int64_t (&sizes)[kDims]) {
+    const Tensor tensor = std::is_same_v<T, float> ? *floats(given) : given;
     check(name, tensor, sizes, std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Long);
     return keep(torch::stable::contiguous(tensor)).template const_data_ptr<T>();
   }
@@ -65,16 +85,17 @@ class Arguments {
     return {tensor->const_data_ptr(), tensor->stride(0), is_int64};
   }
 
-  // Float32, broadcastable to these sizes, with any strides.
-  AttentionBias bias(const char* name, const Optional& tensor, const int64_t (&sizes)[4]) const {
-    if (!tensor) return {};
+  // Broadcastable to these sizes, with any strides.
+  AttentionBias bias(const char* name, const Optional& given, const int64_t (&sizes)[4]) {
+    if (!given) return {};
+    const Optional tensor = floats(given);
     const int64_t missing = 4 - tensor->dim();
     bool fits = missing >= 0;
     for (int64_t i = 0; fits && i < tensor->dim(); ++i) fits = tensor->size(i) == 1 || tensor->size(i) == sizes[missing + i];
     STD_TORCH_CHECK(
         fits, op_, ": ", name, " must be broadcastable to ", to_string(sizes), ", got ", to_string(tensor->sizes()));
     STD_TORCH_CHECK(
-        tensor->is_cpu() && tensor->scalar_type() == ScalarType::Float, op_, ": ", name, " must be float32 on the CPU, got ",
+        tensor->is_cpu() && tensor->scalar_type() == ScalarType::Float, op_, ": ", name, " must be float32 or bfloat16 on the CPU, got ",
         torch::headeronly::toString(tensor->scalar_type()));
     AttentionBias result{tensor->const_data_ptr<float>()};
     for (int64_t i = 0; i < tensor->dim(); ++i) result.stride[missing + i] = tensor->size(i) == 1 ? 0 : tensor->stride(i);
@@ -86,6 +107,12 @@ class Arguments {
   }
 
  private:
+  // What is bfloat16 becomes float32.
+  Optional floats(const Optional& tensor) {
+    if (!tensor || !is_bfloat16(*tensor)) return tensor;
+    return keep(torch::stable::to(*tensor, ScalarType::Float));
+  }
+
   template <class T, size_t kDims>
   View<T, kDims> view(const char* name, const Optional& given, const int64_t (&sizes)[kDims], ScalarType dtype) {
     View<T, kDims> result;
@@ -95,7 +122,7 @@ class Arguments {
     const Tensor& tensor = contiguous_rows ? *given : keep(torch::stable::contiguous(*given));
     // An empty tensor may have no memory, and still it was given.
     static constexpr std::remove_const_t<T> kNothing{};
-    result.data = tensor.numel() ? tensor.template const_data_ptr<std::remove_const_t<T>>() : &kNothing;
+    result.data = tensor.numel() ? static_cast<T*>(tensor.const_data_ptr()) : &kNothing;
     for (size_t i = 0; i + 1 < kDims; ++i) result.stride[i] = tensor.stride(i);
     return result;
   }
@@ -109,7 +136,7 @@ class Arguments {
     STD_TORCH_CHECK(same, op_, ": ", name, " must have shape ", to_string(sizes), ", got ", to_string(got));
     STD_TORCH_CHECK(
         tensor.scalar_type() == dtype, op_, ": ", name, " of shape ", to_string(got), " must be ",
-        dtype == ScalarType::Float ? "float32" : dtype == ScalarType::Long ? "int64" : "int32 or int64", ", got ",
+        dtype == ScalarType::Float ? "float32 or bfloat16" : dtype == ScalarType::Long ? "int64" : "int32 or int64", ", got ",
         torch::headeronly::toString(tensor.scalar_type()));
   }
 
@@ -119,40 +146,67 @@ class Arguments {
   std::deque<Tensor> kept_;
 };
 
-// An uninitialised tensor of these sizes.
-template <class T>
-Tensor empty(Sizes sizes, Sizes strides) {
+template <size_t kDims>
+Tensor allocate(int32_t dtype, const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims]) {
   AtenTensorHandle tensor;
-  const AOTITorchError error = aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(),
-      std::is_same_v<T, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_int64(), aoti_torch_device_type_cpu(), 0, &tensor);
+  const AOTITorchError error =
+      aoti_torch_empty_strided(kDims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &tensor);
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for a tensor of shape ", to_string(sizes));
   return Tensor(tensor);
 }
-template <class T = float>
-Tensor empty(int64_t a) {
-  return empty<T>({a}, {1});
+template <class... Size>
+Tensor allocate_dense(int32_t dtype, Size... size) {
+  const int64_t sizes[] = {size...};
+  int64_t strides[sizeof...(size)], stride = 1;
+  for (size_t i = sizeof...(size); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  return allocate(dtype, sizes, strides);
 }
-template <class T = float>
-Tensor empty(int64_t a, int64_t b) {
-  return empty<T>({a, b}, {b, 1});
+
+// An uninitialised tensor of these sizes.
+template <class T = float, class... Size>
+Tensor empty(Size... sizes) {
+  return allocate_dense(std::is_same_v<T, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_int64(), sizes...);
 }
-template <class T = float>
-Tensor empty(int64_t a, int64_t b, int64_t c) {
-  return empty<T>({a, b, c}, {b * c, c, 1});
+
+// The same in the dtype of another, float32 or bfloat16.
+inline int32_t dtype_of(const Tensor& like) {
+  return is_bfloat16(like) ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
 }
-template <class T = float>
-Tensor empty(int64_t a, int64_t b, int64_t c, int64_t d) {
-  return empty<T>({a, b, c, d}, {b * c * d, c * d, d, 1});
+template <class... Size>
+Tensor empty_like(const Tensor& like, Size... sizes) {
+  return allocate_dense(dtype_of(like), sizes...);
 }
 
 // (B,H,L,D) laid out as (B,L,H,D), as the projections beside the attention want it.
-inline Tensor empty_heads_last(int64_t batch, int64_t heads, int64_t length, int64_t width) {
-  return empty<float>({batch, heads, length, width}, {length * heads * width, width, heads * width, 1});
+inline Tensor empty_heads_last(const Tensor& like, int64_t batch, int64_t heads, int64_t length, int64_t width) {
+  return allocate(dtype_of(like), {batch, heads, length, width}, {length * heads * width, width, heads * width, 1});
 }
 
-inline Output<4> rows(const Tensor& tensor) {
-  return {tensor.mutable_data_ptr<float>(), {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
+template <int kDims>
+AnyOutput<kDims> any_rows(const Tensor& tensor) {
+  AnyOutput<kDims> result{tensor.mutable_data_ptr(), {}, is_bfloat16(tensor)};
+  for (int i = 0; i + 1 < kDims; ++i) result.stride[i] = tensor.stride(i);
+  return result;
 }
+
+// Results that the kernels write as floats, whatever the dtype of the tensors that are returned.
+class FloatResults {
+ public:
+  // A tensor of these sizes in the dtype of `like`; `data` is where its numbers are to be written.
+  template <class... Size>
+  Tensor like(const Tensor& like, float*& data, Size... sizes) {
+    Tensor result = empty_like(like, sizes...), floats = is_bfloat16(like) ? empty(sizes...) : result;
+    data = floats.template mutable_data_ptr<float>();
+    if (is_bfloat16(like)) rounded_.emplace_back(result, floats);
+    return result;
+  }
+  // Once they are written.
+  void finish() {
+    for (auto& [result, floats] : rounded_) torch::stable::copy_(result, floats);
+  }
+
+ private:
+  std::vector<std::pair<Tensor, Tensor>> rounded_;
+};
 
 }  // namespace mope

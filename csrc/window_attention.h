@@ -98,10 +98,12 @@ struct WindowWorkspace {
 
 // Copies the rows of a window, of one head of one of [query | key | value], times `scale`.
 inline void gather_window(
-    const WindowAttention& op, Input<3> from, int64_t column, int64_t owner, int64_t item, const WindowWorkspace& work, float scale,
-    float* to) {
-  for (int64_t n = 0; n < op.rows(); ++n)
-    pack(from.row(n < op.P ? owner : item, work.place[n]) + column, 0, 1, op.D, to + n * work.width, work.width, scale);
+    const WindowAttention& op, const AnyInput<3>& from, int64_t column, int64_t owner, int64_t item, const WindowWorkspace& work,
+    float scale, float* to) {
+  from.visit([&](auto view) {
+    for (int64_t n = 0; n < op.rows(); ++n)
+      pack(view.row(n < op.P ? owner : item, work.place[n]) + column, 0, 1, op.D, to + n * work.width, work.width, scale);
+  });
 }
 
 // Scores of `count` queries from `first` on.
@@ -141,19 +143,21 @@ inline void over_chunk(const WindowAttention& op, int64_t owner, int64_t chunk, 
 }
 
 // Sums parts (B, H, chunks, P, D) over the chunks, in order, times `scale`, into prompts of one of [query | key | value].
-inline void sum_chunks(const WindowAttention& op, const std::vector<float>& parts, float scale, int64_t column, Output<3> to) {
+inline void sum_chunks(
+    const WindowAttention& op, const std::vector<float>& parts, float scale, int64_t column, const AnyOutput<3>& to) {
   const int64_t chunks = op.chunks(kWindows), size = op.P * op.D;
   parallel_for(0, op.B * op.H, kGrain, [&](int64_t begin, int64_t end) {
+    std::vector<float> sum(op.D);
     for (int64_t i = begin; i < end; ++i)
       for (int64_t p = 0; p < op.P; ++p) {
-        float* row = to.row(i / op.H, p) + column + i % op.H * op.D;
-        std::fill_n(row, op.D, 0.0f);
-        for (int64_t c = 0; c < chunks; ++c) add_scaled(row, scale, parts.data() + (i * chunks + c) * size + p * op.D, op.D);
+        std::fill(sum.begin(), sum.end(), 0.0f);
+        for (int64_t c = 0; c < chunks; ++c) add_scaled(sum.data(), 1.0f, parts.data() + (i * chunks + c) * size + p * op.D, op.D);
+        to.visit([&](auto view) { convert(sum.data(), op.D, view.row(i / op.H, p) + column + i % op.H * op.D, scale); });
       }
   });
 }
 
-inline void window_attention(const WindowAttention& op, Output<3> out) {
+inline void window_attention(const WindowAttention& op, AnyOutput<3> out) {
   const int64_t C = op.H * op.D;
   std::vector<float> parts(op.B * op.H * op.chunks(kWindows) * op.P * op.D);
   over_windows(op, false, [&](int64_t owner, int64_t h, int64_t chunk, int64_t part, WindowWorkspace& work) {
@@ -170,17 +174,17 @@ inline void window_attention(const WindowAttention& op, Output<3> out) {
           exponentials<block()>(work.scores + n * kLanes, op.rows(), sums + n * kLanes, highest + n * kLanes);
         });
         product<false>(count, op.D, op.rows(), {work.scores, 1, kQueries}, work.values, work.width, work.out, work.width);
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t n = first + i;
-          const float factor = 1.0f / sums[i];
-          const float* from = work.out + i * work.width;
-          if (n < op.P) {
-            add_scaled(prompts + n * op.D, factor, from, op.D);
-          } else {
-            float* to = out.row(item, work.place[n]) + h * op.D;
-            MOPE_SIMD for (int64_t d = 0; d < op.D; ++d) to[d] = factor * from[d];
+        out.visit([&](auto to) {
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t n = first + i;
+            const float factor = 1.0f / sums[i];
+            const float* from = work.out + i * work.width;
+            if (n < op.P)
+              add_scaled(prompts + n * op.D, factor, from, op.D);
+            else
+              convert(from, op.D, to.row(item, work.place[n]) + h * op.D, factor);
           }
-        }
+        });
       }
     });
   });
@@ -239,15 +243,15 @@ inline void window_attention_backward(const WindowAttention& op, const WindowAtt
       }
       if (!need_qkv) return;
       const auto put = [&](const float* gradient, float scale, int64_t column, std::vector<float>& parts) {
-        for (int64_t n = 0; n < op.rows(); ++n) {
-          const float* from = gradient + n * width;
-          if (n < op.P) {
-            add_scaled(parts.data() + part * size + n * op.D, scale, from, op.D);
-          } else {
-            float* to = back.qkv.row(item, work.place[n]) + column + h * op.D;
-            MOPE_SIMD for (int64_t d = 0; d < op.D; ++d) to[d] = scale * from[d];
+        back.qkv.visit([&](auto to) {
+          for (int64_t n = 0; n < op.rows(); ++n) {
+            const float* from = gradient + n * width;
+            if (n < op.P)
+              add_scaled(parts.data() + part * size + n * op.D, scale, from, op.D);
+            else
+              convert(from, op.D, to.row(item, work.place[n]) + column + h * op.D, scale);
           }
-        }
+        });
       };
       put(work.grad_queries, op.scale, 0, query_parts);
       // The packed queries are scaled already.

@@ -186,6 +186,6 @@ def extension_check(*tensors: Tensor) -> list[str]:
         reasons.append(_extension.STATUS.reason)
     if device != "cpu":
         reasons.append(f"the C++ kernels run on the CPU, these tensors are on {device}")
-    if dtypes != {torch.float32}:
-        reasons.append(f"the C++ kernels compute in float32, got {', '.join(sorted(str(d) for d in dtypes))}")
+    if others := dtypes - {torch.float32, torch.bfloat16}:
+        reasons.append(f"the C++ kernels take float32 and bfloat16, got {', '.join(sorted(str(d) for d in others))}")
     return reasons

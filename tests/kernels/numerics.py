@@ -48,7 +48,7 @@ def implementations(*names: str) -> pytest.MarkDecorator:
 def dtypes_of(impl: str) -> tuple[torch.dtype, ...]:
     """What an implementation is tested in. The interpreter's bfloat16 products are wrong, so that dtype needs a GPU."""
     if impl == "cpu":
-        return (torch.float32,)
+        return (torch.float32, torch.bfloat16)
     if impl == "xformers" or (impl == "sdpa" and not torch.cuda.is_available()):
         return (torch.float16, torch.bfloat16)
     if impl == "triton" and not torch.cuda.is_available():
