@@ -5,8 +5,9 @@ The names below are imported on first use: `import mope` is quick, and `mope.fus
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mope.lazy import lazily
 
 if TYPE_CHECKING:
     from mope_kernels import __version__
@@ -31,15 +32,9 @@ __all__ = [
 ]
 
 _REFERENCE = ("accelerate", "load_reference_checkpoint", "load_reference_encoder")
-_ELSEWHERE = {
-    "__version__": "mope_kernels",
-    "CudaGraphRunner": ".graphs",
-    "MoPEServer": ".serving",
-    **dict.fromkeys(_REFERENCE, ".reference"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(importlib.import_module(_ELSEWHERE.get(name, ".models"), __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    dict.fromkeys(__all__, ".models")
+    | dict.fromkeys(_REFERENCE, ".reference")
+    | {"__version__": "mope_kernels", "CudaGraphRunner": ".graphs", "MoPEServer": ".serving"},
+)

@@ -5,8 +5,9 @@ The names below are imported on first use: the command line takes `run` from her
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mope.lazy import lazily
 
 if TYPE_CHECKING:
     from .acceleration import Acceleration, accelerate
@@ -23,17 +24,14 @@ __all__ = [
     "read_reference_checkpoint",
 ]
 
-_MODULES = {
-    "Acceleration": "acceleration",
-    "accelerate": "acceleration",
-    "ReferenceCheckpoint": "checkpoint",
-    "load_reference_checkpoint": "loading",
-    "load_reference_encoder": "encoder",
-    "read_reference_checkpoint": "checkpoint",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    {
+        "Acceleration": ".acceleration",
+        "accelerate": ".acceleration",
+        "ReferenceCheckpoint": ".checkpoint",
+        "load_reference_checkpoint": ".loading",
+        "load_reference_encoder": ".encoder",
+        "read_reference_checkpoint": ".checkpoint",
+    },
+)

@@ -10,8 +10,9 @@ The names below are imported on first use: the command line asks for its options
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mope.lazy import lazily
 
 if TYPE_CHECKING:
     from .command import add_routes
@@ -22,18 +23,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Routes", "Summary", "add_routes", "collect", "draw", "summarize", "write_html"]
 
-_PLACES = {
-    "Routes": "routing",
-    "collect": "routing",
-    "add_routes": "command",
-    "write_html": "page",
-    "draw": "pictures",
-    "Summary": "summary",
-    "summarize": "summary",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    {
+        "Routes": ".routing",
+        "collect": ".routing",
+        "add_routes": ".command",
+        "write_html": ".page",
+        "draw": ".pictures",
+        "Summary": ".summary",
+        "summarize": ".summary",
+    },
+)

@@ -1,0 +1,18 @@
+"""Names of a package that are imported on first use, so that importing the package is quick."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def lazily(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package: `modules` says for each name which module has it, ".below" the package or elsewhere."""
+
+    def getattr_of_package(name: str) -> Any:
+        if name in modules:
+            return getattr(importlib.import_module(modules[name], package), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return getattr_of_package
