@@ -14,7 +14,7 @@ inline void product_tile(
     int64_t depth, Left a, const float* MOPE_RESTRICT b, int64_t b_stride, float* MOPE_RESTRICT c, int64_t c_stride) {
   Vec sum[kM][kN];
   MOPE_UNROLL for (int m = 0; m < kM; ++m)
-    MOPE_UNROLL for (int n = 0; n < kN; ++n) sum[m][n] = kAdd ? load(c + m * c_stride + n * kLanes) : splat(0.0f);
+    MOPE_UNROLL for (int n = 0; n < kN; ++n) sum[m][n] = splat(0.0f);
   const float* row[kM];
   MOPE_UNROLL for (int m = 0; m < kM; ++m) row[m] = a.data + m * a.row;
   for (int64_t k = 0; k < depth; ++k, b += b_stride) {
@@ -25,8 +25,12 @@ inline void product_tile(
       MOPE_UNROLL for (int n = 0; n < kN; ++n) sum[m][n] += left * right[n];
     }
   }
+  // C is read here and not at first: from sums that were loaded, GCC makes a loop of half the speed for 16 registers.
   MOPE_UNROLL for (int m = 0; m < kM; ++m)
-    MOPE_UNROLL for (int n = 0; n < kN; ++n) store(c + m * c_stride + n * kLanes, sum[m][n]);
+    MOPE_UNROLL for (int n = 0; n < kN; ++n) {
+      float* to = c + m * c_stride + n * kLanes;
+      store(to, kAdd ? load(to) + sum[m][n] : sum[m][n]);
+    }
 }
 
 // C (+)= A B for `rows` rows and whole vectors of columns: B and C are readable and writable up to a multiple of kLanes.
