@@ -1,6 +1,7 @@
 """Each way of each case is one test: checked, then timed in turns with ours, then written down; what stands there is skipped.
 
-`--out FOLDER` says where (out/), `--seconds` how long a row may take, `--tiny` runs one small case of each op.
+`--out FOLDER` says where (out/), `--seconds` how long a row may take, `--tiny` runs one small case of each op. What a CPU of fewer
+instructions would do, torch, oneDNN and the C++ kernels say with ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MOPE_CPU_TARGET=avx2.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from mope.benchmark.measure import Ceilings, Clock, WrongResult, measure
 from mope.benchmark.problem import Problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+DTYPES = [torch.bfloat16, torch.float32]
+DTYPE = DTYPES[0] if DEVICE.type == "cuda" else DTYPES[1]
 CLOCK = Clock.of(DEVICE)
 
 
@@ -68,7 +70,7 @@ def results(pytestconfig: pytest.Config) -> Callable[[str], rows.Rows]:
         name = "dry" if pytestconfig.getoption("--tiny") else rows.slug(DEVICE)
         found = rows.Rows(pytestconfig.getoption("--out") / f"{stage}-{name}.jsonl", {"stage": stage} | rows.header(DEVICE))
         if "ceilings" not in found.header:
-            ceilings = Ceilings.measure(DEVICE, sorted({torch.float32, DTYPE}, key=str))
+            ceilings = Ceilings.measure(DEVICE, DTYPES)
             found.begin(date=time.strftime("%Y-%m-%d"), ceilings=vars(ceilings))
         return found
 

@@ -39,7 +39,9 @@ def uses_graphs(way: str) -> bool:
 class Case:
     """One op on one named shape. Its text says all of it and names the rows.
 
+    dtype: "float32" or "bfloat16"; None: what is usual on the device.
     backends: beside each backend of torch's attention too, not only the one that torch takes.
+    graphs: with and without CUDA graphs, of models.
     later: measured after all others. Nothing is compiled for it.
     """
 
@@ -48,7 +50,9 @@ class Case:
     training: bool = False
     top_k: int | None = None
     skew: str = "uniform"
+    dtype: str | None = None
     backends: bool = field(default=False, compare=False)
+    graphs: bool = field(default=True, compare=False)
     later: bool = field(default=False, compare=False)
 
     @property
@@ -58,15 +62,15 @@ class Case:
         ways = [way for way in WAYS[self.op] if not (other_leaves and way.startswith("released"))]
         if self.op == "model":
             # Graphs of ours are recorded by hand in inference, and by torch.compile in training.
-            own = ("ours", "ours compiled+graphs" if self.training else "ours without graphs")
+            own = ("ours", *(("ours compiled+graphs" if self.training else "ours without graphs",) if self.graphs else ()))
             # Opponents mix all experts.
             opponents = () if self.top_k else _OPPONENTS["swin" in self.shape]
-            ways = [way for way in ways if way in (*own, *opponents)]
+            ways = [way for way in ways if way in (*own, *opponents) and (self.graphs or not uses_graphs(way))]
         ways = [way for way in ways if self.backends or way not in BACKENDS]
         return tuple(way for way in ways if not (self.later and is_compiled(way)))
 
     def __str__(self) -> str:
-        parts = [self.shape, "training" if self.training else "inference"]
+        parts = [self.shape, *([self.dtype] if self.dtype else []), "training" if self.training else "inference"]
         if self.op in ("route", "mix_prompts", "mope_attention") or (self.op == "model" and self.top_k is not None):
             parts.insert(1, "dense" if self.top_k is None else f"top-{self.top_k}")
         if self.skew != "uniform":
@@ -138,7 +142,13 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
 }
 # The rest of what is listed, dense, for a device with time.
 _LATER: dict[str, dict[str, list[str]]] = {
-    "cpu": {"model": ["swin-b-8-blocks+bert-base-2-layers-b4"]},
+    "cpu": {
+        "window_prompt_attention": [
+            *(f"swin-b-stage{stage}-b4" for stage in ("1", "2", "2-shifted")),
+            *(f"swin-b-stage{stage}-b16" for stage in ("1", "1-shifted", "2", "2-shifted", "3", "3-shifted", "4")),
+        ],
+        "prompted_norm": [f"swin-b-stage{stage}-b4" for stage in (1, 2, 4)],
+    },
     "cuda": {
         "window_prompt_attention": [
             *(f"swin-b-stage{stage}-b64" for stage in ("2", "3")),
@@ -165,15 +175,35 @@ _SPARSE: dict[str, dict[str, list[str]]] = {
         "model": [f"vit-b+bert-base-b64{k}" for k in ("", "-k64")],
     },
 }
+# Whole models on a CPU, where compilers take minutes for each; and in bfloat16, which some CPUs multiply twice as fast.
+_MODEL_ON_CPU, _HALF = "swin-b+bert-base-t32-b{}", "bfloat16"
+_MORE: dict[str, dict[str, list[Case]]] = {
+    "cpu": {
+        "window_prompt_attention": [
+            Case("window_prompt_attention", f"swin-b-stage{stage}-b4", training, dtype=_HALF, later=True)
+            for stage in ("1-shifted", "3-shifted", "4")
+            for training in (False, True)
+        ],
+        "model": [
+            *(Case("model", _MODEL_ON_CPU.format(4), dtype=dtype, graphs=False) for dtype in (None, _HALF)),
+            Case("model", _MODEL_ON_CPU.format(4), training=True, graphs=False, later=True),
+            *(
+                Case("model", _MODEL_ON_CPU.format(batch), dtype=dtype, graphs=False, later=True)
+                for batch in (1, 8)
+                for dtype in (None, _HALF)
+            ),
+        ],
+    }
+}
 _SKEWED = {"cpu": "vit-b-b8", "cuda": "vit-b-b64-k64"}
 
 
 def cases(op: str, where: str) -> list[Case]:
     """where: "cpu", "cuda" or "tiny"."""
     # A CPU has one kernel for its attention.
-    backends = where != "cpu"
+    backends = graphs = where != "cpu"
     found = [
-        Case(op, shape, training, top_k, backends=backends)
+        Case(op, shape, training, top_k, backends=backends, graphs=graphs)
         for shape, top_k in _SHAPES[where].get(op, [])
         # Tasks are trained one by one.
         for training in ((False,) if op == "tasks" else (False, True))
@@ -183,9 +213,10 @@ def cases(op: str, where: str) -> list[Case]:
     if op == "mope_attention" and where == "cuda":
         # In training its definition does not fit beside it.
         found.append(Case(op, "long-8k-b4", backends=True))
+    found += _MORE.get(where, {}).get(op, [])
     found += [Case(op, shape, False, 1, later=True) for shape in _SPARSE.get(where, {}).get(op, [])]
     found += [
-        Case(op, shape, training, backends=backends, later=True)
+        Case(op, shape, training, backends=backends, graphs=graphs, later=True)
         for shape in _LATER.get(where, {}).get(op, [])
         for training in (False, True)
     ]

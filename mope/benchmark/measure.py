@@ -21,6 +21,8 @@ from .baselines import Unavailable
 from .problem import Problem
 from .shapes import Work
 
+# No row has fewer rounds, or where they take longer than so many seconds, fewer than the second number.
+ROUNDS, LONG, ROUNDS_IF_LONG = 7, 3.0, 4
 # A result is wrong if its error against float64 is more than this many times that of plain PyTorch in the same dtype and of one
 # rounding together. That leaves the libraries room for their approximations, and plain PyTorch a lucky number; our own
 # implementations are held to 2 and 3 by the tests.
@@ -106,10 +108,13 @@ class Clock:
         """Of one call."""
         return self.run(functools.partial(_repeat, once, calls), self.flush, 1)[0] / calls
 
-    def calls(self, once: Callable[[], object]) -> int:
-        """How many calls make a round, after warming up."""
+    def calls(self, once: Callable[[], object]) -> tuple[int, float]:
+        """How many calls make a round, and what a round costs in seconds, after warming up."""
         self.seconds(once)
-        return max(1, round(self.shortest / self.seconds(once)))
+        one = self.seconds(once)
+        calls = max(1, round(self.shortest / one))
+        # A call as long as a round should be needs no other to be timed well.
+        return calls, one if calls == 1 and self.shortest else calls * self.seconds(once, calls)
 
 
 def _repeat(once: Callable[[], object], calls: int) -> None:
@@ -124,19 +129,18 @@ def sample(
 
     run: what runs the rounds, `Clock.run` or another.
     """
-    calls, others = clock.calls(once), list[float]()
-    cost = calls * clock.seconds(once, calls)
+    (calls, cost), others = clock.calls(once), list[float]()
     if beside is None:
         setup: Callable[[], object] = clock.flush
     else:
-        calls_beside = clock.calls(beside)
-        cost += calls_beside * clock.seconds(beside, calls_beside)
+        calls_beside, cost_beside = clock.calls(beside)
+        cost += cost_beside
 
         def setup() -> None:
             others.append(clock.seconds(beside, calls_beside))
             clock.flush()
 
-    rounds = min(max(7, int(seconds / cost)), 200)
+    rounds = min(max(ROUNDS_IF_LONG if cost > LONG else ROUNDS, int(seconds / cost)), 200)
     times = (run or clock.run)(functools.partial(_repeat, once, calls), setup, rounds)
     return [t / calls for t in times], others
 

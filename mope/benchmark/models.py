@@ -191,10 +191,13 @@ def new_inputs(shape: shapes.Model) -> Inputs:
 
 
 def _ours(model: MoPEForClassification, dtype: torch.dtype, graphs: bool, forward: Callable[..., Outputs]) -> Any:
-    """`model` called in inference or training -> a way; through CUDA graphs if wanted."""
+    """`model` called in inference or training -> a way; through CUDA graphs if wanted. On a CPU its frozen layers are in order."""
     called = _Called(model, dtype, forward)
+    # They stay so as long as somebody holds this.
+    in_order = model.prepacked()
+    in_order.__enter__()
 
-    def run(pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
+    def run(pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, held: object = in_order) -> Outputs:
         return called(pixel_values, input_ids, attention_mask)
 
     function: Any = CudaGraphRunner(run, modules=[model]) if graphs else run

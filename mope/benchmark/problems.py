@@ -26,8 +26,9 @@ Way = Callable[..., Outputs]
 
 
 def build(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """The problem of a case, with the same numbers every time."""
+    """The problem of a case, with the same numbers every time. `dtype`: where the case does not say another."""
     torch.manual_seed(0)
+    dtype = dtype if case.dtype is None else getattr(torch, case.dtype)
     builders = {
         "route": _route,
         "mix_prompts": _mix_prompts,

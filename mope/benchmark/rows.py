@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,11 @@ def sources(*folders: str) -> str:
 
 
 def slug(device: torch.device) -> str:
-    """The device in a file's name."""
+    """The device in a file's name, and the instruction set where less than the best is to be used."""
     if device.type == "cuda":
         return re.sub(r"[^A-Za-z0-9.]+", "-", torch.cuda.get_device_name(device))
-    threads = torch.get_num_threads()
-    return f"cpu-{threads}-thread{'s' if threads > 1 else ''}"
+    threads, lower = torch.get_num_threads(), os.environ.get("MOPE_CPU_TARGET")
+    return f"cpu-{threads}-thread{'s' if threads > 1 else ''}{f'-{lower}' if lower else ''}"
 
 
 class Rows:

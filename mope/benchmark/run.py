@@ -74,7 +74,7 @@ def bench(*, out: Path, quick: bool, everything: bool = False, device: str = "au
 
     path = out / "bench.jsonl"
     path.unlink(missing_ok=True)
-    clock, ceilings = Clock.of(place), Ceilings.measure(place, sorted({torch.float32, dtype}, key=str))
+    clock, ceilings = Clock.of(place), Ceilings.measure(place, [torch.bfloat16, torch.float32])
     found = rows.Rows(path, header)
     found.begin(date=time.strftime("%Y-%m-%d"), ceilings=vars(ceilings), cold_start=cold_start(place))
     for op in ops:

@@ -179,6 +179,7 @@ MODELS = {
     "tiny-swin": Model(2, image=32, tokens=4, hidden=64, layers=1, embed=32, depths=(2, 2), window=4),
     "vit-b+bert-base-2-layers-b8": Model(8, tokens=32, layers=2),
     "swin-b-8-blocks+bert-base-2-layers-b4": Model(4, tokens=32, layers=2, embed=128, depths=(2, 2, 2, 2)),
+    **{f"swin-b+bert-base-t32-b{batch}": Model(batch, tokens=32, **_SWIN_B) for batch in (1, 4, 8)},
     "vit-b+bert-base-b16": Model(16),
     "vit-b+bert-base-b64": Model(64),
     "vit-b+bert-base-b64-k64": Model(64, experts=64),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from mope.benchmark import measure, problems, shapes
 from mope.benchmark.baselines import Unavailable
 from mope.benchmark.cases import WAYS, Case, cases, is_compiled
 from mope.benchmark.measure import Ceilings, Clock
+from mope.fused import prepack
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy=1e9, matmul={"float32": 1e9})
@@ -44,6 +46,39 @@ def test_in_half_precision_models_are_checked_as_well(training):
     problem = problems.build(Case("model", "tiny-swin", training), CPU, torch.bfloat16)
     for way in ("ours", "released", "released without waiting", "released half"):
         assert 1e-4 < measure.check(problem, way, problem.prepare(way)()) < 0.1
+
+
+def test_a_case_may_have_its_own_dtype():
+    case = Case("mix_prompts", "tiny", dtype="bfloat16")
+    problem = problems.build(case, CPU, torch.float32)
+    assert str(case) == "tiny dense bfloat16 inference" and problem.dtype == problem.plain[0].dtype == torch.bfloat16
+    assert 1e-4 < measure.check(problem, "ours", problem.prepare("ours")()) < 0.1
+
+
+def test_on_a_cpu_whole_models_are_beside_each_way_to_run_the_released_one():
+    ways = {str(case): case.ways for case in cases("model", "cpu")}
+    eager, model = ("ours", "released", "released half"), "swin-b+bert-base-t32"
+    assert ways[f"{model}-b4 inference"] == ways[f"{model}-b4 bfloat16 inference"] == (*eager, "released compiled")
+    for rest in ("b1 inference", "b8 bfloat16 inference", "b4 training"):
+        assert ways[f"{model}-{rest}"] == eager
+
+
+class CountPrepacked(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += str(func).startswith("mkldnn._linear_pointwise")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not prepack.available(torch.float32), reason="torch without oneDNN's operators")
+@pytest.mark.parametrize(("way", "some"), [("ours", True), ("released", False)])
+def test_ours_alone_has_its_frozen_layers_in_order(way, some):
+    once = problems.build(Case("model", "tiny-swin"), CPU, torch.float32).prepare(way)
+    gc.collect()
+    with CountPrepacked() as found:
+        once()
+    assert (found.count > 0) is some
 
 
 class CountValuesRead(TorchDispatchMode):
