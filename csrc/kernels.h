@@ -14,13 +14,15 @@ using torch::stable::parallel_for;
 #include "mope_attention.h"
 #include "window_attention.h"
 #include "expert_adapter.h"
+#include "norm.h"
+#include "prompted_norm.h"
 
 #define MOPE_NAME(target) #target
 #define MOPE_NAME_OF(target) MOPE_NAME(target)
 constexpr Kernels kKernels{
     MOPE_NAME_OF(MOPE_TARGET), mix_prompts,    mix_prompts_backward,    route,           route_backward, importance_loss,
     importance_loss_backward,  mope_attention, mope_attention_backward, window_attention, window_attention_backward,
-    expert_adapter,            expert_adapter_backward};
+    expert_adapter,            expert_adapter_backward, add_norm, add_norm_backward, prompted_norm, prompted_norm_backward};
 #undef MOPE_NAME
 #undef MOPE_NAME_OF
 

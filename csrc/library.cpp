@@ -32,7 +32,7 @@ Tensor mix_prompts(Tensor experts, Tensor weights, Tensor indices) {
   FloatResults results;
   float* data;
   Tensor out = results.like(experts, data, op.B, experts.size(1), experts.size(2));
-  kernels().mix_prompts(op, data);
+  kernels().mix_prompts(op, {data, {op.width}});
   results.finish();
   return out;
 }
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> mix_prompts_backward(
   float *to_experts = nullptr, *to_weights = nullptr;
   Tensor grad_experts = need_experts ? results.like(experts, to_experts, op.K, P, D) : empty_like(experts, 0);
   Tensor grad_weights = need_weights ? results.like(weights, to_weights, op.B, op.k) : empty_like(weights, 0);
-  kernels().mix_prompts_backward(op, grad, to_experts, to_weights);
+  kernels().mix_prompts_backward(op, {grad, {op.width}}, to_experts, to_weights);
   results.finish();
   return {grad_experts, grad_weights};
 }
@@ -427,6 +427,240 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_adapte
   return {grad_x, grad_down_weight, grad_down_bias, grad_up_weight, grad_up_bias, grad_router_weight, grad_router_bias};
 }
 
+// What rows may be of.
+int32_t row_dtype(const char* op, ScalarType dtype) {
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, ": the dtype of rows must be float32 or bfloat16, got ",
+      torch::headeronly::toString(dtype));
+  return dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+}
+int32_t promoted_dtype(const Tensor& x, const Optional& update) {
+  return dtype_of(update && !is_bfloat16(*update) ? *update : x);
+}
+
+// The axes in front of the last one as one.
+struct FlatRows {
+  explicit FlatRows(const Tensor& x) : sizes(x.sizes().begin(), x.sizes().end()), C(sizes.empty() ? 0 : sizes.back()) {
+    STD_TORCH_CHECK(!sizes.empty(), "add_norm: x must have a last axis C, got a scalar");
+    for (size_t i = 0; i + 1 < sizes.size(); ++i) R *= sizes[i];
+  }
+  AnyInput<2> input(Arguments& arguments, const char* name, const Optional& tensor) {
+    if (!tensor) return {};
+    STD_TORCH_CHECK(
+        std::ranges::equal(tensor->sizes(), sizes), "add_norm: ", name, " must have shape ", to_string(sizes), ", got ",
+        to_string(tensor->sizes()));
+    return arguments.any_rows<2>(name, kept.emplace_back(torch::stable::reshape(*tensor, {R, C})), {R, C});
+  }
+  Tensor output(int32_t dtype, AnyOutput<2>& to) {
+    Tensor rows = allocate_dense(dtype, R, C);
+    to = any_rows<2>(rows);
+    return sizes.size() == 2 ? rows : torch::stable::view(rows, sizes);
+  }
+
+  std::vector<int64_t> sizes;
+  int64_t R = 1, C;
+  std::deque<Tensor> kept;
+};
+
+std::tuple<Tensor, Tensor> add_norm(
+    Tensor x, Optional update, Optional weight, Optional bias, double eps, ScalarType norm_dtype) {
+  Arguments arguments("add_norm");
+  FlatRows rows(x);
+  AddNorm op{rows.R, rows.C, rows.input(arguments, "x", x), rows.input(arguments, "update", update)};
+  op.weight = arguments.dense_or_nothing("weight", weight, {op.C});
+  op.bias = arguments.dense_or_nothing("bias", bias, {op.C});
+  op.eps = static_cast<float>(eps);
+  AnyOutput<2> total_rows, normed_rows;
+  Tensor total = update ? rows.output(promoted_dtype(x, update), total_rows) : empty_like(x, 0);
+  Tensor normed = rows.output(row_dtype("add_norm", norm_dtype), normed_rows);
+  kernels().add_norm(op, total_rows, normed_rows);
+  return {total, normed};
+}
+
+// In the order of ADD_NORM_GRADIENTS.
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(
+    Optional grad_total, Optional grad_normed, Tensor total, Optional weight, double eps, ScalarType x_dtype,
+    ScalarType update_dtype, int64_t needs) {
+  Arguments arguments("add_norm_backward");
+  FlatRows rows(total);
+  AddNorm op{rows.R, rows.C, rows.input(arguments, "total", total), {}};
+  op.weight = arguments.dense_or_nothing("weight", weight, {op.C});
+  op.eps = static_cast<float>(eps);
+  AddNormBackward back{};
+  back.grad_total = rows.input(arguments, "grad_total", grad_total);
+  back.grad_normed = rows.input(arguments, "grad_normed", grad_normed);
+  Tensor grad_x = needs & 1 ? rows.output(row_dtype("add_norm_backward", x_dtype), back.x) : empty(0);
+  Tensor grad_update = needs & 2 ? rows.output(row_dtype("add_norm_backward", update_dtype), back.update) : empty(0);
+  Tensor grad_weight = empty(needs & 4 ? op.C : 0), grad_bias = empty(needs & 8 ? op.C : 0);
+  if (needs & 4) back.weight = grad_weight.mutable_data_ptr<float>();
+  if (needs & 8) back.bias = grad_bias.mutable_data_ptr<float>();
+  kernels().add_norm_backward(op, back);
+  return {grad_x, grad_update, grad_weight, grad_bias};
+}
+
+// What both directions of `prompted_norm` are told about the LayerNorm, the experts and the router.
+void set_parameters(
+    Arguments& arguments, PromptedNorm& op, const Optional& weight, const Optional& experts, const Optional& self_weight,
+    const Optional& self_bias, const Optional& self_keys, double temperature, bool renormalize, double eps) {
+  op.weight = arguments.dense_or_nothing("weight", weight, {op.C});
+  if (experts) {
+    STD_TORCH_CHECK(experts->dim() == 3, "prompted_norm: experts must be (K, P, C), got ", to_string(experts->sizes()));
+    op.K = experts->size(0), op.P = experts->size(1);
+    op.experts = arguments.dense<float>("experts", *experts, {op.K, op.P, op.C});
+  }
+  arguments.both_or_neither("self_weight", self_weight, "self_keys", self_keys);
+  if (self_weight) {
+    op.query = self_weight->dim() == 2 ? self_weight->size(0) : 0;
+    op.self_weight = arguments.dense<float>("self_weight", *self_weight, {op.query, op.C});
+    op.self_bias = arguments.dense_or_nothing("self_bias", self_bias, {op.query});
+    op.self_keys = arguments.dense<float>("self_keys", *self_keys, {op.query, op.K});
+  }
+  op.temperature = static_cast<float>(temperature), op.renormalize = renormalize, op.eps = static_cast<float>(eps);
+}
+
+void check_indices(const View<const int64_t, 2>& indices, const PromptedNorm& op) {
+  for (int64_t b = 0; b < op.B; ++b)
+    for (int64_t j = 0; j < op.k; ++j)
+      STD_TORCH_CHECK(
+          0 <= indices.row(b)[j] && indices.row(b)[j] < op.K, "prompted_norm: indices must lie in 0..", op.K - 1, ", got ",
+          indices.row(b)[j]);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prompted_norm(
+    Tensor x, Optional update, Optional weight, Optional bias, Optional static_prompts, Optional experts, Optional mapped,
+    Optional cross_logits, Optional self_weight, Optional self_bias, Optional self_keys, Optional routing_weights,
+    Optional routing_indices, Optional noise, int64_t num_replaced, int64_t top_k, double temperature, bool renormalize,
+    double eps, ScalarType norm_dtype, bool keep_pooled) {
+  Arguments arguments("prompted_norm");
+  STD_TORCH_CHECK(
+      x.dim() == 3 && 0 <= num_replaced && num_replaced <= x.size(1), "prompted_norm: x must be (B, N, C), and num_replaced at most N, got ",
+      to_string(x.sizes()), " and ", num_replaced);
+  PromptedNorm op{};
+  op.B = x.size(0), op.N = x.size(1), op.C = x.size(2), op.replaced = num_replaced;
+  set_parameters(arguments, op, weight, experts, self_weight, self_bias, self_keys, temperature, renormalize, eps);
+  const int64_t B = op.B, N = op.N, C = op.C, K = op.K;
+  op.S = static_prompts && static_prompts->dim() == 2 ? static_prompts->size(0) : 0;
+  op.M = mapped && mapped->dim() == 3 ? mapped->size(1) : 0;
+  op.noise = arguments.rows<2>("noise", noise, {B, K});
+
+  PromptedNormForward io{};
+  io.x = arguments.any_rows<3>("x", x, {B, N, C});
+  io.update = arguments.any_rows<3>("update", update, {B, N, C});
+  io.bias = arguments.dense_or_nothing("bias", bias, {C});
+  io.static_prompts = arguments.rows<2>("static", static_prompts, {op.S, C});
+  io.mapped = arguments.any_rows<3>("mapped", mapped, {B, op.M, C});
+  io.cross_logits = arguments.rows<2>("cross_logits", cross_logits, {B, K});
+  arguments.both_or_neither("routing_weights", routing_weights, "routing_indices", routing_indices);
+  if (routing_weights) {
+    op.k = routing_weights->dim() == 2 ? routing_weights->size(1) : 0;
+    io.routing_weights = arguments.rows<2>("routing_weights", *routing_weights, {B, op.k});
+    io.routing_indices = arguments.integers<2>("routing_indices", *routing_indices, {B, op.k});
+    check_indices(io.routing_indices, op);
+  }
+  const bool routed = experts && !routing_weights;
+  STD_TORCH_CHECK(!routed || cross_logits || self_weight, "prompted_norm: experts need cross_logits, self_weight or routing_weights");
+  STD_TORCH_CHECK(
+      !routed || (0 <= top_k && top_k <= K), "prompted_norm: top_k must lie in 0..", K, ", the number of experts, got ", top_k);
+  if (routed) op.dense = top_k == 0, op.k = op.dense ? K : top_k;
+
+  const int64_t rows = op.prompts() + N - num_replaced;
+  Tensor total = allocate_dense(promoted_dtype(x, update), B, rows, C);
+  Tensor normed = allocate_dense(row_dtype("prompted_norm", norm_dtype), B, rows, C);
+  Tensor probs = empty(B, routed ? K : 0), weights = empty(B, routed ? top_k : 0), indices = empty<int64_t>(B, routed ? op.k : 0);
+  Tensor pooled = empty(keep_pooled ? B : 0, C);
+  io.total = any_rows<3>(total), io.normed = any_rows<3>(normed);
+  io.probs = probs.mutable_data_ptr<float>(), io.weights = weights.mutable_data_ptr<float>();
+  io.indices = indices.mutable_data_ptr<int64_t>();
+  if (keep_pooled) io.pooled = pooled.mutable_data_ptr<float>();
+  kernels().prompted_norm(op, io);
+  return {total, normed, probs, weights, indices, pooled};
+}
+
+using PromptedNormGradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+PromptedNormGradients prompted_norm_backward(
+    Optional grad_total, Optional grad_normed, Optional grad_probs, Optional grad_weights, Tensor total, Tensor probs,
+    Tensor weights, Tensor indices, Tensor pooled, Optional weight, Optional experts, Optional self_weight, Optional self_bias,
+    Optional self_keys, int64_t num_rows, int64_t num_replaced, int64_t num_static, int64_t num_mapped, double temperature,
+    bool renormalize, double eps, ScalarType x_dtype, ScalarType update_dtype, int64_t needs) {
+  Arguments arguments("prompted_norm_backward");
+  STD_TORCH_CHECK(
+      total.dim() == 3 && probs.dim() == 2 && weights.dim() == 2 && indices.dim() == 2,
+      "prompted_norm_backward: total must be (B, N, C), probs (B, K), weights and indices (B, k), got ", to_string(total.sizes()),
+      ", ", to_string(probs.sizes()), ", ", to_string(weights.sizes()), " and ", to_string(indices.sizes()));
+  PromptedNorm op{};
+  op.B = total.size(0), op.N = num_rows, op.C = total.size(2), op.replaced = num_replaced;
+  op.S = num_static, op.M = num_mapped;
+  set_parameters(arguments, op, weight, experts, self_weight, self_bias, self_keys, temperature, renormalize, eps);
+  const int64_t B = op.B, C = op.C, K = op.K, rows = op.prompts() + num_rows - num_replaced;
+  // Without weights of their own the experts have the probabilities.
+  op.dense = weights.size(1) == 0, op.k = indices.size(1);
+
+  PromptedNormBackward back{};
+  back.total = arguments.any_rows<3>("total", total, {B, rows, C});
+  back.grad_total = arguments.any_rows<3>("grad_total", grad_total, {B, rows, C});
+  back.grad_normed = arguments.any_rows<3>("grad_normed", grad_normed, {B, rows, C});
+  const bool routed = probs.size(1) > 0;
+  if (routed) back.probs = arguments.dense<float>("probs", probs, {B, K});
+  back.weights = arguments.dense<float>("weights", weights, {B, op.dense ? 0 : op.k});
+  back.indices = arguments.dense<int64_t>("indices", indices, {B, op.k});
+  check_indices({back.indices, {op.k}}, op);
+  back.grad_probs = arguments.rows<2>("grad_probs", grad_probs, {B, probs.size(1)});
+  back.grad_weights = arguments.rows<2>("grad_weights", grad_weights, {B, weights.size(1)});
+
+  // Bits in the order of PROMPTED_NORM_GRADIENTS.
+  constexpr int64_t kRows = 0b11, kCross = 1 << 7, kRouter = 0b111 << 8;
+  back.needs_router = routed && (needs & kCross || (self_keys && needs & (kRows | kRouter)));
+  if (needs & kRouter) back.pooled = arguments.dense<float>("pooled", pooled, {B, C});
+  Tensor prompts = empty(0);
+  if (back.needs_router || needs & ~kRows) {
+    prompts = empty(B, op.prompts(), C);
+    back.prompts = prompts.mutable_data_ptr<float>();
+  }
+
+  int bit = 0;
+  const auto of_rows = [&](AnyOutput<3>& to, ScalarType dtype) {
+    if (!(needs >> bit++ & 1)) return empty(0);
+    Tensor grad = allocate_dense(row_dtype("prompted_norm_backward", dtype), B, num_rows, C);
+    to = any_rows<3>(grad);
+    return grad;
+  };
+  const auto of = [&](float*& to, auto... sizes) {
+    if (!(needs >> bit++ & 1)) return empty(0);
+    Tensor grad = empty(sizes...);
+    to = grad.template mutable_data_ptr<float>();
+    return grad;
+  };
+  FloatResults results;
+  const auto like = [&](const Optional& given, float*& to, auto... sizes) {
+    return needs >> bit++ & 1 ? results.like(*given, to, sizes...) : empty(0);
+  };
+  // Braces: evaluated from left to right.
+  PromptedNormGradients gradients{
+      of_rows(back.x, x_dtype),
+      of_rows(back.update, update_dtype),
+      of(back.weight, C),
+      of(back.bias, C),
+      of(back.static_prompts, op.S, C),
+      like(experts, back.experts, K, op.P, C),
+      needs >> bit++ & 1 ? torch::stable::narrow(prompts, 1, op.S + op.P, op.M) : empty(0),
+      of(back.cross_logits, B, K),
+      of(back.self_weight, op.query, C),
+      of(back.self_bias, op.query),
+      of(back.self_keys, op.query, K),
+      like(weights, back.routing_weights, B, op.k),
+  };
+  Tensor spare = empty(0);
+  if (back.needs_router && !back.routing_weights) {
+    spare = empty(B, op.k);
+    back.routing_weights = spare.mutable_data_ptr<float>();
+  }
+  kernels().prompted_norm_backward(op, back);
+  results.finish();
+  return gradients;
+}
+
 }  // namespace
 }  // namespace mope
 
@@ -443,6 +677,10 @@ STABLE_TORCH_LIBRARY_IMPL(mope_cpu, CPU, m) {
   m.impl("mope_attention_backward", TORCH_BOX(&mope::mope_attention_backward));
   m.impl("expert_adapter", TORCH_BOX(&mope::expert_adapter));
   m.impl("expert_adapter_backward", TORCH_BOX(&mope::expert_adapter_backward));
+  m.impl("add_norm", TORCH_BOX(&mope::add_norm));
+  m.impl("add_norm_backward", TORCH_BOX(&mope::add_norm_backward));
+  m.impl("prompted_norm", TORCH_BOX(&mope::prompted_norm));
+  m.impl("prompted_norm_backward", TORCH_BOX(&mope::prompted_norm_backward));
   m.impl("window_prompt_attention", TORCH_BOX(&mope::window_attention));
   m.impl("window_prompt_attention_backward", TORCH_BOX(&mope::window_attention_backward));
 }

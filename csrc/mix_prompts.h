@@ -22,13 +22,13 @@ inline std::vector<float> dense_weights(const MixPrompts& op) {
   return dense;
 }
 
-inline void mix_prompts(const MixPrompts& op, float* out) {
+inline void mix_prompts(const MixPrompts& op, Output<2> out) {
   const std::vector<float> dense = dense_weights(op);
   over_columns(op.width, [&](int64_t first, int64_t columns) {
     if (!dense.empty())
-      return product<false>(op.B, columns, op.K, {dense.data(), op.K, 1}, op.experts + first, op.width, out + first, op.width);
+      return product<false>(op.B, columns, op.K, {dense.data(), op.K, 1}, op.experts + first, op.width, out.data + first, out.stride[0]);
     for (int64_t b = 0; b < op.B; ++b) {
-      float* to = out + b * op.width + first;
+      float* to = out.row(b) + first;
       std::fill_n(to, columns, 0.0f);
       for (int64_t j = 0; j < op.k; ++j)
         add_scaled(to, op.weights.row(b)[j], op.experts + op.indices.row(b)[j] * op.width + first, columns);
@@ -36,7 +36,7 @@ inline void mix_prompts(const MixPrompts& op, float* out) {
   });
 }
 
-inline void mix_prompts_backward(const MixPrompts& op, const float* grad_out, float* grad_experts, float* grad_weights) {
+inline void mix_prompts_backward(const MixPrompts& op, Input<2> grad_out, float* grad_experts, float* grad_weights) {
   if (grad_weights)
     parallel_for(0, op.B, 4, [&](int64_t begin, int64_t end) {
       std::fill(grad_weights + begin * op.k, grad_weights + end * op.k, 0.0f);
@@ -45,7 +45,7 @@ inline void mix_prompts_backward(const MixPrompts& op, const float* grad_out, fl
         for (int64_t b = begin; b < end; ++b)
           for (int64_t j = 0; j < op.k; ++j)
             grad_weights[b * op.k + j] +=
-                dot(grad_out + b * op.width + first, op.experts + op.indices.row(b)[j] * op.width + first, columns);
+                dot(grad_out.row(b) + first, op.experts + op.indices.row(b)[j] * op.width + first, columns);
       }
     });
   if (!grad_experts) return;
@@ -53,10 +53,10 @@ inline void mix_prompts_backward(const MixPrompts& op, const float* grad_out, fl
   over_columns(op.width, [&](int64_t first, int64_t columns) {
     float* to = grad_experts + first;
     if (!dense.empty())
-      return product<false>(op.K, columns, op.B, {dense.data(), 1, op.K}, grad_out + first, op.width, to, op.width);
+      return product<false>(op.K, columns, op.B, {dense.data(), 1, op.K}, grad_out.data + first, grad_out.stride[0], to, op.width);
     for (int64_t j = 0; j < op.K; ++j) std::fill_n(to + j * op.width, columns, 0.0f);
     for (int64_t b = 0; b < op.B; ++b)
       for (int64_t j = 0; j < op.k; ++j)
-        add_scaled(to + op.indices.row(b)[j] * op.width, op.weights.row(b)[j], grad_out + b * op.width + first, columns);
+        add_scaled(to + op.indices.row(b)[j] * op.width, op.weights.row(b)[j], grad_out.row(b) + first, columns);
   });
 }

@@ -191,11 +191,61 @@ struct ExpertAdapterBackward {
   float *x, *down_weight, *down_bias, *up_weight, *up_bias, *router_weight, *router_bias;  // the gradients
 };
 
+// R rows of C numbers.
+struct AddNorm {
+  int64_t R, C;
+  AnyInput<2> x, update;      // in backward their sum, and nothing
+  const float *weight, *bias; // (C)
+  float eps;
+};
+
+struct AddNormBackward {
+  AnyInput<2> grad_total, grad_normed;
+  AnyOutput<2> x, update;  // the gradients
+  float *weight, *bias;
+};
+
+// N rows of C numbers in, of which the first `replaced` make room for S + P + M prompts. A routing that was given has k weights and is not
+// dense; else weights and indices come out of the router, whose query is `query` wide.
+struct PromptedNorm : Route {
+  int64_t N, C, S, P, M, replaced, query;
+  const float* weight;                            // (C)
+  const float* experts;                           // (K, P * C)
+  const float *self_weight, *self_bias, *self_keys; // (query,C), (query), (query,K)
+  float eps;
+
+  int64_t prompts() const { return S + P + M; }
+};
+
+struct PromptedNormForward : RouteForward {
+  AnyInput<3> x, update;                   // (B,N,C)
+  const float* bias;                       // (C)
+  Input<2> static_prompts;                 // (S,C)
+  AnyInput<3> mapped;                      // (B,M,C)
+  Input<2> cross_logits;                   // (B,K)
+  Input<2> routing_weights;                // (B,k)
+  View<const int64_t, 2> routing_indices;  // (B,k)
+  AnyOutput<3> total, normed;              // (B, S+P+M + N-replaced, C)
+  float* pooled;                           // (B,C)
+};
+
+struct PromptedNormBackward {
+  AnyInput<3> grad_total, grad_normed, total;  // (B, S+P+M + N-replaced, C)
+  Input<2> grad_probs, grad_weights;           // (B,K), (B,k)
+  const float *probs, *weights, *pooled;       // (B,K), (B,k), (B,C)
+  const int64_t* indices;                      // (B,k)
+  bool needs_router;                           // or anything that only the router's gradient leads to
+  AnyOutput<3> x, update;                      // the gradients
+  float *weight, *bias, *static_prompts, *experts, *cross_logits, *self_weight, *self_bias, *self_keys;
+  float* routing_weights;  // (B,k), there too where the router's gradient is needed
+  float* prompts;          // (B, S+P+M, C), there where anything but x is needed
+};
+
 // The kernels, compiled for one instruction set.
 struct Kernels {
   const char* target;
-  void (*mix_prompts)(const MixPrompts&, float* out);
-  void (*mix_prompts_backward)(const MixPrompts&, const float* grad_out, float* grad_experts, float* grad_weights);
+  void (*mix_prompts)(const MixPrompts&, Output<2> out);
+  void (*mix_prompts_backward)(const MixPrompts&, Input<2> grad_out, float* grad_experts, float* grad_weights);
   void (*route)(const Route&, const RouteForward&);
   void (*route_backward)(const Route&, const RouteBackward&);
   void (*importance_loss)(const ImportanceLoss&, Input<3> probs, float* loss, float* load);
@@ -206,6 +256,10 @@ struct Kernels {
   void (*window_attention_backward)(const WindowAttention&, const WindowAttentionBackward&);
   void (*expert_adapter)(const ExpertAdapter&, float* out, float* weights);
   void (*expert_adapter_backward)(const ExpertAdapter&, const ExpertAdapterBackward&);
+  void (*add_norm)(const AddNorm&, AnyOutput<2> total, AnyOutput<2> normed);
+  void (*add_norm_backward)(const AddNorm&, const AddNormBackward&);
+  void (*prompted_norm)(const PromptedNorm&, const PromptedNormForward&);
+  void (*prompted_norm_backward)(const PromptedNorm&, const PromptedNormBackward&);
 };
 
 // Those for the best instruction set that this processor has.

@@ -77,6 +77,11 @@ class Arguments {
     return keep(torch::stable::contiguous(tensor)).template const_data_ptr<T>();
   }
 
+  template <size_t kDims>
+  const float* dense_or_nothing(const char* name, const Optional& given, const int64_t (&sizes)[kDims]) {
+    return given ? dense<float>(name, *given, sizes) : nullptr;
+  }
+
   Lengths lengths(const Optional& tensor, int64_t batch) {
     if (!tensor) return {};
     const bool is_int64 = tensor->scalar_type() == ScalarType::Long;

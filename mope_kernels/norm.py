@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, first_derivative_only
-from .impl import Operation, reference_check, triton_check
+from .impl import Operation, extension_check, reference_check, triton_check
 from .norm_details import _launch as _launch
 
 
@@ -80,6 +80,14 @@ def triton_norm_check(x: Tensor, norm_dtype: torch.dtype, *others: Tensor | None
     return reasons
 
 
+def cpu_norm_check(x: Tensor, norm_dtype: torch.dtype, *others: Tensor | None) -> list[str]:
+    """What speaks against the C++ kernels of a LayerNorm over the last axis of x."""
+    reasons = extension_check(x, *(t for t in others if t is not None))
+    if norm_dtype not in (torch.float32, torch.bfloat16):
+        reasons.append(f"the C++ kernels write float32 and bfloat16, norm_dtype is {norm_dtype}")
+    return reasons
+
+
 def _triton_check(
     x: Tensor,
     update: Tensor | None,
@@ -92,7 +100,19 @@ def _triton_check(
     return triton_norm_check(x, norm_dtype or x.dtype, update, weight, bias)
 
 
-_ADD_NORM = Operation("add_norm", triton=_triton_check, reference=reference_check)
+def _cpu_check(
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    norm_dtype: torch.dtype | None = None,
+    **_: Any,
+) -> list[str]:
+    return cpu_norm_check(x, norm_dtype or x.dtype, update, weight, bias)
+
+
+_ADD_NORM = Operation("add_norm", triton=_triton_check, cpu=_cpu_check, reference=reference_check)
 
 
 def add_norm(
@@ -113,7 +133,7 @@ def add_norm(
         weight, bias: (C,), or None.
         eps: added to the variance, positive.
         norm_dtype: of `normed`; that of `total` if None. Statistics are float32 (float64) in any case.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
         total (..., C) in the dtype that x and update promote to, and normed (..., C).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 from . import reference
 from ._checks import Arguments, first_derivative_only, last_dim_contiguous
 from ._ops import PROMPTED_NORM_GRADIENTS
-from .impl import Operation, reference_check
-from .norm import triton_norm_check
+from .impl import Check, Operation, reference_check
+from .norm import cpu_norm_check, triton_norm_check
 from .prompted_norm_details import _launch as _launch
 from .router import Routing
 
@@ -78,21 +79,20 @@ class PromptedNormFunction(torch.autograd.Function):
         return None, None, *(gradients[name].to(ctx.dtypes[name]) if needed[name] else None for name in _TENSORS)
 
 
-def _triton_check(
-    x: Tensor,
-    update: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    norm_dtype: torch.dtype | None = None,
-    routing: Routing | None = None,
-    **others: Any,
-) -> list[str]:
-    tensors = [t for t in others.values() if isinstance(t, Tensor)]
-    return triton_norm_check(x, norm_dtype or x.dtype, update, weight, bias, *tensors, routing and routing.weights)
+def _check_with(norm_check: Callable[..., list[str]]) -> Check:
+    """What speaks against an implementation, of all tensors but indices."""
+
+    def check(x: Tensor, *tensors: Tensor | None, norm_dtype: torch.dtype | None = None, **others: Any) -> list[str]:
+        routing: Routing | None = others.pop("routing", None)
+        named = [t for t in others.values() if isinstance(t, Tensor)]
+        return norm_check(x, norm_dtype or x.dtype, *tensors, *named, routing and routing.weights)
+
+    return check
 
 
-_PROMPTED_NORM = Operation("prompted_norm", triton=_triton_check, reference=reference_check)
+_PROMPTED_NORM = Operation(
+    "prompted_norm", triton=_check_with(triton_norm_check), cpu=_check_with(cpu_norm_check), reference=reference_check
+)
 
 
 def _check_router(
@@ -178,7 +178,7 @@ def prompted_norm(
         routing: ready-made, in place of the router.
         eps: added to the variance, positive.
         norm_dtype: of `normed`; that of `total` if None.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
         total (B,S+P+M+N-num_replaced,C) in the dtype that x and update promote to; normed, the same shape; the `Routing`, None

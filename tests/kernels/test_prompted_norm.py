@@ -31,31 +31,32 @@ def example(impl: str, *, batch: int = 2, rows: int = 7, width: int = 24, expert
     }
 
 
-@implementations("reference", "triton")
+@implementations("reference", "cpu", "triton")
 def test_the_residual_stream_may_be_wider_than_what_is_added(impl):
-    """As under autocast: float32 plus float16, normalised into float16; each gradient in the dtype of what it belongs to."""
+    """As under autocast: float32 plus 16 bits, normalised into 16 bits; each gradient in the dtype of what it belongs to."""
+    half = torch.bfloat16 if impl == "cpu" else torch.float16
     tensors = {n: t for n, t in example(impl).items() if n in ("x", "update", "weight", "bias")}
-    tensors["update"] = tensors["update"].half()
+    tensors["update"] = tensors["update"].to(half)
     leaves = {n: t.requires_grad_() for n, t in tensors.items()}
-    total, normed = mope_kernels.add_norm(**leaves, norm_dtype=torch.float16, impl=impl)
-    assert (total.dtype, normed.dtype) == (torch.float32, torch.float16)
+    total, normed = mope_kernels.add_norm(**leaves, norm_dtype=half, impl=impl)
+    assert (total.dtype, normed.dtype) == (torch.float32, half)
     gradients = torch.autograd.grad((total, normed), list(leaves.values()), (torch.ones_like(total), torch.ones_like(normed)))
     assert [g.dtype for g in gradients] == [t.dtype for t in leaves.values()]
     check(
-        lambda **t: mope_kernels.add_norm(**t, norm_dtype=torch.float16, impl=impl),
-        lambda **t: reference.add_norm(**t, norm_dtype=torch.float16),
+        lambda **t: mope_kernels.add_norm(**t, norm_dtype=half, impl=impl),
+        lambda **t: reference.add_norm(**t, norm_dtype=half),
         tensors,
         grads_for="x update weight bias",
     )
 
 
-@implementations("reference", "triton")
+@implementations("reference", "cpu", "triton")
 def test_without_an_update_total_is_x(impl):
     x = torch.randn(3, 8, device=DEVICE[impl])
     assert mope_kernels.add_norm(x, None, None, None, impl=impl)[0] is x
 
 
-@implementations("reference", "triton")
+@implementations("reference", "cpu", "triton")
 @pytest.mark.parametrize("top_k", [None, 20])
 def test_routes_to_many_experts(impl, top_k):
     """More than are ranked at once, and more selected ones than are mixed at once."""
@@ -74,7 +75,7 @@ def test_routes_to_many_experts(impl, top_k):
     )
 
 
-@implementations("reference", "triton")
+@implementations("reference", "cpu", "triton")
 def test_takes_the_lowest_of_tied_experts(impl):
     """Prompts that are the number of their expert show which ones were mixed."""
     logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0, 0.0], [0.0] * 6], device=DEVICE[impl])
@@ -89,13 +90,13 @@ def test_takes_the_lowest_of_tied_experts(impl):
         torch.testing.assert_close(total[:, 0, 0], (routing.weights * order).sum(1))
 
 
-@implementations("reference", "triton")
+@implementations("reference", "cpu", "triton")
 def test_dense_routing_has_every_expert_in_its_place(impl):
     _, _, routing = mope_kernels.prompted_norm(**example(impl), num_replaced=2, impl=impl)
     assert routing.indices.tolist() == [[0, 1, 2, 3, 4]] * 2 and torch.equal(routing.weights, routing.probs)
 
 
-@implementations("triton")
+@implementations("cpu", "triton")
 def test_an_item_gives_the_same_in_any_batch(impl):
     """Bit by bit: how the rows of an item are summed up does not depend on how many items there are."""
     tensors = example(impl, batch=3, rows=40, width=300)
