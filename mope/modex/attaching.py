@@ -35,10 +35,18 @@ class _Mode:
     under gradient checkpointing runs its `forward` alone.
     """
 
+    # What compiled code keeps: of a thread's own values it guards reads, but forgets writes at a break of its graph.
+    traced = False
+
     def set(self, fused: bool) -> None:
-        _THREAD.mode = (self, fused)
+        if torch.compiler.is_compiling():
+            self.traced = fused
+        else:
+            _THREAD.mode = (self, fused)
 
     def get(self) -> bool:
+        if torch.compiler.is_compiling():
+            return self.traced
         if _THREAD.mode is None or _THREAD.mode[0] is not self:
             raise RuntimeError(
                 "the feed-forward part of a layer with adapters was called without its attention, which says which adapter acts: "
@@ -48,10 +56,13 @@ class _Mode:
 
 
 class _Thread(threading.local):
-    mode: tuple[_Mode, bool] | None = None
-    disabled: frozenset[_Scope] = frozenset()
-    # By the name of the adapter.
-    routes: Mapping[_Scope, dict[str, list[Tensor]]] = {}
+    """What holds for one thread. Set here and not in the class, where compiled code would not see that it changes."""
+
+    def __init__(self) -> None:
+        self.mode: tuple[_Mode, bool] | None = None
+        self.disabled: frozenset[_Scope] = frozenset()
+        # By the name of the adapter.
+        self.routes: Mapping[_Scope, dict[str, list[Tensor]]] = {}
 
 
 _THREAD = _Thread()
@@ -181,6 +192,12 @@ class Adapters:
         """What is saved: the adapters, and what trains beside them, by the names that these have in the model."""
         added = {f"{name}.{key}": t for name, adapter in self.modules.items() for key, t in adapter.state_dict().items()}
         return {**added, **{name: p.detach() for name, p in self._trained_parameters().items()}}
+
+    def original_state_dict(self) -> dict[str, Tensor]:
+        """The state dict of the model without adapters, and with what trained as it was: what `detach` would give back."""
+        added = tuple(f"{name}." for name in self._names)
+        own = {name: t for name, t in self.model.state_dict().items() if not name.startswith(added)}
+        return {name: self._originals.get(name, t) for name, t in own.items()}
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:

@@ -56,8 +56,8 @@ def layout_of(module: nn.Module) -> Layout | None:
     names = [base.__name__ for base in type(module).__mro__]
     if "CLIPEncoderLayer" in names:
         # Both towers have the same class.
-        config: Any = module.self_attn.config
-        return _CLIP["textual" if config.model_type == "clip_text_model" else "visual"]
+        attention: Any = module.self_attn
+        return _CLIP["textual" if attention.config.model_type == "clip_text_model" else "visual"]
     return next((_LAYOUTS[name] for name in names if name in _LAYOUTS), None)
 
 

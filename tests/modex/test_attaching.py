@@ -1,0 +1,476 @@
+"""Adapters in models of transformers: where they are, that they start as nothing, and that they leave no trace."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mope.fused.adapter import ExpertAdapter
+from mope.modex import Adapters, ModeXConfig, attach
+
+from .tiny import BATCH, CONFIGS, MODELS, TOKENS, attached, inputs, model, output, shake
+
+TEXTS_WITH_IMAGES = ("bert_cross", "blip_retrieval", "blip_vqa", "blip_captioning")
+
+
+def hooks(module: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_start_is_the_identity_and_detach_leaves_no_trace(name):
+    made, given = model(name), inputs(name)
+    for i, parameter in enumerate(made.parameters()):
+        parameter.requires_grad_(i % 2 == 0)
+    expected = output(made, given)
+    state = {key: t.clone() for key, t in made.state_dict().items()}
+    requires_grad = [p.requires_grad for p in made.parameters()]
+    attributes, hooked = {n: set(vars(m)) for n, m in made.named_modules()}, hooks(made)
+
+    adapters = attach(made, CONFIGS[name])
+    assert torch.equal(output(made, given), expected)
+    shake(adapters.parameters())
+    output(made, given).sum().backward()
+    assert not torch.equal(output(made, given), expected)
+
+    adapters.detach()
+    adapters.detach()
+    assert torch.equal(output(made, given), expected)
+    assert [*made.state_dict()] == [*state]
+    assert all(torch.equal(t, state[key]) for key, t in made.state_dict().items())
+    assert [p.requires_grad for p in made.parameters()] == requires_grad
+    assert all(p.grad is None for p in made.parameters())
+    assert {n: set(vars(m)) for n, m in made.named_modules()} == attributes
+    assert hooks(made) == hooked
+
+
+@pytest.mark.parametrize("layer_norms", [True, False])
+@pytest.mark.parametrize("name", ["clip", "blip_vqa"])
+def test_adapters_and_layer_norms_train_and_nothing_else(name, layer_norms):
+    made, adapters = attached(name, train_layer_norms=layer_norms)
+    training = {key for key, p in made.named_parameters() if p.requires_grad}
+    ours = {f"{key}.{p}" for key, adapter in adapters.modules.items() for p, _ in adapter.named_parameters()}
+    norms = {f"{key}.{p}" for key, m in made.named_modules() if isinstance(m, nn.LayerNorm) for p, _ in m.named_parameters()}
+    assert training == ours | (norms if layer_norms else set())
+    assert {id(p) for p in adapters.parameters()} == {id(p) for p in made.parameters() if p.requires_grad}
+    assert adapters.num_parameters() == sum(p.numel() for key, p in made.named_parameters() if key in ours)
+    assert f"{adapters.num_parameters():,} parameters" in repr(adapters)
+
+
+def test_adapters_are_as_the_configuration_says():
+    _, adapters = attached("blip_vqa", bottleneck=5, num_experts=4, temperature=2.0, activation="gelu", dropout=0.25)
+    for name, adapter in adapters.modules.items():
+        kind = CONFIGS["blip_vqa"].sites[name.rpartition(".")[2]]
+        assert adapter.up_weight.shape == (1 if kind == "plain" else 4, 32, 5)
+        assert (adapter.temperature, adapter.activation, adapter.dropout, adapter.impl) == (2.0, "gelu", 0.25, "auto")
+        assert adapter.down_weight.dtype == torch.float64
+        assert not adapter.training
+
+
+def test_layers_can_be_chosen():
+    _, adapters = attached("blip_vqa", layers={"cross_msa": [1], "visual_ffn": [0]})
+    assert {name for name in adapters.modules if name.endswith(("cross_msa", "visual_ffn"))} == {
+        "vision_model.encoder.layers.0.visual_ffn",
+        "text_encoder.encoder.layer.1.cross_msa",
+        "text_decoder.bert.encoder.layer.1.cross_msa",
+    }
+
+
+def test_an_image_layer_computes_what_was_published():
+    made, _ = attached("vit")
+    layer, x = made.layers[0], torch.randn(2, 5, 32, dtype=torch.float64)
+    h = x + layer.visual_msa(layer.attention.forward(layer.layernorm_before(x))[0])
+    expected = h + layer.visual_ffn(layer.mlp.forward(layer.layernorm_after(h)))
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["bert_cross", "blip_vqa"])
+def test_a_text_layer_computes_what_was_published(name, fused):
+    made, _ = attached(name)
+    layer = made.get_submodule("encoder.layer.1" if name == "bert_cross" else "text_encoder.encoder.layer.1")
+    x, image = (torch.randn(2, n, 32, dtype=torch.float64) for n in (5, 3))
+    h = (layer.cross_msa if fused else layer.textual_msa)(x)
+
+    def post_norm(part, adapter, update, residual):
+        return part.LayerNorm(adapter(part.dense(update)) + residual)
+
+    # Their own forward, beside the hooks.
+    attend, cross = layer.attention.self, layer.crossattention.self
+    mask = torch.zeros(2, 1, 5, 5, dtype=torch.float64)
+    h = post_norm(layer.attention.output, layer.textual_msa, attend.forward(h, attention_mask=mask)[0], h)
+    if fused:
+        h = post_norm(layer.crossattention.output, layer.cross_msa, cross.forward(h, encoder_hidden_states=image)[0], h)
+    ffn = layer.cross_ffn if fused else layer.textual_ffn
+    expected = post_norm(layer.output, ffn, layer.intermediate(h), h)
+    found = layer(x, attention_mask=mask, encoder_hidden_states=image if fused else None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("name", ["vit", *TEXTS_WITH_IMAGES])
+def test_checkpointing_recomputes_the_same(name):
+    made, adapters = attached(name)
+    made.train()
+    for module in made.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    given = inputs(name)
+    expected = torch.autograd.grad(output(made, given).square().sum(), [*adapters.parameters()], allow_unused=True)
+    made.gradient_checkpointing_enable({"use_reentrant": False})
+    if name.startswith("blip"):
+        # Its embeddings cannot be given gradients: it adds to them in place.
+        made.disable_input_require_grads()
+    loss = output(made, given).square().sum()
+    # Another call in between, of the other kind: what is computed again must not take its mode.
+    if name == "bert_cross":
+        output(made, {key: t for key, t in given.items() if key != "encoder_hidden_states"})
+    found = torch.autograd.grad(loss, [*adapters.parameters()], allow_unused=True)
+    assert sum(grad is not None for grad in found) > len(found) // 2
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_threads_with_and_without_an_image_do_not_meet():
+    made, _ = attached("bert_cross")
+    fused = inputs("bert_cross")
+    alone = {key: t for key, t in fused.items() if key != "encoder_hidden_states"}
+    with torch.no_grad():
+        expected = [output(made, fused), output(made, alone)]
+        assert not torch.allclose(*expected)
+
+        def many(given):
+            with torch.no_grad():
+                return [output(made, given) for _ in range(20)]
+
+        with ThreadPoolExecutor(2) as pool:
+            found = [*pool.map(many, [fused, alone])]
+    for tensors, wanted in zip(found, expected, strict=True):
+        assert all(torch.equal(t, wanted) for t in tensors)
+
+
+def test_a_part_of_a_layer_alone_is_refused_where_its_mode_is_unknown():
+    made, _ = attached("bert_cross")
+    output(made, inputs("bert_cross"))
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="without its attention"):
+        made.encoder.layer[0].feed_forward_chunk(x)
+
+
+def test_chunks_of_the_feed_forward_part_are_adapted_alike():
+    made, _ = attached("bert_cross")
+    given = inputs("bert_cross")
+    expected = output(made, given)
+    for layer in made.encoder.layer:
+        layer.chunk_size_feed_forward = 1
+    torch.testing.assert_close(output(made, given), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", ["vit", "bert_cross"])
+def test_a_copy_has_adapters_of_its_own(name, duplicate):
+    made, adapters = attached(name)
+    given = inputs(name)
+    expected = output(made, given)
+    copied = duplicate(made)
+    assert torch.equal(output(copied, given), expected)
+    shake(Adapters.of(copied).parameters())
+    assert not torch.equal(output(copied, given), expected)
+    with Adapters.of(copied).routes() as routes:
+        output(made, given)
+        assert not routes
+    Adapters.of(copied).detach()
+    assert torch.equal(output(made, given), expected)
+    adapters.detach()
+    assert torch.equal(output(made, given), output(copied, given))
+
+
+@pytest.mark.parametrize("name", ["vit", "bert_cross"])
+def test_a_compiled_layer_is_one_graph(name):
+    made, adapters = attached(name)
+    layer = made.layers[0] if name == "vit" else made.encoder.layer[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    x, image = (torch.randn(2, n, 32, dtype=torch.float64) for n in (5, 3))
+    calls = [{}] if name == "vit" else [{}, {"encoder_hidden_states": image}, {}]
+    with torch.no_grad():
+        expected = [layer(x, **call) for call in calls]
+        for call, wanted in zip(calls, expected, strict=True):
+            torch.testing.assert_close(compiled(x, **call), wanted, rtol=0, atol=1e-12)
+        # What this thread asks for is seen by compiled code as well.
+        with adapters.disabled():
+            wanted = layer(x, **calls[-1])
+            torch.testing.assert_close(compiled(x, **calls[-1]), wanted, rtol=0, atol=1e-12)
+        assert not torch.allclose(wanted, expected[-1])
+        torch.testing.assert_close(compiled(x, **calls[-1]), expected[-1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_graph_that_breaks_within_a_layer_keeps_its_mode():
+    made, _ = attached("bert_cross")
+    layer = made.encoder.layer[1]
+    forward = layer.intermediate.forward
+
+    def breaks(x):
+        torch._dynamo.graph_break()
+        return forward(x)
+
+    layer.intermediate.forward = breaks
+    x, image = (torch.randn(2, n, 32, dtype=torch.float64) for n in (5, 3))
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager")
+    with torch.no_grad():
+        for given in (None, image, None):
+            expected = layer(x, encoder_hidden_states=given)
+            layer(x, encoder_hidden_states=image if given is None else None)
+            torch.testing.assert_close(compiled(x, encoder_hidden_states=given), expected, rtol=0, atol=1e-12)
+
+
+def test_generation_with_a_cache_equals_generation_without():
+    made, _ = attached("blip_captioning")
+    pixels = inputs("blip_captioning")["pixel_values"]
+    common = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    found = [made.generate(pixel_values=pixels, use_cache=cache, **common) for cache in (True, False)]
+    assert torch.equal(*found)
+    with Adapters.of(made).disabled():
+        assert not torch.equal(made.generate(pixel_values=pixels, **common), found[0])
+
+
+def test_a_model_in_half_precision_keeps_adapters_in_single():
+    made = model("bert_cross", torch.bfloat16)
+    given = inputs("bert_cross", torch.bfloat16)
+    expected = output(made, given)
+    adapters = attach(made, CONFIGS["bert_cross"])
+    assert torch.equal(output(made, given), expected)
+    assert {p.dtype for adapter in adapters.modules.values() for p in adapter.parameters()} == {torch.float32}
+    shake(adapters.parameters())
+    assert output(made, given).dtype == torch.bfloat16
+
+
+def test_autocast_trains_adapters():
+    made = model("bert_cross", torch.float32).train()
+    adapters = attach(made, CONFIGS["bert_cross"])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = output(made, inputs("bert_cross", torch.float32)).float().square().sum()
+    loss.backward()
+    gradients = [a.up_weight.grad for name, a in adapters.modules.items() if not name.endswith("textual_ffn")]
+    assert all(grad is not None and grad.dtype == torch.float32 and grad.any() for grad in gradients)
+
+
+def test_routes_are_those_of_the_adapters():
+    made, adapters = attached("bert_cross")
+    given = inputs("bert_cross")
+    seen = []
+    adapter = adapters.modules["encoder.layer.0.cross_ffn"]
+    handle = adapter.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad(), adapters.routes() as routes:
+        output(made, given)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(output, made, given).result()
+    handle.remove()
+    output(made, given)
+    assert {name: len(weights) for name, weights in routes.items()} == {
+        f"encoder.layer.{i}.{kind}": calls
+        for i in range(2)
+        for kind, calls in (("cross_msa", 2), ("textual_msa", 1), ("cross_ffn", 1))
+    }
+    for weights in routes.values():
+        assert all(w.shape == (BATCH, TOKENS, 3) for w in weights)
+    expected = F.softmax(F.linear(seen[0], adapter.router_weight, adapter.router_bias) / adapter.temperature, -1)
+    torch.testing.assert_close(routes["encoder.layer.0.cross_ffn"][0], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert_cross", "clip"])
+def test_disabled_adapters_show_the_model_as_it_was_to_this_thread(name):
+    made, given = model(name), inputs(name)
+    expected = output(made, given)
+    adapters = attach(made, CONFIGS[name])
+    shake(adapters.parameters())
+    adapted, hooked = output(made, given), hooks(made)
+    with adapters.disabled():
+        assert torch.equal(output(made, given), expected)
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(pool.submit(output, made, given).result(), adapted)
+    assert torch.equal(output(made, given), adapted)
+    assert hooks(made) == hooked
+
+
+class Block(nn.Module):
+    """Modules of every sort: in a container, in containers only, with several outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.recurrent = nn.LSTM(8, 8, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+        self.pair = Pair()
+
+    def forward(self, ids):
+        return self.pair(self.mlp(self.embed(ids)))[0]
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.linear(x), x
+
+
+def test_modules_of_any_model_are_adapted_behind_their_output():
+    made, ids = Block().double(), torch.randint(10, (2, 5))
+    before, expected = [*made.mlp], made(ids)
+    config = ModeXConfig(modules={"embed": "expert", "mlp.[02]": "plain", "mlp": "expert", "pair": "plain"}, bottleneck=4)
+    adapters = attach(made, config)
+    assert torch.equal(made(ids), expected)
+    assert [*made.mlp] == before
+    assert {name: (len(a.up_weight), a.up_weight.shape[1]) for name, a in adapters.modules.items()} == {
+        "embed_adapter": (3, 8),
+        "mlp_0_adapter": (1, 12),
+        "mlp_2_adapter": (1, 8),
+        "mlp_adapter": (3, 8),
+        "pair_adapter": (1, 6),
+    }
+    shake(adapters.parameters())
+    modules = adapters.modules
+    h = modules["embed_adapter"](F.embedding(ids, made.embed.weight))
+    h = modules["mlp_0_adapter"](made.mlp[0].forward(h)).relu()
+    h = modules["mlp_adapter"](modules["mlp_2_adapter"](made.mlp[2].forward(h)))
+    torch.testing.assert_close(made(ids), modules["pair_adapter"](made.pair.linear(h)), rtol=0, atol=1e-12)
+    adapters.detach()
+    assert torch.equal(made(ids), expected)
+
+
+def test_where_all_around_is_a_container_a_module_holds_its_adapter():
+    made = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+    x = torch.randn(3, 4)
+    expected = made(x)
+    adapters = attach(made, ModeXConfig(modules={"0": "plain"}))
+    assert [*adapters.modules] == ["0.adapter"]
+    assert torch.equal(made(x), expected)
+
+
+class Wrapped(nn.Module):
+    """As libraries of low-rank adapters and of quantisation do: another module in the place of a linear one."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = linear
+
+    def forward(self, x):
+        return self.base_layer(x) + 1
+
+
+def test_wrapped_modules_are_called():
+    made, given = model("bert"), inputs("bert")
+    for layer in made.encoder.layer:
+        layer.output.dense, layer.attention.self.query = Wrapped(layer.output.dense), Wrapped(layer.attention.self.query)
+    expected = output(made, given)
+    adapters = attach(made, CONFIGS["bert"])
+    assert torch.equal(output(made, given), expected)
+    shake(adapters.parameters())
+    adapted = output(made, given)
+    # Wrapped later, behind adapters that are there already.
+    for layer in made.encoder.layer:
+        layer.intermediate.dense = Wrapped(layer.intermediate.dense)
+    assert not torch.equal(output(made, given), adapted)
+
+
+def test_twice_is_refused_in_any_part():
+    made, adapters = attached("clip")
+    message = "has adapters attached already, at .*: detach"
+    for part in (made, made.vision_model, made.text_model.encoder.layers[0], nn.ModuleDict({"clip": made})):
+        with pytest.raises(ValueError, match=message):
+            attach(part, ModeXConfig.preset("clip"))
+    adapters.detach()
+    attach(made.vision_model, ModeXConfig.preset("vit"))
+    with pytest.raises(ValueError, match=message):
+        attach(made, ModeXConfig.preset("clip"))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("vit", ModeXConfig.preset("blip"), "ViTModel has no cross_msa: the kinds it has are visual_ffn, visual_msa"),
+        (
+            "bert",
+            ModeXConfig(sites={"cross_ffn": "expert"}),
+            "BertModel has no cross_ffn: the kinds it has are textual_ffn, textual_msa",
+        ),
+        ("vit", ModeXConfig.preset("vit", layers={"visual_msa": [0, 2]}), r"ViTModel has no visual_msa in layers \[2\]"),
+        ("vit", ModeXConfig(modules={"blocks.*": "plain"}), r"ViTModel has no module 'blocks\.\*'; its modules begin embeddings"),
+        ("vit", ModeXConfig(modules={"*.mlp": "plain", "layers.0.mlp": "expert"}), r"layers\.0\.mlp is named by"),
+        (
+            "vit",
+            ModeXConfig(modules={"layers.0.attention.dropout": "plain", "embeddings.dropout": "plain"}),
+            "ViTModel has no module",
+        ),
+        ("vit", ModeXConfig(modules={"embeddings.dropout": "plain"}), "the width of what embeddings.dropout, a Dropout, gives"),
+        ("vit", ModeXConfig.preset("vit", trained=["classifier"]), "no module 'classifier', which `trained`"),
+    ],
+)
+def test_what_a_model_does_not_have_is_named(name, config, message):
+    made = model(name)
+    state, hooked = [*made.state_dict()], hooks(made)
+    with pytest.raises(ValueError, match=message):
+        attach(made, config)
+    assert [*made.state_dict()] == state
+    assert hooks(made) == hooked
+    assert all(p.requires_grad for p in made.parameters())
+
+
+def test_unknown_layers_are_named():
+    with pytest.raises(
+        ValueError, match=r"Block has no visual_msa: it has no BertLayer, .*Other modules can be named in `modules`"
+    ):
+        attach(Block(), ModeXConfig(sites={"visual_msa": "plain"}))
+
+
+def test_names_that_are_taken_are_refused():
+    made = model("vit")
+    made.layers[1].visual_ffn = nn.Identity()
+    with pytest.raises(ValueError, match=r"layers\.1 has an attribute visual_ffn of its own already"):
+        attach(made, ModeXConfig.preset("vit"))
+    assert hooks(made) == 0
+
+
+def test_merging_is_impossible_and_says_why():
+    _, adapters = attached("vit")
+    with pytest.raises(NotImplementedError, match="for each token"):
+        adapters.merge()
+
+
+def test_a_model_without_adapters_says_so():
+    with pytest.raises(ValueError, match="this ViTModel has no adapters of its own"):
+        Adapters.of(model("vit"))
+
+
+def test_replaced_adapters_are_the_ones_that_act():
+    """What a wrapper of modules puts in their place is called."""
+    made, adapters = attached("vit")
+    given = inputs("vit")
+    expected = output(made, given)
+    doubled = []
+    name, adapter = next(iter(adapters.modules.items()))
+
+    class Counted(nn.Module):
+        def __init__(self, inner: ExpertAdapter) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            doubled.append(name)
+            return self.inner(*args, **kwargs)
+
+    made.get_submodule(name.rpartition(".")[0]).visual_msa = Counted(adapter)
+    assert torch.equal(output(made, given), expected)
+    assert doubled == [name]
