@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedConfig, PreTrainedModel, ViTConfig, ViTModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert.modeling_bert import BertLayer
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 
 class AlbefConfig(PreTrainedConfig):
@@ -69,7 +69,7 @@ class AlbefModel(PreTrainedModel):
     config_class = AlbefConfig
     base_model_prefix = "albef"
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = ["ViTEmbeddings", "ViTLayer", "BertEmbeddings", "BertLayer"]  # noqa: RUF012
     _supports_sdpa = True
@@ -93,7 +93,7 @@ class AlbefModel(PreTrainedModel):
         """
         if fusion_layer is None:
             fusion_layer = text.config.num_hidden_layers // 2
-        model = cls(AlbefConfig(copy.deepcopy(vision.config), copy.deepcopy(text.config), fusion_layer))
+        model: Any = cls(AlbefConfig(copy.deepcopy(vision.config), copy.deepcopy(text.config), fusion_layer))
         model.to(vision.dtype)
         for own, given in ((model.vision, vision), (model.text, text)):
             missing, _ = own.load_state_dict(given.state_dict(), strict=False)

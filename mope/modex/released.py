@@ -1,0 +1,247 @@
+"""State dicts of the released code of ModeX, taken into models of transformers."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BertModel, BlipTextModel, BlipVisionModel, ViTModel
+
+from mope.fused import ExpertAdapter
+from mope.models.saving import LOADABLE
+from mope.reference.checkpoint import read_pickle, refuse_strangers, same
+
+# The adapters of a layer stand in every module that uses them: the image's block, the text's layer and up to three modules in it.
+_ADAPTER = re.compile(r"(?:visual_encoder\.blocks|text_encoder\.encoder\.layer)\.(\d+)\.(?:\w+\.)*modex\.(\w+)\.(.+)")
+# Reason -> names of what is left out on purpose.
+_IGNORED = {
+    "momentum copy": re.compile(r"\w+_m\."),
+    "queue of training": re.compile(r"(image|text|idx)_queue$|queue_ptr$|ptr_queue$"),
+    "counts up from 0": re.compile(r".*\.position_ids$"),
+}
+_HEADS = ("cls_head", "itm_head", "vision_proj", "text_proj", "temp")
+# Patterns of released names below an image encoder -> ours.
+_VIT = {
+    r"cls_token$": "embeddings.cls_token",
+    r"pos_embed$": "embeddings.position_embeddings",
+    r"patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
+    r"norm\.": "layernorm.",
+    r"blocks\.(\d+)\.norm1\.": r"layers.\1.layernorm_before.",
+    r"blocks\.(\d+)\.norm2\.": r"layers.\1.layernorm_after.",
+    r"blocks\.(\d+)\.attn\.proj\.": r"layers.\1.attention.o_proj.",
+    r"blocks\.(\d+)\.attn\.qkv\.": r"layers.\1.attention.qkv.",
+    r"blocks\.(\d+)\.mlp\.": r"layers.\1.mlp.",
+}
+_BLIP_VISION = {
+    r"cls_token$": "embeddings.class_embedding",
+    r"pos_embed$": "embeddings.position_embedding",
+    r"patch_embed\.proj\.": "embeddings.patch_embedding.",
+    r"norm\.": "post_layernorm.",
+    r"blocks\.(\d+)\.norm1\.": r"encoder.layers.\1.layer_norm1.",
+    r"blocks\.(\d+)\.norm2\.": r"encoder.layers.\1.layer_norm2.",
+    r"blocks\.(\d+)\.attn\.proj\.": r"encoder.layers.\1.self_attn.projection.",
+    r"blocks\.(\d+)\.attn\.qkv\.": r"encoder.layers.\1.self_attn.qkv.",
+    r"blocks\.(\d+)\.mlp\.": r"encoder.layers.\1.mlp.",
+}
+
+
+@dataclass(frozen=True)
+class ReleasedReport:
+    """What became of a released state dict.
+
+    loaded: names of the model's tensors that have new values.
+    missing: names of the model's tensors that the file had nothing for, which are as they were.
+    left_over: released names of tensors that the model has no place for.
+    ignored: released name -> why it is left out on purpose.
+    """
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    left_over: tuple[str, ...]
+    ignored: dict[str, str]
+
+    def __str__(self) -> str:
+        found = f"{len(self.loaded)} tensors loaded, {len(self.ignored)} left out on purpose"
+        for what, names in (("missing in the file", self.missing), ("without a place in the model", self.left_over)):
+            if names:
+                found += f"; {len(names)} {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+        return found
+
+
+def load_released_state_dict(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict: bool = True) -> ReleasedReport:
+    """Load what the released code of ModeX saved into a model with adapters attached.
+
+    Args:
+        model: has one image and one text encoder: an `AlbefModel`, transformers' `BlipForImageTextRetrieval`, or a model that holds
+            one of these, such as a `ModeXForClassification`.
+        source: the state dict, or a file that holds it by itself or as "model" (`checkpoint_best.pth`), or as safetensors.
+            A `.pth` is a pickle; nothing in it is executed.
+        strict: whether it is an error that something is missing or left over; else the report says so alone.
+
+    The released code saves the adapters of a layer under every module that uses them; these copies must agree. ALBEF's and
+    BLIP's text encoders have no embeddings of token types: ours become zero.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read safely, holds no adapters of ModeX, copies of a tensor differ, or tensors do not fit.
+            Nothing is changed then.
+    """
+    where = "the state dict" if isinstance(source, Mapping) else str(source)
+    state = _state(source, where)
+    adapters, rest, ignored = _sort(state, where)
+    if not adapters:
+        raise ValueError(f"{where} holds no adapters of ModeX; its names begin {', '.join([*state][:5]) or 'nowhere'}")
+    vision, text = _only(model, ViTModel, BlipVisionModel), _only(model, BertModel, BlipTextModel)
+    own = model.state_dict()
+
+    tensors: dict[str, Tensor] = {}
+    left_over = []
+    for name, tensor in rest.items():
+        found = _rename(name, tensor, model, vision, text)
+        if not found.keys() <= own.keys():
+            if name.split(".")[0] in _HEADS:
+                ignored[name] = "a head that the model does not have"
+            else:
+                left_over.append(name)
+            continue
+        tensors |= found
+    token_types = f"{text}.embeddings.token_type_embeddings.weight"
+    if token_types in own and f"{text}.embeddings.word_embeddings.weight" in tensors:
+        tensors.setdefault(token_types, torch.zeros_like(own[token_types]))
+    placed = _places(model, vision, text)
+    for site, parts in adapters.items():
+        if site in placed:
+            tensors |= _adapter(*placed[site], parts, f"{where}: {_describe(site)}")
+        else:
+            left_over += [f"{_describe(site)}.{part}" for part in parts]
+
+    wrong = [
+        f"{name} is {tuple(tensor.shape)} {tensor.dtype} there and {tuple(own[name].shape)} {own[name].dtype} in the model"
+        for name, tensor in tensors.items()
+        if tensor.shape != own[name].shape or tensor.dtype not in LOADABLE
+    ]
+    if wrong:
+        raise ValueError(f"{where} is of another model: {'; '.join(wrong[:5])}{f'; and {len(wrong) - 5} more' * (len(wrong) > 5)}")
+    missing = [name for name in own if name not in tensors]
+    report = ReleasedReport(tuple(tensors), tuple(missing), tuple(left_over), ignored)
+    if strict and (missing or left_over):
+        raise ValueError(f"{where}: {report}. Nothing was loaded; strict=False loads what there is")
+    if diverged := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        warnings.warn(f"{where}: {len(diverged)} tensors hold NaN or infinity: {', '.join(diverged[:8])}", stacklevel=2)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+    return report
+
+
+def _state(source: Mapping[str, Any] | str | Path, where: str) -> Mapping[str, Tensor]:
+    content = source if isinstance(source, Mapping) else _read(Path(source))
+    state = content.get("model", content) if isinstance(content, Mapping) else content
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{where}: expected a state dict, by itself or as 'model', found {type(state).__name__}")
+    if strangers := [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]:
+        raise ValueError(f"{where}: these are no tensors: {', '.join(map(str, strangers[:5]))}")
+    if not isinstance(source, Mapping):
+        refuse_strangers(state, f"{where}:")
+    return state
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix != ".safetensors":
+        return read_pickle(path, "{'model': model.state_dict()}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable file of tensors ({error})") from error
+
+
+def _sort(
+    state: Mapping[str, Tensor], where: str
+) -> tuple[dict[tuple[int, str], dict[str, Tensor]], dict[str, Tensor], dict[str, str]]:
+    """-> the adapters by (layer, site) and part, each once; all else that counts; name -> reason of what does not."""
+    adapters: dict[tuple[int, str], dict[str, Tensor]] = {}
+    first: dict[tuple[str, ...], str] = {}
+    rest, ignored = {}, {}
+    for name, tensor in state.items():
+        if reason := next((reason for reason, pattern in _IGNORED.items() if pattern.match(name)), None):
+            ignored[name] = reason
+        elif found := _ADAPTER.fullmatch(name):
+            layer, site, part = found.groups()
+            parts = adapters.setdefault((int(layer), site), {})
+            alias = first.setdefault((layer, site, part), name)
+            if not same(parts.setdefault(part, tensor), tensor):
+                raise ValueError(f"{where}: {alias} and {name} are copies of one tensor but differ, so one is not what was trained")
+        else:
+            rest[name] = tensor
+    return adapters, rest, ignored
+
+
+def _only(model: nn.Module, *kinds: type[nn.Module]) -> str:
+    """The name of the one module of these classes."""
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    if len(names) != 1:
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{type(model).__name__} must hold one {wanted}, it holds {', '.join(names) or 'none'}")
+    return names[0]
+
+
+def _rename(name: str, tensor: Tensor, model: nn.Module, vision: str, text: str) -> dict[str, Tensor]:
+    """A released tensor under the names that it may have in the model."""
+    encoder, _, below = name.partition(".")
+    if encoder == "text_encoder":
+        return {f"{text}.{below}": tensor}
+    if encoder == "cls_head":
+        return {f"head.{below}": tensor}
+    if encoder != "visual_encoder":
+        holder = vision.rpartition(".")[0]
+        return {f"{holder}.{name}" if holder else name: tensor}
+    for pattern, ours in (_VIT if isinstance(model.get_submodule(vision), ViTModel) else _BLIP_VISION).items():
+        below, changed = re.subn(f"^{pattern}", ours, below)
+        if changed:
+            break
+    own = f"{vision}.{below}"
+    if ".attention.qkv." not in own or tensor.dim() == 0 or len(tensor) % 3:
+        return {own: tensor}
+    # Three projections there, of which the released code makes one.
+    return {own.replace(".qkv.", f".{part}_proj."): piece for part, piece in zip("qkv", tensor.chunk(3), strict=True)}
+
+
+def _places(model: nn.Module, vision: str, text: str) -> dict[tuple[int, str], tuple[str, ExpertAdapter]]:
+    """(layer, site) -> name and module of the adapters in the two encoders."""
+    found = {}
+    for name, module in model.named_modules():
+        holder, _, site = name.rpartition(".")
+        layer = holder.rpartition(".")[2]
+        encoder = vision if site.startswith("visual_") else text
+        if isinstance(module, ExpertAdapter) and name.startswith(f"{encoder}.") and layer.isdecimal():
+            found[int(layer), site] = name, module
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no adapters: attach them first, as with ModeXConfig.preset('albef') or 'blip'"
+        )
+    return found
+
+
+def _adapter(name: str, module: ExpertAdapter, parts: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The tensors of an adapter under their names in the model. `ExpertAdapter` knows the released names."""
+    scratch: Any = copy.deepcopy(module)
+    try:
+        scratch.load_state_dict(parts)
+    except RuntimeError as error:
+        raise ValueError(f"{what} does not fit {name}, {module}: {error}") from error
+    return {f"{name}.{key}": tensor for key, tensor in scratch.state_dict().items()}
+
+
+def _describe(site: tuple[int, str]) -> str:
+    return f"modex.{site[0]}.{site[1]}"
