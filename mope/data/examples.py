@@ -17,7 +17,7 @@ from .formats import Split
 from .preprocessing import Preprocessing
 
 if TYPE_CHECKING:
-    from mope import MoPEForClassification
+    from mope.models.fusion import FusionModel
 
 
 class Examples(Dataset[dict[str, Any]]):
@@ -43,7 +43,7 @@ class Examples(Dataset[dict[str, Any]]):
     def __init__(
         self,
         split: Split,
-        model: MoPEForClassification,
+        model: FusionModel,
         *,
         training: bool = False,
         augment: bool | RandAugment = False,
@@ -63,7 +63,7 @@ class Examples(Dataset[dict[str, Any]]):
         if self._augment:
             self._epoch.share_memory_()
 
-    def _check_features(self, features: FeatureCache, model: MoPEForClassification) -> None:
+    def _check_features(self, features: FeatureCache, model: FusionModel) -> None:
         if features.modality != model.config.complementary:
             raise ValueError(
                 f"features of the {features.modality} encoder were given: {model.config.complementary} is complementary"
@@ -97,7 +97,7 @@ class Examples(Dataset[dict[str, Any]]):
 class Collator:
     """Items of `Examples` -> the keyword arguments of a model, `labels` among them: (B,) int64, or (B,num_labels) float32."""
 
-    def __init__(self, model: MoPEForClassification) -> None:
+    def __init__(self, model: FusionModel) -> None:
         self._preprocessing = Preprocessing(model, model.config.modalities)
         self._num_labels = model.config.num_labels
         self._multi = model.config.problem_type == "multi_label"
@@ -118,7 +118,7 @@ class Collator:
         return rows
 
 
-def check_classes(split: Split, model: MoPEForClassification) -> None:
+def check_classes(split: Split, model: FusionModel) -> None:
     """Hold the classes of the data to those of a model.
 
     Raises:

@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessorPil
 from .formats import DataError, Example
 
 if TYPE_CHECKING:
-    from mope import MoPEForClassification
+    from mope.models.fusion import FusionModel
 
 GREY = 128
 # Larger than any text: tokenizers that know no limit say 1e30.
@@ -55,7 +55,7 @@ class Preprocessing:
         ModuleNotFoundError: Pillow is not installed.
     """
 
-    def __init__(self, model: MoPEForClassification, modalities: Sequence[str]) -> None:
+    def __init__(self, model: FusionModel, modalities: Sequence[str]) -> None:
         self.modalities = tuple(modalities)
         for modality, name in (("vision", "image_processor"), ("text", "tokenizer")):
             if modality in self.modalities and getattr(model, name) is None:

@@ -10,7 +10,6 @@ from functools import partial, wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import SwinModel
@@ -26,7 +25,7 @@ from mope_kernels import Routing
 from .backbones import Attachment, BackboneAdapter, PromptedLayer, attach, base_model, find_adapter, find_architecture
 from .configuration import MoPEConfig
 from .distributed import importance, is_distributed, warn_of_local_batches
-from .parts import new_head, new_input_prompts, new_mapper, new_swin, router_options
+from .parts import new_head, new_input_prompts, new_mapper, new_swin, router_options, task_loss
 from .precision import HALF, CastWeights
 from .saving import SavedModel
 from .swin import MoPESwinEncoder, distinct
@@ -371,10 +370,6 @@ class MoPEForClassification(SavedModel):
         modules = (*(main if modality == self.config.main else (self.cross_blocks,)), self.backbone(modality))
         return any(p.requires_grad for module in modules if module is not None for p in module.parameters())
 
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """What an optimizer should be given."""
-        return (parameter for parameter in self.parameters() if parameter.requires_grad)
-
     def trained_state_dict(self) -> dict[str, Tensor]:
         """All that is not frozen: what was added to the encoders, and the encoders that train."""
         return self._state_dict_without(m for m in self.config.modalities if m not in self.config.finetuned)
@@ -466,7 +461,7 @@ class MoPEForClassification(SavedModel):
         logits, features = self._classify(features, psi)
 
         unevenness = self._importance(routing, noise) if routing and (self.training or labels is not None) else None
-        loss = None if labels is None else self._task_loss(logits, labels)
+        loss = None if labels is None else task_loss(logits, labels, self.config.problem_type)
         if loss is not None and unevenness is not None:
             loss = loss + config.importance_weight * unevenness
         return MoPEOutput(loss, logits, unevenness, routing or None, features)
@@ -567,17 +562,6 @@ class MoPEForClassification(SavedModel):
                 "train with train_top_k=None and set eval_top_k=1",
                 stacklevel=6,
             )
-
-    def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        expected = logits.shape if self.config.problem_type == "multi_label" else logits.shape[:1]
-        # Of labels (B,num_labels) cross_entropy would take numbers for probabilities of classes.
-        if labels.shape != expected:
-            kind = self.config.problem_type
-            raise ValueError(f"labels must be {tuple(expected)} with problem_type={kind!r}, got {tuple(labels.shape)}")
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.config.problem_type == "multi_label":
-            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        return F.cross_entropy(logits, labels)
 
     def _padding(self, attention_mask: Tensor | None) -> Padding:
         """(B,L), 1 for tokens and 0 for padding. No value is read on an accelerator: the host would wait for it."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import SwinModel
 
 from mope.fused import InputPrompts
@@ -101,3 +103,19 @@ def new_head(config: MoPEConfig, width: int) -> nn.Sequential:
     if config.head == "linear":
         return nn.Sequential(nn.Linear(width, config.num_labels))
     return nn.Sequential(nn.Linear(width, config.head_hidden), nn.GELU(), nn.Linear(config.head_hidden, config.num_labels))
+
+
+def task_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    """Logits (B,num_labels) and labels (B,), or (B,num_labels) with problem_type "multi_label" -> ().
+
+    Raises:
+        ValueError: labels are of another shape.
+    """
+    expected = logits.shape if problem_type == "multi_label" else logits.shape[:1]
+    # Of labels (B,num_labels) cross_entropy would take numbers for probabilities of classes.
+    if labels.shape != expected:
+        raise ValueError(f"labels must be {tuple(expected)} with problem_type={problem_type!r}, got {tuple(labels.shape)}")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if problem_type == "multi_label":
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    return F.cross_entropy(logits, labels)

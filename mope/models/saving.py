@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import warnings
-from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from abc import abstractmethod
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Self
@@ -25,13 +23,11 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
-
-# From where it is defined: in transformers 5.17 the top level name asks for torchvision, which it does not need.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .backbones import architecture_for, base_model, find_architecture, original_state_dict
 from .configuration import MoPEConfig
+from .fusion import PROCESSORS as PROCESSORS
+from .fusion import FusionModel
 from .swin import MoPESwinEncoder
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -39,65 +35,31 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 RECORD = ("stored", "class", "model_type", "source", "dtype", "fingerprint")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 LOADABLE = tuple(getattr(torch, name) for name in DTYPES)
-PROCESSORS: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
 
 
-class SavedModel(nn.Module, ABC):
-    """`save_pretrained` and `from_pretrained` of a fusion model, and the tokenizer and image processor that travel with it."""
+class SavedModel(FusionModel):
+    """`save_pretrained` and `from_pretrained` of a MoPE model."""
 
     config: MoPEConfig
-
-    def __init__(self) -> None:
-        super().__init__()
-        # A processor, or the folder to load it from when it is first used.
-        self._processors: dict[str, Any] = {}
-
-    @abstractmethod
-    def backbone(self, modality: str) -> nn.Module:
-        """The encoder of a modality."""
 
     @abstractmethod
     def added_state_dict(self) -> dict[str, Tensor]:
         """All but the encoders, by name."""
 
-    @abstractmethod
-    def weights_as_given(self) -> AbstractContextManager[None]:
-        """For a while the encoders have the weights that they were given."""
+    def modality_of(self, parameter: str) -> str:
+        """The encoder in or around which a parameter stands; head, mapper and whatever joins the two belong to the main one."""
+        complementary = self.config.complementary
+        if complementary and parameter.startswith(("cross_blocks.", f"{complementary}.")):
+            return complementary
+        return self.config.main
 
-    @abstractmethod
-    def detach(self) -> None:
-        """Take the prompts out: the backbones' own layers, as they were."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the text backbone, None if nobody has set one."""
-        return self._processor("tokenizer")
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        side = getattr(tokenizer, "padding_side", self.config.padding_side)
-        if side != self.config.padding_side:
-            raise ValueError(
-                f"this tokenizer pads on the {side}, the config says padding_side={self.config.padding_side!r}: "
-                f"set tokenizer.padding_side = {self.config.padding_side!r}, or padding_side={side!r} in MoPEConfig"
-            )
-        self._processors["tokenizer"] = tokenizer
-
-    @property
-    def image_processor(self) -> Any:
-        """The image processor of the vision backbone, None if nobody has set one."""
-        return self._processor("image_processor")
-
-    @image_processor.setter
-    def image_processor(self, image_processor: Any) -> None:
-        self._processors["image_processor"] = image_processor
-
-    def _processor(self, name: str) -> Any:
-        processor = self._processors.get(name)
-        if isinstance(processor, Path):
-            processor = PROCESSORS[name].from_pretrained(processor, local_files_only=True, trust_remote_code=False)
-            self._processors[name] = processor
-        return processor
+    def fingerprints(self) -> dict[str, str]:
+        """Of each encoder as it was given, "trained" for one that trains."""
+        with self.weights_as_given():
+            return {
+                m: "trained" if m in self.config.finetuned else describe(*original(self.backbone(m)))["fingerprint"]
+                for m in self.config.modalities
+            }
 
     def save_pretrained(self, path: str | Path, backbones: str = "reference", dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint.
@@ -121,11 +83,7 @@ class SavedModel(nn.Module, ABC):
         folder.mkdir(parents=True, exist_ok=True)
         with self.weights_as_given():
             records = {modality: self._save_backbone(modality, folder, backbones, dtype) for modality in self.config.modalities}
-        for name, processor in self._processors.items():
-            if not isinstance(processor, Path):
-                processor.save_pretrained(folder / name)
-            elif processor.resolve() != (folder / name).resolve():
-                shutil.copytree(processor, folder / name, dirs_exist_ok=True)
+        self.save_processors(folder)
         save_file({name: t.contiguous() for name, t in self.added_state_dict().items()}, folder / WEIGHTS, {"format": "pt"})
         # Last, so that a folder with a config is complete.
         (folder / CONFIG).write_text(json.dumps({**self.config.to_dict(), "backbones": records}, indent=2) + "\n")
@@ -172,7 +130,7 @@ class SavedModel(nn.Module, ABC):
         except ValueError:
             model.detach()
             raise
-        model._processors = {name: folder / name for name in PROCESSORS if (folder / name).is_dir()}
+        model.find_processors(folder)
         return model.eval()
 
     def load_added(self, tensors: dict[str, Tensor], file: Path) -> None:

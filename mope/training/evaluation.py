@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from mope import MoPEForClassification
 from mope.data import Collator, Examples, Split
 from mope.fused import MoPESwinBlock
 from mope.models.distributed import is_distributed
+from mope.models.fusion import FusionModel
 
 from .batches import Batches, Loader
 from .metrics import Counts
@@ -24,7 +24,7 @@ MODES = ("reference", "instance")
 
 
 def evaluate(
-    model: MoPEForClassification,
+    model: FusionModel,
     split: Split,
     *,
     batch_size: int = 32,
@@ -57,7 +57,7 @@ def evaluate(
 
 
 def measure(
-    model: MoPEForClassification,
+    model: FusionModel,
     items: Dataset[Any],
     collate: Callable[[list[Any]], dict[str, Tensor]],
     *,
@@ -87,7 +87,7 @@ def measure(
 
 
 def compare_modes(
-    model: MoPEForClassification, split: Split, batch_sizes: Sequence[int] = (1, 8, 32), **options: Any
+    model: FusionModel, split: Split, batch_sizes: Sequence[int] = (1, 8, 32), **options: Any
 ) -> list[dict[str, Any]]:
     """Metrics in both modes at several batch sizes: one dict for each, with "batch_size" and "mode".
 
@@ -104,19 +104,20 @@ def compare_modes(
 
 
 @contextmanager
-def prompt_owner(model: MoPEForClassification, mode: str | None) -> Iterator[None]:
+def prompt_owner(model: FusionModel, mode: str | None) -> Iterator[None]:
     """`set_prompt_owner` for a while; None changes nothing."""
-    before = model.config.prompt_owner
-    if mode is not None:
-        set_prompt_owner(model, mode)
+    if mode is None:
+        yield
+        return
+    before = getattr(model.config, "prompt_owner", mode)
+    set_prompt_owner(model, mode)
     try:
         yield
     finally:
-        if mode is not None:
-            set_prompt_owner(model, before)
+        set_prompt_owner(model, before)
 
 
-def set_prompt_owner(model: MoPEForClassification, mode: str) -> None:
+def set_prompt_owner(model: FusionModel, mode: str) -> None:
     """Put a model over a Swin Transformer into "reference" or "instance" mode.
 
     Raises:

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mope import MoPEForClassification
 from mope.data import Collator, Examples, FeatureCache, RandAugment, Split, cached_features
 from mope.models.distributed import is_distributed
-from mope.models.saving import describe, original
+from mope.models.fusion import FusionModel
 
 from .evaluation import evaluate
 from .recipe import Recipe
@@ -54,7 +53,7 @@ class TrainingRun:
 
     def __init__(
         self,
-        model: MoPEForClassification,
+        model: FusionModel,
         splits: Mapping[str, Split],
         recipe: Recipe,
         out: str | Path,
@@ -167,19 +166,13 @@ class TrainingRun:
                 {
                     "config": {name: value for name, value in self.model.config.to_dict().items() if name != "mope_version"},
                     "recipe": recipe,
-                    "backbones": {m: self._fingerprint(m) for m in self.model.config.modalities},
+                    "backbones": self.model.fingerprints(),
                     "seed": self.seed,
                     # On dev it is decided which weights are the best.
                     **{name: _description(self.splits[name]) for name in ("train", "dev") if name in self.splits},
                 }
             )
         )
-
-    def _fingerprint(self, modality: str) -> str:
-        if modality in self.model.config.finetuned:
-            return "trained"
-        with self.model.weights_as_given():
-            return describe(*original(self.model.backbone(modality)))["fingerprint"]
 
     def _checkpoint(self, resume: bool | str | Path) -> Path | None:
         out, last = self.out, last_checkpoint(self.out)
@@ -234,10 +227,11 @@ class TrainingRun:
         if not self.caches_features:
             return {}
         caches = {}
-        self.model.eval()
+        # Of the one system that has a complementary encoder.
+        model: Any = self.model.eval()
         for name, split in self.splits.items():
             caches[name] = cached_features(
-                self.model, split, self.features_folder, batch_size=self.eval_batch_size, num_workers=self.num_workers
+                model, split, self.features_folder, batch_size=self.eval_batch_size, num_workers=self.num_workers
             )
             if self.progress and self._is_first_process():
                 print(f"{name}: {caches[name].describe(self.recipe.epochs if name != 'test' else 1)}")
@@ -262,9 +256,7 @@ def _wait_for_all() -> None:
         dist.barrier()
 
 
-def train(
-    model: MoPEForClassification, splits: Mapping[str, Split], recipe: Recipe, out: str | Path, **options: Any
-) -> dict[str, Any]:
+def train(model: FusionModel, splits: Mapping[str, Split], recipe: Recipe, out: str | Path, **options: Any) -> dict[str, Any]:
     """`TrainingRun(model, splits, recipe, out, **options).train()`."""
     return TrainingRun(model, splits, recipe, out, **options).train()
 

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from mope import MoPEForClassification
+from mope.models.fusion import FusionModel
 from mope.models.saving import WEIGHTS
 
 from .batches import Batches, Loader
@@ -39,7 +39,7 @@ class Trained(nn.Module):
     # Trainer then counts the labels of all parts of a batch, over all processes.
     accepts_loss_kwargs = True
 
-    def __init__(self, fusion: MoPEForClassification) -> None:
+    def __init__(self, fusion: FusionModel) -> None:
         super().__init__()
         self.fusion = fusion
 
@@ -52,11 +52,12 @@ class Trained(nn.Module):
     def forward(self, **inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Arguments of the model -> logits (B,K) and importance loss ()."""
         output = self.fusion(**inputs)
-        return output.logits, output.importance_loss
+        # Nothing but MoPE has one.
+        return output.logits, getattr(output, "importance_loss", None)
 
 
 class FusionTrainer(Trainer):
-    """Trains a `MoPEForClassification` by a `Recipe`.
+    """Trains a fusion model by a `Recipe`.
 
     What differs from Trainer: batches and loss are those of the global batch, and so do not depend on the number of processes;
     learning rates are those of the recipe for each encoder; a checkpoint holds what is trained and not the frozen backbones; a
@@ -83,7 +84,7 @@ class FusionTrainer(Trainer):
 
     def __init__(
         self,
-        fusion: MoPEForClassification,
+        fusion: FusionModel,
         recipe: Recipe,
         out: str | Path,
         *,
@@ -373,18 +374,16 @@ class _Writer:
         return getattr(self._writer, name)
 
 
-def parameters_by_modality(fusion: MoPEForClassification) -> dict[str, list[nn.Parameter]]:
-    """What is trained in and around each encoder; head, mapper and whatever joins the two belong to the main one."""
+def parameters_by_modality(fusion: FusionModel) -> dict[str, list[nn.Parameter]]:
+    """What is trained in and around each encoder."""
     groups: dict[str, list[nn.Parameter]] = {modality: [] for modality in fusion.config.modalities}
-    complementary = fusion.config.complementary or ""
     for name, parameter in fusion.named_parameters():
         if parameter.requires_grad:
-            other = name.startswith(("cross_blocks.", f"{complementary}."))
-            groups[complementary if complementary and other else fusion.config.main].append(parameter)
+            groups[fusion.modality_of(name)].append(parameter)
     return {modality: parameters for modality, parameters in groups.items() if parameters}
 
 
-def load_trained(fusion: MoPEForClassification, folder: Path) -> None:
+def load_trained(fusion: FusionModel, folder: Path) -> None:
     """Put what a checkpoint holds into a model of the same config.
 
     Raises:

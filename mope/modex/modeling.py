@@ -1,0 +1,447 @@
+"""Fused image-text models with adapters, as classifiers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+import mope
+from mope.fused.prepack import PrepackedLayers
+from mope.models.fusion import FusionModel
+from mope.models.parts import task_loss
+from mope.models.precision import HALF, CastWeights
+from mope.models.saving import CONFIG, DTYPES, WEIGHTS, read_tensors
+
+from .albef import AlbefModel
+from .attaching import Adapters, attach
+from .configuration import ModeXConfig
+from .saving import check_tensors
+
+# In config.json, and the folder of a copy.
+SYSTEM, ENCODER = "modex", "encoder"
+PROBLEMS, SIDES = ("single_label", "multi_label"), ("right", "left")
+
+
+@dataclass
+class ModeXOutput(ModelOutput):
+    """loss: (), None without labels. logits: (B,num_labels). features: (B,C) of the fused text's first token."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    features: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What a `ModeXForClassification` is, beside its encoder.
+
+    Args:
+        adapters: of the encoder; None: it has none.
+        id2label: names of the classes.
+        problem_type: "single_label" (labels (B,) integers) or "multi_label" (labels (B,num_labels) of 0 and 1).
+        padding_side: of the tokenizer.
+    """
+
+    adapters: ModeXConfig | None
+    id2label: Mapping[int, str]
+    problem_type: str = "single_label"
+    padding_side: str = "right"
+
+    # What training asks of any fusion model.
+    method: ClassVar[str] = SYSTEM
+    modalities: ClassVar[tuple[str, ...]] = ("vision", "text")
+    main: ClassVar[str] = "text"
+    complementary: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        names = self.id2label
+        if not names or sorted(names) != list(range(len(names))) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"id2label must name the classes 0, 1, ..., got {names!r}")
+        for name, allowed in (("problem_type", PROBLEMS), ("padding_side", SIDES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    def replace(self, **changes: Any) -> ClassifierConfig:
+        """With `id2label` also as a sequence of names."""
+        if not isinstance(names := changes.get("id2label", {}), Mapping):
+            changes["id2label"] = dict(enumerate(names))
+        return ClassifierConfig(**{**vars(self), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold; `from_dict` reads them back."""
+        adapters = None if self.adapters is None else self.adapters.to_dict()
+        names = {str(i): name for i, name in self.id2label.items()}
+        return {"mope_version": mope.__version__, "system": SYSTEM, **asdict(self), "adapters": adapters, "id2label": names}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ClassifierConfig:
+        """ValueError where something is missing or does not fit."""
+        try:
+            adapters = values["adapters"]
+            return cls(
+                None if adapters is None else ModeXConfig.from_dict(adapters),
+                {int(i): name for i, name in values["id2label"].items()},
+                values["problem_type"],
+                values["padding_side"],
+            )
+        except KeyError as error:
+            raise ValueError(f"{error} is missing") from error
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"values of the wrong kind ({error})") from error
+
+
+class ModeXForClassification(FusionModel):
+    """Classifies image-text pairs with a frozen fused encoder; adapters, LayerNorms and head are trained.
+
+    The head reads the fused text's first token: Linear(C,C), ReLU, Linear(C,num_labels), as published.
+
+    The encoder is frozen and has its adapters from construction to `detach`; it stands in `encoder`, its adapters in `adapters`.
+
+    Args:
+        model: an `AlbefModel`, or transformers' BLIP with a text encoder that attends to the image: `BlipForImageTextRetrieval` or
+            `BlipForQuestionAnswering`.
+        config: which adapters it gets. None: it stays as it is, and only the head trains.
+        num_labels, id2label: number of classes, and their names, a sequence or {index: name}. One follows from the other.
+        problem_type, padding_side: see `ClassifierConfig`.
+
+    Raises:
+        ValueError: the model is of another class, or has not what the config asks for; or the classes are not said.
+    """
+
+    config: ClassifierConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ModeXConfig | None,
+        num_labels: int | None = None,
+        *,
+        id2label: Mapping[int, str] | Sequence[str] | None = None,
+        problem_type: str = "single_label",
+        padding_side: str = "right",
+    ) -> None:
+        super().__init__()
+        if id2label is None:
+            if not num_labels:
+                raise ValueError("ModeXForClassification: give num_labels or id2label")
+            id2label = [f"LABEL_{i}" for i in range(num_labels)]
+        names = id2label if isinstance(id2label, Mapping) else dict(enumerate(id2label))
+        if num_labels not in (None, len(names)):
+            raise ValueError(f"ModeXForClassification: num_labels is {num_labels}, id2label names {len(names)}")
+        self.config = ClassifierConfig(config, names, problem_type, padding_side)
+        self._parts = _parts(model)
+        self.encoder: Any = model
+        self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.adapters = None if config is None else attach(model, config)
+        if self.adapters is None:
+            model.requires_grad_(False)
+        self._cast: CastWeights | None = None
+        width = self.backbone("text").config.hidden_size
+        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, len(names))).to(self.device)
+
+    def backbone(self, modality: str) -> Any:
+        """The "vision" or "text" part of the encoder."""
+        return getattr(self.encoder, self._parts[modality])
+
+    def modality_of(self, parameter: str) -> str:
+        """The part to which a parameter belongs; the head and what fuses belong to the text."""
+        return "vision" if parameter.startswith(f"{ENCODER}.{self._parts['vision']}.") else "text"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.encoder.parameters()).device
+
+    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch on the device of the model."""
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def trains(self, modality: str) -> bool:
+        """Whether anything in a part of the encoder trains."""
+        return any(p.requires_grad for p in self.backbone(modality).parameters())
+
+    def trained_state_dict(self) -> dict[str, Tensor]:
+        """All that trains, by name."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute layers in the backward pass instead of keeping their activations."""
+        self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def frozen_dtype(self) -> torch.dtype | None:
+        """What `cast_frozen` was given."""
+        return None if self._cast is None else self._cast.dtype
+
+    def cast_frozen(self, dtype: torch.dtype | None) -> None:
+        """Keep frozen linear and convolution weights in 16 bits and compute under autocast of that dtype; None brings them back.
+
+        Raises:
+            ValueError: another dtype; or cast weights were changed since.
+        """
+        if dtype not in (None, *HALF):
+            raise ValueError(f"cast_frozen: dtype must be torch.float16, torch.bfloat16 or None, got {dtype}")
+        if dtype == self.frozen_dtype:
+            return
+        if self._cast is not None:
+            self._cast.undo()
+        self._cast = None if dtype is None else CastWeights([self.encoder], dtype)
+
+    @contextmanager
+    def prepacked(self) -> Iterator[None]:
+        """For a while frozen linear layers on the CPU keep copies of their weights in the order that oneDNN multiplies fastest."""
+        layers = PrepackedLayers([self.encoder]) if self.device.type == "cpu" else None
+        try:
+            yield
+        finally:
+            if layers is not None:
+                layers.undo()
+
+    def weights_as_given(self) -> AbstractContextManager[None]:
+        """For a while the encoder has the weights that it had before `cast_frozen`, in the memory of the host."""
+        return nullcontext() if self._cast is None else self._cast.as_before()
+
+    def detach(self) -> None:
+        """Give the encoder back as it was: no adapters, its LayerNorms and `requires_grad`. The model does not run any more."""
+        self.cast_frozen(None)
+        if self.adapters is not None:
+            self.adapters.detach()
+        for name, parameter in self.encoder.named_parameters():
+            parameter.requires_grad_(self._requires_grad[name])
+
+    def routes(self) -> AbstractContextManager[dict[str, list[Tensor]]]:
+        """Collects the weights of the experts, see `Adapters.routes`."""
+        if self.adapters is None:
+            raise ValueError("this model has no adapters, and so no routes")
+        return self.adapters.routes()
+
+    def forward(
+        self,
+        *,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> ModeXOutput:
+        """Classify a batch.
+
+        Args:
+            pixel_values: (B,channels,height,width).
+            input_ids, attention_mask, token_type_ids: (B,L) integer. BLIP has no token types, and reads none.
+            labels: (B,) integer, or (B,num_labels) of 0 and 1 with problem_type "multi_label".
+
+        Raises:
+            ValueError: images and texts differ in number, or labels are of another shape.
+            RuntimeError: the adapters were detached.
+        """
+        if self.adapters is not None and not is_attached(self.adapters):
+            raise RuntimeError("the adapters of this model were detached: make a new model")
+        if len(pixel_values) != len(input_ids):
+            raise ValueError(f"as many texts as images are needed, got {len(input_ids)} and {len(pixel_values)}")
+        dtype = self.frozen_dtype
+        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype):
+            states = _FUSE[type(self.encoder).__name__](self.encoder, pixel_values, input_ids, attention_mask, token_type_ids)
+            first = 0 if attention_mask is None else attention_mask.int().argmax(-1)
+            features = states[torch.arange(len(states), device=states.device), first]
+            logits = self.head(features.to(next(self.head.parameters()).dtype))
+        loss = None if labels is None else task_loss(logits, labels, self.config.problem_type)
+        return ModeXOutput(loss, logits, features)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the encoder as it was given."""
+        with self.weights_as_given():
+            return {ENCODER: self._describe(self._original_state())["fingerprint"]}
+
+    def _original_state(self) -> dict[str, Tensor]:
+        """The encoder's own tensors, as they were given."""
+        return dict(self.encoder.state_dict()) if self.adapters is None else self.adapters.original_state_dict()
+
+    def _describe(self, state: Mapping[str, Tensor]) -> dict[str, str]:
+        digest = hashlib.sha256(type(self.encoder).__name__.encode())
+        for name, tensor in sorted(state.items(), key=itemgetter(0)):
+            tensor = tensor.detach().cpu().contiguous()
+            digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return {
+            "class": type(self.encoder).__name__,
+            "source": getattr(self.encoder.config, "_name_or_path", "") or "",
+            "dtype": str(next(t.dtype for t in state.values() if t.is_floating_point())).removeprefix("torch."),
+            "fingerprint": digest.hexdigest(),
+        }
+
+    def save_pretrained(self, path: str | Path, backbones: str = "reference") -> None:
+        """Write config.json, model.safetensors (what trains), tokenizer/ and image_processor/ if the model has them.
+
+        Args:
+            path: of the folder; made if need be.
+            backbones: "reference" keeps name and fingerprint of the encoder, "copy" also the encoder as it was given, in encoder/.
+        """
+        if backbones not in ("reference", "copy"):
+            raise ValueError(f"save_pretrained: backbones must be 'reference' or 'copy', got {backbones!r}")
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.weights_as_given():
+            state = self._original_state()
+            record = {"stored": backbones, **self._describe(state)}
+            if backbones == "copy":
+                self.encoder.save_pretrained(folder / ENCODER, state_dict=dict(state))
+        self.save_processors(folder)
+        save_file({name: t.contiguous() for name, t in self.trained_state_dict().items()}, folder / WEIGHTS, {"format": "pt"})
+        # Last, so that a folder with a config is complete.
+        (folder / CONFIG).write_text(json.dumps({**self.config.to_dict(), ENCODER: record}, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, model: nn.Module | None = None) -> Self:
+        """Read what `save_pretrained` wrote; the model comes back in evaluation mode.
+
+        Args:
+            path: of the folder.
+            model: the encoder that it was trained on. Default: the copy in the folder, else by the name that it had.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint, or an encoder without a copy came from nowhere.
+            ValueError: the encoder is another one than in training, or a file is damaged or does not fit.
+        """
+        folder = Path(path)
+        config, record = read_config(folder)
+        tensors = read_tensors(folder / WEIGHTS)
+        encoder = _load(folder, record) if model is None else model
+        built = cls(
+            encoder,
+            config.adapters,
+            id2label=config.id2label,
+            problem_type=config.problem_type,
+            padding_side=config.padding_side,
+        )
+        try:
+            found = built._describe(built._original_state())
+            if found["fingerprint"] != record["fingerprint"]:
+                wanted, got = (
+                    f"{r['class']} {r['source'] or '(no name)'}, {r['dtype']}, {r['fingerprint'][:12]}" for r in (record, found)
+                )
+                raise ValueError(f"this model was trained with another encoder: {wanted}; got {got}")
+            built._load_trained(tensors, folder / WEIGHTS)
+        except ValueError:
+            built.detach()
+            raise
+        built.find_processors(folder)
+        return built.eval()
+
+    @torch.no_grad()
+    def _load_trained(self, tensors: Mapping[str, Tensor], file: Path) -> None:
+        """Take what trained from the tensors of a file. Parameters of the encoder that are in it train again."""
+        own = {name: p for name, p in self.named_parameters() if p.requires_grad or name in tensors}
+        try:
+            check_tensors(tensors, own)
+        except ValueError as error:
+            raise ValueError(f"{file} does not fit the encoder: {error}") from error
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+            parameter.requires_grad_(True)
+
+
+def _fuse_albef(
+    model: AlbefModel, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+) -> Tensor:
+    states = model(pixel_values, input_ids, attention_mask, token_type_ids).last_hidden_state
+    assert isinstance(states, Tensor)
+    return states
+
+
+def _fuse_blip(
+    model: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+) -> Tensor:
+    image = model.vision_model(pixel_values=pixel_values).last_hidden_state
+    visible = torch.ones(image.shape[:2], dtype=torch.long, device=image.device)
+    states: Tensor = model.text_encoder(
+        input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image, encoder_attention_mask=visible
+    ).last_hidden_state
+    return states
+
+
+# (model, pixel_values, input_ids, attention_mask, token_type_ids) -> the fused text (B,L,C), by the model's class.
+_FUSE: dict[str, Callable[..., Tensor]] = {
+    "AlbefModel": _fuse_albef,
+    "BlipForImageTextRetrieval": _fuse_blip,
+    "BlipForQuestionAnswering": _fuse_blip,
+}
+
+
+def _parts(model: nn.Module) -> dict[str, str]:
+    """The names of the two parts of an encoder."""
+    name = type(model).__name__
+    if name not in _FUSE:
+        raise ValueError(f"ModeXForClassification: the model must be {', '.join(_FUSE)}, got {name}")
+    if name == "AlbefModel":
+        return {"vision": "vision", "text": "text"}
+    return {"vision": "vision_model", "text": "text_encoder"}
+
+
+def is_attached(adapters: Adapters) -> bool:
+    """Whether a model still has these adapters."""
+    try:
+        return Adapters.of(adapters.model) is adapters
+    except ValueError:
+        return False
+
+
+def encoder_class(name: str) -> Any:
+    """The class of a model that can be fused. ValueError where it cannot."""
+    if name not in _FUSE:
+        raise ValueError(f"a {name} is no fused encoder that is known here: {', '.join(_FUSE)}")
+    return AlbefModel if name == "AlbefModel" else getattr(transformers, name)
+
+
+def read_config(folder: Path) -> tuple[ClassifierConfig, dict[str, str]]:
+    """The configuration in a checkpoint, and the record of its encoder."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} is no checkpoint: it has no {CONFIG}. from_pretrained takes a folder that save_pretrained wrote"
+        )
+    try:
+        values = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(values, dict) or values.get("system") != SYSTEM:
+        raise ValueError(f"{file} is not that of a ModeXForClassification")
+    record = values.get(ENCODER)
+    fields = ("stored", "class", "source", "dtype", "fingerprint")
+    if not isinstance(record, dict) or not all(isinstance(record.get(f), str) for f in fields) or record["dtype"] not in DTYPES:
+        raise ValueError(f"{file}: the record of the encoder must hold {', '.join(fields)}, with a dtype of {DTYPES}")
+    try:
+        return ClassifierConfig.from_dict(values), record
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _load(folder: Path, record: Mapping[str, str]) -> nn.Module:
+    copied = record["stored"] == "copy"
+    source = folder / ENCODER if copied else record["source"]
+    ask = "give it as from_pretrained(..., model=...)"
+    if not source:
+        raise FileNotFoundError(f"{folder} has no copy of its encoder, a {record['class']} that came from no file: {ask}")
+    try:
+        model: nn.Module = encoder_class(record["class"]).from_pretrained(
+            source, dtype=getattr(torch, record["dtype"]), local_files_only=copied, use_safetensors=True
+        )
+        return model
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ValueError(f"cannot load the encoder, a {record['class']}, from {source} ({error}): {ask}") from error
