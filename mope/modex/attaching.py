@@ -173,6 +173,11 @@ class Adapters:
         return adapters
 
     @property
+    def attached(self) -> bool:
+        """Whether they are in the model still."""
+        return getattr(self.model, _OWNER, None) is self
+
+    @property
     def modules(self) -> dict[str, ExpertAdapter]:
         """The adapters by name, which says where they are: `text_encoder.encoder.layer.0.cross_msa`."""
         found: dict[str, Any] = {name: self.model.get_submodule(name) for name in self._names}
@@ -232,7 +237,7 @@ class Adapters:
     @torch.no_grad()
     def detach(self) -> None:
         """Give the model back as it was: no hooks, no adapters, every value and `requires_grad`. A second call does nothing."""
-        if getattr(self.model, _OWNER, None) is not self:
+        if not self.attached:
             return
         for handle in self._handles:
             handle.remove()

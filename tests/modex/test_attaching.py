@@ -38,12 +38,17 @@ def test_the_start_is_the_identity_and_detach_leaves_no_trace(name):
     shake(adapters.parameters())
     output(made, given).sum().backward()
     assert not torch.equal(output(made, given), expected)
+    original = adapters.original_state_dict()
+    assert adapters.attached
 
     adapters.detach()
     adapters.detach()
+    assert not adapters.attached
     assert torch.equal(output(made, given), expected)
     assert [*made.state_dict()] == [*state]
     assert all(torch.equal(t, state[key]) for key, t in made.state_dict().items())
+    assert [*original] == [*state]
+    assert all(torch.equal(t, state[key]) for key, t in original.items())
     assert [p.requires_grad for p in made.parameters()] == requires_grad
     assert all(p.grad is None for p in made.parameters())
     assert {n: set(vars(m)) for n, m in made.named_modules()} == attributes
