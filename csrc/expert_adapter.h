@@ -1,29 +1,30 @@
 // The adapter whose up-projections are routed for each row, and its backward. Included once for each target.
 //
-// A row goes through one product with [down-projection | router], becomes [w_1 h ... w_E h | w_1 ... w_E], and goes through one with
-// the up-projections above their biases. The same two matrices, the other way round, take its gradient back.
+// A row goes through a product with the down-projection, and one with the router, becomes [w_1 h ... w_E h | w_1 ... w_E], and goes
+// through one with the up-projections above their biases. The same matrices, the other way round, take its gradient back.
 
 // Rows that a thread takes at a time, and at least so many for which it adds up gradients of the parameters: the order of the sums
 // depends on their number, not on that of the threads.
 inline constexpr int64_t kAdapterRows = 48, kAdapterChunk = 4 * kAdapterRows, kAdapterChunks = 64;
 
-// Widths of the two products, and the same in whole vectors.
+// Widths of a row before the mixture, [down | logits], and after it, and the same in whole vectors.
 struct AdapterSizes {
   explicit AdapterSizes(const ExpertAdapter& op)
       : in(op.r + (op.router_weight ? op.E : 0)),
-        out(op.E * op.r + op.E),
+        hidden(op.E * op.r),
+        out(hidden + op.E),
         in_padded(vectors(in) * kLanes),
         out_padded(vectors(out) * kLanes),
         d_padded(vectors(op.d) * kLanes) {}
-  int64_t in, out, in_padded, out_padded, d_padded;
+  int64_t in, hidden, out, in_padded, out_padded, d_padded;
 };
 
-// [down-projection | router] and [up-projections; biases] as right factors: (d, in) and (out, d) forwards, (in, d) and (d, out) back.
-inline void pack_by_depth(const ExpertAdapter& op, const AdapterSizes& size, float* in) {
-  for (int64_t c = 0; c < op.d; ++c, in += size.in_padded) {
-    for (int64_t k = 0; k < op.r; ++k) in[k] = op.down_weight[k * op.d + c];
-    for (int64_t e = 0; e < size.in - op.r; ++e) in[op.r + e] = op.router_weight[e * op.d + c];
-    std::fill(in + size.in, in + size.in_padded, 0.0f);
+// The down-projection (d, r) and [up-projections; biases] (out, d) as right factors forwards; back [down-projection; router] (in, d) and
+// the up-projections (d, hidden).
+inline void pack_down(const ExpertAdapter& op, const AdapterSizes& size, float* down) {
+  for (int64_t c = 0; c < op.d; ++c, down += size.in_padded) {
+    for (int64_t k = 0; k < op.r; ++k) down[k] = op.down_weight[k * op.d + c];
+    std::fill(down + op.r, down + size.in_padded, 0.0f);
   }
 }
 inline void pack_up(const ExpertAdapter& op, const AdapterSizes& size, float* out) {
@@ -36,14 +37,46 @@ inline void pack_back(const ExpertAdapter& op, const AdapterSizes& size, float* 
   pack(op.down_weight, op.d, op.r, op.d, in, size.d_padded);
   if (op.router_weight) pack(op.router_weight, op.d, op.E, op.d, in + op.r * size.d_padded, size.d_padded);
 }
-inline void pack_up_by_depth(const ExpertAdapter& op, const AdapterSizes& size, float* out) {
-  for (int64_t c = 0; c < op.d; ++c, out += size.out_padded) {
-    for (int64_t e = 0; e < op.E; ++e) {
-      std::copy_n(op.up_weight + (e * op.d + c) * op.r, op.r, out + e * op.r);
-      out[op.E * op.r + e] = op.up_bias[e * op.d + c];
-    }
-    std::fill(out + size.out, out + size.out_padded, 0.0f);
+inline void pack_up_back(const ExpertAdapter& op, const AdapterSizes& size, float* up) {
+  for (int64_t c = 0; c < op.d; ++c, up += size.out_padded) {
+    for (int64_t e = 0; e < op.E; ++e) std::copy_n(op.up_weight + (e * op.d + c) * op.r, op.r, up + e * op.r);
+    std::fill(up + size.hidden, up + size.out_padded, 0.0f);
   }
+}
+
+template <int kM, int kN>
+inline void dot_tile(int64_t n, Input<2> a, Input<2> b, float* to, int64_t to_stride) {
+  Vec sum[kM][kN];
+  MOPE_UNROLL for (int i = 0; i < kM; ++i)
+    MOPE_UNROLL for (int j = 0; j < kN; ++j) sum[i][j] = splat(0.0f);
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) {
+    Vec right[kN];
+    MOPE_UNROLL for (int j = 0; j < kN; ++j) right[j] = load(b.row(j) + k);
+    MOPE_UNROLL for (int i = 0; i < kM; ++i) {
+      const Vec left = load(a.row(i) + k);
+      MOPE_UNROLL for (int j = 0; j < kN; ++j) sum[i][j] += left * right[j];
+    }
+  }
+  for (int i = 0; i < kM; ++i)
+    for (int j = 0; j < kN; ++j) {
+      alignas(64) float lanes[kLanes];
+      store(lanes, sum[i][j]);
+      float total = 0.0f;
+      for (const float lane : lanes) total += lane;
+      for (int64_t rest = k; rest < n; ++rest) total += a.row(i)[rest] * b.row(j)[rest];
+      to[i * to_stride + j] = total;
+    }
+}
+
+// to[i][j] = sum of a[i] b[j], of rows of n numbers: for the few columns that a product would round up to whole vectors.
+inline void dots(int64_t rows, int64_t columns, int64_t n, Input<2> a, Input<2> b, float* to, int64_t to_stride) {
+  in_blocks<kVecs>(columns, [&](auto j_count, int64_t j) {
+    in_blocks<4>(rows, [&](auto i_count, int64_t i) {
+      const Input<2> left{a.row(i), {a.stride[0]}}, right{b.row(j), {b.stride[0]}};
+      dot_tile<i_count(), j_count()>(n, left, right, to + i * to_stride + j, to_stride);
+    });
+  });
 }
 
 inline float activation(const ExpertAdapter& op, float x) {
@@ -83,46 +116,92 @@ inline void mix_row(const ExpertAdapter& op, const float* row, float* mixed) {
   std::copy_n(weights, op.E, mixed + op.E * op.r);
 }
 
-// The products before the mixture, for `count` rows from `first` on: `inner` gets [down | weights], `mixed` what mix_row gives.
+// `count` rows of d numbers from `first` on, as floats in whole vectors: where they lie, or in `scratch`.
+inline Input<2> block_of(
+    const ExpertAdapter& op, const AdapterSizes& size, const AnyInput<2>& from, int64_t first, int64_t count, float* scratch) {
+  if (!from.is_bfloat16 && op.d == size.d_padded) return {from.as<float>().row(first), {from.stride[0]}};
+  from.visit([&](auto view) { pack(view.row(first), view.stride[0], count, op.d, scratch, size.d_padded); });
+  return {scratch, {size.d_padded}};
+}
+
+// What is before the mixture, for `count` rows x: `inner` gets [down | weights], `mixed` what mix_row gives.
 inline void mix_rows(
-    const ExpertAdapter& op, const AdapterSizes& size, const float* in, int64_t first, int64_t count, float* inner, float* mixed) {
-  product<false>(count, size.in, op.d, {op.x.row(first), op.x.stride[0], 1}, in, size.in_padded, inner, size.in_padded);
+    const ExpertAdapter& op, const AdapterSizes& size, const float* down, Input<2> x, int64_t count, float* inner, float* mixed) {
+  product<false>(count, op.r, op.d, {x.data, x.stride[0], 1}, down, size.in_padded, inner, size.in_padded);
+  if (op.router_weight) dots(count, op.E, op.d, x, {op.router_weight, {op.d}}, inner + op.r, size.in_padded);
   for (int64_t i = 0; i < count; ++i) {
     route_row(op, inner + i * size.in_padded);
     mix_row(op, inner + i * size.in_padded, mixed + i * size.out_padded);
   }
 }
 
-// to (T,d) = residual + left right, for `count` rows from `first` on. The product is summed by itself, in `scratch`: it may be small
-// beside the residual.
-inline void add_product(
-    const ExpertAdapter& op, const AdapterSizes& size, Input<2> residual, int64_t first, int64_t count, int64_t depth, Left left,
-    const float* right, float* scratch, float* to) {
-  product<false>(count, op.d, depth, left, right, size.d_padded, scratch, size.d_padded);
-  for (int64_t i = 0; i < count; ++i) {
-    const float *from = residual.row(first + i), *sum = scratch + i * size.d_padded;
-    float* row = to + (first + i) * op.d;
-    MOPE_SIMD for (int64_t c = 0; c < op.d; ++c) row[c] = from[c] + sum[c];
+// The product is summed by itself: it may be small beside the residual.
+template <int kM, int kN, class T>
+inline void residual_tile(int64_t depth, Left a, const float* b, int64_t b_stride, Input<2> residual, View<T, 2> to) {
+  Vec sum[kM][kN];
+  MOPE_UNROLL for (int m = 0; m < kM; ++m)
+    MOPE_UNROLL for (int n = 0; n < kN; ++n) sum[m][n] = splat(0.0f);
+  for (int64_t k = 0; k < depth; ++k, b += b_stride) {
+    Vec right[kN];
+    MOPE_UNROLL for (int n = 0; n < kN; ++n) right[n] = load(b + n * kLanes);
+    MOPE_UNROLL for (int m = 0; m < kM; ++m) {
+      const float left = a.data[m * a.row + k * a.depth];
+      MOPE_UNROLL for (int n = 0; n < kN; ++n) sum[m][n] += left * right[n];
+    }
   }
+  MOPE_UNROLL for (int m = 0; m < kM; ++m)
+    MOPE_UNROLL for (int n = 0; n < kN; ++n) store(to.row(m) + n * kLanes, load(residual.row(m) + n * kLanes) + sum[m][n]);
 }
 
-inline void expert_adapter(const ExpertAdapter& op, float* out, float* weights) {
+// to = residual + left right, for `count` rows of whole vectors.
+template <class T>
+inline void add_product(
+    const AdapterSizes& size, int64_t count, int64_t depth, Left left, const float* right, Input<2> residual, View<T, 2> to) {
+  in_blocks<kVecs>(size.d_padded / kLanes, [&](auto n_count, int64_t n) {
+    in_blocks<kRows>(count, [&](auto m_count, int64_t m) {
+      const int64_t column = n * kLanes;
+      const Input<2> add{residual.row(m) + column, {residual.stride[0]}};
+      residual_tile<m_count(), n_count()>(
+          depth, {left.data + m * left.row, left.row, left.depth}, right + column, size.d_padded, add,
+          View<T, 2>{to.row(m) + column, {to.stride[0]}});
+    });
+  });
+}
+
+// The same from row `first` of `to` on. Rows that are no whole vectors are made in `scratch`.
+inline void add_product(
+    const ExpertAdapter& op, const AdapterSizes& size, int64_t first, int64_t count, int64_t depth, Left left, const float* right,
+    Input<2> residual, float* scratch, const AnyOutput<2>& to) {
+  to.visit([&](auto view) {
+    if (op.d == size.d_padded) {
+      view.data = view.row(first);
+      add_product(size, count, depth, left, right, residual, view);
+    } else {
+      add_product(size, count, depth, left, right, residual, Output<2>{scratch, {size.d_padded}});
+      for (int64_t i = 0; i < count; ++i) convert(scratch + i * size.d_padded, op.d, view.row(first + i));
+    }
+  });
+}
+
+inline void expert_adapter(const ExpertAdapter& op, AnyOutput<2> out, float* weights) {
   const AdapterSizes size(op);
-  std::vector<float> in(op.d * size.in_padded), up(size.out * size.d_padded);
-  pack_by_depth(op, size, in.data());
+  std::vector<float> down(op.d * size.in_padded), up(size.out * size.d_padded);
+  pack_down(op, size, down.data());
   pack_up(op, size, up.data());
   parallel_for(0, (op.T + kAdapterRows - 1) / kAdapterRows, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(kAdapterRows * (size.in_padded + size.out_padded + size.d_padded));
+    Scratch scratch(kAdapterRows * (size.in_padded + size.out_padded + 2 * size.d_padded));
     float* inner = scratch.take(kAdapterRows * size.in_padded);
     float* mixed = scratch.take(kAdapterRows * size.out_padded);
+    float* rows_of_x = scratch.take(kAdapterRows * size.d_padded);
     float* rows = scratch.take(kAdapterRows * size.d_padded);
     for (int64_t first = begin * kAdapterRows; first < std::min(end * kAdapterRows, op.T); first += kAdapterRows) {
       const int64_t count = std::min(kAdapterRows, op.T - first);
-      mix_rows(op, size, in.data(), first, count, inner, mixed);
+      const Input<2> x = block_of(op, size, op.x, first, count, rows_of_x);
+      mix_rows(op, size, down.data(), x, count, inner, mixed);
       if (weights)
         for (int64_t i = 0; i < count; ++i)
-          std::copy_n(mixed + i * size.out_padded + op.E * op.r, op.E, weights + (first + i) * op.E);
-      add_product(op, size, op.x, first, count, size.out, {mixed, size.out_padded, 1}, up.data(), rows, out);
+          std::copy_n(mixed + i * size.out_padded + size.hidden, op.E, weights + (first + i) * op.E);
+      add_product(op, size, first, count, size.out, {mixed, size.out_padded, 1}, up.data(), x, rows, out);
     }
   });
 }
@@ -151,24 +230,16 @@ inline void mix_row_backward(
   for (int64_t e = 0; e < op.E; ++e) grad_logits[e] = weights[e] * (grad_logits[e] - mean) / op.temperature;
 }
 
-// Rows as the right factor of a product: where they lie, if they are whole vectors, else copied into `scratch`.
-inline Input<2> padded_rows(const AdapterSizes& size, Input<2> from, int64_t first, int64_t count, int64_t d, float* scratch) {
-  if (d == size.d_padded) return {from.row(first), {from.stride[0]}};
-  pack(from.row(first), from.stride[0], count, d, scratch, size.d_padded);
-  return {scratch, {size.d_padded}};
-}
-
 inline void expert_adapter_backward(const ExpertAdapter& op, const ExpertAdapterBackward& back) {
   const AdapterSizes size(op);
-  const int64_t hidden = op.E * op.r;
   // Which rows of the second matrix, and of the first, get a gradient: (out, d) and (in, d).
-  const int64_t up_begin = back.up_weight ? 0 : hidden, up_end = back.up_bias ? size.out : hidden;
+  const int64_t up_begin = back.up_weight ? 0 : size.hidden, up_end = back.up_bias ? size.out : size.hidden;
   const int64_t in_begin = back.down_weight ? 0 : op.r, in_end = back.router_weight ? size.in : op.r;
   const bool need_inner = back.x || in_begin < in_end || back.down_bias || back.router_bias;
-  std::vector<float> in(op.d * size.in_padded), up(need_inner ? op.d * size.out_padded : 0);
+  std::vector<float> down(op.d * size.in_padded), up(need_inner ? op.d * size.out_padded : 0);
   std::vector<float> to_x(back.x ? size.in * size.d_padded : 0);
-  pack_by_depth(op, size, in.data());
-  if (need_inner) pack_up_by_depth(op, size, up.data());
+  pack_down(op, size, down.data());
+  if (need_inner) pack_up_back(op, size, up.data());
   if (back.x) pack_back(op, size, to_x.data());
 
   const int64_t blocks = (op.T + kAdapterRows - 1) / kAdapterRows;
@@ -180,40 +251,41 @@ inline void expert_adapter_backward(const ExpertAdapter& op, const ExpertAdapter
   std::vector<float> parts(chunks * part_size);
 
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(kAdapterRows * (2 * size.in_padded + 2 * size.out_padded + size.d_padded));
+    Scratch scratch(kAdapterRows * (2 * size.in_padded + 2 * size.out_padded + 3 * size.d_padded));
     float* inner = scratch.take(kAdapterRows * size.in_padded);
     float* grad_inner = scratch.take(kAdapterRows * size.in_padded);
     float* mixed = scratch.take(kAdapterRows * size.out_padded);
     float* grad_mixed = scratch.take(kAdapterRows * size.out_padded);
+    float* rows_of_x = scratch.take(kAdapterRows * size.d_padded);
+    float* rows_of_grad = scratch.take(kAdapterRows * size.d_padded);
     float* rows = scratch.take(kAdapterRows * size.d_padded);
     for (int64_t block = begin * blocks_of_chunk; block < std::min(end * blocks_of_chunk, blocks); ++block) {
       const int64_t first = block * kAdapterRows, count = std::min(kAdapterRows, op.T - first);
       float* grad_up = parts.data() + block / blocks_of_chunk * part_size;
       float *grad_in = grad_up + up_size, *grad_biases = grad_in + in_size;
-      mix_rows(op, size, in.data(), first, count, inner, mixed);
-      if (up_begin < up_end) {
-        const Input<2> right = padded_rows(size, back.grad_out, first, count, op.d, rows);
+      const Input<2> x = block_of(op, size, op.x, first, count, rows_of_x);
+      const Input<2> grad_out = block_of(op, size, back.grad_out, first, count, rows_of_grad);
+      mix_rows(op, size, down.data(), x, count, inner, mixed);
+      if (up_begin < up_end)
         product<true>(
-            up_end - up_begin, op.d, count, {mixed + up_begin, 1, size.out_padded}, right.data, right.stride[0],
+            up_end - up_begin, op.d, count, {mixed + up_begin, 1, size.out_padded}, grad_out.data, grad_out.stride[0],
             grad_up + up_begin * size.d_padded, size.d_padded);
-      }
       if (!need_inner) continue;
-      const Left left{back.grad_out.row(first), back.grad_out.stride[0], 1};
-      product<false>(count, size.out, op.d, left, up.data(), size.out_padded, grad_mixed, size.out_padded);
+      const Left left{grad_out.data, grad_out.stride[0], 1};
+      product<false>(count, size.hidden, op.d, left, up.data(), size.out_padded, grad_mixed, size.out_padded);
+      if (op.router_weight) dots(count, op.E, op.d, grad_out, {op.up_bias, {op.d}}, grad_mixed + size.hidden, size.out_padded);
       for (int64_t i = 0; i < count; ++i) {
         float* grad = grad_inner + i * size.in_padded;
         const float* grad_weights = back.grad_weights ? back.grad_weights + (first + i) * op.E : nullptr;
         mix_row_backward(op, inner + i * size.in_padded, grad_mixed + i * size.out_padded, grad_weights, grad);
         add_scaled(grad_biases, 1.0f, grad, size.in);
       }
-      if (in_begin < in_end) {
-        const Input<2> right = padded_rows(size, op.x, first, count, op.d, rows);
+      if (in_begin < in_end)
         product<true>(
-            in_end - in_begin, op.d, count, {grad_inner + in_begin, 1, size.in_padded}, right.data, right.stride[0],
+            in_end - in_begin, op.d, count, {grad_inner + in_begin, 1, size.in_padded}, x.data, x.stride[0],
             grad_in + in_begin * size.d_padded, size.d_padded);
-      }
       if (back.x)
-        add_product(op, size, back.grad_out, first, count, size.in, {grad_inner, size.in_padded, 1}, to_x.data(), rows, back.x);
+        add_product(op, size, first, count, size.in, {grad_inner, size.in_padded, 1}, to_x.data(), grad_out, rows, back.x);
     }
   });
 
@@ -225,8 +297,8 @@ inline void expert_adapter_backward(const ExpertAdapter& op, const ExpertAdapter
   parallel_for(up_begin, up_end, kGrain, [&](int64_t begin, int64_t end) {
     std::vector<float> row(op.d);
     for (int64_t i = begin; i < end; ++i) {
-      if (i >= hidden) {
-        sum_row(i * size.d_padded, op.d, back.up_bias + (i - hidden) * op.d);
+      if (i >= size.hidden) {
+        sum_row(i * size.d_padded, op.d, back.up_bias + (i - size.hidden) * op.d);
         continue;
       }
       sum_row(i * size.d_padded, op.d, row.data());

@@ -378,7 +378,7 @@ ExpertAdapter expert_adapter_problem(Arguments& arguments, EXPERT_ADAPTER_PARAME
   const int64_t T = x.size(0), d = x.size(1), E = up_weight.size(0), r = up_weight.size(2);
   STD_TORCH_CHECK(E == 1 || router_weight, "expert_adapter: ", E, " experts need router_weight and router_bias");
   ExpertAdapter op{T, d, r, E};
-  op.x = arguments.rows<2>("x", x, {T, d});
+  op.x = arguments.any_rows<2>("x", x, {T, d});
   op.down_weight = arguments.dense<float>("down_weight", down_weight, {r, d});
   op.down_bias = arguments.dense<float>("down_bias", down_bias, {r});
   op.up_weight = arguments.dense<float>("up_weight", up_weight, {E, d, r});
@@ -394,11 +394,8 @@ ExpertAdapter expert_adapter_problem(Arguments& arguments, EXPERT_ADAPTER_PARAME
 std::tuple<Tensor, Tensor> expert_adapter(EXPERT_ADAPTER_PARAMETERS, bool return_weights) {
   Arguments arguments("expert_adapter");
   const ExpertAdapter op = expert_adapter_problem(arguments, EXPERT_ADAPTER_ARGUMENTS);
-  FloatResults results;
-  float* data;
-  Tensor out = results.like(x, data, op.T, op.d), weights = return_weights ? empty(op.T, op.E) : empty(0);
-  kernels().expert_adapter(op, data, return_weights ? weights.mutable_data_ptr<float>() : nullptr);
-  results.finish();
+  Tensor out = empty_like(x, op.T, op.d), weights = return_weights ? empty(op.T, op.E) : empty(0);
+  kernels().expert_adapter(op, any_rows<2>(out), return_weights ? weights.mutable_data_ptr<float>() : nullptr);
   return {out, weights};
 }
 
@@ -407,15 +404,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_adapte
   Arguments arguments("expert_adapter_backward");
   const ExpertAdapter op = expert_adapter_problem(arguments, EXPERT_ADAPTER_ARGUMENTS);
   ExpertAdapterBackward back{};
-  back.grad_out = arguments.rows<2>("grad_out", grad_out, {op.T, op.d});
+  back.grad_out = arguments.any_rows<2>("grad_out", grad_out, {op.T, op.d});
   if (grad_weights) back.grad_weights = arguments.dense<float>("grad_weights", *grad_weights, {op.T, op.E});
-  int bit = 0;
+  Tensor grad_x = needs & 1 ? empty_like(x, op.T, op.d) : empty_like(grad_out, 0);
+  if (needs & 1) back.x = any_rows<2>(grad_x);
+  int bit = 1;
   FloatResults results;
   const auto gradient = [&](float*& data, const Optional& like, auto... sizes) {
     return needs >> bit++ & 1 ? results.like(like.value(), data, sizes...) : empty_like(grad_out, 0);
   };
   // In the order of EXPERT_ADAPTER_GRADIENTS.
-  Tensor grad_x = gradient(back.x, x, op.T, op.d);
   Tensor grad_down_weight = gradient(back.down_weight, down_weight, op.r, op.d);
   Tensor grad_down_bias = gradient(back.down_bias, down_bias, op.r);
   Tensor grad_up_weight = gradient(back.up_weight, up_weight, op.E, op.d, op.r);

@@ -177,7 +177,7 @@ struct WindowAttentionBackward {
 // T rows of d numbers through a bottleneck of r, and back by E experts. All but x is dense.
 struct ExpertAdapter {
   int64_t T, d, r, E;
-  Input<2> x;
+  AnyInput<2> x;
   const float *down_weight, *down_bias;      // (r,d), (r)
   const float *up_weight, *up_bias;          // (E,d,r), (E,d)
   const float *router_weight, *router_bias;  // (E,d), (E); nullptr: one expert, which has all the weight
@@ -186,9 +186,10 @@ struct ExpertAdapter {
 };
 
 struct ExpertAdapterBackward {
-  Input<2> grad_out;          // (T,d)
+  AnyInput<2> grad_out;       // (T,d)
   const float* grad_weights;  // (T,E)
-  float *x, *down_weight, *down_bias, *up_weight, *up_bias, *router_weight, *router_bias;  // the gradients
+  AnyOutput<2> x;             // the gradients
+  float *down_weight, *down_bias, *up_weight, *up_bias, *router_weight, *router_bias;
 };
 
 // R rows of C numbers.
@@ -254,7 +255,7 @@ struct Kernels {
   void (*mope_attention_backward)(const MopeAttention&, const MopeAttentionBackward&);
   void (*window_attention)(const WindowAttention&, AnyOutput<3> out);
   void (*window_attention_backward)(const WindowAttention&, const WindowAttentionBackward&);
-  void (*expert_adapter)(const ExpertAdapter&, float* out, float* weights);
+  void (*expert_adapter)(const ExpertAdapter&, AnyOutput<2> out, float* weights);
   void (*expert_adapter_backward)(const ExpertAdapter&, const ExpertAdapterBackward&);
   void (*add_norm)(const AddNorm&, AnyOutput<2> total, AnyOutput<2> normed);
   void (*add_norm_backward)(const AddNorm&, const AddNormBackward&);
