@@ -9,7 +9,7 @@ from typing import Any
 from mope.benchmark import rows, show
 from mope.benchmark.cases import WAYS
 
-from . import pictures, targets, timeline
+from . import floor, pictures, targets, timeline
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
@@ -30,7 +30,7 @@ Made by `python -m bench.report` from the rows in `bench/results`: `make bench` 
 | xformers | the same with `memory_efficient_attention` |
 | branchless | *released* without waiting for the device |
 | embedding_bag | torch's weighted sum of the rows of a table |
-| released, of a block or model | [plainly](../mope/benchmark/released.py); the host waits as it does there; autocast on a GPU |
+| released, of a block or model | [plainly](../mope/benchmark/released.py); the host waits as it does there; autocast to 16 bits |
 | released half | the same with everything in 16 bits, without autocast |
 | released without waiting | the same with all that the host waits for taken out by hand |
 | ours without graphs | where ours serves a model from CUDA graphs, on a GPU: without them |
@@ -42,7 +42,8 @@ Made by `python -m bench.report` from the rows in `bench/results`: `make bench` 
 - A row is timed only after its result was checked: its error against float64 is at most five times that of plain PyTorch in the
   same dtype and of one rounding.
 - *ms*: median of a call, ± half the interquartile range. CPU: wall time, caches warm. GPU: between two events on the device, its
-  second-level cache emptied before. "training" is forward and backward, without an optimizer.
+  second-level cache emptied before. "training" is forward and backward, without an optimizer. On a CPU ours of a whole model has
+  its frozen weights [in oneDNN's order](performance.md), as `serving()` does it, which takes their memory once more.
 - *ratio*: the time as a multiple of ours, above 1 ours is faster. Both run in turns, and this is the median of the quotients.
 - *memory*: the most that a call holds at once beyond its inputs. CPU: what torch's profiler sees. GPU: the allocator's count,
   and nothing where graphs keep their memory between calls.
@@ -64,6 +65,25 @@ was measured in turns, of the fastest opponent that is meant.
 NO_GPU = """
 There are no results of a GPU yet, so nothing of that is known. What can be known without one is below: [launches](#launches), and
 in [resources](resources.md) what each kernel takes, compiled for four targets.
+"""
+CPU_TARGETS = """
+## Targets on a CPU
+
+Of one with AVX-512; made in the same way. What keeps whole models from theirs is [below](#where-the-time-goes-against-the-floor).
+
+{}
+"""
+FLOOR = """
+## Where the time goes, against the floor
+
+By `python -m bench.floor` ([how](../bench/floor.py)): a whole model, each operation timed by itself. Frozen layers have to be
+computed in both ways, and oneDNN computes them near the speed of a large product, so no other way is much faster than that floor.
+"""
+FLOOR_OF = """
+### {device}
+
+{date}, commit {commit}, sources {sources}; C++ kernels {extension}. Products ran at {products}, copies that stay in the caches at
+{copy} GB/s.
 """
 LAUNCHES = """
 ## Launches
@@ -95,10 +115,25 @@ def report(results: Path, docs: Path) -> str:
         if header["type"] == "cuda":
             devices.setdefault(header["device"], []).extend(found)
     text = HEAD + TARGETS.format(targets.table(devices)) + ("" if devices else NO_GPU)
+    # Rows of a CPU as it is, not of one that does less than it could.
+    cpus: dict[str, list[dict[str, Any]]] = {}
+    for header, found in files:
+        if header["type"] == "cpu" and header["slug"].endswith(("thread", "threads")):
+            cpus.setdefault(header["device"], []).extend(found)
+    text += CPU_TARGETS.format(targets.table(cpus, targets.CPU_TARGETS))
+    floors = [json.loads(path.read_text()) for path in sorted(results.glob("floor-*.json"))]
+    text += FLOOR + ("".join(map(floor_of, floors)) or "\nNot measured yet.\n")
     launches = results / "launches.md"
     text += LAUNCHES.format(launches.read_text()) if launches.exists() else ""
     text += "".join(two_timelines(json.loads(path.read_text()), docs) for path in sorted(results.glob("timeline-*.json")))
     return text + "".join(section(header, found, docs) for header, found in files)
+
+
+def floor_of(record: dict[str, Any]) -> str:
+    header = record["header"]
+    products = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in header["matmul"].items())
+    text = FLOOR_OF.format(**header, products=products, copy=show.digits(header["copy_in_cache"] / 1e9, 3))
+    return text + "".join(f"\n{case['case']}:\n\n{floor.table(case)}" for case in record["cases"])
 
 
 def two_timelines(record: dict[str, Any], docs: Path) -> str:

@@ -1,4 +1,4 @@
-"""What the library wants to reach on an H100, and what the rows of a device say about it."""
+"""What the library wants to reach on an H100 and on a CPU with AVX-512, and what the rows of a device say about it."""
 
 from __future__ import annotations
 
@@ -87,6 +87,21 @@ def growth(op: str, few: str, many: str) -> Measure:
     return measure
 
 
+def apart(op: str, cases: str, way: str, dtype: str) -> Measure:
+    """How many times as fast as `way` in the case without `dtype` in its name. The two were not measured in turns."""
+
+    def measure(rows: Sequence[Row]) -> dict[str, float]:
+        found = {}
+        for case, of_way in of_cases(rows, op, cases).items():
+            opponent = case.replace(f" {dtype}", "")
+            ways = of_cases(rows, op, re.escape(opponent.removeprefix(f"{op} "))).get(opponent, {})
+            if way in ways:
+                found[case] = ways[way]["ms"] / of_way["ours"]["ms"]
+        return found
+
+    return measure
+
+
 def first_step(rows: Sequence[Row]) -> dict[str, float]:
     """Seconds of the first training step where nothing was compiled."""
     return {row["case"]: row["seconds"]["first"] for row in rows if row["op"] == "cold start"}
@@ -149,12 +164,64 @@ TARGETS = (
     Target("the first training step with an empty Triton cache, in seconds", 30.0, first_step, at_most=True),
     Target("every listed shape: times as fast as the best opponent", 1.0, faster_than(".*")),
 )
+_MODEL_ON_CPU = r"swin-b\+bert-base-t32-b\d+ {}"
+_WINDOWS = r"swin-b-stage\d(-shifted)?-b(4|16) {}"
+CPU_TARGETS = (
+    Target(
+        "window attention with its layout, float32, every stage, 4 and 16 items: times as fast as the released algorithm and as "
+        "layout and SDPA",
+        3.5,
+        faster_than(r"released|cat\+sdpa", "window_prompt_attention", _WINDOWS.format("inference")),
+    ),
+    Target(
+        "the same, forward and backward together",
+        2.0,
+        faster_than(r"released|cat\+sdpa", "window_prompt_attention", _WINDOWS.format("training")),
+    ),
+    Target(
+        "Swin-B + BERT-base, 1, 4 and 8 items, forward, float32: times as fast as the released way",
+        2.0,
+        faster_than("released", "model", _MODEL_ON_CPU.format("inference")),
+    ),
+    Target(
+        "the same, beside the released way compiled",
+        1.9,
+        faster_than("released compiled", "model", _MODEL_ON_CPU.format("inference")),
+    ),
+    Target(
+        "bfloat16: times as fast as the released way in bfloat16, under autocast or all of it",
+        1.6,
+        faster_than("released( half)?", "model", _MODEL_ON_CPU.format("bfloat16 inference")),
+    ),
+    Target(
+        "bfloat16: times as fast as the released way in float32",
+        3.8,
+        apart("model", _MODEL_ON_CPU.format("bfloat16 inference"), "released", "bfloat16"),
+    ),
+    Target(
+        "training step, float32: times as fast as the released way",
+        1.8,
+        faster_than("released", "model", _MODEL_ON_CPU.format("training")),
+    ),
+    Target(
+        "router and mixture in front of a block: times as fast as the released chain of operations",
+        5.0,
+        faster_than("released", "prompted_norm", ".* inference"),
+    ),
+    Target("adapter: times as fast as the released one", 2.0, faster_than("released", "expert_adapter", ".* inference")),
+    Target(
+        "peak memory of a forward pass and of a training step, beside that of the released way",
+        0.6,
+        memory_beside("released", "model", _MODEL_ON_CPU.format("(inference|training)")),
+        at_most=True,
+    ),
+)
 
 
-def table(devices: dict[str, list[Row]]) -> str:
+def table(devices: dict[str, list[Row]], targets: Sequence[Target] = TARGETS) -> str:
     """Markdown: a line for each target, a column for each device; "not measured" where there is none."""
     names = list(devices) or ["measured"]
     lines = [("target", "goal", *names), ("---",) * (2 + len(names))]
-    for target in TARGETS:
+    for target in targets:
         lines.append((target.what, target.said(), *(target.result(rows) for rows in devices.values() or [[]])))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
