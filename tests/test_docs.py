@@ -52,8 +52,9 @@ def test_every_public_op_is_described():
     assert set(_OPERATIONS) <= set(mope_kernels.__all__)
 
 
-def test_the_contract_names_tests_that_exist():
-    text = (ROOT / "docs" / "adding_an_op.md").read_text()
+@pytest.mark.parametrize("document", ["adding_an_op.md", "systems.md"])
+def test_documents_name_tests_that_exist(document):
+    text = (ROOT / "docs" / document).read_text()
     sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     named = set(re.findall(r"`(test_\w+)`", text))
     assert len(named) > 10

@@ -122,11 +122,11 @@ class AlbefModel(PreTrainedModel):
             raise ValueError(
                 "AlbefModel: input_ids are missing; the features of an image alone are model.encode_image(pixel_values)"
             )
-        hidden_states = self.encode_text(input_ids, attention_mask, token_type_ids)
+        hidden_states, mask = self._text(input_ids, attention_mask, token_type_ids)
         if pixel_values is None:
             return AlbefOutput(last_hidden_state=hidden_states)
         image_embeds = self.encode_image(pixel_values)
-        return AlbefOutput(self.fuse(hidden_states, image_embeds, attention_mask), image_embeds)
+        return AlbefOutput(self._fuse(hidden_states, image_embeds, mask), image_embeds)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, P, C_v), or (B, N, channels, H, W) -> (B, N, P, C_v); the class token is the first of P."""
@@ -140,22 +140,27 @@ class AlbefModel(PreTrainedModel):
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         """The layers in front of the fusion: (B, T) -> (B, T, C)."""
-        hidden_states = self.text.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
-        mask = self._mask(hidden_states, attention_mask)
-        for layer in self.text.encoder.layer[: self.config.fusion_layer]:
-            hidden_states = layer(hidden_states, mask)
-        return hidden_states
+        return self._text(input_ids, attention_mask, token_type_ids)[0]
 
     def fuse(self, text_embeds: Tensor, image_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The fusion layers, from what `encode_text` and `encode_image` give: (B, T, C) -> (B, T, C).
 
         Of N images for each text, every layer attends to one, in turn.
         """
-        if len(text_embeds) != len(image_embeds):
-            raise ValueError(f"AlbefModel: as many texts as images are needed, got {len(text_embeds)} and {len(image_embeds)}")
+        return self._fuse(text_embeds, image_embeds, self._mask(text_embeds, attention_mask))
+
+    def _text(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> tuple[Tensor, Any]:
+        """-> the text (B, T, C), and the mask that the fusion needs as well: making one may wait for the device."""
+        hidden_states = self.text.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
+        mask = self._mask(hidden_states, attention_mask)
+        for layer in self.text.encoder.layer[: self.config.fusion_layer]:
+            hidden_states = layer(hidden_states, mask)
+        return hidden_states, mask
+
+    def _fuse(self, hidden_states: Tensor, image_embeds: Tensor, mask: Any) -> Tensor:
+        if len(hidden_states) != len(image_embeds):
+            raise ValueError(f"AlbefModel: as many texts as images are needed, got {len(hidden_states)} and {len(image_embeds)}")
         images = image_embeds.unbind(1) if image_embeds.dim() == 4 else (image_embeds,)
-        mask = self._mask(text_embeds, attention_mask)
-        hidden_states = text_embeds
         for i, layer in enumerate(self.text.encoder.layer[self.config.fusion_layer :]):
             hidden_states = layer(hidden_states, mask, images[i % len(images)])
         return hidden_states

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+from transformers import BertConfig, BertModel, BlipConfig, BlipForImageTextRetrieval, ViTConfig, ViTModel
 
 from mope.modex import AlbefConfig, AlbefModel, ModeXConfig, attach
 
@@ -27,7 +27,7 @@ def away_from_start(model: nn.Module) -> nn.Module:
 
 def albef(**options: Any) -> AlbefModel:
     torch.manual_seed(0)
-    config = AlbefConfig(ViTConfig(**VISION), BertConfig(**TEXT), **{"fusion_layer": 2, **options})
+    config = AlbefConfig(**{"vision_config": VISION, "text_config": TEXT, "fusion_layer": 2, **options})
     return away_from_start(AlbefModel(config))
 
 
@@ -138,14 +138,30 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     assert any(gradient.abs().sum() > 0 for gradient in found[0].values())
 
 
-# With the images of NLVR2 in turn, twelve of eighteen layers are of fusion.
-@pytest.mark.parametrize(("text_layers", "count"), [(12, 1_710_468), (18, 2_507_976)])
-def test_published_adapters_have_as_many_parameters_as_published(text_layers: int, count: int) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("attached", [False, True])
+def test_compiles_whole(attached: bool) -> None:
+    model, batch = albef(text_config={**TEXT, "num_hidden_layers": 2}, fusion_layer=1), inputs()
+    if attached:
+        attach(model, ModeXConfig.preset("albef", fusion_layer=1, bottleneck=4))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(**batch).last_hidden_state, model(**batch).last_hidden_state)
+
+
+# With the images of NLVR2 in turn, twelve of eighteen text layers are of fusion.
+@pytest.mark.parametrize(
+    ("preset", "text_layers", "count"), [("albef", 12, 1_710_468), ("albef", 18, 2_507_976), ("blip", 12, 1_253_988)]
+)
+def test_published_adapters_have_as_many_parameters_as_published(preset: str, text_layers: int, count: int) -> None:
+    model: nn.Module
     with torch.device("meta"):
-        model = AlbefModel(AlbefConfig(text_config={"num_hidden_layers": text_layers}))
-    adapters = attach(model, ModeXConfig.preset("albef"))
-    assert adapters.num_parameters() == count
-    assert model.vision.config.image_size == 384 and model.config.fusion_layer == 6
+        if preset == "albef":
+            model = AlbefModel(AlbefConfig(text_config={"num_hidden_layers": text_layers}))
+            assert model.vision.config.image_size == 384 and model.config.fusion_layer == 6
+        else:
+            model = BlipForImageTextRetrieval(BlipConfig())
+    assert attach(model, ModeXConfig.preset(preset)).num_parameters() == count
+    assert f"{count:,}" in (Path(__file__).parents[2] / "docs" / "systems.md").read_text()
 
 
 @pytest.mark.parametrize(
