@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from mope.fused.adapter import ExpertAdapter
 
 from .configuration import ModeXConfig
-from .saving import WEIGHTS, check_tensors, read_tensors, write_tensors
+from .saving import WEIGHTS, check_tensors, gather, read_tensors, write_tensors
 from .sites import Layout, Plan, Site, find_sites, has_cross, layout_of, trained_modules
 
 # Of the model that was attached to: its `Adapters`.
@@ -212,10 +212,15 @@ class Adapters:
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `modex_config.json` and `modex.safetensors`: the adapters and what trains beside them, not the model."""
-        self.config.save_pretrained(folder)
-        write_tensors(self.state_dict(), Path(folder) / WEIGHTS)
+    def save_pretrained(self, folder: str | Path, is_main_process: bool = True) -> None:
+        """Write `modex_config.json` and `modex.safetensors`: the adapters and what trains beside them, not the model.
+
+        Where parameters are sharded every process has to call this; those with `is_main_process=False` write nothing.
+        """
+        tensors = {name: gather(tensor) for name, tensor in self.state_dict().items()}
+        if is_main_process:
+            self.config.save_pretrained(folder)
+            write_tensors(tensors, Path(folder) / WEIGHTS)
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, folder: str | Path) -> Adapters:

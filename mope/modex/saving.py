@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,6 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 WEIGHTS = "modex.safetensors"
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process holds a part."""
+    # Asked by its method: to import its class, DTensor, takes seconds.
+    whole: Any = getattr(tensor, "full_tensor", None)
+    return tensor if whole is None else whole()
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:

@@ -8,8 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from mope.fused.adapter import ExpertAdapter
 from mope.modex import Adapters, ModeXConfig, attach
@@ -237,6 +242,55 @@ def test_a_graph_that_breaks_within_a_layer_keeps_its_mode():
             expected = layer(x, encoder_hidden_states=given)
             layer(x, encoder_hidden_states=image if given is None else None)
             torch.testing.assert_close(compiled(x, encoder_hidden_states=given), expected, rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_adapters_train_under_ddp_and_sharded_by_layer(one_process, tmp_path):
+    made, adapters = attached("bert_cross")
+    given = inputs("bert_cross")
+    expected = output(made, given)
+    parallel = DistributedDataParallel(made, find_unused_parameters=True)
+    output(parallel, given).square().sum().backward()
+    gradients = {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
+    made.zero_grad()
+    adapters.save_pretrained(tmp_path / "whole")
+    for module in (*made.encoder.layer, made):
+        fully_shard(module, mesh=one_process)
+    assert torch.equal(output(made, given), expected)
+    output(made, given).square().sum().backward()
+    sharded = {name: p.grad.full_tensor() for name, p in made.named_parameters() if p.grad is not None}
+    # Sharding makes gradients of 0 where there were none.
+    assert any("cross_ffn" in name for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(sharded[name], gradient, rtol=1e-12, atol=1e-12)
+    adapters.save_pretrained(tmp_path / "parts")
+    adapters.save_pretrained(tmp_path / "nothing", is_main_process=False)
+    parts, whole = (load_file(tmp_path / name / "modex.safetensors") for name in ("parts", "whole"))
+    assert [*parts] == [*whole]
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in parts.items())
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("name", ["bert", "blip_vqa"])
+def test_a_text_adapter_stands_behind_dropout(name):
+    """As published: what is dropped is what the layer computed, not what the adapter adds."""
+    made, _ = attached(name)
+    layer = made.get_submodule("encoder.layer.0" if name == "bert" else "text_encoder.encoder.layer.0")
+    part, (x, residual) = layer.attention.output, torch.randn(2, 2, 5, 32, dtype=torch.float64)
+    part.dropout.p = 0.5
+    part.dropout.train()
+    torch.manual_seed(0)
+    found = part(x, residual)
+    torch.manual_seed(0)
+    dropped = F.dropout(part.dense(x), 0.5)
+    assert (dropped == 0).any()
+    torch.testing.assert_close(found, part.LayerNorm(layer.textual_msa(dropped) + residual), rtol=0, atol=1e-12)
 
 
 def test_generation_with_a_cache_equals_generation_without():
