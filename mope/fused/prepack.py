@@ -152,6 +152,12 @@ class PrepackedLayers:
             layer.forward = Prepacked(layer)  # type: ignore[method-assign, assignment]
 
     def undo(self) -> None:
-        for layer in self.layers:
+        as_before(self.layers)
+
+
+def as_before(modules: Iterable[nn.Module]) -> None:
+    """Let go of all weights in order in some modules, whoever put them there."""
+    for module in modules:
+        for layer in module.modules():
             if isinstance(layer.__dict__.get("forward"), Prepacked):
                 del layer.forward

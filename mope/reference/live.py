@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from mope.fused.prepack import PrepackedLayers, as_before
 
 
 class Accelerated(nn.Module):
@@ -19,38 +22,59 @@ class Accelerated(nn.Module):
     ours: Any
     released: Any
     mode: str
+    prepack: bool
+
+    def frozen_parts(self) -> Iterable[nn.Module]:
+        """Whose layers are those of a backbone, and read in no other way than by calling them."""
+        return ()
+
+    def put_in_order(self, x: Tensor) -> None:
+        """See `mope.fused.prepack`: what is frozen when a module is first called on a CPU, until it is called elsewhere."""
+        order: PrepackedLayers | None = self.__dict__.get("_cached_order")
+        wanted = self.prepack and x.device.type == "cpu"
+        if wanted is (order is not None) or torch.compiler.is_compiling():
+            return
+        if order is None:
+            self.__dict__["_cached_order"] = PrepackedLayers(self.frozen_parts())
+        else:
+            del self.__dict__["_cached_order"]
+            order.undo()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class was made here and cannot be found by name: copies and pickles make it again.
         state = {name: value for name, value in vars(self).items() if not name.startswith("_cached")}
-        return _remake, (self.ours, self.released, self.mode), state
+        return _remake, (self.ours, self.released, self.mode, self.prepack), state
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), f"accelerated, mode={self.mode}")))
 
     def restore(self) -> None:
         """Be the released module again."""
+        as_before(self.frozen_parts())
         for name in [name for name in vars(self) if name.startswith("_cached")]:
             del self.__dict__[name]
         cast(Any, self).__class__ = self.released
 
 
 @functools.cache
-def _class_for(ours: Any, released: Any, mode: str) -> Any:
+def _class_for(ours: Any, released: Any, mode: str, prepack: bool) -> Any:
     """Instances stay instances of the released class, under its name."""
-    members = {"ours": ours, "released": released, "mode": mode, "__module__": released.__module__}
+    members = {"ours": ours, "released": released, "mode": mode, "prepack": prepack, "__module__": released.__module__}
     return type(released.__name__, (ours, released), members)
 
 
-def _remake(ours: Any, released: Any, mode: str) -> nn.Module:
-    made = _class_for(ours, released, mode)
+def _remake(ours: Any, released: Any, mode: str, prepack: bool) -> nn.Module:
+    made = _class_for(ours, released, mode, prepack)
     return made.__new__(made)
 
 
-def replace(module: nn.Module, ours: Any, mode: str) -> None:
+def replace(module: nn.Module, ours: Any, mode: str, prepack: bool) -> None:
     """Put the methods of `ours` in front of those of a module, in place of what an earlier call put there."""
-    released: Any = module.released if isinstance(module, Accelerated) else type(module)
-    cast(Any, module).__class__ = _class_for(ours, released, mode)
+    released: Any = type(module)
+    if isinstance(module, Accelerated):
+        released = module.released
+        module.restore()
+    cast(Any, module).__class__ = _class_for(ours, released, mode, prepack)
 
 
 def missing(module: nn.Module, parts: Iterable[str]) -> list[str]:

@@ -57,6 +57,7 @@ class TextClassifier(Accelerated):
         device = self.bert_encoder.device
         encoded = self.tokenizer(text_input, return_tensors="pt", padding=True, truncation=True)
         tokens, types, mask = (encoded[name].to(device) for name in ("input_ids", "token_type_ids", "attention_mask"))
+        self.put_in_order(tokens)
         x, batch, packing = self.bert_encoder.embeddings(input_ids=tokens, token_type_ids=types), len(tokens), None
         hidden: dict[str, Any] = {"lengths": mask.sum(1)}
         if getattr(self.tokenizer, "padding_side", "right") != "right":
@@ -76,6 +77,9 @@ class TextClassifier(Accelerated):
         features = x[:, 0] if packing is None else packing.first_tokens(x)
         logits = self.heads(features)
         return (logits, features) if return_features else logits
+
+    def frozen_parts(self) -> Sequence[nn.Module]:
+        return (self.bert_encoder.encoder,)
 
     def _packing(self, mask: Tensor, device: torch.device) -> Packing | None:
         """The tokenizer's mask is the host's to read."""

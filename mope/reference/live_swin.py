@@ -104,8 +104,15 @@ class Encoder(Accelerated):
     prompt_proj_act: nn.Module
     prompt_dropout: nn.Module
 
+    def frozen_parts(self) -> Iterator[nn.Module]:
+        for layer in self.layers:
+            yield from (part for block in layer.blocks for part in (block.attn, block.mlp))
+            if layer.downsample is not None:
+                yield layer.downsample
+
     def forward_features_instruct_multimodal_moe(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """(B, 3, S, S), psi (B, Cc) -> features (B, C), all rows (B, N, C), {"importance_loss": ()}."""
+        self.put_in_order(x)
         x = self.incorporate_prompt(x)
         mapper_input = self.mm_prompt_instruction_proj(y)
         # All of them before the first block: random numbers are drawn in the released order.

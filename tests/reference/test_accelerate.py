@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mope import accelerate
+from mope.fused import prepack
+from mope.fused.prepack import Prepacked
 from mope.reference import load_reference_encoder
 
 from ..models.test_swin import NothingOnTheHost
@@ -267,6 +269,40 @@ def test_copies_are_accelerated_and_apart(how):
     accelerate(copy_of).undo()
     assert "accelerated" not in repr(copy_of)
     assert type(copy_of.vision_model.encoder) is PromptedSwin
+
+
+def in_order(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(vars(module).get("forward"), Prepacked)}
+
+
+@pytest.mark.skipif(not prepack.available(torch.float32), reason="torch without oneDNN's operators")
+def test_frozen_layers_of_backbones_are_in_order_from_the_first_call_until_undo(no_noise):
+    model, plain = (small_encoder().float() for _ in range(2))
+    for encoder in (model, plain):
+        for name, parameter in encoder.named_parameters():
+            # Another layer that trains, and routers that do not.
+            parameter.requires_grad_("prompt_embeddings" in name or "blocks.1.attn.proj" in name)
+    names, attributes = list(model.state_dict()), [set(vars(module)) for module in model.modules()]
+    handle = accelerate(model)
+    accelerate(plain, prepack=False)
+    pixels, cross = (t.float() for t in inputs())
+    assert not in_order(model)
+    assert_same(run(model, pixels, cross), run(plain, pixels, cross), 1e-4)
+    found = in_order(model)
+    assert "layers.0.blocks.0.mlp.fc1" in found and "layers.0.downsample.reduction" in found and not in_order(plain)
+    assert (
+        not [name for name in found if "prompt" in name or name.endswith("blocks.1.attn.proj")]
+        and list(model.state_dict()) == names
+    )
+    # Elsewhere there is no oneDNN.
+    model.put_in_order(torch.empty(0, device="meta"))
+    assert not in_order(model)
+    model.put_in_order(pixels)
+    copy_of = copy.deepcopy(model)
+    assert in_order(model) == in_order(copy_of) == found
+    accelerate(copy_of).undo()
+    handle.undo()
+    assert [set(vars(module)) for module in model.modules()] == attributes and not in_order(copy_of)
 
 
 def first_table(encoder: PromptedSwin) -> nn.Parameter:

@@ -12,6 +12,7 @@ from transformers import BertConfig
 
 from mope import accelerate
 from mope.fused import Packing
+from mope.fused.prepack import Prepacked
 
 from ..models.test_swin import NothingOnTheHost
 from .stand_in_bert import TextClassifier, Tokenizer
@@ -156,6 +157,18 @@ def test_undo_and_copies():
         handle.undo()
         assert type(model["text"]) is TextClassifier
     assert type(copied["text"]) is not TextClassifier and isinstance(copied["text"], TextClassifier)
+
+
+def test_frozen_layers_are_in_order_until_undo():
+    model, texts = classifier().float(), TEXTS
+    model.bert_encoder.requires_grad_(False)
+    wanted = model(texts)
+    handle = accelerate(model)
+    torch.testing.assert_close(model(texts), wanted)
+    query = model.bert_encoder.encoder.layer[0].attention.self.query
+    assert isinstance(vars(query)["forward"], Prepacked)
+    handle.undo()
+    assert "forward" not in vars(query)
 
 
 @pytest.mark.parametrize("asked", [{"dump_attn": True}, {"blind_prompt": True}, {"prompt_depth_override": 1}])
