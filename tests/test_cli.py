@@ -67,6 +67,8 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
 def test_info_says_what_runs_and_why_the_rest_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
+    from mope.fused import prepack
+
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert torch.__version__ in text
@@ -75,6 +77,9 @@ def test_info_says_what_runs_and_why_the_rest_does_not(capsys: pytest.CaptureFix
     for op in _OPERATIONS:
         assert f"{op}: " in text
     assert "mix_prompts: " + ("cpu" if status.loaded else "reference") + " would run" in text
+    assert not status.loaded or f"for {status.target}: " in text
+    assert ("puts frozen layers of float32" in text) is prepack.available(torch.float32)
+    assert "What differs from that on cpu in bfloat16:\n" in text
     assert "Triton" in text
 
 
@@ -83,8 +88,9 @@ def test_info_examples_are_valid_calls() -> None:
 
     from mope.info import examples
 
-    for op, (args, kwargs) in examples(torch.device("cpu")).items():
-        getattr(mope_kernels, op)(*args, **kwargs, impl="reference")
+    for dtype in (torch.float32, torch.bfloat16):
+        for op, (args, kwargs) in examples(torch.device("cpu"), dtype).items():
+            getattr(mope_kernels, op)(*args, **kwargs, impl="reference")
 
 
 def test_info_without_the_extension_says_why() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mope.demo.plain import BATCH, Comparison
 from mope.demo.train import Result, Settings
+from mope_kernels import _extension
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Run:
     seconds: float
 
 
-def _spread(values: Sequence[float], form: str = ".1f", scale: float = 100.0) -> str:
+def spread(values: Sequence[float], form: str = ".1f", scale: float = 100.0) -> str:
     """Mean, with the standard deviation over the seeds where there are several."""
     mean = f"{scale * statistics.mean(values):{form}}"
     return mean if len(values) == 1 else f"{mean} ± {scale * statistics.stdev(values):{form}}"
@@ -41,15 +42,19 @@ def table(runs: Sequence[Run]) -> str:
         lines.append(
             [
                 first.method,
-                _spread([result.held_out_digits for result in of_method]),
-                _spread([result.held_out_phrasings for result in of_method]),
+                spread([result.held_out_digits for result in of_method]),
+                spread([result.held_out_phrasings for result in of_method]),
                 f"{first.trained_parameters:,}",
                 f"{first.share_of_all:.1%}",
-                _spread(gradients, ".1e", 1.0) if gradients else "–",
+                spread(gradients, ".1e", 1.0) if gradients else "–",
             ]
         )
+    return aligned(header, lines)
+
+
+def aligned(header: list[str], lines: list[list[str]]) -> str:
+    """Markdown: names on the left, numbers on the right."""
     widths = [max(len(row[i]) for row in (header, *lines)) for i in range(len(header))]
-    # Names on the left, numbers on the right.
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     aligned = [
         [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
@@ -58,14 +63,15 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (aligned[0], rule, *aligned[1:]))
 
 
-def describe(comparison: Comparison) -> str:
-    """Fused against plain, a line for each fact."""
-    lines = [f"- {op}: {impl}" for op, impl in comparison.implementations.items()]
+def describe(comparison: Comparison, plain: str = "plain PyTorch that concatenates") -> str:
+    """Fused against plain, a line for each fact. `plain` says what that is."""
+    kernels = {"cpu": f"cpu, the C++ kernels for {_extension.STATUS.target}", "reference": "reference, plain PyTorch"}
+    lines = [f"- {op}: {kernels.get(impl, impl)}" for op, impl in comparison.implementations.items()]
     if comparison.dispatched:
         counts = ", ".join(f"{name} × {count}" for name, count in comparison.dispatched.items())
         lines.append(f"- compiled ops that ran in one training step: {counts}")
     lines.append(
-        f"- largest error against plain PyTorch that concatenates: {comparison.logit_error:.1e} on the logits, "
+        f"- largest error against {plain}: {comparison.logit_error:.1e} on the logits, "
         f"{comparison.gradient_error:.1e} of the largest gradient on the gradients"
     )
     if comparison.milliseconds is None:
@@ -87,21 +93,25 @@ routers after training; with top-1 it is that of a training step with one expert
 The frozen encoders alone: {digits} % of the validation digits, {words} % of masked words."""
 
 
+def made_with(environment: dict[str, Any]) -> str:
+    """Device, versions and commit."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version != "not installed")
+    return f"{environment['device']}; {versions}" + (f"; commit {environment['commit']}" if environment["commit"] else "")
+
+
 def write(out: Path, runs: Sequence[Run], comparison: Comparison, settings: Settings, environment: dict[str, Any]) -> str:
     """Write results.md and results.json -> the text."""
     count = len(runs)
     note = NOTE.format(
         spread=f", mean and standard deviation over {count} seeds" if count > 1 else ", one seed",
-        digits=_spread([run.digit_accuracy for run in runs]),
-        words=_spread([run.word_accuracy for run in runs]),
+        digits=spread([run.digit_accuracy for run in runs]),
+        words=spread([run.word_accuracy for run in runs]),
     )
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version != "not installed")
-    made_with = f"{environment['device']}; {versions}" + (f"; commit {environment['commit']}" if environment["commit"] else "")
     seconds = statistics.mean(run.seconds for run in runs)
     text = (
         f"# Does the sentence hold for the scan?\n\n{table(runs)}\n\n{note}\n\n"
         f"## Fused against plain\n\n{describe(comparison)}\n\n"
-        f"{made_with}. {seconds:.0f} s for each seed.\n"
+        f"{made_with(environment)}. {seconds:.0f} s for each seed.\n"
     )
     record = {
         **environment,
@@ -109,7 +119,12 @@ def write(out: Path, runs: Sequence[Run], comparison: Comparison, settings: Sett
         "runs": [dataclasses.asdict(run) for run in runs],
         "fused_against_plain": dataclasses.asdict(comparison),
     }
+    write_files(out, text, record)
+    return text
+
+
+def write_files(out: Path, text: str, record: dict[str, Any]) -> None:
+    """results.md and results.json."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.md").write_text(text, encoding="utf-8")
     (out / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return text

@@ -68,6 +68,7 @@ def test_fast_demo(tmp_path: Path) -> None:
     compiled = fused["implementations"]["mope_attention"] != "reference"
     assert compiled == bool(fused["dispatched"]) == (fused["milliseconds"] is not None)
     assert compiled != ("no fused kernel here" in table)
+    assert f"- mope_attention: {'cpu, the C++ kernels for ' if compiled else 'reference, plain PyTorch'}" in table
     for name in ("routing_by_statement", "what_experts_like", "one_digit_four_statements"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert min(picture.size) > 500
