@@ -23,7 +23,9 @@ def is_untouched(module: nn.Module) -> bool:
 
 def norm_and_mlp(x: Tensor, update: Tensor, norm: nn.Module, mlp: nn.Module) -> tuple[Tensor, Tensor]:
     """x + update, and the MLP of its LayerNorm, which is still to be added to it (pre-LN)."""
-    layers: list[Any] = [getattr(mlp, name, None) for name in ("fc1", "activation_fn", "fc2")]
+    # DINOv2's has another name in transformers 5.17.
+    activation = "activation_fn" if hasattr(mlp, "activation_fn") else "activation"
+    layers: list[Any] = [getattr(mlp, name, None) for name in ("fc1", activation, "fc2")]
     if None in layers or not is_untouched(mlp):
         x, normed = add_norm(x, update, norm)
         return x, mlp(normed)
