@@ -418,6 +418,20 @@ def test_where_all_around_is_a_container_a_module_holds_its_adapter():
     assert torch.equal(made(x), expected)
 
 
+def test_layers_of_pytorch_are_adapted_in_evaluation_too():
+    """They have a path that reads weights, which modules with hooks must not take."""
+    layer = nn.TransformerEncoderLayer(32, 2, 48, batch_first=True)
+    made, x = nn.TransformerEncoder(layer, 2).double().eval(), torch.randn(2, 5, 32, dtype=torch.float64)
+    expected = made(x)
+    adapters = attach(made, ModeXConfig(modules={"*.linear2": "plain", "*.self_attn": "expert"}))
+    torch.testing.assert_close(made(x), expected, rtol=0, atol=1e-12)
+    with torch.no_grad(), adapters.routes() as routes:
+        made(x)
+    assert {name: w[0].shape for name, w in routes.items()} == {
+        f"layers.{i}.{name}_adapter": (2, 5, experts) for i in range(2) for name, experts in (("self_attn", 3), ("linear2", 1))
+    }
+
+
 class Wrapped(nn.Module):
     """As libraries of low-rank adapters and of quantisation do: another module in the place of a linear one."""
 
