@@ -61,6 +61,26 @@ def test_computes_what_the_released_code_does(kind, dtype, tolerance):
         torch.testing.assert_close(gradients[name].double(), want, rtol=0, atol=10 * tolerance * scale)
 
 
+@pytest.mark.parametrize("kind", ["adapter", "mec"])
+def test_float32_is_as_accurate_as_plain_pytorch(kind):
+    data = released(kind)
+    wanted = ExpertAdapter(96, NUM_EXPERTS[kind]).double()
+    wanted.load_state_dict({name.removeprefix("grad."): t for name, t in data.items() if name.startswith("grad.")})
+    errors = {}
+    for impl in ("auto", "reference"):
+        adapter = ExpertAdapter(96, NUM_EXPERTS[kind], impl=impl)
+        adapter.load_state_dict(state_of(data))
+        x = data["x"].float().requires_grad_()
+        out = adapter(x)
+        (out * data["c"].float()).sum().backward()
+        found = {name: p.grad for name, p in adapter.named_parameters()} | {"x": x.grad}
+        # Of all gradients together: of a bias with three numbers, one draw would say more about luck.
+        gradients = [(found[name] - want).flatten() for name, want in {**wanted.state_dict(), "x": data["grad_x"]}.items()]
+        errors[impl] = (out - data["out"]).norm().item(), torch.cat(gradients).norm().item()
+    assert 0 < errors["auto"][0] <= 2 * errors["reference"][0]
+    assert 0 < errors["auto"][1] <= 3 * errors["reference"][1]
+
+
 def test_state_dict_comes_back_inside_a_module():
     first = torch.nn.Sequential(ExpertAdapter(8, 3, bottleneck=2), ExpertAdapter(8, 1, bottleneck=2))
     for parameter in first.parameters():

@@ -85,6 +85,8 @@ def test_every_token_sees_all_tokens_and_no_padding(padded: bool) -> None:
     found = {}
     for name in ("eager", "sdpa"):
         model.set_attn_implementation(name)
+        attentions = [m for m in model.modules() if type(m).__name__ in ("ViTAttention", "BertSelfAttention", "BertCrossAttention")]
+        assert {m.config._attn_implementation for m in attentions} == {name} and len(attentions) == 8
         found[name] = run(batch["input_ids"])
         last_token, padding = batch["input_ids"].clone(), batch["input_ids"].clone()
         last_token[0, -1], padding[1, 4:] = 31 - last_token[0, -1].clamp(2), 7

@@ -205,6 +205,8 @@ def test_names_what_is_missing_and_what_is_left_over() -> None:
     state |= under_all_names(BLIP, {"0.cross_ffn.D_fc1.bias": torch.zeros(4), "7.visual_msa.D_fc1.bias": torch.zeros(4)})
     with pytest.raises(ValueError, match=r"2 missing in the file: [\s\S]*text_proj.bias[\s\S]*Nothing was loaded; strict=False"):
         load_released_state_dict(model, state)
+    with pytest.raises(ValueError, match="tensors loaded, 1 left out on purpose; 1 without a place in the model: a"):
+        load_released_state_dict(model, released_state(BLIP) | heads() | {"a": torch.zeros(3)})
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     report = load_released_state_dict(model, state, strict=False)
     assert set(report.missing) == {"text_proj.bias", "vision_model.encoder.layers.1.self_attn.qkv.weight"}
