@@ -86,9 +86,8 @@ class ClassifierConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; `from_dict` reads them back."""
-        adapters = None if self.adapters is None else self.adapters.to_dict()
         names = {str(i): name for i, name in self.id2label.items()}
-        return {"mope_version": mope.__version__, "system": SYSTEM, **asdict(self), "adapters": adapters, "id2label": names}
+        return {"mope_version": mope.__version__, "system": SYSTEM, **asdict(self), "id2label": names}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ClassifierConfig:

@@ -81,6 +81,7 @@ def _run(options: argparse.Namespace) -> None:
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
 
+    from mope import MoPEForClassification
     from mope.data import Collator, Examples, read_split
     from mope.training.loading import adopt_classes, open_model
 
@@ -98,6 +99,10 @@ def _run(options: argparse.Namespace) -> None:
         image_processor=options.image_processor,
         format=options.format,
     ).to(device)
+    if not isinstance(model, MoPEForClassification):
+        raise ValueError(
+            f"{options.model} is a ModeX model, whose experts are mixed for each token: model.routes() gives their weights"
+        )
     blocks = _numbers(options.block, routed_blocks(model))
     split = read_split(
         options.data, options.format, options.split, names=_class_names(model.config), on_missing_image=options.on_missing_image

@@ -28,9 +28,15 @@ def add_train(commands: Any) -> None:
     _add_data(train)
     train.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for checkpoints, the best model and results")
     model = train.add_argument_group("model")
+    model.add_argument(
+        "--system", choices=("mope", "modex"), default="mope", help="prompt experts, or ModeX adapters in a fused model (mope)"
+    )
+    model.add_argument(
+        "--model", metavar="NAME_OR_FOLDER", help="modex: a fused model, ALBEF-shaped or BLIP; or --vision and --text"
+    )
     kind = model.add_mutually_exclusive_group()
     kind.add_argument("--method", metavar="NAME", help="a fusion method (mope)")
-    kind.add_argument("--preset", metavar="NAME", help="a published configuration, such as mope-v4 or cpt")
+    kind.add_argument("--preset", metavar="NAME", help="a published configuration, such as mope-v4 or cpt; of modex, albef or blip")
     kind.add_argument("--from-checkpoint", type=Path, metavar="PATH", help="start from a saved model or a released .ckpt")
     model.add_argument("--mode", choices=("reference", "instance"), help="whose prompts a window of a Swin Transformer gets")
     model.add_argument(
@@ -40,7 +46,7 @@ def add_train(commands: Any) -> None:
         default=[],
         type=_assignment,
         metavar="FIELD=VALUE",
-        help="fields of MoPEConfig: --set num_experts=16",
+        help="fields of MoPEConfig, with modex of ModeXConfig: --set num_experts=16",
     )
     _add_encoders(model)
     model.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory")

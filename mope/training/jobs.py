@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from mope import MoPEForClassification, environment
+from mope import environment
 from mope.data import Examples, Split, read_split
 from mope.data.formats import SPLITS
+from mope.models.fusion import FusionModel
 
 from . import report
 from .evaluation import MODES, evaluate, prompt_owner
-from .loading import adopt_classes, make_config, new_model, open_model
+from .loading import adopt_classes, make_config, new_model, new_modex_model, open_model
 from .recipe import RECIPES, Recipe
 from .runs import TrainingRun
 
@@ -27,6 +28,7 @@ class TrainingJob:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        _check_system(options)
         # The process group, before anything asks for it.
         self.state = PartialState(cpu=options.device == "cpu" or not torch.cuda.is_available())
         self.seeds: list[int] = options.seeds or [options.seed]
@@ -93,21 +95,35 @@ class TrainingJob:
                 num_workers=options.num_workers,
                 max_steps=options.max_steps,
                 save_steps=options.save_steps,
-                copy_backbones=options.copy_backbones,
+                # Encoders that were joined here are nowhere else.
+                copy_backbones=options.copy_backbones or (self._is_modex and options.model is None),
             )
         except ValueError:
             model.detach()
             raise
 
-    def _make_model(self, train: Split) -> MoPEForClassification:
+    @property
+    def _is_modex(self) -> bool:
+        return bool(self.options.system == "modex")
+
+    def _make_model(self, train: Split) -> FusionModel:
         options, sources = self.options, {"vision": self.options.vision, "text": self.options.text}
         processors = {"tokenizer": options.tokenizer, "image_processor": options.image_processor, "format": options.format}
         if options.from_checkpoint is not None:
             if options.set:
                 raise ValueError("--set changes a new model, and --from-checkpoint brings its own configuration")
+            if options.model is not None:
+                raise ValueError("--model is for a new model, and --from-checkpoint brings its own")
             model = open_model(options.from_checkpoint, sources, mode=options.mode, **processors)
             adopt_classes(model, train)
+            if (system := _system_of(model)) != options.system:
+                model.detach()
+                raise ValueError(f"{options.from_checkpoint} is a model of --system {system}")
             return model
+        if self._is_modex:
+            return new_modex_model(
+                train, model=options.model, **sources, preset=options.preset, fields=dict(options.set), **processors
+            )
         fields = dict(options.set) | ({"prompt_owner": options.mode} if options.mode else {})
         config = make_config(options.preset or options.method or "mope", train, **fields)
         return new_model(config, sources, **processors)
@@ -117,7 +133,7 @@ class TrainingJob:
         trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
         sizes = ", ".join(f"{len(split)} {name}" for name, split in run.splits.items())
         self.state.print(
-            f"{config.method}, main encoder {config.main}: {trained:,} trained parameters; {sizes} examples of {config.num_labels} "
+            f"{_title(run.model)}: {trained:,} trained parameters; {sizes} examples of {config.num_labels} "
             f"classes; seed {run.seed}, {recipe.epochs} epochs of {run.trainer.batches.steps} steps of {recipe.batch_size} on "
             f"{environment.device_name(run.trainer.args.device)}, {self.state.num_processes} process(es)"
         )
@@ -202,7 +218,34 @@ def _read_splits(options: argparse.Namespace) -> dict[str, Split]:
     return splits
 
 
-def _read_split(options: argparse.Namespace, model: MoPEForClassification) -> Split:
+# What goes with one system only, by its name among the options.
+_OF_MOPE = ("method", "mode", "features")
+_OF_MODEX = ("model",)
+
+
+def _check_system(options: argparse.Namespace) -> None:
+    """ValueError where an option is given that the system does not have."""
+    others = _OF_MOPE if options.system == "modex" else _OF_MODEX
+    given = [f"--{name}" for name in others if getattr(options, name) is not None]
+    if options.system == "modex" and options.cache_features == "on":
+        given.append("--cache-features on")
+    if given:
+        raise ValueError(f"{', '.join(given)} cannot be used with --system {options.system}")
+
+
+def _system_of(model: FusionModel) -> str:
+    return "modex" if model.config.method == "modex" else "mope"
+
+
+def _title(model: FusionModel) -> str:
+    """What is trained, in a few words."""
+    if _system_of(model) == "mope":
+        return f"{model.config.method}, main encoder {model.config.main}"
+    new = any(p.requires_grad for name, p in model.named_parameters() if ".crossattention." in name and "LayerNorm" not in name)
+    return "modex, adapters in a fused model" + (", whose cross-attention is new and trains too" if new else "")
+
+
+def _read_split(options: argparse.Namespace, model: FusionModel) -> Split:
     """The split to evaluate, with the model's classes where it knows their names."""
     config = model.config
     assert config.id2label is not None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel, PreTrainedConfig, ViTModel
 
 # From where it is defined: in transformers 5.17 the top level name asks for torchvision, which it does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -20,6 +22,10 @@ from mope.data import Split, published_image_processor
 from mope.models import PRESETS, swin_model_from_checkpoint
 from mope.models.backbones import architecture_for
 from mope.models.configuration import METHODS
+from mope.models.fusion import FusionModel
+from mope.models.saving import CONFIG
+from mope.modex import AlbefModel, ModeXConfig, ModeXForClassification
+from mope.modex.modeling import SYSTEM, encoder_class
 
 from .evaluation import set_prompt_owner
 
@@ -105,6 +111,67 @@ def new_model(
     return model
 
 
+def new_modex_model(
+    split: Split,
+    *,
+    model: str | None = None,
+    vision: str | None = None,
+    text: str | None = None,
+    preset: str | None = None,
+    fields: Mapping[str, Any] = MappingProxyType({}),
+    tokenizer: str | None = None,
+    image_processor: str | None = None,
+    format: str = "food101",
+) -> ModeXForClassification:
+    """An untrained ModeX model for the classes of a split, with tokenizer and image processor.
+
+    Args:
+        split: the data.
+        model: name or folder of a fused model, or
+        vision, text: of a ViT and a BERT, whose upper half gets cross-attention that is new, and trains with the adapters.
+        preset, fields: of `ModeXConfig`. Default: the published placement for the kind of model.
+        tokenizer, image_processor: name or folder; default: those of the model or the encoders.
+        format: of the data, on which the published image processor depends.
+
+    Raises:
+        ValueError: something cannot be loaded, or does not fit.
+    """
+    if bool(model) == bool(vision or text) or bool(vision) != bool(text):
+        raise ValueError("--system modex needs --model NAME_OR_FOLDER of a fused model, or both --vision and --text")
+    if wrong := sorted(set(fields) - set(ModeXConfig.__dataclass_fields__)):
+        raise ValueError(f"ModeXConfig has no {', '.join(wrong)}; it has {', '.join(ModeXConfig.__dataclass_fields__)}")
+    fused = load_fused(model) if model else _join(vision or "", text or "")
+    albef = isinstance(fused, AlbefModel)
+    layers = {"fusion_layer": fused.config.fusion_layer} if isinstance(fused, AlbefModel) else {}
+    new: dict[str, Any] = {} if model else {"trained": ("text.encoder.layer.*.crossattention",)}
+    config = ModeXConfig.preset(preset or ("albef" if albef else "blip"), **layers, **{**new, **fields})
+    built = ModeXForClassification(fused, config, id2label=split.names, problem_type=split.problem_type)
+    set_processors(built, {"text": tokenizer or text or model, "vision": image_processor or vision or model}, format)
+    return built
+
+
+def load_fused(source: str) -> nn.Module:
+    """A fused model from the hub or a folder. ValueError where it cannot be loaded, or is of another kind."""
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(source)
+        names = values.get("architectures") or ["model that does not say its class"]
+        with _quiet():
+            loaded: tuple[nn.Module, Any] = encoder_class(names[0]).from_pretrained(source, output_loading_info=True)
+        if missing := loaded[1]["missing_keys"]:
+            raise ValueError(f"the weights lack {', '.join(sorted(missing)[:5])}")
+        return loaded[0]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"fused model {source}: {error}") from error
+
+
+def _join(vision: str, text: str) -> AlbefModel:
+    encoders = load_backbone(vision, "vision"), load_backbone(text, "text")
+    for encoder, wanted, source in zip(encoders, (ViTModel, BertModel), (vision, text), strict=True):
+        if not isinstance(encoder, wanted):
+            raise ValueError(f"{source} is a {type(encoder).__name__}: --system modex joins a ViTModel and a BertModel")
+    return AlbefModel.from_encoders(*encoders)  # type: ignore[arg-type]
+
+
 def open_model(
     path: str | Path,
     sources: dict[str, str | None],
@@ -113,7 +180,7 @@ def open_model(
     tokenizer: str | None = None,
     image_processor: str | None = None,
     format: str = "food101",
-) -> MoPEForClassification:
+) -> FusionModel:
     """A trained model: a folder of `save_pretrained`, or a checkpoint of the released code.
 
     Args:
@@ -128,6 +195,8 @@ def open_model(
         ValueError: it cannot be loaded.
     """
     path = Path(path)
+    if is_modex(path):
+        return _open_modex(path, sources, mode, tokenizer, image_processor, format)
     backbones: dict[str, Any] = {m: load_backbone(source, m) for m, source in sources.items() if source}
     if path.suffix in (".ckpt", ".safetensors"):
         if missing := [modality for modality in ("vision", "text") if modality not in backbones]:
@@ -151,7 +220,29 @@ def open_model(
     return model
 
 
-def adopt_classes(model: MoPEForClassification, split: Split) -> None:
+def is_modex(path: Path) -> bool:
+    """Whether a folder holds a ModeX model."""
+    try:
+        return json.loads((path / CONFIG).read_text()).get("system") == SYSTEM
+    # What is wrong with it is said where it is loaded.
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _open_modex(
+    path: Path, sources: dict[str, str | None], mode: str | None, tokenizer: str | None, image_processor: str | None, format: str
+) -> ModeXForClassification:
+    if given := [f"--{name}" for name, value in {**sources, "mode": mode}.items() if value]:
+        raise ValueError(f"{path} is a ModeX model, which takes no {', '.join(given)}")
+    try:
+        model = ModeXForClassification.from_pretrained(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(str(error)) from error
+    set_processors(model, {"text": tokenizer, "vision": image_processor}, format)
+    return model
+
+
+def adopt_classes(model: FusionModel, split: Split) -> None:
     """Name the classes of a model that knows only how many they are; checkpoints of the released code are such.
 
     Raises:
@@ -164,7 +255,7 @@ def adopt_classes(model: MoPEForClassification, split: Split) -> None:
         model.config = config.replace(id2label=split.names, problem_type=split.problem_type)
 
 
-def set_processors(model: MoPEForClassification, sources: dict[str, str | None], format: str) -> None:
+def set_processors(model: FusionModel, sources: dict[str, str | None], format: str) -> None:
     """Give a model tokenizer ("text") and image processor ("vision") from the hub or a folder; None changes nothing.
 
     `format` is that of the data, on which the published image processor depends.
@@ -198,7 +289,7 @@ def _quiet() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(before)
 
 
-def _image_size(model: MoPEForClassification) -> int:
+def _image_size(model: FusionModel) -> int:
     config: Any = model.backbone("vision").config
     size = config.image_size
     return size if isinstance(size, int) else size[0]
