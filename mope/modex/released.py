@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import BertModel, BlipTextModel, BlipVisionModel, ViTModel
 
 from mope.fused import ExpertAdapter
@@ -28,7 +30,8 @@ _IGNORED = {
     "queue of training": re.compile(r"(image|text|idx)_queue$|queue_ptr$|ptr_queue$"),
     "counts up from 0": re.compile(r".*\.position_ids$"),
 }
-_HEADS = ("cls_head", "itm_head", "vision_proj", "text_proj", "temp")
+_HEADS = re.compile(r"(cls_head|itm_head|vision_proj|text_proj|text_encoder\.cls)\.|temp$")
+_POSITIONS = "visual_encoder.pos_embed"
 # Patterns of released names below an image encoder -> ours.
 _VIT = {
     r"cls_token$": "embeddings.cls_token",
@@ -59,26 +62,29 @@ class ReleasedReport:
     """What became of a released state dict.
 
     loaded: names of the model's tensors that have new values.
+    resized: of these, embeddings of positions that were interpolated to the model's number of patches.
     missing: names of the model's tensors that the file had nothing for, which are as they were.
     left_over: released names of tensors that the model has no place for.
     ignored: released name -> why it is left out on purpose.
     """
 
     loaded: tuple[str, ...]
+    resized: tuple[str, ...]
     missing: tuple[str, ...]
     left_over: tuple[str, ...]
     ignored: dict[str, str]
 
     def __str__(self) -> str:
         found = f"{len(self.loaded)} tensors loaded, {len(self.ignored)} left out on purpose"
-        for what, names in (("missing in the file", self.missing), ("without a place in the model", self.left_over)):
+        lists = {"interpolated": self.resized, "missing in the file": self.missing, "without a place in the model": self.left_over}
+        for what, names in lists.items():
             if names:
                 found += f"; {len(names)} {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
         return found
 
 
 def load_released_state_dict(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict: bool = True) -> ReleasedReport:
-    """Load what the released code of ModeX saved into a model with adapters attached.
+    """Load what the released code of ModeX saved into a model with adapters attached, or its encoders into one without.
 
     Args:
         model: has one image and one text encoder: an `AlbefModel`, transformers' `BlipForImageTextRetrieval`, or a model that holds
@@ -88,51 +94,52 @@ def load_released_state_dict(model: nn.Module, source: Mapping[str, Tensor] | st
         strict: whether it is an error that something is missing or left over; else the report says so alone.
 
     The released code saves the adapters of a layer under every module that uses them; these copies must agree. ALBEF's and
-    BLIP's text encoders have no embeddings of token types: ours become zero.
+    BLIP's text encoders have no embeddings of token types: ours become zero. Embeddings of positions for images of another size
+    are interpolated, as the released code does.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read safely, holds no adapters of ModeX, copies of a tensor differ, or tensors do not fit.
-            Nothing is changed then.
+        ValueError: it cannot be read safely, it has adapters and the model has none or the other way round, copies of a tensor
+            differ, or tensors do not fit. Nothing is changed then.
     """
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     state = _state(source, where)
     adapters, rest, ignored = _sort(state, where)
-    if not adapters:
-        raise ValueError(f"{where} holds no adapters of ModeX; its names begin {', '.join([*state][:5]) or 'nowhere'}")
+    names = ", ".join([*state][:5]) or "nowhere"
     vision, text = _only(model, ViTModel, BlipVisionModel), _only(model, BertModel, BlipTextModel)
-    own = model.state_dict()
+    placed = _places(model, vision, text)
+    if adapters and not placed:
+        raise ValueError(f"{type(model).__name__} has no adapters: attach(model, ModeXConfig.preset('albef')) first, or 'blip'")
+    if placed and not adapters:
+        raise ValueError(f"{where} holds no adapters of ModeX, its names begin {names}: load encoders alone before attach")
 
+    own = model.state_dict()
     tensors: dict[str, Tensor] = {}
-    left_over = []
+    resized, left_over = [], []
     for name, tensor in rest.items():
         found = _rename(name, tensor, model, vision, text)
-        if not found.keys() <= own.keys():
-            if name.split(".")[0] in _HEADS:
-                ignored[name] = "a head that the model does not have"
-            else:
-                left_over.append(name)
-            continue
-        tensors |= found
+        if found.keys() <= own.keys():
+            fitting = {ours: _interpolated(t, own[ours].shape) if name == _POSITIONS else t for ours, t in found.items()}
+            resized += [ours for ours in found if fitting[ours] is not found[ours]]
+            tensors |= fitting
+        elif _HEADS.match(name):
+            ignored[name] = "a head that the model does not have"
+        else:
+            left_over.append(name)
+    if not (tensors or adapters):
+        raise ValueError(f"{where} holds neither adapters nor encoders, its names begin {names}")
     token_types = f"{text}.embeddings.token_type_embeddings.weight"
     if token_types in own and f"{text}.embeddings.word_embeddings.weight" in tensors:
         tensors.setdefault(token_types, torch.zeros_like(own[token_types]))
-    placed = _places(model, vision, text)
     for site, parts in adapters.items():
         if site in placed:
             tensors |= _adapter(*placed[site], parts, f"{where}: {_describe(site)}")
         else:
             left_over += [f"{_describe(site)}.{part}" for part in parts]
 
-    wrong = [
-        f"{name} is {tuple(tensor.shape)} {tensor.dtype} there and {tuple(own[name].shape)} {own[name].dtype} in the model"
-        for name, tensor in tensors.items()
-        if tensor.shape != own[name].shape or tensor.dtype not in LOADABLE
-    ]
-    if wrong:
-        raise ValueError(f"{where} is of another model: {'; '.join(wrong[:5])}{f'; and {len(wrong) - 5} more' * (len(wrong) > 5)}")
     missing = [name for name in own if name not in tensors]
-    report = ReleasedReport(tuple(tensors), tuple(missing), tuple(left_over), ignored)
+    report = ReleasedReport(tuple(tensors), tuple(resized), tuple(missing), tuple(left_over), ignored)
+    _check_fit(tensors, own, where)
     if strict and (missing or left_over):
         raise ValueError(f"{where}: {report}. Nothing was loaded; strict=False loads what there is")
     if diverged := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
@@ -200,7 +207,8 @@ def _rename(name: str, tensor: Tensor, model: nn.Module, vision: str, text: str)
     """A released tensor under the names that it may have in the model."""
     encoder, _, below = name.partition(".")
     if encoder == "text_encoder":
-        return {f"{text}.{below}": tensor}
+        # As pre-trained, with a head of its own, it has one level more.
+        return {f"{text}.{below.removeprefix('bert.')}": tensor}
     if encoder == "cls_head":
         return {f"head.{below}": tensor}
     if encoder != "visual_encoder":
@@ -217,6 +225,19 @@ def _rename(name: str, tensor: Tensor, model: nn.Module, vision: str, text: str)
     return {own.replace(".qkv.", f".{part}_proj."): piece for part, piece in zip("qkv", tensor.chunk(3), strict=True)}
 
 
+def _interpolated(embeddings: Tensor, shape: torch.Size) -> Tensor:
+    """Embeddings of a class token and a square of patches (1, 1 + n^2, C), for a square of another size; others as they are."""
+    if embeddings.shape == shape or embeddings.dim() != 3 or not embeddings.is_floating_point():
+        return embeddings
+    before, after = (math.isqrt(max(tokens - 1, 0)) for tokens in (embeddings.shape[1], shape[1]))
+    if not before or (before**2 + 1, after**2 + 1) != (embeddings.shape[1], shape[1]):
+        return embeddings
+    grid = embeddings[:, 1:].unflatten(1, (before, before)).movedim(-1, 1)
+    grid = grid.to(torch.promote_types(grid.dtype, torch.float32))
+    grid = F.interpolate(grid, size=(after, after), mode="bicubic", align_corners=False)
+    return torch.cat([embeddings[:, :1].to(grid.dtype), grid.movedim(1, -1).flatten(1, 2)], 1)
+
+
 def _places(model: nn.Module, vision: str, text: str) -> dict[tuple[int, str], tuple[str, ExpertAdapter]]:
     """(layer, site) -> name and module of the adapters in the two encoders."""
     found = {}
@@ -226,10 +247,6 @@ def _places(model: nn.Module, vision: str, text: str) -> dict[tuple[int, str], t
         encoder = vision if site.startswith("visual_") else text
         if isinstance(module, ExpertAdapter) and name.startswith(f"{encoder}.") and layer.isdecimal():
             found[int(layer), site] = name, module
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no adapters: attach them first, as with ModeXConfig.preset('albef') or 'blip'"
-        )
     return found
 
 
@@ -241,6 +258,16 @@ def _adapter(name: str, module: ExpertAdapter, parts: dict[str, Tensor], what: s
     except RuntimeError as error:
         raise ValueError(f"{what} does not fit {name}, {module}: {error}") from error
     return {f"{name}.{key}": tensor for key, tensor in scratch.state_dict().items()}
+
+
+def _check_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
+    wrong = [
+        f"{name} is {tuple(tensor.shape)} {tensor.dtype} there and {tuple(own[name].shape)} {own[name].dtype} in the model"
+        for name, tensor in tensors.items()
+        if tensor.shape != own[name].shape or tensor.dtype not in LOADABLE
+    ]
+    if wrong:
+        raise ValueError(f"{where} is of another model: {'; '.join(wrong[:5])}{f'; and {len(wrong) - 5} more' * (len(wrong) > 5)}")
 
 
 def _describe(site: tuple[int, str]) -> str:

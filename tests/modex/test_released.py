@@ -215,6 +215,28 @@ def test_names_what_is_missing_and_what_is_left_over() -> None:
     assert "3 without a place in the model: text_decoder.cls.bias" in str(report)
 
 
+def test_loads_encoders_alone_as_they_were_pretrained(released: dict[str, Tensor]) -> None:
+    model, wanted = model_of(ALBEF), loaded(ALBEF)
+    encoders = {name: tensor for name, tensor in released_state(ALBEF).items() if ".modex." not in name}
+    heads = {f"text_encoder.cls.predictions.{name}": torch.zeros(3) for name in ("bias", "transform.dense.bias")}
+    pretrained = {name.replace("text_encoder.", "text_encoder.bert."): tensor for name, tensor in encoders.items()} | heads
+    # Of an image of 12 by 12.
+    pretrained["visual_encoder.pos_embed"] = value("larger", (1, 10, 12))
+    with pytest.raises(ValueError, match="holds no adapters of ModeX"):
+        load_released_state_dict(model, pretrained)
+    Adapters.of(model).detach()
+    with pytest.raises(ValueError, match="AlbefModel has no adapters: attach"):
+        load_released_state_dict(model, released_state(ALBEF))
+    with pytest.raises(ValueError, match="holds neither adapters nor encoders, its names begin a"):
+        load_released_state_dict(model, {"a": torch.zeros(3)}, strict=False)
+    report = load_released_state_dict(model, pretrained)
+    assert report.resized == ("vision.embeddings.position_embeddings",) and "1 interpolated: vision.emb" in str(report)
+    assert sum(reason.startswith("a head") for reason in report.ignored.values()) == 2
+    torch.testing.assert_close(model.vision.embeddings.position_embeddings, released["resized"], rtol=0, atol=1e-14)
+    for name, tensor in model.state_dict().items():
+        assert name in report.resized or torch.equal(tensor, wanted.state_dict()[name])
+
+
 def test_each_name_of_an_adapter_alone_is_enough() -> None:
     whole = loaded(ALBEF).state_dict()
     state = released_state(ALBEF)
@@ -276,7 +298,7 @@ def test_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "these are no tensors: a": {"a": 3},
         r"no tensors: 3": {3: torch.zeros(3)},
         "these are no tensors: huge": {"huge": torch.zeros(1).expand(10**9)},
-        "holds no adapters of ModeX; its names begin a": {"a": torch.zeros(3)},
+        "holds no adapters of ModeX, its names begin a: load encoders alone before attach": {"a": torch.zeros(3)},
         "its names begin nowhere": {},
     }.items(),
 )
@@ -293,10 +315,10 @@ def test_says_what_is_wrong_with_a_file(message: str, content: Any, tmp_path: Pa
 
 def test_says_which_tensors_are_of_another_model() -> None:
     state = released_state(BLIP) | heads()
-    state["visual_encoder.pos_embed"] = torch.zeros(1, 10, 12)
+    state["visual_encoder.pos_embed"] = torch.zeros(1, 9, 12)
     state["itm_head.bias"] = torch.zeros(2, dtype=torch.complex64)
     with pytest.raises(
-        ValueError, match=r"position_embedding is \(1, 10, 12\) .* and \(1, 5, 12\) .*itm_head.bias is \(2,\) torch.complex64"
+        ValueError, match=r"position_embedding is \(1, 9, 12\) .* and \(1, 5, 12\) .*itm_head.bias is \(2,\) torch.complex64"
     ):
         load_released_state_dict(model_of(BLIP), state)
     wide = ModeXConfig.preset("blip", bottleneck=5)
@@ -306,10 +328,6 @@ def test_says_which_tensors_are_of_another_model() -> None:
         load_released_state_dict(model_of(BLIP, wide), released_state(BLIP), strict=False)
     with pytest.raises(ValueError, match="must hold one BertModel or BlipTextModel, it holds none"):
         load_released_state_dict(model_of(ALBEF).vision, released_state(ALBEF))
-    model = model_of(ALBEF)
-    Adapters.of(model).detach()
-    with pytest.raises(ValueError, match="AlbefModel has no adapters: attach"):
-        load_released_state_dict(model, released_state(ALBEF))
 
 
 def test_warns_of_what_diverged() -> None:
