@@ -18,7 +18,7 @@ from mope.fused.adapter import ExpertAdapter
 
 from .configuration import ModeXConfig
 from .saving import WEIGHTS, check_tensors, gather, read_tensors, write_tensors
-from .sites import Layout, Plan, Site, find_sites, has_cross, layout_of, trained_modules
+from .sites import Layout, Plan, Site, find_sites, has_cross, layout_of, own_parameters, trained_modules
 
 # Of the model that was attached to: its `Adapters`.
 _OWNER = "_modex_adapters"
@@ -230,13 +230,18 @@ class Adapters:
             FileNotFoundError: a file is missing.
             ValueError: the configuration or the tensors do not fit the model, which then is as it was.
         """
-        config, tensors = ModeXConfig.from_pretrained(folder), read_tensors(Path(folder) / WEIGHTS)
-        adapters = attach(model, config)
+        file = Path(folder) / WEIGHTS
+        config, tensors = ModeXConfig.from_pretrained(folder), read_tensors(file)
+        plan = _plan(model, config)
+        # Without memory, of which a damaged configuration may ask for any amount.
+        with torch.device("meta"):
+            expected = {f"{site.name}.{key}": t for site in plan.sites() for key, t in _adapter(site, config).state_dict().items()}
         try:
-            adapters.load_state_dict(tensors)
+            check_tensors(tensors, {**expected, **own_parameters(model, trained_modules(model, config))})
         except ValueError as error:
-            adapters.detach()
-            raise ValueError(f"{Path(folder) / WEIGHTS} does not fit this {type(model).__name__}: {error}") from error
+            raise ValueError(f"{file} does not fit this {type(model).__name__}: {error}") from error
+        adapters = cls(model, config, plan)
+        adapters.load_state_dict(tensors)
         return adapters
 
     @torch.no_grad()
@@ -310,25 +315,11 @@ class Adapters:
         )
 
     def _trained_parameters(self) -> dict[str, nn.Parameter]:
-        return {
-            f"{module}.{name}" if module else name: parameter
-            for module in self._trained
-            for name, parameter in self.model.get_submodule(module).named_parameters(recurse=False)
-        }
+        return own_parameters(self.model, self._trained)
 
     def _add(self, site: Site) -> _Adapt:
-        """Make the adapter of a site. Its parameters have 32 bits or more, since they train; the op rounds them to its input's."""
-        c = self.config
-        adapter = ExpertAdapter(
-            site.width,
-            c.num_experts if site.adapter == "expert" else 1,
-            bottleneck=c.bottleneck,
-            temperature=c.temperature,
-            activation=c.activation,
-            dropout=c.dropout,
-            impl=c.impl,
-        )
-        holder = self.model.get_submodule(site.holder)
+        """Put an adapter in its place. It has 32 bits or more, since it trains; the op rounds it to its input's dtype."""
+        holder, adapter = self.model.get_submodule(site.holder), _adapter(site, self.config)
         if site.like is not None:
             adapter.to(site.like.device, torch.promote_types(site.like.dtype, torch.float32))
         holder.add_module(site.attribute, adapter.train(holder.training))
@@ -363,16 +354,30 @@ def attach(model: nn.Module, config: ModeXConfig) -> Adapters:
     `state_dict`, DDP and FSDP see it. It works by forward hooks; what is frozen is called and never replaced.
 
     Args:
-        model: any `nn.Module`. The layers of transformers' ViT, BERT, RoBERTa, BLIP and CLIP are known.
+        model: any `nn.Module`. The layers of transformers' ViT, DINOv2, BERT, RoBERTa, BLIP, CLIP and SigLIP are known.
         config: which sites get which adapter.
 
     Raises:
         ValueError: the model has adapters already, or the configuration asks for what it does not have; nothing is changed then.
     """
+    return Adapters(model, config, _plan(model, config))
+
+
+def _plan(model: nn.Module, config: ModeXConfig) -> Plan:
     for name, module in model.named_modules():
-        if any(
-            isinstance(hook, _OnOutput | _OnInput)
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        ):
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(isinstance(hook, _OnOutput | _OnInput) for hook in hooks):
             raise ValueError(f"{type(model).__name__} has adapters attached already, at {name}: detach() them first")
-    return Adapters(model, config, find_sites(model, config))
+    return find_sites(model, config)
+
+
+def _adapter(site: Site, config: ModeXConfig) -> ExpertAdapter:
+    return ExpertAdapter(
+        site.width,
+        config.num_experts if site.adapter == "expert" else 1,
+        bottleneck=config.bottleneck,
+        temperature=config.temperature,
+        activation=config.activation,
+        dropout=config.dropout,
+        impl=config.impl,
+    )

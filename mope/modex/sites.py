@@ -42,22 +42,24 @@ _POST_NORM = Layout(
     "textual", "attention.output.dropout", "output.dropout", "output.LayerNorm", "crossattention.output.dropout", adapts_input=True
 )
 _CLIP = {modality: Layout(modality, "self_attn", "mlp", "layer_norm1") for modality in ("visual", "textual")}
+# The same class in both towers.
+_TOWERS = ("CLIPEncoderLayer", "SiglipEncoderLayer")
 _LAYOUTS = {
     "BertLayer": _POST_NORM,
     "RobertaLayer": _POST_NORM,
     "BlipTextLayer": _POST_NORM,
     "BlipEncoderLayer": _CLIP["visual"],
     "ViTLayer": Layout("visual", "attention", "mlp", "layernorm_before"),
+    "Dinov2Layer": Layout("visual", "layer_scale1", "layer_scale2", "norm1"),
 }
 
 
 def layout_of(module: nn.Module) -> Layout | None:
     """The layout of a layer that is known, None of other modules. Subclasses count, such as those that FSDP makes."""
     names = [base.__name__ for base in type(module).__mro__]
-    if "CLIPEncoderLayer" in names:
-        # Both towers have the same class.
+    if not set(names).isdisjoint(_TOWERS):
         attention: Any = module.self_attn
-        return _CLIP["textual" if attention.config.model_type == "clip_text_model" else "visual"]
+        return _CLIP["textual" if attention.config.model_type.endswith("_text_model") else "visual"]
     return next((_LAYOUTS[name] for name in names if name in _LAYOUTS), None)
 
 
@@ -120,11 +122,7 @@ def find_sites(model: nn.Module, config: ModeXConfig) -> Plan:
         if sites:
             plan.layers[name] = sites
     if lacking := [kind for kind in config.sites if kind not in kinds]:
-        found = (
-            f"the kinds it has are {', '.join(sorted(kinds))}"
-            if kinds
-            else f"it has no {', '.join((*_LAYOUTS, 'CLIPEncoderLayer'))}"
-        )
+        found = f"the kinds it has are {', '.join(sorted(kinds))}" if kinds else f"it has no {', '.join((*_LAYOUTS, *_TOWERS))}"
         raise ValueError(
             f"{type(model).__name__} has no {', '.join(lacking)}: {found}. Other modules can be named in `modules` of ModeXConfig"
         )
@@ -165,6 +163,15 @@ def trained_modules(model: nn.Module, config: ModeXConfig) -> list[str]:
         for name, module in modules.items()
         if name in roots or (below and name.startswith(below)) or (config.train_layer_norms and isinstance(module, nn.LayerNorm))
     ]
+
+
+def own_parameters(model: nn.Module, modules: list[str]) -> dict[str, nn.Parameter]:
+    """The parameters that some modules of a model hold themselves, by qualified name."""
+    return {
+        f"{module}.{name}" if module else name: parameter
+        for module in modules
+        for name, parameter in model.get_submodule(module).named_parameters(recurse=False)
+    }
 
 
 def _index(name: str) -> int:

@@ -121,6 +121,15 @@ def test_another_model_is_refused(tmp_path):
         Adapters.from_pretrained(wider, tmp_path)
 
 
+def test_a_damaged_configuration_allocates_nothing(tmp_path):
+    made, adapters = attached("vit")
+    adapters.save_pretrained(tmp_path)
+    adapters.detach()
+    ModeXConfig.preset("vit", bottleneck=10**15).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected \(1000000000000000, 32\)"):
+        Adapters.from_pretrained(made, tmp_path)
+
+
 def test_missing_and_damaged_files_are_named(tmp_path):
     made, adapters = attached("vit")
     adapters.detach()

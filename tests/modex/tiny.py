@@ -39,24 +39,38 @@ def _clip() -> nn.Module:
     )
 
 
+def _siglip() -> nn.Module:
+    vision, text = (
+        transformers.SiglipVisionConfig(**SIZES, **IMAGE),
+        transformers.SiglipTextConfig(**SIZES, **TEXT, projection_size=32),
+    )
+    return transformers.SiglipModel(transformers.SiglipConfig(vision_config=vision.to_dict(), text_config=text.to_dict()))
+
+
 def _bert(**options: Any) -> nn.Module:
     return transformers.BertModel(transformers.BertConfig(**SIZES, **TEXT, **options), add_pooling_layer=False)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**SIZES, **IMAGE), add_pooling_layer=False),
+    "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SIZES, **IMAGE)),
     "bert": _bert,
     "bert_cross": lambda: _bert(is_decoder=True, add_cross_attention=True),
+    "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**SIZES, **TEXT), add_pooling_layer=False),
     "clip": _clip,
+    "siglip": _siglip,
     "blip_retrieval": lambda: _blip("BlipForImageTextRetrieval"),
     "blip_vqa": lambda: _blip("BlipForQuestionAnswering"),
     "blip_captioning": lambda: _blip("BlipForConditionalGeneration"),
 }
 CONFIGS = {
     "vit": ModeXConfig.preset("vit"),
+    "dinov2": ModeXConfig.preset("vit"),
     "bert": ModeXConfig.preset("bert"),
+    "roberta": ModeXConfig.preset("bert"),
     "bert_cross": ModeXConfig(sites=EXPERTS),
     "clip": ModeXConfig.preset("clip"),
+    "siglip": ModeXConfig.preset("clip"),
     "blip_retrieval": ModeXConfig.preset("blip"),
     "blip_vqa": ModeXConfig.preset("blip", sites={"visual_msa": "plain", "visual_ffn": "expert", **EXPERTS}),
     "blip_captioning": ModeXConfig.preset("blip"),
@@ -81,9 +95,9 @@ def inputs(name: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     ids = torch.randint(3, 49, (BATCH, TOKENS))
     mask = torch.arange(TOKENS) < torch.tensor([TOKENS, 2, 4])[:, None]
     text = {"input_ids": ids, "attention_mask": mask.long()}
-    if name == "vit":
+    if name in ("vit", "dinov2"):
         return pixels
-    if name == "bert":
+    if name in ("bert", "roberta"):
         return text
     if name == "bert_cross":
         return {**text, "encoder_hidden_states": torch.randn(BATCH, 4, 32, dtype=dtype)}
