@@ -31,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", help="train and compare fusion models on handwritten digits and sentences (minutes, offline)"
     )
+    demo.add_argument(
+        "--system", choices=("mope", "modex"), default="mope", help="prompt experts, or ModeX adapters in a fused model (mope)"
+    )
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for results, pictures and the model (out/)")
     demo.add_argument("--seeds", type=_positive, default=1, metavar="N", help="repeat with N seeds, for mean and deviation (1)")
     demo.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
@@ -99,6 +102,9 @@ def _demo(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         print(f'mope demo needs {error.name}: pip install "mope-kernels[train,plot]"', file=sys.stderr)
         return 1
+    if options.export and options.system == "modex":
+        print("mope demo: --export writes the data and encoders of --system mope, which modex takes too", file=sys.stderr)
+        return 1
     if options.export:
         from mope.demo.export import export
 
@@ -107,8 +113,10 @@ def _demo(options: argparse.Namespace) -> int:
         return 0
     # Pictures go to files: no display is looked for.
     matplotlib.use("Agg")
-    from mope.demo.run import demo
-
+    if options.system == "modex":
+        from mope.demo.modex.run import demo
+    else:
+        from mope.demo.run import demo
     demo(out=options.out, seeds=options.seeds, fast=options.fast, device=options.device, threads=options.threads)
     return 0
 

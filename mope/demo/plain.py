@@ -70,7 +70,7 @@ class Comparison:
         return self.milliseconds[what]["plain"] / self.milliseconds[what]["fused"]
 
 
-class _CountOps(TorchDispatchMode):
+class CountOps(TorchDispatchMode):
     """Counts the compiled ops that really run."""
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ def compare(model: MoPEForClassification, task: Task, *, repeats: int = 15) -> C
     def plain_step() -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss(model, labels, **inputs), parameters)
 
-    with _CountOps() as counter:
+    with CountOps() as counter:
         gradients = fused_step()
     wanted = torch.cat([gradient.flatten() for gradient in plain_step()])
     gradient_error = (torch.cat([gradient.flatten() for gradient in gradients]) - wanted).abs().max() / wanted.abs().max()

@@ -74,13 +74,13 @@ def build_vision() -> ViTModel:
     return ViTModel(config, add_pooling_layer=False)
 
 
-def build_text(vocabulary_size: int) -> BertModel:
+def build_text(vocabulary_size: int, layers: int = TEXT_LAYERS) -> BertModel:
     """A BERT for a sentence of at most 14 words, without dropout."""
     config = BertConfig(
         vocab_size=vocabulary_size,
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
-        num_hidden_layers=TEXT_LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         max_position_embeddings=16,
         type_vocab_size=1,
@@ -158,7 +158,9 @@ def pretrain_vision(splits: dict[str, Digits], *, epochs: int, seed: int, device
     return freeze(vision), float((answers == splits["validation"].classes).mean())
 
 
-def pretrain_text(tokenizer: PreTrainedTokenizerFast, *, epochs: int, seed: int, device: torch.device) -> tuple[BertModel, float]:
+def pretrain_text(
+    tokenizer: PreTrainedTokenizerFast, *, epochs: int, seed: int, device: torch.device, layers: int = TEXT_LAYERS
+) -> tuple[BertModel, float]:
     """Train on masked words of `facts` -> the encoder, and its accuracy on masked words of the same text.
 
     A masked word is read off its own last state. Besides, every word is read off the last state of [CLS] and its position:
@@ -166,7 +168,7 @@ def pretrain_text(tokenizer: PreTrainedTokenizerFast, *, epochs: int, seed: int,
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    text = build_text(len(tokenizer))
+    text = build_text(len(tokenizer), layers)
     nn.Module.to(text, device)
     head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, len(tokenizer))).to(device)
     positions = nn.Embedding(text.config.max_position_embeddings, WIDTH).to(device)
@@ -211,9 +213,17 @@ def freeze(module: Module) -> Module:
     return module.requires_grad_(False)
 
 
-def pretrain(splits: dict[str, Digits], *, vision_epochs: int, text_epochs: int, seed: int, device: torch.device) -> Backbones:
+def pretrain(
+    splits: dict[str, Digits],
+    *,
+    vision_epochs: int,
+    text_epochs: int,
+    seed: int,
+    device: torch.device,
+    text_layers: int = TEXT_LAYERS,
+) -> Backbones:
     """Both encoders and the tokenizer, from the training split alone."""
     tokenizer = build_tokenizer()
     vision, digit_accuracy = pretrain_vision(splits, epochs=vision_epochs, seed=seed, device=device)
-    text, word_accuracy = pretrain_text(tokenizer, epochs=text_epochs, seed=seed, device=device)
+    text, word_accuracy = pretrain_text(tokenizer, epochs=text_epochs, seed=seed, device=device, layers=text_layers)
     return Backbones(vision, text, tokenizer, build_image_processor(), digit_accuracy, word_accuracy)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from mope import MoPEConfig, MoPEForClassification
 from mope.demo.data import Digits, Examples, draw_examples, statements, to_pixel_values
 from mope.demo.pretrain import Backbones
+from mope.models.fusion import FusionModel
 
 MOPE, MOPE_TOP_1 = "MoPE, dense", "MoPE, evaluated top-1"
 BASE = MoPEConfig(id2label=("no", "yes"), num_experts=8, prompt_length=6, static_length=4, router_cross_width=16, temperature=0.5)
@@ -149,7 +150,7 @@ def train(model: MoPEForClassification, task: Task, *, title: str) -> float:
             for inputs, labels in task.batches("train", examples, size):
                 yield model(**inputs, labels=labels).loss
 
-        return _fit(
+        return fit(
             model, losses, lambda: evaluate(model, task, "validation", task.validation), task, title, task.settings.learning_rate
         )
 
@@ -165,7 +166,7 @@ def train(model: MoPEForClassification, task: Task, *, title: str) -> float:
         answers = model.head(features["validation"](task.validation)).argmax(-1).cpu().numpy()
         return float((answers == task.validation.label).mean())
 
-    return _fit(model, losses_of_head, accuracy_of_head, task, title, task.settings.head_learning_rate)
+    return fit(model, losses_of_head, accuracy_of_head, task, title, task.settings.head_learning_rate)
 
 
 def _features(model: MoPEForClassification, task: Task, split: str) -> Callable[[Examples], Tensor]:
@@ -187,8 +188,8 @@ def _features(model: MoPEForClassification, task: Task, split: str) -> Callable[
     return look_up
 
 
-def _fit(
-    model: MoPEForClassification,
+def fit(
+    model: FusionModel,
     losses: Callable[[Examples], Iterator[Tensor]],
     validate: Callable[[], float],
     task: Task,
@@ -213,24 +214,29 @@ def _fit(
                 bar.update()
             model.eval()
             with torch.no_grad():
-                accuracy = validate()
-            bar.set_postfix(validation=f"{accuracy:.3f}")
-            if accuracy > best:
-                best, best_state = accuracy, {name: tensor.clone() for name, tensor in model.trained_state_dict().items()}
+                found = validate()
+            bar.set_postfix(validation=f"{found:.3f}")
+            if found > best:
+                best, best_state = found, {name: tensor.clone() for name, tensor in model.trained_state_dict().items()}
     model.load_state_dict(best_state, strict=False)
     return best
 
 
-@torch.no_grad()
 def evaluate(model: MoPEForClassification, task: Task, split: str, examples: Examples, *, top_k: int | None = None) -> float:
     """Accuracy, with all experts or the best `top_k`."""
-    model.eval()
     config = model.config
     model.config = config.replace(eval_top_k=top_k)
     try:
-        right = [(model(**inputs).logits.argmax(-1) == labels).sum() for inputs, labels in task.batches(split, examples, 512)]
+        return accuracy(model, task, split, examples)
     finally:
         model.config = config
+
+
+@torch.no_grad()
+def accuracy(model: FusionModel, task: Task, split: str, examples: Examples) -> float:
+    """Share of right answers, in evaluation mode."""
+    model.eval()
+    right = [(model(**inputs).logits.argmax(-1) == labels).sum() for inputs, labels in task.batches(split, examples, 512)]
     return float(sum(right)) / len(examples)
 
 

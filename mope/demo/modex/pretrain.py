@@ -1,0 +1,114 @@
+"""A small fusion model, trained on plain captions: which digit is it?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mope.demo import pretrain
+from mope.demo.data import Digits, statements, to_pixel_values
+from mope.demo.pretrain import Backbones
+from mope.modex import AlbefModel
+
+# Half of the text layers attend to the scan.
+TEXT_LAYERS, FUSION_LAYER = 4, 2
+MASKED_SHARE = 0.3
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A pre-trained fusion model, the encoders that it was made from, and how well it tells captions that fit from others."""
+
+    model: AlbefModel
+    encoders: Backbones
+    matching_accuracy: float
+
+
+def captions() -> list[list[str]]:
+    """The sentences that name each digit, in the words of training: none says what a digit is not, or what kind of number it is."""
+    named = {digit: statement for statement in statements() for digit in statement.digits if len(statement.digits) == 1}
+    return [named[digit].sentences() for digit in range(10)]
+
+
+def pair(classes: NDArray[np.int64], rng: np.random.Generator) -> tuple[list[str], Tensor]:
+    """A caption for each scan -> captions, and whether each fits, (N,): one half does."""
+    fits = rng.integers(0, 2, len(classes))
+    said = np.where(fits, classes, (classes + rng.integers(1, 10, len(classes))) % 10)
+    known = captions()
+    return [str(rng.choice(known[digit])) for digit in said], torch.from_numpy(fits)
+
+
+def build(encoders: Backbones) -> AlbefModel:
+    """The encoders, and new cross-attention between them."""
+    model = AlbefModel.from_encoders(encoders.vision, encoders.text, fusion_layer=FUSION_LAYER)
+    for name, module in model.named_modules():
+        # BERT's own initialisation is made for wide layers; from it, layers as narrow as these do not begin to learn.
+        if ".crossattention." in name and isinstance(module, nn.Linear):
+            module.reset_parameters()
+    return model
+
+
+def pretrain_fusion(
+    splits: dict[str, Digits], *, vision_epochs: int, text_epochs: int, steps: int, seed: int, device: torch.device
+) -> Fused:
+    """Both encoders as for MoPE, then the whole on captions of the training scans: does it fit, and which words are masked?
+
+    Masked words are read off their own last state, where the caption fits; whether it fits off that of [CLS].
+    """
+    encoders = pretrain.pretrain(
+        splits, vision_epochs=vision_epochs, text_epochs=text_epochs, seed=seed, device=device, text_layers=TEXT_LAYERS
+    )
+    torch.manual_seed(seed)
+    generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng((seed, 4))
+    model, tokenizer = build(encoders), encoders.tokenizer
+    nn.Module.to(model, device)
+    model.train().requires_grad_(True)
+    width = encoders.text.config.hidden_size
+    matching, words = nn.Linear(width, 2, device=device), nn.Linear(width, len(tokenizer), device=device)
+    pixels, classes = to_pixel_values(splits["train"].pixels), splits["train"].classes
+
+    def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
+        encoded = tokenizer(texts, padding=True, return_tensors="pt")
+        return encoded["input_ids"], encoded["attention_mask"]
+
+    def loss_of(batch: NDArray[np.int64]) -> Tensor:
+        sentences, fits = pair(classes[batch], rng)
+        scans = pretrain.augment(pixels[batch], generator)
+        ids, mask = encode(sentences)
+        is_word = mask.bool() & (ids != tokenizer.cls_token_id) & (ids != tokenizer.sep_token_id)
+        true = fits.bool()
+        hidden = is_word[true] & (torch.rand(ids[true].shape, generator=generator) < MASKED_SHARE)
+        read = torch.cat([ids, ids[true].masked_fill(hidden, tokenizer.mask_token_id)])
+        states = model(
+            torch.cat([scans, scans[true]]).to(device), read.to(device), torch.cat([mask, mask[true]]).to(device)
+        ).last_hidden_state
+        loss = F.cross_entropy(matching(states[: len(batch), 0]), fits.to(device))
+        if not hidden.any():
+            return loss
+        return loss + F.cross_entropy(words(states[len(batch) :][hidden.to(device)]), ids[true][hidden].to(device))
+
+    parameters = [*model.parameters(), *matching.parameters(), *words.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(steps, 2), pct_start=0.1)
+    for _ in tqdm(range(steps), desc="fusion: captions"):
+        loss = loss_of(rng.integers(0, len(classes), BATCH))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    model.eval().requires_grad_(False)
+    scans = splits["validation"]
+    sentences, fits = pair(scans.classes, rng)
+    ids, mask = encode(sentences)
+    with torch.no_grad():
+        states = model(to_pixel_values(scans.pixels).to(device), ids.to(device), mask.to(device)).last_hidden_state
+        right = matching(states[:, 0]).argmax(-1).cpu() == fits
+    return Fused(model, encoders, float(right.float().mean()))

@@ -1,0 +1,60 @@
+"""`mope demo --system modex`: pre-train, freeze, change in five ways, compare, draw."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from mope import environment
+from mope.demo.data import load_digits
+from mope.demo.modex import pictures, plain, report
+from mope.demo.modex.pretrain import pretrain_fusion
+from mope.demo.modex.train import FAST, FULL, Settings, compare
+from mope.demo.train import Task
+from mope.modex import ModeXForClassification
+
+
+def demo(*, out: Path, seeds: int = 1, fast: bool = False, device: str = "auto", threads: int = 1) -> None:
+    """Run the demo and print its table. Arguments as in `mope.demo.run.demo`."""
+    torch.set_num_threads(threads)
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    settings = FAST if fast else FULL
+    started_with = {
+        "versions": environment.versions(),
+        "device": environment.device_name(place),
+        "commit": environment.commit(),
+        "fast": fast,
+    }
+    print(f"Does the sentence hold for the scan? On {started_with['device']}." + (" --fast: nothing is learned." if fast else ""))
+    runs = []
+    for seed in range(seeds):
+        run, task, model = run_seed(seed, settings, place)
+        runs.append(run)
+        print(f"seed {seed}, {run.seconds:.0f} s")
+        if seed == 0:
+            comparison = plain.compare(model, task)
+            routes = pictures.collect(model, task)
+            paths = pictures.draw_all(routes, out)
+            model.save_pretrained(out / "model", backbones="copy")
+    text = report.write(out, runs, comparison, routes, settings, started_with)
+    print(f"\n{text}")
+    print("\n".join(str(path) for path in (out / "results.md", out / "results.json", *paths, out / "model")))
+
+
+def run_seed(seed: int, settings: Settings, device: torch.device) -> tuple[report.Run, Task, ModeXForClassification]:
+    """Everything that depends on the seed: the splits, the fusion model, the questions, all methods -> also the ModeX model."""
+    start = time.perf_counter()
+    splits = load_digits(seed=seed)
+    fused = pretrain_fusion(
+        splits,
+        vision_epochs=settings.vision_epochs,
+        text_epochs=settings.text_epochs,
+        steps=settings.matching_steps,
+        seed=seed,
+        device=device,
+    )
+    task = Task(splits, fused.encoders, settings, seed=seed)
+    results, model = compare(task, fused, settings)
+    return report.Run(seed, fused.matching_accuracy, results, time.perf_counter() - start), task, model
