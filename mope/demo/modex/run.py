@@ -34,7 +34,7 @@ def demo(*, out: Path, seeds: int = 1, fast: bool = False, device: str = "auto",
         runs.append(run)
         print(f"seed {seed}, {run.seconds:.0f} s")
         if seed == 0:
-            comparison = plain.compare(model, task)
+            comparison = plain.compare(model, task, repeats=2 if fast else 15)
             routes = pictures.collect(model, task)
             paths = pictures.draw_all(routes, out)
             model.save_pretrained(out / "model", backbones="copy")

@@ -25,14 +25,14 @@ class Settings(BaseSettings):
 
     text_epochs: int = 40
     matching_steps: int = 600
-    rounds: int = 12
+    rounds: int = 6
     head_learning_rate: float = 3e-3
     full_learning_rate: float = 1e-3
 
 
 FULL = Settings()
 # Runs every line, learns little.
-FAST = Settings(vision_epochs=2, text_epochs=2, matching_steps=5, rounds=1, draws=2, test_draws=2)
+FAST = Settings(vision_epochs=1, text_epochs=1, matching_steps=2, rounds=1, draws=2, test_draws=2)
 
 
 @dataclass(frozen=True)
