@@ -29,7 +29,7 @@ def available(dtype: torch.dtype) -> bool:
     try:
         # Asked once, wherever that happens to be: under autocast, or where new tensors go to a GPU.
         with torch.device("cpu"), torch.autocast("cpu", enabled=False):
-            x, weight = torch.ones(2, 3, dtype=dtype), torch.arange(12, dtype=dtype).view(4, 3) / 8
+            x, weight = torch.ones(2, 1, 3, dtype=dtype), torch.arange(12, dtype=dtype).view(4, 3) / 8
             found = _product(x, _in_order(weight), weight[:, 0].contiguous(), gelu=True)
             return torch.allclose(found, F.gelu(F.linear(x, weight, weight[:, 0])), atol=1e-2)
     # No such operator, another signature, not built for this processor: the layers then are called as they are.
@@ -42,7 +42,9 @@ def _in_order(weight: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, ordered: Tensor, bias: Tensor | None, *, gelu: bool) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, ordered, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
+    """(..., C) -> (..., N), of two axes or more."""
+    product = torch.ops.mkldnn._linear_pointwise.default
+    return product(x, ordered, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
 
 
 class PrepackedFunction(torch.autograd.Function):
@@ -100,21 +102,20 @@ class Prepacked:
             and weight.dtype == (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
             and not (weight.requires_grad or (bias is not None and bias.requires_grad))
             and x.numel() > 0
+            and x.dim() > 1
         )
 
     def product(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         self._update()
         assert self._ordered is not None
-        rows = x.reshape(-1, x.shape[-1]).to(self.layer.weight.dtype).contiguous()
-        return _product(rows, self._ordered, self.layer.bias, gelu=gelu).view(*x.shape[:-1], -1)
+        return _product(x.to(self.layer.weight.dtype), self._ordered, self.layer.bias, gelu=gelu)
 
     def transposed_product(self, grad: Tensor) -> Tensor:
         """The gradient of x from that of layer(x)."""
         self._update()
         if self._transposed is None:
             self._transposed = _in_order(self.layer.weight.mT)
-        rows = grad.reshape(-1, grad.shape[-1]).contiguous()
-        return _product(rows, self._transposed, None, gelu=False).view(*grad.shape[:-1], -1)
+        return _product(grad, self._transposed, None, gelu=False)
 
     def _update(self) -> None:
         weight = self.layer.weight
