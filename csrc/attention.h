@@ -139,29 +139,42 @@ inline void score(
         work.scores + row * kQueries, std::min(count, row - op.prompts() - first), -std::numeric_limits<float>::infinity());
 }
 
-// Turns kN vectors of columns of scores into e^(score - highest), with the sum and the highest of each column.
-template <int kN>
-inline void exponentials(float* scores, int64_t keys, float* sums, float* highest) {
+// Turns kN vectors of columns of scores into e^(score - highest), with the sum of each column. As a factor of pairs, those of two
+// keys go into one row, and behind the last of an odd number of keys comes 0.
+template <int kN, class Factors>
+inline void exponentials(float* scores, int64_t keys, const float* highest, float* sums) {
   Vec top[kN], sum[kN];
   MOPE_UNROLL for (int n = 0; n < kN; ++n) {
-    top[n] = splat(-std::numeric_limits<float>::infinity());
+    // Where every score is -inf, e^(-inf - 0) = 0 and not NaN.
+    top[n] = max(load(highest + n * kLanes), splat(std::numeric_limits<float>::lowest()));
     sum[n] = splat(0.0f);
   }
+  const auto exponential = [&](int64_t key, int n) {
+    const Vec e = exp(load(scores + key * kQueries + n * kLanes) - top[n]);
+    sum[n] += e;
+    return e;
+  };
+  int64_t key = 0;
+  if constexpr (Factors::kDepth == 2)
+    for (float* to = scores; key < keys; key += 2, to += kQueries)
+      MOPE_UNROLL for (int n = 0; n < kN; ++n) {
+        const Vec first = exponential(key, n);
+        store(to + n * kLanes, Factors::join(first, key + 1 < keys ? exponential(key + 1, n) : splat(0.0f)));
+      }
+  else
+    for (; key < keys; ++key)
+      MOPE_UNROLL for (int n = 0; n < kN; ++n) store(scores + key * kQueries + n * kLanes, exponential(key, n));
+  MOPE_UNROLL for (int n = 0; n < kN; ++n) store(sums + n * kLanes, sum[n]);
+}
+
+// The highest of each of kN vectors of columns.
+template <int kN>
+inline void highest_scores(const float* scores, int64_t keys, float* highest) {
+  Vec top[kN];
+  MOPE_UNROLL for (int n = 0; n < kN; ++n) top[n] = splat(-std::numeric_limits<float>::infinity());
   for (int64_t i = 0; i < keys; ++i)
     MOPE_UNROLL for (int n = 0; n < kN; ++n) top[n] = max(load(scores + i * kQueries + n * kLanes), top[n]);
-  MOPE_UNROLL for (int n = 0; n < kN; ++n) {
-    store(highest + n * kLanes, top[n]);
-    // Where every score is -inf, e^(-inf - 0) = 0 and not NaN.
-    top[n] = max(top[n], splat(std::numeric_limits<float>::lowest()));
-  }
-  for (int64_t i = 0; i < keys; ++i)
-    MOPE_UNROLL for (int n = 0; n < kN; ++n) {
-      float* score = scores + i * kQueries + n * kLanes;
-      const Vec e = exp(load(score) - top[n]);
-      store(score, e);
-      sum[n] += e;
-    }
-  MOPE_UNROLL for (int n = 0; n < kN; ++n) store(sums + n * kLanes, sum[n]);
+  MOPE_UNROLL for (int n = 0; n < kN; ++n) store(highest + n * kLanes, top[n]);
 }
 
 inline void attend(
@@ -173,7 +186,9 @@ inline void attend(
     pack(op.query, b, h, first, count, op.D, work.queries, width, op.scale);
     score(op, b, h, first, count, keys, work);
     in_blocks<4>(vectors(count), [&](auto block, int64_t n) {
-      exponentials<block()>(work.scores + n * kLanes, keys, sums + n * kLanes, highest + n * kLanes);
+      float* scores = work.scores + n * kLanes;
+      highest_scores<block()>(scores, keys, highest + n * kLanes);
+      exponentials<block(), Floats>(scores, keys, highest + n * kLanes, sums + n * kLanes);
     });
     product<false>(count, op.D, keys, {work.scores, 1, kQueries}, work.values, width, work.out, width);
     for (int64_t i = 0; i < count; ++i) {

@@ -9,7 +9,15 @@ struct Left {
   int64_t row, depth;  // the strides of m and of k
 };
 
-template <int kM, int kN, bool kAdd>
+// What a product's factors hold, and how they are multiplied. Others may hold in the place of a float what counts as kDepth of them.
+struct Floats {
+  static constexpr int64_t kDepth = 1;
+  static float left(const float* p) { return *p; }
+  static Vec right(const float* p) { return load(p); }
+  static Vec multiply_add(float a, Vec b, Vec sum) { return sum + a * b; }
+};
+
+template <int kM, int kN, bool kAdd, class Factors>
 inline void product_tile(
     int64_t depth, Left a, const float* MOPE_RESTRICT b, int64_t b_stride, float* MOPE_RESTRICT c, int64_t c_stride) {
   Vec sum[kM][kN];
@@ -18,11 +26,11 @@ inline void product_tile(
   const float* row[kM];
   MOPE_UNROLL for (int m = 0; m < kM; ++m) row[m] = a.data + m * a.row;
   for (int64_t k = 0; k < depth; ++k, b += b_stride) {
-    Vec right[kN];
-    MOPE_UNROLL for (int n = 0; n < kN; ++n) right[n] = load(b + n * kLanes);
+    decltype(Factors::right(b)) right[kN];
+    MOPE_UNROLL for (int n = 0; n < kN; ++n) right[n] = Factors::right(b + n * kLanes);
     MOPE_UNROLL for (int m = 0; m < kM; ++m) {
-      const float left = row[m][k * a.depth];
-      MOPE_UNROLL for (int n = 0; n < kN; ++n) sum[m][n] += left * right[n];
+      const auto left = Factors::left(row[m] + k * a.depth);
+      MOPE_UNROLL for (int n = 0; n < kN; ++n) sum[m][n] = Factors::multiply_add(left, right[n], sum[m][n]);
     }
   }
   // C is read here and not at first: from sums that were loaded, GCC makes a loop of half the speed for 16 registers.
@@ -34,7 +42,7 @@ inline void product_tile(
 }
 
 // C (+)= A B for `rows` rows and whole vectors of columns: B and C are readable and writable up to a multiple of kLanes.
-template <bool kAdd>
+template <bool kAdd, class Factors = Floats>
 inline void product(
     int64_t rows, int64_t columns, int64_t depth, Left a, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
   // So many rows of B stay in the first-level cache while the rows of A pass.
@@ -42,14 +50,15 @@ inline void product(
   for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {
     const int64_t part = depth - k < kDepth ? depth - k : kDepth;
     in_blocks<kVecs>(vectors(columns), [&](auto n_count, int64_t n) {
-      in_blocks<kRows>(rows, [&](auto m_count, int64_t m) {
+      // Tiles of few columns have more rows: registers enough for all sums that are on their way.
+      in_blocks<n_count() <= kVecs / 2 ? 2 * kRows : kRows>(rows, [&](auto m_count, int64_t m) {
         const Left left{a.data + m * a.row + k * a.depth, a.row, a.depth};
         const float* right = b + k * b_stride + n * kLanes;
         float* to = c + m * c_stride + n * kLanes;
         if (kAdd || k > 0)
-          product_tile<m_count(), n_count(), true>(part, left, right, b_stride, to, c_stride);
+          product_tile<m_count(), n_count(), true, Factors>(part, left, right, b_stride, to, c_stride);
         else
-          product_tile<m_count(), n_count(), false>(part, left, right, b_stride, to, c_stride);
+          product_tile<m_count(), n_count(), false, Factors>(part, left, right, b_stride, to, c_stride);
       });
     });
   }

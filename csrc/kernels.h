@@ -1,5 +1,5 @@
 // Everything that is compiled once for each target: MOPE_TARGET its name, MOPE_LANES floats in a vector, MOPE_VECS vectors in a row
-// of a matrix product's accumulators. No include guard, on purpose; the order of the includes matters.
+// of a matrix product's accumulators, MOPE_PAIRS if it multiplies pairs of bfloat16s. No include guard, on purpose; the order of the includes matters.
 
 namespace mope::MOPE_TARGET {
 namespace {
@@ -8,6 +8,9 @@ using torch::stable::parallel_for;
 
 #include "simd.h"
 #include "gemm.h"
+#if MOPE_PAIRS
+#include "pairs.h"
+#endif
 #include "router.h"
 #include "attention.h"
 #include "mix_prompts.h"
@@ -32,3 +35,4 @@ constexpr Kernels kKernels{
 #undef MOPE_TARGET
 #undef MOPE_LANES
 #undef MOPE_VECS
+#undef MOPE_PAIRS

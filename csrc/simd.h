@@ -35,6 +35,7 @@ inline void store(BFloat16* p, Vec x) {
   std::memcpy(p, &halves, sizeof halves);
 }
 inline Vec splat(float x) { return x - Vec{}; }
+
 // Where a is NaN the result is b.
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 

@@ -40,7 +40,6 @@ def test_disabled():
 
 def test_not_built(monkeypatch, tmp_path):
     monkeypatch.delenv("MOPE_DISABLE_EXTENSION", raising=False)
-    monkeypatch.delenv("MOPE_EXTENSION", raising=False)
     monkeypatch.setattr(_extension, "_candidates", lambda: iter([tmp_path / build.LIBRARY]))
     assert _extension._load() == (False, None, "the C++ extension is not built (mope build)", "")
 
@@ -59,7 +58,6 @@ def test_sources_that_are_not_there_are_no_error_but_a_reason(monkeypatch):
         raise build.BuildError("no C++ sources")
 
     monkeypatch.delenv("MOPE_DISABLE_EXTENSION", raising=False)
-    monkeypatch.delenv("MOPE_EXTENSION", raising=False)
     monkeypatch.setattr(_extension, "LIBRARY", "nothing.so")
     monkeypatch.setattr(_extension, "cached_library", nothing)
     assert _extension._load() == (False, None, "no C++ sources", "")
@@ -97,12 +95,15 @@ for op in ops.OPS:
 """
 
 
+TARGETS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
 @pytest.mark.skipif(not _extension.STATUS.loaded, reason=_extension.STATUS.reason)
-@pytest.mark.parametrize("target", ["portable", "avx2"])
+@pytest.mark.parametrize("target", TARGETS[:-1])
 def test_lesser_instruction_sets(target):
     """The kernels for other processors; those that this one prefers are tested everywhere else."""
-    if target == "avx2" and _extension.STATUS.target == "portable":
-        pytest.skip("this processor has no AVX2")
+    if TARGETS.index(target) >= TARGETS.index(_extension.STATUS.target):
+        pytest.skip(f"the kernels chosen here are those for {_extension.STATUS.target}")
     root = Path(__file__).resolve().parents[2]
     result = subprocess.run(
         [sys.executable, "-c", LESSER_TARGET.format(target=target)],
