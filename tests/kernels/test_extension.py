@@ -40,6 +40,7 @@ def test_disabled():
 
 def test_not_built(monkeypatch, tmp_path):
     monkeypatch.delenv("MOPE_DISABLE_EXTENSION", raising=False)
+    monkeypatch.delenv("MOPE_EXTENSION", raising=False)
     monkeypatch.setattr(_extension, "_candidates", lambda: iter([tmp_path / build.LIBRARY]))
     assert _extension._load() == (False, None, "the C++ extension is not built (mope build)", "")
 
@@ -58,6 +59,7 @@ def test_sources_that_are_not_there_are_no_error_but_a_reason(monkeypatch):
         raise build.BuildError("no C++ sources")
 
     monkeypatch.delenv("MOPE_DISABLE_EXTENSION", raising=False)
+    monkeypatch.delenv("MOPE_EXTENSION", raising=False)
     monkeypatch.setattr(_extension, "LIBRARY", "nothing.so")
     monkeypatch.setattr(_extension, "cached_library", nothing)
     assert _extension._load() == (False, None, "no C++ sources", "")
