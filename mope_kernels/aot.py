@@ -353,7 +353,7 @@ def variants(short: bool = False) -> Iterator[tuple[str, Any]]:
             yield f"{op} {_TYPES[dtype]} {described}", lambda f=launches, d=dtype, o=given: f(d, **o)
     adapter_options: list[dict[str, Any]] = [{"experts": experts} for experts in (1, 3, 8)]
     wide = {"width": 770, "parameters": torch.float32, "gelu": True}
-    adapter_options += [{"experts": 3, **wide, "dropout_p": 0.1}, {"experts": 8, "bottleneck": 64, **wide}]
+    adapter_options += [{"experts": e, "bottleneck": r, **wide, "dropout_p": 0.1} for e, r in ((3, 16), (1, 32), (7, 61), (8, 20))]
     for dtype, adapter in product((torch.bfloat16, torch.float32), adapter_options):
         if short and dtype == torch.float32 and adapter is not adapter_options[1]:
             continue

@@ -79,6 +79,15 @@ def adapter_backward(
         dtype = p_x.dtype.element_ty
         b_grad_hidden = tl.zeros([BM, BR], tl.float32)
         b_grad_weights = tl.zeros([BM, BG], tl.float32)
+        if p_router is not None and GROUPS > 1:
+            # Not beside the products of the groups, where Triton would give every warp all columns of both, to hold and to compute.
+            for start in tl.range(0, D, BD):
+                o_column = start + tl.arange(0, BD)
+                # (BM, BD)
+                b_grad_out = load_rows(p_grad_out, o_row, num_rows, stride_grad_out, o_column, D, EVEN)
+                # (BG, BD)
+                b_bias = load_weight(p_up_bias, o_column, E, BG, D, EVEN).to(dtype)
+                b_grad_weights = tl.dot(b_grad_out, tl.trans(b_bias), b_grad_weights, input_precision=PRECISION)
         for group in tl.range(0, GROUPS):
             b_grad_mixed = tl.zeros([BM, BE * BR], tl.float32)
             for start in tl.range(0, D, BD):
@@ -88,9 +97,9 @@ def adapter_backward(
                 # (BD, BE*BR)
                 b_up = load_up(p_up, o_column, group, D, R, E, BR, BE, EVEN).to(dtype)
                 b_grad_mixed = tl.dot(b_grad_out, b_up, b_grad_mixed, input_precision=PRECISION)
-                if p_router is not None:
-                    # (BG, BD), in one of the groups
-                    b_bias = load_weight(p_up_bias, o_column, tl.where(group == 0, E, 0), BG, D, EVEN).to(dtype)
+                if p_router is not None and GROUPS == 1:
+                    # (BG, BD)
+                    b_bias = load_weight(p_up_bias, o_column, E, BG, D, EVEN).to(dtype)
                     b_grad_weights = tl.dot(b_grad_out, tl.trans(b_bias), b_grad_weights, input_precision=PRECISION)
             # (BM, BE, BR)
             b_by_expert = tl.reshape(b_grad_mixed, [BM, BE, BR])
