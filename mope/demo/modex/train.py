@@ -23,9 +23,10 @@ CONFIG = ModeXConfig.preset("albef", fusion_layer=FUSION_LAYER)
 class Settings(BaseSettings):
     """The learning rates are those of adapters and LayerNorms, of the head alone, and of everything."""
 
-    text_epochs: int = 40
+    vision_epochs: int = 30
+    text_epochs: int = 30
     matching_steps: int = 600
-    rounds: int = 6
+    rounds: int = 4
     head_learning_rate: float = 3e-3
     full_learning_rate: float = 1e-3
 
