@@ -40,7 +40,10 @@ inline void over_vectors(int64_t n, const F& f) {
 inline float sum_up(const Vec (&sum)[kSums]) {
   alignas(64) float lanes[kLanes];
   store(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-  return std::accumulate(lanes, lanes + kLanes, 0.0f);
+  // Halves upon halves: one lane after the other would take longer than the sums of a short row.
+  MOPE_UNROLL for (int half = kLanes / 2; half > 0; half /= 2)
+    MOPE_UNROLL for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 
 // A row that was given, or so many times the same number.
@@ -77,10 +80,11 @@ struct Norm {
     MOPE_SIMD for (int64_t i = 0; i < width; ++i) to[i] = (row[i] - of.mean) * of.inverse_std * scale[i] + shift[i];
   }
 
-  // to = the gradient of a row, from that of its LayerNorm. What it adds to those of weight and bias goes to sums, if they are there.
+  // to = the gradient of a row: what comes through its LayerNorm, from `grad`, and what comes directly, `first` and `second`. What the
+  // row adds to the gradients of weight and bias goes to sums, where they are there.
   void backward(
-      const float* MOPE_RESTRICT row, const float* MOPE_RESTRICT grad, float* MOPE_RESTRICT to, float* MOPE_RESTRICT weight_sum,
-      float* MOPE_RESTRICT bias_sum) const {
+      const float* row, const float* MOPE_RESTRICT grad, const float* MOPE_RESTRICT first, const float* MOPE_RESTRICT second,
+      float* MOPE_RESTRICT to, float* MOPE_RESTRICT weight_sum, float* MOPE_RESTRICT bias_sum) const {
     const Moments of = moments(row);
     const float* MOPE_RESTRICT scale = weight.data;
     if (weight_sum)
@@ -95,13 +99,16 @@ struct Norm {
       along[j] += g * (of.inverse_std * (vec.read(row + i) - splat(of.mean)));
     });
     const float common = sum_up(sum) / width, slope = sum_up(along) / width;
-    MOPE_SIMD for (int64_t i = 0; i < width; ++i)
-      to[i] = of.inverse_std * (grad[i] * scale[i] - common - (row[i] - of.mean) * of.inverse_std * slope);
+    MOPE_SIMD for (int64_t i = 0; i < width; ++i) {
+      const float through = grad[i] * scale[i] - common - (row[i] - of.mean) * of.inverse_std * slope;
+      to[i] = of.inverse_std * through + first[i] + second[i];
+    }
   }
 
   int64_t width;
   float eps;
   RowOr weight, bias;
+  const std::vector<float> zeros = std::vector<float>(width);
 };
 
 // Has f write n floats: where the row of `to` lies if it is of floats, else to `scratch`, from where they go there in its type.
@@ -180,17 +187,14 @@ inline void over_norm_rows(int64_t rows, int64_t width, float* weight, float* bi
   }
 }
 
-// The gradient of a row: what reaches it through its LayerNorm, directly, and from what all rows of an item share. nullptr: nothing.
+// The gradient of a row, from those of its LayerNorm and of its own, and from what all rows of an item share; nullptr: nothing.
 inline void norm_row_backward(
     const Norm& norm, const float* row, const float* grad_normed, const float* grad_total, const float* shared, float* to,
     float* weight_sum, float* bias_sum) {
-  if (grad_normed)
-    norm.backward(row, grad_normed, to, weight_sum, bias_sum);
-  else if (to)
-    std::fill_n(to, norm.width, 0.0f);
-  if (!to) return;
-  if (grad_total) add_scaled(to, 1.0f, grad_total, norm.width);
-  if (shared) add_scaled(to, 1.0f, shared, norm.width);
+  const float *first = grad_total ? grad_total : norm.zeros.data(), *second = shared ? shared : norm.zeros.data();
+  if (grad_normed) return norm.backward(row, grad_normed, first, second, to, weight_sum, bias_sum);
+  if (to)
+    MOPE_SIMD for (int64_t i = 0; i < norm.width; ++i) to[i] = first[i] + second[i];
 }
 
 inline void add_norm_backward(const AddNorm& op, const AddNormBackward& back) {
