@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -163,6 +164,7 @@ class Adapters:
         for name, site in plan.modules.items():
             self._handles.append(model.get_submodule(name).register_forward_hook(_OnOutput(adapts[site.name])))
         setattr(model, _OWNER, self)
+        _forget_compiled_code()
 
     @classmethod
     def of(cls, model: nn.Module) -> Adapters:
@@ -260,6 +262,7 @@ class Adapters:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._requires_grad[name])
         delattr(self.model, _OWNER)
+        _forget_compiled_code()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -369,6 +372,12 @@ def _plan(model: nn.Module, config: ModeXConfig) -> Plan:
         if any(isinstance(hook, _OnOutput | _OnInput) for hook in hooks):
             raise ValueError(f"{type(model).__name__} has adapters attached already, at {name}: detach() them first")
     return find_sites(model, config)
+
+
+def _forget_compiled_code() -> None:
+    """Compiled code does not look whether hooks have come or gone, and would go on without them."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _adapter(site: Site, config: ModeXConfig) -> ExpertAdapter:

@@ -247,6 +247,23 @@ def test_a_compiled_layer_is_one_graph(name):
         torch.testing.assert_close(compiled(x, **calls[-1]), expected[-1], rtol=0, atol=1e-12)
 
 
+def test_code_compiled_before_sees_adapters_come_and_go():
+    # Frozen before and after: there is nothing but hooks to tell.
+    made = model("vit").requires_grad_(False)
+    layer, x = made.layers[0], torch.randn(2, 5, 32, dtype=torch.float64)
+    compiled = torch.compile(layer, backend="eager")
+    with torch.no_grad():
+        before = compiled(x)
+        for _ in range(2):
+            adapters = attach(made, ModeXConfig.preset("vit", train_layer_norms=False))
+            shake(adapters.parameters())
+            adapted = compiled(x)
+            torch.testing.assert_close(adapted, layer(x), rtol=0, atol=1e-12)
+            assert not torch.allclose(adapted, before)
+            adapters.detach()
+            torch.testing.assert_close(compiled(x), before, rtol=0, atol=1e-12)
+
+
 @pytest.mark.slow
 def test_a_graph_that_breaks_within_a_layer_keeps_its_mode():
     made, _ = attached("bert_cross")
