@@ -1,4 +1,4 @@
-"""`expert_adapter` beside a linear layer for each expert, and beside all of it in two products."""
+"""`expert_adapter` beside linear layers for each expert, whole adapters side by side, and all of it in two products."""
 
 
 def test_expert_adapter(measured, case, way):

@@ -92,7 +92,7 @@ def expert_adapter(
 
     Args:
         x: (..., d), floating point.
-        down_weight, down_bias: (r,d), (r,), floating point of any dtype, which all parameters have; rounded to the dtype of x.
+        down_weight, down_bias: (r,d), (r,), floating point of any dtype, that of all parameters; may be rounded to that of x.
         up_weight, up_bias: (E,d,r), (E,d).
         router_weight, router_bias: (E,d), (E,). Without a router there is one expert: the plain adapter.
         temperature: positive.

@@ -113,7 +113,7 @@ def released_adapter(
     router_weight: Tensor | None = None,
     router_bias: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer for each expert; with one expert this is how adapter libraries write theirs."""
+    """A linear layer for each expert."""
     hidden = F.relu(F.linear(x, down_weight, down_bias))
     ups = [F.linear(hidden, weight, bias) for weight, bias in zip(up_weight, up_bias, strict=True)]
     if router_weight is None:
@@ -122,6 +122,23 @@ def released_adapter(
     for e, up in enumerate(ups):
         x = x + weights[..., e, None] * up
     return x
+
+
+def adapters_of_a_library(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    router_weight: Tensor | None = None,
+    router_bias: Tensor | None = None,
+) -> Tensor:
+    """As adapter libraries compose theirs: every expert a whole adapter of its own, and a weighted sum of what they give."""
+    changes = [F.linear(F.relu(F.linear(x, down_weight, down_bias)), *up) for up in zip(up_weight, up_bias, strict=True)]
+    if router_weight is None:
+        return x + changes[0]
+    weights = (F.linear(x, router_weight, router_bias) / 10.0).softmax(-1).to(x.dtype)
+    return x + (weights[..., None] * torch.stack(changes, dim=-2)).sum(-2)
 
 
 def adapter_in_two_products(

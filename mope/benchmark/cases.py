@@ -17,7 +17,7 @@ WAYS = {
     "window_prompt_attention": _ATTENTION,
     "prompted_norm": ("ours", "released", "branchless", "branchless compiled"),
     "gelu_mlp": ("ours", "released", "released compiled"),
-    "expert_adapter": ("ours", "released", "released compiled", "two products", "two products compiled"),
+    "expert_adapter": ("ours", "released", "released compiled", "adapter library", "two products", "two products compiled"),
     "layer": ("ours", "released", "released compiled"),
     "swin_block": ("ours", "released", "released compiled", "released without waiting compiled"),
     "model": ("ours", "ours compiled+graphs", "ours without graphs", *_SWIN_MODEL, "concatenated", "concatenated compiled"),
@@ -148,6 +148,7 @@ _LATER: dict[str, dict[str, list[str]]] = {
             *(f"swin-b-stage{stage}-b16" for stage in ("1", "1-shifted", "2", "2-shifted", "3", "3-shifted", "4")),
         ],
         "prompted_norm": [f"swin-b-stage{stage}-b4" for stage in (1, 2, 4)],
+        "expert_adapter": ["modex-t8k", "plain-t8k"],
     },
     "cuda": {
         "window_prompt_attention": [

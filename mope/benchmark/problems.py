@@ -183,6 +183,7 @@ def _expert_adapter(case: Case, dtype: torch.dtype) -> Problem:
         {
             "ours": one(mope_kernels.expert_adapter),
             "released": one(baselines.released_adapter),
+            "adapter library": one(baselines.adapters_of_a_library),
             "two products": one(baselines.adapter_in_two_products),
         },
         lambda **tensors: reference.expert_adapter(**tensors)[:1],
