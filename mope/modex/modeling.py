@@ -181,7 +181,9 @@ class ModeXForClassification(FusionModel):
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute layers in the backward pass instead of keeping their activations."""
-        self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 6 will know the first name only, older versions the second.
+        enable = getattr(self.encoder, "activation_checkpointing_enable", None) or self.encoder.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
     @property
     def frozen_dtype(self) -> torch.dtype | None:
@@ -291,9 +293,18 @@ class ModeXForClassification(FusionModel):
         Args:
             path: of the folder; made if need be.
             backbones: "reference" keeps name and fingerprint of the encoder, "copy" also the encoder as it was given, in encoder/.
+
+        Raises:
+            ValueError: `backbones` is neither; or more of the encoder trains than the adapters' configuration says.
         """
         if backbones not in ("reference", "copy"):
             raise ValueError(f"save_pretrained: backbones must be 'reference' or 'copy', got {backbones!r}")
+        named = {f"{ENCODER}.{name}" for name in ({} if self.adapters is None else self.adapters.state_dict())}
+        if beside := [n for n in self.trained_state_dict() if n.startswith(f"{ENCODER}.") and n not in named]:
+            raise ValueError(
+                f"{len(beside)} parameters train that the configuration does not name, {beside[0]} among them, and a copy of the "
+                "encoder as it was given would lack them: name their modules in `trained` of ModeXConfig"
+            )
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         with self.weights_as_given():
@@ -345,15 +356,14 @@ class ModeXForClassification(FusionModel):
 
     @torch.no_grad()
     def _load_trained(self, tensors: Mapping[str, Tensor], file: Path) -> None:
-        """Take what trained from the tensors of a file. Parameters of the encoder that are in it train again."""
-        own = {name: p for name, p in self.named_parameters() if p.requires_grad or name in tensors}
+        """Take what trained from the tensors of a file."""
+        own = dict(self.trained_state_dict())
         try:
             check_tensors(tensors, own)
         except ValueError as error:
             raise ValueError(f"{file} does not fit the encoder: {error}") from error
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
-            parameter.requires_grad_(True)
 
 
 def _fuse_albef(

@@ -1,0 +1,244 @@
+"""ModeX as a classifier: what it computes, what trains, and that it comes back from its folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mope.modex import AlbefModel, ModeXConfig, ModeXForClassification
+from tests.modex.tiny import MODELS, shake
+
+CONFIGS = {"albef": ModeXConfig.preset("albef", fusion_layer=1, bottleneck=4), "blip": ModeXConfig.preset("blip", bottleneck=4)}
+NAMES = ("no", "yes", "perhaps")
+
+
+def encoder(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "blip":
+        model = MODELS["blip_retrieval"]()
+    else:
+        vision: Any = MODELS["vit"]()
+        text: Any = MODELS["bert"]()
+        model = AlbefModel.from_encoders(vision, text, fusion_layer=1)
+    # Far from its initialisation, at which the image hardly reaches the text.
+    shake(model.parameters())
+    return model.eval()
+
+
+def classifier(kind: str = "albef", **options: Any) -> ModeXForClassification:
+    model = ModeXForClassification(encoder(kind), CONFIGS[kind], id2label=NAMES, **options).eval()
+    # As if it had been trained.
+    shake(model.trainable_parameters())
+    return model
+
+
+def inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    ids = torch.randint(3, 50, mask.shape, generator=generator) * mask
+    return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator), "input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_head_reads_the_fused_first_token(kind: str) -> None:
+    model, given = classifier(kind), inputs()
+    found = model(**given, labels=torch.tensor([2, 0]))
+    if kind == "albef":
+        states = model.encoder(**given).last_hidden_state
+    else:
+        image = model.encoder.vision_model(given["pixel_values"]).last_hidden_state
+        states = model.encoder.text_encoder(
+            given["input_ids"], given["attention_mask"], encoder_hidden_states=image
+        ).last_hidden_state
+    torch.testing.assert_close(found.features, states[:, 0])
+    hidden = F.relu(states[:, 0] @ model.head[0].weight.mT + model.head[0].bias)
+    logits = hidden @ model.head[2].weight.mT + model.head[2].bias
+    torch.testing.assert_close(found.logits, logits)
+    torch.testing.assert_close(found.loss, F.cross_entropy(logits, torch.tensor([2, 0])))
+    # It looks at the image, and not at padding.
+    other = model(**{**given, "pixel_values": -given["pixel_values"]}).logits
+    assert not torch.allclose(other, found.logits, atol=1e-3)
+    ids = given["input_ids"] + 7 * (1 - given["attention_mask"])
+    torch.testing.assert_close(model(**{**given, "input_ids": ids}).logits, found.logits)
+
+
+def test_first_token_behind_padding_on_the_left() -> None:
+    model, given = classifier(padding_side="left"), inputs()
+    rolled = {**given, **{name: given[name].flip(1) for name in ("input_ids", "attention_mask")}}
+    states = model.encoder(**rolled).last_hidden_state
+    torch.testing.assert_close(model(**rolled).features, torch.stack([states[0, 0], states[1, 2]]))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_trains_gets_a_gradient_and_nothing_else_does(kind: str) -> None:
+    model = classifier(kind)
+    model(**inputs(), labels=torch.tensor([1, 0])).loss.backward()
+    norms = {
+        f"{name}.{p}" for name, module in model.named_modules() if isinstance(module, nn.LayerNorm) for p in ("weight", "bias")
+    }
+    for name, parameter in model.named_parameters():
+        added = any(f".{kind_of_site}." in name for kind_of_site in CONFIGS[kind].sites) or name.startswith("head.")
+        assert parameter.requires_grad == (added or name in norms), name
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert model.modality_of(name) == ("vision" if name.startswith(("encoder.vision.", "encoder.vision_model.")) else "text")
+    assert set(model.trained_state_dict()) == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_without_adapters_only_the_head_trains() -> None:
+    model = ModeXForClassification(encoder("albef"), None, num_labels=2)
+    assert set(model.trained_state_dict()) == {f"head.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")}
+    assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    with pytest.raises(ValueError, match="no adapters"):
+        model.routes()
+
+
+def test_several_labels() -> None:
+    model = classifier(problem_type="multi_label")
+    labels = torch.tensor([[0, 1, 1], [1, 0, 0]])
+    found = model(**inputs(), labels=labels)
+    torch.testing.assert_close(found.loss, F.binary_cross_entropy_with_logits(found.logits, labels.float()))
+    with pytest.raises(ValueError, match=r"labels must be \(2, 3\)"):
+        model(**inputs(), labels=torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_detach_gives_the_encoder_back(kind: str) -> None:
+    before = encoder(kind)
+    model = classifier(kind)
+    model.detach()
+    after = model.encoder.state_dict()
+    assert after.keys() == before.state_dict().keys()
+    assert not [name for name, tensor in before.state_dict().items() if not torch.equal(after[name], tensor)]
+    assert all(parameter.requires_grad for parameter in model.encoder.parameters())
+    with pytest.raises(RuntimeError, match="detached"):
+        model(**inputs())
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_copies_come_back(kind: str, tmp_path: Path) -> None:
+    model = classifier(kind)
+    model.save_pretrained(tmp_path, backbones="copy")
+    loaded = ModeXForClassification.from_pretrained(tmp_path)
+    assert not loaded.training and loaded.config == model.config
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs()).logits, model(**inputs()).logits)
+    # The copy is the encoder as it was given, with its own LayerNorms.
+    loaded.detach()
+    state = loaded.encoder.state_dict()
+    assert not [name for name, tensor in encoder(kind).state_dict().items() if not torch.equal(state[name], tensor)]
+
+
+def test_a_reference_wants_the_encoder_that_it_was(tmp_path: Path) -> None:
+    model = classifier()
+    model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    with pytest.raises(FileNotFoundError, match="came from no file"):
+        ModeXForClassification.from_pretrained(tmp_path)
+    loaded = ModeXForClassification.from_pretrained(tmp_path, model=encoder("albef"))
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs()).logits, model(**inputs()).logits)
+    assert loaded.fingerprints() == model.fingerprints()
+    other = encoder("albef")
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    expected = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="another encoder"):
+        ModeXForClassification.from_pretrained(tmp_path, model=other)
+    # Given back as it was.
+    assert other.state_dict().keys() == expected.keys()
+
+
+def test_modules_that_train_beside_the_adapters_come_back(tmp_path: Path) -> None:
+    config = CONFIGS["albef"].replace(trained=("text.encoder.layer.*.crossattention",))
+    model = ModeXForClassification(encoder("albef"), config, id2label=NAMES).eval()
+    assert "encoder.text.encoder.layer.1.crossattention.self.query.weight" in model.trained_state_dict()
+    shake(model.trainable_parameters())
+    model.save_pretrained(tmp_path, backbones="copy")
+    with torch.no_grad():
+        assert torch.equal(ModeXForClassification.from_pretrained(tmp_path)(**inputs()).logits, model(**inputs()).logits)
+
+
+def test_nothing_that_trains_is_lost(tmp_path: Path) -> None:
+    model = classifier()
+    model.encoder.text.encoder.layer[1].output.dense.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1 parameters train .*layer\.1\.output\.dense\.bias"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        ModeXForClassification.from_pretrained(tmp_path)
+    classifier().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    good = json.loads(file.read_text())
+    for changes, message in (
+        ({"system": "other"}, "not that of a ModeX"),
+        ({"encoder": {}}, "record of the encoder"),
+        ({"id2label": {"0": "a", "2": "b"}}, "must name the classes"),
+        ({"problem_type": "ranking"}, "problem_type must be"),
+        ({"adapters": {**good["adapters"], "unheard_of": 1}}, "unheard_of"),
+        ({"adapters": {**good["adapters"], "bottleneck": 8}}, "does not fit the encoder"),
+        ({"encoder": {**good["encoder"], "class": "BertModel", "source": "somewhere"}}, "no fused encoder"),
+    ):
+        file.write_text(json.dumps({**good, **changes}))
+        given = None if "no fused" in message else encoder("albef")
+        with pytest.raises(ValueError, match=message):
+            ModeXForClassification.from_pretrained(tmp_path, model=given)
+    file.write_text("{")
+    with pytest.raises(ValueError, match="not readable JSON"):
+        ModeXForClassification.from_pretrained(tmp_path)
+
+
+def test_arguments_are_checked() -> None:
+    with pytest.raises(ValueError, match="must be AlbefModel"):
+        ModeXForClassification(MODELS["bert"](), CONFIGS["albef"], 2)
+    with pytest.raises(ValueError, match="give num_labels or id2label"):
+        ModeXForClassification(encoder("albef"), None)
+    with pytest.raises(ValueError, match="num_labels is 2"):
+        ModeXForClassification(encoder("albef"), None, 2, id2label=NAMES)
+    given = inputs()
+    with pytest.raises(ValueError, match="as many texts as images"):
+        classifier()(**{**given, "pixel_values": given["pixel_values"][:1]})
+    with pytest.raises(ValueError, match="pads on the left"):
+        classifier().tokenizer = type("Tokenizer", (), {"padding_side": "left"})()
+
+
+def test_16_bits_and_oneDNN_change_little_and_are_undone() -> None:
+    model, given = classifier(), inputs()
+    with torch.no_grad():
+        plain = model(**given).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            autocast = model(**given).logits
+        model.cast_frozen(torch.bfloat16)
+        assert model.encoder.text.encoder.layer[0].output.dense.weight.dtype == torch.bfloat16
+        assert torch.equal(model(**given).logits, autocast)
+        assert model.fingerprints() == classifier().fingerprints()
+        model.cast_frozen(None)
+        with model.prepacked():
+            torch.testing.assert_close(model(**given).logits, plain)
+        assert torch.equal(model(**given).logits, plain)
+    with pytest.raises(ValueError, match=r"torch\.float16, torch\.bfloat16"):
+        model.cast_frozen(torch.float64)
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = classifier().train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**inputs(), labels=torch.tensor([1, 0])).loss.backward()
+        found.append([p.grad for p in model.trainable_parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
