@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import threading
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from mope.fused.adapter import ExpertAdapter
@@ -130,14 +130,16 @@ class _SetMode:
 class _OriginalNorm:
     """Forward hook of a LayerNorm: its output with the values that it had before it trained, while adapters are disabled."""
 
-    def __init__(self, scope: _Scope, values: dict[str, Tensor]) -> None:
-        self.scope, self.values = scope, values
+    def __init__(self, scope: _Scope, module: nn.Module, values: dict[str, Tensor]) -> None:
+        self.scope, self.original = scope, copy.copy(module)
+        # Of the copy alone; whatever else a subclass holds it shares.
+        self.original._parameters = {
+            name: parameter if parameter is None else nn.Parameter(values[name].to(parameter), requires_grad=False)
+            for name, parameter in module._parameters.items()
+        }
 
-    def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if self.scope not in _THREAD.disabled:
-            return output
-        weight, bias = (value if value is None else value.to(args[0].device) for value in map(self.values.get, ("weight", "bias")))
-        return F.layer_norm(args[0], module.normalized_shape, weight, bias, module.eps)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self.original.forward(*args) if self.scope in _THREAD.disabled else output
 
 
 class Adapters:
@@ -260,7 +262,8 @@ class Adapters:
             parameter.copy_(self._originals[name])
             parameter.grad = None
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._requires_grad[name])
+            # What was added since stays as it is.
+            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
         delattr(self.model, _OWNER)
         _forget_compiled_code()
 
@@ -275,7 +278,7 @@ class Adapters:
             module = self.model.get_submodule(name)
             if isinstance(module, nn.LayerNorm):
                 values = {key: self._originals[f"{name}.{key}"] for key, _ in module.named_parameters(recurse=False)}
-                handles.append(module.register_forward_hook(_OriginalNorm(self._scope, values), prepend=True))
+                handles.append(module.register_forward_hook(_OriginalNorm(self._scope, module, values), prepend=True))
         _THREAD.disabled = before | {self._scope}
         try:
             yield

@@ -403,6 +403,33 @@ def test_disabled_adapters_show_the_model_as_it_was_to_this_thread(name):
     assert hooks(made) == hooked
 
 
+def test_layer_norms_of_their_own_kind_are_shown_as_they_were():
+    """Of a subclass that norms another axis, without an offset, in a model that was moved to another dtype since."""
+
+    class ChannelsFirst(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    made, x = nn.Sequential(ChannelsFirst(8, bias=False), nn.Linear(5, 5)), torch.randn(2, 8, 5, dtype=torch.float64)
+    adapters = attach(made, ModeXConfig(modules={"1": "plain"}))
+    made.double()
+    expected = made(x)
+    shake(adapters.parameters())
+    assert not torch.allclose(made(x), expected)
+    with adapters.disabled():
+        assert torch.equal(made(x), expected)
+
+
+def test_what_was_added_since_survives_detach():
+    made = model("vit")
+    adapters = attach(made, CONFIGS["vit"])
+    made.head = nn.Linear(32, 2)
+    made.head.bias.requires_grad_(False)
+    adapters.detach()
+    assert [p.requires_grad for p in made.head.parameters()] == [True, False]
+    assert all(p.requires_grad for name, p in made.named_parameters() if not name.startswith("head"))
+
+
 class Block(nn.Module):
     """Modules of every sort: in a container, in containers only, with several outputs."""
 
