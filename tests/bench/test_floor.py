@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import mope_kernels
 from bench import floor
 from mope.benchmark import shapes
+from mope.fused import prepack
 
 
 def ledger_of(function, *inputs, backward: bool = False) -> dict[str, floor.Share]:
@@ -59,8 +60,16 @@ def test_attention_with_prompts():
     assert found["attention"].floor == 4 * query.numel() * (5 + 3)
 
 
+def test_the_speed_of_a_product_is_the_faster_one(monkeypatch):
+    monkeypatch.setattr(floor, "sample", lambda clock, once, seconds: ([once() is None or 1.0], []))
+    plain = {"float32": 1.0, "bfloat16": 1e30}
+    found = floor.products(floor.Clock.of(torch.device("cpu")), plain)
+    assert found["float32"] == (2 * 1024**3 if prepack.available(torch.float32) else 1.0) and found["bfloat16"] == 1e30
+
+
 def test_a_small_model_from_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(floor.Ceilings, "measure", lambda device, dtypes: floor.Ceilings(1e9, {"float32": 1e9, "bfloat16": 2e9}))
+    monkeypatch.setattr(floor, "products", lambda clock, plain: plain)
     floor.main(["--tiny", "--out", str(tmp_path)])
     record = json.loads((tmp_path / "floor-dry.json").read_text())
     (inference, half, training), printed = record["cases"], capsys.readouterr().out
