@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import apply_chunking_to_forward
 
-from mope.fused import FrozenAttention, MoPEAttention
+from mope.fused import ExpertAdapter, FrozenAttention, MoPEAttention
 from mope_kernels import Routing
 
 from .feed_forward import add_then_norm, is_untouched, linear_gelu_linear, norm_and_mlp
@@ -370,6 +370,10 @@ def attach(backbone: nn.Module, layers: Sequence[int] | None = None, *, finetune
     if any(isinstance(block, PromptedLayer) for block in blocks):
         raise ValueError(
             f"{type(backbone).__name__} has prompts attached already: detach() them first, or give each model its own copy"
+        )
+    if any(isinstance(getattr(block, kind, None), ExpertAdapter) for block in blocks for kind in ("visual_msa", "textual_msa")):
+        raise ValueError(
+            f"{type(backbone).__name__} has ModeX adapters attached, which prompted attention would skip: detach() them first"
         )
     layers = range(len(blocks)) if layers is None else layers
     if any(not 0 <= i < len(blocks) for i in layers):

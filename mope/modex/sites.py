@@ -111,6 +111,10 @@ def find_sites(model: nn.Module, config: ModeXConfig) -> Plan:
     kinds = set()
     for name, layout in layers.items():
         layer = modules[name]
+        if type(modules.get(name.rpartition(".")[0])).__name__ == "PromptedLayer":
+            raise ValueError(
+                f"{type(model).__name__} has prompts attached, which would run {name} without its adapters: detach() them first"
+            )
         offered = {f"{layout.modality}_msa", f"{layout.modality}_ffn", *(("cross_msa", "cross_ffn") if has_cross(layer) else ())}
         kinds |= offered
         norm: Any = layer.get_submodule(layout.norm)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from mope.fused.adapter import ExpertAdapter
+from mope.models import attach as attach_prompts
 from mope.modex import Adapters, ModeXConfig, attach
 
 from .tiny import BATCH, CONFIGS, MODELS, TOKENS, attached, inputs, model, output, shake
@@ -536,6 +537,21 @@ def test_twice_is_refused_in_any_part():
     attach(made.vision_model, ModeXConfig.preset("vit"))
     with pytest.raises(ValueError, match=message):
         attach(made, ModeXConfig.preset("clip"))
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_prompts_and_adapters_do_not_share_layers(name):
+    """Prompted layers call the parts of a layer themselves: adapters there would be skipped in silence."""
+    made = model(name)
+    adapters = attach(made, CONFIGS[name])
+    with pytest.raises(ValueError, match="has ModeX adapters attached, which prompted attention would skip"):
+        attach_prompts(made)
+    adapters.detach()
+    prompts = attach_prompts(made)
+    with pytest.raises(ValueError, match="Model has prompts attached"):
+        attach(made, CONFIGS[name])
+    prompts.detach()
+    attach(made, CONFIGS[name])
 
 
 @pytest.mark.parametrize(
