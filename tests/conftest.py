@@ -5,8 +5,13 @@ import os
 import pytest
 import torch
 
+from mope_kernels.impl import interpreting
+from tests.interpreter import patch_once_per_launch
+
 torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if interpreting():
+    patch_once_per_launch()
 
 
 @pytest.fixture(autouse=True)
