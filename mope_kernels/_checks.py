@@ -92,6 +92,11 @@ def first_derivative_only(op: str) -> None:
         )
 
 
+def any_needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see what is made of these tensors. Where not, a raw op is called as it is, which is quicker."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def debugging() -> bool:
     """Whether checks that make the host wait for the device are asked for."""
     return os.environ.get("MOPE_DEBUG", "") not in ("", "0")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, first_derivative_only
+from ._checks import Arguments, any_needs_gradient, first_derivative_only
 from .impl import Operation, extension_check, reference_check, triton_check
 from .norm_details import _launch as _launch
 
@@ -157,5 +157,9 @@ def add_norm(
         return reference.add_norm(x, update, weight, bias, eps=eps, norm_dtype=norm_dtype)
     if norm_dtype is None:
         norm_dtype = x.dtype if update is None else torch.promote_types(x.dtype, update.dtype)
-    total, normed = AddNormFunction.apply(f"mope_{implementation}", eps, norm_dtype, x, update, weight, bias)
+    namespace = f"mope_{implementation}"
+    if any_needs_gradient(x, update, weight, bias):
+        total, normed = AddNormFunction.apply(namespace, eps, norm_dtype, x, update, weight, bias)
+    else:
+        total, normed = getattr(torch.ops, namespace).add_norm.default(x, update, weight, bias, eps, norm_dtype)
     return x if update is None else total, normed

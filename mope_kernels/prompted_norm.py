@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, first_derivative_only, last_dim_contiguous
+from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
 from ._ops import PROMPTED_NORM_GRADIENTS
 from .impl import Check, Operation, reference_check
 from .norm import cpu_norm_check, triton_norm_check
@@ -234,11 +234,12 @@ def prompted_norm(
         norm_dtype = x.dtype if update is None else torch.promote_types(x.dtype, update.dtype)
     given = (None, None) if routing is None else (routing.weights, routing.indices.long())
     inputs = (x, update, weight, bias, *tensors.values(), *given, None if noise is None else noise.detach())
-    total, normed, probs, weights, indices = PromptedNormFunction.apply(
-        f"mope_{implementation}",
-        _Options(num_replaced, top_k or 0, temperature, renormalize, eps, norm_dtype),
-        *(None if t is None else last_dim_contiguous(t) for t in inputs),
-    )
+    namespace, options = f"mope_{implementation}", _Options(num_replaced, top_k or 0, temperature, renormalize, eps, norm_dtype)
+    laid_out = [None if t is None else last_dim_contiguous(t) for t in inputs]
+    if any_needs_gradient(*laid_out):
+        total, normed, probs, weights, indices = PromptedNormFunction.apply(namespace, options, *laid_out)
+    else:
+        total, normed, probs, weights, indices, _ = getattr(torch.ops, namespace).prompted_norm.default(*laid_out, *options, False)
     if experts is None or routing is not None:
         return total, normed, routing
     return total, normed, Routing(probs if top_k is None else weights, indices, probs)
