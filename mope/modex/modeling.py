@@ -26,7 +26,7 @@ from mope.models.precision import HALF, CastWeights
 from mope.models.saving import CONFIG, DTYPES, WEIGHTS, read_tensors
 
 from .albef import AlbefModel
-from .attaching import Adapters, attach
+from .attaching import attach
 from .configuration import ModeXConfig
 from .saving import check_tensors
 
@@ -252,7 +252,7 @@ class ModeXForClassification(FusionModel):
             ValueError: images and texts differ in number, or labels are of another shape.
             RuntimeError: the adapters were detached.
         """
-        if self.adapters is not None and not is_attached(self.adapters):
+        if self.adapters is not None and not self.adapters.attached:
             raise RuntimeError("the adapters of this model were detached: make a new model")
         if len(pixel_values) != len(input_ids):
             raise ValueError(f"as many texts as images are needed, got {len(input_ids)} and {len(pixel_values)}")
@@ -401,14 +401,6 @@ def _parts(model: nn.Module) -> dict[str, str]:
     if name == "AlbefModel":
         return {"vision": "vision", "text": "text"}
     return {"vision": "vision_model", "text": "text_encoder"}
-
-
-def is_attached(adapters: Adapters) -> bool:
-    """Whether a model still has these adapters."""
-    try:
-        return Adapters.of(adapters.model) is adapters
-    except ValueError:
-        return False
 
 
 def encoder_class(name: str) -> Any:

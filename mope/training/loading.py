@@ -140,7 +140,8 @@ def new_modex_model(
         raise ValueError("--system modex needs --model NAME_OR_FOLDER of a fused model, or both --vision and --text")
     if wrong := sorted(set(fields) - set(ModeXConfig.__dataclass_fields__)):
         raise ValueError(f"ModeXConfig has no {', '.join(wrong)}; it has {', '.join(ModeXConfig.__dataclass_fields__)}")
-    fused = load_fused(model) if model else _join(vision or "", text or "")
+    # LayerNorms train: in the 16 bits in which many models are stored they would lose most updates.
+    fused = (load_fused(model) if model else _join(vision or "", text or "")).float()
     albef = isinstance(fused, AlbefModel)
     layers = {"fusion_layer": fused.config.fusion_layer} if isinstance(fused, AlbefModel) else {}
     new: dict[str, Any] = {} if model else {"trained": ("text.encoder.layer.*.crossattention",)}

@@ -24,7 +24,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_encoders(write_data(tmp_path_factory.mktemp("data")))
     encoders: Any = backbone("vit", torch.float32), backbone("bert", torch.float32)
     fused = AlbefModel.from_encoders(*encoders, fusion_layer=1)
-    for part in (fused, image_processor(), tokenizer()):
+    for part in (fused.half(), image_processor(), tokenizer()):
         part.save_pretrained(folder / "fused")
     return folder
 
@@ -58,6 +58,8 @@ def test_a_fused_model_stays_frozen(data: Path) -> None:
     assert model.config.adapters == ModeXConfig.preset("albef", fusion_layer=1, bottleneck=4)
     assert not any("attention.self" in name for name in model.trained_state_dict())
     assert model.tokenizer is not None and model.image_processor is not None
+    # Stored in 16 bits, and LayerNorms train.
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
     # What trains in the image's layers learns at --vision-lr, all else at --text-lr.
     groups = {modality: {id(p) for p in parameters} for modality, parameters in parameters_by_modality(model).items()}
     for name, parameter in model.named_parameters():
