@@ -124,10 +124,43 @@ inline Input<2> block_of(
   return {scratch, {size.d_padded}};
 }
 
+// How many steps of a product a depth takes.
+template <class Factors>
+inline int64_t steps(int64_t depth) {
+  return (depth + Factors::kDepth - 1) / Factors::kDepth;
+}
+
+// Floats as factors: `count` rows of n numbers of a left one, where they lie or in `scratch`; and, in their place, the rows of either
+// that are multiplied row by row.
+inline Left left_factor(Floats, Input<2> rows, int64_t, int64_t, float*) { return {rows.data, rows.stride[0], 1}; }
+inline void factor_in_place(Floats, float*, int64_t, int64_t) {}
+#if MOPE_PAIRS
+inline Left left_factor(Pairs, Input<2> rows, int64_t count, int64_t n, float* scratch) {
+  const int64_t width = steps<Pairs>(n);
+  for (int64_t i = 0; i < count; ++i) {
+    BFloat16* to = reinterpret_cast<BFloat16*>(scratch + i * width);
+    if (n % 2) to[n] = {};
+    convert(rows.row(i), n, to);
+  }
+  return {scratch, width, 1};
+}
+inline void factor_in_place(Pairs, float* rows, int64_t count, int64_t width) {
+  for (int64_t i = 0; i < count; i += 2)
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const Vec second = i + 1 < count ? load(rows + (i + 1) * width + c) : splat(0.0f);
+      store(rows + i / 2 * width + c, Pairs::join(load(rows + i * width + c), second));
+    }
+}
+#endif
+
 // What is before the mixture, for `count` rows x: `inner` gets [down | weights], `mixed` what mix_row gives.
+template <class Factors>
 inline void mix_rows(
-    const ExpertAdapter& op, const AdapterSizes& size, const float* down, Input<2> x, int64_t count, float* inner, float* mixed) {
-  product<false>(count, op.r, op.d, {x.data, x.stride[0], 1}, down, size.in_padded, inner, size.in_padded);
+    const ExpertAdapter& op, const AdapterSizes& size, const float* down, Input<2> x, int64_t count, float* left, float* inner,
+    float* mixed) {
+  product<false, Factors>(
+      count, op.r, steps<Factors>(op.d), left_factor(Factors(), x, count, op.d, left), down, size.in_padded, inner,
+      size.in_padded);
   if (op.router_weight) dots(count, op.E, op.d, x, {op.router_weight, {op.d}}, inner + op.r, size.in_padded);
   for (int64_t i = 0; i < count; ++i) {
     route_row(op, inner + i * size.in_padded);
@@ -136,17 +169,17 @@ inline void mix_rows(
 }
 
 // The product is summed by itself: it may be small beside the residual.
-template <int kM, int kN, class T>
+template <class Factors, int kM, int kN, class T>
 inline void residual_tile(int64_t depth, Left a, const float* b, int64_t b_stride, Input<2> residual, View<T, 2> to) {
   Vec sum[kM][kN];
   MOPE_UNROLL for (int m = 0; m < kM; ++m)
     MOPE_UNROLL for (int n = 0; n < kN; ++n) sum[m][n] = splat(0.0f);
   for (int64_t k = 0; k < depth; ++k, b += b_stride) {
-    Vec right[kN];
-    MOPE_UNROLL for (int n = 0; n < kN; ++n) right[n] = load(b + n * kLanes);
+    decltype(Factors::right(b)) right[kN];
+    MOPE_UNROLL for (int n = 0; n < kN; ++n) right[n] = Factors::right(b + n * kLanes);
     MOPE_UNROLL for (int m = 0; m < kM; ++m) {
-      const float left = a.data[m * a.row + k * a.depth];
-      MOPE_UNROLL for (int n = 0; n < kN; ++n) sum[m][n] += left * right[n];
+      const auto left = Factors::left(a.data + m * a.row + k * a.depth);
+      MOPE_UNROLL for (int n = 0; n < kN; ++n) sum[m][n] = Factors::multiply_add(left, right[n], sum[m][n]);
     }
   }
   MOPE_UNROLL for (int m = 0; m < kM; ++m)
@@ -154,56 +187,69 @@ inline void residual_tile(int64_t depth, Left a, const float* b, int64_t b_strid
 }
 
 // to = residual + left right, for `count` rows of whole vectors.
-template <class T>
+template <class Factors, class T>
 inline void add_product(
     const AdapterSizes& size, int64_t count, int64_t depth, Left left, const float* right, Input<2> residual, View<T, 2> to) {
   in_blocks<kVecs>(size.d_padded / kLanes, [&](auto n_count, int64_t n) {
     in_blocks<kRows>(count, [&](auto m_count, int64_t m) {
       const int64_t column = n * kLanes;
       const Input<2> add{residual.row(m) + column, {residual.stride[0]}};
-      residual_tile<m_count(), n_count()>(
-          depth, {left.data + m * left.row, left.row, left.depth}, right + column, size.d_padded, add,
+      residual_tile<Factors, m_count(), n_count()>(
+          steps<Factors>(depth), {left.data + m * left.row, left.row, left.depth}, right + column, size.d_padded, add,
           View<T, 2>{to.row(m) + column, {to.stride[0]}});
     });
   });
 }
 
 // The same from row `first` of `to` on. Rows that are no whole vectors are made in `scratch`.
+template <class Factors>
 inline void add_product(
     const ExpertAdapter& op, const AdapterSizes& size, int64_t first, int64_t count, int64_t depth, Left left, const float* right,
     Input<2> residual, float* scratch, const AnyOutput<2>& to) {
   to.visit([&](auto view) {
     if (op.d == size.d_padded) {
       view.data = view.row(first);
-      add_product(size, count, depth, left, right, residual, view);
+      add_product<Factors>(size, count, depth, left, right, residual, view);
     } else {
-      add_product(size, count, depth, left, right, residual, Output<2>{scratch, {size.d_padded}});
+      add_product<Factors>(size, count, depth, left, right, residual, Output<2>{scratch, {size.d_padded}});
       for (int64_t i = 0; i < count; ++i) convert(scratch + i * size.d_padded, op.d, view.row(first + i));
     }
   });
 }
 
-inline void expert_adapter(const ExpertAdapter& op, AnyOutput<2> out, float* weights) {
+template <class Factors>
+inline void adapt(const ExpertAdapter& op, AnyOutput<2> out, float* weights) {
   const AdapterSizes size(op);
   std::vector<float> down(op.d * size.in_padded), up(size.out * size.d_padded);
   pack_down(op, size, down.data());
+  factor_in_place(Factors(), down.data(), op.d, size.in_padded);
   pack_up(op, size, up.data());
+  factor_in_place(Factors(), up.data(), size.out, size.d_padded);
   parallel_for(0, (op.T + kAdapterRows - 1) / kAdapterRows, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(kAdapterRows * (size.in_padded + size.out_padded + 2 * size.d_padded));
+    Scratch scratch(kAdapterRows * (size.in_padded + 2 * size.out_padded + 3 * size.d_padded));
     float* inner = scratch.take(kAdapterRows * size.in_padded);
     float* mixed = scratch.take(kAdapterRows * size.out_padded);
     float* rows_of_x = scratch.take(kAdapterRows * size.d_padded);
     float* rows = scratch.take(kAdapterRows * size.d_padded);
+    float* left = scratch.take(kAdapterRows * std::max(size.d_padded, size.out_padded));
     for (int64_t first = begin * kAdapterRows; first < std::min(end * kAdapterRows, op.T); first += kAdapterRows) {
       const int64_t count = std::min(kAdapterRows, op.T - first);
       const Input<2> x = block_of(op, size, op.x, first, count, rows_of_x);
-      mix_rows(op, size, down.data(), x, count, inner, mixed);
+      mix_rows<Factors>(op, size, down.data(), x, count, left, inner, mixed);
       if (weights)
         for (int64_t i = 0; i < count; ++i)
           std::copy_n(mixed + i * size.out_padded + size.hidden, op.E, weights + (first + i) * op.E);
-      add_product(op, size, first, count, size.out, {mixed, size.out_padded, 1}, up.data(), x, rows, out);
+      const Left factor = left_factor(Factors(), {mixed, {size.out_padded}}, count, size.out, left);
+      add_product<Factors>(op, size, first, count, size.out, factor, up.data(), x, rows, out);
     }
   });
+}
+
+inline void expert_adapter(const ExpertAdapter& op, AnyOutput<2> out, float* weights) {
+#if MOPE_PAIRS
+  if (op.x.is_bfloat16) return adapt<Pairs>(op, out, weights);
+#endif
+  adapt<Floats>(op, out, weights);
 }
 
 // The gradients of [down | logits] in a row, from that of the mixed row and of the weights.
@@ -230,7 +276,8 @@ inline void mix_row_backward(
   for (int64_t e = 0; e < op.E; ++e) grad_logits[e] = weights[e] * (grad_logits[e] - mean) / op.temperature;
 }
 
-inline void expert_adapter_backward(const ExpertAdapter& op, const ExpertAdapterBackward& back) {
+template <class Factors>
+inline void adapt_backward(const ExpertAdapter& op, const ExpertAdapterBackward& back) {
   const AdapterSizes size(op);
   // Which rows of the second matrix, and of the first, get a gradient: (out, d) and (in, d).
   const int64_t up_begin = back.up_weight ? 0 : size.hidden, up_end = back.up_bias ? size.out : size.hidden;
@@ -239,8 +286,15 @@ inline void expert_adapter_backward(const ExpertAdapter& op, const ExpertAdapter
   std::vector<float> down(op.d * size.in_padded), up(need_inner ? op.d * size.out_padded : 0);
   std::vector<float> to_x(back.x ? size.in * size.d_padded : 0);
   pack_down(op, size, down.data());
-  if (need_inner) pack_up_back(op, size, up.data());
-  if (back.x) pack_back(op, size, to_x.data());
+  factor_in_place(Factors(), down.data(), op.d, size.in_padded);
+  if (need_inner) {
+    pack_up_back(op, size, up.data());
+    factor_in_place(Factors(), up.data(), op.d, size.out_padded);
+  }
+  if (back.x) {
+    pack_back(op, size, to_x.data());
+    factor_in_place(Factors(), to_x.data(), size.in, size.d_padded);
+  }
 
   const int64_t blocks = (op.T + kAdapterRows - 1) / kAdapterRows;
   const int64_t blocks_of_chunk = std::max(kAdapterChunk / kAdapterRows, (blocks + kAdapterChunks - 1) / kAdapterChunks);
@@ -251,7 +305,7 @@ inline void expert_adapter_backward(const ExpertAdapter& op, const ExpertAdapter
   std::vector<float> parts(chunks * part_size);
 
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(kAdapterRows * (2 * size.in_padded + 2 * size.out_padded + 3 * size.d_padded));
+    Scratch scratch(kAdapterRows * (3 * size.in_padded + 2 * size.out_padded + 4 * size.d_padded));
     float* inner = scratch.take(kAdapterRows * size.in_padded);
     float* grad_inner = scratch.take(kAdapterRows * size.in_padded);
     float* mixed = scratch.take(kAdapterRows * size.out_padded);
@@ -259,33 +313,46 @@ inline void expert_adapter_backward(const ExpertAdapter& op, const ExpertAdapter
     float* rows_of_x = scratch.take(kAdapterRows * size.d_padded);
     float* rows_of_grad = scratch.take(kAdapterRows * size.d_padded);
     float* rows = scratch.take(kAdapterRows * size.d_padded);
+    float* left = scratch.take(kAdapterRows * std::max(size.d_padded, size.in_padded));
     for (int64_t block = begin * blocks_of_chunk; block < std::min(end * blocks_of_chunk, blocks); ++block) {
       const int64_t first = block * kAdapterRows, count = std::min(kAdapterRows, op.T - first);
       float* grad_up = parts.data() + block / blocks_of_chunk * part_size;
       float *grad_in = grad_up + up_size, *grad_biases = grad_in + in_size;
       const Input<2> x = block_of(op, size, op.x, first, count, rows_of_x);
       const Input<2> grad_out = block_of(op, size, back.grad_out, first, count, rows_of_grad);
-      mix_rows(op, size, down.data(), x, count, inner, mixed);
-      if (up_begin < up_end)
-        product<true>(
-            up_end - up_begin, op.d, count, {mixed + up_begin, 1, size.out_padded}, grad_out.data, grad_out.stride[0],
-            grad_up + up_begin * size.d_padded, size.d_padded);
-      if (!need_inner) continue;
-      const Left left{grad_out.data, grad_out.stride[0], 1};
-      product<false>(count, size.hidden, op.d, left, up.data(), size.out_padded, grad_mixed, size.out_padded);
-      if (op.router_weight) dots(count, op.E, op.d, grad_out, {op.up_bias, {op.d}}, grad_mixed + size.hidden, size.out_padded);
-      for (int64_t i = 0; i < count; ++i) {
+      mix_rows<Factors>(op, size, down.data(), x, count, left, inner, mixed);
+      if (need_inner) {
+        product<false, Factors>(
+            count, size.hidden, steps<Factors>(op.d), left_factor(Factors(), grad_out, count, op.d, left), up.data(),
+            size.out_padded, grad_mixed, size.out_padded);
+        if (op.router_weight)
+          dots(count, op.E, op.d, grad_out, {op.up_bias, {op.d}}, grad_mixed + size.hidden, size.out_padded);
+      }
+      for (int64_t i = 0; need_inner && i < count; ++i) {
         float* grad = grad_inner + i * size.in_padded;
         const float* grad_weights = back.grad_weights ? back.grad_weights + (first + i) * op.E : nullptr;
         mix_row_backward(op, inner + i * size.in_padded, grad_mixed + i * size.out_padded, grad_weights, grad);
         add_scaled(grad_biases, 1.0f, grad, size.in);
       }
-      if (in_begin < in_end)
-        product<true>(
-            in_end - in_begin, op.d, count, {grad_inner + in_begin, 1, size.in_padded}, x.data, x.stride[0],
+      if (back.x) {
+        const Left factor = left_factor(Factors(), {grad_inner, {size.in_padded}}, count, size.in, left);
+        add_product<Factors>(op, size, first, count, size.in, factor, to_x.data(), grad_out, rows, back.x);
+      }
+      // Pairs take the place of the rows, of which nobody needs the floats any more: those of bfloat16s are copies.
+      if (in_begin < in_end) {
+        factor_in_place(Factors(), grad_inner, count, size.in_padded);
+        factor_in_place(Factors(), rows_of_x, count, size.d_padded);
+        product<true, Factors>(
+            in_end - in_begin, op.d, steps<Factors>(count), {grad_inner + in_begin, 1, size.in_padded}, x.data, x.stride[0],
             grad_in + in_begin * size.d_padded, size.d_padded);
-      if (back.x)
-        add_product(op, size, first, count, size.in, {grad_inner, size.in_padded, 1}, to_x.data(), grad_out, rows, back.x);
+      }
+      if (up_begin < up_end) {
+        factor_in_place(Factors(), mixed, count, size.out_padded);
+        factor_in_place(Factors(), rows_of_grad, count, size.d_padded);
+        product<true, Factors>(
+            up_end - up_begin, op.d, steps<Factors>(count), {mixed + up_begin, 1, size.out_padded}, grad_out.data,
+            grad_out.stride[0], grad_up + up_begin * size.d_padded, size.d_padded);
+      }
     }
   });
 
@@ -313,4 +380,11 @@ inline void expert_adapter_backward(const ExpertAdapter& op, const ExpertAdapter
   });
   if (back.down_bias) sum_row(up_size + in_size, op.r, back.down_bias);
   if (back.router_bias) sum_row(up_size + in_size + op.r, op.E, back.router_bias);
+}
+
+inline void expert_adapter_backward(const ExpertAdapter& op, const ExpertAdapterBackward& back) {
+#if MOPE_PAIRS
+  if (op.x.is_bfloat16 && back.grad_out.is_bfloat16) return adapt_backward<Pairs>(op, back);
+#endif
+  adapt_backward<Floats>(op, back);
 }
