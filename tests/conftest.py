@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from mope_kernels.impl import interpreting
-from tests.interpreter import patch_once_per_launch
+from tests.interpreter import leave_out_needless_work
 
 torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if interpreting():
-    patch_once_per_launch()
+    leave_out_needless_work()
 
 
 @pytest.fixture(autouse=True)
