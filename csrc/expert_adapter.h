@@ -130,8 +130,8 @@ inline int64_t steps(int64_t depth) {
   return (depth + Factors::kDepth - 1) / Factors::kDepth;
 }
 
-// Floats as factors: `count` rows of n numbers of a left one, where they lie or in `scratch`; and, in their place, the rows of either
-// that are multiplied row by row.
+// Floats as factors: `count` rows of n numbers of a left one, where they lie or in `scratch`; and, in their place, rows of either that
+// are multiplied row by row.
 inline Left left_factor(Floats, Input<2> rows, int64_t, int64_t, float*) { return {rows.data, rows.stride[0], 1}; }
 inline void factor_in_place(Floats, float*, int64_t, int64_t) {}
 #if MOPE_PAIRS
