@@ -62,7 +62,8 @@ def accelerate(model: nn.Module, *, mode: str = "reference", prepack: bool = Tru
         mode: "reference" repeats the released order of windows, in which items of a batch share prompts; "instance" gives each
             image its own. For one image they agree.
         prepack: on a CPU, keep copies of the weights that are frozen when a module is first called, in the order that oneDNN
-            multiplies fastest: as much memory again, twice as much in training.
+            multiplies fastest: as much memory again, twice as much in training. As of a table, what is written to them through
+            `.data` is not noticed.
 
     Returns:
         The handle whose `undo()` restores the model. It also says what computes as before.
