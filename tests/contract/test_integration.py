@@ -51,7 +51,7 @@ def test_autocast_around_backward_changes_nothing(op, impl):
 @every("reference", "cpu", "triton")
 def test_dtypes_of_results(op, impl):
     """Outputs in the dtype of the input, statistics in float32, gradients in the dtype of what they belong to."""
-    dtype = torch.float32 if impl == "cpu" else torch.float16
+    dtype = torch.bfloat16 if impl == "cpu" else torch.float16
     tensors, options = op.draw(dtype, impl)
     outputs = op.run(impl, options, tensors)
     statistics = {

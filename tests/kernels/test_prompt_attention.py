@@ -17,10 +17,10 @@ from .numerics import DEVICE, check, dtypes_of, implementations
 NAMES = " ".join(PROMPT_ATTENTION_GRADIENTS)
 
 
-@implementations("sdpa", "triton")
+@implementations("cpu", "sdpa", "triton")
 @pytest.mark.parametrize("shared", [{}, {"shared": True}], ids=["own", "shared"])
 def test_prompts_of_another_dtype(impl, shared):
-    tensors, options = PROMPT_ATTENTION.draw(torch.float16, impl, **shared)
+    tensors, options = PROMPT_ATTENTION.draw(torch.bfloat16 if impl == "cpu" else torch.float16, impl, **shared)
     tensors |= {name: tensors[name].float() for name in ("prompt_key", "prompt_value")}
     check(
         lambda **t: (mope_kernels.prompt_attention(**t, **options, impl=impl),),
@@ -28,6 +28,33 @@ def test_prompts_of_another_dtype(impl, shared):
         tensors,
         grads_for=NAMES,
     )
+
+
+@implementations("cpu")
+@pytest.mark.parametrize("width", [16, 37])
+def test_rounds_to_bfloat16_as_torch_does(impl, width):
+    """With one prompt alone the output is its value: to nearest, ties to even, NaN and infinities as they are, in tails too."""
+    # Halfway between two neighbours, a little beside it, and what carries into the exponent, each with either sign.
+    bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF, 0x3FFF8000, 0x7F7FFFFF, 0x7F800000], dtype=torch.int32)
+    special = torch.cat([bits.view(torch.float32), -bits.view(torch.float32), torch.tensor([math.nan])])
+    value = special.repeat(width).view(-1, 1, 1, width)
+    nothing = torch.zeros(len(value), 1, 1, width, dtype=torch.bfloat16)
+    out = mope_kernels.prompt_attention(nothing, nothing[:, :, :0], nothing[:, :, :0], nothing, value, impl=impl)
+    torch.testing.assert_close(out, value.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@implementations("cpu", "triton")
+def test_prompts_alone_are_as_accurate(impl):
+    """Where nothing else needs a gradient, the kernels look at the prompts only, and use the output, which is rounded."""
+    for dtype in dtypes_of(impl):
+        draws = [PROMPT_ATTENTION.draw(dtype, impl) for _ in range(4)]
+        options = draws[0][1]
+        check(
+            lambda options=options, **t: (mope_kernels.prompt_attention(**t, **options, impl=impl),),
+            lambda options=options, **t: (reference.prompt_attention(**t, **options),),
+            *(tensors for tensors, _ in draws),
+            grads_for="prompt_key prompt_value",
+        )
 
 
 @implementations("reference", "triton")
