@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import ViTImageProcessorPil
 
 from mope import cli
 from mope.modex import AlbefModel, ModeXConfig, ModeXForClassification
-from mope.training import Recipe, TrainingRun
+from mope.training import Recipe, TrainingRun, evaluate
 from mope.training.loading import load_fused, new_modex_model
 from mope.training.trainer import parameters_by_modality
 from tests.models.tiny import backbone
+from tests.modex.tiny import MODELS
 from tests.training.brightness import image_processor, read_splits, tokenizer, write_data, write_encoders
 
 
@@ -65,6 +67,21 @@ def test_a_fused_model_stays_frozen(data: Path) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert id(parameter) in groups["vision" if name.startswith("encoder.vision.") else "text"], name
+
+
+def test_blip_trains(data: Path, tmp_path: Path) -> None:
+    blip: Any = MODELS["blip_retrieval"]()
+    blip.save_pretrained(tmp_path / "blip")
+    splits = read_splits(data)
+    for part in (tokenizer(), ViTImageProcessorPil(size={"height": 8, "width": 8})):
+        part.save_pretrained(tmp_path / "blip")
+    model = new_modex_model(splits["train"], model=str(tmp_path / "blip"), fields={"bottleneck": 4})
+    assert model.config.adapters == ModeXConfig.preset("blip", bottleneck=4)
+    recipe = Recipe(epochs=1, batch_size=11, vision_lr=1e-2, text_lr=1e-2)
+    result = TrainingRun(model, splits, recipe, tmp_path / "out", device="cpu", progress=False).train()
+    # Loaded again by the name of its folder.
+    saved = ModeXForClassification.from_pretrained(tmp_path / "out" / "model")
+    assert evaluate(saved, splits["test"])["loss"] == pytest.approx(result["test"]["loss"])
 
 
 def test_a_resumed_run_is_the_same(data: Path, tmp_path: Path) -> None:
