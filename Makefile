@@ -71,6 +71,7 @@ abi: $(READY)
 	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -q tests/contract -k cpu -m "not slow"
 
 bench: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.floor --out $(BENCH_OUT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench -q --show-capture=no --out $(BENCH_OUT)
 
 gpu:
