@@ -36,18 +36,56 @@ inline void mix_prompts(const MixPrompts& op, Output<2> out) {
   });
 }
 
-inline void mix_prompts_backward(const MixPrompts& op, Input<2> grad_out, float* grad_experts, float* grad_weights) {
-  if (grad_weights)
-    parallel_for(0, op.B, 4, [&](int64_t begin, int64_t end) {
-      std::fill(grad_weights + begin * op.k, grad_weights + end * op.k, 0.0f);
-      for (int64_t first = 0; first < op.width; first += kColumns) {
-        const int64_t columns = std::min(kColumns, op.width - first);
-        for (int64_t b = begin; b < end; ++b)
-          for (int64_t j = 0; j < op.k; ++j)
-            grad_weights[b * op.k + j] +=
-                dot(grad_out.row(b) + first, op.experts + op.indices.row(b)[j] * op.width + first, columns);
+// to[m][n] += the dot product of row m of a and row n of b, for whole vectors of columns.
+template <int kM, int kN>
+inline void add_dots(
+    const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t columns, float* to, int64_t to_stride) {
+  Vec sum[kM][kN] = {};
+  for (int64_t i = 0; i < columns; i += kLanes) {
+    Vec right[kN];
+    MOPE_UNROLL for (int n = 0; n < kN; ++n) right[n] = load(b + n * b_stride + i);
+    MOPE_UNROLL for (int m = 0; m < kM; ++m) {
+      const Vec left = load(a + m * a_stride + i);
+      MOPE_UNROLL for (int n = 0; n < kN; ++n) sum[m][n] += left * right[n];
+    }
+  }
+  MOPE_UNROLL for (int m = 0; m < kM; ++m)
+    MOPE_UNROLL for (int n = 0; n < kN; ++n) to[m * to_stride + n] += sum_lanes(sum[m][n]);
+}
+
+// The gradient of the weights (B,k): how much of each selected expert is in the gradient of an item.
+inline void mix_weights_backward(const MixPrompts& op, Input<2> grad_out, float* grad_weights) {
+  // Where every expert counts all are taken, in their order: several items and experts at a time read less of either.
+  const bool dense = op.k == op.K && op.width % kLanes == 0;
+  parallel_for(0, op.B, 4, [&](int64_t begin, int64_t end) {
+    std::vector<float> of_experts(dense ? (end - begin) * op.K : 0);
+    std::fill(grad_weights + begin * op.k, grad_weights + end * op.k, 0.0f);
+    // Between the sums of lanes there are more columns where a few rows only have to stay in the cache.
+    const int64_t block = dense ? 4 * kColumns : kColumns;
+    for (int64_t first = 0; first < op.width; first += block) {
+      const int64_t columns = std::min(block, op.width - first);
+      if (dense) {
+        in_blocks<2>(end - begin, [&](auto m_count, int64_t m) {
+          in_blocks<4>(op.K, [&](auto n_count, int64_t n) {
+            add_dots<m_count(), n_count()>(
+                grad_out.row(begin + m) + first, grad_out.stride[0], op.experts + n * op.width + first, op.width, columns,
+                of_experts.data() + m * op.K + n, op.K);
+          });
+        });
+        continue;
       }
-    });
+      for (int64_t b = begin; b < end; ++b)
+        for (int64_t j = 0; j < op.k; ++j)
+          grad_weights[b * op.k + j] += dot(grad_out.row(b) + first, op.experts + op.indices.row(b)[j] * op.width + first, columns);
+    }
+    if (dense)
+      for (int64_t b = begin; b < end; ++b)
+        for (int64_t j = 0; j < op.k; ++j) grad_weights[b * op.k + j] = of_experts[(b - begin) * op.K + op.indices.row(b)[j]];
+  });
+}
+
+inline void mix_prompts_backward(const MixPrompts& op, Input<2> grad_out, float* grad_experts, float* grad_weights) {
+  if (grad_weights) mix_weights_backward(op, grad_out, grad_weights);
   if (!grad_experts) return;
   const std::vector<float> dense = dense_weights(op);
   over_columns(op.width, [&](int64_t first, int64_t columns) {

@@ -37,14 +37,7 @@ inline void over_vectors(int64_t n, const F& f) {
   if (i < n) f(PartOfVec{n - i}, i, 0);
 }
 
-inline float sum_up(const Vec (&sum)[kSums]) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-  // Halves upon halves: one lane after the other would take longer than the sums of a short row.
-  MOPE_UNROLL for (int half = kLanes / 2; half > 0; half /= 2)
-    MOPE_UNROLL for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
+inline float sum_up(const Vec (&sum)[kSums]) { return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])); }
 
 // A row that was given, or so many times the same number.
 struct RowOr {

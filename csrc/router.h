@@ -21,10 +21,7 @@ inline float exponentials_of_row(const float* from, float highest, float* to, in
     store(to + i, e);
     sum += e;
   }
-  alignas(64) float lanes[kLanes];
-  store(lanes, sum);
-  float total = 0.0f;
-  for (const float lane : lanes) total += lane;
+  float total = sum_lanes(sum);
   for (; i < n; ++i) total += to[i] = std::exp(from[i] - highest);
   return total;
 }

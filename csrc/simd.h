@@ -159,16 +159,22 @@ inline void in_blocks(int64_t total, const F& f, int64_t first = 0) {
     if (first < total) in_blocks<kMost == 6 ? 4 : kMost / 2>(total, f, first);
 }
 
+// Halves upon halves: one lane after the other would take longer than what is summed up in a short row.
+inline float sum_lanes(Vec x) {
+  alignas(64) float lanes[kLanes];
+  store(lanes, x);
+  MOPE_UNROLL for (int half = kLanes / 2; half > 0; half /= 2)
+    MOPE_UNROLL for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
 inline float dot(const float* a, const float* b, int64_t n) {
   Vec sum[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes)
     MOPE_UNROLL for (int j = 0; j < 4; ++j) sum[j] += load(a + i + j * kLanes) * load(b + i + j * kLanes);
   for (; i + kLanes <= n; i += kLanes) sum[0] += load(a + i) * load(b + i);
-  alignas(64) float lanes[kLanes];
-  store(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-  float total = 0.0f;
-  for (const float lane : lanes) total += lane;
+  float total = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
   for (; i < n; ++i) total += a[i] * b[i];
   return total;
 }

@@ -78,7 +78,7 @@ class Arguments:
         if torch.compiler.is_compiling() or value.numel() == 0:
             return
         if value.device.type == "cpu" or debugging():
-            lowest, highest = int(value.min()), int(value.max())
+            lowest, highest = map(int, value.aminmax())
             if lowest < 0 or highest >= bound:
                 raise self.error(f"{name} must lie in 0..{bound - 1}, got values from {lowest} to {highest}")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, first_derivative_only, last_dim_contiguous
+from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
 from .impl import Operation, extension_check, reference_check, triton_check
 from .prompts_details import _launch as _launch
 
@@ -65,6 +65,8 @@ def mix_prompts(experts: Tensor, weights: Tensor, indices: Tensor, *, impl: str 
     implementation = _MIX_PROMPTS.choose(impl, experts, weights, indices)
     if implementation == "reference":
         return reference.mix_prompts(experts, weights, indices)
-    return MixPromptsFunction.apply(
-        last_dim_contiguous(experts), last_dim_contiguous(weights), last_dim_contiguous(indices.long()), f"mope_{implementation}"
-    )
+    namespace = f"mope_{implementation}"
+    laid_out = (last_dim_contiguous(experts), last_dim_contiguous(weights), last_dim_contiguous(indices.long()))
+    if any_needs_gradient(experts, weights):
+        return MixPromptsFunction.apply(*laid_out, namespace)
+    return getattr(torch.ops, namespace).mix_prompts.default(*laid_out)
