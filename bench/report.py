@@ -115,10 +115,9 @@ def report(results: Path, docs: Path) -> str:
         if header["type"] == "cuda":
             devices.setdefault(header["device"], []).extend(found)
     text = HEAD + TARGETS.format(targets.table(devices)) + ("" if devices else NO_GPU)
-    # Rows of a CPU as it is, not of one that does less than it could.
     cpus: dict[str, list[dict[str, Any]]] = {}
     for header, found in files:
-        if header["type"] == "cpu" and header["slug"].endswith(("thread", "threads")):
+        if header["type"] == "cpu":
             cpus.setdefault(header["device"], []).extend(found)
     text += CPU_TARGETS.format(targets.table(cpus, targets.CPU_TARGETS))
     floors = [json.loads(path.read_text()) for path in sorted(results.glob("floor-*.json"))]

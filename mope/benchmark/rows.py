@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def header(device: torch.device) -> dict[str, Any]:
     """What the rows of a file have in common."""
     return {
-        "device": environment.device_name(device),
+        "device": environment.device_name(device) + (f", {lower} only" if (lower := lower_target(device)) else ""),
         "slug": slug(device),
         "type": device.type,
         "threads": torch.get_num_threads(),
@@ -41,11 +41,16 @@ def sources(*folders: str) -> str:
 
 
 def slug(device: torch.device) -> str:
-    """The device in a file's name, and the instruction set where less than the best is to be used."""
+    """The device in a file's name."""
     if device.type == "cuda":
         return re.sub(r"[^A-Za-z0-9.]+", "-", torch.cuda.get_device_name(device))
-    threads, lower = torch.get_num_threads(), os.environ.get("MOPE_CPU_TARGET")
+    threads, lower = torch.get_num_threads(), lower_target(device)
     return f"cpu-{threads}-thread{'s' if threads > 1 else ''}{f'-{lower}' if lower else ''}"
+
+
+def lower_target(device: torch.device) -> str:
+    """The instruction set that the C++ kernels are held to, where somebody asks for less than the best."""
+    return os.environ.get("MOPE_CPU_TARGET", "") if device.type == "cpu" else ""
 
 
 class Rows:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mope.benchmark.rows import Rows, header, read, sources
+import torch
+
+from mope.benchmark.rows import Rows, header, read, slug, sources
 
 HEADER = {"device": "a", "sources": "1", "threads": 1, "commit": "c"}
 
@@ -56,3 +58,12 @@ def test_header_tells_states_of_the_code_apart():
     found = header(torch.device("cpu"))
     assert found["sources"] == sources("mope", "mope_kernels", "csrc") != sources("mope_kernels")
     assert {"device", "versions", "commit", "threads", "extension"} <= found.keys()
+
+
+def test_a_cpu_that_is_held_to_fewer_instructions_has_its_own_file(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("MOPE_CPU_TARGET", raising=False)
+    best = header(cpu)
+    monkeypatch.setenv("MOPE_CPU_TARGET", "avx2")
+    lower = header(cpu)
+    assert lower["device"] == f"{best['device']}, avx2 only" and slug(cpu) == lower["slug"] == f"{best['slug']}-avx2"
