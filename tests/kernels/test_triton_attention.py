@@ -19,9 +19,9 @@ ALL = " ".join(MOPE_ATTENTION_GRADIENTS)
 SMALL = {"batch": 1, "heads": 1, "queries": 3, "keys": 5, "experts": 3, "prompts": 2, "instance": 1, "static": 1, "top_k": 2}
 
 
-def assert_matches(grads_for: str = ALL, dtype: torch.dtype = torch.float32, **changes: object) -> None:
+def assert_matches(grads_for: str = ALL, dtype: torch.dtype = torch.float32, num_draws: int = 4, **changes: object) -> None:
     """Over several draws: each computes few numbers, and says more about luck than about accuracy."""
-    draws = [MOPE_ATTENTION.draw(dtype, "triton", **{**SMALL, **changes}) for _ in range(4)]
+    draws = [MOPE_ATTENTION.draw(dtype, "triton", **{**SMALL, **changes}) for _ in range(num_draws)]
     tensors, options = [tensors for tensors, _ in draws], draws[0][1]
     check(
         lambda **t: MOPE_ATTENTION.run("triton", options, t),
@@ -61,8 +61,9 @@ def test_no_prompts_at_all(impl):
 
 @implementations("triton")
 def test_many_experts(impl):
-    assert_matches(experts=90, top_k=None, heads=1)
-    assert_matches(experts=200, top_k=3, heads=1)
+    # The interpreter takes its time for each expert, and these many have many gradients.
+    assert_matches(experts=90, top_k=None, heads=1, num_draws=2)
+    assert_matches(experts=200, top_k=3, heads=1, num_draws=2)
 
 
 @implementations("triton")
