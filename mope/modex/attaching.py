@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from .sites import Layout, Plan, Site, find_sites, has_cross, layout_of, own_par
 
 # Of the model that was attached to: its `Adapters`.
 _OWNER = "_modex_adapters"
+_T = TypeVar("_T")
 
 
 class _Scope:
@@ -61,9 +62,9 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.mode: tuple[_Mode, bool] | None = None
-        self.disabled: frozenset[_Scope] = frozenset()
-        # By the name of the adapter.
-        self.routes: Mapping[_Scope, dict[str, list[Tensor]]] = {}
+        # One for each context that was entered, since they may be left in any order. Weights are kept by the name of the adapter.
+        self.disabled: tuple[_Scope, ...] = ()
+        self.routes: tuple[tuple[_Scope, dict[str, list[Tensor]]], ...] = ()
 
 
 _THREAD = _Thread()
@@ -79,10 +80,12 @@ class _Adapt:
         if self.scope in _THREAD.disabled:
             return x
         adapter = getattr(self.holder, self.attribute)
-        if self.scope not in _THREAD.routes:
+        collecting = [found for scope, found in _THREAD.routes if scope is self.scope]
+        if not collecting:
             return adapter(x)
         out, weights = adapter(x, return_weights=True)
-        _THREAD.routes[self.scope].setdefault(self.name, []).append(weights.detach())
+        for found in collecting:
+            found.setdefault(self.name, []).append(weights.detach())
         return out
 
 
@@ -146,6 +149,8 @@ class Adapters:
     """The adapters of a model: what `attach` gives. The model runs them by itself."""
 
     def __init__(self, model: nn.Module, config: ModeXConfig, plan: Plan) -> None:
+        # Before anything changes: there may be no memory for them.
+        made = [(site, _make(site, config)) for site in plan.sites()]
         self.model, self.config = model, config
         self._scope = _Scope()
         self._names = [site.name for site in plan.sites()]
@@ -157,7 +162,7 @@ class Adapters:
         model.requires_grad_(False)
         for parameter in self._trained_parameters().values():
             parameter.requires_grad_(True)
-        adapts = {site.name: self._add(site) for site in plan.sites()}
+        adapts = {site.name: self._add(site, adapter) for site, adapter in made}
         for name, sites in plan.layers.items():
             layer = model.get_submodule(name)
             layout = layout_of(layer)
@@ -205,8 +210,13 @@ class Adapters:
     def original_state_dict(self) -> dict[str, Tensor]:
         """The state dict of the model without adapters, and with what trained as it was: what `detach` would give back."""
         added = tuple(f"{name}." for name in self._names)
-        own = {name: t for name, t in self.model.state_dict().items() if not name.startswith(added)}
-        return {name: self._originals.get(name, t) for name, t in own.items()}
+        originals = self._originals_of_parameters()
+        return {
+            # A parameter may have several names here.
+            name: originals.get(t, t.detach()).to(t.dtype) if isinstance(t, nn.Parameter) else t
+            for name, t in self.model.state_dict(keep_vars=True).items()
+            if not name.startswith(added)
+        }
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -236,15 +246,13 @@ class Adapters:
         """
         file = Path(folder) / WEIGHTS
         config, tensors = ModeXConfig.from_pretrained(folder), read_tensors(file)
-        plan = _plan(model, config)
-        # Without memory, of which a damaged configuration may ask for any amount.
-        with torch.device("meta"):
-            expected = {f"{site.name}.{key}": t for site in plan.sites() for key, t in _adapter(site, config).state_dict().items()}
+        model = _without_wrapper(model)
+        expected = expected_tensors(model, config)
         try:
-            check_tensors(tensors, {**expected, **own_parameters(model, trained_modules(model, config))})
+            check_tensors(tensors, expected)
         except ValueError as error:
             raise ValueError(f"{file} does not fit this {type(model).__name__}: {error}") from error
-        adapters = cls(model, config, plan)
+        adapters = cls(model, config, _plan(model, config))
         adapters.load_state_dict(tensors)
         return adapters
 
@@ -258,8 +266,8 @@ class Adapters:
         for name in self._names:
             holder, _, attribute = name.rpartition(".")
             delattr(self.model.get_submodule(holder), attribute)
-        for name, parameter in self._trained_parameters().items():
-            parameter.copy_(self._originals[name])
+        for parameter, original in self._originals_of_parameters().items():
+            parameter.copy_(original)
             parameter.grad = None
         for name, parameter in self.model.named_parameters():
             # What was added since stays as it is.
@@ -273,17 +281,17 @@ class Adapters:
 
         What `trained` names stays as it is. Not for training with gradient checkpointing, which computes again elsewhere.
         """
-        before, handles = _THREAD.disabled, []
+        originals, handles = self._originals_of_parameters(), []
         for name in self._trained:
             module = self.model.get_submodule(name)
             if isinstance(module, nn.LayerNorm):
-                values = {key: self._originals[f"{name}.{key}"] for key, _ in module.named_parameters(recurse=False)}
+                values = {key: originals[parameter] for key, parameter in module.named_parameters(recurse=False)}
                 handles.append(module.register_forward_hook(_OriginalNorm(self._scope, module, values), prepend=True))
-        _THREAD.disabled = before | {self._scope}
+        _THREAD.disabled = (*_THREAD.disabled, self._scope)
         try:
             yield
         finally:
-            _THREAD.disabled = before
+            _THREAD.disabled = _without(_THREAD.disabled, self._scope)
             for handle in handles:
                 handle.remove()
 
@@ -295,13 +303,12 @@ class Adapters:
         cross-attention cross_msa runs twice in a call, on the layer's input and after cross-attention. Plain adapters have
         weights of 1.
         """
-        before = _THREAD.routes
-        found: dict[str, list[Tensor]] = {}
-        _THREAD.routes = {**before, self._scope: found}
+        entry: tuple[_Scope, dict[str, list[Tensor]]] = (self._scope, {})
+        _THREAD.routes = (*_THREAD.routes, entry)
         try:
-            yield found
+            yield entry[1]
         finally:
-            _THREAD.routes = before
+            _THREAD.routes = _without(_THREAD.routes, entry)
 
     def merge(self) -> None:
         """Impossible, and says why."""
@@ -323,11 +330,16 @@ class Adapters:
     def _trained_parameters(self) -> dict[str, nn.Parameter]:
         return own_parameters(self.model, self._trained)
 
-    def _add(self, site: Site) -> _Adapt:
-        """Put an adapter in its place. It has 32 bits or more, since it trains; the op rounds it to its input's dtype."""
-        holder, adapter = self.model.get_submodule(site.holder), _adapter(site, self.config)
-        if site.like is not None:
-            adapter.to(site.like.device, torch.promote_types(site.like.dtype, torch.float32))
+    def _originals_of_parameters(self) -> dict[nn.Parameter, Tensor]:
+        """Of what had no values then, those that it has now."""
+        return {
+            parameter: parameter.detach() if self._originals[name].is_meta else self._originals[name]
+            for name, parameter in self._trained_parameters().items()
+        }
+
+    def _add(self, site: Site, adapter: ExpertAdapter) -> _Adapt:
+        """Put an adapter in its place."""
+        holder = self.model.get_submodule(site.holder)
         holder.add_module(site.attribute, adapter.train(holder.training))
         return _Adapt(self._scope, site.name, holder, site.attribute)
 
@@ -366,7 +378,31 @@ def attach(model: nn.Module, config: ModeXConfig) -> Adapters:
     Raises:
         ValueError: the model has adapters already, or the configuration asks for what it does not have; nothing is changed then.
     """
+    model = _without_wrapper(model)
     return Adapters(model, config, _plan(model, config))
+
+
+def expected_tensors(model: nn.Module, config: ModeXConfig) -> dict[str, Tensor]:
+    """Names and shapes of `Adapters.state_dict`, without memory, of which a damaged configuration may ask for any amount.
+
+    ValueError where the configuration does not fit the model.
+    """
+    sites = [*_plan(model, config).sites()]
+    try:
+        with torch.device("meta"):
+            added = {f"{site.name}.{key}": t for site in sites for key, t in _adapter(site, config).state_dict().items()}
+    # More than a tensor can have.
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"no adapter can have bottleneck={config.bottleneck} and num_experts={config.num_experts}, as ModeXConfig says"
+        ) from error
+    return {**added, **own_parameters(model, trained_modules(model, config))}
+
+
+def _without_wrapper(model: nn.Module) -> nn.Module:
+    """The model in what `torch.compile` gives, which would put its own name in front of all others. Both run the adapters."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def _plan(model: nn.Module, config: ModeXConfig) -> Plan:
@@ -381,6 +417,20 @@ def _forget_compiled_code() -> None:
     """Compiled code does not look whether hooks have come or gone, and would go on without them."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+def _without(entered: tuple[_T, ...], left: _T) -> tuple[_T, ...]:
+    """Without the last that is this object."""
+    at = max((i for i, entry in enumerate(entered) if entry is left), default=len(entered))
+    return (*entered[:at], *entered[at + 1 :])
+
+
+def _make(site: Site, config: ModeXConfig) -> ExpertAdapter:
+    """An adapter where its layer is. It has 32 bits or more, since it trains; the op rounds it to its input's dtype."""
+    adapter = _adapter(site, config)
+    if site.like is not None:
+        adapter.to(site.like.device, torch.promote_types(site.like.dtype, torch.float32))
+    return adapter
 
 
 def _adapter(site: Site, config: ModeXConfig) -> ExpertAdapter:

@@ -86,7 +86,8 @@ class ModeXConfig:
             if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers or not all(map(_is_index, layers)):
                 raise ValueError(f"ModeXConfig: layers of {kind} must be integers from 0 on, at least one, got {layers!r}")
         object.__setattr__(self, "layers", {kind: tuple(layers) for kind, layers in self.layers.items()})
-        if isinstance(self.trained, str) or not all(isinstance(pattern, str) for pattern in self.trained):
+        patterns: Any = self.trained
+        if isinstance(patterns, str) or not isinstance(patterns, Sequence) or not all(isinstance(each, str) for each in patterns):
             raise ValueError(f"ModeXConfig: trained must be a list of patterns, got {self.trained!r}")
         object.__setattr__(self, "trained", tuple(self.trained))
         for name, lowest in {"bottleneck": 1, "num_experts": 2}.items():
@@ -112,12 +113,19 @@ class ModeXConfig:
         cross_ffn.
 
         Raises:
-            ValueError: there is no such preset, or `changes` do not fit.
+            ValueError: there is no such preset, or `fusion_layer` or `changes` do not fit.
         """
         if name not in PRESETS:
             raise ValueError(f"ModeXConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        layers = {"textual_ffn": range(fusion_layer)} if name == "albef" else {}
-        return cls(**{"sites": PRESETS[name], "layers": layers, **changes})
+        if not _is_index(fusion_layer):
+            raise ValueError(f"ModeXConfig: fusion_layer must be an integer from 0 on, got {fusion_layer!r}")
+        own: dict[str, Any] = {"sites": dict(PRESETS[name])}
+        if name == "albef" and fusion_layer:
+            own["layers"] = {"textual_ffn": range(fusion_layer)}
+        elif name == "albef":
+            # Every layer attends to the image.
+            del own["sites"]["textual_ffn"]
+        return cls(**{**own, **changes})
 
     def replace(self, **changes: Any) -> ModeXConfig:
         return dataclasses.replace(self, **changes)
@@ -150,7 +158,8 @@ class ModeXConfig:
             raise FileNotFoundError(f"{folder} has no {CONFIG}: give a folder that save_pretrained of the adapters wrote")
         try:
             values = json.loads(file.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        # Also where a number has more digits than Python reads, or brackets are too deep.
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not readable JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{file} is no ModeXConfig")

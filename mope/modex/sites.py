@@ -58,9 +58,15 @@ def layout_of(module: nn.Module) -> Layout | None:
     """The layout of a layer that is known, None of other modules. Subclasses count, such as those that FSDP makes."""
     names = [base.__name__ for base in type(module).__mro__]
     if not set(names).isdisjoint(_TOWERS):
-        attention: Any = module.self_attn
-        return _CLIP["textual" if attention.config.model_type.endswith("_text_model") else "visual"]
-    return next((_LAYOUTS[name] for name in names if name in _LAYOUTS), None)
+        config = getattr(getattr(module, "self_attn", None), "config", None)
+        found = _CLIP["textual" if getattr(config, "model_type", "").endswith("_text_model") else "visual"]
+    elif (known := next((_LAYOUTS[name] for name in names if name in _LAYOUTS), None)) is not None:
+        found = known
+    else:
+        return None
+    # Others use these names as well, for layers that are made differently.
+    below = {name for name, _ in module.named_modules(remove_duplicate=False)}
+    return found if {found.msa, found.ffn, found.norm} <= below else None
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,11 @@ def find_sites(model: nn.Module, config: ModeXConfig) -> Plan:
                 raise ValueError(f"{name} is named by {pattern!r} and by a pattern before it: one adapter goes behind a module")
             holder, attribute = _place(modules, name)
             plan.modules[name] = Site(holder, attribute, adapter, _width(modules[name], name), _like(modules[name], model))
+    taken = set()
     for site in plan.sites():
+        if site.name in taken:
+            raise ValueError(f"two adapters would be called {site.name}: name one of the two modules alone")
+        taken.add(site.name)
         if hasattr(modules[site.holder], site.attribute):
             raise ValueError(f"{site.holder or type(model).__name__} has an attribute {site.attribute} of its own already")
     return plan
@@ -170,12 +180,9 @@ def trained_modules(model: nn.Module, config: ModeXConfig) -> list[str]:
 
 
 def own_parameters(model: nn.Module, modules: list[str]) -> dict[str, nn.Parameter]:
-    """The parameters that some modules of a model hold themselves, by qualified name."""
-    return {
-        f"{module}.{name}" if module else name: parameter
-        for module in modules
-        for name, parameter in model.get_submodule(module).named_parameters(recurse=False)
-    }
+    """The parameters that some modules of a model hold themselves, each once, by the name that the model has for it."""
+    own = {parameter for module in modules for parameter in model.get_submodule(module).parameters(recurse=False)}
+    return {name: parameter for name, parameter in model.named_parameters() if parameter in own}
 
 
 def _index(name: str) -> int:

@@ -637,3 +637,123 @@ def test_replaced_adapters_are_the_ones_that_act():
     made.get_submodule(name.rpartition(".")[0]).visual_msa = Counted(adapter)
     assert torch.equal(output(made, given), expected)
     assert doubled == [name]
+
+
+def test_contexts_may_be_left_in_any_order():
+    made, adapters = attached("vit")
+    given = inputs("vit")
+    adapted = output(made, given)
+    first, second = adapters.disabled(), adapters.disabled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.allclose(output(made, given), adapted)
+    second.__exit__(None, None, None)
+    assert torch.equal(output(made, given), adapted)
+
+    first, second = adapters.routes(), adapters.routes()
+    outer, inner = first.__enter__(), second.__enter__()
+    output(made, given)
+    first.__exit__(None, None, None)
+    output(made, given)
+    second.__exit__(None, None, None)
+    output(made, given)
+    assert [len(outer["layers.0.visual_msa"]), len(inner["layers.0.visual_msa"])] == [1, 2]
+
+
+def test_an_error_within_leaves_nothing_behind():
+    made, adapters = attached("vit")
+    given, hooked = inputs("vit"), hooks(made)
+    adapted = output(made, given)
+    with pytest.raises(ZeroDivisionError), adapters.disabled(), adapters.routes() as routes:
+        raise ZeroDivisionError
+    assert torch.equal(output(made, given), adapted)
+    assert not routes
+    assert hooks(made) == hooked
+
+
+def test_adapters_for_which_there_is_no_memory_change_nothing():
+    made = model("vit")
+    names = [*made.state_dict()]
+    with pytest.raises(RuntimeError):
+        attach(made, ModeXConfig.preset("vit", bottleneck=10**15))
+    assert all(p.requires_grad for p in made.parameters())
+    assert [*made.state_dict()] == names
+    attach(made, ModeXConfig.preset("vit"))
+
+
+class Tied(nn.Module):
+    """A head with the weights of the embeddings, and a LayerNorm that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.linear, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+        self.before = self.after = nn.LayerNorm(4)
+
+    def forward(self, ids):
+        return self.head(self.after(self.linear(self.before(self.embed(ids)))))
+
+
+@pytest.mark.parametrize("trained", [["head"], ["embed", "head"]])
+def test_tied_weights_train_once_and_come_back_under_all_names(trained, tmp_path):
+    made, ids = Tied(), torch.arange(9)
+    before, expected = {name: t.clone() for name, t in made.state_dict().items()}, made(ids)
+    adapters = attach(made, ModeXConfig(modules={"linear": "plain"}, trained=trained))
+    parameters = list(adapters.parameters())
+    assert len(parameters) == len(set(parameters))
+    shake(parameters)
+    changed = made(ids)
+    adapters.save_pretrained(tmp_path)
+    original = adapters.original_state_dict()
+    assert all(torch.equal(original[name], before[name]) for name in before)
+    adapters.detach()
+    assert torch.equal(made(ids), expected)
+    Adapters.from_pretrained(made, tmp_path)
+    assert torch.equal(made(ids), changed)
+
+
+def test_what_had_no_values_keeps_those_that_it_has():
+    with torch.device("meta"):
+        made = MODELS["vit"]()
+    adapters = attach(made, CONFIGS["vit"])
+    made.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.fill_(2.0)
+    original = adapters.original_state_dict()
+    adapters.detach()
+    assert original.keys() == made.state_dict().keys()
+    assert all((t == 2).all() for state in (original, made.state_dict()) for t in state.values())
+    assert hooks(made) == 0
+
+
+def test_what_compile_gives_is_seen_through(tmp_path):
+    made = model("vit")
+    adapters = attach(torch.compile(made, backend="eager"), CONFIGS["vit"])
+    assert adapters is Adapters.of(made)
+    assert "layers.0.visual_msa" in adapters.modules
+    shake(adapters.parameters())
+    adapters.save_pretrained(tmp_path)
+    adapters.detach()
+    assert "layers.0.visual_msa" in Adapters.from_pretrained(torch.compile(made, backend="eager"), tmp_path).modules
+
+
+def test_layers_that_share_a_name_with_known_ones_are_modules_like_others():
+    class BertLayer(nn.Linear):
+        pass
+
+    class CLIPEncoderLayer(nn.Linear):
+        pass
+
+    made = nn.Sequential(BertLayer(4, 4), CLIPEncoderLayer(4, 4))
+    assert [*attach(made, ModeXConfig(modules={"*": "plain"})).modules] == ["0.adapter", "1.adapter"]
+    with pytest.raises(ValueError, match="has no textual_msa"):
+        attach(nn.Sequential(BertLayer(4, 4)), ModeXConfig(sites={"textual_msa": "plain"}))
+
+
+def test_two_adapters_of_one_name_are_refused():
+    made = nn.Module()
+    made.a, made.a_0 = nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="a_0_adapter"):
+        attach(made, ModeXConfig(modules={"a.0": "plain", "a_0": "plain"}))

@@ -24,7 +24,11 @@ def test_unknown_keys_are_refused_by_name(tmp_path):
         ModeXConfig.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"sites": 3}', '{"sites": {"visual_msa": null}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"sites": 3}', '{"sites": {"visual_msa": null}}', "[" * 100_000, '{"bottleneck": ' + "9" * 5000 + "}"],
+    ids=["cut", "list", "sites", "adapter", "deep", "long"],
+)
 def test_damaged_files_are_refused(tmp_path, text):
     (tmp_path / "modex_config.json").write_text(text)
     with pytest.raises(ValueError, match=r"modex_config\.json"):
@@ -48,6 +52,7 @@ def test_a_missing_file_is_named(tmp_path):
         ({"sites": {"visual_msa": "plain"}, "layers": {"visual_msa": []}}, "layers of visual_msa must be integers"),
         ({"sites": {"visual_msa": "plain"}, "layers": {"visual_msa": [-1]}}, "layers of visual_msa must be integers"),
         ({"sites": {"visual_msa": "plain"}, "trained": "classifier"}, "trained must be a list"),
+        ({"sites": {"visual_msa": "plain"}, "trained": 3}, "trained must be a list of patterns, got 3"),
         ({"sites": {"visual_msa": "plain"}, "bottleneck": 0}, "bottleneck must be an integer of at least 1, got 0"),
         ({"sites": {"visual_msa": "plain"}, "num_experts": 1}, "num_experts must be an integer of at least 2, got 1"),
         ({"sites": {"visual_msa": "plain"}, "temperature": 0}, "temperature must be positive, got 0"),
@@ -73,6 +78,11 @@ def test_presets_are_those_that_were_published():
         "cross_ffn": "expert",
     }
     assert albef.layers == {"textual_ffn": tuple(range(6))}
+    fused = ModeXConfig.preset("albef", fusion_layer=0)
+    assert "textual_ffn" not in fused.sites
+    assert fused.layers == {}
+    with pytest.raises(ValueError, match="fusion_layer must be an integer from 0 on, got '2'"):
+        ModeXConfig.preset("albef", fusion_layer="2")  # type: ignore[arg-type]
     assert blip.sites == {**plain, "cross_msa": "expert"}
     assert (albef.bottleneck, albef.num_experts, albef.temperature, albef.activation) == (16, 3, 10.0, "relu")
     with pytest.raises(ValueError, match="preset must be one of albef, blip, vit, bert, clip, got 'flava'"):

@@ -128,6 +128,10 @@ def test_a_damaged_configuration_allocates_nothing(tmp_path):
     ModeXConfig.preset("vit", bottleneck=10**15).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"expected \(1000000000000000, 32\)"):
         Adapters.from_pretrained(made, tmp_path)
+    for size in (10**18, 10**30):
+        ModeXConfig.preset("vit", bottleneck=size).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=f"no adapter can have bottleneck={size}"):
+            Adapters.from_pretrained(made, tmp_path)
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
