@@ -9,7 +9,8 @@ struct Left {
   int64_t row, depth;  // the strides of m and of k
 };
 
-// What a product's factors hold, and how they are multiplied. Others may hold in the place of a float what counts as kDepth of them.
+// What a product's factors hold, and how they are multiplied. Others may hold in the place of a float what counts as kDepth of
+// them.
 struct Floats {
   static constexpr int64_t kDepth = 1;
   static float left(const float* p) { return *p; }

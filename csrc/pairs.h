@@ -1,5 +1,5 @@
-// Products of pairs of bfloat16s with sums in float: rows of a left factor, or two rows of a right one, as they lie in memory. Included
-// for the targets that have an instruction for it.
+// Products of pairs of bfloat16s with sums in float: rows of a left factor, or two rows of a right one, as they lie in memory.
+// Included for the targets that have an instruction for it.
 
 // Each in the place of a float, the first in its lower half.
 struct Pairs {

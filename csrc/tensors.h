@@ -100,7 +100,8 @@ class Arguments {
     STD_TORCH_CHECK(
         fits, op_, ": ", name, " must be broadcastable to ", to_string(sizes), ", got ", to_string(tensor->sizes()));
     STD_TORCH_CHECK(
-        tensor->is_cpu() && tensor->scalar_type() == ScalarType::Float, op_, ": ", name, " must be float32 or bfloat16 on the CPU, got ",
+        tensor->is_cpu() && tensor->scalar_type() == ScalarType::Float, op_, ": ", name,
+        " must be float32 or bfloat16 on the CPU, got ",
         torch::headeronly::toString(tensor->scalar_type()));
     AttentionBias result{tensor->const_data_ptr<float>()};
     for (int64_t i = 0; i < tensor->dim(); ++i) result.stride[missing + i] = tensor->size(i) == 1 ? 0 : tensor->stride(i);

@@ -12,7 +12,11 @@ inline constexpr int64_t kWindows = 8, kHeads = 4;
 class WindowBias {
  public:
   explicit WindowBias(const WindowAttention& op)
-      : op_(op), stride_(Scratch::padded(op.rows())), size_(op.rows() * stride_), kinds_(op.shift ? 4 : 1), biases_(kHeads * kinds_ * size_) {}
+      : op_(op),
+        stride_(Scratch::padded(op.rows())),
+        size_(op.rows() * stride_),
+        kinds_(op.shift ? 4 : 1),
+        biases_(kHeads * kinds_ * size_) {}
 
   void take_heads(int64_t first) {
     for (int64_t h = first; h < std::min(first + kHeads, op_.H); ++h) take_head(h, biases_.data() + h % kHeads * kinds_ * size_);
@@ -118,7 +122,7 @@ struct Window {
   int64_t h, owner, item, index, part;
 };
 
-// Copies the rows of a window of `heads` heads from one column on. The heads of a token lie side by side, the tokens on other pages.
+// Copies the rows of a window of `heads` heads from one column on. The heads of a token lie side by side, tokens on pages apart.
 inline void gather_window(
     const WindowAttention& op, const AnyInput<3>& from, int64_t column, const Window& window, int64_t heads,
     const WindowWorkspace& work, float* to) {
@@ -143,8 +147,8 @@ inline void prefetch_window(
 }
 
 // For all windows, after their rows have been found: gather(window, heads, workspace) for so many heads from window.h on, and
-// f(window, workspace) for each of these. Before each, prefetch(next, place) for the same head of the window that comes next: rows lie
-// too far apart for the processor to guess where.
+// f(window, workspace) for each of these. Before each, prefetch(next, place) for the same head of the window that comes next:
+// rows lie too far apart for the processor to guess where.
 template <class Prefetch, class Gather, class F>
 inline void over_windows(const WindowAttention& op, bool backward, const Prefetch& prefetch, const Gather& gather, const F& f) {
   const int64_t chunks = op.chunks(kWindows), groups = (op.H + kHeads - 1) / kHeads;
