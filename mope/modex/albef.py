@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedConfig, PreTrainedModel, ViTConfig, ViTModel
 from transformers.masking_utils import create_bidirectional_mask
@@ -38,7 +39,7 @@ class AlbefConfig(PreTrainedConfig):
         self.text_config = BertConfig(**(text_config or {})) if not isinstance(text_config, BertConfig) else text_config
         self.fusion_layer = fusion_layer
         layers = self.text_config.num_hidden_layers
-        if not 0 <= fusion_layer < layers:
+        if not isinstance(fusion_layer, int) or not 0 <= fusion_layer < layers:
             raise ValueError(
                 f"AlbefConfig: fusion_layer must leave at least one of {layers} text layers for fusion, got {fusion_layer}"
             )
@@ -94,7 +95,7 @@ class AlbefModel(PreTrainedModel):
         if fusion_layer is None:
             fusion_layer = text.config.num_hidden_layers // 2
         model: Any = cls(AlbefConfig(copy.deepcopy(vision.config), copy.deepcopy(text.config), fusion_layer))
-        model.to(vision.dtype)
+        model.to(torch.promote_types(vision.dtype, text.dtype))
         for own, given in ((model.vision, vision), (model.text, text)):
             missing, _ = own.load_state_dict(given.state_dict(), strict=False)
             if lacking := [name for name in missing if ".crossattention." not in name]:

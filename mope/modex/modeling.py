@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Self
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
@@ -26,7 +25,7 @@ from mope.models.precision import HALF, CastWeights
 from mope.models.saving import CONFIG, DTYPES, WEIGHTS, read_tensors
 
 from .albef import AlbefModel
-from .attaching import attach
+from .attaching import attach, expected_tensors
 from .configuration import ModeXConfig
 from .saving import check_tensors
 
@@ -268,24 +267,11 @@ class ModeXForClassification(FusionModel):
     def fingerprints(self) -> dict[str, str]:
         """Of the encoder as it was given."""
         with self.weights_as_given():
-            return {ENCODER: self._describe(self._original_state())["fingerprint"]}
+            return {ENCODER: _describe(self.encoder, self._original_state())["fingerprint"]}
 
     def _original_state(self) -> dict[str, Tensor]:
         """The encoder's own tensors, as they were given."""
         return dict(self.encoder.state_dict()) if self.adapters is None else self.adapters.original_state_dict()
-
-    def _describe(self, state: Mapping[str, Tensor]) -> dict[str, str]:
-        digest = hashlib.sha256(type(self.encoder).__name__.encode())
-        for name, tensor in sorted(state.items(), key=itemgetter(0)):
-            tensor = tensor.detach().cpu().contiguous()
-            digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return {
-            "class": type(self.encoder).__name__,
-            "source": getattr(self.encoder.config, "_name_or_path", "") or "",
-            "dtype": str(next(t.dtype for t in state.values() if t.is_floating_point())).removeprefix("torch."),
-            "fingerprint": digest.hexdigest(),
-        }
 
     def save_pretrained(self, path: str | Path, backbones: str = "reference") -> None:
         """Write config.json, model.safetensors (what trains), tokenizer/ and image_processor/ if the model has them.
@@ -309,7 +295,7 @@ class ModeXForClassification(FusionModel):
         folder.mkdir(parents=True, exist_ok=True)
         with self.weights_as_given():
             state = self._original_state()
-            record = {"stored": backbones, **self._describe(state)}
+            record = {"stored": backbones, **_describe(self.encoder, state)}
             if backbones == "copy":
                 self.encoder.save_pretrained(folder / ENCODER, state_dict=dict(state))
         self.save_processors(folder)
@@ -331,8 +317,20 @@ class ModeXForClassification(FusionModel):
         """
         folder = Path(path)
         config, record = read_config(folder)
-        tensors = read_tensors(folder / WEIGHTS)
-        encoder = _load(folder, record) if model is None else model
+        weights = folder / WEIGHTS
+        tensors = read_tensors(weights)
+        encoder: Any = _load(folder, record) if model is None else model
+        # All that can be told before anything is made, of which a damaged configuration may ask for any amount.
+        _parts(encoder)
+        expected = {} if config.adapters is None else expected_tensors(encoder, config.adapters)
+        found = _describe(encoder, encoder.state_dict())
+        if found["fingerprint"] != record["fingerprint"]:
+            wanted, got = (
+                f"{r['class']} {r['source'] or '(no name)'}, {r['dtype']}, {r['fingerprint'][:12]}" for r in (record, found)
+            )
+            raise ValueError(f"this model was trained with another encoder: {wanted}; got {got}")
+        of_encoder = {name.removeprefix(f"{ENCODER}."): t for name, t in tensors.items() if name.startswith(f"{ENCODER}.")}
+        _check(of_encoder, expected, weights)
         built = cls(
             encoder,
             config.adapters,
@@ -341,13 +339,7 @@ class ModeXForClassification(FusionModel):
             padding_side=config.padding_side,
         )
         try:
-            found = built._describe(built._original_state())
-            if found["fingerprint"] != record["fingerprint"]:
-                wanted, got = (
-                    f"{r['class']} {r['source'] or '(no name)'}, {r['dtype']}, {r['fingerprint'][:12]}" for r in (record, found)
-                )
-                raise ValueError(f"this model was trained with another encoder: {wanted}; got {got}")
-            built._load_trained(tensors, folder / WEIGHTS)
+            built._load_trained(tensors, weights)
         except ValueError:
             built.detach()
             raise
@@ -357,13 +349,32 @@ class ModeXForClassification(FusionModel):
     @torch.no_grad()
     def _load_trained(self, tensors: Mapping[str, Tensor], file: Path) -> None:
         """Take what trained from the tensors of a file."""
-        own = dict(self.trained_state_dict())
-        try:
-            check_tensors(tensors, own)
-        except ValueError as error:
-            raise ValueError(f"{file} does not fit the encoder: {error}") from error
+        own = self.trained_state_dict()
+        _check(tensors, own, file)
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
+
+
+def _describe(encoder: Any, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Class, source, dtype and fingerprint of an encoder whose own tensors are these."""
+    digest = hashlib.sha256(type(encoder).__name__.encode())
+    for name, tensor in sorted(state.items(), key=itemgetter(0)):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return {
+        "class": type(encoder).__name__,
+        "source": getattr(encoder.config, "_name_or_path", "") or "",
+        "dtype": str(next(t.dtype for t in state.values() if t.is_floating_point())).removeprefix("torch."),
+        "fingerprint": digest.hexdigest(),
+    }
+
+
+def _check(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path) -> None:
+    try:
+        check_tensors(tensors, own)
+    except ValueError as error:
+        raise ValueError(f"{file} does not fit the encoder: {error}") from error
 
 
 def _fuse_albef(
@@ -444,5 +455,6 @@ def _load(folder: Path, record: Mapping[str, str]) -> nn.Module:
             source, dtype=getattr(torch, record["dtype"]), local_files_only=copied, use_safetensors=True
         )
         return model
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+    # A damaged folder makes transformers raise almost anything.
+    except Exception as error:
         raise ValueError(f"cannot load the encoder, a {record['class']}, from {source} ({error}): {ask}") from error

@@ -155,13 +155,15 @@ def load_fused(source: str) -> nn.Module:
     """A fused model from the hub or a folder. ValueError where it cannot be loaded, or is of another kind."""
     try:
         values, _ = PreTrainedConfig.get_config_dict(source)
-        names = values.get("architectures") or ["model that does not say its class"]
+        names = values.get("architectures")
+        name = str(names[0]) if isinstance(names, list) and names else "model that does not say its class"
         with _quiet():
-            loaded: tuple[nn.Module, Any] = encoder_class(names[0]).from_pretrained(source, output_loading_info=True)
+            loaded: tuple[nn.Module, Any] = encoder_class(name).from_pretrained(source, output_loading_info=True)
         if missing := loaded[1]["missing_keys"]:
             raise ValueError(f"the weights lack {', '.join(sorted(missing)[:5])}")
         return loaded[0]
-    except (OSError, ValueError) as error:
+    # A damaged folder makes transformers raise almost anything.
+    except Exception as error:
         raise ValueError(f"fused model {source}: {error}") from error
 
 

@@ -72,6 +72,15 @@ def test_has_the_weights_of_the_encoders_it_is_made_of() -> None:
         AlbefModel.from_encoders(vision, text, fusion_layer=4)
 
 
+def test_takes_the_wider_dtype_of_two_encoders() -> None:
+    vision = ViTModel(ViTConfig(**VISION), add_pooling_layer=False)
+    text = BertModel(BertConfig(**TEXT), add_pooling_layer=False)
+    model = AlbefModel.from_encoders(vision.half(), text)
+    assert model.dtype == torch.float32
+    weights = [name for name, tensor in text.state_dict().items() if not torch.equal(model.text.state_dict()[name], tensor)]
+    assert not weights
+
+
 @pytest.mark.parametrize("padded", [True, False])
 def test_every_token_sees_all_tokens_and_no_padding(padded: bool) -> None:
     model, batch = albef(), inputs()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mope.modex import AlbefModel, ModeXConfig, ModeXForClassification
@@ -186,6 +187,8 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
         ({"problem_type": "ranking"}, "problem_type must be"),
         ({"adapters": {**good["adapters"], "unheard_of": 1}}, "unheard_of"),
         ({"adapters": {**good["adapters"], "bottleneck": 8}}, "does not fit the encoder"),
+        ({"adapters": {**good["adapters"], "bottleneck": 10**15}}, "does not fit the encoder"),
+        ({"adapters": {**good["adapters"], "trained": 3}}, "trained must be a list"),
         ({"encoder": {**good["encoder"], "class": "BertModel", "source": "somewhere"}}, "no fused encoder"),
     ):
         file.write_text(json.dumps({**good, **changes}))
@@ -195,6 +198,40 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     file.write_text("{")
     with pytest.raises(ValueError, match="not readable JSON"):
         ModeXForClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vision_config": 3}, {"text_config": 3}, {"text_config": {"hidden_size": "a"}}, {"fusion_layer": "a"}]
+)
+def test_a_damaged_copy_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    classifier().save_pretrained(tmp_path, backbones="copy")
+    file = tmp_path / "encoder" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ValueError, match=r"cannot load the encoder, a AlbefModel, from .*encoder"):
+        ModeXForClassification.from_pretrained(tmp_path)
+
+
+def test_what_does_not_fit_leaves_the_encoder_alone(tmp_path: Path) -> None:
+    classifier().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), "head.0.bias": torch.zeros(1)}, file)
+    given = encoder("albef")
+    expected = copy.deepcopy(given.state_dict())
+    with pytest.raises(ValueError, match=r"head\.0\.bias is \(1,\)"):
+        ModeXForClassification.from_pretrained(tmp_path, model=given)
+    assert all(p.requires_grad for p in given.parameters())
+    assert given.state_dict().keys() == expected.keys()
+    ModeXForClassification(given, CONFIGS["albef"], 3)
+    with pytest.raises(ValueError, match="has adapters attached already"):
+        ModeXForClassification.from_pretrained(tmp_path, model=given)
+
+
+def test_a_model_that_was_made_smaller_comes_back(tmp_path: Path) -> None:
+    model = classifier().half()
+    model.save_pretrained(tmp_path, backbones="copy")
+    saved, loaded = model.trained_state_dict(), ModeXForClassification.from_pretrained(tmp_path).trained_state_dict()
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[name].float(), loaded[name].float()) for name in saved)
 
 
 def test_arguments_are_checked() -> None:

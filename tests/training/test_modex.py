@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fused = AlbefModel.from_encoders(*encoders, fusion_layer=1)
     for part in (fused.half(), image_processor(), tokenizer()):
         part.save_pretrained(folder / "fused")
+    for name, file, content in (("damaged", "model.safetensors", "cut"), ("nameless", "config.json", '{"architectures": 3}')):
+        shutil.copytree(folder / "fused", folder / name)
+        (folder / name / file).write_text(content)
     return folder
 
 
@@ -129,7 +133,10 @@ def test_another_encoder_is_not_resumed(data: Path, tmp_path: Path) -> None:
         (["--vision", "{data}/vision"], "or both --vision and --text"),
         (["--model", "{data}/fused", "--text", "{data}/text"], "needs --model"),
         (["--model", "{data}/text"], "a BertModel is no fused encoder"),
+        (["--model", "{data}/damaged"], "damaged: Error while deserializing header"),
+        (["--model", "{data}/nameless"], "a model that does not say its class is no fused encoder"),
         (["--model", "{data}/fused", "--set", "num_prompts=3"], "ModeXConfig has no num_prompts"),
+        (["--model", "{data}/fused", "--set", "trained=3"], "trained must be a list of patterns, got 3"),
         (["--model", "{data}/fused", "--preset", "mope-v4"], "preset must be one of albef, blip"),
         (["--model", "{data}/fused", "--from-checkpoint", "x"], "--model is for a new model"),
     ],
