@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 
 def leave_out_needless_work() -> None:
-    """Call it once, before any kernel runs."""
+    """Call it once, before any kernel runs. With a Triton whose insides have other names, all is as it was, and slower."""
     from triton.runtime import interpreter
 
-    # Whether a sum or product of integers overflows would be asserted, and without `debug` no assertion is.
-    assert not interpreter.interpreter_builder.options.debug
-    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
-    _patch_once_per_launch(interpreter)
+    with suppress(AttributeError, TypeError):
+        options = interpreter.interpreter_builder.options
+        # Whether a sum or product of integers overflows would be asserted, and without `debug` no assertion is.
+        if not options.debug:
+            interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+        _patch_once_per_launch(interpreter)
 
 
 def _patch_once_per_launch(interpreter: Any) -> None:
