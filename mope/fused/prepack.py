@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .modules import has_hooks, is_plain, version
@@ -41,6 +42,11 @@ def _in_order(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
 
 
+def differentiates_otherwise() -> bool:
+    """Whether torch.func or forward mode may be at work, which `requires_grad` does not tell and oneDNN's operators do not know."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _product(x: Tensor, ordered: Tensor, bias: Tensor | None, *, gelu: bool) -> Tensor:
     """(..., C) -> (..., N), of two axes or more."""
     product = torch.ops.mkldnn._linear_pointwise.default
@@ -48,34 +54,47 @@ def _product(x: Tensor, ordered: Tensor, bias: Tensor | None, *, gelu: bool) -> 
 
 
 class PrepackedFunction(torch.autograd.Function):
-    """(layer, x) -> layer(x). Nothing is kept for backward: the weights do not train."""
+    """(layer, x) -> layer(x). Of the layer's weight backward keeps what torch would: it must not change in between."""
 
     @staticmethod
     def forward(ctx: Any, layer: Prepacked, x: Tensor) -> Tensor:
         ctx.layer = layer
+        if not layer.layer.weight.is_inference():
+            ctx.save_for_backward(layer.layer.weight)
         return layer.product(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        # Looked at, torch says whether the weight has changed.
+        _ = ctx.saved_tensors
         return None, ctx.layer.transposed_product(grads[0])
+
+
+class _Order:
+    """A weight put in order, and what it was made from."""
+
+    def __init__(self, weight: Tensor) -> None:
+        # A view of the weight: while it is held, no other weight can lie at its address.
+        self.source, self.version = weight.detach(), version(weight)
+        self.weight = _in_order(weight)
+        self.transposed: Tensor | None = None
+
+    def is_of(self, weight: Tensor) -> bool:
+        return self.source.data_ptr() == weight.data_ptr() and self.version == version(weight)
 
 
 class Prepacked:
     """The `forward` of a frozen nn.Linear: x (..., C) -> (..., N). It is put in order anew when the weight has changed, but
     for changes in place through `.data`, which torch does not count.
 
-    Where oneDNN cannot do it - another dtype or device, autocast of other weights, weights that train, inside torch.compile -
-    the layer is called as before.
+    Where oneDNN cannot do it - another dtype or device, autocast of other weights, weights that train, inside torch.compile,
+    torch.func or forward-mode derivatives - the layer is called as before.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer = layer
-        # A view of what is in order now: while it is held, no other weight can lie at its address.
-        self._source: Tensor | None = None
-        self._version = 0
-        self._ordered: Tensor | None = None
-        self._transposed: Tensor | None = None
+        self._order: _Order | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.fits(x):
@@ -95,6 +114,7 @@ class Prepacked:
         weight, bias = self.layer.weight, self.layer.bias
         return (
             not torch.compiler.is_compiling()
+            and not differentiates_otherwise()
             and type(x) is Tensor
             and weight.device.type == x.device.type == "cpu"
             and available(weight.dtype)
@@ -106,24 +126,23 @@ class Prepacked:
         )
 
     def product(self, x: Tensor, *, gelu: bool = False) -> Tensor:
-        self._update()
-        assert self._ordered is not None
-        return _product(x.to(self.layer.weight.dtype), self._ordered, self.layer.bias, gelu=gelu)
+        return _product(x.to(self.layer.weight.dtype), self._current().weight, self.layer.bias, gelu=gelu)
 
     def transposed_product(self, grad: Tensor) -> Tensor:
         """The gradient of x from that of layer(x)."""
-        self._update()
-        if self._transposed is None:
-            self._transposed = _in_order(self.layer.weight.mT)
-        return _product(grad, self._transposed, None, gelu=False)
+        order = self._current()
+        if (transposed := order.transposed) is None:
+            order.transposed = transposed = _in_order(order.source.mT)
+        return _product(grad, transposed, None, gelu=False)
 
-    def _update(self) -> None:
-        weight = self.layer.weight
-        if self._source is None or self._source.data_ptr() != weight.data_ptr() or self._version != version(weight):
+    def _current(self) -> _Order:
+        """Whole before another thread may see it."""
+        order = self._order
+        if order is None or not order.is_of(self.layer.weight):
             # Also when a model is first used in inference mode: what is made there could not be used outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                self._source, self._version = weight.detach(), version(weight)
-                self._ordered, self._transposed = _in_order(weight), None
+                self._order = order = _Order(self.layer.weight)
+        return order
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepacked:
         # The copied layer comes with the copy of its module; what is in order is made anew.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mope.fused import prepack
@@ -69,6 +71,52 @@ def test_gradients_of_gradients_are_refused() -> None:
     (gradient,) = torch.autograd.grad(Prepacked(frozen(8, 6))(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@needs_onednn
+def test_a_weight_that_changed_before_backward_is_refused() -> None:
+    layer, x = frozen(8, 6), torch.randn(3, 8, requires_grad=True)
+    out = Prepacked(layer)(x)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@needs_onednn
+def test_derivatives_that_requires_grad_does_not_tell() -> None:
+    """Forward mode, and transforms of torch.func: the layer is called, and nothing of them is kept."""
+    layer, x = frozen(8, 6), torch.randn(3, 8)
+    calls = Prepacked(layer)
+    torch.testing.assert_close(torch.func.jvp(calls, (x,), (x,)), torch.func.jvp(layer, (x,), (x,)))
+    torch.testing.assert_close(torch.func.vmap(calls)(x), layer(x))
+    torch.testing.assert_close(torch.func.grad(lambda x: calls(x).sum())(x), layer.weight.sum(0).expand(3, 8))
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(calls.gelu(forward_ad.make_dual(x, x))).tangent
+    assert tangent is not None and tangent.abs().sum() > 0
+    torch.testing.assert_close(calls(x), layer(x))
+
+
+@needs_onednn
+def test_threads_see_no_weight_that_is_half_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = frozen(8, 6), torch.randn(3, 8)
+    calls, found = Prepacked(layer), []
+    put_in_order = prepack._in_order
+
+    def while_another_calls(weight: Tensor) -> Tensor:
+        if threading.current_thread() is not another:
+            another.start()
+            another.join()
+        return put_in_order(weight)
+
+    calls(x)
+    layer.weight.mul_(2)
+    another = threading.Thread(target=lambda: found.append(calls(x)))
+    monkeypatch.setattr(prepack, "_in_order", while_another_calls)
+    found.append(calls(x))
+    for out in found:
+        torch.testing.assert_close(out, layer(x))
+    assert len(found) == 2
 
 
 @needs_onednn
