@@ -6,6 +6,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class Arguments:
@@ -93,7 +94,12 @@ def first_derivative_only(op: str) -> None:
 
 
 def any_needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to see what is made of these tensors. Where not, a raw op is called as it is, which is quicker."""
+    """Whether autograd has to see what is made of these tensors. Where not, a raw op is called as it is, which is quicker.
+
+    `requires_grad` says nothing of forward mode, whose tangents raw ops would lose in silence; a Function refuses them.
+    """
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -105,3 +111,10 @@ def debugging() -> bool:
 def last_dim_contiguous(tensor: Tensor) -> Tensor:
     """The kernels take any strides but for the last dimension."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def kernel_lengths(lengths: Tensor | None) -> Tensor | None:
+    """Lengths of any integer dtype in one that the kernels read."""
+    if lengths is None:
+        return None
+    return last_dim_contiguous(lengths if lengths.dtype in (torch.int32, torch.int64) else lengths.long())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, first_derivative_only, last_dim_contiguous
+from ._checks import Arguments, any_needs_gradient, first_derivative_only, kernel_lengths, last_dim_contiguous
 from ._ops import MOPE_ATTENTION_GRADIENTS
 from .impl import Operation, extension_check, reference_check
 from .mope_attention_details import _launch as _launch
@@ -232,7 +232,7 @@ def mope_attention(
     of_bank = (bank.key, bank.value, bank.gram, bank.key_offset, bank.value_offset)
     inputs: tuple[Tensor | None, ...] = (query, key, value, logits, None if noise is None else noise.detach(), *of_bank)
     inputs += tuple(prompts.values())
-    if task_ids is not None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if task_ids is not None and any_needs_gradient(*inputs):
         raise arguments.error("task_ids is for inference, no gradient flows through it: call it under torch.no_grad()")
     implementation = _MOPE_ATTENTION.choose(
         impl, query, key, value, logits, bank, noise=noise, lengths=lengths, dropout_p=dropout_p, task_ids=task_ids, **prompts
@@ -265,7 +265,7 @@ def mope_attention(
 
     # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
     seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
-    inputs = tuple(None if t is None else last_dim_contiguous(t) for t in (*inputs, lengths, seed))
+    inputs = tuple(None if t is None else last_dim_contiguous(t) for t in (*inputs, kernel_lengths(lengths), seed))
     namespace, options = f"mope_{implementation}", _Options(top_k or 0, temperature, renormalize, bank.eps, scale, dropout_p)
     if task_ids is None:
         out, probs, weights, indices = MoPEAttentionFunction.apply(namespace, options, *inputs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, debugging, first_derivative_only, last_dim_contiguous
+from ._checks import Arguments, debugging, first_derivative_only, kernel_lengths, last_dim_contiguous
 from ._ops import PROMPT_ATTENTION_GRADIENTS
 from .impl import Operation, extension_check, reference_check, triton_check
 from .prompt_attention_details import _launch as _launch
@@ -218,7 +218,7 @@ def prompt_attention(
         f"mope_{implementation}::prompt_attention",
         _Options(is_causal, _scale(query, scale), dropout_p),
         *(last_dim_contiguous(t) for t in tensors),
-        None if lengths is None else last_dim_contiguous(lengths),
+        kernel_lengths(lengths),
         attn_bias,
         _seed(query, dropout_p),
     )

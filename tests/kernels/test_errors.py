@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import mope_kernels
-from mope_kernels import ExpertBank
+from mope_kernels import ExpertBank, _extension
 
 
 def attention(**changes):
@@ -130,3 +131,29 @@ def test_error_says_what_is_wrong(message):
     with pytest.raises(ValueError) as error:
         WRONG[message]()
     assert message in str(error.value)
+
+
+@pytest.mark.skipif(not _extension.STATUS.loaded, reason="no C++ extension")
+def test_tangents_of_forward_mode_are_refused_and_not_lost():
+    """Dual numbers do not say requires_grad."""
+    x, experts, indices = torch.randn(2, 4), torch.randn(3, 1, 4), torch.zeros(1, 1, dtype=torch.int64)
+    with forward_ad.dual_level():
+        for op in (
+            lambda x: mope_kernels.add_norm(x, None, None, None, impl="cpu"),
+            lambda x: mope_kernels.mix_prompts(experts, x[:1, :1], indices, impl="cpu"),
+            lambda x: mope_kernels.prompted_norm(x[None], None, None, None, num_replaced=0, impl="cpu"),
+        ):
+            with pytest.raises(NotImplementedError, match="forward mode AD"):
+                op(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.skipif(not _extension.STATUS.loaded, reason="no C++ extension")
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_lengths_of_any_integer_dtype(dtype):
+    query, key, value = torch.randn(3, 2, 1, 3, 4)
+    prompts, lengths = torch.randn(1, 1, 2, 4), torch.tensor([1, 3], dtype=dtype)
+    ours, plain = (
+        mope_kernels.prompt_attention(query, key, value, prompts, prompts, lengths=lengths, impl=impl)
+        for impl in ("cpu", "reference")
+    )
+    torch.testing.assert_close(ours, plain)
