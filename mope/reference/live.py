@@ -16,7 +16,7 @@ from mope.fused.prepack import PrepackedLayers, as_before
 class Accelerated(nn.Module):
     """In front of a released class it replaces methods and adds no state: parameters, keys and the optimizer stay as they are.
 
-    Attributes that start with `_cached` are no part of copies and pickles.
+    Attributes that start with `_cached` are no part of copies and pickles, but for layers in order: copies have theirs.
     """
 
     ours: Any
@@ -42,7 +42,7 @@ class Accelerated(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class was made here and cannot be found by name: copies and pickles make it again.
-        state = {name: value for name, value in vars(self).items() if not name.startswith("_cached")}
+        state = {name: value for name, value in vars(self).items() if not name.startswith("_cached") or name == "_cached_order"}
         return _remake, (self.ours, self.released, self.mode, self.prepack), state
 
     def extra_repr(self) -> str:

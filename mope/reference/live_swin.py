@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mope.fused.modules import has_hooks, is_plain
+from mope.fused.modules import has_hooks, is_plain, version
 from mope.fused.plain import add, add_norm
 from mope.fused.router import CrossPart, cross_logits
 from mope.fused.swin import MoPESwinBlock, position_bias
@@ -46,11 +46,12 @@ class Block(Accelerated):
         # A compiled graph would be made anew for every table that is kept.
         if table.requires_grad or torch.compiler.is_compiling():
             return position_bias(table, self.attn.window_size[0])
-        key = (table._version, table.data_ptr(), table.device, table.dtype)
+        key = (version(table), table.data_ptr(), table.device, table.dtype)
         if self.__dict__.get("_cached_position_bias", (None,))[0] != key:
             # Also when a model is first used in inference mode: what is made there could not be trained with later.
             with torch.inference_mode(False), torch.no_grad():
-                self.__dict__["_cached_position_bias"] = key, position_bias(table, self.attn.window_size[0])
+                # With a view of the table: while it is held, no other one can lie at its address.
+                self.__dict__["_cached_position_bias"] = key, position_bias(table, self.attn.window_size[0]), table.detach()
         return self.__dict__["_cached_position_bias"][1]
 
     add_up: Any = MoPESwinBlock.add_up

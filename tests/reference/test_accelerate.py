@@ -300,6 +300,8 @@ def test_frozen_layers_of_backbones_are_in_order_from_the_first_call_until_undo(
     model.put_in_order(pixels)
     copy_of = copy.deepcopy(model)
     assert in_order(model) == in_order(copy_of) == found
+    copy_of.put_in_order(torch.empty(0, device="meta"))
+    assert not in_order(copy_of) and in_order(model) == found
     accelerate(copy_of).undo()
     handle.undo()
     assert [set(vars(module)) for module in model.modules()] == attributes and not in_order(copy_of)
@@ -334,6 +336,17 @@ def test_a_changed_position_table_is_seen(change):
         assert (wanted[0][0] - before).abs().max() > 1e-4
     assert_same(found, wanted, 1e-5 if change == "cast" else 1e-10)
     assert any(name.endswith("table") for name in found[1]) == (change == "train")
+
+
+def test_a_table_at_the_address_of_the_last_one_is_seen():
+    encoder = small_encoder()
+    accelerate(encoder)
+    block = encoder.layers[0].blocks[0]
+    for scale in range(1, 9):
+        # The first gives the memory of the last one away, the second may get it.
+        for number in (0.0, float(scale)):
+            first_table(encoder).data = torch.full_like(first_table(encoder), number)
+        assert (block.position_bias == scale).all()
 
 
 def test_training_after_a_first_use_in_inference_mode():
