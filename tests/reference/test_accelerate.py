@@ -342,11 +342,11 @@ def test_a_table_at_the_address_of_the_last_one_is_seen():
     encoder = small_encoder()
     accelerate(encoder)
     block = encoder.layers[0].blocks[0]
-    for scale in range(1, 9):
-        # The first gives the memory of the last one away, the second may get it.
-        for number in (0.0, float(scale)):
-            first_table(encoder).data = torch.full_like(first_table(encoder), number)
-        assert (block.position_bias == scale).all()
+    for changes in range(2, 20):
+        # The first gives the memory of the table that was looked up away, a later one gets it.
+        for number in range(changes):
+            first_table(encoder).data = torch.full_like(first_table(encoder), float(changes + number))
+        assert (block.position_bias == 2 * changes - 1).all()
 
 
 def test_training_after_a_first_use_in_inference_mode():
