@@ -19,7 +19,7 @@ GPU_PYTHON ?= python3
 OUT ?= bench/results
 STAGE ?= tests,ops,timeline
 
-.PHONY: demo test test-all test-oldest lint compile asan abi bench gpu wheel aot clean
+.PHONY: demo test test-all test-oldest lint compile asan levels abi bench gpu wheel aot clean
 
 demo: $(READY)
 	$(BIN)/mope demo --out out $(DEMO)
@@ -60,6 +60,11 @@ asan: $(READY)
 	export MOPE_EXTENSION=build/asan/_C.so ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)"; \
 	$(BIN)/python $(LOADED) && $(BIN)/python -m pytest -q tests/contract -k cpu -m "not slow"
+
+# The contract with the C++ kernels for each set of instructions that is less than this processor's best, which `make test` takes.
+levels: $(READY)
+	for target in portable avx2 avx512; do \
+	echo $$target && MOPE_CPU_TARGET=$$target $(PYTEST) tests/contract -k cpu -m "not slow" || exit 1; done
 
 # One binary for every torch: what the oldest compiles passes the contract under the tested one, and the other way round.
 abi: $(READY)
