@@ -111,6 +111,7 @@ class ModeXForClassification(FusionModel):
     The head reads the fused text's first token: Linear(C,C), ReLU, Linear(C,num_labels), as published.
 
     The encoder is frozen and has its adapters from construction to `detach`; it stands in `encoder`, its adapters in `adapters`.
+    A new model is in the mode of its encoder, which after `from_pretrained` is evaluation.
 
     Args:
         model: an `AlbefModel`, or transformers' BLIP with a text encoder that attends to the image: `BlipForImageTextRetrieval` or
@@ -153,6 +154,8 @@ class ModeXForClassification(FusionModel):
         self._cast: CastWeights | None = None
         width = self.backbone("text").config.hidden_size
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, len(names))).to(self.device)
+        # One mode for all parts: whoever asks the whole which one it is in means the dropout of the encoder too.
+        self.train(model.training)
 
     def backbone(self, modality: str) -> Any:
         """The "vision" or "text" part of the encoder."""

@@ -92,6 +92,12 @@ def test_what_trains_gets_a_gradient_and_nothing_else_does(kind: str) -> None:
     assert set(model.trained_state_dict()) == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_all_parts_are_in_one_mode(training: bool) -> None:
+    model = ModeXForClassification(encoder("albef").train(training), CONFIGS["albef"], 2)
+    assert {module.training for module in model.modules()} == {training}
+
+
 def test_without_adapters_only_the_head_trains() -> None:
     model = ModeXForClassification(encoder("albef"), None, num_labels=2)
     assert set(model.trained_state_dict()) == {f"head.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")}
