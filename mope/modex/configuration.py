@@ -119,13 +119,14 @@ class ModeXConfig:
             raise ValueError(f"ModeXConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}")
         if not _is_index(fusion_layer):
             raise ValueError(f"ModeXConfig: fusion_layer must be an integer from 0 on, got {fusion_layer!r}")
-        own: dict[str, Any] = {"sites": dict(PRESETS[name])}
-        if name == "albef" and fusion_layer:
-            own["layers"] = {"textual_ffn": range(fusion_layer)}
-        elif name == "albef":
+        sites = dict(PRESETS[name])
+        if name == "albef" and not fusion_layer:
             # Every layer attends to the image.
-            del own["sites"]["textual_ffn"]
-        return cls(**{**own, **changes})
+            del sites["textual_ffn"]
+        values: dict[str, Any] = {"sites": sites, **changes}
+        if name == "albef" and isinstance(values["sites"], Mapping) and "textual_ffn" in values["sites"]:
+            values.setdefault("layers", {"textual_ffn": range(fusion_layer)})
+        return cls(**values)
 
     def replace(self, **changes: Any) -> ModeXConfig:
         return dataclasses.replace(self, **changes)

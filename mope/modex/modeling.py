@@ -31,6 +31,8 @@ from .saving import check_tensors
 
 # In config.json, and the folder of a copy.
 SYSTEM, ENCODER = "modex", "encoder"
+# The part of BLIP for VQA that writes answers: nothing in it is called, so nothing in it trains.
+_UNREAD = "text_decoder."
 PROBLEMS, SIDES = ("single_label", "multi_label"), ("right", "left")
 
 
@@ -149,8 +151,9 @@ class ModeXForClassification(FusionModel):
         self.encoder: Any = model
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self.adapters = None if config is None else attach(model, config)
-        if self.adapters is None:
-            model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if self.adapters is None or name.startswith(_UNREAD):
+                parameter.requires_grad_(False)
         self._cast: CastWeights | None = None
         width = self.backbone("text").config.hidden_size
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, len(names))).to(self.device)
@@ -333,7 +336,7 @@ class ModeXForClassification(FusionModel):
             )
             raise ValueError(f"this model was trained with another encoder: {wanted}; got {got}")
         of_encoder = {name.removeprefix(f"{ENCODER}."): t for name, t in tensors.items() if name.startswith(f"{ENCODER}.")}
-        _check(of_encoder, expected, weights)
+        _check(of_encoder, {name: t for name, t in expected.items() if not name.startswith(_UNREAD)}, weights)
         built = cls(
             encoder,
             config.adapters,

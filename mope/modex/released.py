@@ -253,6 +253,9 @@ def _places(model: nn.Module, vision: str, text: str) -> dict[tuple[int, str], t
 def _adapter(name: str, module: ExpertAdapter, parts: dict[str, Tensor], what: str) -> dict[str, Tensor]:
     """The tensors of an adapter under their names in the model. `ExpertAdapter` knows the released names."""
     scratch: Any = copy.deepcopy(module)
+    # It would cast them.
+    if strange := [f"{part} is {tensor.dtype}" for part, tensor in parts.items() if tensor.dtype not in LOADABLE]:
+        raise ValueError(f"{what} does not fit {name}: {', '.join(strange)}, expected floating point")
     try:
         scratch.load_state_dict(parts)
     except RuntimeError as error:

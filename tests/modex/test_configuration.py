@@ -78,6 +78,7 @@ def test_presets_are_those_that_were_published():
         "cross_ffn": "expert",
     }
     assert albef.layers == {"textual_ffn": tuple(range(6))}
+    assert ModeXConfig.preset("albef", sites=plain) == ModeXConfig(sites=plain)
     fused = ModeXConfig.preset("albef", fusion_layer=0)
     assert "textual_ffn" not in fused.sites
     assert fused.layers == {}

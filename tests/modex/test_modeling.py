@@ -98,6 +98,18 @@ def test_all_parts_are_in_one_mode(training: bool) -> None:
     assert {module.training for module in model.modules()} == {training}
 
 
+def test_the_decoder_of_vqa_does_not_train(tmp_path: Path) -> None:
+    model = ModeXForClassification(MODELS["blip_vqa"](), CONFIGS["blip"], 3).eval()
+    shake(model.trainable_parameters())
+    loss = model(**inputs(), labels=torch.tensor([0, 1])).loss
+    assert loss is not None
+    loss.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    model.save_pretrained(tmp_path, backbones="copy")
+    with torch.no_grad():
+        assert torch.equal(ModeXForClassification.from_pretrained(tmp_path)(**inputs()).logits, model(**inputs()).logits)
+
+
 def test_without_adapters_only_the_head_trains() -> None:
     model = ModeXForClassification(encoder("albef"), None, num_labels=2)
     assert set(model.trained_state_dict()) == {f"head.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")}

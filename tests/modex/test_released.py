@@ -321,6 +321,10 @@ def test_says_which_tensors_are_of_another_model() -> None:
         ValueError, match=r"position_embedding is \(1, 9, 12\) .* and \(1, 5, 12\) .*itm_head.bias is \(2,\) torch.complex64"
     ):
         load_released_state_dict(model_of(BLIP), state)
+    for dtype in (torch.int64, torch.complex64):
+        counted = {name: tensor.to(dtype) if ".cross_msa." in name else tensor for name, tensor in released_state(BLIP).items()}
+        with pytest.raises(ValueError, match=rf"modex.0.cross_msa does not fit .*\.cross_msa: \S+ is {dtype}"):
+            load_released_state_dict(model_of(BLIP), counted, strict=False)
     wide = ModeXConfig.preset("blip", bottleneck=5)
     with pytest.raises(
         ValueError, match=r"modex.0.visual_msa does not fit vision_model.encoder.layers.0.visual_msa, ExpertAdapter"
