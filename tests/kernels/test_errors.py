@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 
 import mope_kernels
 from mope_kernels import ExpertBank, _extension
+from mope_kernels._checks import any_needs_gradient
 
 
 def attention(**changes):
@@ -134,17 +135,27 @@ def test_error_says_what_is_wrong(message):
 
 
 @pytest.mark.skipif(not _extension.STATUS.loaded, reason="no C++ extension")
-def test_tangents_of_forward_mode_are_refused_and_not_lost():
-    """Dual numbers do not say requires_grad."""
+def test_derivatives_that_requires_grad_does_not_tell_are_not_lost():
+    """Forward mode and torch.func: plain PyTorch knows them, the C++ kernels refuse them."""
     x, experts, indices = torch.randn(2, 4), torch.randn(3, 1, 4), torch.zeros(1, 1, dtype=torch.int64)
+    ops = (
+        lambda x, impl: mope_kernels.add_norm(x, None, None, None, impl=impl)[1],
+        lambda x, impl: mope_kernels.mix_prompts(experts, x[:1, :1], indices, impl=impl),
+        lambda x, impl: mope_kernels.prompted_norm(x[None], None, None, None, num_replaced=0, impl=impl)[1],
+    )
+    for op in ops:
+        found, wanted = (torch.func.jvp(lambda x: op(x, impl), (x,), (x + 1,))[1] for impl in ("cpu,reference", "reference"))
+        assert torch.equal(found, wanted) and wanted.abs().sum() > 0
+        torch.func.grad(lambda x: op(x, "cpu,reference").sum())(x)
+        with forward_ad.dual_level(), pytest.raises(ValueError, match="nor forward mode"):
+            op(forward_ad.make_dual(x, x), "cpu")
+
+
+def test_a_raw_op_is_not_called_with_what_forward_mode_differentiates():
+    x = torch.ones(2)
+    assert not any_needs_gradient(x)
     with forward_ad.dual_level():
-        for op in (
-            lambda x: mope_kernels.add_norm(x, None, None, None, impl="cpu"),
-            lambda x: mope_kernels.mix_prompts(experts, x[:1, :1], indices, impl="cpu"),
-            lambda x: mope_kernels.prompted_norm(x[None], None, None, None, num_replaced=0, impl="cpu"),
-        ):
-            with pytest.raises(NotImplementedError, match="forward mode AD"):
-                op(forward_ad.make_dual(x, x))
+        assert any_needs_gradient(forward_ad.make_dual(x, x))
 
 
 @pytest.mark.skipif(not _extension.STATUS.loaded, reason="no C++ extension")
