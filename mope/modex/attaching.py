@@ -189,6 +189,7 @@ class Adapters:
     @property
     def modules(self) -> dict[str, ExpertAdapter]:
         """The adapters by name, which says where they are: `text_encoder.encoder.layer.0.cross_msa`."""
+        self._check_attached()
         found: dict[str, Any] = {name: self.model.get_submodule(name) for name in self._names}
         return found
 
@@ -209,6 +210,7 @@ class Adapters:
 
     def original_state_dict(self) -> dict[str, Tensor]:
         """The state dict of the model without adapters, and with what trained as it was: what `detach` would give back."""
+        self._check_attached()
         added = tuple(f"{name}." for name in self._names)
         originals = self._originals_of_parameters()
         return {
@@ -258,7 +260,10 @@ class Adapters:
 
     @torch.no_grad()
     def detach(self) -> None:
-        """Give the model back as it was: no hooks, no adapters, every value and `requires_grad`. A second call does nothing."""
+        """Give the model back as it was: no hooks, no adapters, every value and `requires_grad`. A second call does nothing.
+
+        These adapters are then gone: save them before.
+        """
         if not self.attached:
             return
         for handle in self._handles:
@@ -281,6 +286,7 @@ class Adapters:
 
         What `trained` names stays as it is. Not for training with gradient checkpointing, which computes again elsewhere.
         """
+        self._check_attached()
         originals, handles = self._originals_of_parameters(), []
         for name in self._trained:
             module = self.model.get_submodule(name)
@@ -303,6 +309,7 @@ class Adapters:
         cross-attention cross_msa runs twice in a call, on the layer's input and after cross-attention. Plain adapters have
         weights of 1.
         """
+        self._check_attached()
         entry: tuple[_Scope, dict[str, list[Tensor]]] = (self._scope, {})
         _THREAD.routes = (*_THREAD.routes, entry)
         try:
@@ -318,6 +325,8 @@ class Adapters:
         )
 
     def __repr__(self) -> str:
+        if not self.attached:
+            return f"Adapters({type(self.model).__name__}: detached)"
         plain = sum(len(adapter.up_weight) == 1 for adapter in self.modules.values())
         beside = sum(p.numel() for p in self._trained_parameters().values())
         own = self.num_parameters()
@@ -326,6 +335,12 @@ class Adapters:
             f"Adapters({type(self.model).__name__}: {plain} plain, {len(self._names) - plain} expert; "
             f"{own:,} parameters and {beside:,} beside them train, {share:.2f} % of all)"
         )
+
+    def _check_attached(self) -> None:
+        if not self.attached:
+            raise ValueError(
+                f"these adapters were detached from their {type(self.model).__name__}: attach(model, config) makes new ones"
+            )
 
     def _trained_parameters(self) -> dict[str, nn.Parameter]:
         return own_parameters(self.model, self._trained)

@@ -757,3 +757,37 @@ def test_two_adapters_of_one_name_are_refused():
     made.a, made.a_0 = nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4)
     with pytest.raises(ValueError, match="a_0_adapter"):
         attach(made, ModeXConfig(modules={"a.0": "plain", "a_0": "plain"}))
+
+
+def test_detached_adapters_say_so(tmp_path):
+    made, adapters = attached("vit")
+    adapters.detach()
+    assert repr(adapters) == "Adapters(ViTModel: detached)"
+    for use in (
+        lambda: adapters.modules,
+        lambda: adapters.save_pretrained(tmp_path),
+        adapters.original_state_dict,
+        adapters.num_parameters,
+        lambda: adapters.disabled().__enter__(),
+        lambda: adapters.routes().__enter__(),
+    ):
+        with pytest.raises(ValueError, match="these adapters were detached from their ViTModel"):
+            use()
+    assert hooks(made) == 0
+
+
+def test_a_layer_that_stands_twice_in_a_model_has_its_adapters_once(tmp_path):
+    made, given = model("bert"), inputs("bert")
+    made.encoder.layer[1] = made.encoder.layer[0]
+    before = output(made, given)
+    adapters = attach(made, CONFIGS["bert"])
+    assert len(adapters.modules) == 2
+    shake(adapters.parameters())
+    with adapters.routes() as routes:
+        expected = output(made, given)
+    assert {len(weights) for weights in routes.values()} == {2, 4}
+    adapters.save_pretrained(tmp_path)
+    adapters.detach()
+    assert torch.equal(output(made, given), before)
+    Adapters.from_pretrained(made, tmp_path)
+    assert torch.equal(output(made, given), expected)
