@@ -38,7 +38,8 @@ class Accelerated(nn.Module):
             self.__dict__["_cached_order"] = PrepackedLayers(self.frozen_parts())
         else:
             del self.__dict__["_cached_order"]
-            order.undo()
+            # Of two threads that called first, each may have put some layers in order.
+            as_before(self.frozen_parts())
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class was made here and cannot be found by name: copies and pickles make it again.
