@@ -99,9 +99,16 @@ class _OnOutput:
         adapt = self.fused if self.mode is not None and self.mode.get() else self.adapt
         if adapt is None:
             return output
-        if isinstance(output, tuple):
-            return (adapt(output[0]), *output[1:])
-        return adapt(output)
+        if isinstance(output, Tensor):
+            return adapt(output)
+        if not (isinstance(output, tuple) and output and isinstance(output[0], Tensor)):
+            raise ValueError(
+                f"{adapt.name} is behind a {type(module).__name__} that gives no tensor, nor a tuple that begins with one, "
+                f"but {type(output).__name__}: name another module in ModeXConfig"
+            )
+        adapted = (adapt(output[0]), *output[1:])
+        # Named tuples stay such.
+        return type(output)._make(adapted) if hasattr(output, "_make") else adapted
 
 
 class _OnInput:

@@ -269,12 +269,14 @@ def set_processors(model: FusionModel, sources: dict[str, str | None], format: s
             continue
         kind = "tokenizer" if modality == "text" else "image processor"
         try:
-            if modality == "vision" and source == PUBLISHED:
-                model.image_processor = published_image_processor(_image_size(model), format=format)
-            elif modality == "vision":
-                model.image_processor = loaders[modality].from_pretrained(source)
-            else:
-                model.tokenizer = loaders[modality].from_pretrained(source, padding_side=model.config.padding_side)
+            # transformers warns of model types that it does not know, such as that of a fused model.
+            with _quiet():
+                if modality == "vision" and source == PUBLISHED:
+                    model.image_processor = published_image_processor(_image_size(model), format=format)
+                elif modality == "vision":
+                    model.image_processor = loaders[modality].from_pretrained(source)
+                else:
+                    model.tokenizer = loaders[modality].from_pretrained(source, padding_side=model.config.padding_side)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"no {kind} could be loaded from {source}: {error}. Name another one, --{kind.replace(' ', '-')}"
@@ -283,7 +285,7 @@ def set_processors(model: FusionModel, sources: dict[str, str | None], format: s
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the table of weights that are not used, such as the pooler's: most checkpoints have some."""
+    """Without warnings of transformers, such as its table of weights that are not used: most checkpoints have some."""
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:

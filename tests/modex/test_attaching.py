@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -791,3 +792,41 @@ def test_a_layer_that_stands_twice_in_a_model_has_its_adapters_once(tmp_path):
     assert torch.equal(output(made, given), before)
     Adapters.from_pretrained(made, tmp_path)
     assert torch.equal(output(made, given), expected)
+
+
+class Gives(nn.Module):
+    """A linear layer's output in a container of some kind."""
+
+    def __init__(self, container) -> None:
+        super().__init__()
+        self.linear, self.container = nn.Linear(4, 4), container
+
+    def forward(self, x):
+        return self.container(self.linear(x))
+
+
+class Pairs(nn.Module):
+    def __init__(self, container) -> None:
+        super().__init__()
+        self.part = Gives(container)
+
+    def forward(self, x):
+        return self.part(x)
+
+
+def test_named_tuples_stay_such():
+    tuple_type = namedtuple("tuple_type", ["first", "second"])
+    made, x = Pairs(lambda y: tuple_type(y, 3)), torch.randn(2, 4)
+    adapters = attach(made, ModeXConfig(modules={"part": "plain"}))
+    shake(adapters.parameters())
+    found = made(x)
+    assert type(found) is tuple_type and found.second == 3
+    torch.testing.assert_close(found.first, adapters.modules["part_adapter"](made.part.linear(x)))
+
+
+@pytest.mark.parametrize("container", [lambda y: [y, y], lambda y: {"y": y}, lambda y: ()], ids=["list", "dict", "empty"])
+def test_outputs_that_cannot_be_adapted_are_named(container):
+    made = Pairs(container)
+    attach(made, ModeXConfig(modules={"part": "plain"}))
+    with pytest.raises(ValueError, match=r"part_adapter is behind a Gives that gives no tensor, .* but (list|dict|tuple): name"):
+        made(torch.randn(2, 4))
