@@ -120,9 +120,12 @@ class Prepacked:
             and available(weight.dtype)
             # Autocast casts the rows of x, as it would in front of F.linear.
             and weight.dtype == (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
-            and not (weight.requires_grad or (bias is not None and bias.requires_grad))
+            and not weight.requires_grad
+            # Of a bias oneDNN takes the memory as it lies.
+            and (bias is None or (bias.is_contiguous() and bias.dtype == weight.dtype and not bias.requires_grad))
             and x.numel() > 0
             and x.dim() > 1
+            and x.shape[-1] == weight.shape[1]
         )
 
     def product(self, x: Tensor, *, gelu: bool = False) -> Tensor:

@@ -142,6 +142,11 @@ def test_what_onednn_cannot_do_is_left_to_the_layer() -> None:
     assert not calls.fits(torch.empty(0, 8)) and calls(torch.empty(0, 8)).shape == (0, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not calls.fits(torch.randn(3, 8)) and calls(torch.randn(3, 8)).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        calls(torch.randn(3, 7))
+    # It would read the numbers between.
+    layer.bias = nn.Parameter(torch.randn(6, 2)[:, 0], requires_grad=False)
+    torch.testing.assert_close(calls(torch.ones(3, 8)), layer(torch.ones(3, 8)))
     layer.weight.requires_grad_(True)
     assert not calls.fits(torch.randn(3, 8))
     calls(torch.randn(3, 8)).sum().backward()
