@@ -33,6 +33,7 @@ from .saving import check_tensors
 SYSTEM, ENCODER = "modex", "encoder"
 # The part of BLIP for VQA that writes answers: nothing in it is called, so nothing in it trains.
 _UNREAD = "text_decoder."
+_UNTOLD = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 PROBLEMS, SIDES = ("single_label", "multi_label"), ("right", "left")
 
 
@@ -363,7 +364,9 @@ class ModeXForClassification(FusionModel):
 
 def _describe(encoder: Any, state: Mapping[str, Tensor]) -> dict[str, str]:
     """Class, source, dtype and fingerprint of an encoder whose own tensors are these."""
-    digest = hashlib.sha256(type(encoder).__name__.encode())
+    # What of a config no shape of a tensor tells.
+    untold = [[getattr(encoder.config, part).to_dict().get(name) for name in _UNTOLD] for part in ("vision_config", "text_config")]
+    digest = hashlib.sha256(json.dumps([type(encoder).__name__, *untold], default=str).encode())
     for name, tensor in sorted(state.items(), key=itemgetter(0)):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

@@ -170,6 +170,14 @@ def test_a_reference_wants_the_encoder_that_it_was(tmp_path: Path) -> None:
     expected = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match="another encoder"):
         ModeXForClassification.from_pretrained(tmp_path, model=other)
+    # Of the same weights, but other heads.
+    heads = encoder("albef")
+    config = heads.config.to_dict()
+    config["text_config"]["num_attention_heads"] = 4
+    heads = AlbefModel(type(heads.config)(**config))
+    heads.load_state_dict(encoder("albef").state_dict())
+    with pytest.raises(ValueError, match="another encoder"):
+        ModeXForClassification.from_pretrained(tmp_path, model=heads)
     # Given back as it was.
     assert other.state_dict().keys() == expected.keys()
 
