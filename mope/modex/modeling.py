@@ -190,6 +190,8 @@ class ModeXForClassification(FusionModel):
         # transformers 6 will know the first name only, older versions the second.
         enable = getattr(self.encoder, "activation_checkpointing_enable", None) or self.encoder.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+        # Asked for by transformers, needed by reentrant checkpointing alone, and an error in BLIP, which adds in place to them.
+        self.encoder.disable_input_require_grads()
 
     @property
     def frozen_dtype(self) -> torch.dtype | None:
@@ -439,7 +441,7 @@ def read_config(folder: Path) -> tuple[ClassifierConfig, dict[str, str]]:
         )
     try:
         values = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(values, dict) or values.get("system") != SYSTEM:
         raise ValueError(f"{file} is not that of a ModeXForClassification")

@@ -228,7 +228,7 @@ def is_modex(path: Path) -> bool:
     try:
         return json.loads((path / CONFIG).read_text()).get("system") == SYSTEM
     # What is wrong with it is said where it is loaded.
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 

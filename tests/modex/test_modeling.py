@@ -221,9 +221,10 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
         given = None if "no fused" in message else encoder("albef")
         with pytest.raises(ValueError, match=message):
             ModeXForClassification.from_pretrained(tmp_path, model=given)
-    file.write_text("{")
-    with pytest.raises(ValueError, match="not readable JSON"):
-        ModeXForClassification.from_pretrained(tmp_path)
+    for text in ("{", "[" * 100_000, "9" * 5000):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json is not readable JSON"):
+            ModeXForClassification.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -292,10 +293,11 @@ def test_16_bits_and_oneDNN_change_little_and_are_undone() -> None:
         model.cast_frozen(torch.float64)
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_gradient_checkpointing_changes_no_gradient(kind: str) -> None:
     found = []
     for checkpointing in (False, True):
-        model = classifier().train()
+        model = classifier(kind).train()
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
