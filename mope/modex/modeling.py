@@ -144,6 +144,8 @@ class ModeXForClassification(FusionModel):
             if not num_labels:
                 raise ValueError("ModeXForClassification: give num_labels or id2label")
             id2label = [f"LABEL_{i}" for i in range(num_labels)]
+        if isinstance(id2label, str):
+            raise ValueError(f"ModeXForClassification: id2label must be names of classes, got the string {id2label!r}")
         names = id2label if isinstance(id2label, Mapping) else dict(enumerate(id2label))
         if num_labels not in (None, len(names)):
             raise ValueError(f"ModeXForClassification: num_labels is {num_labels}, id2label names {len(names)}")

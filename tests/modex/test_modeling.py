@@ -268,6 +268,8 @@ def test_arguments_are_checked() -> None:
         ModeXForClassification(encoder("albef"), None)
     with pytest.raises(ValueError, match="num_labels is 2"):
         ModeXForClassification(encoder("albef"), None, 2, id2label=NAMES)
+    with pytest.raises(ValueError, match="id2label must be names of classes, got the string 'yes'"):
+        ModeXForClassification(encoder("albef"), None, id2label="yes")
     given = inputs()
     with pytest.raises(ValueError, match="as many texts as images"):
         classifier()(**{**given, "pixel_values": given["pixel_values"][:1]})
