@@ -67,11 +67,10 @@ struct WindowWorkspace {
   WindowWorkspace(const WindowAttention& op, bool backward)
       : width(vectors(op.D) * kLanes),
         pairs(vectors((op.D + 1) / 2) * kLanes),
-        head(Scratch::padded((op.rows() + kLanes) * width)),
         scratch(size(op, backward)),
-        queries(scratch.take(kHeads * head)),
-        keys(scratch.take(kHeads * head)),
-        values(scratch.take(kHeads * head)),
+        queries(rows(op.rows() + kLanes)),
+        keys(rows(op.rows())),
+        values(rows(op.rows())),
         by_width(scratch.take(width * kQueries)),
         scores(scratch.take(op.rows() * kQueries)),
         out(rows(kQueries)),
@@ -80,7 +79,7 @@ struct WindowWorkspace {
         zeros(op.D),
         bias(op) {
     if (!backward) return;
-    grad_out = scratch.take(kHeads * head);
+    grad_out = rows(op.rows() + kLanes);
     grad_queries = rows(op.rows());
     grad_keys = rows(op.rows());
     grad_values = rows(op.rows());
@@ -99,7 +98,6 @@ struct WindowWorkspace {
   }
 
   const int64_t width, pairs;  // of a row of floats, and of pairs of bfloat16s
-  const int64_t head;          // from one head to the next in what is gathered
   Scratch scratch;
   float *queries, *keys, *values, *by_width, *scores, *out;
   float *grad_out = nullptr, *grad_queries = nullptr, *grad_keys = nullptr, *grad_values = nullptr, *grad_scores = nullptr;
@@ -111,9 +109,9 @@ struct WindowWorkspace {
   float* rows(int64_t count) { return scratch.take(count * width); }
 
   int64_t size(const WindowAttention& op, bool backward) const {
-    const int64_t gathered = kHeads * head, scores = Scratch::padded(op.rows() * kQueries);
-    const int64_t forward = 3 * gathered + 2 * Scratch::padded(width * kQueries) + scores;
-    return backward ? forward + gathered + 3 * head + scores : forward;
+    const int64_t all = Scratch::padded((op.rows() + kLanes) * width), scores = Scratch::padded(op.rows() * kQueries);
+    const int64_t forward = 3 * all + 2 * Scratch::padded(width * kQueries) + scores;
+    return backward ? forward + 4 * all + scores : forward;
   }
 };
 
@@ -122,16 +120,13 @@ struct Window {
   int64_t h, owner, item, index, part;
 };
 
-// Copies the rows of a window of `heads` heads from one column on. The heads of a token lie side by side, tokens on pages apart.
+// Copies the rows of a window from one column on.
 inline void gather_window(
-    const WindowAttention& op, const AnyInput<3>& from, int64_t column, const Window& window, int64_t heads,
-    const WindowWorkspace& work, float* to) {
+    const WindowAttention& op, const AnyInput<3>& from, int64_t column, const Window& window, const WindowWorkspace& work,
+    float* to) {
   from.visit([&](auto view) {
-    for (int64_t n = 0; n < op.rows(); ++n) {
-      const auto* row = view.row(n < op.P ? window.owner : window.item, work.place[n]) + column;
-      float* place = to + window.h % kHeads * work.head + n * work.width;
-      for (int64_t i = 0; i < heads; ++i, place += work.head) pack(row + i * op.D, 0, 1, op.D, place, work.width);
-    }
+    for (int64_t n = 0; n < op.rows(); ++n)
+      pack(view.row(n < op.P ? window.owner : window.item, work.place[n]) + column, 0, 1, op.D, to + n * work.width, work.width);
   });
 }
 
@@ -146,42 +141,41 @@ inline void prefetch_window(
   });
 }
 
-// For all windows, after their rows have been found: gather(window, heads, workspace) for so many heads from window.h on, and
-// f(window, workspace) for each of these. Before each, prefetch(next, place) for the same head of the window that comes next:
-// rows lie too far apart for the processor to guess where.
-template <class Prefetch, class Gather, class F>
-inline void over_windows(const WindowAttention& op, bool backward, const Prefetch& prefetch, const Gather& gather, const F& f) {
+// Calls f(window, workspace) for all windows of all heads, after their rows have been found, and prefetch(window, place) for each
+// before the one in front of it is worked on: rows lie too far apart for the processor to guess where the next are.
+template <class Prefetch, class F>
+inline void over_windows(const WindowAttention& op, bool backward, const Prefetch& prefetch, const F& f) {
+  constexpr int64_t kTask = kWindows * kHeads;
   const int64_t chunks = op.chunks(kWindows), groups = (op.H + kHeads - 1) / kHeads;
-  // A head of bfloat16s is one line of the cache, and all at once were slower to gather.
-  const int64_t at_once = op.qkv.is_bfloat16 ? 1 : kHeads;
-  // The n-th, kWindows for each chunk. Groups of heads are outermost, as each head has a bias of its own.
+  // The n-th, heads innermost: those of a token are neighbours. Groups of heads are outermost, as each head has a bias of its own.
   const auto window = [&](int64_t n) {
-    const int64_t task = n / kWindows, chunk = task % chunks, owner = task / chunks % op.B, h = task / chunks / op.B * kHeads;
-    const int64_t j = chunk * kWindows + n % kWindows, i = op.owner_is_instance ? owner * op.windows() + j : j * op.B + owner;
+    const int64_t h = n / kTask / chunks / op.B * kHeads + n % kHeads, owner = n / kTask / chunks % op.B;
+    const int64_t chunk = n / kTask % chunks, j = chunk * kWindows + n % kTask / kHeads;
+    const int64_t i = op.owner_is_instance ? owner * op.windows() + j : j * op.B + owner;
     return Window{h, owner, i / op.windows(), i % op.windows(), (owner * op.H + h) * chunks + chunk};
   };
-  // The last chunk of an image may have fewer.
-  const auto exists = [&](int64_t n) { return n / kWindows % chunks * kWindows + n % kWindows < op.windows(); };
+  // The last chunk and the last group may have fewer.
+  const auto exists = [&](int64_t n) {
+    return n / kTask % chunks * kWindows + n % kTask / kHeads < op.windows() &&
+           n / kTask / chunks / op.B * kHeads + n % kHeads < op.H;
+  };
   parallel_for(0, groups * op.B * chunks, 1, [&](int64_t begin, int64_t end) {
     WindowWorkspace work(op, backward);
-    int64_t first = -1;
-    Window next = window(begin * kWindows);
+    int64_t group = -1;
+    Window next = window(begin * kTask);
     work.find(op, next.index, work.next_place);
-    for (int64_t n = begin * kWindows; n < end * kWindows;) {
-      Window current = next;
+    for (int64_t n = begin * kTask; n < end * kTask;) {
+      const Window current = next;
       std::swap(work.place, work.next_place);
       do ++n;
-      while (n < end * kWindows && !exists(n));
-      const bool last = n == end * kWindows;
-      if (!last) work.find(op, (next = window(n)).index, work.next_place);
-      if (current.h != first) work.bias.take_heads(first = current.h);
-      const int64_t heads = std::min(kHeads, op.H - first);
-      for (int64_t i = 0; i < heads; ++i, ++current.h, current.part += chunks) {
-        if (i % at_once == 0) gather(current, std::min(at_once, heads - i), work);
-        Window same_head = next;
-        if (!last && (same_head.h += i) < op.H) prefetch(same_head, work.next_place);
-        f(current, work);
+      while (n < end * kTask && !exists(n));
+      if (n < end * kTask) {
+        next = window(n);
+        work.find(op, next.index, work.next_place);
+        prefetch(next, work.next_place);
       }
+      if (current.h / kHeads != group) work.bias.take_heads((group = current.h / kHeads) * kHeads);
+      f(current, work);
     }
   });
 }
@@ -204,30 +198,27 @@ inline void sum_chunks(
 }
 
 // Gathers queries, keys and values of a window as factors of products.
-inline void gather_factors(Floats, const WindowAttention& op, const Window& window, int64_t heads, WindowWorkspace& work) {
+inline void gather_factors(Floats, const WindowAttention& op, const Window& window, WindowWorkspace& work) {
   const int64_t C = op.H * op.D, column = window.h * op.D;
-  gather_window(op, op.qkv, column, window, heads, work, work.queries);
-  gather_window(op, op.qkv, C + column, window, heads, work, work.keys);
-  gather_window(op, op.qkv, 2 * C + column, window, heads, work, work.values);
+  gather_window(op, op.qkv, column, window, work, work.queries);
+  gather_window(op, op.qkv, C + column, window, work, work.keys);
+  gather_window(op, op.qkv, 2 * C + column, window, work, work.values);
 }
 
 #if MOPE_PAIRS
-inline void gather_factors(Pairs, const WindowAttention& op, const Window& window, int64_t heads, WindowWorkspace& work) {
+inline void gather_factors(Pairs, const WindowAttention& op, const Window& window, WindowWorkspace& work) {
   const auto view = op.qkv.as<BFloat16>();
   const auto row = [&](int64_t n, int64_t part) {
     return view.row(n < op.P ? window.owner : window.item, work.place[n]) + (part * op.H + window.h) * op.D;
   };
-  for (int64_t n = 0; n < op.rows(); ++n)
-    for (int64_t i = 0, to = window.h % kHeads * work.head + n * work.pairs; i < heads; ++i, to += work.head) {
-      pair_columns(row(n, 0) + i * op.D, op.D, work.queries + to, work.pairs);
-      pair_columns(row(n, 1) + i * op.D, op.D, work.keys + to, work.pairs);
-    }
-  for (int64_t n = 0; n < op.rows(); n += 2)
-    for (int64_t i = 0; i < heads; ++i) {
-      const BFloat16* below = n + 1 < op.rows() ? row(n + 1, 2) + i * op.D : work.zeros.data();
-      const int64_t to = (window.h % kHeads + i) * work.head + n / 2 * work.width;
-      pair_rows(row(n, 2) + i * op.D, below, op.D, work.values + to, work.width);
-    }
+  for (int64_t n = 0; n < op.rows(); ++n) {
+    pair_columns(row(n, 0), op.D, work.queries + n * work.pairs, work.pairs);
+    pair_columns(row(n, 1), op.D, work.keys + n * work.pairs, work.pairs);
+  }
+  for (int64_t n = 0; n < op.rows(); n += 2) {
+    const BFloat16* second = n + 1 < op.rows() ? row(n + 1, 2) : work.zeros.data();
+    pair_rows(row(n, 2), second, op.D, work.values + n / 2 * work.width, work.width);
+  }
 }
 #endif
 
@@ -237,20 +228,20 @@ inline void attend_window(
   alignas(64) float sums[kQueries], highest[kQueries];
   const auto steps = [](int64_t depth) { return (depth + Factors::kDepth - 1) / Factors::kDepth; };
   const int64_t keys = op.rows(), width = vectors(steps(op.D)) * kLanes;
-  const int64_t head = window.h % kHeads * work.head;
+  gather_factors(Factors(), op, window, work);
   for (int64_t first = 0; first < op.rows(); first += kQueries) {
     const int64_t count = std::min(kQueries, op.rows() - first);
     // The rows behind the last are no query's: filling them up overwrites none that comes later.
-    transpose_queries(work.queries + head + first * width, count, width, work.by_width);
+    transpose_queries(work.queries + first * width, count, width, work.by_width);
     product<false, Factors>(
-        keys, count, steps(op.D), {work.keys + head, width, 1}, work.by_width, kQueries, work.scores, kQueries);
+        keys, count, steps(op.D), {work.keys, width, 1}, work.by_width, kQueries, work.scores, kQueries);
     in_blocks<4>(vectors(count), [&](auto block, int64_t n) {
       const int64_t at = n * kLanes;
       work.bias.template raise<block()>(window.h, window.index, first + at, op.scale, work.scores + at, highest + at);
       exponentials<block(), Factors>(work.scores + at, keys, highest + at, sums + at);
     });
     product<false, Factors>(
-        count, op.D, steps(keys), {work.scores, 1, kQueries}, work.values + head, work.width, work.out, work.width);
+        count, op.D, steps(keys), {work.scores, 1, kQueries}, work.values, work.width, work.out, work.width);
     out.visit([&](auto to) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t n = first + i;
@@ -272,19 +263,13 @@ inline void window_attention(const WindowAttention& op, AnyOutput<3> out) {
     for (int64_t i = 0; i < 3; ++i) prefetch_window(op, op.qkv, i * C + next.h * op.D, next.item, place);
     prefetch_window(op, out, next.h * op.D, next.item, place);
   };
-  const auto attend = [&](auto factors) {
-    const auto gather = [&](const Window& window, int64_t heads, WindowWorkspace& work) {
-      gather_factors(factors, op, window, heads, work);
-    };
-    over_windows(op, false, prefetch, gather, [&](const Window& window, WindowWorkspace& work) {
-      attend_window<decltype(factors)>(op, window, work, out, parts.data() + window.part * op.P * op.D);
-    });
-  };
+  over_windows(op, false, prefetch, [&](const Window& window, WindowWorkspace& work) {
+    float* prompts = parts.data() + window.part * op.P * op.D;
 #if MOPE_PAIRS
-  op.qkv.is_bfloat16 ? attend(Pairs()) : attend(Floats());
-#else
-  attend(Floats());
+    if (op.qkv.is_bfloat16) return attend_window<Pairs>(op, window, work, out, prompts);
 #endif
+    attend_window<Floats>(op, window, work, out, prompts);
+  });
   sum_chunks(op, parts, 1.0f / op.windows(), 0, out);
 }
 
@@ -300,25 +285,21 @@ inline void window_attention_backward(const WindowAttention& op, const WindowAtt
     }
     prefetch_window(op, back.grad_out, next.h * op.D, next.item, place);
   };
-  const auto gather = [&](const Window& window, int64_t heads, WindowWorkspace& work) {
-    gather_factors(Floats(), op, window, heads, work);
-    gather_window(op, back.grad_out, window.h * op.D, window, heads, work, work.grad_out);
-  };
-  over_windows(op, true, prefetch, gather, [&](const Window& window, WindowWorkspace& work) {
+  over_windows(op, true, prefetch, [&](const Window& window, WindowWorkspace& work) {
     alignas(64) float highest[kQueries];
     const int64_t width = work.width, column = window.h * op.D, keys = op.rows();
-    const int64_t head = window.h % kHeads * work.head;
-    float *all_queries = work.queries + head, *all_grad_out = work.grad_out + head, *all_keys = work.keys + head;
+    gather_factors(Floats(), op, window, work);
+    gather_window(op, back.grad_out, column, window, work, work.grad_out);
     // A prompt's output is a mean.
-    MOPE_SIMD for (int64_t i = 0; i < op.P * width; ++i) all_grad_out[i] /= op.windows();
+    MOPE_SIMD for (int64_t i = 0; i < op.P * width; ++i) work.grad_out[i] /= op.windows();
     std::fill_n(work.grad_keys, keys * width, 0.0f);
     std::fill_n(work.grad_values, keys * width, 0.0f);
     for (int64_t first = 0; first < op.rows(); first += kQueries) {
       const int64_t count = std::min(kQueries, op.rows() - first);
-      transpose_queries(all_queries + first * width, count, width, work.by_width);
-      product<false>(keys, count, op.D, {all_keys, width, 1}, work.by_width, kQueries, work.scores, kQueries);
-      transpose_queries(all_grad_out + first * width, count, width, work.by_width);
-      product<false>(keys, count, op.D, {work.values + head, width, 1}, work.by_width, kQueries, work.grad_scores, kQueries);
+      transpose_queries(work.queries + first * width, count, width, work.by_width);
+      product<false>(keys, count, op.D, {work.keys, width, 1}, work.by_width, kQueries, work.scores, kQueries);
+      transpose_queries(work.grad_out + first * width, count, width, work.by_width);
+      product<false>(keys, count, op.D, {work.values, width, 1}, work.by_width, kQueries, work.grad_scores, kQueries);
       in_blocks<4>(vectors(count), [&](auto block, int64_t n) {
         const int64_t at = n * kLanes;
         work.bias.template raise<block()>(window.h, window.index, first + at, op.scale, work.scores + at, highest + at);
@@ -331,12 +312,12 @@ inline void window_attention_backward(const WindowAttention& op, const WindowAtt
             to[(first + i - op.P) * tokens + key] += work.grad_scores[(op.P + key) * kQueries + i];
       }
       if (!need_qkv) continue;
-      float* queries = all_queries + first * width;
-      float* grad_out = all_grad_out + first * width;
+      float* queries = work.queries + first * width;
+      float* grad_out = work.grad_out + first * width;
       product<true>(keys, op.D, count, {work.scores, kQueries, 1}, grad_out, width, work.grad_values, width);
       product<true>(keys, op.D, count, {work.grad_scores, kQueries, 1}, queries, width, work.grad_keys, width);
       float* grad_queries = work.grad_queries + first * width;
-      product<false>(count, op.D, keys, {work.grad_scores, 1, kQueries}, all_keys, width, grad_queries, width);
+      product<false>(count, op.D, keys, {work.grad_scores, 1, kQueries}, work.keys, width, grad_queries, width);
     }
     if (!need_qkv) return;
     const auto put = [&](const float* gradient, float scale, int64_t column, std::vector<float>& parts) {
