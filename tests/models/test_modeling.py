@@ -141,7 +141,8 @@ def test_the_model_calls_the_ops(experts_over_batch: bool, monkeypatch: pytest.M
         mope_kernels.explain("mix_prompts", torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.long)).impl
         == "cpu"
     ):
-        assert compiled.names == called
+        # Between them come the LayerNorms of frozen layers.
+        assert [name for name in compiled.names if name in called] == called
 
 
 def test_gradients_reach_exactly_what_is_trained() -> None:
