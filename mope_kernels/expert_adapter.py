@@ -33,7 +33,7 @@ class ExpertAdapterFunction(torch.autograd.Function):
     def forward(
         ctx: Any, namespace: str, options: _Options, return_weights: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        ctx.ops, ctx.options = getattr(torch.ops, namespace), options
+        ctx.ops, ctx.options, ctx.return_weights = getattr(torch.ops, namespace), options, return_weights
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         out, weights = ctx.ops.expert_adapter.default(*tensors, *options, return_weights)
@@ -45,7 +45,8 @@ class ExpertAdapterFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         first_derivative_only("expert_adapter")
         tensors = ctx.saved_tensors
-        grad_out, grad_weights = grads
+        # torch.compile gives zeros of the shape of what stands in for weights that nobody asked for.
+        grad_out, grad_weights = grads[0], grads[1] if ctx.return_weights else None
         grad_out = torch.zeros_like(tensors[0]) if grad_out is None else last_dim_contiguous(grad_out)
         # Of namespace, options, return_weights, and the tensors; the seed has none.
         needed = ctx.needs_input_grad[3:-1]

@@ -30,7 +30,7 @@ class AddNormFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.ops, ctx.eps = getattr(torch.ops, namespace), eps
+        ctx.ops, ctx.eps, ctx.nothing_added = getattr(torch.ops, namespace), eps, update is None
         total, normed = ctx.ops.add_norm.default(x, update, weight, bias, eps, norm_dtype)
         ctx.save_for_backward(x if update is None else total, weight)
         ctx.dtypes = (x.dtype, x.dtype if update is None else update.dtype)
@@ -44,6 +44,9 @@ class AddNormFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         first_derivative_only("add_norm")
         grad_total, grad_normed = grads
+        if ctx.nothing_added:
+            # Nobody has what stands in for `total`, and torch.compile gives zeros of its shape.
+            grad_total = None
         need_x, need_update, need_weight, need_bias = ctx.needs_input_grad[3:]
         if grad_total is None and grad_normed is None:
             return (None,) * 7

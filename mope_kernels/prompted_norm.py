@@ -47,6 +47,7 @@ class PromptedNormFunction(torch.autograd.Function):
         ctx.save_for_backward(total, probs, *used, pooled, *(given[name] for name in kept))
         ctx.dtypes = {name: None if t is None else t.dtype for name, t in given.items()}
         ctx.sizes = tuple(0 if t is None else t.shape[-2] for t in (given["x"], given["static"], given["mapped"]))
+        ctx.routes = given["experts"] is not None and given["routing_weights"] is None
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         return total, normed, probs, weights, indices
@@ -59,8 +60,10 @@ class PromptedNormFunction(torch.autograd.Function):
         shared = x_dtype == update_dtype
         asked = needed | {"x": needed["x"] or (shared and needed["update"]), "update": needed["update"] and not shared}
         num_rows, num_static, num_mapped = ctx.sizes
+        # Without a router nothing comes out of one, and torch.compile gives zeros of the shape of what stands there.
+        grads = grads[: 4 if ctx.routes else 2] + (None,) * (0 if ctx.routes else 2)
         found = ctx.ops.prompted_norm_backward.default(
-            *(None if grad is None else last_dim_contiguous(grad) for grad in grads[:4]),
+            *(None if grad is None else last_dim_contiguous(grad) for grad in grads),
             *ctx.saved_tensors,
             num_rows,
             ctx.options.num_replaced,

@@ -17,6 +17,7 @@ from mope.benchmark.rows import read
 def small(monkeypatch):
     monkeypatch.setitem(cases._SHAPES, "cpu", cases._SHAPES["tiny"])
     monkeypatch.setattr(cases, "_SKEWED", {})
+    monkeypatch.setattr(cases, "_MORE", {})
     monkeypatch.setattr(run, "cold_start", lambda device: [1.0, 2.0, 3.0])
     monkeypatch.setattr(run, "ROUNDS_SECONDS", {True: 0.01, False: 0.01})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

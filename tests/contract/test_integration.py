@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mope_kernels._ops import NAMESPACES
 from tests.kernels.numerics import DEVICE
 
-from .ops import PROMPT_ATTENTION, RUNS, Op, Options, Tensors, assert_same, dtype_of, every, require_gradients, run_with_gradients
+from .ops import (
+    ADD_NORM,
+    EXPERT_ADAPTER,
+    PROMPT_ATTENTION,
+    PROMPTED_NORM,
+    RUNS,
+    Op,
+    Options,
+    Tensors,
+    assert_same,
+    dtype_of,
+    every,
+    require_gradients,
+    run_with_gradients,
+    unavailable,
+)
 
 VARIED: dict[str, list[dict[str, Any]]] = {
     "route": [{"top_k": None}, {"top_k": 2, "renormalize": True}],
@@ -131,3 +147,35 @@ def test_compiles_whole_and_once(op, impl):
         torch.testing.assert_close(loss, eager)
         for a, b in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(eager, leaves), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def leaves_out(change: Options) -> bool:
+    """Whether a case leaves something out that other cases have, so that an output stands for nothing."""
+    return any(not value for value in change.values()) and change.get("batch") != 0
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        pytest.param(op, case, id=f"{op.name}-{case}")
+        for op in (ADD_NORM, PROMPTED_NORM, EXPERT_ADAPTER)
+        for case, change in op.cases.items()
+        if leaves_out(change) or case == "given routing"
+    ],
+)
+def test_compiles_with_outputs_that_stand_for_nothing(op, case):
+    """torch.compile gives such outputs gradients, of their own shapes."""
+    if reason := unavailable("cpu"):
+        pytest.skip(reason)
+    tensors, options = op.draw(torch.float32, "cpu", **op.cases[case])
+    names = op.leaves(tensors)
+    inputs = require_gradients(tensors, names)
+    leaves = [inputs[name] for name in names]
+
+    def step(tensors: Tensors) -> torch.Tensor:
+        return sum(o.float().square().sum() for o in op.run("cpu", options, tensors) if o.requires_grad)
+
+    torch.compiler.reset()
+    found = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(inputs), leaves, materialize_grads=True)
+    expected = torch.autograd.grad(step(inputs), leaves, materialize_grads=True)
+    torch.testing.assert_close(found, expected)
