@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,16 +24,8 @@ def demo(*, out: Path, seeds: int = 1, fast: bool = False, device: str = "auto",
         device: "auto" takes CUDA where there is one.
         threads: of torch, on the CPU. Models as small as these gain nothing from more than one, and lose much on a busy machine.
     """
-    torch.set_num_threads(threads)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place, started_with = begin(device, threads, fast)
     settings = FAST if fast else FULL
-    started_with = {
-        "versions": environment.versions(),
-        "device": environment.device_name(place),
-        "commit": environment.commit(),
-        "fast": fast,
-    }
-    print(f"Does the sentence hold for the scan? On {started_with['device']}." + (" --fast: nothing is learned." if fast else ""))
     runs = []
     for seed in range(seeds):
         run, task, model = run_seed(seed, settings, place)
@@ -46,6 +39,20 @@ def demo(*, out: Path, seeds: int = 1, fast: bool = False, device: str = "auto",
     text = report.write(out, runs, comparison, settings, started_with)
     print(f"\n{text}")
     print("\n".join(str(path) for path in (out / "results.md", out / "results.json", *paths, out / "model")))
+
+
+def begin(device: str, threads: int, fast: bool) -> tuple[torch.device, dict[str, Any]]:
+    """Set the threads, say what is asked and where -> the device, and what results say of how they were made."""
+    torch.set_num_threads(threads)
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    started_with = {
+        "versions": environment.versions(),
+        "device": environment.device_name(place),
+        "commit": environment.commit(),
+        "fast": fast,
+    }
+    print(f"Does the sentence hold for the scan? On {started_with['device']}." + (" --fast: nothing is learned." if fast else ""))
+    return place, started_with
 
 
 def run_seed(seed: int, settings: Settings, device: torch.device) -> tuple[report.Run, Task, MoPEForClassification]:

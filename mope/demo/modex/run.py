@@ -7,27 +7,19 @@ from pathlib import Path
 
 import torch
 
-from mope import environment
 from mope.demo.data import load_digits
 from mope.demo.modex import pictures, plain, report
 from mope.demo.modex.pretrain import pretrain_fusion
 from mope.demo.modex.train import FAST, FULL, Settings, compare
+from mope.demo.run import begin
 from mope.demo.train import Task
 from mope.modex import ModeXForClassification
 
 
 def demo(*, out: Path, seeds: int = 1, fast: bool = False, device: str = "auto", threads: int = 1) -> None:
     """Run the demo and print its table. Arguments as in `mope.demo.run.demo`."""
-    torch.set_num_threads(threads)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place, started_with = begin(device, threads, fast)
     settings = FAST if fast else FULL
-    started_with = {
-        "versions": environment.versions(),
-        "device": environment.device_name(place),
-        "commit": environment.commit(),
-        "fast": fast,
-    }
-    print(f"Does the sentence hold for the scan? On {started_with['device']}." + (" --fast: nothing is learned." if fast else ""))
     runs = []
     for seed in range(seeds):
         run, task, model = run_seed(seed, settings, place)
