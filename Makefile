@@ -40,6 +40,13 @@ OF_OLDEST := VENV=$(OLDEST) TORCH=torch==2.11.0 TRITON=triton==3.6.0 PINS='"tran
 test-oldest:
 	$(MAKE) test $(OF_OLDEST)
 
+# The versions of the machine that measures on a GPU: Python 3.12, whose libtriton.so is another file than that of 3.11.
+GPU_STACK := .venv-gpu
+GPU_STACK_PYTHON ?= $(shell PYENV_VERSION=3.12.1 pyenv which python3.12 2>/dev/null || echo python3.12)
+OF_GPU_STACK := VENV=$(GPU_STACK) PYTHON=$(GPU_STACK_PYTHON) TORCH=torch==2.11.0 TRITON=triton==3.6.0 PINS='"transformers==5.17.0" "numpy==2.5.*"'
+test-gpu-stack:
+	$(MAKE) test $(OF_GPU_STACK)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
