@@ -18,7 +18,7 @@ import torch
 from mope.benchmark import problems, rows
 from mope.benchmark.baselines import Unavailable
 from mope.benchmark.cases import Case, cases, is_compiled
-from mope.benchmark.measure import Ceilings, Clock, WrongResult, measure
+from mope.benchmark.measure import Ceilings, Clock, Failed, WrongResult, measure
 from mope.benchmark.problem import Problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,8 +100,12 @@ def measured(request: pytest.FixtureRequest, results: Callable[[str], rows.Rows]
         except (Unavailable, WrongResult) as reason:
             if isinstance(reason, WrongResult) and way.startswith("ours"):
                 raise
-            # An opponent that is wrong is no measure of anything.
+            # An opponent that is wrong measures nothing.
             found.add(key | {"unavailable": str(reason)})
+            pytest.skip(str(reason))
+        except Failed as reason:
+            # The next run tries it again.
+            found.add(key | {"failed": str(reason)})
             pytest.skip(str(reason))
         found.add(key | row)
 

@@ -1,19 +1,21 @@
-"""`make gpu`: the tests of the Triton kernels, then the benchmarks, on the GPU of this machine, in ten minutes at most.
+"""`make gpu`: benchmarks and tests on the GPU of this machine, in ten minutes at most.
 
 Runs from a bare checkout with the machine's own Python: nothing is installed and nothing fetched. Results go to the folder in OUT
 (bench/results), a line for each test and each row as soon as it is there: called again after it was stopped, it does the rest.
-An empty OUT starts from what stands in bench/results.
+An empty OUT starts from the results of this code and this device in bench/results.
 
 STAGE picks what runs, several with commas between them:
 
+    headline  what says most, each step in a process of its own (bench/headline.py)
     tests     the kernels against float64, on the GPU
     ops       the ops beside what a user would write instead
     model     whole models, a layer and a block as released or with the prompts concatenated, many tasks, a cold start
     timeline  a trace of one block, the released way and ours
     sanitize  small cases under compute-sanitizer: memcheck, then racecheck
 
-The default is tests,ops,timeline. In ops and model what says most is measured first. DRY=1 goes through the motions without a
-GPU, with one small case each, so that it stays ready.
+The default is headline, in less than 400 seconds; the others are for a second call. DRY=1 goes through the motions without a GPU,
+with one small case each, so that it stays ready. CACHE is the folder of Triton's cache, which `make gpu-cache` fills where no
+GPU is (build/gpu-cache).
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ import torch
 
 from mope.benchmark import rows
 
-BUDGET_SECONDS = 570
+from . import headline
+
+BUDGET_SECONDS, HEADLINE_SECONDS = 570, 390
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no"]
@@ -43,6 +47,7 @@ OPS = [
     "window_prompt_attention",
     "mope_attention",
     "prompt_attention",
+    "add_norm",
     "prompted_norm",
     "gelu_mlp",
     "expert_adapter",
@@ -50,9 +55,12 @@ OPS = [
     "route",
 ]
 MODELS = ["cold_start", "model", "swin_block", "layer", "tasks"]
-STAGES = ("tests", "ops", "model", "timeline", "sanitize")
+STAGES = ("headline", "tests", "ops", "model", "timeline", "sanitize")
 # pytest: no test was selected. Those that passed before are not.
 NOTHING_LEFT = 5
+# The folders whose digest is in the header of a file of tests.
+TEST_SOURCES = ("mope", "mope_kernels", "tests")
+NO_DEVICE = "make gpu: no CUDA device here; DRY=1 goes through the motions on the CPU"
 
 
 def commands(stage: str, out: Path, device: str, dry: bool) -> list[list[str]]:
@@ -95,33 +103,61 @@ def missing() -> list[str]:
     return [f"no {module} here: {consequence}" for module, consequence in consequences.items() if not installed(module)]
 
 
-def take_over(begun: Path, out: Path, device: str) -> None:
-    """Copy a device's files that `out` does not have, so that they are continued there."""
+def take_over(begun: Path, out: Path, device: str, digest: str = "") -> None:
+    """Copy a device's files that `out` does not have, so that they are continued there; rows only if they are of these sources."""
     out.mkdir(parents=True, exist_ok=True)
     for path in (*begun.glob(f"*-{device}.jsonl"), *begun.glob(f"*-{device}.json")):
-        if not (out / path.name).exists():
+        is_other = path.suffix == ".jsonl" and digest and rows.read(path)[0].get("sources") not in (digest, test_sources())
+        if not is_other and not (out / path.name).exists():
             shutil.copy(path, out)
+
+
+def test_sources() -> str:
+    """Return the digest that the files of tests hold."""
+    return rows.sources(*TEST_SOURCES)
 
 
 def main() -> int:
     dry = os.environ.get("DRY", "") not in ("", "0")
-    stages = (os.environ.get("STAGE") or "tests,ops,timeline").split(",")
+    stages = (os.environ.get("STAGE") or "headline").split(",")
     for stage in stages:
         if stage not in STAGES:
             raise SystemExit(f"STAGE must be of {', '.join(STAGES)}, got {stage!r}")
+    out = Path(os.environ.get("OUT") or RESULTS).resolve()
+    status = 0
+    if "headline" in stages:
+        stages.remove("headline")
+        status = run_headline(out, dry)
+    if not stages:
+        return status
     if not dry and not torch.cuda.is_available():
-        print("make gpu: no CUDA device here; DRY=1 goes through the motions on the CPU", file=sys.stderr)
+        print(NO_DEVICE, file=sys.stderr)
         return 2
     if not installed("pytest"):
         print("make gpu needs pytest", file=sys.stderr)
         return 2
     device = "dry" if dry else rows.slug(torch.device("cuda"))
-    out = Path(os.environ.get("OUT") or RESULTS).resolve()
-    take_over(RESULTS, out, device)
+    take_over(RESULTS, out, device, rows.sources("mope", "mope_kernels", "csrc"))
     print(f"{device}: torch {torch.__version__}, results in {out}", *missing(), sep="\n", flush=True)
     deadline = time.monotonic() + BUDGET_SECONDS
     planned = [(stage, command) for stage in stages for command in commands(stage, out, device, dry)]
-    return max([run(stage, command, deadline) for stage, command in planned])
+    return max([status, *(run(stage, command, deadline) for stage, command in planned)])
+
+
+def run_headline(out: Path, dry: bool) -> int:
+    """Run the headline -> the exit status. This process never touches the device: those that it forks could not."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = Path(os.environ.get("CACHE") or ROOT / "build" / "gpu-cache")
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
+
+    def begin(device: str, digest: str) -> None:
+        take_over(RESULTS, out, device, digest)
+
+    status = headline.Headline(out, dry, folder, begin).run(HEADLINE_SECONDS)
+    if status == headline.NO_DEVICE:
+        print(NO_DEVICE, file=sys.stderr)
+    return status
 
 
 def run(stage: str, command: list[str], deadline: float) -> int:

@@ -57,8 +57,8 @@ Made by `python -m bench.report` from the rows in `bench/results`: `make bench` 
 TARGETS = """
 ## Targets
 
-What the library wants to reach on an H100. Made from the rows below ([how](../bench/targets.py)): the quotient with ours, which
-was measured in turns, of the fastest opponent that is meant.
+What the library wants to reach on an H100 or an H200. Made from the rows below ([how](../bench/targets.py)): the quotient with
+ours, which was measured in turns, of the fastest opponent that is meant.
 
 {}
 """

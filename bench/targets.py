@@ -1,4 +1,4 @@
-"""What the library wants to reach on an H100 and on a CPU with AVX-512, and what the rows of a device say about it."""
+"""What the library wants to reach on an H100 or H200 and on a CPU with AVX-512, and what the rows of a device say about it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,32 @@ from typing import Any
 from mope.benchmark import show
 
 Row = dict[str, Any]
+# Of ours what a user can choose; the fastest counts.
+CHOICES = ("ours", "ours graphed", "ours compiled+graphs", "ours without graphs")
+# Of the cases of a target so many are named with both sides, the worst.
+NAMED = 3
+
+
+class Quotient(float):
+    """A number, and what was divided by what."""
+
+    def __new__(cls, value: float, over: str, under: str) -> Quotient:
+        made = super().__new__(cls, value)
+        made.over, made.under = over, under
+        return made
+
+    over: str
+    under: str
+
+
+def quotient(value: float, over: Row, under: Row, unit: str = "ms") -> Quotient:
+    """Return a value that compares two rows, with the way and the number of each."""
+    scale = {"ms": 1.0, "memory": 2.0**-20}[unit]
+    shown = "ms" if unit == "ms" else "MB"
+    sides = (f"{row['way']} {show.digits(scale * row[unit], 3)} {shown}" for row in (over, under))
+    return Quotient(value, *sides)
+
+
 # Of the rows of a device: a value for each case that has one.
 Measure = Callable[[Sequence[Row]], dict[str, float]]
 
@@ -25,6 +51,13 @@ class Target:
 
     def said(self) -> str:
         return f"{'at most' if self.at_most else 'at least'} {self.goal:g}"
+
+    def sides(self, rows: Sequence[Row]) -> str:
+        """Return the worst cases with both sides of their quotients."""
+        found = [(case, value) for case, value in self.measure(rows).items() if isinstance(value, Quotient)]
+        found.sort(key=lambda each: each[1], reverse=self.at_most)
+        named = [f"{case}: {value.over} / {value.under} = {show.digits(value, 3)}" for case, value in found[:NAMED]]
+        return "; ".join([*named, f"and {len(found) - NAMED} more"] if len(found) > NAMED else named)
 
     def result(self, rows: Sequence[Row]) -> str:
         """What was measured, and whether that is enough."""
@@ -52,9 +85,11 @@ def faster_than(ways: str, op: str = "", cases: str = ".*") -> Measure:
     def measure(rows: Sequence[Row]) -> dict[str, float]:
         found = {}
         for case, of_way in of_cases(rows, op, cases).items():
-            opponents = [row["ratio"] for way, row in of_way.items() if not way.startswith("ours") and re.fullmatch(ways, way)]
+            opponents = [row for way, row in of_way.items() if not way.startswith("ours") and re.fullmatch(ways, way)]
             if opponents:
-                found[case] = min(opponents) / min([1.0, *(row["ratio"] for w, row in of_way.items() if w.startswith("ours "))])
+                opponent = min(opponents, key=lambda row: row["ratio"])
+                ours = min((of_way[way] for way in CHOICES if way in of_way), key=lambda row: row.get("ratio", 1.0))
+                found[case] = quotient(opponent["ratio"] / ours.get("ratio", 1.0), opponent, ours)
         return found
 
     return measure
@@ -66,7 +101,7 @@ def memory_beside(way: str, op: str, cases: str) -> Measure:
     def measure(rows: Sequence[Row]) -> dict[str, float]:
         found = of_cases(rows, op, cases)
         return {
-            case: ways["ours"]["memory"] / ways[way]["memory"]
+            case: quotient(ways["ours"]["memory"] / ways[way]["memory"], ways["ours"], ways[way], "memory")
             for case, ways in found.items()
             if "memory" in ways["ours"] and "memory" in ways.get(way, {})
         }
@@ -82,7 +117,7 @@ def growth(op: str, few: str, many: str) -> Measure:
         if not all(ends):
             return {}
         first, last = (ways[0]["ours"]["ms"] for ways in ends)
-        return {f"{op} {many}": last / first}
+        return {f"{op} {many}": quotient(last / first, ends[1][0]["ours"], ends[0][0]["ours"])}
 
     return measure
 
@@ -96,7 +131,7 @@ def apart(op: str, cases: str, way: str, dtype: str) -> Measure:
             opponent = case.replace(f" {dtype}", "")
             ways = of_cases(rows, op, re.escape(opponent.removeprefix(f"{op} "))).get(opponent, {})
             if way in ways:
-                found[case] = ways[way]["ms"] / of_way["ours"]["ms"]
+                found[case] = quotient(ways[way]["ms"] / of_way["ours"]["ms"], ways[way], of_way["ours"])
         return found
 
     return measure
@@ -221,10 +256,16 @@ CPU_TARGETS = (
 )
 
 
-def table(devices: dict[str, list[Row]], targets: Sequence[Target] = TARGETS) -> str:
-    """Markdown: a line for each target, a column for each device; "not measured" where there is none."""
+def table(devices: dict[str, list[Row]], targets: Sequence[Target] = TARGETS, sides: bool = False) -> str:
+    """Return Markdown: a line for each target, a column for each device; "not measured" where there is none.
+
+    sides: name both sides of each quotient, in one more column for each device.
+    """
     names = list(devices) or ["measured"]
-    lines = [("target", "goal", *names), ("---",) * (2 + len(names))]
+    lines = [("target", "goal", *names, *("both sides" for _ in names if sides))]
+    lines.append(("---",) * len(lines[0]))
     for target in targets:
-        lines.append((target.what, target.said(), *(target.result(rows) for rows in devices.values() or [[]])))
+        of_devices = list(devices.values() or [[]])
+        results = [target.result(rows) for rows in of_devices] + [target.sides(rows) for rows in of_devices if sides]
+        lines.append((target.what, target.said(), *results))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -8,12 +8,16 @@ All of it is every op x dtype x head_dim, without options and with all of them t
 float32 and the head_dims that others are padded to, each option that changes the code alone. `--short` is a list of at most
 300 kernels in which each of these occurs, but not each with each. What was compiled is kept in Triton's cache
 (TRITON_CACHE_DIR): a second run only reads it.
+
+`--warm DIR` reports nothing, and fills a cache that another machine can use: see `mope_kernels.warm`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -380,47 +384,121 @@ def _declared(op: str, dtype: torch.dtype, head_dim: int, options: list[dict[str
     return options if alone else [options[0], options[-1]]
 
 
+@dataclasses.dataclass(frozen=True)
 class Specialization:
-    """What is compiled for one launch: a kernel; types, constants and attributes of its arguments; options of the compiler."""
+    """What the JIT compiles for one launch: a kernel by name, since only so can it be sent to another process or to a file.
 
-    def __init__(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        # Only by name can a kernel be sent to another process.
-        self.module, self.kernel = kernel.__module__, kernel.__name__
-        self.signature: dict[str, Any] = {}
-        self.constants: dict[tuple[int, ...], Any] = {}
-        self.attributes: dict[tuple[int, ...], list[Any]] = {}
-        values = dict(zip(kernel.arg_names, args, strict=False)) | constants
-        for position, param in enumerate(kernel.params):
-            value = values.pop(param.name)
-            constant = param.is_constexpr
-            self.signature[param.name] = self._type((position,), value, constant, not param.do_not_specialize)
+    signature: the type of each argument. constants, attributes: by the path of an argument, (position,) or (position, index).
+    options: those of the compiler.
+    """
+
+    module: str
+    kernel: str
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[Any]]
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], arch: str = "sm_90") -> Specialization:
+        """Ask the JIT itself, by a launch for `arch` that is stopped before it compiles.
+
+        `args` may hold fake tensors; their storage counts as aligned, as the allocator's is.
+        """
+        with _device_of(arch):
+            # Made for this architecture, and not kept: a later launch must find no kernel that was never compiled.
+            kernel.device_caches[arch] = kernel.create_binder()
+            compile, found = kernel.compile, list[Any]()
+            kernel.compile = lambda src, **_: found.append(src)
+            try:
+                kernel.run(*(_as_pointers(a) for a in args), grid=(1,), warmup=True, **constants)
+            finally:
+                del kernel.device_caches[arch]
+                kernel.compile = compile
+        (source,) = found
         # What is no argument of the kernel is an option of the compiler.
-        self.options = values
+        options = {name: value for name, value in constants.items() if name not in kernel.arg_names}
+        return cls(kernel.__module__, kernel.__name__, source.signature, source.constants, source.attrs, options)
 
-    def _type(self, path: tuple[int, ...], value: Any, constant: bool, specialize: bool) -> Any:
-        if isinstance(value, tuple) and not constant:
-            return tuple(self._type((*path, i), v, constant, specialize) for i, v in enumerate(value))
-        if constant or value is None or (isinstance(value, int) and value == 1 and specialize):
-            self.constants[path] = value
-            return "constexpr"
-        if isinstance(value, Tensor) or (isinstance(value, int) and specialize and value % 16 == 0):
-            self.attributes[path] = [["tt.divisibility", 16]]
-        if isinstance(value, Tensor):
-            return f"*{_TYPES[value.dtype]}"
-        if isinstance(value, float):
-            return "fp32"
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-    def compile(self, arch: str) -> Any:
-        """The kernel compiled for "sm_<number>" or "gfx<number>"."""
-        import triton
-        from triton.backends.compiler import GPUTarget
+    def source(self) -> Any:
+        """Triton's own description of it."""
         from triton.compiler import ASTSource
 
         kernel = getattr(importlib.import_module(self.module), self.kernel)
-        target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-        source = ASTSource(kernel, self.signature, self.constants, self.attributes)
-        return triton.compile(source, target=target, options=self.options)
+        return ASTSource(kernel, self.signature, self.constants, self.attributes)
+
+    def key(self, arch: str) -> str:
+        """The name under which Triton's cache keeps the compiled kernel."""
+        from triton._C.libtriton import get_cache_invalidating_env_vars
+        from triton.compiler import make_backend
+        from triton.runtime.cache import get_cache_key
+
+        backend = make_backend(gpu_target(arch))
+        options = backend.parse_options(dict(self.options))
+        text = get_cache_key(self.source(), backend, options, get_cache_invalidating_env_vars())
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def compile(self, arch: str) -> Any:
+        """Compile the kernel for "sm_<number>" or "gfx<number>"."""
+        import triton
+
+        return triton.compile(self.source(), target=gpu_target(arch), options=self.options)
+
+
+def gpu_target(arch: str) -> Any:
+    """Return Triton's name for an architecture, "sm_<number>" or "gfx<number>"."""
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+
+class _Device:
+    """Stands in for Triton's driver where a launch gets no further than the compiler."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> str:
+        return self.arch
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return gpu_target(self.arch)
+
+
+@contextlib.contextmanager
+def _device_of(arch: str) -> Iterator[None]:
+    from triton.runtime import driver
+
+    outer = driver._active
+    driver.set_active(_Device(arch))
+    try:
+        yield
+    finally:
+        driver._active = outer
+
+
+class _Pointer:
+    """A tensor, as far as the JIT looks at it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype = tensor.dtype
+        self.offset = int(tensor.storage_offset()) * tensor.itemsize
+        self.bytes: int = int(tensor.untyped_storage().nbytes())
+
+    def data_ptr(self) -> int:
+        return self.offset
+
+    def ptr_range(self) -> int:
+        return self.bytes
+
+
+def _as_pointers(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_as_pointers, value))
+    return _Pointer(value) if isinstance(value, Tensor) else value
 
 
 def _nvidia_tool(name: str, *args: str) -> str:
@@ -466,7 +544,7 @@ def specializations(only: str = "", short: bool = False, arch: str = "sm_90") ->
         with FakeTensorMode(), compiling_for(arch), record_launches() as launches:
             run()
         for launch in launches:
-            found = Specialization(*launch)
+            found = Specialization.of(*launch, arch)
             if only in f"{name} {found.kernel}" and (identity := repr(vars(found))) not in seen:
                 seen.add(identity)
                 yield name, found
@@ -557,6 +635,20 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _warm(options: argparse.Namespace, short: bool) -> int:
+    from . import warm
+
+    (arch,) = options.arch
+    if options.launches:
+        module = importlib.import_module(options.launches)
+        kernels, note = module.specializations(arch), module.note()
+    else:
+        kernels, note = [found for _, found in specializations(options.only, short, arch)], "the declared variants"
+    manifest = warm.fill(options.warm, kernels, arch, note=note, jobs=options.jobs)
+    print(*warm.report(options.warm, manifest), sep="\n")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mope_kernels.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -572,11 +664,21 @@ def main(arguments: list[str] | None = None) -> int:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object a line")
     output.add_argument("--markdown", action="store_true", help="docs/resources.md, to the standard output")
+    output.add_argument("--warm", type=Path, metavar="DIR", help="fill a cache for one --arch, and say what is in it")
+    parser.add_argument(
+        "--launches", metavar="MODULE", help="of --warm: what MODULE.specializations(arch) returns, not the declared variants"
+    )
     options = parser.parse_args(arguments)
     if interpreting():
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
 
     short = options.arch if options.short == [] else options.short or []
+    if options.launches and not options.warm:
+        parser.error("--launches goes with --warm")
+    if options.warm:
+        if len(options.arch) != 1:
+            parser.error(f"--warm takes one --arch, got {' '.join(options.arch)}")
+        return _warm(options, options.arch[0] in short)
     failed: list[Report] = []
 
     def watched() -> Iterator[Report]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -247,7 +248,13 @@ def _sdpa(kind: str, mask: Tensor | None) -> Attend:
         if kind not in BACKENDS:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         with sdpa_kernel(BACKENDS[kind]):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            try:
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            except RuntimeError as error:
+                # On a CPU and on a GPU torch says so in other words.
+                if re.search("No (viable backend|available kernel)", str(error)):
+                    raise Unavailable("torch has no such kernel for these tensors") from error
+                raise
 
     return attend
 

@@ -8,19 +8,34 @@ from .baselines import BACKENDS
 
 # " compiled": under torch.compile, once for each shape. FlexAttention does not work otherwise.
 _ATTENTION = ("ours", "released", "released compiled", "cat+sdpa", *BACKENDS, "cat+sdpa compiled", "flex", "xformers")
-_SWIN_MODEL = ("released", "released half", "released compiled", "released without waiting compiled+graphs")
+_SWIN_MODEL = (
+    "released",
+    "released half",
+    "released compiled",
+    "released without waiting compiled",
+    "released without waiting compiled+graphs",
+)
 WAYS = {
     "route": ("ours", "released", "branchless", "branchless compiled"),
     "mix_prompts": ("ours", "released", "released compiled", "embedding_bag"),
     "prompt_attention": _ATTENTION,
     "mope_attention": _ATTENTION,
     "window_prompt_attention": _ATTENTION,
+    "add_norm": ("ours", "released", "released compiled"),
     "prompted_norm": ("ours", "released", "branchless", "branchless compiled"),
     "gelu_mlp": ("ours", "released", "released compiled"),
     "expert_adapter": ("ours", "released", "released compiled", "adapter library", "two products", "two products compiled"),
     "layer": ("ours", "released", "released compiled"),
     "swin_block": ("ours", "released", "released compiled", "released without waiting compiled"),
-    "model": ("ours", "ours compiled+graphs", "ours without graphs", *_SWIN_MODEL, "concatenated", "concatenated compiled"),
+    "model": (
+        "ours",
+        "ours graphed",
+        "ours compiled+graphs",
+        "ours without graphs",
+        *_SWIN_MODEL,
+        "concatenated",
+        "concatenated compiled",
+    ),
     "tasks": ("ours", "a model for each task"),
 }
 # Models for each of which there is one opponent.
@@ -33,6 +48,11 @@ def is_compiled(way: str) -> bool:
 
 def uses_graphs(way: str) -> bool:
     return way.endswith("+graphs")
+
+
+def is_graphed(way: str) -> bool:
+    """Whether a whole call, forward and backward, is recorded as one CUDA graph."""
+    return way.endswith(" graphed")
 
 
 @dataclass(frozen=True)
@@ -61,10 +81,13 @@ class Case:
         other_leaves = self.op == "mope_attention" and self.training
         ways = [way for way in WAYS[self.op] if not (other_leaves and way.startswith("released"))]
         if self.op == "model":
-            # Graphs of ours are recorded by hand in inference, and by torch.compile in training.
-            own = ("ours", *(("ours compiled+graphs" if self.training else "ours without graphs",) if self.graphs else ()))
+            # In inference ours replays graphs.
+            with_graphs = ("ours graphed", "ours compiled+graphs") if self.training else ("ours without graphs",)
+            own = ("ours", *(with_graphs if self.graphs else ()))
             # Opponents mix all experts.
             opponents = () if self.top_k else _OPPONENTS["swin" in self.shape]
+            # Without waiting but for graphs: only where one wants to know what the graphs do, in training.
+            opponents = tuple(way for way in opponents if self.training or way != "released without waiting compiled")
             ways = [way for way in ways if way in (*own, *opponents) and (self.graphs or not uses_graphs(way))]
         ways = [way for way in ways if self.backends or way not in BACKENDS]
         return tuple(way for way in ways if not (self.later and is_compiled(way)))
@@ -86,6 +109,7 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
         "prompt_attention": [("tiny", None)],
         "mope_attention": [("tiny", 1)],
         "window_prompt_attention": [("tiny", None)],
+        "add_norm": [("tiny", None)],
         "prompted_norm": [("tiny", None)],
         "gelu_mlp": [("tiny", None)],
         "expert_adapter": [("tiny", None)],
@@ -100,6 +124,7 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
         "prompt_attention": [("vit-b-b8", None), ("bert-128-b16", None)],
         "mope_attention": [("vit-b-b8", None), ("vit-b-b8", 1), ("bert-128-b16", None), ("digits-b64", None)],
         "window_prompt_attention": [(f"swin-b-stage{stage}-b4", None) for stage in ("1-shifted", "3", "3-shifted", "4")],
+        "add_norm": [("swin-b-stage3-b4", None)],
         "prompted_norm": [(f"swin-b-stage3-b4{k}", None) for k in ("", "-k64")],
         "gelu_mlp": [("swin-b-stage3-b4", None)],
         "expert_adapter": [("modex-t1k", None), ("plain-t1k", None)],
@@ -125,6 +150,7 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
             *((f"swin-b-stage{stage}-b64", None) for stage in ("1", "1-shifted", "2-shifted", "3-shifted", "4")),
             *((f"swin-b-stage{stage}-b16", None) for stage in ("1-shifted", "3-shifted")),
         ],
+        "add_norm": [(name, None) for name in ("swin-b-stage1-b64", "swin-b-stage3-b64", "vit-b-b64")],
         "prompted_norm": [
             *((f"swin-b-stage3-b64{k}", None) for k in ("", "-k16", "-k64", "-k256")),
             *((f"swin-b-{shape}", None) for shape in ("stage1-b64", "stage4-b64", "stage3-b16")),

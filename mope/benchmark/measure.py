@@ -29,6 +29,10 @@ ROUNDS, LONG, ROUNDS_IF_LONG = 7, 3.0, 4
 FACTOR = 5.0
 
 
+class Failed(Exception):
+    """A way that did not run this time: no memory, an error of the device, a compiler that gave up. It may run another time."""
+
+
 class WrongResult(Exception):
     """A way whose result is not that of the op, and by how much."""
 
@@ -198,9 +202,18 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def measure(
-    problem: Problem, way: str, device: torch.device, ceilings: Ceilings, clock: Clock, seconds: float, run: Run | None = None
+    problem: Problem,
+    way: str,
+    device: torch.device,
+    ceilings: Ceilings,
+    clock: Clock,
+    seconds: float,
+    run: Run | None = None,
+    when_ready: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Check, then memory and time of one way: a row.
+
+    when_ready: called once the way is compiled, before anything is measured.
 
     error: relative, against float64. memory: bytes; none where graphs keep theirs between calls. ms, spread_ms: median and half
     the interquartile range. ratio, ratio_spread: the same of the quotient with ours, measured in turns; above 1 ours is faster.
@@ -208,6 +221,7 @@ def measure(
 
     Raises:
         Unavailable: why an opponent cannot run here.
+        Failed: an opponent did not run this time.
         WrongResult: it does not compute the op.
     """
     try:
@@ -216,8 +230,8 @@ def measure(
     except Exception as error:
         if way == "ours" or isinstance(error, Unavailable):
             raise
-        # Compilers and libraries fail in ways of their own, and for want of memory.
-        raise Unavailable(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}") from error
+        raise Failed(reason(error)) from error
+    when_ready()
     row: dict[str, Any] = {"dtype": name_of(problem.dtype)}
     if way == "ours":
         row["implementation"] = problem.implementation
@@ -234,6 +248,11 @@ def measure(
         floor = ceilings.floor(problem.work, problem.dtype)
         row |= {"floor_ms": 1e3 * floor, "roofline": 1e3 * floor / row["ms"]}
     return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
+
+
+def reason(error: BaseException) -> str:
+    """Return the class of an error and its first line, for a row."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def median_and_spread(values: Sequence[float]) -> tuple[float, float]:

@@ -33,7 +33,7 @@ IN_FLOAT32 = "in float32 it is the same as released"
 ON_CPU = "without a GPU there are no graphs, and ours is this"
 
 
-class _Called(nn.Module):
+class Called(nn.Module):
     """What `forward` makes of `module`, under autocast to `dtype` unless that is more than 16 bits, or the inputs are float64."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, forward: Callable[..., Outputs]) -> None:
@@ -47,7 +47,7 @@ class _Called(nn.Module):
 
 
 def _trained(module: nn.Module, training: bool) -> Inputs:
-    """The parameters that get gradients, under the names that they have in a `_Called`."""
+    """The parameters that get gradients, under the names that they have in a `Called`."""
     return {f"module.{name}": p for name, p in module.named_parameters() if p.requires_grad} if training else {}
 
 
@@ -98,11 +98,11 @@ def swin_block(case: Case, dtype: torch.dtype) -> Problem:
     plain_block, own = new("reference"), _trained(block, case.training)
 
     def definition(x: Tensor, cross: Tensor, mapped: Tensor, **parameters: Tensor) -> Outputs:
-        called = _Called(plain_block.to(x.dtype), dtype, ours)
+        called = Called(plain_block.to(x.dtype), dtype, ours)
         return torch.func.functional_call(called, parameters, (x, cross, mapped))
 
     def way(module: nn.Module, forward: Callable[..., Outputs]) -> Callable[..., Outputs]:
-        called = _Called(module, dtype, forward)
+        called = Called(module, dtype, forward)
         return lambda x, cross, mapped, **_: called(x, cross, mapped)
 
     return Problem(
@@ -190,9 +190,32 @@ def new_inputs(shape: shapes.Model) -> Inputs:
     }
 
 
-def _ours(model: MoPEForClassification, dtype: torch.dtype, graphs: bool, forward: Callable[..., Outputs]) -> Any:
-    """`model` called in inference or training -> a way; through CUDA graphs if wanted. On a CPU its frozen layers are in order."""
-    called = _Called(model, dtype, forward)
+def outputs_of(shape: shapes.Model, case: Case, banks: Any = None) -> Callable[..., Outputs]:
+    """Return what calls a model: logits and, of a training step with a Swin Transformer, the importance loss."""
+
+    def forward(model: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
+        output = model(pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask, banks=banks)
+        return (output.logits, output.importance_loss) if case.training and shape.depths else (output.logits,)
+
+    return forward
+
+
+def new_ours(shape: shapes.Model, case: Case, dtype: torch.dtype) -> tuple[MoPEForClassification, nn.Module]:
+    """Return our model, its frozen weights in `dtype` if that has 16 bits, and the module that computes the outputs of the case.
+
+    For serving, banks are built beforehand.
+    """
+    model, banks = new_model(shape, case), None
+    if dtype.itemsize == 2:
+        model.cast_frozen(dtype)
+    if not case.training and not shape.depths:
+        with torch.no_grad():
+            banks = model.build_banks()
+    return model, Called(model, dtype, outputs_of(shape, case, banks))
+
+
+def _ours(model: MoPEForClassification, called: nn.Module, graphs: bool) -> Callable[..., Outputs]:
+    """Return `called` as a way; through CUDA graphs if wanted. On a CPU the model's frozen layers are in oneDNN's order."""
     # They stay so as long as somebody holds this.
     in_order = model.prepacked()
     in_order.__enter__()
@@ -207,31 +230,27 @@ def _ours(model: MoPEForClassification, dtype: torch.dtype, graphs: bool, forwar
 
 
 def _swin_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
-    model, source, twin = new_model(shape, case), new_model(shape, case), new_model(shape, case, "reference")
+    (model, ours), source, twin = new_ours(shape, case, dtype), new_model(shape, case), new_model(shape, case, "reference")
     # In float64 the activations of all blocks do not fit beside each other.
     twin.gradient_checkpointing_enable()
     inputs = new_inputs(shape)
     on_gpu, half = inputs["pixel_values"].is_cuda, dtype.itemsize == 2
-
-    def forward(model: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
-        output = model(pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask)
-        return (output.logits, output.importance_loss) if case.training else (output.logits,)
 
     def released(module: Any, *tensors: Tensor) -> Outputs:
         outputs: Outputs = module(*tensors)
         return outputs if case.training else outputs[:1]
 
     def definition(pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, **parameters: Tensor) -> Outputs:
-        called = _Called(twin.to(pixel_values.dtype), dtype, forward)
+        called = Called(twin.to(pixel_values.dtype), dtype, outputs_of(shape, case))
         return torch.func.functional_call(called, parameters, (pixel_values, input_ids, attention_mask))
 
     def way(module: nn.Module) -> Callable[..., Outputs]:
-        called = _Called(module, dtype, released)
+        called = Called(module, dtype, released)
         return lambda pixel_values, input_ids, attention_mask, **_: called(pixel_values, input_ids, attention_mask)
 
     ways: dict[str, Callable[..., Outputs] | str] = {
-        "ours": _ours(model, dtype, on_gpu and not case.training, forward),
-        "ours without graphs": _ours(model, dtype, False, forward) if on_gpu else ON_CPU,
+        "ours": _ours(model, ours, on_gpu and not case.training),
+        "ours without graphs": _ours(model, ours, False) if on_gpu else ON_CPU,
         "released": way(ReleasedModel(source)),
         "released without waiting": way(ReleasedModel(source, waits=False)),
         "released half": IN_FLOAT32,
@@ -242,7 +261,6 @@ def _swin_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
         ways["released half"] = way(ReleasedModel(halved))
         pixels = inputs["pixel_values"].to(dtype)
         inputs_of["released half"] = {"pixel_values": pixels, **_trained(halved, case.training)}
-        model.cast_frozen(dtype)
     vision: Any = model.vision
     parameters = _trained(source, case.training)
     return Problem(
@@ -260,17 +278,9 @@ def _swin_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
 
 
 def _vit_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
-    model, source, twin = new_model(shape, case), new_model(shape, case), new_model(shape, case, "reference")
-    inputs, banks = new_inputs(shape), None
+    (model, ours), source, twin = new_ours(shape, case, dtype), new_model(shape, case), new_model(shape, case, "reference")
+    inputs = new_inputs(shape)
     on_gpu = inputs["pixel_values"].is_cuda
-    if dtype.itemsize == 2:
-        model.cast_frozen(dtype)
-    if not case.training:
-        with torch.no_grad():
-            banks = model.build_banks()
-
-    def forward(model: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
-        return (model(pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask, banks=banks).logits,)
 
     def by_hand(model: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
         return plain.forward(model, pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask)[:1]
@@ -278,18 +288,18 @@ def _vit_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
     def unprojected(model: Any, *tensors: Tensor) -> Outputs:
         return (model(**dict(zip(inputs, tensors, strict=True))).logits,)
 
-    concatenated = _Called(source, dtype, by_hand)
+    concatenated = Called(source, dtype, by_hand)
 
     def definition(pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, **parameters: Tensor) -> Outputs:
-        called = _Called(twin.to(pixel_values.dtype), dtype, by_hand if case.top_k is None else unprojected)
+        called = Called(twin.to(pixel_values.dtype), dtype, by_hand if case.top_k is None else unprojected)
         return torch.func.functional_call(called, parameters, (pixel_values, input_ids, attention_mask))
 
     parameters = _trained(source, case.training)
     return Problem(
         inputs | parameters,
         {
-            "ours": _ours(model, dtype, on_gpu and not case.training, forward),
-            "ours without graphs": _ours(model, dtype, False, forward) if on_gpu else ON_CPU,
+            "ours": _ours(model, ours, on_gpu and not case.training),
+            "ours without graphs": _ours(model, ours, False) if on_gpu else ON_CPU,
             "concatenated": lambda pixel_values, input_ids, attention_mask, **_: concatenated(
                 pixel_values, input_ids, attention_mask
             ),

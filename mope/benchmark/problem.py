@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from .baselines import Unavailable
-from .cases import is_compiled, uses_graphs
+from .cases import is_compiled, is_graphed, uses_graphs
 from .shapes import Work
+
+# Calls before a graph is recorded: kernels are compiled, workspaces allocated.
+WARM_UPS = 3
 
 # The inputs of the attention ops that have one row for each item.
 BATCHED = {
@@ -23,6 +26,36 @@ BATCHED = {
 Outputs = tuple[Tensor, ...]
 # A tensor for each name, or None where there is none.
 Inputs = dict[str, Any]
+
+
+def base_of(way: str) -> str:
+    """Return the way without what is done with it: "released without waiting" for "released without waiting compiled"."""
+    return way.removesuffix(" graphed").partition(" compiled")[0]
+
+
+def graphed(once: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+    """Record a call, forward and backward, as one CUDA graph. Each call of the result writes the same tensors.
+
+    Raises:
+        Unavailable: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise Unavailable("without a GPU there are no graphs")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            once()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = once()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return found
+
+    return replay
 
 
 @dataclass
@@ -37,6 +70,7 @@ class Problem:
     trained: the names of the inputs that get a gradient, none in inference; `gradients`: what then comes in for each output.
     pieces: by how many parts of the batch the definition is computed, for want of memory; only where items are apart.
     recorded: whether ours replays a CUDA graph.
+    compiler: what torch.compile compiles with.
     inputs_of: what a way is called with in place of the inputs of the same names.
     """
 
@@ -50,6 +84,7 @@ class Problem:
     gradients: tuple[Tensor, ...] = ()
     pieces: int = 1
     recorded: bool = False
+    compiler: str = "inductor"
     inputs_of: dict[str, Inputs] = field(default_factory=dict)
 
     def prepare(self, way: str) -> Callable[[], list[Tensor]]:
@@ -58,19 +93,21 @@ class Problem:
         Raises:
             Unavailable: why this way cannot run.
         """
-        base = way.partition(" compiled")[0]
+        base = base_of(way)
         function = self.ways[base]
         if isinstance(function, str):
             raise Unavailable(function)
         if is_compiled(way):
             # Each is compiled for itself: none finds the cache full, or what another left there.
             torch.compiler.reset()
-            function = torch.compile(function, dynamic=False, mode="reduce-overhead" if uses_graphs(way) else None)
-        return functools.partial(self._evaluate, function, self.inputs | self.inputs_of.get(base, {}), self.gradients)
+            mode = "reduce-overhead" if uses_graphs(way) and self.compiler == "inductor" else None
+            function = torch.compile(function, dynamic=False, mode=mode, backend=self.compiler)
+        once = functools.partial(self._evaluate, function, self.inputs | self.inputs_of.get(base, {}), self.gradients)
+        return graphed(once) if is_graphed(way) else once
 
     def keeps_memory(self, way: str) -> bool:
         """Whether CUDA graphs hold on to their memory between calls."""
-        return uses_graphs(way) or (way == "ours" and self.recorded)
+        return uses_graphs(way) or is_graphed(way) or (way == "ours" and self.recorded)
 
     def _evaluate(self, function: Callable[..., Outputs], inputs: Inputs, gradients: tuple[Tensor, ...]) -> list[Tensor]:
         if not self.trained:

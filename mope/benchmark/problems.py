@@ -35,6 +35,7 @@ def build(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
         "prompt_attention": _prompt_attention,
         "mope_attention": _mope_attention,
         "window_prompt_attention": _window_prompt_attention,
+        "add_norm": _add_norm,
         "prompted_norm": _prompted_norm,
         "gelu_mlp": _gelu_mlp,
         "expert_adapter": _expert_adapter,
@@ -140,6 +141,33 @@ def _prompted_norm(case: Case, dtype: torch.dtype) -> Problem:
         dtype,
         trained,
         (torch.randn(x.shape, dtype=dtype), torch.randn(x.shape, dtype=dtype), torch.randn(batch, experts)),
+    )
+
+
+def _add_norm(case: Case, dtype: torch.dtype) -> Problem:
+    """The LayerNorm is frozen, as in a backbone."""
+    shape = shapes.MLP[case.shape]
+    size = (shape.rows, shape.dim)
+    inputs: Inputs = {name: torch.randn(size, dtype=dtype) for name in ("x", "update")}
+    trained = _train(inputs, "x", "update") if case.training else ()
+    weight, bias = torch.randn(shape.dim, dtype=dtype), torch.randn(shape.dim, dtype=dtype)
+
+    def released(x: Tensor, update: Tensor) -> Outputs:
+        total = x + update
+        return total, F.layer_norm(total, (shape.dim,), weight, bias, 1e-5)
+
+    def definition(x: Tensor, update: Tensor) -> Outputs:
+        return reference.add_norm(x, update, weight.to(x.dtype), bias.to(x.dtype), eps=1e-5)
+
+    return Problem(
+        inputs,
+        {"ours": lambda x, update: mope_kernels.add_norm(x, update, weight, bias, eps=1e-5), "released": released},
+        definition,
+        explain("add_norm", inputs["x"], inputs["update"], weight, bias).impl or "",
+        shapes.add_norm_work(shape, dtype.itemsize, case.training),
+        dtype,
+        trained,
+        (torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype)),
     )
 
 

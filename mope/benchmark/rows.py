@@ -81,19 +81,29 @@ class Rows:
 
     def add(self, row: dict[str, Any]) -> None:
         self.begin()
+        self.rows = [r for r in self.rows if "failed" not in r or key_of(r) != key_of(row)]
         self.rows.append(row)
         self._append(row)
 
     def has(self, **key: Any) -> bool:
-        return any(key.items() <= row.items() for row in self.rows)
+        """Return whether there is a row with these values that need not be tried again."""
+        return any(key.items() <= row.items() and "failed" not in row for row in self.rows)
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a row is about: only the last row about the same is of interest, if that before failed."""
+    return tuple(row.get(name) for name in ("op", "case", "way", "test", "step"))
+
+
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and rows. The last line may have been cut off when the writer was killed; then it is no row."""
+    """Return the header and the rows, without failed ones that were tried again.
+
+    The last line may have been cut off when the writer was killed; then it is left out.
+    """
     header: dict[str, Any] = {}
     rows = []
     for number, line in enumerate(path.read_text().splitlines(keepends=True)):
@@ -103,4 +113,5 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             header = json.loads(line)
         else:
             rows.append(json.loads(line))
-    return header, rows
+    last = {key_of(row): number for number, row in enumerate(rows)}
+    return header, [row for number, row in enumerate(rows) if "failed" not in row or last[key_of(row)] == number]

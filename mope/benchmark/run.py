@@ -15,7 +15,7 @@ import torch
 from . import problems, rows, show
 from .baselines import Unavailable
 from .cases import WAYS, Case, cases, is_compiled
-from .measure import Ceilings, Clock, WrongResult, check, measure, name_of
+from .measure import Ceilings, Clock, Failed, WrongResult, check, measure, name_of
 
 # For the rounds of a row: quick, and not.
 ROUNDS_SECONDS = {True: 0.3, False: 1.0}
@@ -110,6 +110,8 @@ def measure_case(
         except (Unavailable, WrongResult) as reason:
             # Ours was checked before; an opponent that is wrong is no measure of anything.
             found.add(key | {"unavailable": str(reason)})
+        except Failed as reason:
+            found.add(key | {"failed": str(reason)})
 
 
 def cold_start(device: torch.device) -> list[float]:

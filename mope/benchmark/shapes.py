@@ -286,6 +286,12 @@ def routed_work(shape: Routed, element: int, training: bool) -> Work:
     return Work.of(2 * rows + 4 * experts, 2 * rows, 2.0 * shape.batch * experts, training)
 
 
+def add_norm_work(shape: Mlp, element: int, training: bool) -> Work:
+    """Of `add_norm`: x and update in, their sum and its LayerNorm out."""
+    rows = shape.rows * shape.dim * element
+    return Work.of(2 * rows, 2 * rows, 0.0, training)
+
+
 def mlp_work(shape: Mlp, element: int, training: bool) -> Work:
     """Rows in, rows out, frozen weights in each pass; what is between the two products need not go to memory."""
     rows, weights = shape.rows * shape.dim * element, 8 * shape.dim**2

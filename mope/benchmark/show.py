@@ -30,7 +30,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def not_run(rows: Sequence[Row]) -> str:
-    reasons = Counter((row["way"], row["unavailable"]) for row in rows if "unavailable" in row)
+    kinds = ("unavailable", "failed")
+    reasons = Counter((row["way"], row[kind]) for row in rows for kind in kinds if kind in row)
     listed = "; ".join(f"{way} in {count} case{'s' if count > 1 else ''} ({why})" for (way, why), count in reasons.items())
     return f"\n\nNot run: {listed}." if listed else ""
 

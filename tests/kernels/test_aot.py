@@ -95,7 +95,7 @@ def test_other_batch_sizes_and_lengths_compile_nothing_new(dtype):
     def specialisations(**sizes: int) -> list[object]:
         with FakeTensorMode(), record_launches() as launches:
             aot.mope_attention_launches(dtype, 64, top_k=2, **sizes)
-        found = [aot.Specialization(*launch) for launch in launches]
+        found = [aot.Specialization.of(*launch) for launch in launches]
         return [(s.signature, s.constants, s.attributes, s.options) for s in found]
 
     expected = specialisations(batch=8, tokens=197)

@@ -89,7 +89,7 @@ def test_another_batch_compiles_nothing_new(op):
         with FakeTensorMode(), record_launches() as launches:
             LAUNCHES[op](batch)
         for launch in launches:
-            found[launch[0].__name__].append(vars(aot.Specialization(*launch)))
+            found[launch[0].__name__].append(vars(aot.Specialization.of(*launch)))
         return found
 
     of_few = compiled(1)

@@ -1,0 +1,103 @@
+"""What the headline of `make gpu` measures, in the order of what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from mope.benchmark.cases import Case, cases, is_compiled
+
+GRAPHS = "released without waiting compiled+graphs"
+WINDOW_WAYS = ("ours", "cat+sdpa", "cat+sdpa efficient", "cat+sdpa cudnn")
+ATTENTION_WAYS = ("ours", "cat+sdpa", "cat+sdpa flash", "cat+sdpa efficient", "cat+sdpa cudnn")
+# In inference and in training.
+MODEL_WAYS = {
+    False: ("ours", "ours without graphs", "released", "released half"),
+    True: ("ours", "ours graphed", "released", "released half"),
+}
+COMPILED_WAYS = {False: (GRAPHS,), True: (GRAPHS, "ours compiled+graphs", "released without waiting compiled")}
+WINDOWS = [f"swin-b-stage{stage}-b64" for stage in ("1", "1-shifted", "2-shifted", "3-shifted", "4")]
+WINDOWS += [f"swin-b-stage{stage}-b16" for stage in ("1-shifted", "3-shifted")]
+MODEL = "swin-b+bert-base-b{}"
+# Of each op a shape that is quick to compare with float64, of the widths of the models, and how many experts are selected.
+SMOKE: dict[str, tuple[str, int | None]] = {
+    "route": ("b64-k16", 2),
+    "mix_prompts": ("swin-b-stage3-b64", None),
+    "prompt_attention": ("bert-128-b16", None),
+    "mope_attention": ("vit-b-b8", 1),
+    "window_prompt_attention": ("swin-b-stage3-shifted-b4", None),
+    "add_norm": ("swin-b-stage3-b4", None),
+    "prompted_norm": ("swin-b-stage3-b4", None),
+    "gelu_mlp": ("swin-b-stage3-b4", None),
+    "expert_adapter": ("modex-t1k", None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Ways of a case to measure, in a process of their own.
+
+    stage: whose file they go to. limit: seconds for all of them. beside: they are compiled beside the steps before.
+    """
+
+    case: Case
+    ways: tuple[str, ...]
+    stage: str
+    limit: float
+    beside: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.op} {self.case}" + (f", {self.ways[0]}" if self.beside else "")
+
+
+def plan(dry: bool = False) -> list[Rows]:
+    """Return the rows in the order in which they are measured. `dry`: the first of each kind, on a small case."""
+    found = []
+    for shape in WINDOWS:
+        found += [Rows(Case("window_prompt_attention", shape, training), WINDOW_WAYS, "ops", 20) for training in (False, True)]
+    for batch, training in ((64, False), (16, False), (16, True), (64, True)):
+        found.append(Rows(Case("model", MODEL.format(batch), training), MODEL_WAYS[training], "model", 75))
+    for training in (False, True):
+        for way in COMPILED_WAYS[training]:
+            found.append(Rows(Case("model", MODEL.format(16), training), (way,), "model", 60, beside=True))
+    for shape in ("vit-b-b64", "bert-128-b64", "bert-512-b64", "vit-l-b64"):
+        found.append(Rows(Case("mope_attention", shape), ATTENTION_WAYS, "ops", 25))
+    for shape in ("vit-b-b64", "vit-b-b64-k64"):
+        found.append(Rows(Case("mope_attention", shape, top_k=1), ("ours",), "ops", 20))
+    for shape in ("swin-b-stage3-b64", "swin-b-stage1-b64", "swin-b-stage3-b16"):
+        found.append(Rows(Case("prompted_norm", shape), ("ours", "released", "branchless"), "ops", 20))
+    for case in cases("gelu_mlp", "cuda"):
+        found.append(Rows(case, tuple(way for way in case.ways if not is_compiled(way)), "ops", 20))
+    for training in (False, True):
+        found.append(Rows(Case("expert_adapter", "modex-t8k", training), ("ours", "released"), "ops", 20))
+    return list(_small(found)) if dry else found
+
+
+def _small(planned: Sequence[Rows]) -> Iterator[Rows]:
+    seen = set()
+    for rows in planned:
+        tiny = [case.shape for case in cases(rows.case.op, "tiny")]
+        shape = next((name for name in tiny if ("swin" in name) == ("swin" in rows.case.shape)), tiny[0])
+        small = dataclasses.replace(rows, case=dataclasses.replace(rows.case, shape=shape))
+        if (small.name, small.ways) not in seen:
+            seen.add((small.name, small.ways))
+            yield small
+
+
+def smoke(dry: bool = False) -> dict[str, list[Case]]:
+    """Return small cases of each op, in both dtypes, forward and backward."""
+    return {
+        op: [
+            Case(op, cases(op, "tiny")[0].shape if dry else shape, training, top_k, dtype=dtype)
+            for dtype in ("bfloat16", "float32")
+            for training in (False, True)
+        ]
+        for op, (shape, top_k) in SMOKE.items()
+    }
+
+
+def with_dtypes(dry: bool = False) -> list[tuple[Case, str]]:
+    """Return every case in which a GPU runs kernels of ours, each with its dtype."""
+    found = [rows.case for rows in plan(dry)] + [case for of_op in smoke(dry).values() for case in of_op]
+    return list(dict.fromkeys((case, case.dtype or "bfloat16") for case in found))

@@ -1,0 +1,335 @@
+"""Run steps one after the other, each in a process of its own with a limit of its own, so that none can spoil another.
+
+A step is forked from a process that has imported everything and never touched the device, so that imports are paid once. It ends
+in one of the ways that a process ends: it returns, raises, is killed by a signal, or is killed at its limit. What it started ends
+with it. It reports through a pipe what it begins and what it found; the parent alone writes that down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import selectors
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Of a step that reports an error of the device: its process can compute nothing more, and says so.
+DEVICE_LOST = 70
+# The option of prctl by which the orphans of a step become children of this process, where they are found.
+PR_SET_CHILD_SUBREAPER = 36
+# Seconds after which the parent looks whether a step has ended or reached its limit.
+LOOK_AGAIN = 0.05
+
+Event = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A piece of work.
+
+    run: what the process does, given a channel to report to and the parts that are left. It has to report each part that it
+        begins. limit: seconds that it may have the device. parts: what it finds, by name; when the process dies, the part that was
+        begun has failed and the others run in another process. beside: it starts at once, beside other steps, and asks for the
+        device when it is ready, within `prepare` seconds. group: steps of a group have the device at the same time.
+    """
+
+    name: str
+    run: Callable[[Channel, Sequence[str]], None]
+    limit: float
+    parts: tuple[str, ...] = ()
+    beside: bool = False
+    prepare: float = 0.0
+    group: str = ""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How a process ended.
+
+    parts: of which it was asked. why: empty where nothing failed. started: seconds until its first statement ran. device: seconds
+    until the device answered, if it said so. seconds: from the start to the end.
+    """
+
+    step: str
+    parts: tuple[str, ...]
+    why: str
+    started: float
+    device: float | None
+    seconds: float
+
+
+class Channel:
+    """A step's way to its parent."""
+
+    def __init__(self, reports: int, permission: int, has_device: bool) -> None:
+        self._reports, self._permission, self._has_device = reports, permission, has_device
+
+    def send(self, kind: str, **content: Any) -> None:
+        os.write(self._reports, (json.dumps({"kind": kind, **content}) + "\n").encode())
+
+    def begin(self, part: str) -> None:
+        self.send("begin", part=part)
+
+    def wait_for_device(self) -> None:
+        """Return once no other step measures anything."""
+        if not self._has_device:
+            self.send("ready")
+            os.read(self._permission, 1)
+            self._has_device = True
+
+
+@dataclasses.dataclass
+class _Process:
+    """A step that runs. deadline: the moment at which it is killed."""
+
+    step: Step
+    pid: int
+    reports: int
+    permission: int
+    start: float
+    deadline: float
+    has_device: bool
+    ready: bool = False
+    buffer: bytes = b""
+    begun: str = ""
+    settled: list[str] = dataclasses.field(default_factory=list)
+    why: str = ""
+    started: float = 0.0
+    device: float | None = None
+
+
+class Runner:
+    """Runs steps.
+
+    Args:
+        on_event: gets each report of a step but for its beginning, and for a part that failed {"kind": "failed", "part", "why"}.
+        on_end: gets how each process ended.
+        log: gets what steps print.
+        at_once: how many steps of a group run at a time.
+    """
+
+    def __init__(
+        self,
+        on_event: Callable[[Step, Event], None],
+        on_end: Callable[[Outcome], None],
+        log: Path,
+        at_once: int = 8,
+    ) -> None:
+        self.on_event, self.on_end, self.log, self.at_once = on_event, on_end, log, at_once
+        self._running: list[_Process] = []
+        self._waiting: list[Step] = []
+        self._selector = selectors.DefaultSelector()
+
+    def run(self, steps: Sequence[Step], until: float) -> list[Step]:
+        """Run steps in this order, those beside others when they are ready -> steps that `until` (a time.monotonic()) cut off."""
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._waiting = list(steps)
+        for step in [step for step in steps if step.beside]:
+            self._start(step, has_device=False)
+        try:
+            while self._waiting or self._running:
+                now = time.monotonic()
+                if now >= until:
+                    break
+                for process in [p for p in self._running if now >= p.deadline]:
+                    process.why = f"killed after {now - process.start:.0f} s, its limit"
+                    self._end(process)
+                self._give_the_device()
+                self._listen()
+            running = [process.step for process in self._running]
+            return running + [step for step in self._waiting if step not in running]
+        finally:
+            for process in list(self._running):
+                process.why = "cut off"
+                self._forget(process)
+
+    def _process_of(self, step: Step) -> _Process | None:
+        return next((p for p in self._running if p.step is step), None)
+
+    def _give_the_device(self) -> None:
+        """Start the next step, or all that fit of its group, or let one go on that is ready."""
+        have = [p for p in self._running if p.has_device]
+        for step in list(self._waiting):
+            process = self._process_of(step)
+            joins = bool(step.group) and all(p.step.group == step.group for p in have) and len(have) < self.at_once
+            if have and not joins:
+                return
+            if process is None and step.beside:
+                # It ended before its turn came.
+                self._waiting.remove(step)
+            elif process is None:
+                self._waiting.remove(step)
+                have.append(self._start(step, has_device=True))
+            elif process.ready:
+                self._waiting.remove(step)
+                process.has_device, process.deadline = True, time.monotonic() + step.limit
+                os.write(process.permission, b"\n")
+                have.append(process)
+
+    def _start(self, step: Step, has_device: bool) -> _Process:
+        from_child, reports = os.pipe()
+        permission, to_child = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        start = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            _become(step, Channel(reports, permission, has_device), self.log, start)
+        os.close(reports)
+        os.close(permission)
+        deadline = start + (step.limit if has_device else step.prepare)
+        os.set_blocking(from_child, False)
+        process = _Process(step, pid, from_child, to_child, start, deadline, has_device)
+        self._running.append(process)
+        self._selector.register(from_child, selectors.EVENT_READ, process)
+        return process
+
+    def _listen(self) -> None:
+        """Hear what steps report within a moment, and see which ended."""
+        for key, _ in self._selector.select(LOOK_AGAIN):
+            self._read(key.data)
+        for process in list(self._running):
+            if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                # What it started may hold its pipe open, so that there is no end to read.
+                self._read(process)
+                self._end(process)
+
+    def _read(self, process: _Process) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(process.reports, 1 << 16):
+                *lines, process.buffer = (process.buffer + data).split(b"\n")
+                for line in lines:
+                    self._hear(process, json.loads(line))
+
+    def _hear(self, process: _Process, event: Event) -> None:
+        kind = event["kind"]
+        if kind == "start":
+            process.started = event["seconds"]
+        elif kind == "device":
+            process.device = event["seconds"]
+        elif kind == "ready":
+            process.ready = True
+        elif kind == "begin":
+            process.begun = event["part"]
+        elif kind == "error":
+            process.why = event["why"]
+        else:
+            if "part" in event:
+                process.settled.append(event["part"])
+                process.begun = ""
+            self.on_event(process.step, event)
+
+    def _end(self, process: _Process) -> None:
+        """Write down what a process that died has not found, and let another do the rest of its parts."""
+        step, status = process.step, self._forget(process)
+        why = process.why or _reason(status)
+        seconds = time.monotonic() - process.start
+        self.on_end(Outcome(step.name, step.parts, why, process.started, process.device, seconds))
+        if step in self._waiting:
+            self._waiting.remove(step)
+        left = [part for part in step.parts if part not in process.settled]
+        # Where no part was begun, all need what failed.
+        failed = [process.begun] if process.begun in left else left
+        for part in failed:
+            self.on_event(step, {"kind": "failed", "part": part, "why": why or "ended without a result"})
+        if again := tuple(part for part in left if part not in failed):
+            self._waiting.insert(0, dataclasses.replace(step, parts=again, beside=False))
+
+    def _forget(self, process: _Process) -> int:
+        """End a process and everything that it started -> its status, as `os.waitpid` gives it."""
+        self._running.remove(process)
+        self._selector.unregister(process.reports)
+        family = _descendants(process.pid)
+        # Its group first, for what it starts meanwhile; it may have died before it had one.
+        with _nobody_there():
+            os.killpg(process.pid, signal.SIGKILL)
+        for pid in (process.pid, *family):
+            with _nobody_there():
+                os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(process.pid, 0)
+        self._end_orphans()
+        os.close(process.reports)
+        os.close(process.permission)
+        return status
+
+    def _end_orphans(self) -> None:
+        """End orphans: children of this process that are no step."""
+        steps = {p.pid for p in self._running}
+        for pid in _children(os.getpid()) - steps:
+            with _nobody_there():
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+class _nobody_there:
+    """A process that is to be killed may be gone, and waiting for one that is not ours is an error."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        return kind is not None and issubclass(kind, ProcessLookupError | ChildProcessError)
+
+
+def _become(step: Step, channel: Channel, log: Path, start: float) -> NoReturn:
+    """Do a step's work in the process that was forked for it, and end."""
+    status = 1
+    try:
+        # A group of its own, so that it can be killed with what it starts.
+        os.setsid()
+        with log.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), 0)
+        channel.send("start", seconds=time.monotonic() - start)
+        print(f"=== {step.name}", flush=True)
+        step.run(channel, step.parts)
+        status = 0
+    except BaseException as error:
+        traceback.print_exc()
+        lines = str(error).strip().splitlines() or [""]
+        channel.send("error", why=f"{type(error).__name__}: {lines[0][:200]}")
+        status = DEVICE_LOST if type(error).__name__ == "AcceleratorError" else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not the parent's exit handlers, nor a device's, which may hang.
+        os._exit(status)
+
+
+def _reason(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return f"ended by {signal.Signals(os.WTERMSIG(status)).name}"
+    code = os.waitstatus_to_exitcode(status)
+    return f"exit status {code}" if code else ""
+
+
+def _children(pid: int) -> set[int]:
+    """Return the children of a process, on Linux; elsewhere none are known."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The name before may have anything in it.
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            continue
+        if int(parent) == pid:
+            found.add(int(stat.parent.name))
+    return found
+
+
+def _descendants(pid: int) -> set[int]:
+    found, new = set[int](), {pid}
+    while new:
+        new = {child for parent in new for child in _children(parent)} - found
+        found |= new
+    return found
