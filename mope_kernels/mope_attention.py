@@ -192,7 +192,7 @@ def mope_attention(
         bank: the projected experts; differentiable.
         static_key, static_value: (H,S,D), prompts that all items share.
         instance_key, instance_value: (B,H,M,D), prompts of each item: the mapped prompts.
-        top_k, temperature, noise, renormalize: as in `route`.
+        top_k, temperature, noise, renormalize: as in `route`; noise is differentiable.
         lengths: (B,) integer; the tokens of item b from lengths[b] on are hidden, prompts never are.
         dropout_p: of the attention probabilities, those of prompts too.
         scale: of the scores; D^-0.5 if None.

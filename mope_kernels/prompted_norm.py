@@ -182,7 +182,7 @@ def prompted_norm(
         cross_logits: (B,K), what the complementary modality adds to the logits.
         self_weight, self_bias, self_keys: (s,C), (s,), (s,K): the router's view of the block's own rows. Logits are
             float32 (float64). `self_bias` may be left out, and all three where the router sees the other modality only.
-        noise, top_k, temperature, renormalize: as in `route`.
+        noise, top_k, temperature, renormalize: as in `route`; noise is differentiable.
         routing: ready-made, in place of the router.
         eps: added to the variance, positive.
         norm_dtype: of `normed`; that of `total` if None.

@@ -104,10 +104,12 @@ def route(
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
-        `Routing`. Gradients flow through weights and probs, to logits and noise. A row that holds NaN has NaN weights and indices 0..k-1.
+        `Routing`. Gradients flow through weights and probs to logits and noise. A row that holds NaN has NaN weights and
+        indices 0..k-1.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, `top_k` > K, or `impl` cannot run.
+        ValueError: shapes, dtypes or devices do not fit, `top_k` > K, `temperature` is a tensor that requires a gradient, or `impl`
+            cannot run.
 
     MoPE (arXiv 2403.10568), the multimodal router.
     """
