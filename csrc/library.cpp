@@ -218,12 +218,19 @@ Gradients mope_attention_backward(
   const auto dense = [&](float*& to, const Optional& like, auto... sizes) {
     return needed(like.has_value()) ? results.like(*like, to, sizes...) : empty_like(query, 0);
   };
+  // In float32 whatever the dtype of the logits, because the gradient of the noise is made of it.
+  const auto of_logits = [&] {
+    if (!needed(true)) return empty_like(query, 0);
+    Tensor grad = empty(B, K);
+    back.logits = grad.mutable_data_ptr<float>();
+    return grad;
+  };
   // Braces: evaluated from left to right.
   Gradients gradients{
       tokens(back.query, query, op.Lq),
       tokens(back.key, key, op.Lk),
       tokens(back.value, value, op.Lk),
-      dense(back.logits, logits, B, K),
+      of_logits(),
       dense(back.bank_key, bank_key, K, H, P, D),
       dense(back.bank_value, bank_value, K, H, P, D),
       dense(back.gram, gram, P, K, K),

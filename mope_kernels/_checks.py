@@ -62,7 +62,13 @@ class Arguments:
         if top_k is not None and not 1 <= top_k <= num_experts:
             raise self.error(f"top_k must be between 1 and the {num_experts} experts, or None for dense routing, got {top_k}")
 
+    def number(self, name: str, value: object) -> None:
+        """Refuse a tensor that asks for a gradient: the kernels would take it as a number, and lose its gradient in silence."""
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise self.error(f"{name} is a number and gets no gradient: pass {name}.item(), or learn what it acts on")
+
     def positive(self, name: str, value: float) -> None:
+        self.number(name, value)
         if not value > 0:
             raise self.error(f"{name} must be positive, got {value}")
 
@@ -71,6 +77,7 @@ class Arguments:
             raise self.error(f"norm_dtype must be a floating point dtype, got {dtype}")
 
     def probability(self, name: str, value: float) -> None:
+        self.number(name, value)
         if not 0 <= value < 1:
             raise self.error(f"{name} must be in [0, 1), got {value}")
 

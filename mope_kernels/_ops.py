@@ -27,7 +27,8 @@ NAMESPACES = ("mope_triton", "mope_cpu")
 # `prompt_attention_backward`; bit i of its `needs` asks for the i-th.
 PROMPT_ATTENTION_GRADIENTS = ("query", "key", "value", "prompt_key", "prompt_value")
 
-# The same for `mope_attention` and `mope_attention_backward`.
+# The same for `mope_attention` and `mope_attention_backward`. The noise is not among them, here and in the other routed ops: its
+# gradient is that of the logits times the temperature, which the autograd Functions make of it.
 MOPE_ATTENTION_GRADIENTS = (
     "query",
     "key",
@@ -160,6 +161,7 @@ SCHEMAS = {
     "expert_adapter": f"({_EXPERT_ADAPTER_INPUTS}, bool return_weights) -> (Tensor, Tensor)",
     "expert_adapter_backward": f"(Tensor grad_out, Tensor? grad_weights, {_EXPERT_ADAPTER_INPUTS}, int needs)"
     f" -> ({', '.join(['Tensor'] * len(EXPERT_ADAPTER_GRADIENTS))})",
+    # -> the gradients in the dtypes of what they belong to, that of the logits in float32
     "mope_attention_backward": "(Tensor grad_out, Tensor? grad_probs, Tensor? grad_weights, Tensor out, Tensor lse, Tensor probs,"
     f" Tensor weights, Tensor indices, {_MOPE_ATTENTION_TENSORS}, {_MOPE_ATTENTION_OPTIONS}, int needs)"
     f" -> ({', '.join(['Tensor'] * len(MOPE_ATTENTION_GRADIENTS))})",
@@ -271,7 +273,7 @@ def _fake_mope_attention_backward(*args: Any) -> tuple[Tensor, ...]:
         elif i < 3:
             gradients.append(empty_heads_last(like, *like.shape))
         else:
-            gradients.append(like.new_empty(like.shape))
+            gradients.append(like.new_empty(like.shape, dtype=torch.float32 if like is logits else like.dtype))
     return tuple(gradients)
 
 

@@ -17,7 +17,7 @@ from .impl import Operation, extension_check, reference_check
 from .mope_attention_details import _launch as _launch
 from .prompt_attention import check_attention, triton_attention_check
 from .prompt_attention_details import _libraries
-from .router import Routing, check_routing, dense_routing
+from .router import Routing, check_routing, dense_routing, noise_gradient
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,9 @@ class MoPEAttentionFunction(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         needed = dict(zip(_TENSORS, ctx.needs_input_grad[2:], strict=True))
-        needs = sum(needed[name] << bit for bit, name in enumerate(MOPE_ATTENTION_GRADIENTS))
+        # The gradient of the noise is made of that of the logits.
+        asked = needed | {"logits": needed["logits"] or needed["noise"]}
+        needs = sum(asked[name] << bit for bit, name in enumerate(MOPE_ATTENTION_GRADIENTS))
         found = ctx.ops.mope_attention_backward.default(
             last_dim_contiguous(grad_out),
             None if grad_probs is None else last_dim_contiguous(grad_probs),
@@ -90,6 +92,11 @@ class MoPEAttentionFunction(torch.autograd.Function):
             needs,
         )
         gradients = dict(zip(MOPE_ATTENTION_GRADIENTS, found, strict=True))
+        given = dict(zip(_TENSORS, tensors, strict=True))
+        if needed["noise"]:
+            gradients["noise"] = noise_gradient(gradients["logits"], ctx.options.temperature, given["noise"].dtype)
+        if needed["logits"]:
+            gradients["logits"] = gradients["logits"].to(given["logits"].dtype)
         return None, None, *(gradients[name] if needed[name] else None for name in _TENSORS)
 
 
@@ -185,7 +192,7 @@ def mope_attention(
         bank: the projected experts; differentiable.
         static_key, static_value: (H,S,D), prompts that all items share.
         instance_key, instance_value: (B,H,M,D), prompts of each item: the mapped prompts.
-        top_k, temperature, noise, renormalize: as in `route`.
+        top_k, temperature, noise, renormalize: as in `route`; noise is differentiable.
         lengths: (B,) integer; the tokens of item b from lengths[b] on are hidden, prompts never are.
         dropout_p: of the attention probabilities, those of prompts too.
         scale: of the scores; D^-0.5 if None.
@@ -219,6 +226,8 @@ def mope_attention(
     arguments.both_or_neither("static_key", static_key, "static_value", static_value)
     arguments.tensor("static_key", static_key, f"{task}H S D")
     arguments.tensor("static_value", static_value, f"{task}H S D")
+    arguments.number("bank.eps", bank.eps)
+    arguments.number("scale", scale)
     arguments.both_or_neither("instance_key", instance_key, "instance_value", instance_value)
     arguments.tensor("instance_key", instance_key, "B H M D")
     arguments.tensor("instance_value", instance_value, "B H M D")
@@ -230,7 +239,7 @@ def mope_attention(
         "instance_value": instance_value,
     }
     of_bank = (bank.key, bank.value, bank.gram, bank.key_offset, bank.value_offset)
-    inputs: tuple[Tensor | None, ...] = (query, key, value, logits, None if noise is None else noise.detach(), *of_bank)
+    inputs: tuple[Tensor | None, ...] = (query, key, value, logits, noise, *of_bank)
     inputs += tuple(prompts.values())
     if task_ids is not None and any_needs_gradient(*inputs):
         raise arguments.error("task_ids is for inference, no gradient flows through it: call it under torch.no_grad()")

@@ -205,6 +205,7 @@ def prompt_attention(
     _check_bias(arguments, attn_bias, (*query.shape[:3], key.shape[2]))
     if is_causal and query.shape[2] != key.shape[2]:
         raise arguments.error(f"is_causal needs as many queries as tokens, got Lq={query.shape[2]} and Lk={key.shape[2]}")
+    arguments.number("scale", scale)
     tensors = (query, key, value, prompt_key, prompt_value)
     options: dict[str, Any] = {"lengths": lengths, "attn_bias": attn_bias, "is_causal": is_causal, "dropout_p": dropout_p}
     if offsets is not None:

@@ -14,7 +14,7 @@ from ._ops import PROMPTED_NORM_GRADIENTS
 from .impl import Check, Operation, reference_check
 from .norm import cpu_norm_check, triton_norm_check
 from .prompted_norm_details import _launch as _launch
-from .router import Routing
+from .router import Routing, noise_gradient
 
 
 class _Options(NamedTuple):
@@ -59,6 +59,8 @@ class PromptedNormFunction(torch.autograd.Function):
         x_dtype, update_dtype = ctx.dtypes["x"], ctx.dtypes["update"] or ctx.dtypes["x"]
         shared = x_dtype == update_dtype
         asked = needed | {"x": needed["x"] or (shared and needed["update"]), "update": needed["update"] and not shared}
+        # That of the logits, which the gradient of the noise is made of, whether psi is a part of them or not.
+        asked["cross_logits"] = needed["cross_logits"] or needed["noise"]
         num_rows, num_static, num_mapped = ctx.sizes
         # Without a router nothing comes out of one, and torch.compile gives zeros of the shape of what stands there.
         grads = grads[: 4 if ctx.routes else 2] + (None,) * (0 if ctx.routes else 2)
@@ -79,6 +81,8 @@ class PromptedNormFunction(torch.autograd.Function):
         gradients = dict(zip(PROMPTED_NORM_GRADIENTS, found, strict=True))
         if shared:
             gradients["update"] = gradients["x"]
+        if needed["noise"]:
+            gradients["noise"] = noise_gradient(gradients["cross_logits"], ctx.options.temperature, ctx.dtypes["noise"])
         return None, None, *(gradients[name].to(ctx.dtypes[name]) if needed[name] else None for name in _TENSORS)
 
 
@@ -115,8 +119,9 @@ def _check_router(
     arguments.both_or_neither("self_weight", self_weight, "self_keys", self_keys)
     routed_by = [name for name, value in (("cross_logits", cross_logits), ("self_weight", self_weight)) if value is not None]
     if experts is None:
-        if routed_by or routing is not None:
-            raise arguments.error(f"{(routed_by or ['routing'])[0]} routes to experts, and there are none: give experts")
+        decided_by = [*routed_by, *(name for name, value in (("routing", routing), ("noise", noise)) if value is not None)]
+        if decided_by:
+            raise arguments.error(f"{decided_by[0]} routes to experts, and there are none: give experts")
         return
     if routing is not None and (routed_by or noise is not None):
         raise arguments.error(f"routing is given ready-made, and {(routed_by or ['noise'])[0]} too: give one of them")
@@ -177,7 +182,7 @@ def prompted_norm(
         cross_logits: (B,K), what the complementary modality adds to the logits.
         self_weight, self_bias, self_keys: (s,C), (s,), (s,K): the router's view of the block's own rows. Logits are
             float32 (float64). `self_bias` may be left out, and all three where the router sees the other modality only.
-        noise, top_k, temperature, renormalize: as in `route`.
+        noise, top_k, temperature, renormalize: as in `route`; noise is differentiable.
         routing: ready-made, in place of the router.
         eps: added to the variance, positive.
         norm_dtype: of `normed`; that of `total` if None.
@@ -236,7 +241,7 @@ def prompted_norm(
     if norm_dtype is None:
         norm_dtype = x.dtype if update is None else torch.promote_types(x.dtype, update.dtype)
     given = (None, None) if routing is None else (routing.weights, routing.indices.long())
-    inputs = (x, update, weight, bias, *tensors.values(), *given, None if noise is None else noise.detach())
+    inputs = (x, update, weight, bias, *tensors.values(), *given, noise)
     namespace, options = f"mope_{implementation}", _Options(num_replaced, top_k or 0, temperature, renormalize, eps, norm_dtype)
     laid_out = [None if t is None else last_dim_contiguous(t) for t in inputs]
     if any_needs_gradient(*laid_out):

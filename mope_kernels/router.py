@@ -31,6 +31,11 @@ def dense_routing(probs: Tensor) -> Routing:
     return Routing(probs, torch.arange(probs.shape[1], device=probs.device).expand_as(probs), probs)
 
 
+def noise_gradient(grad_logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    """The gradient of the noise, which is added to logits / temperature: from that of the logits, in float32."""
+    return (grad_logits * temperature).to(dtype)
+
+
 class RouteFunction(torch.autograd.Function):
     """(namespace, logits, noise, and the options of the raw op) -> probs, weights, indices."""
 
@@ -41,7 +46,8 @@ class RouteFunction(torch.autograd.Function):
         ctx.ops = getattr(torch.ops, namespace)
         probs, weights, indices = ctx.ops.route.default(logits, noise, top_k, temperature, renormalize)
         ctx.save_for_backward(probs, weights, indices)
-        ctx.temperature, ctx.renormalize, ctx.dtype = temperature, renormalize, logits.dtype
+        ctx.temperature, ctx.renormalize = temperature, renormalize
+        ctx.dtype, ctx.noise_dtype = logits.dtype, None if noise is None else noise.dtype
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         return probs, weights, indices
@@ -50,13 +56,15 @@ class RouteFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         first_derivative_only("route")
         grad_probs, grad_weights, _ = grads
-        if not ctx.needs_input_grad[1] or (grad_probs is None and grad_weights is None):
+        need_logits, need_noise = ctx.needs_input_grad[1:3]
+        if not (need_logits or need_noise) or (grad_probs is None and grad_weights is None):
             return (None,) * 6
         probs, weights, indices = ctx.saved_tensors
         grad_logits = ctx.ops.route_backward.default(
             grad_probs, grad_weights, probs, weights, indices, ctx.temperature, ctx.renormalize
         )
-        return None, grad_logits.to(ctx.dtype), None, None, None, None
+        grad_noise = noise_gradient(grad_logits, ctx.temperature, ctx.noise_dtype) if need_noise else None
+        return None, grad_logits.to(ctx.dtype) if need_logits else None, grad_noise, None, None, None
 
 
 def _cpu_check(logits: Tensor, noise: Tensor | None = None, **_: Any) -> list[str]:
@@ -90,16 +98,18 @@ def route(
     Args:
         logits: (B,K), floating point.
         top_k: how many experts to select, by logits / temperature + noise; ties go to the lowest index. None: all, in order.
-        temperature: positive.
-        noise: (B,K), added after the temperature; gets no gradient.
+        temperature: positive, a number: to learn one, divide the logits by it.
+        noise: (B,K), floating point, added after the temperature; differentiable, so it may be learned.
         renormalize: divide the selected weights by their sum. With `top_k=1` the router then gets no gradient through them.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
-        `Routing`. Gradients flow through weights and probs. A row that holds NaN has NaN weights and indices 0..k-1.
+        `Routing`. Gradients flow through weights and probs to logits and noise. A row that holds NaN has NaN weights and
+        indices 0..k-1.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, `top_k` > K, or `impl` cannot run.
+        ValueError: shapes, dtypes or devices do not fit, `top_k` > K, `temperature` is a tensor that requires a gradient, or `impl`
+            cannot run.
 
     MoPE (arXiv 2403.10568), the multimodal router.
     """
@@ -107,7 +117,7 @@ def route(
     implementation = _ROUTE.choose(impl, logits, noise=noise)
     if implementation == "reference":
         return Routing(*reference.route(logits, top_k=top_k, temperature=temperature, noise=noise, renormalize=renormalize))
-    noise = None if noise is None else last_dim_contiguous(noise.detach())
+    noise = None if noise is None else last_dim_contiguous(noise)
     probs, weights, indices = RouteFunction.apply(
         f"mope_{implementation}", last_dim_contiguous(logits), noise, top_k or 0, temperature, renormalize
     )
@@ -155,7 +165,9 @@ def importance_loss(probs: Tensor, *, threshold: float = 0.1, impl: str = "auto"
 
     MoPE (arXiv 2403.10568), importance loss; the released code's unbiased variance.
     """
-    Arguments("importance_loss").tensor("probs", probs, "L B K" if probs.dim() == 3 else "B K")
+    arguments = Arguments("importance_loss")
+    arguments.tensor("probs", probs, "L B K" if probs.dim() == 3 else "B K")
+    arguments.number("threshold", threshold)
     implementation = _IMPORTANCE_LOSS.choose(impl, probs)
     if implementation == "reference":
         return reference.importance_loss(probs, threshold=threshold)

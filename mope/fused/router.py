@@ -73,7 +73,10 @@ class Router(nn.Module, ABC):
         return {}
 
     def sample_noise(self, batch: int, *, always: bool = False) -> Tensor | None:
-        """Noise (B,K) from the device's generator; None outside training, unless it is asked for always."""
+        """Noise (B,K) from the device's generator; None outside training, unless it is asked for always.
+
+        A subclass may draw in another way. Noise is differentiable: what a subclass makes it of is trained.
+        """
         if not (self.training or always) or self.noise_std == 0:
             return None
         like = next(self.parameters())
@@ -243,11 +246,12 @@ def make_router(
 def sample_noise(routers: Sequence[Router], batch: int, *, always: bool = False) -> list[Tensor | None]:
     """Noise for each place of a router. A router that stands in several places draws once: it decides once for all of them.
 
-    Routers that are alike draw together.
+    Routers that are alike draw together; one whose class draws in its own way, such as noise that it learns, draws for itself.
     """
     once = {id(router): router for router in routers}
     drawn: dict[int, Tensor | None] = dict.fromkeys(once)
-    if len({(router.num_experts, router.noise_std, router.training) for router in routers}) == 1:
+    common = all(type(router).sample_noise is Router.sample_noise for router in routers)
+    if common and len({(router.num_experts, router.noise_std, router.training) for router in routers}) == 1:
         noise = routers[0].sample_noise(len(once) * batch, always=always)
         if noise is not None:
             drawn = dict(zip(once, noise.unflatten(0, (len(once), batch)).unbind(), strict=True))

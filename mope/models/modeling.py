@@ -615,7 +615,7 @@ class MoPEForClassification(SavedModel):
         routing: list[Routing] = []
         # Drawn outside of what gradient checkpointing runs twice.
         noise_of_layer = iter(noise)
-        with torch.set_grad_enabled(self._needs_graph(modality, cross, mapped, *inputs[modality].values())):
+        with torch.set_grad_enabled(self._needs_graph(modality, cross, mapped, *noise, *inputs[modality].values())):
             tokens = adapter.embed(backbone, inputs[modality], where.token_mask)
             hidden_states, packing, mask = tokens, None, None
             if modality == self.config.main and self.input_prompts is not None:
@@ -663,7 +663,7 @@ class MoPEForClassification(SavedModel):
         if banks is not None:
             raise ValueError(NO_BANKS)
         encoder: Any = self.vision
-        with torch.set_grad_enabled(self._needs_graph("vision", cross, *inputs["vision"].values())):
+        with torch.set_grad_enabled(self._needs_graph("vision", cross, *noise, *inputs["vision"].values())):
             output = encoder(
                 **inputs["vision"],
                 cross=cross,

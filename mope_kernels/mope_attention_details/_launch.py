@@ -303,8 +303,9 @@ def mope_attention_backward(
             grad_probs = found["mixture"] if grad_probs is None else grad_probs + found["mixture"]
         found["logits"] = route_backward(grad_probs, grad_weights, probs, weights, indices, temperature, renormalize)
 
-    shared = (logits, bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value)
-    for name, like in zip(MOPE_ATTENTION_GRADIENTS[3:], shared, strict=True):
+    # That of the logits stays in float32, as the router's backward gives it.
+    shared = (bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value)
+    for name, like in zip(MOPE_ATTENTION_GRADIENTS[4:], shared, strict=True):
         if name in need and like is not None:
             found[name] = found[name].to(like.dtype).contiguous()
     return tuple(found[name] if name in need else not_needed(query) for name in MOPE_ATTENTION_GRADIENTS)

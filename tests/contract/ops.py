@@ -38,10 +38,11 @@ class Op:
     plain: (options, tensors) -> the same by the definition.
     example: (dtype, device, sizes) -> tensors and options; `sizes` are `base`, some of them changed.
     implementations: those beside the definition.
-    differentiable: the tensors that have a gradient.
+    differentiable: the tensors that have a gradient, first those that the raw backward gives one of, in its order.
+    refused: the other floating tensors, which have none: an error where they ask for one.
     per_item: the tensors whose first axis counts the items of a batch, which must not influence each other.
     padded: the tensors that `lengths` hides a part of.
-    same_gradient: tensors whose gradient is that of another one, and is computed once for both.
+    same_gradient: tensors whose gradient is that of another one, or made of it, and is computed once for both.
     cases: the sizes that its accuracy is measured on.
     """
 
@@ -55,6 +56,7 @@ class Op:
     base: Sizes
     cases: dict[str, Sizes]
     padded: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
     same_gradient: dict[str, str] = field(default_factory=dict)
     # Cases of few numbers, in which one draw says more about luck than about accuracy.
     small: frozenset[str] = field(default_factory=frozenset)
@@ -130,7 +132,8 @@ ROUTE = Op(
     plain=lambda options, tensors: reference.route(**tensors, **options)[::2],
     example=_logits,
     implementations=("cpu", "triton"),
-    differentiable=("logits",),
+    differentiable=("logits", "noise"),
+    same_gradient={"noise": "logits"},
     per_item=("logits", "noise"),
     base={"batch": 5, "experts": 4, "top_k": 2, "renormalize": False, "temperature": 0.5, "noise": True},
     cases={
@@ -232,6 +235,7 @@ PROMPT_ATTENTION = Op(
     example=_attention,
     implementations=("cpu", "sdpa", "xformers", "triton"),
     differentiable=PROMPT_ATTENTION_GRADIENTS,
+    refused=("attn_bias",),
     per_item=("query", "key", "value", "prompt_key", "prompt_value"),
     padded=("key", "value"),
     base={
@@ -340,8 +344,9 @@ MOPE_ATTENTION = Op(
     plain=_plain_mope_attention,
     example=_routed_attention,
     implementations=("cpu", "sdpa", "triton"),
-    differentiable=MOPE_ATTENTION_GRADIENTS,
-    per_item=("query", "key", "value", "logits", "instance_key", "instance_value"),
+    differentiable=(*MOPE_ATTENTION_GRADIENTS, "noise"),
+    same_gradient={"noise": "logits"},
+    per_item=("query", "key", "value", "logits", "noise", "instance_key", "instance_value"),
     padded=("key", "value"),
     base={
         "batch": 2,
@@ -577,9 +582,9 @@ PROMPTED_NORM = Op(
     plain=_plain_prompted_norm,
     example=_routed_block,
     implementations=("cpu", "triton"),
-    differentiable=PROMPTED_NORM_GRADIENTS,
-    same_gradient={"update": "x"},
-    per_item=("x", "update", "mapped", "cross_logits"),
+    differentiable=(*PROMPTED_NORM_GRADIENTS, "noise"),
+    same_gradient={"update": "x", "noise": "cross_logits"},
+    per_item=("x", "update", "mapped", "cross_logits", "noise"),
     base={
         "batch": 2,
         "rows": 6,

@@ -35,6 +35,24 @@ def test_matches_float64(op, impl, case):
         )
 
 
+@every("cpu", "sdpa", "xformers", "triton")
+def test_each_gradient_alone_matches_float64(op, impl):
+    """A tensor gets its gradient where all others are frozen too: each one in the first case that has it."""
+    missing = set(op.differentiable)
+    for case in op.cases:
+        draws = [op.draw(dtype_of(impl), impl, **op.cases[case]) for _ in range(number_of_draws(op, impl, case))]
+        options = draws[0][1]
+        for name in (name for name in op.leaves(draws[0][0]) if name in missing):
+            check(
+                lambda options=options, **tensors: op.run(impl, options, tensors),
+                lambda options=options, **tensors: op.plain(options, tensors),
+                *(tensors for tensors, _ in draws),
+                grads_for=name,
+            )
+            missing.remove(name)
+    assert not missing
+
+
 @pytest.mark.parametrize("case", [c for c in PROMPT_ATTENTION.cases if c not in ("no prompts", "no tokens", "empty batch")])
 def test_sdpa_in_float32_without_gradients(case):
     """On the CPU it is refused where gradients are needed, and is what runs where they are not."""

@@ -102,7 +102,7 @@ def test_opcheck(op, impl):
     """Schema and fake of every raw op that runs, forward and backward, agree with what it does."""
     for changes in VARIED[op.name]:
         tensors, options = op.draw(torch.float32, impl, **changes)
-        for wanted in (None, op.leaves(tensors)[-1:]):
+        for wanted in (None, *([name] for name in op.leaves(tensors)[-2:])):
             with RecordCalls(NAMESPACES) as record:
                 run_with_gradients(op, impl, options, tensors, wanted)
             assert [func.name() for func, *_ in record.calls] == [f"mope_{impl}::{op.name}", f"mope_{impl}::{op.name}_backward"]

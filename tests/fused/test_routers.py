@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from mope.fused import ComplementaryRouter, InputPrompts, MoPEAttention, Multimo
 from mope.fused.attention import mean_over_tokens
 from mope.fused.router import make_router, sample_noise, without_noise
 from mope.fused.swin import MoPESwinBlock, position_bias
+from mope_kernels import _extension
 
 from .test_fused_layers import CROSS, B, C, K, L, P, attention_by_hand, batch, frozen_layer
 
@@ -62,6 +65,51 @@ def test_a_shared_router_draws_its_noise_once() -> None:
     assert drawn[0] is drawn[2] and not torch.equal(drawn[0], drawn[1])
     one.eval()
     assert sample_noise([one, other], B)[0] is None and sample_noise([one], B, always=True)[0].shape == (B, K)
+
+
+class LearnedNoise(ComplementaryRouter):
+    """Noise of its own for each expert."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.scale = nn.Parameter(torch.rand(self.num_experts))
+
+    def sample_noise(self, batch: int, *, always: bool = False) -> torch.Tensor:
+        return self.scale * torch.randn(batch, self.num_experts, dtype=self.scale.dtype)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_noise_may_be_learned(impl: str) -> None:
+    """Each router draws by its own parameters, and the gradients come back to them through all that routes."""
+    if impl == "cpu" and not _extension.STATUS.loaded:
+        pytest.skip(_extension.STATUS.reason)
+    routers = [LearnedNoise(CROSS, K, temperature=0.5, impl=impl) for _ in range(2)]
+    drawn = sample_noise(routers, B)
+    x, cross = torch.randn(B, L, C), torch.randn(B, CROSS)
+    attention = MoPEAttention(frozen_layer(True, torch.float32), C, CROSS, num_experts=K, prompt_length=P, router=None, impl=impl)
+    block = MoPESwinBlock(
+        8,
+        1,
+        4,
+        cross_dim=CROSS,
+        window_size=2,
+        num_prompts=P,
+        prompt_length=P,
+        static_length=0,
+        num_experts=K,
+        router=None,
+        impl=impl,
+    )
+    own = block.own_prompts(router=routers[1], cross_logits=routers[1].logits(None, cross), noise=drawn[1])
+    total, _ = block.add_up(torch.randn(B, 16, 8), None, own)
+    attended, _ = attention(x, cross, noise=drawn[0], router=routers[0])
+    for out, router, other in (
+        (attended, *routers),
+        (routers[0](None, cross, drawn[0]).probs, *routers),
+        (total, *reversed(routers)),
+    ):
+        grad, nothing = torch.autograd.grad(out.square().sum(), [router.scale, other.scale], allow_unused=True, retain_graph=True)
+        assert grad.abs().max() > 0 and nothing is None
 
 
 def test_noise_is_taken_out_again() -> None:

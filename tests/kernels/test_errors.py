@@ -70,6 +70,12 @@ WRONG = {
     "mope_attention: task_ids is for inference, no gradient flows through it": lambda: attention(
         logits=torch.zeros(2, 3, requires_grad=True), task_ids=torch.zeros(2, dtype=torch.int64)
     ),
+    "mope_attention: task_ids is for inference, no gradient flows through it: call it": lambda: attention(
+        noise=torch.zeros(2, 3, requires_grad=True), task_ids=torch.zeros(2, dtype=torch.int64)
+    ),
+    "mope_attention: bank.eps is a number and gets no gradient: pass bank.eps.item()": lambda: attention(
+        bank=ExpertBank(*[torch.zeros(3, 2, 4, 16)] * 2, eps=torch.ones((), requires_grad=True))
+    ),
     "mope_attention: dropout_p must be in [0, 1), got 1.0": lambda: attention(dropout_p=1.0),
     "mope_attention: impl must be 'auto' or one of": lambda: attention(impl="fast"),
     "prompt_attention: is_causal needs as many queries as tokens, got Lq=5 and Lk=7": lambda: mope_kernels.prompt_attention(
@@ -115,6 +121,9 @@ WRONG = {
     "prompted_norm: num_replaced must be between 0 and the 5 rows of x, got 6": lambda: beginning(num_replaced=6),
     "prompted_norm: experts need cross_logits, self_weight and self_keys, or routing": lambda: beginning(cross_logits=None),
     "prompted_norm: cross_logits routes to experts, and there are none: give experts": lambda: beginning(experts=None),
+    "prompted_norm: noise routes to experts, and there are none: give experts": lambda: beginning(
+        experts=None, cross_logits=None, noise=torch.zeros(2, 3)
+    ),
     "prompted_norm: routing is given ready-made, and cross_logits too: give one of them": lambda: beginning(
         routing=mope_kernels.route(torch.zeros(2, 3))
     ),

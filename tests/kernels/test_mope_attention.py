@@ -12,7 +12,7 @@ from mope_kernels.testing import strided_variants
 from tests.contract import test_accuracy, test_behaviour, test_integration, test_memory
 from tests.contract.ops import MOPE_ATTENTION, Options, Sizes, Tensors, assert_same
 
-from .numerics import implementations, unavailable
+from .numerics import check, implementations, unavailable
 
 
 @implementations("reference", "cpu", "triton")
@@ -24,6 +24,24 @@ def test_nothing_visible_gives_zero(impl):
     grads = torch.autograd.grad(out.sum(), (query, key))
     assert torch.equal(out[0], torch.zeros_like(out[0])) and out[1].isfinite().all()
     assert all(torch.equal(g[0], torch.zeros_like(g[0])) and g.isfinite().all() for g in grads)
+
+
+@implementations("cpu", "triton")
+def test_noise_beside_logits_in_16_bits_has_a_gradient_in_its_own_precision(impl):
+    """That of the logits, which it is made of, is rounded to 16 bits only for the logits."""
+
+    def draw() -> tuple[Tensors, Options]:
+        tensors, options = MOPE_ATTENTION.draw(torch.float32, impl, top_k=2)
+        return tensors | {"logits": tensors["logits"].to(torch.bfloat16 if impl == "cpu" else torch.float16)}, options
+
+    draws = [draw() for _ in range(3)]
+    options = draws[0][1]
+    check(
+        lambda **tensors: MOPE_ATTENTION.run(impl, options, tensors),
+        lambda **tensors: MOPE_ATTENTION.plain(options, tensors),
+        *(tensors for tensors, _ in draws),
+        grads_for="logits noise",
+    )
 
 
 def test_bank_with_fold_is_the_layer_norm():

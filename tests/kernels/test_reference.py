@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -159,9 +160,10 @@ def test_expert_adapter_matches_the_released_code(kind):
 
 
 def test_gradients_of_route_and_importance_loss():
-    logits = doubles(4, 5)
+    logits, noise = doubles(4, 5), doubles(4, 5)
     for options in ({}, {"top_k": 2}, {"top_k": 3, "renormalize": True}):
-        assert torch.autograd.gradcheck(lambda t, o=options: mope_kernels.route(t, temperature=0.7, **o)[::2], (logits,))
+        route = functools.partial(mope_kernels.route, temperature=0.7, **options)
+        assert torch.autograd.gradcheck(lambda t, n, route=route: route(t, noise=n)[::2], (logits, noise))
     assert torch.autograd.gradcheck(lambda t: mope_kernels.importance_loss(t.softmax(-1), threshold=0.0), (logits,))
 
 
@@ -175,9 +177,7 @@ def test_gradients_of_mope_attention(case):
     tensors, options = MOPE_ATTENTION.draw(
         torch.float64, "cpu", **{"queries": 3, "keys": 5, "width": 4, **MOPE_ATTENTION.cases[case], "lengths": [5, 0]}
     )
-    inputs = {
-        n: t.double().requires_grad_() for n, t in tensors.items() if t is not None and t.is_floating_point() and n != "noise"
-    }
+    inputs = {n: t.double().requires_grad_() for n, t in tensors.items() if t is not None and t.is_floating_point()}
     rest = {n: t for n, t in tensors.items() if n not in inputs}
 
     def op(*values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,7 +190,7 @@ def test_gradients_of_mope_attention(case):
 @pytest.mark.parametrize("options", [{}, {"top_k": 2, "renormalize": True, "mapped": 0}, {"query": 0, "replaced": 0}])
 def test_gradients_of_prompted_norm(options):
     tensors, arguments = PROMPTED_NORM.draw(torch.float64, "cpu", **{"batch": 1, "rows": 3, "width": 4, "prompts": 1, **options})
-    inputs = {n: t.double().requires_grad_() for n, t in tensors.items() if t is not None and n != "noise"}
+    inputs = {n: t.double().requires_grad_() for n, t in tensors.items() if t is not None}
 
     def op(*values: Tensor) -> tuple[Tensor, ...]:
         return PROMPTED_NORM.plain(arguments, tensors | dict(zip(inputs, values, strict=True)))

@@ -11,6 +11,7 @@ import mope_kernels
 from mope import MoPEConfig, MoPEForClassification
 from mope.models import PromptedLayer
 
+from . import test_swin_classification
 from .tiny import TEXTS, VISION, Plain, backbone, fusion, inputs
 
 CLOSE = dict(rtol=1e-9, atol=1e-10)
@@ -198,6 +199,29 @@ def test_gradient_checkpointing(options: dict[str, Any], monkeypatch: pytest.Mon
         torch.testing.assert_close(once, twice, rtol=1e-12, atol=1e-14)
     with pytest.raises(ValueError, match="use_reentrant"):
         model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("vision", ["vit", "swin"])
+def test_noise_may_be_all_that_is_learned(vision: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient comes out of a model that is frozen otherwise, and is the difference that noise makes."""
+    fused, batch = (fusion, inputs()) if vision == "vit" else (test_swin_classification.fusion, test_swin_classification.inputs())
+    model = fused(prompt_dropout=0.0, importance_weight=0.0, temperature=1.0).requires_grad_(False)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    places = len(model._routers())
+    noise = [torch.randn(len(batch["input_ids"]), model.config.num_experts, dtype=torch.float64) for _ in range(places)]
+    step = [torch.randn_like(n) for n in noise]
+
+    def loss(noise: list[torch.Tensor]) -> torch.Tensor:
+        monkeypatch.setattr("mope.models.modeling.sample_noise", lambda *_, **__: noise)
+        return model(**batch).logits.square().sum()
+
+    leaves = [n.clone().requires_grad_() for n in noise]
+    found = sum((g * s).sum() for g, s in zip(torch.autograd.grad(loss(leaves), leaves), step, strict=True))
+    ahead, back = (loss([n + t * s for n, s in zip(noise, step, strict=True)]) for t in (1e-4, -1e-4))
+    assert found.abs() > 1e-3
+    torch.testing.assert_close(found, (ahead - back) / 2e-4, rtol=1e-5, atol=1e-7)
 
 
 def test_noise_is_new_in_each_step_and_absent_in_evaluation() -> None:
