@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import faulthandler
 import json
 import os
 import selectors
@@ -126,13 +127,14 @@ class Runner:
         self.on_event, self.on_end, self.log, self.at_once = on_event, on_end, log, at_once
         self._running: list[_Process] = []
         self._waiting: list[Step] = []
+        self._strangers: set[int] = set()
         self._selector = selectors.DefaultSelector()
 
     def run(self, steps: Sequence[Step], until: float) -> list[Step]:
         """Run steps in this order, those beside others when they are ready -> steps that `until` (a time.monotonic()) cut off."""
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        self._waiting = list(steps)
+        self._waiting, self._strangers = list(steps), _children(os.getpid())
         for step in [step for step in steps if step.beside]:
             self._start(step, has_device=False)
         try:
@@ -262,9 +264,8 @@ class Runner:
         return status
 
     def _end_orphans(self) -> None:
-        """End orphans: children of this process that are no step."""
-        steps = {p.pid for p in self._running}
-        for pid in _children(os.getpid()) - steps:
+        """End orphans: children of this process that no step is, and that it did not have before."""
+        for pid in _children(os.getpid()) - self._strangers - {p.pid for p in self._running}:
             with _nobody_there():
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
@@ -285,9 +286,11 @@ def _become(step: Step, channel: Channel, log: Path, start: float) -> NoReturn:
     try:
         # A group of its own, so that it can be killed with what it starts.
         os.setsid()
-        with log.open("a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = log.open("a", buffering=1)
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)
+        # A crash leaves there where it happened.
+        faulthandler.enable(sys.stdout)
         with open(os.devnull) as nothing:
             os.dup2(nothing.fileno(), 0)
         channel.send("start", seconds=time.monotonic() - start)
