@@ -107,6 +107,10 @@ def measured(request: pytest.FixtureRequest, results: Callable[[str], rows.Rows]
             # The next run tries it again.
             found.add(key | {"failed": str(reason)})
             pytest.skip(str(reason))
+        except torch.AcceleratorError as error:
+            # What this process computed from now on would be wrong.
+            found.add(key | {"failed": str(error).splitlines()[0]})
+            pytest.exit(f"the device is lost to this process: {error}", returncode=1)
         found.add(key | row)
 
     return run

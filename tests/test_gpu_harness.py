@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import gpu
 from mope.benchmark import rows
@@ -24,6 +25,125 @@ def run(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "bench.gpu"], cwd=ROOT, env=values, capture_output=True, text=True, check=False)
 
 
+# The smallest plan that has a step of each kind: an op, a model, one that is compiled beside others.
+SMALL_PLAN = """
+import os, sys
+from bench import gpu, headline, plan
+from mope.benchmark.cases import Case
+add_norm, model = Case("add_norm", "tiny"), Case("model", "tiny-swin")
+plan.plan = lambda dry=False: [
+    plan.Rows(add_norm, ("ours", "released"), "ops", 60),
+    plan.Rows(model, ("ours", "ours graphed", "released"), "model", 120),
+    plan.Rows(model, ("released half",), "model", 60, beside=True),
+]
+plan.smoke = lambda dry=False: {"add_norm": [add_norm], "route": [Case("route", "tiny", top_k=2)]}
+headline.HEADLINE_SECONDS = 300
+"""
+
+
+def headline(out: Path, more: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    script = SMALL_PLAN + more + "\nsys.exit(gpu.main())"
+    values = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    values |= {"DRY": "1", "OUT": str(out), "CACHE": str(out.parent / "cache"), **environment}
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=values, capture_output=True, text=True, check=False)
+
+
+def ways(out: Path, stage: str) -> dict[tuple[str, str], str]:
+    """What came of each row: "ms", "unavailable", "failed" or, of small cases against float64, "error"."""
+    _, found = rows.read(out / f"{stage}-dry.jsonl")
+    return {
+        (row["op"], row["way"]): next(k for k in ("ms", "unavailable", "failed", "seconds", "error") if k in row) for row in found
+    }
+
+
+def test_the_headline_leaves_a_page_and_rows_and_continues_them(tmp_path):
+    out = tmp_path / "out"
+    done = headline(out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = {"smoke-dry.jsonl", "ops-dry.jsonl", "model-dry.jsonl", "timeline-dry.json", "headline-dry.md", "gpu.log"}
+    # As many files as a machine that is lent gives back.
+    assert {path.name for path in out.iterdir()} == names and len(names) <= 8
+    assert ways(out, "ops") == {("add_norm", "ours"): "ms", ("add_norm", "released"): "ms"}
+    assert ways(out, "model") == {
+        ("model", "ours"): "ms",
+        ("model", "ours graphed"): "unavailable",
+        ("model", "released"): "ms",
+        ("model", "released half"): "unavailable",
+        ("cold start", "ours"): "seconds",
+    }
+    assert ways(out, "smoke") == {("add_norm", "ours"): "error", ("route", "ours"): "error"}
+    for said in ("imports: ", "add_norm tiny inference: done", "started in", "has no manifest", "0 rows failed"):
+        assert said in done.stdout
+    page = (out / "headline-dry.md").read_text()
+    for said in (
+        "| target | goal |",
+        "both sides",
+        "add_norm tiny inference: released",
+        "Nothing failed.",
+        "2 of 2 small cases are right",
+    ):
+        assert said in page
+
+    again = headline(out)
+    assert again.returncode == 0 and "add_norm tiny inference: done" not in again.stdout
+    assert ways(out, "ops") == {("add_norm", "ours"): "ms", ("add_norm", "released"): "ms"}
+
+
+# The opponents of an op and of a model fail, and the process of a small case dies.
+ACCIDENTS = """
+from mope.benchmark import problems
+import torch
+real = problems.build
+def build(case, *others):
+    problem = real(case, *others)
+    if case.op == "add_norm":
+        def lost(*_, **__):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        problem.ways["released"] = lost
+    if case.op == "model":
+        def no_memory(*_, **__):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        problem.ways["released"] = no_memory
+    if case.op == "route":
+        os.abort()
+    return problem
+problems.build = build
+"""
+
+
+def test_an_accident_costs_its_row_and_is_tried_again(tmp_path):
+    out = tmp_path / "out"
+    done = headline(out, ACCIDENTS)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert ways(out, "ops") == {("add_norm", "ours"): "ms", ("add_norm", "released"): "failed"}
+    found = ways(out, "model")
+    assert found["model", "ours"] == "ms" and found["model", "released"] == "failed" and found["cold start", "ours"] == "seconds"
+    assert ways(out, "smoke") == {("add_norm", "ours"): "error", ("route", "ours"): "failed"}
+    page = (out / "headline-dry.md").read_text()
+    for said in (
+        "- ops: add_norm tiny inference, released: AcceleratorError: CUDA error: an illegal memory access",
+        "- model: model tiny-swin inference, released: OutOfMemoryError: CUDA out of memory",
+        "- smoke: route tiny top-2 inference, ours: ended by SIGABRT",
+        "1 of 2 small cases are right",
+    ):
+        assert said in page
+
+    again = headline(out)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert ways(out, "ops")["add_norm", "released"] == ways(out, "model")["model", "released"] == "ms"
+    assert "Nothing failed." in (out / "headline-dry.md").read_text()
+
+
+def test_the_parent_asks_nothing_that_would_keep_its_children_from_the_gpu():
+    """A process that asked how many GPUs there are cannot fork one that uses them."""
+    if not hasattr(torch._C, "_cuda_isInBadFork"):
+        pytest.skip("torch was built without CUDA, and marks no process")
+    script = "from bench import gpu, headline; headline.import_everything()\nimport os, torch\n"
+    script += "if os.fork() == 0: os._exit(int(torch._C._cuda_isInBadFork()))\nassert os.wait()[1] == 0"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
 def test_dry_run_leaves_results_and_continues_them(tmp_path):
     done = run(tmp_path, DRY="1", STAGE="tests,ops,model,timeline")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -69,7 +189,7 @@ def test_the_sanitizer_sees_every_op(tmp_path):
 
 def test_unknown_stage_is_named(tmp_path):
     done = run(tmp_path, DRY="1", STAGE="quick")
-    assert done.returncode and "STAGE must be of tests, ops, model, timeline, sanitize, got 'quick'" in done.stderr
+    assert done.returncode and "STAGE must be of headline, tests, ops, model, timeline, sanitize, got 'quick'" in done.stderr
 
 
 def test_without_a_gpu_it_says_so(tmp_path):

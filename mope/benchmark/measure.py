@@ -222,13 +222,14 @@ def measure(
     Raises:
         Unavailable: why an opponent cannot run here.
         Failed: an opponent did not run this time.
+        torch.AcceleratorError: the device is lost to this process.
         WrongResult: it does not compute the op.
     """
     try:
         once = problem.prepare(way)
         found = once()
     except Exception as error:
-        if way == "ours" or isinstance(error, Unavailable):
+        if way == "ours" or isinstance(error, Unavailable | torch.AcceleratorError):
             raise
         raise Failed(reason(error)) from error
     when_ready()
