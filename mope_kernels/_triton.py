@@ -85,3 +85,14 @@ def next_power_of_2(n: int) -> int:
 
 def cdiv(n: int, block: int) -> int:
     return -(-n // block)
+
+
+def splits_in_one_wave(programs: int, pieces: int, slots: int) -> int:
+    """Among how many programs to split each of `programs`, which has so many pieces of work, if `slots` of them run at once.
+
+    A few programs more than there are slots take as long as twice as many, so it rounds down. Of the numbers with which the
+    longest program is as short it is the smallest.
+    """
+    pieces = max(pieces, 1)
+    most = max(1, min(slots // max(programs, 1), pieces))
+    return cdiv(pieces, cdiv(pieces, most))

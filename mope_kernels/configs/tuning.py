@@ -96,7 +96,7 @@ def neighbours(blocks: Any) -> Iterator[Any]:
             others = [value - 1, value + 1]
         elif field == "num_warps":
             others = [n for n in (value // 2, 2 * value) if 2 <= n <= 8]
-        elif field in ("group", "maxnreg"):
+        elif field in ("group", "maxnreg", "resident"):
             others = []
         else:
             # Tensor cores multiply at least 16; more than 256 fit into no shared memory.

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mope_kernels._checks import last_dim_contiguous
 from mope_kernels._ops import EXPERT_ADAPTER_GRADIENTS, not_needed, triton_kernel
-from mope_kernels._triton import cdiv, launch, next_power_of_2, on_amd
+from mope_kernels._triton import cdiv, launch, next_power_of_2, on_amd, splits_in_one_wave
 
 # Tensor cores multiply at least 16.
 SMALLEST = 16
-# Programs that share the products of the parameters' gradients: two for each multiprocessor of an H100.
+# Programs that share the products of the parameters' gradients, at most: two for each multiprocessor of an H100.
 PROGRAMS = 264
 
 
@@ -189,8 +189,8 @@ def expert_adapter_backward(
     if total:
         column_blocks = cdiv(sizes.D, product_blocks.columns)
         row_blocks = cdiv(num_rows, product_blocks.rows)
-        blocks_per_split = max(cdiv(row_blocks * column_blocks * sizes.GROUPS, PROGRAMS), 1)
-        num_splits = cdiv(row_blocks, blocks_per_split)
+        num_splits = splits_in_one_wave(column_blocks * sizes.GROUPS, row_blocks, PROGRAMS)
+        blocks_per_split = cdiv(row_blocks, num_splits)
         parts = x.new_empty(num_splits, total, dtype=torch.float32)
         launch(
             parameter_products,

@@ -71,7 +71,7 @@ def window_gradient(
         b_grad_out = load_rows(p_grad_out, o_grad_start, o_row, NUM_ROWS, D, BD)
 
         # (BM, BM)
-        b_scores = window_scores(b_query, b_key, b_bias, window, scale_log2, R, W, SHIFT, PRECISION)
+        b_scores = window_scores(b_query, b_key, b_bias, o_row, o_row, window, scale_log2, P, R, W, SHIFT, PRECISION)
         b_probs = tl.exp2(b_scores - tl.max(b_scores, 1)[:, None])
         b_probs /= tl.sum(b_probs, 1)[:, None]
         b_grad_probs = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION) * b_share
@@ -168,7 +168,7 @@ def query_gradient(
             b_key = load_rows(p_key, o_key_start, o_key, NUM_ROWS, D, BD)
             b_value = load_rows(p_value, o_key_start, o_key, NUM_ROWS, D, BD)
             b_bias = load_bias(p_bias, o_query, o_key, P, W, SHIFT)
-            b_scores = window_scores(b_query, b_key, b_bias, window, scale_log2, R, W, SHIFT, PRECISION)
+            b_scores = window_scores(b_query, b_key, b_bias, o_query, o_key, window, scale_log2, P, R, W, SHIFT, PRECISION)
             b_grad_probs = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION) * b_share
             b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
             b_probs = tl.exp2(b_scores - b_new_max[:, None])
@@ -190,7 +190,7 @@ def query_gradient(
                 b_key = load_rows(p_key, o_key_start, o_key, NUM_ROWS, D, BD)
                 b_value = load_rows(p_value, o_key_start, o_key, NUM_ROWS, D, BD)
                 b_bias = load_bias(p_bias, o_query, o_key, P, W, SHIFT)
-                b_scores = window_scores(b_query, b_key, b_bias, window, scale_log2, R, W, SHIFT, PRECISION)
+                b_scores = window_scores(b_query, b_key, b_bias, o_query, o_key, window, scale_log2, P, R, W, SHIFT, PRECISION)
                 b_probs = tl.exp2(b_scores - b_max[:, None]) / b_sum[:, None]
                 b_grad_probs = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION) * b_share
                 b_grad_scores = (b_probs * (b_grad_probs - b_delta[:, None])).to(b_key.dtype)
@@ -262,7 +262,7 @@ def key_gradient(
             b_grad_out = load_rows(p_grad_out + head * D, o_grad_start, o_query, NUM_ROWS, D, BD)
             # (BM, BN)
             b_bias = load_bias(p_bias, o_query, o_key, P, W, SHIFT)
-            b_scores = window_scores(b_query, b_key, b_bias, window, scale_log2, R, W, SHIFT, PRECISION)
+            b_scores = window_scores(b_query, b_key, b_bias, o_query, o_key, window, scale_log2, P, R, W, SHIFT, PRECISION)
             b_probs, b_delta = stored_probs(p_softmax, i_softmax, b_scores, o_query, NUM_ROWS)
             b_share = share_of_mean(o_query, P, NUM_WINDOWS)[:, None]
             b_grad_probs = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION) * b_share
@@ -337,7 +337,7 @@ def bias_gradient(
         o_key_start = row_offsets(o_key, item, item, window, qkv_strides[0], qkv_strides[1], P, R, W, SHIFT)
         b_key = load_rows(p_key, o_key_start, o_key, NUM_ROWS, D, BD)
         b_value = load_rows(p_value, o_key_start, o_key, NUM_ROWS, D, BD)
-        b_scores = window_scores(b_query, b_key, b_bias, window, scale_log2, R, W, SHIFT, PRECISION)
+        b_scores = window_scores(b_query, b_key, b_bias, o_query, o_key, window, scale_log2, P, R, W, SHIFT, PRECISION)
         i_softmax = ((item.to(tl.int64) * NUM_WINDOWS + window) * H + head) * (3 * NUM_ROWS)
         b_probs, b_delta = stored_probs(p_softmax, i_softmax, b_scores, o_query, NUM_ROWS)
         b_grad_probs = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION)

@@ -57,10 +57,49 @@ def row_offsets(
 
 
 @triton.jit
-def cuts(o_row, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
-    """On which side a row is of the two cuts that a shift makes: bit 0 along y, bit 1 along x: (rows,)."""
+def sides(o_row, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
+    """For each of the four values of `cuts_of` four bits: rows that have one in common are on the same side of the cuts: (rows,).
+
+    Prompts are on every side.
+    """
     o_token = tl.maximum(o_row - P, 0)
-    return tl.where(o_token // W >= W - SHIFT, 1, 0) + tl.where(o_token % W >= W - SHIFT, 2, 0)
+    y = tl.where(o_token // W >= W - SHIFT, 1, 0)
+    x = tl.where(o_token % W >= W - SHIFT, 1, 0)
+    return tl.where(o_row < P, 0xFFFF, 0xF | (0x10 << y) | (0x100 << x) | (0x1000 << (y + 2 * x)))
+
+
+@triton.constexpr_function
+def tokens_from(y, x, P, W):
+    """A bit for each row of a window of at most 64 rows: whether it is a token of line y or below, and of column x or beyond."""
+    bits = sum(1 << (P + i * W + j) for i in range(y, W) for j in range(x, W))
+    # As the two's complement of 64 bits.
+    return bits - (1 << 64) if bits >> 63 else bits
+
+
+@triton.jit
+def far_keys(o_query, o_key, cut, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
+    """Whether a cut that goes through a window of at most 64 rows lies between query and key: (queries, keys).
+
+    A query has a bit for each key. In the layout of the scores a thread has few queries, and its keys are bits 0 and 1 of each
+    eight, once it has shifted them by what is its own: so the test of a score is one instruction, and what it needs are a few
+    registers. With more of them one program less fits on a multiprocessor of sm_90.
+    """
+    TOKENS: tl.constexpr = tokens_from(0, 0, P, W)
+    LOWER: tl.constexpr = tokens_from(W - SHIFT, 0, P, W)
+    RIGHT: tl.constexpr = tokens_from(0, W - SHIFT, P, W)
+    is_cut_y, is_cut_x = (cut & 1) != 0, (cut & 2) != 0
+    o_own = (o_key & 6).to(tl.int64)
+    b_tokens = tl.full([], TOKENS, tl.int64) >> o_own
+    b_lower = tl.where(is_cut_y, tl.full([], LOWER, tl.int64), 0) >> o_own
+    b_right = tl.where(is_cut_x, tl.full([], RIGHT, tl.int64), 0) >> o_own
+    # Without a cut no line and no column is beyond it.
+    o_token = tl.maximum(o_query - P, 0)
+    is_lower = (o_token // W >= tl.where(is_cut_y, W - SHIFT, W))[:, None]
+    is_right = (o_token % W >= tl.where(is_cut_x, W - SHIFT, W))[:, None]
+    is_prompt = (o_query < P)[:, None]
+    b_far = tl.where(is_lower, (b_tokens & ~b_lower)[None, :], tl.where(is_prompt, 0, b_lower[None, :]))
+    b_far |= tl.where(is_right, (b_tokens & ~b_right)[None, :], tl.where(is_prompt, 0, b_right[None, :]))
+    return ((b_far >> (o_key & ~6)[None, :]) & 1) != 0
 
 
 @triton.jit
@@ -137,20 +176,12 @@ def store_prompts(
 
 @triton.jit
 def load_bias(p_bias, o_query, o_key, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
-    """(W*W, W*W) position bias of one head in units of log 2; 0 beside prompts, -inf for keys that are not there: (BM, BN).
-
-    With a shift its two lowest bits say which cuts lie between query and key. They change it by less than 2^-21 of its size, and
-    numbers of their own would take registers, so that one program less fits on a multiprocessor of sm_90.
-    """
+    """(W*W, W*W) position bias of one head in units of log 2; 0 beside prompts, -inf for keys that are not there: (BM, BN)."""
     m_query = (o_query >= P) & (o_query < P + W * W)
     m_key = (o_key >= P) & (o_key < P + W * W)
     offsets = (o_query - P)[:, None] * (W * W) + (o_key - P)[None, :]
     mask = m_query[:, None] & m_key[None, :]
     b_bias = tl.load(p_bias + offsets, mask=mask, other=0.0).to(tl.float32) * LOG2_E
-    if SHIFT > 0:
-        b_between = cuts(o_query, P, W, SHIFT)[:, None] ^ cuts(o_key, P, W, SHIFT)[None, :]
-        b_bits = (b_bias.to(tl.int32, bitcast=True) & ~3) | tl.where(mask & (b_bias > float("-inf")), b_between, 0)
-        b_bias = b_bits.to(tl.float32, bitcast=True)
     return tl.where((o_key < P + W * W)[None, :], b_bias, float("-inf"))
 
 
@@ -159,8 +190,11 @@ def window_scores(
     b_query,
     b_key,
     b_bias,
+    o_query,
+    o_key,
     window,
     scale_log2,
+    P: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -169,8 +203,14 @@ def window_scores(
     """(BM, BN) in units of log 2, with the bias as it is loaded."""
     b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2 + b_bias
     if SHIFT > 0:
-        is_apart = (b_bias.to(tl.int32, bitcast=True) & cuts_of(window, R, W)) != 0
-        b_scores = tl.where(is_apart, b_scores + APART, b_scores)
+        cut = cuts_of(window, R, W)
+        if b_scores.shape[1] >= P + W * W and P + W * W <= 64:
+            # Most windows have no cut.
+            if cut > 0:
+                b_scores = tl.where(far_keys(o_query, o_key, cut, P, W, SHIFT), b_scores + APART, b_scores)
+        else:
+            b_common = sides(o_query, P, W, SHIFT)[:, None] & sides(o_key, P, W, SHIFT)[None, :] & (0xF << 4 * cut)
+            b_scores = tl.where(b_common == 0, b_scores + APART, b_scores)
     return b_scores
 
 
@@ -221,25 +261,35 @@ def window_forward(
         o_query_start = row_offsets(o_query, owner, item, window, qkv_strides[0], qkv_strides[1], P, R, W, SHIFT)
         # (BM, BD)
         b_query = load_rows(p_query, o_query_start, o_query, NUM_ROWS, D, BD)
-        b_max = tl.full([BM], float("-inf"), tl.float32)
-        b_sum = tl.zeros([BM], tl.float32)
-        b_out = tl.zeros([BM, BD], tl.float32)
-        for key_block in tl.range(0, KEY_BLOCKS):
-            o_key = key_block * BN + tl.arange(0, BN)
+        if KEY_BLOCKS == 1:
+            o_key = tl.arange(0, BN)
             o_key_start = row_offsets(o_key, owner, item, window, qkv_strides[0], qkv_strides[1], P, R, W, SHIFT)
             # (BN, BD) each
             b_key = load_rows(p_key, o_key_start, o_key, NUM_ROWS, D, BD)
             b_value = load_rows(p_value, o_key_start, o_key, NUM_ROWS, D, BD)
-            if KEY_BLOCKS > 1:
+            b_scores = window_scores(b_query, b_key, b_bias, o_query, o_key, window, scale_log2, P, R, W, SHIFT, PRECISION)
+            b_probs = tl.exp2(b_scores - tl.max(b_scores, 1)[:, None])
+            b_sum = tl.sum(b_probs, 1)
+            b_out = tl.dot(b_probs.to(b_value.dtype), b_value, input_precision=PRECISION)
+        else:
+            b_max = tl.full([BM], float("-inf"), tl.float32)
+            b_sum = tl.zeros([BM], tl.float32)
+            b_out = tl.zeros([BM, BD], tl.float32)
+            for key_block in tl.range(0, KEY_BLOCKS):
+                o_key = key_block * BN + tl.arange(0, BN)
+                o_key_start = row_offsets(o_key, owner, item, window, qkv_strides[0], qkv_strides[1], P, R, W, SHIFT)
+                # (BN, BD) each
+                b_key = load_rows(p_key, o_key_start, o_key, NUM_ROWS, D, BD)
+                b_value = load_rows(p_value, o_key_start, o_key, NUM_ROWS, D, BD)
                 b_bias = load_bias(p_bias, o_query, o_key, P, W, SHIFT)
-            b_scores = window_scores(b_query, b_key, b_bias, window, scale_log2, R, W, SHIFT, PRECISION)
-            # Each block of keys has one that is there, so no maximum is -inf.
-            b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
-            b_probs = tl.exp2(b_scores - b_new_max[:, None])
-            b_decay = tl.exp2(b_max - b_new_max)
-            b_sum = b_sum * b_decay + tl.sum(b_probs, 1)
-            b_out = tl.dot(b_probs.to(b_value.dtype), b_value, b_out * b_decay[:, None], input_precision=PRECISION)
-            b_max = b_new_max
+                b_scores = window_scores(b_query, b_key, b_bias, o_query, o_key, window, scale_log2, P, R, W, SHIFT, PRECISION)
+                # Each block of keys has one that is there, so no maximum is -inf.
+                b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
+                b_probs = tl.exp2(b_scores - b_new_max[:, None])
+                b_decay = tl.exp2(b_max - b_new_max)
+                b_sum = b_sum * b_decay + tl.sum(b_probs, 1)
+                b_out = tl.dot(b_probs.to(b_value.dtype), b_value, b_out * b_decay[:, None], input_precision=PRECISION)
+                b_max = b_new_max
         b_out /= b_sum[:, None]
         b_sum_of_windows += b_out
         store_tokens(p_out + head * D, b_out, o_query, item, window, H * D, D, BD, P, R, W, SHIFT)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mope_kernels import configs
 from mope_kernels._ops import not_needed, triton_kernel
-from mope_kernels._triton import cdiv, launch, next_power_of_2, on_amd
+from mope_kernels._triton import cdiv, launch, next_power_of_2, on_amd, splits_in_one_wave
 from mope_kernels.configs.window_prompt_attention import MORE, Blocks
 from mope_kernels.prompt_attention_details._launch import aligned_rows, dot_precision
 
@@ -19,14 +19,11 @@ from mope_kernels.prompt_attention_details._launch import aligned_rows, dot_prec
 MULTIPROCESSORS = 132
 
 
-def _options(blocks: Blocks, *, gradient: bool = False) -> dict[str, int]:
+def _options(blocks: Blocks) -> dict[str, int]:
     """Options of the compiler."""
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
-    if (gradient or blocks.num_stages == 1) and not on_amd():
-        # Left to itself, NVIDIA's assembler spills a few registers to have more warps at once; only in the pipelined forward,
-        # which takes few, it does not.
-        options["maxnreg"] = 255
-    return options
+    # Left to itself, NVIDIA's assembler takes what leaves room for one program less, or spills a few registers to have one more.
+    return options if on_amd() else options | {"maxnreg": blocks.registers}
 
 
 def blocks_for(kernel: str, qkv: Tensor, head_dim: int, num_rows: int) -> Blocks:
@@ -43,10 +40,10 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _splits(programs: int, most: int, device: torch.device) -> int:
-    """Among how many programs to split what would be one, so that each multiprocessor has four."""
+def _splits(programs: int, windows: int, resident: int, device: torch.device) -> int:
+    """Among how many programs to split the windows of each of `programs`, of which a multiprocessor holds `resident` at once."""
     count = _multiprocessors(device.index) if device.type == "cuda" and device.index is not None else MULTIPROCESSORS
-    return max(1, min(cdiv(4 * count, max(programs, 1)), most))
+    return splits_in_one_wave(programs, windows, resident * count)
 
 
 class _Sizes(NamedTuple):
@@ -127,7 +124,7 @@ def window_prompt_attention(
     batch, rows, width = qkv.shape
     blocks = blocks_for("forward", qkv, sizes.D, sizes.num_rows)
     programs = batch * num_heads * cdiv(sizes.num_rows, blocks.queries)
-    splits = _splits(programs, sizes.num_windows, qkv.device)
+    splits = _splits(programs, sizes.num_windows, blocks.resident, qkv.device)
     out = qkv.new_empty(batch, rows, width // 3)
     partial = _partial(splits, out, num_prompts)
     launch(
@@ -177,10 +174,10 @@ def window_prompt_attention_backward(
     strides = (qkv.stride()[:2], grad_out.stride()[:2])
     scale = sizes.D**-0.5
     scales = (scale, scale * math.log2(math.e))
-    constants: dict[str, Any] = {**sizes._asdict(), "PRECISION": dot_precision(qkv), **_options(blocks, gradient=True)}
+    constants: dict[str, Any] = {**sizes._asdict(), "PRECISION": dot_precision(qkv), **_options(blocks)}
 
     if query_blocks == key_blocks == 1 and not need_bias and blocks.queries == blocks.keys:
-        splits = _splits(batch * num_heads, sizes.num_windows, qkv.device)
+        splits = _splits(batch * num_heads, sizes.num_windows, blocks.resident, qkv.device)
         partial = None if grad is None else _partial(splits, grad, num_prompts)
         launch(
             window_gradient,
@@ -198,7 +195,8 @@ def window_prompt_attention_backward(
             BM=blocks.queries,
         )
     else:
-        splits = _splits(batch * num_heads * min(query_blocks, key_blocks), sizes.num_windows, qkv.device)
+        programs = batch * num_heads * max(query_blocks, key_blocks)
+        splits = _splits(programs, sizes.num_windows, blocks.resident, qkv.device)
         partial = None if grad is None else _partial(splits, grad, num_prompts)
         softmax = torch.empty(batch, sizes.num_windows, num_heads, 3, sizes.num_rows, dtype=torch.float32, device=qkv.device)
         constants |= {"BM": blocks.queries, "BN": blocks.keys}
@@ -213,7 +211,7 @@ def window_prompt_attention_backward(
 
     del constants["OWNER_IS_INSTANCE"]
     tiles = num_heads * cdiv(window_size**2, blocks.queries) * cdiv(window_size**2, blocks.keys)
-    parts = _splits(tiles, batch * sizes.num_windows, qkv.device)
+    parts = _splits(tiles, batch * sizes.num_windows, blocks.resident, qkv.device)
     of_parts = torch.empty(parts, *position_bias.shape, dtype=torch.float32, device=qkv.device)
     launch(
         bias_gradient,

@@ -63,3 +63,20 @@ def test_position_bias_alone(impl):
         computed.append(record.results[0].numel())
     assert computed == [0, tensors["qkv"].numel()]
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+@implementations("triton")
+@pytest.mark.parametrize(("prompts", "window", "shift"), [(13, 7, 3), (3, 2, 1), (0, 8, 4), (15, 7, 6)])
+def test_what_a_cut_parts(impl, prompts, window, shift):
+    """Each of the four kinds of windows: the keys that a query does not see, in both ways to find them."""
+    from .window_cuts import found_cuts
+
+    rows = prompts + window**2
+    y, x = (torch.arange(window**2) // window >= window - shift), (torch.arange(window**2) % window >= window - shift)
+    for cut, (far, apart) in enumerate(found_cuts(prompts, window, shift, DEVICE[impl])):
+        expected = torch.zeros(rows, rows, dtype=torch.bool)
+        for is_cut, side in ((cut & 1, y), (cut & 2, x)):
+            if is_cut:
+                expected[prompts:, prompts:] |= side[:, None] ^ side[None, :]
+        assert torch.equal(far[:rows, :rows], expected)
+        assert torch.equal(apart[:rows, :rows], expected)
