@@ -22,7 +22,7 @@ def leave_out_needless_work() -> None:
 
 
 def take_loop_bounds_of_any_numpy() -> None:
-    """Call it once, before any kernel runs, so that Triton 3.6 interprets loops with NumPy >= 2.4, as later Tritons do by themselves.
+    """Call it once, before any kernel runs: Triton 3.6 then interprets loops with NumPy >= 2.4 too, as later ones do unasked.
 
     A bound of a loop is an array of one number, and `int` of an array that has a dimension is an error since NumPy 2.4.
     """
