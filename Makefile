@@ -19,7 +19,7 @@ GPU_PYTHON ?= python3
 OUT ?= bench/results
 STAGE ?= headline
 
-.PHONY: demo test test-all test-oldest test-gpu-stack lint compile asan levels abi bench gpu gpu-cache wheel aot clean
+.PHONY: demo test test-all test-oldest test-gpu-stack test-newest lint compile asan levels abi bench gpu gpu-cache wheel aot clean
 
 demo: $(READY)
 	$(BIN)/mope demo --out out $(DEMO)
@@ -34,7 +34,7 @@ test-all: $(READY) test-oldest
 	MOPE_TEST_EVERYTHING=1 $(PYTEST) --durations 20
 	MOPE_TEST_EVERYTHING=1 TRITON_INTERPRET=1 $(PYTEST) tests/contract tests/kernels -k triton --durations 20
 
-# Triton 3.6 interprets no loop with bounds of NumPy 2.4 or newer.
+# The oldest that are supported.
 OLDEST := .venv-oldest
 OF_OLDEST := VENV=$(OLDEST) TORCH=torch==2.11.0 TRITON=triton==3.6.0 PINS='"transformers==5.17.0" "numpy<2.4"'
 test-oldest:
@@ -46,6 +46,12 @@ GPU_STACK_PYTHON ?= $(shell PYENV_VERSION=3.12.1 pyenv which python3.12 2>/dev/n
 OF_GPU_STACK := VENV=$(GPU_STACK) PYTHON=$(GPU_STACK_PYTHON) TORCH=torch==2.11.0 TRITON=triton==3.6.0 PINS='"transformers==5.17.0" "numpy==2.5.*"'
 test-gpu-stack:
 	$(MAKE) test $(OF_GPU_STACK)
+
+# The newest that pip finds, torch with the Triton that it asks for. They stay as they are until the environment is removed.
+NEWEST := .venv-newest
+OF_NEWEST := VENV=$(NEWEST) TORCH=torch
+test-newest:
+	$(MAKE) test $(OF_NEWEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -104,7 +110,7 @@ aot: $(READY)
 	$(BIN)/python -m mope_kernels.aot --arch sm_80 sm_90 sm_100 gfx942 $(SHORT) --markdown > docs/resources.md
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist out *.egg-info mope_kernels/_C.so
+	rm -rf $(VENV) $(OLDEST) $(GPU_STACK) $(NEWEST) build dist out *.egg-info mope_kernels/_C.so
 
 # torch goes first, alone: the extension is compiled against it, and nothing later may choose another.
 $(READY): pyproject.toml setup.py $(wildcard csrc/*)

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from mope_kernels.impl import interpreting
-from tests.interpreter import leave_out_needless_work
+from tests.interpreter import leave_out_needless_work, take_loop_bounds_of_any_numpy
 
 torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if interpreting():
     leave_out_needless_work()
+    take_loop_bounds_of_any_numpy()
 
 
 @pytest.fixture(autouse=True)

@@ -155,10 +155,28 @@ def test_an_opponent_that_fails_is_a_row_with_its_reason():
         measure.measure(problem, "ours", CPU, CEILINGS, Clock.of(CPU), 0.01)
 
 
+class Hands:
+    """A clock that moves only when it is told to, so that a busy machine changes nothing."""
+
+    def __init__(self, tick: float = 0.0) -> None:
+        self.time, self.tick = 0.0, tick
+
+    def wait(self, seconds: float) -> None:
+        self.time += seconds
+
+    def now(self) -> float:
+        self.time += self.tick
+        return self.time
+
+    def clock(self) -> Clock:
+        return dataclasses.replace(Clock.of(CPU), now=self.now)
+
+
 def test_a_row_by_its_parts():
     problem = problems.build(Case("mix_prompts", "swin-b-stage1-b64"), CPU, torch.float32)
-    row = measure.measure(problem, "embedding_bag", CPU, Ceilings(1e9, {"float32": 1e12}), Clock.of(CPU), 0.02)
-    assert row["ms"] > 0 and row["rounds"] >= 7 and 0 < row["ratio"] < 100
+    # Every round takes 2 ms, which is as long as a round should be.
+    row = measure.measure(problem, "embedding_bag", CPU, Ceilings(1e9, {"float32": 1e12}), Hands(tick=2e-3).clock(), 0.02)
+    assert row["ms"] == pytest.approx(2) and row["rounds"] == measure.ROUNDS and row["ratio"] == pytest.approx(1)
     # The output alone is 64 x 6 x 128 floats.
     assert 64 * 6 * 128 * 4 <= row["memory"] < 2 * 64 * 6 * 128 * 4
     # Experts, weights and indices in, prompts out, at a gigabyte a second: 64 x 6 x 128 x 4 + 4 x 6 x 128 x 4 + 64 x 4 x 12 bytes.
@@ -167,8 +185,16 @@ def test_a_row_by_its_parts():
 
 
 def test_time_is_that_of_one_call():
-    times, beside = measure.sample(Clock.of(CPU), lambda: time.sleep(0.0003), 0.03, lambda: time.sleep(0.0012))
-    assert 0.0003 <= min(times) < 0.0011 and min(beside) >= 0.0012
+    hands = Hands()
+    times, beside = measure.sample(hands.clock(), lambda: hands.wait(0.0003), 0.03, lambda: hands.wait(0.0012))
+    # Three calls of the first make a round of a millisecond, and one of the other.
+    assert len(times) == len(beside) == int(0.03 / (3 * 0.0003 + 0.0012))
+    assert times == pytest.approx([0.0003] * len(times)) and beside == pytest.approx([0.0012] * len(times))
+
+
+def test_the_clock_of_a_cpu_is_in_seconds():
+    # A sleep takes longer on a busy machine, and nowhere less.
+    assert Clock.of(CPU).seconds(lambda: time.sleep(0.002), calls=3) >= 0.002
 
 
 def test_memory_is_the_peak_beyond_what_there_was():

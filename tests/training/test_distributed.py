@@ -33,7 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*command, "-m", "tests.training.two_processes", str(folder)],
         capture_output=True,
         text=True,
-        timeout=300,
+        # So that a deadlock ends; it limits nothing else.
+        timeout=1800,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
