@@ -68,6 +68,8 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
         return
     from triton import JITFunction
 
+    if isinstance(kernel, JITFunction) and kernel.hash is None:
+        hash_callees_first(kernel)
     device = next(a.device for a in args if isinstance(a, Tensor))
     if device.type != "cuda" and isinstance(kernel, JITFunction):
         raise RuntimeError(
@@ -77,6 +79,19 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     # Triton launches on the current device, whatever device the tensors are on.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*args, **constants)
+
+
+def hash_callees_first(kernel: Any) -> None:
+    """Let Triton hash the functions that a kernel calls before the kernel itself.
+
+    Triton 3.6 leaves the constants of a function that it has not hashed yet out of the hash of its caller. Then the name of a
+    kernel in Triton's cache would depend on what the process launched before.
+    """
+    for name in kernel.fn.__code__.co_names:
+        callee = kernel.fn.__globals__.get(name)
+        if isinstance(callee, type(kernel)) and callee.hash is None and callee is not kernel:
+            hash_callees_first(callee)
+    _ = kernel.cache_key
 
 
 def next_power_of_2(n: int) -> int:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ._triton import compiling_for, record_launches
+from ._triton import compiling_for, hash_callees_first, record_launches
 from .configs import family
 from .expert_adapter_details import _launch as adapters
 from .impl import interpreting
@@ -405,6 +405,7 @@ class Specialization:
 
         `args` may hold fake tensors; their storage counts as aligned, as the allocator's is.
         """
+        hash_callees_first(kernel)
         with _device_of(arch):
             # Made for this architecture, and not kept: a later launch must find no kernel that was never compiled.
             kernel.device_caches[arch] = kernel.create_binder()
@@ -425,6 +426,7 @@ class Specialization:
         from triton.compiler import ASTSource
 
         kernel = getattr(importlib.import_module(self.module), self.kernel)
+        hash_callees_first(kernel)
         return ASTSource(kernel, self.signature, self.constants, self.attributes)
 
     def key(self, arch: str) -> str:
