@@ -85,8 +85,8 @@ def _on_a_gpu(arch: str) -> Iterator[FakeTensorMode]:
             (torch.cuda, "get_device_capability", lambda *_: capability),
             (torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=MULTIPROCESSORS)),
             # Parameters of layers that were joined lie side by side on a GPU; those of fake tensors have no addresses.
-            (projections, "_are_plain", _are_plain),
-            (projections, "_side_by_side", _side_by_side),
+            (projections, "_ROWS", _EveryLayer()),
+            (projections, "_joined", _joined),
         ):
             if hasattr(place, name):
                 stack.enter_context(mock.patch.object(place, name, instead))
@@ -108,14 +108,19 @@ def _to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     return module
 
 
-def _are_plain(layers: Sequence[nn.Module]) -> bool:
-    frozen = (not p.requires_grad for layer in layers for p in layer.parameters())
-    return all(modules.is_plain(layer, nn.Linear) for layer in layers) and all(frozen)
+class _EveryLayer:
+    """Stands for the layers that were joined."""
+
+    def __contains__(self, layer: nn.Module) -> bool:
+        return True
 
 
-def _side_by_side(parts: Sequence[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    return torch.cat(present) if len(present) == len(parts) else None
+def _joined(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
+    """Return what the layers would be joined to, if they would."""
+    if not all(modules.is_plain(layer, nn.Linear) and not any(p.requires_grad for p in layer.parameters()) for layer in layers):
+        return None
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None
 
 
 def launches(case: Case, dtype: torch.dtype, arch: str) -> list[Launch]:

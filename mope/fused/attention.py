@@ -15,7 +15,7 @@ from mope_kernels import ExpertBank, Routing
 
 from .modules import version
 from .packing import Packing
-from .projections import call_linear, join_linear
+from .projections import call_linear, join_linear, separate_linear
 from .prompts import PromptExperts, project_prompts, split_heads
 from .router import Router, make_router
 
@@ -47,6 +47,10 @@ class FrozenAttention:
     def join(self) -> None:
         """Put the weights of query, key and value side by side, see `mope.fused.projections.join_linear`."""
         join_linear((self.query, self.key, self.value))
+
+    def separate(self) -> None:
+        """Undo `join`."""
+        separate_linear((self.query, self.key, self.value))
 
     def keys_and_values(self, normalized: Tensor) -> tuple[Tensor, Tensor]:
         """(B,L,C) -> (B,H,L,D) twice."""

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeGuard, cast
+from typing import NamedTuple, TypeGuard, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from .modules import is_plain
 from .plain import autocast_dtype
 from .prepack import prepacked
 
 
+class _Rows(NamedTuple):
+    """Which rows of the tensors of all layers that were joined, (N,C) and (N,), are the parameters of one."""
+
+    weight: Tensor
+    bias: Tensor | None
+    first: int
+    end: int
+
+
+# Not attributes of the layers, since neither a copy nor a file may hold the weights twice.
+_ROWS: WeakKeyDictionary[nn.Module, _Rows] = WeakKeyDictionary()
+
+
 def join_linear(modules: Sequence[nn.Module]) -> None:
     """Move the weights of frozen linear layers that read the same input into one tensor, and their biases into another.
 
-    The parameters become views of it: modules, names and values stay, no memory is added, and a change in place is a change of
-    both. What moves parameters (`to`, a copy) takes them apart, and `call_linear` then calls each layer: join them again.
+    The parameters become rows of it, each with a storage of its own that begins there: modules, names and values stay, no memory
+    is added, a change in place is a change of both, and whoever looks for tensors that share a storage (safetensors, accelerate)
+    finds none. What moves parameters (`to`, a copy) takes them apart, and `call_linear` then calls each layer: join them again.
     Layers that `call_linear` would call one by one are left alone, and so are weights that are a part of somebody else's tensor
     or lie in memory that processes share.
     """
@@ -28,12 +44,26 @@ def join_linear(modules: Sequence[nn.Module]) -> None:
     biases: list[Tensor] = [m.bias for m in modules if m.bias is not None]
     if len(biases) not in (0, len(modules)) or not (_can_move(weights) and _can_move(biases)):
         return
-    # A parameter cannot become a view of an inference tensor.
+    # A parameter cannot become a part of an inference tensor.
     with torch.inference_mode(False), torch.no_grad():
-        for parts in (weights, biases) if biases else (weights,):
-            views = torch.cat(parts).split([len(part) for part in parts])
-            for part, view in zip(parts, views, strict=True):
-                part.data = view
+        whole = [torch.cat(parts) for parts in (weights, biases) if parts]
+        for parts, tensor in zip((weights, biases), whole, strict=False):
+            for part, rows in zip(parts, tensor.split([len(part) for part in parts]), strict=True):
+                # The storage ends where the part ends, and keeps the whole alive.
+                part.data = from_dlpack(to_dlpack(rows))
+    end = 0
+    for module, weight in zip(modules, weights, strict=True):
+        first, end = end, end + len(weight)
+        _ROWS[module] = _Rows(whole[0], whole[1] if biases else None, first, end)
+
+
+def separate_linear(modules: Sequence[nn.Module]) -> None:
+    """Undo `join_linear`: give each parameter memory of its own."""
+    with torch.inference_mode(False), torch.no_grad():
+        for module in modules:
+            if _ROWS.pop(module, None) is not None:
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.clone()
 
 
 def call_linear(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
@@ -43,8 +73,9 @@ def call_linear(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     `forward` of their own, or parameters that train or are no plain tensors; and while torch.compile or torch.export traces
     them, which know no addresses.
     """
-    if not torch.compiler.is_compiling() and _are_plain(modules) and (joined := _joined(modules)) is not None:
-        return F.linear(x, *joined).split([module.out_features for module in modules], dim=-1)
+    if not torch.compiler.is_compiling() and modules[0] in _ROWS and (joined := _joined(modules)) is not None:
+        layers = cast(Sequence[nn.Linear], modules)
+        return F.linear(x, *joined).split([layer.out_features for layer in layers], dim=-1)
     if all(prepacked(module) for module in modules):
         # Each of them would cast it.
         x = x.to(autocast_dtype(x.device, x.dtype) or x.dtype)
@@ -69,24 +100,36 @@ def _can_move(parameters: Sequence[Tensor]) -> bool:
     return not is_shared and all(p.untyped_storage().nbytes() == p.nbytes for p in parameters)
 
 
-def _joined(modules: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None] | None:
-    """Weights (N,C) and biases (N,) of all the layers; None if they do not lie side by side."""
-    weight = _side_by_side([module.weight for module in modules])
-    if weight is None or all(module.bias is None for module in modules):
-        return None if weight is None else (weight, None)
-    bias = _side_by_side([module.bias for module in modules])
-    return None if bias is None else (weight, bias)
-
-
-def _side_by_side(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The parts as one tensor, if they follow each other in one storage."""
-    if any(part is None or part.is_meta for part in parts):
+def _joined(modules: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
+    """Return weights (N,C) and biases (N,) of all the layers; None if they do not lie side by side."""
+    places = [_ROWS.get(module) for module in modules]
+    first, last = places[0], places[-1]
+    if first is None or last is None or not _are_plain(modules):
         return None
-    first, *others = cast(Sequence[Tensor], parts)
-    storage, end, rows = first.untyped_storage().data_ptr(), first.storage_offset() + first.numel(), len(first)
-    for part in others:
-        if part.untyped_storage().data_ptr() != storage or part.storage_offset() != end or part.shape[1:] != first.shape[1:]:
-            return None
-        end, rows = end + part.numel(), rows + len(part)
-    is_whole = first.is_contiguous() and all(part.is_contiguous() and part.dtype == first.dtype for part in others)
-    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset()) if is_whole else None
+    weight = first.weight[first.first : last.end]
+    bias = None if first.bias is None else first.bias[first.first : last.end]
+    follow = all(place is not None and place.weight is first.weight for place in places)
+    if (
+        follow
+        and _are_rows(weight, [module.weight for module in modules])
+        and (bias is None or _are_rows(bias, [module.bias for module in modules]))
+    ):
+        return weight, bias
+    if follow:
+        # They were moved apart, and the memory would be kept for nothing.
+        for module in modules:
+            _ROWS.pop(module, None)
+    return None
+
+
+def _are_rows(whole: Tensor, parts: Sequence[Tensor | None]) -> bool:
+    """Whether the parts are the rows of `whole`, one part after the other, in the memory of `whole`."""
+    address, row = whole.data_ptr(), whole.stride(0) * whole.itemsize
+    end = address + len(whole) * row
+    for part in parts:
+        if part is None or part.data_ptr() != address or part.dtype != whole.dtype or part.shape[1:] != whole.shape[1:]:
+            return False
+        if not part.is_contiguous():
+            return False
+        address += len(part) * row
+    return address == end

@@ -8,7 +8,7 @@ which runs only when it is given prompts; `Attachment.detach` puts the same modu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -339,13 +339,19 @@ class Attachment:
 
     def join_projections(self) -> None:
         """Let one product compute query, key and value of a layer, where they are frozen. Again after parameters were moved."""
+        for attention in self._attentions():
+            attention.join()
+
+    def _attentions(self) -> Iterator[FrozenAttention]:
         for block in self.adapter.layers(self.backbone):
-            self.adapter.attention(block.layer if isinstance(block, PromptedLayer) else block).join()
+            yield self.adapter.attention(block.layer if isinstance(block, PromptedLayer) else block)
 
     def detach(self) -> None:
         """Put the same modules back, with the training mode and requires_grad that they had. A second call does nothing."""
         if not self.attached:
             return
+        for attention in self._attentions():
+            attention.separate()
         blocks = self.adapter.layers(self.backbone)
         for i, layer in self._original.items():
             blocks[i] = layer

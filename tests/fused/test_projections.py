@@ -1,7 +1,9 @@
 """One product for the frozen projections of a layer: the same numbers, and never where a module should be called."""
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mope.fused.projections import call_linear, join_linear
+from mope.fused import projections
+from mope.fused.projections import call_linear, join_linear, separate_linear
 
 
 def layers(count: int = 3, bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.ModuleList:
@@ -45,17 +48,62 @@ def test_joined_layers_are_one_product(bias: bool, monkeypatch: pytest.MonkeyPat
     assert products(nn.ModuleList([modules[0], modules[2]]), X, monkeypatch) == 2
     for name, parameter in modules.named_parameters():
         assert torch.equal(parameter, before[name][0]) and id(parameter) == before[name][1]
-    # All parameters lie in two tensors.
-    assert len({p.untyped_storage().data_ptr() for p in modules.parameters()}) == 1 + bias
 
 
-def test_no_memory_is_added_and_joining_again_moves_nothing() -> None:
+def storages(modules: nn.Module) -> list[tuple[int, int]]:
+    """Address and end of each parameter's storage."""
+    found = [p.untyped_storage() for p in modules.parameters()]
+    return [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in found]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parameters_lie_side_by_side_each_in_a_storage_of_its_own(bias: bool) -> None:
+    """So that nobody who looks for shared storages takes them for one tensor, and no memory is added."""
+    modules = layers(bias=bias)
+    join_linear(modules)
+    for kind in ("weight", "bias") if bias else ("weight",):
+        parts = [getattr(module, kind) for module in modules]
+        found = storages(nn.ParameterList(parts))
+        assert [end - start for start, end in found] == [part.nbytes for part in parts]
+        assert all(end == start for (_, end), (start, _) in zip(found, found[1:], strict=False))
+
+
+def test_joining_again_moves_nothing() -> None:
     modules = layers()
     join_linear(modules)
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in modules.parameters()}
-    assert sum(storages.values()) == sum(p.nbytes for p in modules.parameters())
+    before = storages(modules)
     join_linear(modules)
-    assert storages.keys() == {p.untyped_storage().data_ptr() for p in modules.parameters()}
+    assert storages(modules) == before
+
+
+def test_separated_layers_lie_apart_and_give_their_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = layers()
+    before = {name: tensor.clone() for name, tensor in modules.named_parameters()}
+    join_linear(modules)
+    whole = weakref.ref(projections._ROWS[modules[0]].weight)
+    separate_linear(modules)
+    assert products(modules, X, monkeypatch) == 3 and whole() is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in modules.named_parameters())
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in modules.parameters())
+    separate_linear(modules)
+
+
+def test_the_memory_of_layers_that_were_moved_apart_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = layers()
+    join_linear(modules)
+    whole = weakref.ref(projections._ROWS[modules[0]].weight)
+    for module in modules:
+        module.weight.data = module.weight.data.clone()
+    assert products(modules, X, monkeypatch) == 3 and whole() is None
+
+
+def test_layers_that_are_gone_leave_no_memory() -> None:
+    modules = layers()
+    join_linear(modules)
+    whole = weakref.ref(projections._ROWS[modules[0]].weight)
+    del modules
+    gc.collect()
+    assert whole() is None
 
 
 def test_gradients_of_the_input() -> None:
