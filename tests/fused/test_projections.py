@@ -5,6 +5,7 @@ import gc
 import io
 import weakref
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_parameters_lie_side_by_side_each_in_a_storage_of_its_own(bias: bool) ->
         parts = [getattr(module, kind) for module in modules]
         found = storages(nn.ParameterList(parts))
         assert [end - start for start, end in found] == [part.nbytes for part in parts]
-        assert all(end == start for (_, end), (start, _) in zip(found, found[1:], strict=False))
+        assert all(end == start for (_, end), (start, _) in pairwise(found))
 
 
 def test_joining_again_moves_nothing() -> None:

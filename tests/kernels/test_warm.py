@@ -72,9 +72,10 @@ def test_every_key_is_the_jits_also_after_a_way_through_a_file(arch):
 HASHES = """
 import importlib, sys
 from mope_kernels._triton import hash_callees_first
-modules = [f"mope_kernels.expert_adapter_details.{name}" for name in ("_forward", "_backward")]
-kernels = [importlib.import_module(modules[name in ("adapter_backward", "parameter_products", "sum_parts")]) for name in sys.argv[1:]]
-found = [getattr(module, name) for module, name in zip(kernels, sys.argv[1:])]
+found = []
+for place in sys.argv[1:]:
+    module, name = place.split(":")
+    found.append(getattr(importlib.import_module(f"mope_kernels.expert_adapter_details.{module}"), name))
 for kernel in found:
     hash_callees_first(kernel)
 print(*sorted(f"{kernel.__name__} {kernel.cache_key}" for kernel in found))
@@ -83,7 +84,7 @@ print(*sorted(f"{kernel.__name__} {kernel.cache_key}" for kernel in found))
 
 def test_a_key_does_not_depend_on_what_was_launched_before():
     """On Triton 3.6 the hash of a kernel otherwise lacks the constants of functions that were not hashed before it."""
-    names = ["adapter_forward", "parameter_products", "sum_parts", "adapter_backward"]
+    names = ["_forward:adapter_forward", *(f"_backward:{name}" for name in ("parameter_products", "sum_parts", "adapter_backward"))]
     command = [sys.executable, "-c", HASHES]
     forwards, backwards = (
         subprocess.run([*command, *order], capture_output=True, text=True, check=True).stdout for order in (names, names[::-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_a_state_dict_has_tensors_of_their_own(name: str) -> None:
     assert joined(model) == 0
     found = sorted(addresses(model.state_dict()))
     # Not even side by side: the memory of one can be freed without the others.
-    assert all(address + size < after for (address, size), (after, _) in zip(found, found[1:], strict=False) if size > 64)
+    assert all(address + size < after for (address, size), (after, _) in pairwise(found) if size > 64)
 
 
 def _torch_save(model: nn.Module, twin: nn.Module, folder: Path) -> None:
