@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, first_derivative_only, last_dim_contiguous
-from .configs.gelu_mlp import WAYS
+from .configs.gelu_mlp import WAYS as WAYS
 from .impl import Operation, reference_check, triton_check
 from .mlp_details import _launch
 
