@@ -23,6 +23,7 @@ Made by `python -m bench.report` from the rows in `bench/results`: `make bench` 
 | way | what it is |
 |:---|:---|
 | ours | this library; in brackets what ran, "reference" being the definition in plain PyTorch where nothing else exists |
+| ours triton, ours cublas | `gelu_mlp` in each of its ways; *ours* is the one that its table chooses, behind the comma |
 | released | the algorithm of the released systems written plainly: mix for each item, project, concatenate, a softmax of its own |
 | cat+sdpa | the same expert bank as ours: mix, concatenate, `scaled_dot_product_attention`; in windows: roll, cut, concatenate |
 | cat+sdpa flash, efficient, cudnn, math | the same with one backend of it; without these words torch chooses |
@@ -98,6 +99,11 @@ TIMELINE = """
 
 ![two timelines](images/{picture})
 """
+TABLE = """
+### What the table of {op} chooses
+
+Of its ways by the width of the rows ([table](../mope_kernels/configs/{op}.py)). {summary}
+{wrong}"""
 
 
 def main() -> None:
@@ -168,7 +174,25 @@ def section(header: dict[str, Any], found: list[dict[str, Any]], docs: Path) -> 
             picture = docs / "images" / f"{op}-{header['slug']}.svg"
             show.picture(of_op, picture)
             text += f"\n### {op}\n\n![{op}: times as multiples of ours](images/{picture.name})\n\n{show.table(of_op)}\n"
-    return text
+    return text + (choices(found, "gelu_mlp") if header["type"] == "cuda" else "")
+
+
+def choices(found: list[dict[str, Any]], op: str) -> str:
+    """Where another way of ours was faster than the one that the table chooses, by more than the spread; "" without rows."""
+    cases = [ways for ways in targets.of_cases(found, op, ".*").values() if any(way.startswith("ours ") for way in ways)]
+    wrong = []
+    for ways in cases:
+        chosen = ways["ours"]["implementation"].partition(", ")[2]
+        others = [row for way, row in ways.items() if way.startswith("ours ") and way != f"ours {chosen}"]
+        best = min(others, key=lambda row: row["ratio"], default=None)
+        if best is not None and best["ratio"] + best["ratio_spread"] < 1:
+            better = f"{best['way'].removeprefix('ours ')} was {show.digits(1 / best['ratio'], 3)} times as fast"
+            wrong.append(f"- {best['case']}: the table chooses {chosen}, {better}.\n")
+    if not cases:
+        return ""
+    summary = f"It is right in {len(cases) - len(wrong)} of {len(cases)} cases{': elsewhere' if wrong else '.'}"
+    summary += " another way was faster by more than the spread." if wrong else ""
+    return TABLE.format(op=op, summary=summary, wrong="\n" * bool(wrong) + "".join(wrong))
 
 
 if __name__ == "__main__":

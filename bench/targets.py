@@ -80,7 +80,10 @@ def of_cases(rows: Sequence[Row], op: str, cases: str) -> dict[str, dict[str, Ro
 
 
 def faster_than(ways: str, op: str = "", cases: str = ".*") -> Measure:
-    """How many times as fast as the fastest of the opponents that match: the best of ours, if there are several."""
+    """How many times as fast as the fastest of the opponents that match: the best of ours, if a model can be run in several ways.
+
+    Ways that a table chooses from are none of them: what counts is what it has chosen.
+    """
 
     def measure(rows: Sequence[Row]) -> dict[str, float]:
         found = {}

@@ -135,10 +135,11 @@ SCHEMAS = {
     "window_prompt_attention": f"({_WINDOW_PROMPT_ATTENTION_INPUTS}) -> Tensor",
     # -> grad_qkv (B,P+R*R,3C), grad_position_bias (H,w*w,w*w)
     "window_prompt_attention_backward": f"(Tensor grad_out, {_WINDOW_PROMPT_ATTENTION_INPUTS}, int needs) -> (Tensor, Tensor)",
-    # -> out (N,O); with keep_hidden also h (N,F), for backward
-    "gelu_mlp": "(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, bool keep_hidden) -> (Tensor, Tensor)",
+    # -> out (N,O); with keep_hidden also h (N,F), for backward. `way` is one of configs.gelu_mlp.WAYS, or "" for that of its table.
+    "gelu_mlp": "(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, bool keep_hidden, str way='')"
+    " -> (Tensor, Tensor)",
     # x only where the gradient of weight1 is needed
-    "gelu_mlp_backward": "(Tensor grad_out, Tensor hidden, Tensor? x, Tensor weight1, Tensor weight2, int needs)"
+    "gelu_mlp_backward": "(Tensor grad_out, Tensor hidden, Tensor? x, Tensor weight1, Tensor weight2, int needs, str way='')"
     f" -> ({', '.join(['Tensor'] * len(GELU_MLP_GRADIENTS))})",
     # total is empty without update: it would repeat x.
     "add_norm": "(Tensor x, Tensor? update, Tensor? weight, Tensor? bias, float eps, ScalarType norm_dtype)"
@@ -287,14 +288,14 @@ def _fake_window_prompt_attention_backward(grad_out: Tensor, *inputs: Any) -> tu
 
 
 def _fake_gelu_mlp(
-    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep_hidden: bool
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep_hidden: bool, way: str = ""
 ) -> tuple[Tensor, Tensor]:
     out = x.new_empty(x.shape[0], weight2.shape[0])
     return out, x.new_empty(x.shape[0], weight1.shape[0]) if keep_hidden else not_needed(x)
 
 
 def _fake_gelu_mlp_backward(
-    grad_out: Tensor, hidden: Tensor, x: Tensor | None, weight1: Tensor, weight2: Tensor, needs: int
+    grad_out: Tensor, hidden: Tensor, x: Tensor | None, weight1: Tensor, weight2: Tensor, needs: int, way: str = ""
 ) -> tuple[Tensor, ...]:
     shapes = ((hidden.shape[0], weight1.shape[1]), weight1.shape, weight1.shape[:1], weight2.shape, weight2.shape[:1])
     return tuple(hidden.new_empty(s) if needs >> i & 1 else not_needed(hidden) for i, s in enumerate(shapes))

@@ -196,13 +196,13 @@ def window_prompt_attention_launches(
     windows.window_prompt_attention_backward(*backward_inputs)
 
 
-def gelu_mlp_launches(dtype: torch.dtype, width: int, *, batch: int = 64) -> None:
-    """Launch `gelu_mlp`, forward with and without what backward needs, and backward."""
+def gelu_mlp_launches(dtype: torch.dtype, width: int, *, way: str = "triton", batch: int = 64) -> None:
+    """Launch `gelu_mlp` in one of its ways, forward with and without what backward needs, and backward."""
     x, weight1, bias1 = (torch.empty(*shape, dtype=dtype) for shape in ((batch * 62, width), (4 * width, width), (4 * width,)))
     inputs = (x, weight1, bias1, weight1.new_empty(width, 4 * width), weight1.new_empty(width))
-    mlp.gelu_mlp(*inputs, False)
-    out, hidden = mlp.gelu_mlp(*inputs, True)
-    mlp.gelu_mlp_backward(out, hidden, None, weight1, inputs[3], 1)
+    mlp.gelu_mlp(*inputs, False, way)
+    out, hidden = mlp.gelu_mlp(*inputs, True, way)
+    mlp.gelu_mlp_backward(out, hidden, None, weight1, inputs[3], 1, way)
 
 
 def expert_adapter_launches(
@@ -348,6 +348,14 @@ def variants(short: bool = False) -> Iterator[tuple[str, Any]]:
         if short and dtype != torch.bfloat16 and width != 128:
             continue
         yield f"gelu_mlp {_TYPES[dtype]} C={width}", lambda d=dtype, w=width: gelu_mlp_launches(d, w)
+    # Its kernels know of a width only whether it is a multiple of their blocks.
+    for dtype, width in product(dtypes, (100, 1024)):
+        if short and dtype != torch.bfloat16 and width != 1024:
+            continue
+        yield (
+            f"gelu_mlp {_TYPES[dtype]} C={width} way=cublas",
+            lambda d=dtype, w=width: gelu_mlp_launches(d, w, way="cublas"),
+        )
     for launches, every_option in norm_options().items():
         op = launches.__name__.removesuffix("_launches")
         for dtype, given in product((torch.bfloat16, torch.float32), every_option):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,18 +11,43 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, first_derivative_only, last_dim_contiguous
+from .configs.gelu_mlp import WAYS as WAYS
 from .impl import Operation, reference_check, triton_check
-from .mlp_details import _launch as _launch
+from .mlp_details import _launch
+
+# One of WAYS instead of the table's; "" for the table's.
+_way = ""
+
+
+@contextlib.contextmanager
+def taking(way: str) -> Iterator[None]:
+    """Let the calls inside, and their gradients, go one of the `WAYS`, whatever the table says. For benchmarks and tests."""
+    global _way
+    if way not in WAYS:
+        raise ValueError(f"way must be one of {', '.join(WAYS)}, got {way!r}")
+    outer, _way = _way, way
+    try:
+        yield
+    finally:
+        _way = outer
 
 
 class GeluMlpFunction(torch.autograd.Function):
-    """(x (N,C), weight1, bias1, weight2, bias2, whether to keep h for backward) -> out."""
+    """(x (N,C), weight1, bias1, weight2, bias2, whether to keep h for backward, way) -> out."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep_hidden: bool
+        ctx: Any,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+        keep_hidden: bool,
+        way: str,
     ) -> Tensor:
-        out, hidden = torch.ops.mope_triton.gelu_mlp.default(x, weight1, bias1, weight2, bias2, keep_hidden)
+        out, hidden = torch.ops.mope_triton.gelu_mlp.default(x, weight1, bias1, weight2, bias2, keep_hidden, way)
+        ctx.way = way
         ctx.save_for_backward(hidden, x if ctx.needs_input_grad[1] else None, weight1, weight2)
         return out
 
@@ -29,9 +56,9 @@ class GeluMlpFunction(torch.autograd.Function):
         first_derivative_only("gelu_mlp")
         needed = ctx.needs_input_grad[:5]
         found = torch.ops.mope_triton.gelu_mlp_backward.default(
-            last_dim_contiguous(grads[0]), *ctx.saved_tensors, sum(need << bit for bit, need in enumerate(needed))
+            last_dim_contiguous(grads[0]), *ctx.saved_tensors, sum(need << bit for bit, need in enumerate(needed)), ctx.way
         )
-        return *(grad if need else None for grad, need in zip(found, needed, strict=True)), None
+        return *(grad if need else None for grad, need in zip(found, needed, strict=True)), None, None
 
 
 def _triton_check(x: Tensor, *_: Any, **__: Any) -> list[str]:
@@ -45,7 +72,21 @@ def _left_to_the_library(x: Tensor, *_: Any, **__: Any) -> list[str]:
     return []
 
 
-_GELU_MLP = Operation("gelu_mlp", left_out={"triton": _left_to_the_library}, triton=_triton_check, reference=reference_check)
+_SAID = {"triton": "the first product and its GELU in one kernel", "cublas": "the first product by cuBLAS, its GELU by a kernel"}
+
+
+def _said_way(x: Tensor, weight1: Tensor, *_: Any, **__: Any) -> str:
+    way = _way or _launch.chosen_way(x, weight1.shape[1])
+    return f"{way}: {_SAID[way]}"
+
+
+_GELU_MLP = Operation(
+    "gelu_mlp",
+    ways={"triton": _said_way},
+    left_out={"triton": _left_to_the_library},
+    triton=_triton_check,
+    reference=reference_check,
+)
 
 
 def gelu_mlp(
@@ -82,5 +123,5 @@ def gelu_mlp(
         return reference.gelu_mlp(x, weight1, bias1, weight2, bias2)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight1, bias1, weight2))
     rows = last_dim_contiguous(x.reshape(-1, x.shape[-1]))
-    out: Tensor = GeluMlpFunction.apply(rows, weight1, bias1, weight2, bias2, trained)
+    out: Tensor = GeluMlpFunction.apply(rows, weight1, bias1, weight2, bias2, trained, _way)
     return out.view(*x.shape[:-1], weight2.shape[0])

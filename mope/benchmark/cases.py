@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import mope_kernels
+
 from .baselines import BACKENDS
 
 # " compiled": under torch.compile, once for each shape. FlexAttention does not work otherwise.
 _ATTENTION = ("ours", "released", "released compiled", "cat+sdpa", *BACKENDS, "cat+sdpa compiled", "flex", "xformers")
+# Each of the ways that the table of configurations chooses from.
+_MLP = tuple(f"ours {way}" for way in mope_kernels.mlp.WAYS)
 _SWIN_MODEL = (
     "released",
     "released half",
@@ -23,7 +27,7 @@ WAYS = {
     "window_prompt_attention": _ATTENTION,
     "add_norm": ("ours", "released", "released compiled"),
     "prompted_norm": ("ours", "released", "branchless", "branchless compiled"),
-    "gelu_mlp": ("ours", "released", "released compiled"),
+    "gelu_mlp": ("ours", *_MLP, "released", "released compiled"),
     "expert_adapter": ("ours", "released", "released compiled", "adapter library", "two products", "two products compiled"),
     "layer": ("ours", "released", "released compiled"),
     "swin_block": ("ours", "released", "released compiled", "released without waiting compiled"),
@@ -60,7 +64,7 @@ class Case:
     """One op on one named shape. Its text says all of it and names the rows.
 
     dtype: "float32" or "bfloat16"; None: what is usual on the device.
-    backends: beside each backend of torch's attention too, not only the one that torch takes.
+    backends: beside each backend of torch's attention too, not only the one that torch takes, and each way of `gelu_mlp`.
     graphs: with and without CUDA graphs, of models.
     later: measured after all others. Nothing is compiled for it.
     """
@@ -89,7 +93,7 @@ class Case:
             # Without waiting but for graphs: only where one wants to know what the graphs do, in training.
             opponents = tuple(way for way in opponents if self.training or way != "released without waiting compiled")
             ways = [way for way in ways if way in (*own, *opponents) and (self.graphs or not uses_graphs(way))]
-        ways = [way for way in ways if self.backends or way not in BACKENDS]
+        ways = [way for way in ways if self.backends or way not in (*BACKENDS, *_MLP)]
         return tuple(way for way in ways if not (self.later and is_compiled(way)))
 
     def __str__(self) -> str:
@@ -155,7 +159,10 @@ _SHAPES: dict[str, dict[str, list[tuple[str, int | None]]]] = {
             *((f"swin-b-stage3-b64{k}", None) for k in ("", "-k16", "-k64", "-k256")),
             *((f"swin-b-{shape}", None) for shape in ("stage1-b64", "stage4-b64", "stage3-b16")),
         ],
-        "gelu_mlp": [(name, None) for name in ("swin-b-stage1-b64", "swin-b-stage3-b64", "swin-b-stage3-b16", "vit-b-b64")],
+        "gelu_mlp": [
+            *((f"swin-b-{shape}", None) for shape in ("stage1-b64", "stage3-b64", "stage4-b64", "stage3-b16")),
+            *((shape, None) for shape in ("vit-b-b64", "bert-128-b64")),
+        ],
         "expert_adapter": [(name, None) for name in ("modex-t8k", "modex-t2k", "plain-t8k")],
         "layer": [("vit-b-b64", None), ("bert-128-b64", None), ("vit-l-b64", None)],
         "swin_block": [("swin-b-stage1-shifted-b64", None), ("swin-b-stage3-shifted-b64", None)],
@@ -188,6 +195,7 @@ _LATER: dict[str, dict[str, list[str]]] = {
             ),
             "swin-b-384-stage1-shifted-b16",
         ],
+        "gelu_mlp": [f"swin-b-{shape}" for shape in ("stage2-b64", "stage1-b16", "stage2-b16", "stage4-b16")],
         "model": [
             *(f"swin-b+bert-base-b{b}{k}" for b in (1, 16, 64) for k in ("", "-k16", "-k64") if b == 1 or k),
             *(f"vit-b+bert-base-{shape}" for shape in ("b16", "b64-k64")),

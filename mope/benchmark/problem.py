@@ -65,7 +65,7 @@ class Problem:
     inputs: what every way is called with, by name.
     ways: name -> function, or the reason why it cannot run.
     definition: the op in plain PyTorch, in the dtype of the tensors that it is given.
-    implementation: which one of ours runs.
+    implementation: which one of ours runs; where that has several ways, with a comma and the one that its table chooses.
     work: what the op must at least do; None: not said.
     trained: the names of the inputs that get a gradient, none in inference; `gradients`: what then comes in for each output.
     pieces: by how many parts of the batch the definition is computed, for want of memory; only where items are apart.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import mope_kernels
 from mope.fused import FrozenAttention, MoPEAttention
 from mope.fused.prompts import project_prompts
-from mope_kernels import ExpertBank, explain, reference
+from mope_kernels import ExpertBank, explain, mlp, reference
 
 from . import baselines, models, shapes, tasks
 from .baselines import Attend, Unavailable
@@ -178,14 +179,24 @@ def _gelu_mlp(case: Case, dtype: torch.dtype) -> Problem:
     trained = _train(inputs, "x") if case.training else ()
     first, second = nn.Linear(shape.dim, 4 * shape.dim), nn.Linear(4 * shape.dim, shape.dim)
     weights = [t.detach().to(dtype) for t in (first.weight, first.bias, second.weight, second.bias)]
+    explained = explain("gelu_mlp", inputs["x"], *weights)
+
+    def ours(x: Tensor, way: str | None = None) -> Outputs:
+        with mlp.taking(way) if way else contextlib.nullcontext():
+            return (mope_kernels.gelu_mlp(x, *weights),)
+
+    ways: dict[str, Way | str] = {
+        "ours": ours,
+        "released": lambda x: (F.linear(F.gelu(F.linear(x, *weights[:2])), *weights[2:]),),
+    }
+    for way in mlp.WAYS:
+        can = explained.impl == "triton"
+        ways[f"ours {way}"] = functools.partial(ours, way=way) if can else f"gelu_mlp is {explained.impl} here, which has one way"
     return Problem(
         inputs,
-        {
-            "ours": lambda x: (mope_kernels.gelu_mlp(x, *weights),),
-            "released": lambda x: (F.linear(F.gelu(F.linear(x, *weights[:2])), *weights[2:]),),
-        },
+        ways,
         lambda x: (reference.gelu_mlp(x, *(t.to(x.dtype) for t in weights)),),
-        explain("gelu_mlp", inputs["x"], *weights).impl or "",
+        f"{explained.impl}, {explained.way.partition(':')[0]}" if explained.way else explained.impl or "",
         shapes.mlp_work(shape, dtype.itemsize, case.training),
         dtype,
         trained,

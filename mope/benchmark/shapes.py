@@ -167,6 +167,7 @@ MLP = {
     "tiny": Mlp(6, dim=16),
     **{f"swin-b-stage{i + 1}-b{b}": Mlp(b * (13 + (56 >> i) ** 2), 128 << i) for b in (4, 16, 64) for i in range(4)},
     "vit-b-b64": Mlp(64 * 197, 768),
+    "bert-128-b64": Mlp(64 * 128, 768),
 }
 ADAPTER = {
     "tiny": Adapter(6, dim=24, bottleneck=4),

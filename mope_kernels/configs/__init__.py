@@ -22,6 +22,8 @@ Key = tuple[str | int, ...]
 
 # How the entries of most tables were found.
 COMPILED = "compiled for sm_80, sm_90, sm_100 and gfx942, nothing spills; not timed"
+# Of entries that follow from what compiled code issues and moves, and from no clock.
+PREDICTED = "predicted, not measured"
 
 
 class Table(NamedTuple):
@@ -39,19 +41,22 @@ def family(arch: str) -> str:
 
 @functools.cache
 def _architecture(index: int) -> str:
+    # Fake tensors can be on GPUs that are not there.
+    if not torch.cuda.is_available():
+        return ""
     properties = torch.cuda.get_device_properties(index)
     return properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
 @functools.cache
-def _entry(op: str, arch: str, key: Key) -> tuple[Key, Any]:
+def _entry(op: str, arch: str, key: Key, kind: str = "TABLES") -> tuple[Key, Any]:
     """The entry of a table that is for `key`, and its own key."""
 
     def covers(entry: Key) -> bool:
         same_or_larger = (e == k or (isinstance(e, int) and isinstance(k, int) and e >= k) for e, k in zip(entry, key, strict=True))
         return all(same_or_larger)
 
-    tables = importlib.import_module(f"{__name__}.{op}").TABLES
+    tables = getattr(importlib.import_module(f"{__name__}.{op}"), kind)
     for name in (family(arch), "default"):
         entries = tables[name].entries if name in tables else {}
         found = min((e for e in entries if covers(e)), key=lambda e: [k for k in e if isinstance(k, int)], default=None)
@@ -60,16 +65,27 @@ def _entry(op: str, arch: str, key: Key) -> tuple[Key, Any]:
     raise KeyError(f"{op} has no configuration for {key}")
 
 
+def _target(device: torch.device) -> str:
+    """The architecture that runs, or is compiled for; "" where no kernel runs."""
+    arch = _triton.target()
+    if arch is None:
+        return _architecture(device.index or 0) if device.type == "cuda" else ""
+    return arch
+
+
 def find(op: str, key: Key, device: torch.device) -> Any:
     """The configuration of an op for the device that runs, or is compiled for.
 
     Of the sizes in a table's keys the smallest counts that is as large as the one in `key`.
     """
-    arch = _triton.target()
-    if arch is None:
-        arch = _architecture(device.index or 0) if device.type == "cuda" else ""
-    found, blocks = _entry(op, arch, key)
+    found, blocks = _entry(op, _target(device), key)
     return tuning.instead_of(blocks, op, found, device)
+
+
+def find_way(op: str, key: Key, device: torch.device) -> str:
+    """Which of its ways an op with several goes, by its module's WAY_TABLES. There is nothing to tune."""
+    _, way = _entry(op, _target(device), key, "WAY_TABLES")
+    return str(way)
 
 
 def dtype_key(dtype: torch.dtype) -> str:

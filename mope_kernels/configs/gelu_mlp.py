@@ -1,10 +1,10 @@
-"""Blocks of the MLP's two products."""
+"""Blocks of the MLP's first product, with the GELU behind it, and where the product is left to the library."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from . import COMPILED, Key, Table
+from . import COMPILED, PREDICTED, Key, Table
 
 
 class Blocks(NamedTuple):
@@ -32,4 +32,19 @@ TABLES = {
     # With 128 registers its assembler spills two.
     "sm_100": Table("compiled for sm_100, nothing spills; not timed", {("half",): Blocks(128, 128, 64, 8, 8, 3, maxnreg=255)}),
     "gfx942": Table("compiled for gfx942, nothing spills; not timed", {("float",): Blocks(64, 64, 16, 8, 4, 2)}),
+}
+
+# "triton": product and GELU in one kernel. "cublas": the product is the library's, which is rocBLAS on AMD's GPUs, and the GELU is
+# a kernel of its own, which reads and writes what the product has written.
+WAYS = ("triton", "cublas")
+# Columns of x that no table has more of.
+ANY = 1 << 30
+
+# (dtype, most columns of x). The columns are the depth of the product: the deeper it is, the more it takes beside the memory
+# traffic that a GELU of its own has.
+WAY_TABLES = {
+    "default": Table(f"{PREDICTED}: the epilogue saves two passes over h", {("half", ANY): "triton", ("float", ANY): "triton"}),
+    # Bytes at 4.3 TB/s and instructions of the compiled kernels at 132 x 4 a cycle: up to 512 columns the saved bytes weigh more
+    # than what cuBLAS is faster at the product, from 768 columns on they do not.
+    "sm_90": Table(f"{PREDICTED}: bytes, and instructions compiled for sm_90", {("half", 767): "triton", ("half", ANY): "cublas"}),
 }

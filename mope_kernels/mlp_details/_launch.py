@@ -14,6 +14,31 @@ from mope_kernels._ops import GELU_MLP_GRADIENTS, not_needed, triton_kernel
 from mope_kernels._triton import cdiv, launch
 from mope_kernels.configs.gelu_mlp import Blocks
 
+# Rows and columns of a program of the kernels without a product.
+ROWS, COLUMNS = 4, 1024
+
+
+def chosen_way(x: Tensor, width: int) -> str:
+    """The table's way for an x (or a gradient of the output) in an MLP of so many columns."""
+    return configs.find_way("gelu_mlp", (configs.dtype_key(x.dtype), width), x.device)
+
+
+def _launch_on_rows(kernel: Any, hidden: Tensor, out: Tensor) -> None:
+    """Launch one of the kernels that take each number by itself on two contiguous (rows, columns)."""
+    num_rows, num_columns = hidden.shape
+    launch(
+        kernel,
+        cdiv(num_rows, ROWS) * cdiv(num_columns, COLUMNS),
+        hidden,
+        out,
+        num_rows,
+        num_columns,
+        BR=ROWS,
+        BC=COLUMNS,
+        EVEN=num_columns % COLUMNS == 0,
+        num_warps=4,
+    )
+
 
 def _launch_product(kernel: Any, a: Tensor, weight: Tensor, *tensors: Tensor | None, num_columns: int) -> None:
     """Launch one of the two kernels on a (rows, depth), a weight, and what else it takes."""
@@ -46,32 +71,41 @@ def _launch_product(kernel: Any, a: Tensor, weight: Tensor, *tensors: Tensor | N
 
 @triton_kernel("gelu_mlp")
 def gelu_mlp(
-    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep_hidden: bool
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep_hidden: bool, way: str = ""
 ) -> tuple[Tensor, Tensor]:
-    from ._product import gelu_forward
+    from ._product import gelu_forward, gelu_of_rows
 
-    width = weight1.shape[0]
-    activated = x.new_empty(x.shape[0], width)
-    hidden = torch.empty_like(activated) if keep_hidden else None
-    bias = None if bias1 is None else bias1.contiguous()
-    _launch_product(gelu_forward, x, weight1, bias, hidden, activated, num_columns=width)
+    hidden: Tensor | None
     with torch.autocast(x.device.type, enabled=False):
+        if (way or chosen_way(x, weight1.shape[1])) == "cublas":
+            product = F.linear(x, weight1, bias1)
+            hidden, activated = (product, torch.empty_like(product)) if keep_hidden else (None, product)
+            _launch_on_rows(gelu_of_rows, product, activated)
+        else:
+            activated = x.new_empty(x.shape[0], weight1.shape[0])
+            hidden = torch.empty_like(activated) if keep_hidden else None
+            bias = None if bias1 is None else bias1.contiguous()
+            _launch_product(gelu_forward, x, weight1, bias, hidden, activated, num_columns=activated.shape[1])
         out = F.linear(activated, weight2, bias2)
     return out, not_needed(x) if hidden is None else hidden
 
 
 @triton_kernel("gelu_mlp_backward")
 def gelu_mlp_backward(
-    grad_out: Tensor, hidden: Tensor, x: Tensor | None, weight1: Tensor, weight2: Tensor, needs: int
+    grad_out: Tensor, hidden: Tensor, x: Tensor | None, weight1: Tensor, weight2: Tensor, needs: int, way: str = ""
 ) -> tuple[Tensor, ...]:
-    from ._product import gelu_gradient
+    from ._product import gelu_gradient, times_derivative_of_rows
 
     need = {name for bit, name in enumerate(GELU_MLP_GRADIENTS) if needs >> bit & 1}
     found = {}
     with torch.autocast(grad_out.device.type, enabled=False):
         if not need.isdisjoint({"x", "weight1", "bias1"}):
-            grad_hidden = torch.empty_like(hidden)
-            _launch_product(gelu_gradient, grad_out, weight2, hidden, grad_hidden, num_columns=hidden.shape[1])
+            if (way or chosen_way(grad_out, weight1.shape[1])) == "cublas":
+                grad_hidden = grad_out @ weight2
+                _launch_on_rows(times_derivative_of_rows, hidden, grad_hidden)
+            else:
+                grad_hidden = torch.empty_like(hidden)
+                _launch_product(gelu_gradient, grad_out, weight2, hidden, grad_hidden, num_columns=hidden.shape[1])
         if "x" in need:
             found["x"] = grad_hidden @ weight1
         if "weight1" in need and x is not None:

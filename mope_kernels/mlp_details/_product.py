@@ -204,3 +204,33 @@ def gelu_gradient(
     o_half = column_block * BN + tl.arange(0, BN // 2)
     times_derivative(p_hidden, p_grad_hidden, b_left, o_row, o_half, num_rows, num_columns)
     times_derivative(p_hidden, p_grad_hidden, b_right, o_row, o_half + BN // 2, num_rows, num_columns)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def gelu_of_rows(p_hidden, p_out, num_rows, num_columns, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr):
+    """One program: BR x BC numbers of out = gelu(h), (num_rows, num_columns), contiguous; out may be h itself."""
+    o_number, m_number = this_part(num_rows, num_columns, BR, BC, EVEN)
+    b_hidden = tl.load(p_hidden + o_number, mask=m_number, other=0.0).to(tl.float32)
+    b_out = gelu(b_hidden, p_out.dtype.element_ty == tl.float32)
+    tl.store(p_out + o_number, b_out.to(p_out.dtype.element_ty), mask=m_number)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def times_derivative_of_rows(p_hidden, p_grad, num_rows, num_columns, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr):
+    """One program: BR x BC numbers of a gradient (num_rows, num_columns), contiguous, times gelu'(h), in place."""
+    o_number, m_number = this_part(num_rows, num_columns, BR, BC, EVEN)
+    b_hidden = tl.load(p_hidden + o_number, mask=m_number, other=0.0).to(tl.float32)
+    b_grad = tl.load(p_grad + o_number, mask=m_number, other=0.0).to(tl.float32)
+    b_grad *= gelu_derivative(b_hidden, p_grad.dtype.element_ty == tl.float32)
+    tl.store(p_grad + o_number, b_grad.to(p_grad.dtype.element_ty), mask=m_number)
+
+
+@triton.jit
+def this_part(num_rows, num_columns, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr):
+    """Which numbers of a contiguous (num_rows, num_columns) a program has, and which of them are there: (BR, BC)."""
+    column_blocks = tl.cdiv(num_columns, BC)
+    o_row = tl.program_id(0) // column_blocks * BR + tl.arange(0, BR)
+    o_column = tl.program_id(0) % column_blocks * BC + tl.arange(0, BC)
+    m_row = (o_row < num_rows)[:, None]
+    m_number = m_row & tl.full([1, BC], 1, tl.int1) if EVEN else m_row & (o_column < num_columns)[None, :]
+    return o_row.to(tl.int64)[:, None] * num_columns + o_column[None, :], m_number

@@ -85,6 +85,31 @@ def test_the_best_backend_counts_and_every_case():
     assert target.result(found) == "3 to 4.5 in 2 cases: **not met** in 1"
 
 
+def mlp_rows(shape: str, chosen: str, **times: tuple[float, float]) -> list[dict[str, object]]:
+    """Ours, and each way with its ratio and the spread of that."""
+    found = [row(f"{shape} inference", "ours", "gelu_mlp", implementation=f"triton, {chosen}")]
+    for way, (ratio, spread) in times.items():
+        found.append(row(f"{shape} inference", f"ours {way}", "gelu_mlp", ms=ratio, ratio=ratio, ratio_spread=spread))
+    return [*found, row(f"{shape} inference", "released", "gelu_mlp", ratio=1.5, ratio_spread=0.01)]
+
+
+def test_where_the_table_of_ways_is_wrong():
+    right = mlp_rows("swin-b-stage1-b64", "triton", triton=(1.0, 0.01), cublas=(1.9, 0.01))
+    # Faster, but by less than the spread; and the chosen way itself, measured twice, may differ as it likes.
+    close = mlp_rows("swin-b-stage3-b64", "triton", triton=(0.9, 0.01), cublas=(0.97, 0.04))
+    slow = mlp_rows("vit-b-b64", "cublas", triton=(0.8, 0.01), cublas=(1.0, 0.01))
+    assert report.choices(right[:1] + right[3:], "gelu_mlp") == report.choices([], "gelu_mlp") == ""
+    assert "It is right in 2 of 2 cases.\n" in report.choices(right + close, "gelu_mlp")
+    text = report.choices(right + close + slow, "gelu_mlp")
+    assert "It is right in 2 of 3 cases: elsewhere another way was faster by more than the spread." in text
+    assert text.endswith("\n\n- vit-b-b64 inference: the table chooses cublas, triton was 1.25 times as fast.\n")
+
+
+def test_a_way_that_the_table_does_not_choose_is_no_merit():
+    (every,) = (target for target in targets.TARGETS if target.what.startswith("every listed shape"))
+    assert every.result(mlp_rows("vit-b-b64", "cublas", triton=(0.5, 0.01), cublas=(1.0, 0.01))) == "1.5: met"
+
+
 def test_flat_in_the_number_of_experts():
     (target,) = (target for target in targets.TARGETS if target.what.startswith("top-1"))
     few, many = (row(f"vit-b-b64{k} top-1 inference", "ours", "mope_attention") for k in ("", "-k64"))
@@ -109,7 +134,10 @@ def test_a_gpu_s_rows_fill_the_table_of_targets(tmp_path):
     seconds = {"import": 9.1, "model": 2.5, "first": 31.0, "second": 0.2}
     lines.append({"op": "cold start", "case": STEP, "way": "ours", "seconds": seconds})
     lines.append(row(FORWARD, "released", ratio=5.5, ratio_spread=0.1, spread_ms=0.1, memory=1))
+    for line in mlp_rows("vit-b-b64", "cublas", triton=(1.3, 0.1), cublas=(1.0, 0.1)):
+        lines.append(line | {"spread_ms": 0.1})
     (tmp_path / "model-H100.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = report.report(tmp_path, tmp_path)
     assert "no results of a GPU" not in text and "| target | goal | H100 |" in text and "| 5.5: met |" in text
+    assert "| ours (triton, cublas) |" in text and "It is right in 1 of 1 cases." in text
     assert "31 s for the first step" in text and "| at most 30 | 31: **not met** |" in text

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mope_kernels
-from mope_kernels import ExpertBank, Routing, reference
+from mope_kernels import ExpertBank, Routing, mlp, reference
 from mope_kernels._ops import (
     ADD_NORM_GRADIENTS,
     EXPERT_ADAPTER_GRADIENTS,
@@ -477,22 +477,30 @@ def _mlp(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options
     tensors: Tensors = {n: torch.randn(*s, dtype=dtype, device=device) / s[-1] ** 0.5 for n, s in shapes.items()}
     if not size["bias"]:
         tensors["bias1"] = tensors["bias2"] = None
-    return {"x": torch.randn(size["batch"], size["rows"], c, dtype=dtype, device=device)} | tensors, {}
+    x = torch.randn(size["batch"], size["rows"], c, dtype=dtype, device=device)
+    return {"x": x} | tensors, {"way": size["way"]} if size["way"] else {}
+
+
+def _run_mlp(impl: str, options: Options, tensors: Tensors) -> Outputs:
+    with mlp.taking(options["way"]) if options else nullcontext():
+        return (mope_kernels.gelu_mlp(**tensors, impl=impl),)
 
 
 GELU_MLP = Op(
     "gelu_mlp",
-    run=lambda impl, options, tensors: (mope_kernels.gelu_mlp(**tensors, impl=impl),),
+    run=_run_mlp,
     plain=lambda options, tensors: (reference.gelu_mlp(**tensors),),
     example=_mlp,
     implementations=("triton",),
     differentiable=GELU_MLP_GRADIENTS,
     per_item=("x",),
-    base={"batch": 3, "rows": 4, "width": 12, "hidden": 40, "out": 8, "bias": True},
+    base={"batch": 3, "rows": 4, "width": 12, "hidden": 40, "out": 8, "bias": True, "way": None},
     cases={
         "plain": {},
         "no bias": {"bias": False},
         "several blocks": {"batch": 2, "rows": 70, "width": 80, "hidden": 144, "out": 80},
+        "by cuBLAS": {"way": "cublas"},
+        "several blocks by cuBLAS": {"batch": 2, "rows": 3, "hidden": 1200, "way": "cublas"},
         "odd sizes": {"rows": 5, "width": 7, "hidden": 13, "out": 3},
         "one of everything": {"batch": 1, "rows": 1, "width": 1, "hidden": 1, "out": 1},
         "empty batch": {"batch": 0},

@@ -36,7 +36,7 @@ VARIED: dict[str, list[dict[str, Any]]] = {
     "mope_attention": [{"lengths": [9, 4]}, {"top_k": 2, "fold": False, "noise": False}],
     "window_prompt_attention": [{}, {"prompt_owner": "reference", "resolution": 2, "shift": 0}],
     "expert_adapter": [{}, {"experts": 1, "router": False}],
-    "gelu_mlp": [{}, {"bias": False}],
+    "gelu_mlp": [{}, {"bias": False}, {"way": "cublas"}],
     "add_norm": [{}, {"affine": False}],
     "prompted_norm": [{}, {"top_k": 2, "noise": False}, {"routing": True, "affine": False}],
 }

@@ -36,6 +36,18 @@ def test_tables_say_where_they_come_from(op):
         assert table.entries.keys() <= tables["default"].entries.keys()
 
 
+def test_ways_say_that_nobody_measured_them():
+    tables = importlib.import_module("mope_kernels.configs.gelu_mlp").WAY_TABLES
+    ways = importlib.import_module("mope_kernels.configs.gelu_mlp").WAYS
+    for name, table in tables.items():
+        assert configs.PREDICTED in table.provenance or "timed on" in table.provenance
+        assert configs.family(name) == name and set(table.entries.values()) <= set(ways)
+    for arch, dtype, width in product(("sm_80", "sm_90", "gfx942", "sm_120"), ("half", "float"), (1, 767, 768, 1 << 20)):
+        with compiling_for(arch):
+            wide = (arch, dtype) == ("sm_90", "half") and width >= 768
+            assert configs.find_way("gelu_mlp", (dtype, width), CPU) == ("cublas" if wide else "triton")
+
+
 @pytest.mark.parametrize("arch", aot.DEFAULT_ARCHITECTURES)
 def test_every_head_has_a_configuration(arch):
     with compiling_for(arch):
@@ -77,6 +89,7 @@ LAUNCHES: dict[str, Callable[[int], None]] = {
     "add_norm": lambda batch: aot.add_norm_launches(torch.bfloat16, 128, trained=True, batch=batch),
     "prompted_norm": lambda batch: aot.prompted_norm_launches(torch.bfloat16, 512, batch=batch),
     "gelu_mlp": lambda batch: aot.gelu_mlp_launches(torch.bfloat16, 128, batch=batch),
+    "gelu_mlp by cuBLAS": lambda batch: aot.gelu_mlp_launches(torch.bfloat16, 128, way="cublas", batch=batch),
 }
 
 

@@ -11,19 +11,25 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mope_kernels
-from mope_kernels import explain
+from mope_kernels import aot, configs, explain, mlp
+from mope_kernels._triton import compiling_for, record_launches
+from mope_kernels.configs.gelu_mlp import WAYS
 
 from .numerics import DEVICE, implementations
 
+ways = pytest.mark.parametrize("way", WAYS)
+
 
 @implementations("triton")
+@ways
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_gelu_is_the_exact_one(impl, dtype):
+def test_gelu_is_the_exact_one(impl, way, dtype):
     """From numbers that vanish to numbers that pass unchanged: each within a rounding of x Phi(x), also far in the tail."""
     x = torch.cat([torch.linspace(-9, 9, 1801), torch.logspace(-4, 4, 200), -torch.logspace(-4, 4, 200)])
     x = x.to(dtype).to(DEVICE[impl])[:, None]
     one = torch.ones(1, 1, dtype=dtype, device=x.device)
-    found = mope_kernels.gelu_mlp(x, one, None, one, None, impl=impl).double()
+    with mlp.taking(way):
+        found = mope_kernels.gelu_mlp(x, one, None, one, None, impl=impl).double()
     exact = x.double() * torch.special.ndtr(x.double())
     # In float32 erf itself is a few roundings off; in 16 bits the smallest numbers are subnormal.
     roundings, smallest = (0.51, 2.0**-24) if dtype == torch.float16 else (4.0, 1e-7)
@@ -34,27 +40,78 @@ def test_gelu_is_the_exact_one(impl, dtype):
 
 
 @implementations("triton")
-def test_infinite_and_missing_numbers(impl):
+@ways
+def test_infinite_and_missing_numbers(impl, way):
     x = torch.tensor([[float("inf")], [float("nan")], [1.0]], dtype=torch.float16, device=DEVICE[impl])
     one = torch.ones(1, 1, dtype=torch.float16, device=x.device)
-    found = mope_kernels.gelu_mlp(x, one, None, one, None, impl=impl)[:, 0].tolist()
+    with mlp.taking(way):
+        found = mope_kernels.gelu_mlp(x, one, None, one, None, impl=impl)[:, 0].tolist()
     assert found[0] == float("inf") and found[1] != found[1] and found[2] == torch.tensor(0.8413).half()
 
 
 @implementations("triton")
-def test_a_frozen_mlp_keeps_its_hidden_layer_alone(impl):
+@ways
+def test_a_frozen_mlp_keeps_its_hidden_layer_alone(impl, way):
     x = torch.randn(5, 16, device=DEVICE[impl], requires_grad=True)
     weight1, weight2 = torch.randn(64, 16, device=x.device), torch.randn(16, 64, device=x.device)
 
     def kept(weight1: Tensor) -> list[tuple[int, ...]]:
         shapes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t)
+        with hooks, mlp.taking(way):
             mope_kernels.gelu_mlp(x, weight1, None, weight2, None, impl=impl)
         return shapes
 
     weights = [(64, 16), (16, 64)]
     assert kept(weight1) == [(5, 64), *weights]
     assert kept(weight1.requires_grad_()) == [(5, 64), (5, 16), *weights]
+
+
+def launched(arch: str, width: int, way: str = "") -> list[str]:
+    """Kernels of a forward, one that keeps what backward needs, and a backward."""
+    with FakeTensorMode(), compiling_for(arch), record_launches() as launches:
+        aot.gelu_mlp_launches(torch.bfloat16, width, way=way)
+    return [kernel.__name__ for kernel, *_ in launches]
+
+
+def test_each_way_has_its_kernels_and_hopper_leaves_wide_products_to_cublas():
+    pytest.importorskip("triton")
+    together = ["gelu_forward", "gelu_forward", "gelu_gradient"]
+    apart = ["gelu_of_rows", "gelu_of_rows", "times_derivative_of_rows"]
+    assert launched("sm_90", 1024, "triton") == launched("sm_90", 512) == launched("sm_90", 128) == together
+    assert launched("sm_90", 128, "cublas") == launched("sm_90", 768) == launched("sm_90", 1024) == apart
+    assert launched("sm_80", 1024) == launched("gfx942", 1024) == together
+    with compiling_for("sm_90"), pytest.raises(KeyError):
+        configs.find_way("gelu_mlp", ("double", 8), torch.device("cpu"))
+
+
+@implementations("triton")
+def test_a_way_is_that_of_the_gradients_too(impl, monkeypatch):
+    """Also where they are computed after what asked for it."""
+    asked = []
+    monkeypatch.setattr(mlp._launch, "_launch_on_rows", lambda kernel, *_: asked.append(kernel.__name__))
+    x = torch.randn(2, 8, dtype=torch.float16, device=DEVICE[impl], requires_grad=True)
+    weight = torch.randn(8, 8, dtype=torch.float16, device=x.device)
+    with mlp.taking("cublas"):
+        out = mope_kernels.gelu_mlp(x, weight, None, weight, None, impl=impl)
+    out.sum().backward()
+    assert asked == ["gelu_of_rows", "times_derivative_of_rows"]
+    mope_kernels.gelu_mlp(x, weight, None, weight, None, impl=impl).sum().backward()
+    assert len(asked) == 2
+    with pytest.raises(ValueError, match="way must be one of triton, cublas, got 'other'"), mlp.taking("other"):
+        pass
+
+
+def test_explain_names_the_way():
+    def explained(arch: str, width: int) -> str:
+        with FakeTensorMode(), compiling_for(arch):
+            x, weight = (torch.empty(8, width, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+            return explain("gelu_mlp", x, weight, None, weight.mT, None).way
+
+    assert explained("sm_90", 512) == explained("sm_80", 1024) == "triton: the first product and its GELU in one kernel"
+    assert explained("sm_90", 1024) == "cublas: the first product by cuBLAS, its GELU by a kernel"
+    with mlp.taking("triton"):
+        assert explained("sm_90", 1024).startswith("triton: ")
 
 
 def test_float32_on_nvidia_is_left_to_the_library():
