@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from .modules import is_plain
 from .plain import autocast_dtype
@@ -49,7 +50,7 @@ def join_linear(modules: Sequence[nn.Module]) -> None:
         for parts, tensor in zip((weights, biases), whole, strict=False):
             for part, rows in zip(parts, tensor.split([len(part) for part in parts]), strict=True):
                 # The storage ends where the part ends, and keeps the whole alive.
-                part.data = torch.from_dlpack(rows)
+                part.data = from_dlpack(rows)
     end = 0
     for module, weight in zip(modules, weights, strict=True):
         first, end = end, end + len(weight)
