@@ -150,10 +150,22 @@ def test_an_opponent_that_fails_is_a_row_with_its_reason():
         raise RuntimeError("out of memory\nand more")
 
     problem.ways |= {"ours": fails, "released": fails}
-    with pytest.raises(Unavailable, match=r"^RuntimeError: out of memory$"):
+    # Not that it is unavailable: another time it may run.
+    with pytest.raises(measure.Failed, match=r"^RuntimeError: out of memory$"):
         measure.measure(problem, "released", CPU, CEILINGS, Clock.of(CPU), 0.01)
     with pytest.raises(RuntimeError):
         measure.measure(problem, "ours", CPU, CEILINGS, Clock.of(CPU), 0.01)
+
+
+def test_an_error_of_the_device_is_no_row():
+    problem = problems.build(Case("mix_prompts", "tiny"), CPU, torch.float32)
+
+    def fails(**inputs):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    problem.ways["released"] = fails
+    with pytest.raises(torch.AcceleratorError):
+        measure.measure(problem, "released", CPU, CEILINGS, Clock.of(CPU), 0.01)
 
 
 class Hands:
@@ -250,8 +262,8 @@ def test_an_unknown_skew_is_refused():
 def test_each_model_has_its_opponents():
     ways = {(case.shape, case.training): case.ways for case in cases("model", "cuda") if case.top_k is None and not case.later}
     assert ways["swin-b+bert-base-b16", True] == (
-        *("ours", "ours compiled+graphs", "released", "released half", "released compiled"),
-        "released without waiting compiled+graphs",
+        *("ours", "ours graphed", "ours compiled+graphs", "released", "released half", "released compiled"),
+        *("released without waiting compiled", "released without waiting compiled+graphs"),
     )
     assert ways["vit-b+bert-base-b64", False] == ("ours", "ours without graphs", "concatenated", "concatenated compiled")
 

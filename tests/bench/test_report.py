@@ -110,6 +110,27 @@ def test_a_way_that_the_table_does_not_choose_is_no_merit():
     assert every.result(mlp_rows("vit-b-b64", "cublas", triton=(0.5, 0.01), cublas=(1.0, 0.01))) == "1.5: met"
 
 
+def test_both_sides_of_each_quotient_are_named_the_worst_first():
+    (target,) = (target for target in targets.TARGETS if target.what.startswith("training step"))
+    found = [
+        row(STEP, "ours", ms=20.0),
+        row(STEP, "ours graphed", ms=10.0, ratio=0.5),
+        row(STEP, "released", ms=40.0, ratio=2.0),
+        row(STEP.replace("b16", "b64"), "ours", ms=20.0),
+        row(STEP.replace("b16", "b64"), "released", ms=60.0, ratio=3.0),
+    ]
+    assert target.sides(found) == (
+        "model swin-b+bert-base-b64 training: released 60 ms / ours 20 ms = 3; "
+        "model swin-b+bert-base-b16 training: released 40 ms / ours graphed 10 ms = 4"
+    )
+    assert "| 3 to 4 in 2 cases: **not met** in 1 | model swin-b+bert-base-b64" in targets.table({"a": found}, [target], sides=True)
+    (every,) = (target for target in targets.TARGETS if target.what.startswith("every listed shape"))
+    ops = [
+        r for n in range(5) for r in (row(f"c{n}", "ours", "route"), row(f"c{n}", "released", "route", ratio=n + 1.0, ms=n + 1.0))
+    ]
+    assert every.sides(ops).startswith("route c0: released 1 ms / ours 1 ms = 1; ") and every.sides(ops).endswith("; and 2 more")
+
+
 def test_flat_in_the_number_of_experts():
     (target,) = (target for target in targets.TARGETS if target.what.startswith("top-1"))
     few, many = (row(f"vit-b-b64{k} top-1 inference", "ours", "mope_attention") for k in ("", "-k64"))

@@ -45,6 +45,22 @@ def test_a_line_that_was_cut_off_is_no_row(tmp_path):
     assert read(path)[1] == [{"op": "route"}, {"op": "importance_loss"}]
 
 
+def test_a_row_that_failed_is_tried_again_and_replaced(tmp_path):
+    path = tmp_path / "ops.jsonl"
+    key = {"op": "route", "case": "a", "way": "ours"}
+    rows = Rows(path, HEADER)
+    rows.add(key | {"failed": "no memory"})
+    rows.add(key | {"way": "other", "failed": "no memory"})
+    assert not rows.has(**key)
+    again = Rows(path, HEADER)
+    assert not again.has(**key) and len(again.rows) == 2
+    again.add(key | {"failed": "killed"})
+    assert [row["failed"] for row in read(path)[1]] == ["no memory", "killed"]
+    again.add(key | {"ms": 1.0})
+    assert again.has(**key) and not again.has(way="other")
+    assert again.rows == read(path)[1] == [key | {"way": "other", "failed": "no memory"}, key | {"ms": 1.0}]
+
+
 def test_a_header_that_was_cut_off_begins_anew(tmp_path):
     path = tmp_path / "ops.jsonl"
     path.write_text('{"device": ')
