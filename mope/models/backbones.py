@@ -7,6 +7,7 @@ which runs only when it is given prompts; `Attachment.detach` puts the same modu
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -285,14 +286,33 @@ def find_adapter(backbone: nn.Module, modality: str | None = None) -> BackboneAd
 
 def original_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
     """The state dict of a backbone under the names that it has without prompts; what plays no part here is left out."""
-    prefixes = {f"{name}.layer.": f"{name}." for name, module in backbone.named_modules() if isinstance(module, PromptedLayer)}
     unused = find_architecture(backbone).unused
+    return {name: t for name, t in _under_original_names(backbone).items() if not (unused and name.startswith(unused))}
+
+
+def _under_original_names(backbone: nn.Module) -> dict[str, Tensor]:
+    prefixes = {f"{name}.layer.": f"{name}." for name, module in backbone.named_modules() if isinstance(module, PromptedLayer)}
 
     def original(name: str) -> str:
         prefix = next((p for p in prefixes if name.startswith(p)), None)
         return name if prefix is None else prefixes[prefix] + name[len(prefix) :]
 
-    return {original(name): t for name, t in backbone.state_dict().items() if not (unused and name.startswith(unused))}
+    return {original(name): t for name, t in backbone.state_dict().items()}
+
+
+def _save_under_original_names(backbone: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained` of an encoder while it is prompted."""
+    if len(args) < 3:
+        kwargs.setdefault("state_dict", _under_original_names(backbone))
+    return type(backbone).save_pretrained(backbone, *args, **kwargs)
+
+
+def wrapped_by_peft(backbone: nn.Module) -> str:
+    """Return the class of peft around or in a backbone, "" if there is none."""
+    for module in backbone.modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            return type(module).__name__
+    return ""
 
 
 def base_model(backbone: nn.Module) -> nn.Module:
@@ -335,6 +355,15 @@ class Attachment:
             parameter.requires_grad_(finetune and not name.startswith((*adapter.unused, *adapter.unreached)))
         for i, layer in self._original.items():
             blocks[i] = PromptedLayer(layer, adapter).eval()
+        if isinstance(backbone, PreTrainedModel):
+            # Written as it stands its weights would have names that nobody can load.
+            vars(backbone)["save_pretrained"] = partial(_save_under_original_names, backbone)
+        if not finetune and (peft := wrapped_by_peft(backbone)):
+            warnings.warn(
+                f"{peft}: the adapters of peft in this encoder are frozen like all of it; prompts, routers and head train. Call "
+                "merge_and_unload() on it before to make them a part of its weights",
+                stacklevel=4,
+            )
         self.join_projections()
 
     def join_projections(self) -> None:
@@ -352,6 +381,7 @@ class Attachment:
             return
         for attention in self._attentions():
             attention.separate()
+        vars(self.backbone).pop("save_pretrained", None)
         blocks = self.adapter.layers(self.backbone)
         for i, layer in self._original.items():
             blocks[i] = layer

@@ -28,6 +28,7 @@ from .distributed import importance, is_distributed, warn_of_local_batches
 from .parts import new_head, new_input_prompts, new_mapper, new_swin, router_options, task_loss
 from .precision import HALF, CastWeights
 from .saving import SavedModel
+from .sources import source_of
 from .swin import MoPESwinEncoder, distinct
 
 NO_BANKS = (
@@ -137,6 +138,7 @@ class MoPEForClassification(SavedModel):
         self.config = config
         self.vision: nn.Module | None = None if vision is None else base_model(vision)
         self.text: nn.Module | None = None if text is None else base_model(text)
+        self._sources = {m: source_of(self.backbone(m)) for m in config.modalities}
         main, other = config.main, config.complementary
         self._widths = {m: find_architecture(self.backbone(m), m).hidden_size(self.backbone(m)) for m in config.modalities}
         dim, cross_dim = self._widths[main], self._widths[other] if other else None

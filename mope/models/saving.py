@@ -24,10 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .backbones import architecture_for, base_model, find_architecture, original_state_dict
+from .backbones import architecture_for, base_model, find_architecture, original_state_dict, wrapped_by_peft
 from .configuration import MoPEConfig
 from .fusion import PROCESSORS as PROCESSORS
 from .fusion import FusionModel
+from .sources import find_source, source_of, source_record, warn_of_missing
 from .swin import MoPESwinEncoder
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -41,6 +42,8 @@ class SavedModel(FusionModel):
     """`save_pretrained` and `from_pretrained` of a MoPE model."""
 
     config: MoPEConfig
+    # Where each encoder came from.
+    _sources: dict[str, str]
 
     @abstractmethod
     def added_state_dict(self) -> dict[str, Tensor]:
@@ -93,11 +96,20 @@ class SavedModel(FusionModel):
         backbone, state = original(self.backbone(modality))
         kept = "copy" if modality in self.config.finetuned else backbones
         if kept == "copy":
+            if peft := wrapped_by_peft(backbone):
+                raise ValueError(
+                    f"the {modality} backbone is a {peft} of peft, which saves its adapter alone: merge it before "
+                    f"({modality} = {modality}.merge_and_unload()), or save with backbones='reference'"
+                )
             stored = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in state.items()}
             _save_copy(backbone, stored, folder / modality)
             # What will be loaded: rounded to the dtype of the file.
             state = {name: stored[name].to(t.dtype) for name, t in state.items()}
-        return {"stored": kept, **describe(backbone, state)}
+        # As it was when the model was made: the working directory may be another one now.
+        source = self._sources[modality]
+        if kept == "reference":
+            warn_of_missing(f"its {modality} encoder", source, modality)
+        return {"stored": kept, **describe(backbone, state), **source_record(source, folder)}
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, vision: nn.Module | None = None, text: nn.Module | None = None) -> Self:
@@ -177,7 +189,7 @@ def describe(backbone: nn.Module, state: dict[str, Tensor] | None = None) -> dic
     return {
         "class": type(backbone).__name__,
         "model_type": config.model_type,
-        "source": getattr(config, "_name_or_path", "") or "",
+        "source": source_of(backbone),
         "dtype": str(next(t.dtype for t in state.values() if t.is_floating_point())).removeprefix("torch."),
         "fingerprint": digest.hexdigest(),
     }
@@ -192,11 +204,11 @@ def _save_copy(backbone: nn.Module, state: dict[str, Tensor], folder: Path) -> N
 
 
 def load_backbone(folder: Path, modality: str, record: dict[str, Any]) -> nn.Module:
-    copied, class_name = record["stored"] == "copy", record["class"]
-    source = folder / modality if copied else record["source"]
+    class_name = record["class"]
     ask = f"give it as from_pretrained(..., {modality}=...)"
-    if not source:
-        raise FileNotFoundError(f"{folder} has no copy of its {modality} backbone, a {class_name} that came from no file: {ask}")
+    source, is_local = str(folder / modality), True
+    if record["stored"] != "copy":
+        source, is_local = find_source(folder, record, f"its {modality} backbone, a {class_name}", ask)
     backbone_class = getattr(transformers, class_name, None)
     if not (isinstance(backbone_class, type) and issubclass(backbone_class, transformers.PreTrainedModel)):
         raise ValueError(f"the {modality} backbone is a {class_name}, which transformers does not have: {ask}")
@@ -204,7 +216,7 @@ def load_backbone(folder: Path, modality: str, record: dict[str, Any]) -> nn.Mod
         return backbone_class.from_pretrained(
             source,
             dtype=getattr(torch, record["dtype"]),
-            local_files_only=copied,
+            local_files_only=is_local,
             use_safetensors=True,
             **architecture_for(record["model_type"]).load_options,
         )

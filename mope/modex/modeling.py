@@ -23,6 +23,7 @@ from mope.models.fusion import FusionModel
 from mope.models.parts import task_loss
 from mope.models.precision import HALF, CastWeights
 from mope.models.saving import CONFIG, DTYPES, WEIGHTS, read_tensors
+from mope.models.sources import find_source, source_of, source_record, warn_of_missing
 
 from .albef import AlbefModel
 from .attaching import attach, expected_tensors
@@ -152,6 +153,7 @@ class ModeXForClassification(FusionModel):
         self.config = ClassifierConfig(config, names, problem_type, padding_side)
         self._parts = _parts(model)
         self.encoder: Any = model
+        self._source = source_of(model)
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self.adapters = None if config is None else attach(model, config)
         for name, parameter in model.named_parameters():
@@ -306,7 +308,9 @@ class ModeXForClassification(FusionModel):
         folder.mkdir(parents=True, exist_ok=True)
         with self.weights_as_given():
             state = self._original_state()
-            record = {"stored": backbones, **_describe(self.encoder, state)}
+            if backbones == "reference":
+                warn_of_missing("its encoder", self._source, "model")
+            record = {"stored": backbones, **_describe(self.encoder, state), **source_record(self._source, folder)}
             if backbones == "copy":
                 self.encoder.save_pretrained(folder / ENCODER, state_dict=dict(state))
         self.save_processors(folder)
@@ -377,7 +381,7 @@ def _describe(encoder: Any, state: Mapping[str, Tensor]) -> dict[str, str]:
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return {
         "class": type(encoder).__name__,
-        "source": getattr(encoder.config, "_name_or_path", "") or "",
+        "source": source_of(encoder),
         "dtype": str(next(t.dtype for t in state.values() if t.is_floating_point())).removeprefix("torch."),
         "fingerprint": digest.hexdigest(),
     }
@@ -458,14 +462,13 @@ def read_config(folder: Path) -> tuple[ClassifierConfig, dict[str, str]]:
 
 
 def _load(folder: Path, record: Mapping[str, str]) -> nn.Module:
-    copied = record["stored"] == "copy"
-    source = folder / ENCODER if copied else record["source"]
     ask = "give it as from_pretrained(..., model=...)"
-    if not source:
-        raise FileNotFoundError(f"{folder} has no copy of its encoder, a {record['class']} that came from no file: {ask}")
+    source, is_local = str(folder / ENCODER), True
+    if record["stored"] != "copy":
+        source, is_local = find_source(folder, record, f"its encoder, a {record['class']}", ask)
     try:
         model: nn.Module = encoder_class(record["class"]).from_pretrained(
-            source, dtype=getattr(torch, record["dtype"]), local_files_only=copied, use_safetensors=True
+            source, dtype=getattr(torch, record["dtype"]), local_files_only=is_local, use_safetensors=True
         )
         return model
     # A damaged folder makes transformers raise almost anything.

@@ -80,8 +80,11 @@ def test_backbones_are_found_by_the_name_they_had(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     loaded = MoPEForClassification.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
-    shutil.rmtree(tmp_path / "bert")
+    (tmp_path / "bert" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"cannot load the text backbone, a BertModel, from .*text=\.\.\."):
+        MoPEForClassification.from_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "bert")
+    with pytest.raises(FileNotFoundError, match=r"its text backbone, a BertModel, .* is not here .*text=\.\.\."):
         MoPEForClassification.from_pretrained(tmp_path / "model")
 
 
