@@ -199,19 +199,31 @@ def fill(folder: Path, kernels: Iterable[Specialization], arch: str, *, note: st
     folder.mkdir(parents=True, exist_ok=True)
     settle(folder)
     wanted = {folder_of(kernel.key(arch)): kernel for kernel in kernels}
+    modules = _modules_of_an_earlier_fill(folder, arch)
+    missing = [kernel for name, kernel in wanted.items() if not (modules and has(folder, name, kernel))]
     environment = {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1"}
-    modules: set[str] = set()
     with mock.patch.dict(os.environ, environment), tempfile.TemporaryDirectory() as scratch, _something_to_link(Path(scratch)):
         work = functools.partial(_compile, arch=arch, folder=folder)
-        if jobs == 1:
-            modules.update(*map(work, wanted.values()))
+        if jobs == 1 or len(missing) < 2:
+            modules.update(*map(work, missing))
         else:
             # Spawned, as threads of the compiler do not survive a fork.
-            with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as workers:
-                modules.update(*workers.map(work, wanted.values()))
+            with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=multiprocessing.get_context("spawn")) as workers:
+                modules.update(*workers.map(work, missing))
     manifest = Manifest(arch, Made.here(arch), note, wanted, sorted(modules))
     manifest.write(folder)
     return manifest
+
+
+def _modules_of_an_earlier_fill(folder: Path, arch: str) -> set[str]:
+    """Return the C modules in a cache; none, if not all are there that an earlier fill made: then they are made again."""
+    try:
+        manifest = Manifest.read(folder)
+    except ValueError:
+        return set()
+    if manifest is None or manifest.arch != arch or manifest.made.differences(Made.here(arch)):
+        return set()
+    return set(manifest.modules) if all((folder / name).exists() for name in manifest.modules) else set()
 
 
 def _compile(kernel: Specialization, arch: str, folder: Path) -> set[str]:
