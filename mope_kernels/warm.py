@@ -199,8 +199,9 @@ def fill(folder: Path, kernels: Iterable[Specialization], arch: str, *, note: st
     folder.mkdir(parents=True, exist_ok=True)
     settle(folder)
     wanted = {folder_of(kernel.key(arch)): kernel for kernel in kernels}
-    modules = _modules_of_an_earlier_fill(folder, arch)
-    missing = [kernel for name, kernel in wanted.items() if not (modules and has(folder, name, kernel))]
+    earlier = _modules_of_an_earlier_fill(folder, arch)
+    missing = [kernel for name, kernel in wanted.items() if earlier is None or not has(folder, name, kernel)]
+    modules = set(earlier or ())
     environment = {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1"}
     with mock.patch.dict(os.environ, environment), tempfile.TemporaryDirectory() as scratch, _something_to_link(Path(scratch)):
         work = functools.partial(_compile, arch=arch, folder=folder)
@@ -215,15 +216,15 @@ def fill(folder: Path, kernels: Iterable[Specialization], arch: str, *, note: st
     return manifest
 
 
-def _modules_of_an_earlier_fill(folder: Path, arch: str) -> set[str]:
-    """Return the C modules in a cache; none, if not all are there that an earlier fill made: then they are made again."""
+def _modules_of_an_earlier_fill(folder: Path, arch: str) -> list[str] | None:
+    """Return the C modules that an earlier fill made; None if there was none, or not all are there: then they are made again."""
     try:
         manifest = Manifest.read(folder)
     except ValueError:
-        return set()
+        return None
     if manifest is None or manifest.arch != arch or manifest.made.differences(Made.here(arch)):
-        return set()
-    return set(manifest.modules) if all((folder / name).exists() for name in manifest.modules) else set()
+        return None
+    return manifest.modules if all((folder / name).exists() for name in manifest.modules) else None
 
 
 def _compile(kernel: Specialization, arch: str, folder: Path) -> set[str]:
@@ -270,41 +271,27 @@ def _modules(compiled: Any, folder: Path) -> set[str]:
     """Let Triton compile what it compiles before a first launch, and return the files."""
     from triton.backends.nvidia import driver
     from triton.runtime import build
-    from triton.runtime import driver as active
 
     loaded: set[str] = set()
+    if hasattr(build, "_get_cache_manager"):
+        # This Triton has one module, whose name in the cache hashes where the driver's library lies.
+        return loaded
 
     def load(name: str, path: str) -> _NotLoaded:
         loaded.add(Path(path).resolve().relative_to(folder).as_posix())
         return _NotLoaded()
 
-    outer = active._active
-    active.set_active(_Utilities())
     try:
         with mock.patch.object(build, "_load_module_from_path", load):
             # It is one object for each process otherwise.
             with contextlib.suppress(AttributeError):
                 del driver.CudaUtils.instance
             driver.CudaUtils()
-            with contextlib.suppress(_Launched):
-                driver.CudaLauncher(compiled.src, compiled.metadata)
+            driver.CudaLauncher(compiled.src, compiled.metadata)
     finally:
         with contextlib.suppress(AttributeError):
             del driver.CudaUtils.instance
-        active._active = outer
     return loaded
-
-
-class _Launched(Exception):
-    """A Triton whose launcher needs no module of its own asks the driver's module instead."""
-
-
-class _Utilities:
-    """Stands in for Triton's driver where a launcher is made."""
-
-    @property
-    def utils(self) -> Any:
-        raise _Launched
 
 
 def report(folder: Path, manifest: Manifest) -> Sequence[str]:

@@ -17,7 +17,7 @@ from mope_kernels import aot, warm
 from mope_kernels._triton import compiling_for, record_launches
 from mope_kernels.impl import interpreting
 
-from .test_aot import needs_triton
+from .test_aot import needs_triton, triton_is_older_than
 
 pytestmark = [needs_triton, pytest.mark.skipif(interpreting(), reason="interpreted kernels are not compiled")]
 SMALL = "importance_loss K=16"
@@ -156,8 +156,8 @@ def test_the_manifest_says_what_is_there_and_what_is_missing(moved):
     manifest = warm.Manifest.read(moved)
     assert manifest.note == "a note" and manifest.arch == "sm_90" and manifest.made == warm.Made.here("sm_90")
     modules = len(manifest.modules)
-    # The driver's module, and on Triton 3.6 one for each signature.
-    assert modules >= 1 and all((moved / name).suffix == ".so" for name in manifest.modules)
+    # On Triton 3.6 the driver's module and one for each signature; later ones have the first alone, which cannot be moved.
+    assert modules == (3 if triton_is_older_than(3, 7) else 0) and all((moved / name).suffix == ".so" for name in manifest.modules)
     assert str(warm.look(moved, manifest)) == f"2 of 2 kernels and {modules} of {modules} stubs found"
     shutil.rmtree(moved / next(iter(manifest.kernels)))
     assert str(warm.look(moved, manifest)) == f"1 of 2 kernels and {modules} of {modules} stubs found"
@@ -170,6 +170,8 @@ def test_the_manifest_says_what_is_there_and_what_is_missing(moved):
             again = warm.fill(moved, manifest.kernels.values(), "sm_90")
             assert len(compiled) == expected
             assert str(warm.look(moved, again)) == f"2 of 2 kernels and {modules} of {modules} stubs found"
+    if not modules:
+        return
     (moved / manifest.modules[0]).unlink()
     assert str(warm.look(moved, manifest)) == f"2 of 2 kernels and {modules - 1} of {modules} stubs found"
     warm.fill(moved, manifest.kernels.values(), "sm_90")
