@@ -64,8 +64,10 @@ class PromptedNormFunction(torch.autograd.Function):
         num_rows, num_static, num_mapped = ctx.sizes
         # Without a router nothing comes out of one, and torch.compile gives zeros of the shape of what stands there.
         grads = grads[: 4 if ctx.routes else 2] + (None,) * (0 if ctx.routes else 2)
+        # A list: torch.compile begins again where it meets strides here, and torch 2.14 then trips over a generator left half-way.
+        laid_out = [None if grad is None else last_dim_contiguous(grad) for grad in grads]
         found = ctx.ops.prompted_norm_backward.default(
-            *(None if grad is None else last_dim_contiguous(grad) for grad in grads),
+            *laid_out,
             *ctx.saved_tensors,
             num_rows,
             ctx.options.num_replaced,

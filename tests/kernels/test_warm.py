@@ -160,8 +160,6 @@ def test_the_manifest_says_what_is_there_and_what_is_missing(moved):
     # On Triton 3.6 the driver's module and one for each signature; later ones have the first alone, which cannot be moved.
     is_3_6 = importlib.metadata.version("triton").startswith("3.6.")
     assert modules == (3 if is_3_6 else 0) and all((moved / name).suffix == ".so" for name in manifest.modules)
-        (moved / name).suffix == ".so" for name in manifest.modules
-    )
     assert str(warm.look(moved, manifest)) == f"2 of 2 kernels and {modules} of {modules} stubs found"
     shutil.rmtree(moved / next(iter(manifest.kernels)))
     assert str(warm.look(moved, manifest)) == f"1 of 2 kernels and {modules} of {modules} stubs found"

@@ -13,6 +13,8 @@ from transformers import BertConfig, BertModel, BlipConfig, BlipForImageTextRetr
 
 from mope.modex import AlbefConfig, AlbefModel, ModeXConfig, attach
 
+from .tiny import recompute
+
 SIZES = dict(num_attention_heads=2, intermediate_size=24)
 VISION = dict(**SIZES, hidden_size=12, num_hidden_layers=2, image_size=8, patch_size=4)
 TEXT = dict(**SIZES, hidden_size=16, num_hidden_layers=4, vocab_size=30, max_position_embeddings=10, pad_token_id=0)
@@ -140,7 +142,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     found = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            recompute(model)
         model.zero_grad()
         torch.manual_seed(2)
         model(**batch).last_hidden_state.square().sum().backward()

@@ -21,7 +21,7 @@ from mope.fused.adapter import ExpertAdapter
 from mope.models import attach as attach_prompts
 from mope.modex import Adapters, ModeXConfig, attach
 
-from .tiny import BATCH, CONFIGS, MODELS, TOKENS, attached, inputs, model, output, shake
+from .tiny import BATCH, CONFIGS, MODELS, TOKENS, attached, inputs, model, output, recompute, shake
 
 TEXTS_WITH_IMAGES = ("bert_cross", "blip_retrieval", "blip_vqa", "blip_captioning")
 
@@ -149,7 +149,6 @@ def test_a_text_layer_computes_what_was_published(name, fused):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("name", ["vit", *TEXTS_WITH_IMAGES])
 def test_checkpointing_recomputes_the_same(name):
     made, adapters = attached(name)
@@ -159,7 +158,7 @@ def test_checkpointing_recomputes_the_same(name):
             module.p = 0.0
     given = inputs(name)
     expected = torch.autograd.grad(output(made, given).square().sum(), [*adapters.parameters()], allow_unused=True)
-    made.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute(made)
     if name.startswith("blip"):
         # Its embeddings cannot be given gradients: it adds to them in place.
         made.disable_input_require_grads()
