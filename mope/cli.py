@@ -117,7 +117,13 @@ def _demo(options: argparse.Namespace) -> int:
         from mope.demo.modex.run import demo
     else:
         from mope.demo.run import demo
-    demo(out=options.out, seeds=options.seeds, fast=options.fast, device=options.device, threads=options.threads)
+    from mope.finite import NotFiniteError
+
+    try:
+        demo(out=options.out, seeds=options.seeds, fast=options.fast, device=options.device, threads=options.threads)
+    except (NotFiniteError, OSError) as error:
+        print(f"\nmope demo: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from mope.demo.data import Digits, facts, to_pixel_values, vocabulary
+from mope.finite import NotFiniteError
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -123,7 +125,9 @@ def optimize(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                if not math.isfinite(now := loss.item()):
+                    raise NotFiniteError(f"{title}: loss is not finite at step {bar.n + 1}; lower the learning rate")
+                bar.set_postfix(loss=f"{now:.3f}", refresh=False)
                 bar.update()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from mope.demo.plain import BATCH, Comparison
 from mope.demo.train import Result, Settings
+from mope.finite import finite_or_none
 from mope_kernels import _extension
 
 
@@ -127,4 +128,4 @@ def write_files(out: Path, text: str, record: dict[str, Any]) -> None:
     """results.md and results.json."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.md").write_text(text, encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(finite_or_none(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from mope import MoPEConfig, MoPEForClassification
 from mope.demo.data import Digits, Examples, draw_examples, statements, to_pixel_values
 from mope.demo.pretrain import Backbones
+from mope.finite import LossWatch, NotFiniteError
 from mope.models.fusion import FusionModel
 
 MOPE, MOPE_TOP_1 = "MoPE, dense", "MoPE, evaluated top-1"
@@ -196,26 +197,41 @@ def fit(
     title: str,
     learning_rate: float,
 ) -> float:
-    """AdamW with a warm-up and a cosine to zero; the model keeps the weights of its best round."""
+    """AdamW with a warm-up and a cosine to zero; the model keeps the weights of its best round.
+
+    Raises:
+        NotFiniteError: the loss of a step was not finite.
+    """
     settings, parameters = task.settings, list(model.trainable_parameters())
     steps = settings.rounds * -(-4 * 19 * settings.draws // settings.batch_size)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    watch, step = LossWatch(), 0
     best, best_state = -1.0, {}
     with tqdm(total=steps, desc=f"{title:<24}") as bar:
         for number in range(settings.rounds):
             model.train()
             for loss in losses(task.training_round(number)):
+                step += 1
+                watch.see(loss, step)
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 schedule.step()
                 bar.update()
+            if (wrong := watch.first()) is not None:
+                raise NotFiniteError(
+                    f"{title}: loss is not finite at step {wrong}; lower the learning rate (now {learning_rate:g})"
+                )
             model.eval()
             with torch.no_grad():
                 found = validate()
             bar.set_postfix(validation=f"{found:.3f}")
+            if not all(bool(p.isfinite().all()) for p in parameters):
+                raise NotFiniteError(
+                    f"{title}: weights are not finite after step {step}; lower the learning rate (now {learning_rate:g})"
+                )
             if found > best:
                 best, best_state = found, {name: tensor.clone() for name, tensor in model.trained_state_dict().items()}
     model.load_state_dict(best_state, strict=False)

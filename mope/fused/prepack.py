@@ -118,6 +118,8 @@ class Prepacked:
             and type(x) is Tensor
             and weight.device.type == x.device.type == "cpu"
             and available(weight.dtype)
+            # `functional_call` lends the layer another weight, which is gone when the backward pass comes.
+            and isinstance(weight, nn.Parameter)
             # Autocast casts the rows of x, as it would in front of F.linear.
             and weight.dtype == (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
             and not weight.requires_grad

@@ -220,9 +220,13 @@ class BertAdapter(BackboneAdapter):
 
 
 class RobertaAdapter(BertAdapter):
-    """Its embeddings count positions without padding themselves."""
+    """Its embeddings count positions themselves, of all tokens that are not the padding token."""
 
     def embed(self, model: Any, inputs: dict[str, Tensor], token_mask: Tensor | None) -> Tensor:
+        if token_mask is not None:
+            # Whatever stands where the mask hides it is not counted.
+            padding = model.embeddings.padding_idx
+            inputs = {**inputs, "input_ids": inputs["input_ids"].masked_fill(~token_mask, padding)}
         return model.embeddings(**inputs)
 
 

@@ -69,7 +69,8 @@ class MoPEConfig:
             of the released code's order, in which items of a batch reach each other.
         importance_weight, importance_threshold: weight of the importance loss in the loss, and the CV^2 up to which it is 0.
         importance_noise: whether the importance loss sees the router's noise.
-        padding_side: of the tokenizer. "right" is fast (lengths); "left" takes any attention mask.
+        padding_side: of the tokenizer. Both take any attention mask. "right" is fast (lengths), and puts tokens in front of padding
+            first where it stands elsewhere; "left" hides padding by a mask.
         impl: of the ops: "auto", the name of an implementation, or several with commas between them, tried in that order.
 
     Raises:

@@ -63,12 +63,18 @@ class MoPEOutput(ModelOutput):
 class Padding(NamedTuple):
     """Where the padding of a text batch is: `lengths` (B,) for right padding, `token_mask` (B,L) bool for any; or nowhere.
 
-    `packing`, where the host knows it, to do without.
+    `packing`, where the host knows it, to do without. `order` (B,L) int64: where each token came from, of texts that `tokens_first`
+    has to put in order for `lengths` to be true.
     """
 
     lengths: Tensor | None = None
     token_mask: Tensor | None = None
     packing: Packing | None = None
+    order: Tensor | None = None
+
+    def tokens_first(self, of_tokens: Tensor) -> Tensor:
+        """(B,L), or (1,L) for all items -> (B,L), tokens in front of padding and in the order that they had."""
+        return of_tokens if self.order is None else of_tokens.expand_as(self.order).gather(1, self.order)
 
     def as_mask(self, num_tokens: int) -> Any:
         """(B,L) bool, None without padding."""
@@ -427,8 +433,7 @@ class MoPEForClassification(SavedModel):
 
         Raises:
             ValueError: an input is missing or has another number of items; `cross_features`, labels or the attention mask have
-                another shape; the mask is not that of `padding_side` (looked at on the CPU); a bank is stale; or attention matrices
-                are asked for.
+                another shape; a bank is stale; or attention matrices are asked for.
             RuntimeError: prompts would be skipped, because a backbone was detached or its layers were replaced.
         """
         if output_attentions:
@@ -510,7 +515,9 @@ class MoPEForClassification(SavedModel):
             "text": {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids},
         }
         inputs = {m: {name: tensor for name, tensor in of.items() if tensor is not None} for m, of in given.items()}
-        return inputs, {"vision": Padding(), "text": self._padding(attention_mask)}
+        padding = self._padding(attention_mask)
+        inputs["text"] = {name: padding.tokens_first(tensor) for name, tensor in inputs["text"].items()}
+        return inputs, {"vision": Padding(), "text": padding}
 
     def _check_given(self, inputs: dict[str, dict[str, Tensor]], modalities: Sequence[str]) -> None:
         for modality in modalities:
@@ -569,17 +576,21 @@ class MoPEForClassification(SavedModel):
         """(B,L), 1 for tokens and 0 for padding. No value is read on an accelerator: the host would wait for it."""
         if attention_mask is None:
             return Padding()
-        packing, mask, device = None, attention_mask.bool(), self.device
-        if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():
-            if self.config.padding_side == "right" and (mask[:, 1:] & ~mask[:, :-1]).any():
-                raise ValueError(
-                    "attention_mask has padding before or between tokens, but the config says padding_side='right': "
-                    "pad on the right, or set padding_side='left' in MoPEConfig, which takes any mask"
-                )
-            packing = Packing.of(mask, device)
+        mask, device, order = attention_mask.bool(), self.device, None
+        is_readable = mask.device.type == "cpu" and not torch.compiler.is_compiling()
         if self.config.padding_side == "left":
+            packing = Packing.of(mask, device) if is_readable else None
             return Padding(token_mask=mask.to(device, non_blocking=True), packing=packing)
-        return Padding(lengths=attention_mask.sum(-1).to(device, non_blocking=True), packing=packing)
+        lengths = mask.sum(-1)
+        # Attention and routers do not see an order of tokens, only their positions, which are counted after this. Where nobody may
+        # look whether there is anything to put in order, it costs a sort of B*L bytes and a gather for each input, once for all
+        # layers; with padding on the right it changes nothing.
+        if not is_readable or (mask[:, 1:] & ~mask[:, :-1]).any():
+            order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
+            mask = mask if not is_readable else mask.gather(1, order)
+            order = order.to(device, non_blocking=True)
+        packing = Packing.of(mask, device) if is_readable else None
+        return Padding(lengths.to(device, non_blocking=True), packing=packing, order=order)
 
     def _encode(
         self,

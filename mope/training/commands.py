@@ -177,6 +177,7 @@ def _train(options: argparse.Namespace) -> int:
     from safetensors import SafetensorError
 
     from mope.data import DataError
+    from mope.finite import NotFiniteError
 
     from .jobs import TrainingJob
 
@@ -186,7 +187,7 @@ def _train(options: argparse.Namespace) -> int:
         return _fail("train", error)
     try:
         stopped_by = job.train()
-    except (DataError, OSError, SafetensorError) as error:
+    except (DataError, NotFiniteError, OSError, SafetensorError) as error:
         return _fail("train", error, running=True)
     return 0 if stopped_by is None else SIGNALLED + stopped_by
 
@@ -197,6 +198,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from safetensors import SafetensorError
 
     from mope.data import DataError
+    from mope.finite import NotFiniteError
 
     from .jobs import EvaluationJob
 
@@ -206,7 +208,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         return _fail("evaluate", error)
     try:
         job.evaluate()
-    except (DataError, OSError, SafetensorError) as error:
+    except (DataError, NotFiniteError, OSError, SafetensorError) as error:
         return _fail("evaluate", error, running=True)
     return 0
 

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from mope import environment
 from mope.data import Examples, Split, read_split
 from mope.data.formats import SPLITS
+from mope.finite import NotFiniteError, infinite
 from mope.models.fusion import FusionModel
 
 from . import report
@@ -44,14 +45,25 @@ class TrainingJob:
         self.description = self._describe(self._first)
 
     def train(self) -> int | None:
-        """All runs, and their table -> the signal that stopped it, if one did."""
-        results = []
+        """All runs, and their table -> the signal that stopped it, if one did.
+
+        Raises:
+            NotFiniteError: runs diverged. The others went on, and the results say which did not.
+        """
+        results, diverged = [], {}
         for seed in self.seeds:
             # Not kept: the memory is needed for the next one.
             run, self._first = self._first or self._make_run(seed), None
             self._announce(run)
-            result = run.train()
-            run.model.detach()
+            try:
+                result = run.train()
+            except NotFiniteError as error:
+                diverged[seed] = str(error)
+            finally:
+                run.model.detach()
+            if seed in diverged:
+                del run
+                continue
             if result["stopped"]:
                 self.state.print(f"\nstopped at step {result['steps']}; the same command with --resume continues")
                 return run.trainer.interruption.arrived
@@ -59,10 +71,14 @@ class TrainingJob:
             del run
         if self.state.is_main_process:
             text = report.runs_table(results)
-            report.write(self.options.out, {**self.description, "runs": results}, text)
-            print(f"\n{text}")
-            for seed in self.seeds:
-                print(self._out(seed) / "model")
+            failed = [{"seed": seed, "error": error} for seed, error in diverged.items()]
+            report.write(self.options.out, {**self.description, "runs": results, **({"failed": failed} if failed else {})}, text)
+            if results:
+                print(f"\n{text}")
+            for result in results:
+                print(self._out(result["seed"]) / "model")
+        if diverged:
+            raise NotFiniteError("; ".join(f"seed {s}: {e}" if len(self.seeds) > 1 else e for s, e in diverged.items()))
         return None
 
     def _out(self, seed: int) -> Path:
@@ -205,6 +221,11 @@ class EvaluationJob:
                     **_where(self.state.device),
                 }
                 report.write(self.options.out, {**description, "rows": rows}, text)
+        if wrong := sorted({name for row in rows for name in infinite({n: v for n, v in row.items() if isinstance(v, float)})}):
+            raise NotFiniteError(
+                f"{' and '.join(wrong)} of {self.split.name} is not finite: the model, or the images, hold numbers that are not, "
+                "or that the encoders overflow on"
+            )
         return rows
 
 

@@ -39,7 +39,8 @@ class Counts:
         self.loss += loss_sum(logits, labels)
         self.labels += labels.numel()
         if self.problem_type == "single_label":
-            right = (logits.argmax(-1) == labels)[:, None]
+            # argmax would name the place of a NaN, which is nobody's answer.
+            right = ((logits.argmax(-1) == labels) & ~logits.isnan().any(-1))[:, None]
             # Of one "class", that of being right: every item is predicted and present.
             found, predicted, present = right, torch.ones_like(right), torch.ones_like(right)
         else:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mope.finite import finite_or_none
+
 NAMES = {"accuracy": "accuracy", "f1_micro": "F1 micro", "f1_macro": "F1 macro", "loss": "loss"}
 
 
@@ -60,7 +62,7 @@ def refuse_other(folder: Path) -> None:
 def write(folder: Path, results: dict[str, Any], text: str) -> None:
     """`results.json` and `results.md`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "results.json").write_text(json.dumps(finite_or_none(results), indent=2, allow_nan=False) + "\n")
     (folder / "results.md").write_text(text)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mope.data import Collator, Examples, FeatureCache, RandAugment, Split, cached_features
+from mope.finite import NotFiniteError, infinite
 from mope.models.distributed import is_distributed
 from mope.models.fusion import FusionModel
 
@@ -109,6 +110,10 @@ class TrainingRun:
 
         "stopped" is true in them where a signal ended it early; then only a checkpoint was written. Metrics of dev and test are
         those of the saved model, without autocast.
+
+        Raises:
+            NotFiniteError: the loss of a step, or a metric, is not finite; the message says what to change. Checkpoints that were
+                written before stay, and are finite.
         """
         start = time.perf_counter()
         # Nobody writes before all have looked at the folder.
@@ -145,6 +150,12 @@ class TrainingRun:
                     num_workers=self.num_workers,
                     progress=self.progress,
                 )
+                if wrong := infinite(results[name]):
+                    raise NotFiniteError(
+                        f"{' and '.join(wrong)} of {name} is not finite, with the weights of step "
+                        f"{results['best_step'] or results['steps']}: its images may not be finite, or hold numbers that the "
+                        "encoders overflow on"
+                    )
             if self._is_first_process():
                 self.model.save_pretrained(self.out / "model", backbones="copy" if self.copy_backbones else "reference")
             _wait_for_all()

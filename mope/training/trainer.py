@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from mope.finite import LossWatch, NotFiniteError, infinite
 from mope.models.fusion import FusionModel
 from mope.models.saving import WEIGHTS
 
@@ -61,7 +62,9 @@ class FusionTrainer(Trainer):
 
     What differs from Trainer: batches and loss are those of the global batch, and so do not depend on the number of processes;
     learning rates are those of the recipe for each encoder; a checkpoint holds what is trained and not the frozen backbones; a
-    metric is counted over processes exactly; an interruption saves a checkpoint first.
+    metric is counted over processes exactly; an interruption saves a checkpoint first; a loss that is not finite ends training
+    before a checkpoint is written (on an accelerator it is looked for where the log is written, an epoch ends or a checkpoint is
+    due, so that no step waits).
 
     Args:
         fusion: the model, on any device.
@@ -156,6 +159,7 @@ class FusionTrainer(Trainer):
         arguments.per_device_train_batch_size = math.ceil(recipe.batch_size / arguments.world_size / recipe.accumulation)
         self.eval_batch_size = eval_batch_size or recipe.batch_size
         self.interruption = Interruption()
+        self._losses = LossWatch()
         self.frozen_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         super().__init__(
             Trained(fusion),
@@ -180,7 +184,9 @@ class FusionTrainer(Trainer):
         self.fusion.cast_frozen(self.frozen_dtype or before)
         try:
             with self.fusion.prepacked():
-                return super().train(*args, **kwargs)
+                output = super().train(*args, **kwargs)
+            self.check_losses()
+            return output
         finally:
             self.fusion.cast_frozen(before)
 
@@ -231,12 +237,18 @@ class FusionTrainer(Trainer):
         loss = loss_sum(logits, labels, label_smoothing=self.recipe.label_smoothing) * self.args.world_size / count
         if importance is not None:
             loss = loss + self.fusion.config.importance_weight / self.current_gradient_accumulation_steps * importance
+        if model.training:
+            self._losses.see(loss, self.state.global_step + 1)
         return (loss, (logits,)) if return_outputs else loss
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Metrics over all processes, logged."""
+        """Metrics over all processes, logged.
+
+        Raises:
+            NotFiniteError: one of them is not finite.
+        """
         items: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         found = measure(
             self.fusion,
@@ -247,10 +259,28 @@ class FusionTrainer(Trainer):
             autocast=self.accelerator.autocast,
             title=None if self.args.disable_tqdm else metric_key_prefix,
         )
+        if wrong := infinite(found):
+            raise NotFiniteError(f"{' and '.join(wrong)} of {metric_key_prefix} is not finite {self._advice()}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def check_losses(self) -> None:
+        """Raise NotFiniteError if the loss of a step so far was not finite. Waits for the device; every process has to call."""
+        if (step := self._losses.first()) is not None:
+            raise NotFiniteError(f"loss is not finite {self._advice(step)}")
+
+    def _advice(self, step: int | None = None) -> str:
+        """What to do about it; `step`: default the last one."""
+        step = self.state.global_step if step is None else step
+        rates = " and ".join(
+            f"--{modality}-lr {rate:g}" for modality, rate in (("vision", self.recipe.vision_lr), ("text", self.recipe.text_lr))
+        )
+        dtype = self.frozen_dtype
+        precision = "" if dtype is None else f", or compute in float32 (--precision fp32, not {str(dtype).removeprefix('torch.')})"
+        first = "; at the first step the data and the encoders' weights may not be finite themselves" if step == 1 else ""
+        return f"at step {step}; lower the learning rates (now {rates}){precision}{first}"
 
     def train_until_stopped(self, checkpoint: Path | None = None) -> None:
         """Train from the beginning or from a checkpoint; `interruption.arrived` says afterwards whether a signal ended it.
@@ -276,6 +306,8 @@ class FusionTrainer(Trainer):
             folder = self.out if output_dir is None else Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             tensors = {name: tensor.contiguous() for name, tensor in self.fusion.trained_state_dict().items()}
+            if wrong := [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
+                raise NotFiniteError(f"{wrong[0]} and {len(wrong) - 1} other tensors that train are not finite {self._advice()}")
             save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -348,11 +380,15 @@ class RunCallback(TrainerCallback):
         if state.global_step % self.trainer.batches.steps:
             control.should_save |= stopped or bool(self.save_steps and state.global_step % self.save_steps == 0)
         control.should_training_stop |= stopped
+        # On the CPU nobody waits.
+        if control.should_log or control.should_save or (args.device.type == "cpu" and args.world_size == 1):
+            self.trainer.check_losses()
 
     def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.interruption.arrived is not None and state.global_step % self.trainer.batches.steps:
             # Not the end of an epoch, and the checkpoint is written.
             control.should_evaluate = control.should_save = False
+        self.trainer.check_losses()
 
 
 class _Writer:

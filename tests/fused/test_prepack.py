@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mope.fused import prepack
@@ -161,6 +162,16 @@ def test_under_autocast_rows_are_cast_to_the_weights() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert Prepacked(layer).fits(x)
         torch.testing.assert_close(Prepacked(layer)(x), layer(x))
+
+
+@needs_onednn
+def test_a_weight_that_is_lent_for_one_call_is_left_alone() -> None:
+    """`functional_call` takes it back before the gradients come, which went through a weight of another dtype."""
+    layer, x = frozen(8, 6, dtype=torch.bfloat16), torch.randn(3, 8, requires_grad=True)
+    layer.forward = Prepacked(layer)  # type: ignore[method-assign, assignment]
+    lent = {name: tensor.float() for name, tensor in layer.named_parameters()}
+    (found,) = torch.autograd.grad(functional_call(layer, lent, (x,)).sum(), [x])
+    torch.testing.assert_close(found, lent["weight"].sum(0).expand(3, 8))
 
 
 @needs_onednn

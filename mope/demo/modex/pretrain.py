@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from mope.demo import pretrain
 from mope.demo.data import Digits, statements, to_pixel_values
 from mope.demo.pretrain import Backbones
+from mope.finite import LossWatch, NotFiniteError
 from mope.modex import AlbefModel
 
 # Half of the text layers attend to the scan.
@@ -97,12 +98,16 @@ def pretrain_fusion(
     parameters = [*model.parameters(), *matching.parameters(), *words.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(steps, 2), pct_start=0.1)
-    for _ in tqdm(range(steps), desc="fusion: captions"):
+    watch = LossWatch()
+    for step in tqdm(range(steps), desc="fusion: captions"):
         loss = loss_of(rng.integers(0, len(classes), BATCH))
+        watch.see(loss, step + 1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+    if (wrong := watch.first()) is not None:
+        raise NotFiniteError(f"fusion: captions: loss is not finite at step {wrong}; lower the learning rate")
 
     model.eval().requires_grad_(False)
     scans = splits["validation"]
