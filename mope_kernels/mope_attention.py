@@ -128,11 +128,13 @@ def _sdpa_check(
     *,
     lengths: Tensor | None = None,
     dropout_p: float = 0.0,
-    **others: Tensor | None,
+    **others: Any,
 ) -> list[str]:
     reasons = _libraries.nothing_visible_check(key, bank.key, lengths, None)
     of_bank = (bank.key, bank.value, bank.gram, bank.key_offset, bank.value_offset)
-    return reasons + _libraries.sdpa_gradient_check(query, key, value, logits, *of_bank, *others.values())
+    # explain() passes the numbers of a call on as well.
+    tensors = [t for t in others.values() if isinstance(t, Tensor)]
+    return reasons + _libraries.sdpa_gradient_check(query, key, value, logits, *of_bank, *tensors)
 
 
 _MOPE_ATTENTION = Operation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import mope_kernels
+from mope.info import examples
 from mope_kernels import impl
 from mope_kernels._extension import STATUS
 
@@ -52,6 +54,17 @@ def test_environment_replaces_auto_only(monkeypatch):
     monkeypatch.setenv("MOPE_IMPL", "quick")
     with pytest.raises(ValueError, match=r"route: MOPE_IMPL=quick: impl must be 'auto' or one of .*, got 'quick'"):
         mope_kernels.route(LOGITS)
+
+
+@pytest.mark.parametrize("op", impl._OPERATIONS)
+def test_explain_takes_every_argument_of_a_call(op):
+    arguments, options = examples(torch.device("cpu"), torch.float32)[op]
+    signature = inspect.signature(getattr(mope_kernels, op))
+    given = signature.bind(*arguments, **options)
+    expected = mope_kernels.explain(op, *given.args, **given.kwargs).impl
+    given.apply_defaults()
+    named = {name: value for name, value in given.arguments.items() if name != "impl"}
+    assert mope_kernels.explain(op, **named).impl == expected
 
 
 class OnGPU(torch.Tensor):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -353,15 +352,3 @@ def test_loads_while_other_threads_are_served(world: World) -> None:
             worker.join()
     assert not failures, failures
     assert min(served) > 0
-
-
-def test_the_examples_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("sklearn")
-    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
-    code, output = (
-        re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL) for language in ("python", "text")
-    )
-    monkeypatch.chdir(tmp_path)
-    for example in code:
-        exec(example, {})
-    assert capsys.readouterr().out == "".join(output)

@@ -1,0 +1,98 @@
+"""Run the blocks of a Markdown page in order, Python and shell in turns, in one namespace and one folder.
+
+bash reads the shell blocks. The commands in them are functions there, which record the call; then it is made in this process, which
+has imported torch already. (Libraries that run Markdown make a test of each block, and pytest-xdist may run these in any order.)
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+LANGUAGES = ("python", "sh", "text", "json")
+# The reasons for which a block may stay on the page without being run: ```sh not-run="needs a network". Another one is
+# "tested by tests/x.py": a test that does what the block says.
+REASONS = ("needs a network", "needs a GPU", "needs several GPUs")
+_FENCE = re.compile(r"^```(\S*)([^\n]*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+_NOT_RUN = re.compile(r' not-run="([^"]+)"')
+
+Tool = Callable[[list[str]], None]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block. `line` is that of its first line, `not_run` the reason that the page gives for not running it."""
+
+    language: str
+    code: str
+    line: int
+    not_run: str | None
+    info: str
+
+    @property
+    def runs(self) -> bool:
+        return self.language in ("python", "sh") and not self.not_run
+
+
+def blocks(text: str) -> list[Block]:
+    found = []
+    for match in _FENCE.finditer(text):
+        language, info, code = match.groups()
+        reason = _NOT_RUN.fullmatch(info)
+        found.append(Block(language, code, text[: match.start(3)].count("\n") + 1, reason and reason[1], info))
+    return found
+
+
+def run(path: Path, tools: Mapping[str, Tool], scope: dict[str, Any]) -> int:
+    """Run every block of a page in the current folder -> how many. Text right below a Python block has to be what the block prints.
+
+    Args:
+        path: the page.
+        tools: what the page may call in a shell, by name. Each gets its arguments.
+        scope: the names that the page says are the reader's own.
+    """
+    count, printed = 0, None
+    for block in blocks(path.read_text()):
+        where = f"{path.name}:{block.line}"
+        if block.language == "text" and printed is not None:
+            assert printed == block.code, where
+        printed = None
+        if not block.runs:
+            continue
+        try:
+            if block.language == "python":
+                out = StringIO()
+                with redirect_stdout(out):
+                    # Line numbers in tracebacks are those of the page.
+                    exec(compile("\n" * (block.line - 1) + block.code, str(path), "exec"), scope)
+                printed = out.getvalue()
+            else:
+                for name, arguments in commands(block.code, list(tools)):
+                    tools[name](arguments)
+        except Exception as error:
+            error.add_note(f"in the block at {where}")
+            raise
+        count += 1
+    return count
+
+
+def commands(code: str, names: list[str]) -> list[tuple[str, list[str]]]:
+    """Let bash read a block -> the calls of `names` in it, with their arguments."""
+    functions = "".join(f'{name}() {{ printf "%s\\0" {name} "$#" "$@"; }}\n' for name in names)
+    # Without a search path: a command that is no function of ours is not found.
+    bash = shutil.which("bash")
+    done = subprocess.run([str(bash), "-eu", "-c", functions + code], capture_output=True, text=True, env={"PATH": ""})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    found, rest = [], done.stdout.split("\0")[:-1]
+    while rest:
+        end = 2 + int(rest[1])
+        found.append((rest[0], rest[2:end]))
+        rest = rest[end:]
+    return found
