@@ -21,6 +21,7 @@ GPU is (build/gpu-cache).
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -104,17 +105,21 @@ def missing() -> list[str]:
 
 
 def take_over(begun: Path, out: Path, device: str, digest: str = "") -> None:
-    """Copy a device's files that `out` does not have, so that they are continued there; rows only if they are of these sources."""
+    """Copy a device's files that `out` does not have, so that they are continued there; with a digest only those of these sources."""
     out.mkdir(parents=True, exist_ok=True)
+    of_this_code = (digest, rows.sources(*TEST_SOURCES))
     for path in (*begun.glob(f"*-{device}.jsonl"), *begun.glob(f"*-{device}.json")):
-        is_other = path.suffix == ".jsonl" and digest and rows.read(path)[0].get("sources") not in (digest, test_sources())
-        if not is_other and not (out / path.name).exists():
-            shutil.copy(path, out)
+        if (out / path.name).exists() or (digest and sources_of(path) not in of_this_code):
+            continue
+        shutil.copy(path, out)
 
 
-def test_sources() -> str:
-    """Return the digest that the files of tests hold."""
-    return rows.sources(*TEST_SOURCES)
+def sources_of(path: Path) -> str | None:
+    """Return the digest in the header of a file of results."""
+    if path.suffix == ".jsonl":
+        return rows.read(path)[0].get("sources")
+    found: str | None = json.loads(path.read_text()).get("header", {}).get("sources")
+    return found
 
 
 def main() -> int:

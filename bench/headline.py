@@ -40,7 +40,7 @@ RECOMPILE_LIMIT = 256
 COMPILE_THREADS = 4
 # The files of the Triton kernels.
 KERNELS = [
-    path for path in sorted((rows.ROOT / "mope_kernels").glob("*_details/_*.py")) if path.stem not in ("_launch", "_libraries")
+    path for path in sorted((rows.ROOT / "mope_kernels").glob("*_details/_[!_]*.py")) if path.stem not in ("_launch", "_libraries")
 ]
 # The exit status where there is no device.
 NO_DEVICE = 2

@@ -208,6 +208,17 @@ def test_an_empty_folder_starts_from_what_there_is(tmp_path):
     assert {path.name: path.read_text() for path in out.iterdir()} == {"ops-a.jsonl": "old", "tests-a.jsonl": "new"}
 
 
+def test_results_of_other_code_are_left_where_they_are(tmp_path):
+    begun, out = tmp_path / "begun", tmp_path / "out"
+    begun.mkdir()
+    for name, digest in (("ops-a.jsonl", "now"), ("model-a.jsonl", "before")):
+        (begun / name).write_text(f'{{"sources": "{digest}"}}\n')
+    for name, digest in (("timeline-a.json", "before"), ("other-a.json", "now")):
+        (begun / name).write_text(f'{{"header": {{"sources": "{digest}"}}}}')
+    gpu.take_over(begun, out, "a", "now")
+    assert {path.name for path in out.iterdir()} == {"ops-a.jsonl", "other-a.json"}
+
+
 def test_what_passed_is_left_out_and_what_failed_runs_again(tmp_path):
     (tmp_path / "test_some.py").write_text("def test_good(): pass\ndef test_bad(): assert 0, 'a reason'\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.resume", "--resume"]
