@@ -105,7 +105,7 @@ def missing() -> list[str]:
 
 
 def take_over(begun: Path, out: Path, device: str, digest: str = "") -> None:
-    """Copy a device's files that `out` does not have, so that they are continued there; with a digest only those of these sources."""
+    """Copy a device's files that `out` lacks, so that they are continued there; with a digest only those of these sources."""
     out.mkdir(parents=True, exist_ok=True)
     of_this_code = (digest, rows.sources(*TEST_SOURCES))
     for path in (*begun.glob(f"*-{device}.jsonl"), *begun.glob(f"*-{device}.json")):
