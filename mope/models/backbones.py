@@ -334,12 +334,16 @@ class Attachment:
         self._original = {i: blocks[i] for i in self.layers}
         self._training = {module: module.training for module in backbone.modules()}
         self._requires_grad = {parameter: parameter.requires_grad for parameter in backbone.parameters()}
-        backbone.eval()
-        for name, parameter in backbone.named_parameters():
-            parameter.requires_grad_(finetune and not name.startswith((*adapter.unused, *adapter.unreached)))
-        for i, layer in self._original.items():
-            blocks[i] = PromptedLayer(layer, adapter).eval()
-        self.join_projections()
+        try:
+            backbone.eval()
+            for name, parameter in backbone.named_parameters():
+                parameter.requires_grad_(finetune and not name.startswith((*adapter.unused, *adapter.unreached)))
+            for i, layer in self._original.items():
+                blocks[i] = PromptedLayer(layer, adapter).eval()
+            self.join_projections()
+        except BaseException:
+            self.detach()
+            raise
 
     def join_projections(self) -> None:
         """Let one product compute query, key and value of a layer, where they are frozen. Again after parameters were moved."""
