@@ -173,8 +173,12 @@ class PrepackedLayers:
             for layer in module.modules()
             if isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear) and not any(p.requires_grad for p in layer.parameters())
         ]
-        for layer in self.layers:
-            layer.forward = Prepacked(layer)  # type: ignore[method-assign, assignment]
+        try:
+            for layer in self.layers:
+                layer.forward = Prepacked(layer)  # type: ignore[method-assign, assignment]
+        except BaseException:
+            self.undo()
+            raise
 
     def undo(self) -> None:
         as_before(self.layers)

@@ -135,7 +135,10 @@ class MultimodalRouter(Router):
             raise ValueError(f"MultimodalRouter: embedding must be 'frozen' or 'learned', got {embedding!r}")
         self.self_projection = nn.Linear(dim, self_width) if self_width else None
         self.cross_projection = nn.Linear(cross_dim, cross_width) if cross_width else None
-        keys = nn.init.orthogonal_(torch.empty(self_width + cross_width, num_experts))
+        # LAPACK has no 16 bits, which may be what new tensors get here.
+        dtype = torch.get_default_dtype()
+        keys = torch.empty(self_width + cross_width, num_experts, dtype=torch.promote_types(dtype, torch.float32))
+        keys = nn.init.orthogonal_(keys).to(dtype)
         if embedding == "learned":
             self.expert_embedding = nn.Parameter(keys)
         else:

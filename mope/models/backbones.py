@@ -354,21 +354,25 @@ class Attachment:
         self._original = {i: blocks[i] for i in self.layers}
         self._training = {module: module.training for module in backbone.modules()}
         self._requires_grad = {parameter: parameter.requires_grad for parameter in backbone.parameters()}
-        backbone.eval()
-        for name, parameter in backbone.named_parameters():
-            parameter.requires_grad_(finetune and not name.startswith((*adapter.unused, *adapter.unreached)))
-        for i, layer in self._original.items():
-            blocks[i] = PromptedLayer(layer, adapter).eval()
-        if isinstance(backbone, PreTrainedModel):
-            # Written as it stands its weights would have names that nobody can load.
-            vars(backbone)["save_pretrained"] = partial(_save_under_original_names, backbone)
-        if not finetune and (peft := wrapped_by_peft(backbone)):
-            warnings.warn(
-                f"{peft}: the adapters of peft in this encoder are frozen like all of it; prompts, routers and head train. Call "
-                "merge_and_unload() on it before to make them a part of its weights",
-                stacklevel=4,
-            )
-        self.join_projections()
+        try:
+            backbone.eval()
+            for name, parameter in backbone.named_parameters():
+                parameter.requires_grad_(finetune and not name.startswith((*adapter.unused, *adapter.unreached)))
+            for i, layer in self._original.items():
+                blocks[i] = PromptedLayer(layer, adapter).eval()
+            if isinstance(backbone, PreTrainedModel):
+                # Written as it stands its weights would have names that nobody can load.
+                vars(backbone)["save_pretrained"] = partial(_save_under_original_names, backbone)
+            if not finetune and (peft := wrapped_by_peft(backbone)):
+                warnings.warn(
+                    f"{peft}: the adapters of peft in this encoder are frozen like all of it; prompts, routers and head train. "
+                    "Call merge_and_unload() on it before to make them a part of its weights",
+                    stacklevel=4,
+                )
+            self.join_projections()
+        except BaseException:
+            self.detach()
+            raise
 
     def join_projections(self) -> None:
         """Let one product compute query, key and value of a layer, where they are frozen. Again after parameters were moved."""

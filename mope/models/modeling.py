@@ -166,8 +166,19 @@ class MoPEForClassification(SavedModel):
             layers[other] = None if config.cross_prompt_length else ()
         self._layers = {m: () if self._is_swin(m) else self._existing_layers(m, wanted) for m, wanted in layers.items()}
         self._attachments: dict[str, Attachment] = {}
-        self.attach()
+        try:
+            self.attach()
+            self._add_parts(dim, cross_dim)
+            self.to(self.device)
+        # Also memory that is not there, and an interruption: whoever gave the encoders has no handle to detach them by.
+        except BaseException:
+            self.detach()
+            raise
 
+    def _add_parts(self, dim: int, cross_dim: int | None) -> None:
+        """What trains: `dim` and `cross_dim` are the widths of the main and the complementary encoder."""
+        config, (main, *others) = self.config, self.config.modalities
+        other = others[0] if others else None
         # A Swin Transformer holds its own.
         layerwise = main in self._adapters
         self.router: Router | None = None
@@ -195,7 +206,6 @@ class MoPEForClassification(SavedModel):
         self.cross_head: nn.Sequential | None = None
         if cross_dim is not None and config.method == "ensemble":
             self.cross_head = new_head(config, cross_dim)
-        self.to(self.device)
 
     def backbone(self, modality: str) -> nn.Module:
         """The "vision" or "text" encoder."""
@@ -259,7 +269,7 @@ class MoPEForClassification(SavedModel):
                 if modality not in self._attachments:
                     finetune = modality in self.config.finetuned
                     self._attachments[modality] = attach(self.backbone(modality), self._layers[modality], finetune=finetune)
-        except ValueError:
+        except BaseException:
             self.detach()
             raise
         # Those that are fine-tuned are in the mode of the model.
@@ -318,10 +328,14 @@ class MoPEForClassification(SavedModel):
             raise ValueError(f"cast_frozen: dtype must be torch.float16, torch.bfloat16 or None, got {dtype}")
         if dtype == self.frozen_dtype:
             return
-        if self._cast is not None:
-            self._cast.undo()
-        self._cast = None if dtype is None else CastWeights(self._frozen_parts(), dtype)
-        self._join_projections()
+        try:
+            if self._cast is not None:
+                self._cast.undo()
+                self._cast = None
+            if dtype is not None:
+                self._cast = CastWeights(self._frozen_parts(), dtype)
+        finally:
+            self._join_projections()
 
     def _frozen_parts(self) -> Iterator[nn.Module]:
         """The encoders that do not train, without what was added to them."""

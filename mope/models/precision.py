@@ -29,20 +29,28 @@ class CastWeights:
         read_elsewhere = {p for m in layers if not isinstance(m, CAST) for p in m.parameters(recurse=False)}
         # Each with what it was.
         self._before: dict[nn.Parameter, Tensor] = {}
-        for layer in layers:
-            own = list(layer.parameters(recurse=False))
-            if isinstance(layer, CAST) and not any(p.requires_grad or p in read_elsewhere for p in own):
-                for parameter in own:
-                    if parameter.dtype != dtype and autocast_casts(parameter.dtype) and parameter not in self._before:
-                        self._before[parameter] = parameter.data.cpu()
-                        parameter.data = parameter.data.to(dtype)
+        try:
+            for layer in layers:
+                own = list(layer.parameters(recurse=False))
+                if isinstance(layer, CAST) and not any(p.requires_grad or p in read_elsewhere for p in own):
+                    for parameter in own:
+                        if parameter.dtype != dtype and autocast_casts(parameter.dtype) and parameter not in self._before:
+                            cast = parameter.data.to(dtype)
+                            self._before[parameter] = parameter.data.cpu()
+                            parameter.data = cast
+        except BaseException:
+            self._bring_back()
+            raise
 
     def undo(self) -> None:
-        """Bring back what the weights were, to where they are now."""
+        """Bring back what the weights were, to where they are now. Where memory lacks, a second call goes on."""
         self._check_unchanged()
-        for parameter, before in self._before.items():
+        self._bring_back()
+
+    def _bring_back(self) -> None:
+        for parameter, before in list(self._before.items()):
             parameter.data = before.to(parameter.device)
-        self._before.clear()
+            del self._before[parameter]
 
     @contextmanager
     def as_before(self) -> Iterator[None]:

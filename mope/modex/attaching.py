@@ -166,19 +166,24 @@ class Adapters:
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._handles: list[RemovableHandle] = []
 
-        model.requires_grad_(False)
-        for parameter in self._trained_parameters().values():
-            parameter.requires_grad_(True)
-        adapts = {site.name: self._add(site, adapter) for site, adapter in made}
-        for name, sites in plan.layers.items():
-            layer = model.get_submodule(name)
-            layout = layout_of(layer)
-            assert layout is not None
-            self._hook_layer(layer, layout, {kind: adapts[site.name] for kind, site in sites.items()})
-        for name, site in plan.modules.items():
-            self._handles.append(model.get_submodule(name).register_forward_hook(_OnOutput(adapts[site.name])))
+        # From here on `detach` undoes what was done.
         setattr(model, _OWNER, self)
-        _forget_compiled_code()
+        try:
+            model.requires_grad_(False)
+            for parameter in self._trained_parameters().values():
+                parameter.requires_grad_(True)
+            adapts = {site.name: self._add(site, adapter) for site, adapter in made}
+            for name, sites in plan.layers.items():
+                layer = model.get_submodule(name)
+                layout = layout_of(layer)
+                assert layout is not None
+                self._hook_layer(layer, layout, {kind: adapts[site.name] for kind, site in sites.items()})
+            for name, site in plan.modules.items():
+                self._handles.append(model.get_submodule(name).register_forward_hook(_OnOutput(adapts[site.name])))
+            _forget_compiled_code()
+        except BaseException:
+            self.detach()
+            raise
 
     @classmethod
     def of(cls, model: nn.Module) -> Adapters:
@@ -262,7 +267,11 @@ class Adapters:
         except ValueError as error:
             raise ValueError(f"{file} does not fit this {type(model).__name__}: {error}") from error
         adapters = cls(model, config, _plan(model, config))
-        adapters.load_state_dict(tensors)
+        try:
+            adapters.load_state_dict(tensors)
+        except BaseException:
+            adapters.detach()
+            raise
         return adapters
 
     @torch.no_grad()
@@ -277,7 +286,8 @@ class Adapters:
             handle.remove()
         for name in self._names:
             holder, _, attribute = name.rpartition(".")
-            delattr(self.model.get_submodule(holder), attribute)
+            # Not there where attaching failed half-way.
+            self.model.get_submodule(holder)._modules.pop(attribute, None)
         for parameter, original in self._originals_of_parameters().items():
             parameter.copy_(original)
             parameter.grad = None

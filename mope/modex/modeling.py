@@ -155,15 +155,20 @@ class ModeXForClassification(FusionModel):
         self.encoder: Any = model
         self._source = source_of(model)
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        self.adapters = None if config is None else attach(model, config)
-        for name, parameter in model.named_parameters():
-            if self.adapters is None or name.startswith(_UNREAD):
-                parameter.requires_grad_(False)
         self._cast: CastWeights | None = None
-        width = self.backbone("text").config.hidden_size
-        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, len(names))).to(self.device)
-        # One mode for all parts: whoever asks the whole which one it is in means the dropout of the encoder too.
-        self.train(model.training)
+        self.adapters = None if config is None else attach(model, config)
+        try:
+            for name, parameter in model.named_parameters():
+                if self.adapters is None or name.startswith(_UNREAD):
+                    parameter.requires_grad_(False)
+            width = self.backbone("text").config.hidden_size
+            self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, len(names))).to(self.device)
+            # One mode for all parts: whoever asks the whole which one it is in means the dropout of the encoder too.
+            self.train(model.training)
+        # Whoever gave the encoder has no handle to detach the adapters by.
+        except BaseException:
+            self.detach()
+            raise
 
     def backbone(self, modality: str) -> Any:
         """The "vision" or "text" part of the encoder."""
@@ -214,7 +219,9 @@ class ModeXForClassification(FusionModel):
             return
         if self._cast is not None:
             self._cast.undo()
-        self._cast = None if dtype is None else CastWeights([self.encoder], dtype)
+            self._cast = None
+        if dtype is not None:
+            self._cast = CastWeights([self.encoder], dtype)
 
     @contextmanager
     def prepacked(self) -> Iterator[None]:
@@ -355,7 +362,7 @@ class ModeXForClassification(FusionModel):
         )
         try:
             built._load_trained(tensors, weights)
-        except ValueError:
+        except BaseException:
             built.detach()
             raise
         built.find_processors(folder)

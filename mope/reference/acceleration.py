@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -98,6 +99,13 @@ def accelerate(model: nn.Module, *, mode: str = "reference", prepack: bool = Tru
         raise ValueError(
             "accelerate: " + "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         )
-    for part, ours in replacements:
-        replace(part, ours, mode, prepack)
+    # Some may have been accelerated by an earlier call.
+    before: list[tuple[Any, type[nn.Module]]] = [(part, type(part)) for part, _ in replacements]
+    try:
+        for part, ours in replacements:
+            replace(part, ours, mode, prepack)
+    except BaseException:
+        for part, released in before:
+            part.__class__ = released
+        raise
     return Acceleration(modules, list(_unchanged("", model, set(modules.values()))), mode)

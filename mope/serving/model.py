@@ -68,9 +68,9 @@ class MultiTaskModel(MoPEForClassification):
         self.capacity = capacity
         main: Any = {"vision": vision, "text": text}[config.main]
         self.added_dtype = torch.promote_types(next(main.parameters()).dtype, torch.float32)
-        self.eval().requires_grad_(False)
-        self.load_state_dict(self._in_added_dtype(self.added_state_dict()), strict=False, assign=True)
         try:
+            self.eval().requires_grad_(False)
+            self.load_state_dict(self._in_added_dtype(self.added_state_dict()), strict=False, assign=True)
             # Experts are projected by what is left of the weights.
             self.cast_frozen(dtype)
             with torch.no_grad(), self._autocast():

@@ -255,17 +255,26 @@ class MoPEServer:
         self._described = {modality: describe(base_model(backbone)) for modality, backbone in backbones.items()}
         for modality, record in (records or {}).items():
             check_backbone(modality, record, self._described[modality])
-        self._model = MultiTaskModel(
-            config,
-            vision=backbones["vision"].to(self.device),
-            text=backbones["text"].to(self.device),
-            capacity=self.capacity,
-            max_labels=self.max_labels or config.num_labels,
-            dtype=self.dtype,
-        )
-        self._open.callback(self._model.detach)
-        if self.prepack:
-            self._open.enter_context(self._model.prepacked())
+        where = {backbone: next(backbone.parameters()).device for backbone in backbones.values()}
+        try:
+            model = MultiTaskModel(
+                config,
+                vision=backbones["vision"].to(self.device),
+                text=backbones["text"].to(self.device),
+                capacity=self.capacity,
+                max_labels=self.max_labels or config.num_labels,
+                dtype=self.dtype,
+            )
+            self._open.callback(model.detach)
+            if self.prepack:
+                self._open.enter_context(model.prepacked())
+            self._model = model
+        # The next call starts anew, with backbones as they were.
+        except BaseException:
+            self._open.close()
+            for backbone, device in where.items():
+                backbone.to(device)
+            raise
 
     def _check_free(self, task: str, replace: bool) -> None:
         with self._lock:
