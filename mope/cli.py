@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mope.arguments import Parser, ShowVersion, add_device, positive
 from mope.reference.run import add_run
 from mope.routes import add_routes
 from mope.training.commands import add_evaluate, add_train
@@ -18,14 +20,15 @@ from mope.training.commands import add_evaluate, add_train
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command -> the exit status."""
     options = parser().parse_args(arguments)
+    # Results say it.
+    options.command_line = shlex.join(["mope", *(sys.argv[1:] if arguments is None else arguments)])
     status: int = options.command(options)
     return status
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="mope", description="Mixture-of-Prompt-Experts multimodal fusion, fast to train and to serve."
-    )
+    top = Parser(prog="mope", description="Mixture-of-Prompt-Experts multimodal fusion, fast to train and to serve.")
+    top.add_argument("--version", action=ShowVersion, help="print the version, and the commit of a checkout")
     commands = top.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser(
@@ -35,10 +38,10 @@ def parser() -> argparse.ArgumentParser:
         "--system", choices=("mope", "modex"), default="mope", help="prompt experts, or ModeX adapters in a fused model (mope)"
     )
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for results, pictures and the model (out/)")
-    demo.add_argument("--seeds", type=_positive, default=1, metavar="N", help="repeat with N seeds, for mean and deviation (1)")
-    demo.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
+    demo.add_argument("--seeds", type=positive, default=1, metavar="N", help="repeat with N seeds, for mean and deviation (1)")
+    add_device(demo)
     demo.add_argument(
-        "--threads", type=_positive, default=1, metavar="N", help="on the CPU (1: small models gain nothing from more)"
+        "--threads", type=positive, default=1, metavar="N", help="on the CPU (1: small models gain nothing from more)"
     )
     demo.add_argument("--fast", action="store_true", help="a few steps of everything: seconds, learns nothing")
     demo.add_argument(
@@ -64,35 +67,14 @@ def parser() -> argparse.ArgumentParser:
     extent.add_argument("--quick", action="store_true", help="one shape of each op, nothing compiled: about a minute")
     extent.add_argument("--all", action="store_true", help="every shape that is listed, which takes long")
     bench.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the results and a picture (out/)")
-    bench.add_argument(
-        "--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: CUDA where there is one)"
-    )
-    bench.add_argument("--threads", type=_positive, default=1, metavar="N", help="on the CPU (1)")
+    add_device(bench)
+    bench.add_argument("--threads", type=positive, default=1, metavar="N", help="on the CPU (1)")
     bench.set_defaults(command=_bench)
 
     build = commands.add_parser("build", help="compile the C++ kernels against the installed torch, into the user's cache")
     build.add_argument("--force", action="store_true", help="even if they have been compiled already")
     build.set_defaults(command=_build)
     return top
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _device(text: str) -> str:
-    if text == "auto":
-        return text
-    import torch
-
-    try:
-        torch.empty(0, device=text)
-    except (AssertionError, RuntimeError) as error:
-        raise argparse.ArgumentTypeError(f"there is no {text} here") from error
-    return text
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -120,7 +102,14 @@ def _demo(options: argparse.Namespace) -> int:
     from mope.finite import NotFiniteError
 
     try:
-        demo(out=options.out, seeds=options.seeds, fast=options.fast, device=options.device, threads=options.threads)
+        demo(
+            out=options.out,
+            seeds=options.seeds,
+            fast=options.fast,
+            device=options.device,
+            threads=options.threads,
+            command=options.command_line,
+        )
     except (NotFiniteError, OSError) as error:
         print(f"\nmope demo: {error}", file=sys.stderr)
         return 1

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +26,16 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What a file of results says about how it was made: when, on what, with which versions and which sources."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "versions": versions(),
+        "commit": commit() or f"release {mope.__version__}",
+    }
 
 
 def device_name(device: torch.device) -> str:

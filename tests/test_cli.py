@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,13 +50,84 @@ def test_wrong_arguments_exit_with_two(arguments: list[str], capsys: pytest.Capt
     assert "usage: mope" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "bench"])
-@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
-def test_a_device_that_is_not_here_is_refused(command: str, device: str, capsys: pytest.CaptureFixture[str]) -> None:
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line that a call prints which the parser refuses."""
     with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--device", device])
+        cli.main(arguments)
     assert stop.value.code == 2
-    assert f"argument --device: there is no {device} here" in capsys.readouterr().err
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def subcommands() -> dict[str, argparse.ArgumentParser]:
+    (action,) = (action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
+REQUIRED = {
+    "train": ["--data", "data", "--out", "out"],
+    "evaluate": ["model", "--data", "data"],
+    "routes": ["model", "--data", "data"],
+    "convert": ["last.ckpt", "last.safetensors"],
+}
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert re.fullmatch(rf"mope {re.escape(mope_kernels.__version__)}( \([0-9a-f]+\+?\))?\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", ["demo", "bench", "train", "evaluate", "routes", "run"])
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [("gpu", "there is no gpu here"), ("cuda:99", "there is no cuda:99 here"), ("meta", "meta holds shapes and no numbers")],
+)
+def test_a_device_that_computes_nothing_is_refused(
+    command: str, device: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [command, "--device", device, *REQUIRED.get(command, ["main.py"] if command == "run" else [])]
+    assert f"mope {command}: error: argument --device: {reason}" in refusal(arguments, capsys)
+
+
+def test_every_option_that_is_misspelt_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    tried = 0
+    for command, parser in subcommands().items():
+        # What follows the name of a script is the script's.
+        required = [] if command == "run" else REQUIRED.get(command, [])
+        for option in (option for action in parser._actions for option in action.option_strings if len(option) > 5):
+            wrong = option[:4] + option[5:]
+            if any(other.startswith(wrong) for other in parser._option_string_actions):
+                continue
+            said = refusal([command, *required, wrong], capsys)
+            assert said.startswith(f"mope {command}: error: ")
+            assert option in said.partition("did you mean ")[2], (command, wrong, said)
+            tried += 1
+    assert tried > 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["train", *REQUIRED["train"], "--lr", "1e-3"], "did you mean --vision-lr or --text-lr?"),
+        (["train", *REQUIRED["train"], "--batch_size=4"], "did you mean --batch-size?"),
+        (["train", "--dta", "data", "--out", "out"], "did you mean --data?"),
+        (["train", *REQUIRED["train"], "--num-experts=16"], "did you mean --set num_experts=16?"),
+        (["train", *REQUIRED["train"], "--bottleneck", "8"], "did you mean --set bottleneck=...?"),
+        (["train", *REQUIRED["train"], "--format", "mmimdb"], "did you mean mm-imdb?"),
+        (["routes", *REQUIRED["routes"], "--format", "food-101"], "did you mean food101?"),
+        (["demo", "--gpu"], "did you mean --device?"),
+        (["trian"], "did you mean train?"),
+        (["--verison"], "did you mean --version?"),
+    ],
+)
+def test_what_was_meant_is_suggested(arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(arguments, capsys).endswith(f"; {hint}")
+
+
+def test_nothing_is_suggested_where_nothing_is_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(["train", *REQUIRED["train"], "--sunshine"], capsys)
+    assert said == "mope train: error: unrecognized arguments: --sunshine"
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:

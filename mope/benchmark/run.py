@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from mope.devices import find_device
+
 from . import problems, rows, show
 from .baselines import Unavailable
 from .cases import WAYS, Case, cases, is_compiled
@@ -53,9 +55,7 @@ def bench(*, out: Path, quick: bool, everything: bool = False, device: str = "au
         threads: of torch, on the CPU.
     """
     torch.set_num_threads(threads)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    place = find_device(device)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     ops = [op for op in WAYS if not (quick and op in NOT_QUICK)]
     # Inference and training of the first shape.

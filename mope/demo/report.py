@@ -95,9 +95,23 @@ The frozen encoders alone: {digits} % of the validation digits, {words} % of mas
 
 
 def made_with(environment: dict[str, Any]) -> str:
-    """Device, versions and commit."""
+    """Device, versions and commit or release."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version != "not installed")
-    return f"{environment['device']}; {versions}" + (f"; commit {environment['commit']}" if environment["commit"] else "")
+    commit = environment["commit"]
+    return f"{environment['device']}; {versions}; " + (commit if commit.startswith("release") else f"commit {commit}")
+
+
+def summary(runs: Sequence[Any], *measured: str) -> dict[str, Any]:
+    """Mean and standard deviation over several seeds, by method, of what is measured of each; nothing of one seed."""
+    if len(runs) < 2:
+        return {}
+    found: dict[str, Any] = {}
+    for of_method in zip(*(run.results for run in runs), strict=True):
+        named = {name: [value for result in of_method if (value := getattr(result, name)) is not None] for name in measured}
+        found[of_method[0].method] = {
+            name: {"mean": statistics.mean(values), "std": statistics.stdev(values)} for name, values in named.items() if values
+        }
+    return {"summary": found}
 
 
 def write(out: Path, runs: Sequence[Run], comparison: Comparison, settings: Settings, environment: dict[str, Any]) -> str:
@@ -118,6 +132,7 @@ def write(out: Path, runs: Sequence[Run], comparison: Comparison, settings: Sett
         **environment,
         "settings": dataclasses.asdict(settings),
         "runs": [dataclasses.asdict(run) for run in runs],
+        **summary(runs, "held_out_digits", "held_out_phrasings", "router_gradient"),
         "fused_against_plain": dataclasses.asdict(comparison),
     }
     write_files(out, text, record)

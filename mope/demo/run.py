@@ -12,9 +12,12 @@ from mope import MoPEForClassification, environment
 from mope.demo import pictures, plain, pretrain, report
 from mope.demo.data import load_digits
 from mope.demo.train import FAST, FULL, Settings, Task, compare
+from mope.devices import find_device
 
 
-def demo(*, out: Path, seeds: int = 1, fast: bool = False, device: str = "auto", threads: int = 1) -> None:
+def demo(
+    *, out: Path, seeds: int = 1, fast: bool = False, device: str = "auto", threads: int = 1, command: str | None = None
+) -> None:
     """Run the demo and print its table.
 
     Args:
@@ -23,8 +26,9 @@ def demo(*, out: Path, seeds: int = 1, fast: bool = False, device: str = "auto",
         fast: a few steps instead of a training, to see that everything runs.
         device: "auto" takes CUDA where there is one.
         threads: of torch, on the CPU. Models as small as these gain nothing from more than one, and lose much on a busy machine.
+        command: what was typed, for the results.
     """
-    place, started_with = begin(device, threads, fast)
+    place, started_with = begin(device, threads, fast, command)
     settings = FAST if fast else FULL
     runs = []
     for seed in range(seeds):
@@ -41,16 +45,11 @@ def demo(*, out: Path, seeds: int = 1, fast: bool = False, device: str = "auto",
     print("\n".join(str(path) for path in (out / "results.md", out / "results.json", *paths, out / "model")))
 
 
-def begin(device: str, threads: int, fast: bool) -> tuple[torch.device, dict[str, Any]]:
+def begin(device: str, threads: int, fast: bool, command: str | None = None) -> tuple[torch.device, dict[str, Any]]:
     """Set the threads, say what is asked and where -> the device, and what results say of how they were made."""
     torch.set_num_threads(threads)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    started_with = {
-        "versions": environment.versions(),
-        "device": environment.device_name(place),
-        "commit": environment.commit(),
-        "fast": fast,
-    }
+    place = find_device(device)
+    started_with = {**environment.describe(place), "command": command, "fast": fast}
     print(f"Does the sentence hold for the scan? On {started_with['device']}." + (" --fast: nothing is learned." if fast else ""))
     return place, started_with
 

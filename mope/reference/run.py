@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mope.arguments import add_device
+
 # torch and transformers are imported when a script runs: `mope --help` answers at once.
 
 # What the released code was written for.
@@ -38,6 +40,7 @@ def add_run(subparsers: Any) -> None:
         description="Run a script of the released code as `python SCRIPT ARGUMENTS` would, on the versions installed here.",
     )
     command.add_argument("--accelerate", action="store_true", help="compute with this library, see mope.accelerate")
+    add_device(command)
     command.add_argument("--mode", choices=("reference", "instance"), help="of the accelerated model (reference)")
     command.add_argument(
         "script", type=Path, metavar="SCRIPT", help="main_classify.py of a checkout; its folder is searched for modules"
@@ -55,11 +58,24 @@ def _run(options: argparse.Namespace) -> int:
     if problem:
         print(f"mope run: {problem}", file=sys.stderr)
         return 2
-    run(options.script, options.arguments, accelerate=options.accelerate, mode=options.mode or "reference")
+    run(
+        options.script,
+        options.arguments,
+        accelerate=options.accelerate,
+        mode=options.mode or "reference",
+        device=options.device,
+    )
     return 0
 
 
-def run(script: Path | str, arguments: Sequence[str] = (), *, accelerate: bool = False, mode: str = "reference") -> None:
+def run(
+    script: Path | str,
+    arguments: Sequence[str] = (),
+    *,
+    accelerate: bool = False,
+    mode: str = "reference",
+    device: str = "auto",
+) -> None:
     """Run a script of the released code as `python script *arguments`, and bridge what has changed since it was written.
 
     All of it in this process only, and undone afterwards: stand-ins for modules that are not installed, the tuple that `BertLayer`
@@ -70,8 +86,10 @@ def run(script: Path | str, arguments: Sequence[str] = (), *, accelerate: bool =
         arguments: of the script.
         accelerate: call `mope.accelerate` on each `VisionTextClassifiers` as soon as it is built.
         mode: for `mope.accelerate`.
+        device: that of the Trainer: "cpu", "cuda:1", ...; "auto" is a GPU where there is one, as the scripts ask for.
 
     Raises:
+        ValueError: there is no such device here.
         ValueError: with `accelerate`, the model that was built is not the released one.
         Everything that the script raises, SystemExit too.
     """
@@ -81,7 +99,7 @@ def run(script: Path | str, arguments: Sequence[str] = (), *, accelerate: bool =
     script = Path(script).resolve()
     with ExitStack() as stack:
         stack.enter_context(_as_main(script, arguments))
-        bridges = _bridges()
+        bridges = _bridges(device)
         _say(_versions())
         absent = stack.enter_context(stand_ins(script.parent))
         if absent.absent:
@@ -135,10 +153,12 @@ def _replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[Non
         setattr(owner, name, original)
 
 
-def _bridges() -> dict[str, Any]:
+def _bridges(device: str) -> dict[str, Any]:
     """What is changed, in words -> the context manager that does it."""
     import torch
     from transformers.models.bert.modeling_bert import BertLayer
+
+    from mope.devices import find_device
 
     bridges: dict[str, Any] = {
         "BertLayer returns a tuple where output_attentions is given, as it did before transformers 5": _replaced(
@@ -160,12 +180,17 @@ def _bridges() -> dict[str, Any]:
     bridges["Trainer.fit starts with model.train(), as Lightning did before 2.2: the released train() keeps DropPath off"] = (
         _replaced(Trainer, "fit", _from_train_mode)
     )
-    if torch.cuda.device_count() > 1:
+    place = find_device(device)
+    if place.type == "cpu":
+        without_gpu = _replaced(Trainer, "__init__", _without_gpu)
+        why = "no GPU here" if device == "auto" else f"--device {device}"
+        bridges[f'Trainer takes accelerator="gpu" for "cpu" and precision=16 for 32: {why}'] = without_gpu
+    elif place.index is not None and device != "auto":
+        this_gpu = _replaced(Trainer, "__init__", functools.partial(_on_gpu, place.index))
+        bridges[f"Trainer takes the GPU {place.index}: --device {device}"] = this_gpu
+    elif torch.cuda.device_count() > 1:
         one_gpu = _replaced(Trainer, "__init__", _on_one_gpu)
         bridges["Trainer takes one GPU where it is not told how many: Lightning starts the others without mope run"] = one_gpu
-    elif not torch.cuda.is_available():
-        without_gpu = _replaced(Trainer, "__init__", _without_gpu)
-        bridges['Trainer takes accelerator="gpu" for "cpu" and precision=16 for 32: no GPU here'] = without_gpu
     return bridges
 
 
@@ -207,6 +232,13 @@ def _from_train_mode(fit: Callable[..., Any]) -> Callable[..., Any]:
 def _on_one_gpu(init: Callable[..., None]) -> Callable[..., None]:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **{"devices": 1} | kwargs)
+
+    return wrapped
+
+
+def _on_gpu(index: int, init: Callable[..., None]) -> Callable[..., None]:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs | {"devices": [index]})
 
     return wrapped
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+from mope.arguments import add_device, count, positive
+from mope.training.recipe import RECIPES
 
 SPLITS = ("train", "dev", "test")
 
@@ -22,7 +22,7 @@ def add_routes(commands: Any) -> None:
         "model", type=Path, metavar="MODEL", help="a folder that mope train or save_pretrained wrote, or a released .ckpt"
     )
     routes.add_argument("--data", type=Path, required=True, metavar="DIR", help="with train.jsonl, dev.jsonl, test.jsonl")
-    routes.add_argument("--format", default="jsonl", help="food101, mm-imdb, snli-ve or jsonl (jsonl)")
+    routes.add_argument("--format", choices=tuple(RECIPES), default="jsonl", help="of the data (jsonl)")
     routes.add_argument("--split", default="test", choices=SPLITS, help="(test)")
     routes.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for page, pictures and tables (out/)")
     routes.add_argument(
@@ -31,11 +31,11 @@ def add_routes(commands: Any) -> None:
         metavar="NAME",
         help='to show in detail: "layer 3", "all", ...; may be repeated (the one whose routing depends on the example most)',
     )
-    routes.add_argument("--top", type=_positive, default=8, metavar="N", help="images of each expert (8)")
-    routes.add_argument("--words", type=_positive, default=12, metavar="N", help="at most, of each expert (12)")
-    routes.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="(32)")
-    routes.add_argument("--num-workers", type=_count, default=0, metavar="N", help="processes that load images (0: this one does)")
-    routes.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
+    routes.add_argument("--top", type=positive, default=8, metavar="N", help="images of each expert (8)")
+    routes.add_argument("--words", type=positive, default=12, metavar="N", help="at most, of each expert (12)")
+    routes.add_argument("--batch-size", type=positive, default=32, metavar="N", help="(32)")
+    routes.add_argument("--num-workers", type=count, default=0, metavar="N", help="processes that load images (0: this one does)")
+    add_device(routes)
     routes.add_argument("--on-missing-image", default="error", choices=("error", "grey"), help="(error)")
     for name, what in (("vision", "vision encoder"), ("text", "text encoder"), ("tokenizer", "tokenizer")):
         routes.add_argument(f"--{name}", metavar="NAME_OR_FOLDER", help=f"{what}, from the hub or a folder (as saved)")
@@ -46,20 +46,6 @@ def add_routes(commands: Any) -> None:
         "--mode", choices=("reference", "instance"), help="whose prompts a window of a Swin Transformer gets (as saved)"
     )
     routes.set_defaults(command=_routes)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
 
 
 def _routes(options: argparse.Namespace) -> int:
@@ -83,6 +69,7 @@ def _run(options: argparse.Namespace) -> None:
 
     from mope import MoPEForClassification
     from mope.data import Collator, Examples, read_split
+    from mope.devices import find_device
     from mope.training.loading import adopt_classes, open_model
 
     from .page import write_html
@@ -90,7 +77,7 @@ def _run(options: argparse.Namespace) -> None:
     from .routing import collect, routed_blocks
     from .summary import summarize
 
-    device = _device(options.device)
+    device = find_device(options.device)
     model = open_model(
         options.model,
         {"vision": options.vision, "text": options.text},
@@ -119,18 +106,6 @@ def _run(options: argparse.Namespace) -> None:
     write_html(summary, routes, page, blocks=blocks)
     print(summary.table())
     print("\n".join(map(str, (page, *pictures, tables, probabilities))))
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    # An AssertionError where torch was built without CUDA.
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def _class_names(config: Any) -> tuple[str, ...] | None:

@@ -9,6 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from mope.arguments import add_device, count, positive
+
 from .recipe import METRICS, PRECISIONS, RECIPES, Recipe
 
 # Of 128 + number, as shells report it.
@@ -64,8 +66,8 @@ def add_train(commands: Any) -> None:
     run = train.add_argument_group("run")
     run.add_argument("--shots", type=int, metavar="N", help="few-shot: N training examples of each class, drawn with the seed")
     seeds = run.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=_count, default=0, metavar="N", help="of weights, order, augmentation, dropout and noise (0)")
-    seeds.add_argument("--seeds", type=_count, nargs="+", metavar="N", help="one run for each, and a table with mean and deviation")
+    seeds.add_argument("--seed", type=count, default=0, metavar="N", help="of weights, order, augmentation, dropout and noise (0)")
+    seeds.add_argument("--seeds", type=count, nargs="+", metavar="N", help="one run for each, and a table with mean and deviation")
     run.add_argument(
         "--resume",
         nargs="?",
@@ -74,8 +76,8 @@ def add_train(commands: Any) -> None:
         metavar="CHECKPOINT",
         help="go on from the last checkpoint, or this one",
     )
-    run.add_argument("--max-steps", type=_positive, metavar="N", help="stop after N steps")
-    run.add_argument("--save-steps", type=_positive, metavar="N", help="a checkpoint every N steps too, not only after each epoch")
+    run.add_argument("--max-steps", type=positive, metavar="N", help="stop after N steps")
+    run.add_argument("--save-steps", type=positive, metavar="N", help="a checkpoint every N steps too, not only after each epoch")
     run.add_argument(
         "--cache-features",
         choices=("auto", "on", "off"),
@@ -96,7 +98,7 @@ def add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--mode", choices=("reference", "instance"), help="whose prompts a window of a Swin Transformer gets")
     evaluate.add_argument("--compare-modes", action="store_true", help="in both modes, at each of --batch-sizes")
     evaluate.add_argument(
-        "--batch-sizes", type=_positive, nargs="+", metavar="N", help="one row for each (32; with --compare-modes 1 8 32)"
+        "--batch-sizes", type=positive, nargs="+", metavar="N", help="one row for each (32; with --compare-modes 1 8 32)"
     )
     evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="for results.json and results.md")
     _add_encoders(evaluate)
@@ -137,27 +139,12 @@ def _add_encoders(parser: Any) -> None:
 
 
 def _add_machine(parser: Any) -> None:
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU where there is one")
-    parser.add_argument("--num-workers", type=_count, default=0, metavar="N", help="processes that load images (0: this one does)")
+    add_device(parser)
+    parser.add_argument("--num-workers", type=count, default=0, metavar="N", help="processes that load images (0: this one does)")
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _count(text: str) -> int:
-    """An option that counts from 0, as many as numpy takes for a seed."""
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"must be at least 0 and less than 2^32, got {value}")
-    return value
 
 
 def _assignment(text: str) -> tuple[str, Any]:

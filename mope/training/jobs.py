@@ -14,6 +14,7 @@ from accelerate import PartialState
 from mope import environment
 from mope.data import Examples, Split, read_split
 from mope.data.formats import SPLITS
+from mope.devices import find_device
 from mope.finite import NotFiniteError, infinite
 from mope.models.fusion import FusionModel
 
@@ -31,7 +32,7 @@ class TrainingJob:
         self.options = options
         _check_system(options)
         # The process group, before anything asks for it.
-        self.state = PartialState(cpu=options.device == "cpu" or not torch.cuda.is_available())
+        self.state = PartialState(cpu=find_device(options.device).type == "cpu")
         self.seeds: list[int] = options.seeds or [options.seed]
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"--seeds {' '.join(map(str, self.seeds))}: the same one twice")
@@ -72,7 +73,8 @@ class TrainingJob:
         if self.state.is_main_process:
             text = report.runs_table(results)
             failed = [{"seed": seed, "error": error} for seed, error in diverged.items()]
-            report.write(self.options.out, {**self.description, "runs": results, **({"failed": failed} if failed else {})}, text)
+            found = {**self.description, "runs": results, **report.summary(results)}
+            report.write(self.options.out, found | ({"failed": failed} if failed else {}), text)
             if results:
                 print(f"\n{text}")
             for result in results:
@@ -163,7 +165,7 @@ class TrainingJob:
             "config": run.model.config.to_dict(),
             "recipe": dataclasses.asdict(run.recipe),
             "data": {"folder": str(self.options.data), "format": self.options.format, "shots": self.options.shots},
-            **_where(run.trainer.args.device),
+            **_how(self.options, run.trainer.args.device),
         }
 
 
@@ -172,8 +174,11 @@ class EvaluationJob:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        on_cpu = options.device == "cpu" or not torch.cuda.is_available()
-        self.state = PartialState(cpu=on_cpu)
+        place = find_device(options.device)
+        self.state = PartialState(cpu=place.type == "cpu")
+        if options.device != "auto" and place.type != "cpu" and self.state.num_processes > 1:
+            raise ValueError(f"each of {self.state.num_processes} processes takes its own GPU: leave --device {options.device} out")
+        self.device = self.state.device if options.device == "auto" or place.type == "cpu" else place
         if options.compare_modes and options.mode:
             raise ValueError("--compare-modes takes both modes: leave --mode out")
         self.batch_sizes = options.batch_sizes or ([1, 8, 32] if options.compare_modes else [32])
@@ -191,7 +196,7 @@ class EvaluationJob:
             # Says why not, where there is one mode only.
             with prompt_owner(self.model, "instance"):
                 pass
-        self.model.to(self.state.device)
+        self.model.to(self.device)
         # Holds classes, tokenizer and image processor to what is needed.
         Examples(self.split, self.model)
         if options.out is not None:
@@ -218,7 +223,7 @@ class EvaluationJob:
                     "data": {"folder": str(self.options.data), "format": self.options.format, "split": self.options.split},
                     "examples": len(self.split),
                     "processes": self.state.num_processes,
-                    **_where(self.state.device),
+                    **_how(self.options, self.device),
                 }
                 report.write(self.options.out, {**description, "rows": rows}, text)
         if wrong := sorted({name for row in rows for name in infinite({n: v for n, v in row.items() if isinstance(v, float)})}):
@@ -275,5 +280,6 @@ def _read_split(options: argparse.Namespace, model: FusionModel) -> Split:
     return read_split(options.data, options.format, options.split, names=known, on_missing_image=options.on_missing_image)
 
 
-def _where(device: torch.device) -> dict[str, Any]:
-    return {"versions": environment.versions(), "device": environment.device_name(device), "commit": environment.commit()}
+def _how(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What results say about how they were made."""
+    return {**environment.describe(device), "command": getattr(options, "command_line", None)}

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel, PreTra
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mope import MoPEConfig, MoPEForClassification
+from mope.arguments import did_you_mean
 from mope.data import Split, published_image_processor
 from mope.models import PRESETS, swin_model_from_checkpoint
 from mope.models.backbones import architecture_for
@@ -41,13 +42,21 @@ def make_config(method: str, split: Split, **fields: Any) -> MoPEConfig:
         ValueError: there is no such method or field, or a value is wrong.
     """
     own: dict[str, Any] = {"id2label": split.names, "problem_type": split.problem_type}
-    if wrong := sorted(set(fields) - set(MoPEConfig.__dataclass_fields__)):
-        raise ValueError(f"MoPEConfig has no {', '.join(wrong)}; it has {', '.join(MoPEConfig.__dataclass_fields__)}")
+    _refuse_unknown(fields, MoPEConfig)
     if method not in (names := dict.fromkeys((*PRESETS, *METHODS))):
-        raise ValueError(f"a method or preset must be one of {', '.join(names)}, got {method!r}")
+        hint = did_you_mean(method, names)
+        raise ValueError(f"a method or preset must be one of {', '.join(names)}, got {method!r}{hint and '; ' + hint}")
     if taken := sorted(set(fields) & {*own, "num_labels", "method"}):
         raise ValueError(f"{', '.join(taken)} cannot be set: the data and --method say it")
     return MoPEConfig.preset(method, **fields, **own) if method in PRESETS else MoPEConfig(method=method, **fields, **own)
+
+
+def _refuse_unknown(fields: Mapping[str, Any], config: type[MoPEConfig | ModeXConfig]) -> None:
+    """ValueError if a field is not one of the configuration's, with the one that was meant."""
+    known = config.__dataclass_fields__
+    if wrong := sorted(set(fields) - set(known)):
+        hints = [hint for name in wrong if (hint := did_you_mean(name, known))]
+        raise ValueError("; ".join([f"{config.__name__} has no {', '.join(wrong)}", *hints, f"it has {', '.join(known)}"]))
 
 
 def load_backbone(source: str, modality: str) -> nn.Module:
@@ -138,8 +147,7 @@ def new_modex_model(
     """
     if bool(model) == bool(vision or text) or bool(vision) != bool(text):
         raise ValueError("--system modex needs --model NAME_OR_FOLDER of a fused model, or both --vision and --text")
-    if wrong := sorted(set(fields) - set(ModeXConfig.__dataclass_fields__)):
-        raise ValueError(f"ModeXConfig has no {', '.join(wrong)}; it has {', '.join(ModeXConfig.__dataclass_fields__)}")
+    _refuse_unknown(fields, ModeXConfig)
     # LayerNorms train: in the 16 bits in which many models are stored they would lose most updates.
     fused = (load_fused(model) if model else _join(vision or "", text or "")).float()
     albef = isinstance(fused, AlbefModel)
@@ -187,7 +195,8 @@ def open_model(
     """A trained model: a folder of `save_pretrained`, or a checkpoint of the released code.
 
     Args:
-        path: a folder, a `.ckpt`, or the `.safetensors` that `mope convert` made of one.
+        path: a folder, a `.ckpt`, or the `.safetensors` that `mope convert` made of one. The folder of a run has its model in
+            `model`.
         sources: names or folders of the "vision" and "text" encoders. A folder knows its own, a checkpoint needs them.
         mode: "reference" or "instance"; None: that of training.
         tokenizer, image_processor: as in `new_model`; default: those in the folder. A checkpoint was trained with the published
@@ -197,7 +206,7 @@ def open_model(
     Raises:
         ValueError: it cannot be loaded.
     """
-    path = Path(path)
+    path = _model_of(Path(path))
     if is_modex(path):
         return _open_modex(path, sources, mode, tokenizer, image_processor, format)
     backbones: dict[str, Any] = {m: load_backbone(source, m) for m, source in sources.items() if source}
@@ -221,6 +230,16 @@ def open_model(
     if mode is not None and mode != model.config.prompt_owner:
         set_prompt_owner(model, mode)
     return model
+
+
+def _model_of(path: Path) -> Path:
+    """The folder of the model: `path` itself, or the one in the folder of a run. ValueError if there are several."""
+    if not path.is_dir() or (path / CONFIG).exists():
+        return path
+    models = sorted(config.parent for pattern in ("model", "*/model") for config in path.glob(f"{pattern}/{CONFIG}"))
+    if len(models) > 1:
+        raise ValueError(f"{path} holds {len(models)} models: name one of {', '.join(map(str, models))}")
+    return models[0] if models else path
 
 
 def is_modex(path: Path) -> bool:

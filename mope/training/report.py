@@ -21,7 +21,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def runs_table(runs: Sequence[dict[str, Any]]) -> str:
     """A line for each run, and mean and standard deviation (of the sample) where there are several."""
-    columns = [(split, name) for split in ("dev", "test") for name in NAMES if all(name in run.get(split, {}) for run in runs)]
+    columns = _columns(runs)
     head = ["seed", *(f"{split} {NAMES[name]}" for split, name in columns), "best step", "minutes"]
     rows = [
         [
@@ -36,6 +36,22 @@ def runs_table(runs: Sequence[dict[str, Any]]) -> str:
         values = [_number(name, [run[split][name] for run in runs]) for split, name in columns]
         rows.append([f"mean ± std of {len(runs)}", *values, "", ""])
     return table(head, rows)
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation (of the sample) of what several runs have reached, by split and metric; nothing of one run."""
+    if len(runs) < 2:
+        return {}
+    found: dict[str, Any] = {}
+    for split, name in _columns(runs):
+        values = [run[split][name] for run in runs]
+        found.setdefault(split, {})[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values)}
+    return {"summary": found}
+
+
+def _columns(runs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Splits and metrics that every run has."""
+    return [(split, name) for split in ("dev", "test") for name in NAMES if all(name in run.get(split, {}) for run in runs)]
 
 
 def metrics_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -41,7 +41,7 @@ class TrainingRun:
         cache_features: "auto" computes what the complementary encoder says once, where training does not change it; "on" raises an
             error where it does; "off" never.
         features: folder of the cache; default: in `out`.
-        device: "auto" or "cpu".
+        device: "auto", or a name that torch knows.
         num_workers: processes that load images.
         eval_batch_size: over all processes; default: that of training.
         max_steps, save_steps: see `FusionTrainer`.

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from mope.devices import find_device
 from mope.finite import LossWatch, NotFiniteError, infinite
 from mope.models.fusion import FusionModel
 from mope.models.saving import WEIGHTS
@@ -57,6 +58,20 @@ class Trained(nn.Module):
         return output.logits, getattr(output, "importance_loss", None)
 
 
+def take_device(arguments: TrainingArguments, device: torch.device) -> None:
+    """Make Trainer and Accelerator compute on a device other than the first GPU.
+
+    Raises:
+        ValueError: there are several processes.
+    """
+    if arguments.world_size > 1:
+        raise ValueError(f"each of {arguments.world_size} processes takes its own GPU: leave the device {device} out")
+    # Each of the two asks at another place.
+    arguments.__dict__["_setup_devices"] = device
+    assert arguments.distributed_state is not None
+    arguments.distributed_state.device = device
+
+
 class FusionTrainer(Trainer):
     """Trains a fusion model by a `Recipe`.
 
@@ -73,7 +88,7 @@ class FusionTrainer(Trainer):
         collate: items -> arguments of the model, with labels.
         train_items, dev_items: items, without dev_items nothing is evaluated.
         seed: of order, augmentation, dropout and router noise.
-        device: "auto", or "cpu".
+        device: "auto", or a name that torch knows; "auto" is the only one for several processes on GPUs, which take one each.
         num_workers: processes that load images.
         eval_batch_size: over all processes; default: that of training.
         max_steps: stop after so many, None for the recipe's epochs. The learning rates follow the epochs.
@@ -106,7 +121,8 @@ class FusionTrainer(Trainer):
             if steps is not None and steps < 1:
                 raise ValueError(f"{name} must be at least 1, or None, got {steps}")
         out = Path(out).resolve()
-        on_cpu = device == "cpu" or not torch.cuda.is_available()
+        place = find_device(device)
+        on_cpu = place.type == "cpu"
         precision = resolve_precision(recipe.precision, on_cpu=on_cpu)
         short = [name for name, p in fusion.named_parameters() if p.requires_grad and p.dtype.itemsize < 4]
         if short:
@@ -144,6 +160,8 @@ class FusionTrainer(Trainer):
         )
         # Trainer would split each batch over all GPUs that a lone process sees.
         arguments._n_gpu = min(arguments.n_gpu, 1)
+        if device != "auto" and not on_cpu:
+            take_device(arguments, place)
         self.fusion, self.recipe, self.out, self.collate = fusion, recipe, out, collate
         self.batches = Batches(
             train_items,

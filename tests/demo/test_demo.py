@@ -16,10 +16,23 @@ import torch
 from PIL import Image
 
 import mope
-from mope.demo import digit_model, plain
+from mope.demo import digit_model, plain, report
 from mope.demo.data import load_digits
 from mope.demo.pretrain import Backbones, build_image_processor, build_text, build_tokenizer, build_vision, freeze
-from mope.demo.train import BASE, FAST, MOPE, MOPE_TOP_1, Task, build, evaluate, methods, router_gradient, train, trained_parameters
+from mope.demo.train import (
+    BASE,
+    FAST,
+    MOPE,
+    MOPE_TOP_1,
+    Result,
+    Task,
+    build,
+    evaluate,
+    methods,
+    router_gradient,
+    train,
+    trained_parameters,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +62,7 @@ def test_fast_demo(tmp_path: Path) -> None:
 
     record = json.loads((tmp_path / "results.json").read_text())
     (run,) = record["runs"]
+    assert record["command"].startswith("mope demo --fast ") and record["date"] and record["commit"] and "summary" not in record
     names = [result["method"] for result in run["results"]]
     assert len(names) == 8 and names[-2:] == [MOPE, MOPE_TOP_1]
     table = (tmp_path / "results.md").read_text()
@@ -141,6 +155,15 @@ def test_committed_model_answers_held_out_questions(digits: mope.MoPEForClassifi
     # Other questions of the same kind, and weights rounded to half precision.
     assert accuracy == pytest.approx(measured["held_out_digits"], abs=0.06)
     assert accuracy > 0.8
+
+
+def test_several_seeds_have_a_mean_and_a_deviation() -> None:
+    def run(seed: int, digits: float, gradient: float | None) -> report.Run:
+        return report.Run(seed, 1.0, 1.0, [Result("a", digits, 0.5, 0.5, 10, 0.1, gradient)], 1.0)
+
+    assert report.summary([run(0, 0.5, None)], "held_out_digits") == {}
+    found = report.summary([run(0, 0.25, None), run(1, 0.75, None)], "held_out_digits", "router_gradient")["summary"]
+    assert found == {"a": {"held_out_digits": {"mean": 0.5, "std": pytest.approx(0.125**0.5)}}}
 
 
 def test_ten_lines_of_the_documentation() -> None:

@@ -123,6 +123,7 @@ def test_evaluate_command(data: Path, swin_folder: Path, tmp_path: Path, capsys:
         (3, "instance"),
     ]
     assert results["examples"] == 9
+    assert results["command"].startswith(f"mope evaluate {swin_folder} --data {data} ") and results["date"] and results["commit"]
     assert (tmp_path / "results.md").read_text() in text
     row = results["rows"][2]
     assert f"| 3 | reference | {100 * row['accuracy']:.2f} | {row['loss']:.4f} |" in text

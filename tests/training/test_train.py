@@ -6,17 +6,21 @@ import json
 import os
 import shutil
 import signal
+import statistics
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, SwinConfig, SwinModel, TrainerCallback
+from transformers import BertConfig, BertModel, SwinConfig, SwinModel, TrainerCallback, TrainingArguments
 
 from mope import MoPEForClassification, cli
 from mope.data import FORMATS, Collator, Examples, Split
@@ -24,7 +28,7 @@ from mope.models import PRESETS
 from mope.training import RECIPES, FusionTrainer, Recipe, TrainingRun, evaluate
 from mope.training.batches import Batches
 from mope.training.loading import load_backbone, make_config, new_model, open_model
-from mope.training.trainer import last_checkpoint, parameters_by_modality
+from mope.training.trainer import last_checkpoint, parameters_by_modality, take_device
 from tests.models.tiny import backbone
 from tests.reference.test_released_checkpoint import BERT, GOLDEN, SWIN, checkpoint
 from tests.reference.test_released_checkpoint import load as load_released
@@ -522,16 +526,39 @@ def test_train_command(data: Path, encoders: Path, tmp_path: Path, capsys: pytes
     assert [run["seed"] for run in results["runs"]] == [0, 1]
     assert results["config"]["method"] == "static_mapped"
     assert results["recipe"]["batch_size"] == 8
+    assert results["command"].startswith(f"mope train --data {data} ") and "--seeds 0 1 " in results["command"]
+    assert datetime.fromisoformat(results["date"]).tzinfo is not None
+    assert results["versions"]["torch"] == torch.__version__ and results["commit"]
+    accuracies = [run["test"]["accuracy"] for run in results["runs"]]
+    spread = results["summary"]["test"]["accuracy"]
+    assert spread == pytest.approx({"mean": statistics.mean(accuracies), "std": statistics.stdev(accuracies)})
+    assert results["summary"]["dev"].keys() == {"accuracy", "loss"}
     table = (out / "results.md").read_text()
     assert table in text
     mean = sum(run["test"]["accuracy"] for run in results["runs"]) / 2
     assert f"{100 * mean:.2f} ±" in table.splitlines()[-1]
     assert "save" in text
 
+    # The folder of two runs says which models are in it.
+    assert cli.main(["evaluate", str(out), "--data", str(data), "--device", "cpu"]) == 1
+    assert f"{out} holds 2 models: name one of {out}/seed-0/model, {out}/seed-1/model" in capsys.readouterr().err
     # The second run's model, in the hands of a user, and as the start of another training.
-    assert cli.main(["evaluate", str(out / "seed-1" / "model"), "--data", str(data), "--device", "cpu"]) == 0
+    assert cli.main(["evaluate", str(out / "seed-1"), "--data", str(data), "--device", "cpu"]) == 0
     assert f"| 32 | {100 * results['runs'][1]['test']['accuracy']:.2f} |" in capsys.readouterr().out
     assert cli.main(command(data, encoders, tmp_path / "more", "--from-checkpoint", str(out / "seed-1" / "model"))) == 0
+
+
+def test_training_takes_the_device_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Trainer would take the first GPU: that is asked for in two places."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=False, report_to="none")
+    take_device(arguments, torch.device("meta"))
+    assert arguments.device == torch.device("meta")
+    # As Trainer makes it.
+    assert Accelerator().device == torch.device("meta")
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="each of 2 processes takes its own GPU: leave the device cuda:1 out"):
+        take_device(arguments, torch.device("cuda:1"))
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_train_command_stops_and_resumes(data: Path, encoders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -554,6 +581,9 @@ def test_train_command_stops_and_resumes(data: Path, encoders: Path, tmp_path: P
         (["--method", "mopee"], "must be one of mope-v4, "),
         (["--set", "use_mapped=no"], "use_mapped must be"),
         (["--set", "experts=3"], "has no experts"),
+        (["--set", "num_expert=3"], "MoPEConfig has no num_expert; did you mean num_experts?"),
+        (["--system", "modex", "--set", "botleneck=3"], "did you mean bottleneck?"),
+        (["--preset", "mope-v5"], "did you mean mope-v4 or mope-v1?"),
         (["--set", "num_labels=3"], "num_labels cannot be set"),
         (["--vision", "nowhere/at/all"], "vision encoder nowhere/at/all"),
         (["--text", "{encoders}/vision"], "a vit model is a vision encoder"),

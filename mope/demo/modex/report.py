@@ -12,7 +12,7 @@ from typing import Any
 from mope.demo.modex.pictures import Routes
 from mope.demo.modex.train import Result, Settings
 from mope.demo.plain import Comparison
-from mope.demo.report import aligned, describe, made_with, spread, write_files
+from mope.demo.report import aligned, describe, made_with, spread, summary, write_files
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def write(
         **environment,
         "settings": dataclasses.asdict(settings),
         "runs": [dataclasses.asdict(run) for run in runs],
+        **summary(runs, "held_out_digits", "held_out_phrasings"),
         "fused_against_plain": dataclasses.asdict(comparison),
         "routers": routes.to_dict(),
     }

@@ -16,9 +16,11 @@ from mope.demo.train import Task
 from mope.modex import ModeXForClassification
 
 
-def demo(*, out: Path, seeds: int = 1, fast: bool = False, device: str = "auto", threads: int = 1) -> None:
+def demo(
+    *, out: Path, seeds: int = 1, fast: bool = False, device: str = "auto", threads: int = 1, command: str | None = None
+) -> None:
     """Run the demo and print its table. Arguments as in `mope.demo.run.demo`."""
-    place, started_with = begin(device, threads, fast)
+    place, started_with = begin(device, threads, fast, command)
     settings = FAST if fast else FULL
     runs = []
     for seed in range(seeds):
