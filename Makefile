@@ -19,7 +19,7 @@ GPU_PYTHON ?= python3
 OUT ?= bench/results
 STAGE ?= tests,ops,timeline
 
-.PHONY: demo test test-all test-oldest lint compile asan levels abi bench gpu wheel aot clean
+.PHONY: demo test test-all test-oldest lint compile asan levels abi bench gpu wheel aot aot-gpu-stack clean
 
 demo: $(READY)
 	$(BIN)/mope demo --out out $(DEMO)
@@ -93,10 +93,15 @@ wheel: $(READY)
 	start=$$(date +%s); $(BIN)/python -m build --no-isolation --outdir dist && echo "built in $$(($$(date +%s) - start)) s"
 	MOPE_BUILD_NATIVE=0 $(BIN)/python -m build --no-isolation --wheel --outdir dist/pure
 
-# Everything on the GPU that most have, every feature once on the others; SHORT= for everything everywhere, which takes hours.
-SHORT ?= --short sm_80 sm_100 gfx942
+# What the kernels take under the Triton that is installed, every feature once; SHORT= for each with each, which takes hours.
+SHORT ?= --short
+OF_TRITON := -c "import triton; print('.'.join(triton.__version__.split('.')[:2]))"
 aot: $(READY)
-	$(BIN)/python -m mope_kernels.aot --arch sm_80 sm_90 sm_100 gfx942 $(SHORT) --markdown > docs/resources.md
+	$(BIN)/python -m mope_kernels.aot --arch sm_80 sm_90 sm_100 gfx942 $(SHORT) $(AOT) --markdown \
+	> docs/resources-triton-$$($(BIN)/python $(OF_TRITON)).md
+
+aot-gpu-stack:
+	$(MAKE) aot $(OF_GPU_STACK)
 
 clean:
 	rm -rf $(VENV) .venv-oldest build dist out *.egg-info mope_kernels/_C.so
