@@ -19,7 +19,8 @@ GPU_PYTHON ?= python3
 OUT ?= bench/results
 STAGE ?= headline
 
-.PHONY: demo test test-all test-oldest test-gpu-stack test-newest lint compile asan levels abi bench gpu gpu-cache wheel aot clean
+.PHONY: demo test test-all test-oldest test-gpu-stack test-newest lint compile asan levels abi bench gpu gpu-cache wheel \
+	aot aot-gpu-stack clean
 
 demo: $(READY)
 	$(BIN)/mope demo --out out $(DEMO)
@@ -104,10 +105,15 @@ wheel: $(READY)
 	start=$$(date +%s); $(BIN)/python -m build --no-isolation --outdir dist && echo "built in $$(($$(date +%s) - start)) s"
 	MOPE_BUILD_NATIVE=0 $(BIN)/python -m build --no-isolation --wheel --outdir dist/pure
 
-# Everything on the GPU that most have, every feature once on the others; SHORT= for everything everywhere, which takes hours.
-SHORT ?= --short sm_80 sm_100 gfx942
+# What the kernels take under the Triton that is installed, every feature once; SHORT= for each with each, which takes hours.
+SHORT ?= --short
+OF_TRITON := -c "import triton; print('.'.join(triton.__version__.split('.')[:2]))"
 aot: $(READY)
-	$(BIN)/python -m mope_kernels.aot --arch sm_80 sm_90 sm_100 gfx942 $(SHORT) --markdown > docs/resources.md
+	$(BIN)/python -m mope_kernels.aot --arch sm_80 sm_90 sm_100 gfx942 $(SHORT) $(AOT) --markdown \
+	> docs/resources-triton-$$($(BIN)/python $(OF_TRITON)).md
+
+aot-gpu-stack:
+	$(MAKE) aot $(OF_GPU_STACK)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(GPU_STACK) $(NEWEST) build dist out *.egg-info mope_kernels/_C.so

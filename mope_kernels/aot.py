@@ -600,7 +600,7 @@ def _print_table(found: Iterable[Report]) -> None:
 
 
 def _print_markdown(found: list[Report], short: Collection[str]) -> None:
-    """docs/resources.md."""
+    """docs/resources-triton-<version>.md."""
     import triton
 
     def op(each: Report) -> str:
@@ -609,11 +609,14 @@ def _print_markdown(found: list[Report], short: Collection[str]) -> None:
     def print_row(*cells: object) -> None:
         print(f"| {' | '.join(map(str, cells))} |")
 
+    version = ".".join(triton.__version__.split(".")[:2])
     of_short = ""
     if short:
-        of_short = f" All declared variants were compiled, but for {', '.join(sorted(short))} the short list: every feature once."
+        others = {each.arch for each in found} - set(short)
+        of_these = f" for {', '.join(sorted(short))}" if others else ""
+        of_short = f" Compiled{of_these} was the short list: every feature once, but not each with each."
     print(
-        f"""# Resources
+        f"""# Resources under Triton {version}
 
 What the Triton kernels take on each target, compiled without a GPU by Triton {triton.__version__}. Written by `make aot`, that is
 `python -m mope_kernels.aot --markdown`; not edited by hand.{of_short}
@@ -673,7 +676,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object a line")
-    output.add_argument("--markdown", action="store_true", help="docs/resources.md, to the standard output")
+    output.add_argument("--markdown", action="store_true", help="a page of docs/resources.md, to the standard output")
     output.add_argument("--warm", type=Path, metavar="DIR", help="fill a cache for one --arch, and say what is in it")
     parser.add_argument(
         "--launches", metavar="MODULE", help="of --warm: what MODULE.specializations(arch) returns, not the declared variants"

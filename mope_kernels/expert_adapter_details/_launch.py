@@ -63,7 +63,11 @@ class _Sizes(NamedTuple):
     def blocks(self, x: Tensor) -> tuple[Blocks, Blocks, Blocks]:
         if x.dtype == torch.float32:
             return _FLOAT if self.GROUPS == 1 else _FLOAT_OF_MANY
-        return _HALF if self.GROUPS == 1 else _HALF_OF_MANY
+        if self.GROUPS > 1:
+            return _HALF_OF_MANY
+        forward, backward, products = _HALF
+        # What masks columns too has no registers left for as many rows: Triton 3.6 would spill on sm_90.
+        return forward, backward, products if self.D % products.columns == 0 else products._replace(rows=32)
 
     def constants(self, blocks: Blocks) -> dict[str, Any]:
         """With those of a block, and the options of the compiler."""

@@ -6,8 +6,10 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,3 +138,20 @@ def test_the_forward_is_one_launch():
         "key_value_gradient",
         "route_backward",
     ]
+
+
+def test_the_committed_pages_are_of_the_short_list_and_nothing_spills():
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    pages = {path.stem.removeprefix("resources-triton-"): path.read_text() for path in docs.glob("resources-triton-*.md")}
+    assert set(pages) == {"3.6", "3.9"}
+    for version, text in pages.items():
+        assert text.startswith(f"# Resources under Triton {version}\n") and f"by Triton {version}." in text
+        assert f"resources-triton-{version}.md" in (docs / "resources.md").read_text()
+        summary = [line.split(" | ") for line in text.split("## Summary\n")[1].split("\n## ")[0].splitlines() if " | " in line][2:]
+        assert {"sm_90"} <= {cells[1] for cells in summary} <= set(aot.DEFAULT_ARCHITECTURES)
+        assert all(cells[4] == "0" and int(cells[6]) <= int(cells[7].rstrip(" |")) for cells in summary)
+        # Four programs of 128 threads on a multiprocessor of Hopper.
+        (forward,) = re.findall(
+            r"## window_prompt_attention, sm_90\n.*?\| bf16 D=32 \| window_forward \| 4 \| (\d+) ", text, re.DOTALL
+        )
+        assert int(forward) <= 128
