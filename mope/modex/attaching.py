@@ -152,6 +152,19 @@ class _OriginalNorm:
         return self.original.forward(*args) if self.scope in _THREAD.disabled else output
 
 
+def _embed_apart(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Forward pre-hook of BLIP's text embeddings: looks the ids up, and gives a copy of what was found.
+
+    For gradient checkpointing transformers makes a leaf that requires gradients of what the lookup gives, and BLIP adds to it in
+    place.
+    """
+    ids = kwargs.get("input_ids")
+    if args or ids is None or not torch.is_grad_enabled():
+        return args, kwargs
+    found = module.word_embeddings(ids)
+    return args, {**kwargs, "input_ids": None, "inputs_embeds": found.clone() if found.requires_grad else found}
+
+
 class Adapters:
     """The adapters of a model: what `attach` gives. The model runs them by itself."""
 
@@ -178,6 +191,9 @@ class Adapters:
                 layout = layout_of(layer)
                 assert layout is not None
                 self._hook_layer(layer, layout, {kind: adapts[site.name] for kind, site in sites.items()})
+            for module in model.modules():
+                if type(module).__name__ == "BlipTextEmbeddings":
+                    self._handles.append(module.register_forward_pre_hook(_embed_apart, with_kwargs=True))
             for name, site in plan.modules.items():
                 self._handles.append(model.get_submodule(name).register_forward_hook(_OnOutput(adapts[site.name])))
             _forget_compiled_code()

@@ -244,6 +244,15 @@ def test_a_server(options: dict[str, Any], tmp_path: Path) -> None:
     assert_no_trace([*encoders.values()], lambda: MoPEServer(**encoders, config=config, **options), MoPEServer.close, every=11)
 
 
+def test_a_server_whose_last_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoders = backbones(dtype=torch.float32)
+    before = [state_of(encoder) for encoder in encoders.values()]
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("mope.models.modeling.PrepackedLayers", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        MoPEServer(**encoders, config=MoPEConfig(**SIZES, num_labels=3))
+    assert [state_of(encoder) for encoder in encoders.values()] == before
+
+
 def test_rows_of_an_interrupted_attachment_run_as_before() -> None:
     encoder, batch = backbone("bert").eval(), inputs()
     given: dict[str, Tensor] = {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -113,10 +113,10 @@ def output(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
     return next(value for name in names if (value := getattr(found, name, None)) is not None)
 
 
-def recompute(model: nn.Module) -> None:
+def recompute(model: nn.Module, options: dict[str, Any] | None) -> None:
     """Turn gradient checkpointing on, as transformers calls it: from version 6 on by the first name only, before by the second."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable(options)
 
 
 def attached(name: str, **changes: Any) -> tuple[nn.Module, Adapters]:
