@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mope.arguments import Parser, ShowVersion, add_device, positive
+from mope.extras import missing
 from mope.reference.run import add_run
 from mope.routes import add_routes
 from mope.training.commands import add_evaluate, add_train
@@ -78,11 +79,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    try:
-        import matplotlib
-        import sklearn  # noqa: F401
-    except ModuleNotFoundError as error:
-        print(f'mope demo needs {error.name}: pip install "mope-kernels[train,plot]"', file=sys.stderr)
+    if (problem := missing("matplotlib", "sklearn", extras=("train", "plot"))) is not None:
+        print(f"mope demo: {problem}", file=sys.stderr)
         return 1
     if options.export and options.system == "modex":
         print("mope demo: --export writes the data and encoders of --system mope, which modex takes too", file=sys.stderr)
@@ -93,6 +91,8 @@ def _demo(options: argparse.Namespace) -> int:
         export(options.export)
         print(f"{options.export}: train, dev and test, labels.txt, images/, vision/, text/, model/")
         return 0
+    import matplotlib
+
     # Pictures go to files: no display is looked for.
     matplotlib.use("Agg")
     if options.system == "modex":

@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import mope_kernels
 from mope import cli
+from mope.extras import EXTRAS, install
 from mope_kernels import _extension
 from mope_kernels.impl import _OPERATIONS
 
@@ -181,7 +183,29 @@ def test_build_without_a_compiler_fails_and_says_why(tmp_path: Path) -> None:
     assert "Traceback" not in answer.stderr
 
 
-def test_demo_without_its_extras_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    assert cli.main(["demo"]) == 1
-    assert 'pip install "mope-kernels[train,plot]"' in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "module", "package", "extras"),
+    [
+        ("demo", "sklearn", "scikit-learn", ("train", "plot")),
+        ("train", "accelerate", "accelerate", ("train",)),
+        ("evaluate", "PIL", "pillow", ("train",)),
+        ("routes", "matplotlib", "matplotlib", ("train", "plot")),
+    ],
+)
+def test_a_command_without_its_extras_says_what_to_install(
+    command: str,
+    module: str,
+    package: str,
+    extras: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main([command, *REQUIRED.get(command, [])]) == 1
+    said = capsys.readouterr().err
+    assert said == f"mope {command}: {package} is needed: {install(*extras)}\n" and package in said.partition("pip install")[2]
+
+
+def test_the_packages_that_are_named_are_those_of_the_extras() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert {extra: tuple(project["optional-dependencies"][extra]) for extra in EXTRAS} == EXTRAS

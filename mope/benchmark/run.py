@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mope.devices import find_device
+from mope.extras import install
 
 from . import problems, rows, show
 from .baselines import Unavailable
@@ -93,7 +94,7 @@ def bench(*, out: Path, quick: bool, everything: bool = False, device: str = "au
         show.picture(found.rows, out / "bench.svg")
         print(f"{path}\n{out / 'bench.svg'}")
     except ModuleNotFoundError:
-        print(f'{path}\nThe picture needs matplotlib: pip install "mope-kernels[plot]"')
+        print(f"{path}\nThe picture needs matplotlib: {install('plot')}")
     return 0
 
 

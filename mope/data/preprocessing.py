@@ -181,7 +181,7 @@ def _require_pillow() -> None:
     try:
         import PIL  # noqa: F401
     except ModuleNotFoundError:
-        raise ModuleNotFoundError('reading images needs Pillow: pip install "mope-kernels[train]"') from None
+        raise ModuleNotFoundError("reading images needs Pillow: pip install pillow") from None
 
 
 def _max_tokens(tokenizer: Any, text: nn.Module) -> int | None:

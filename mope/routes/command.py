@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mope.arguments import add_device, count, positive
+from mope.extras import missing
 from mope.training.recipe import RECIPES
 
 SPLITS = ("train", "dev", "test")
@@ -49,11 +50,8 @@ def add_routes(commands: Any) -> None:
 
 
 def _routes(options: argparse.Namespace) -> int:
-    try:
-        import matplotlib  # noqa: F401
-        import PIL  # noqa: F401
-    except ModuleNotFoundError as error:
-        print(f'mope routes needs {error.name}: pip install "mope-kernels[train,plot]"', file=sys.stderr)
+    if (problem := missing("matplotlib", "PIL", "accelerate", extras=("train", "plot"))) is not None:
+        print(f"mope routes: {problem}", file=sys.stderr)
         return 1
     try:
         _run(options)

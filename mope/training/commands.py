@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mope.arguments import add_device, count, positive
+from mope.extras import missing
 
 from .recipe import METRICS, PRECISIONS, RECIPES, Recipe
 
@@ -211,9 +212,4 @@ def _fail(command: str, problem: object, *, running: bool = False) -> int:
 
 
 def _missing_packages() -> str | None:
-    try:
-        import accelerate  # noqa: F401
-        import PIL  # noqa: F401
-    except ModuleNotFoundError as error:
-        return f'{error.name} is needed: pip install "mope-kernels[train]"'
-    return None
+    return missing("accelerate", "PIL", "tensorboard", extras=("train",))

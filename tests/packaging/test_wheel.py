@@ -133,6 +133,89 @@ def test_native_wheel_runs_its_kernels(native_wheel, tmp_path):
     assert status.split() == ["True", str(site / "mope_kernels" / build.LIBRARY)] and impl == "cpu"
 
 
+def pythons() -> list[object]:
+    """This one, and those of other environments of the Makefile that are there: they have another torch."""
+    others = (os.environ.get("MOPE_TEST_PYTHONS") or f"{ROOT}/.venv-oldest/bin/python").split(":")
+    return [sys.executable, *(pytest.param(p, marks=[] if Path(p).exists() else pytest.mark.skip(f"no {p}")) for p in others)]
+
+
+def clean_environment(python: str, folder: Path, packages: str) -> Path:
+    """A new environment of `python`, into which its own torch and all else that these packages need are linked -> its python."""
+    run(python, "-m", "venv", folder, cwd=folder.parent)
+    (site,) = folder.glob("lib/python*/site-packages")
+    environment = {"PYTHONPATH": "", "PACKAGES": packages}
+    for path in run(python, "-c", FILES, cwd=folder.parent, **environment).splitlines():
+        if not (link := site / Path(path).name).exists():
+            link.symlink_to(path)
+    return folder / "bin" / "python"
+
+
+# Prints the files and folders of the packages, and of those that they need, as they lie in site-packages.
+FILES = """
+import os
+from importlib import metadata
+from packaging.requirements import Requirement
+wanted, found = [Requirement(text) for text in os.environ["PACKAGES"].splitlines()], {}
+while wanted:
+    requirement = wanted.pop()
+    key = requirement.name.lower()
+    extras = requirement.extras or {""}
+    if found.get(key, set()) >= extras:
+        continue
+    found.setdefault(key, set()).update(extras)
+    distribution = metadata.distribution(requirement.name)
+    for file in distribution.files:
+        if file.parts[0] != "..":
+            print(distribution.locate_file(file.parts[0]))
+    needed = map(Requirement, distribution.requires or ())
+    wanted += [r for r in needed if not r.marker or any(r.marker.evaluate({"extra": extra}) for extra in extras)]
+"""
+
+
+def requirements(wheel: Path) -> str:
+    """What a wheel says that it needs, one in a line, without extras."""
+    (name,) = (name for name in contents(wheel) if name.endswith(".dist-info/METADATA"))
+    metadata = zipfile.ZipFile(wheel).read(name).decode()
+    found = re.findall(r"^Requires-Dist: (.*)$", metadata, flags=re.MULTILINE)
+    return "\n".join(line for line in found if "extra ==" not in line)
+
+
+@pytest.mark.parametrize("python", pythons())
+def test_one_wheel_is_all_that_is_installed(native_wheel, python, tmp_path):
+    """In an environment with nothing but what the wheel asks for, pip installs it, and the kernels keep a part of the contract."""
+    clean = clean_environment(python, tmp_path / "clean", requirements(native_wheel))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {"PYTHONPATH": "", "MOPE_DISABLE_EXTENSION": "", "MOPE_EXTENSION": "", "XDG_CACHE_HOME": str(elsewhere)}
+    run(clean, "-m", "pip", "install", "--no-index", native_wheel, cwd=elsewhere, **environment)
+    (installed,) = (tmp_path / "clean").glob(f"lib/python*/site-packages/mope_kernels/{build.LIBRARY}")
+    status, impl = run(clean, "-c", USE, cwd=elsewhere, **environment).splitlines()
+    assert status.split() == ["True", str(installed)] and impl == "cpu"
+    torch = run(python, "-c", "import torch; print(torch.__version__)", cwd=elsewhere, PYTHONPATH="").strip()
+    command = tmp_path / "clean" / "bin" / "mope"
+    assert run(command, "--version", cwd=elsewhere, **environment) == f"mope {mope_kernels.__version__}\n"
+    said = run(command, "info", cwd=elsewhere, **environment)
+    assert torch in said and str(installed) in said
+    every = (
+        "import importlib, pkgutil, mope.models, mope.serving, mope.modex, mope.data, mope.fused, mope_kernels.aot, mope.reference"
+    )
+    run(clean, "-c", every, cwd=elsewhere, **environment)
+    without = subprocess.run([command, "demo"], cwd=elsewhere, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert without.returncode == 1 and " is needed: pip install accelerate pillow " in without.stderr
+
+    # pytest from where this one is; the tests, without the sources beside them.
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for path in run(python, "-c", FILES, cwd=elsewhere, PYTHONPATH="", PACKAGES="pytest\nhypothesis").splitlines():
+        if not (link := tools / Path(path).name).exists():
+            link.symlink_to(path)
+    shutil.copytree(ROOT / "tests", elsewhere / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", elsewhere)
+    part = ["tests/contract/test_accuracy.py", "-k", "cpu", "-m", "not slow", "-p", "no:cacheprovider"]
+    said = run(clean, "-m", "pytest", "-q", *part, cwd=elsewhere, **environment | {"PYTHONPATH": str(tools)})
+    assert int(re.search(r"(\d+) passed", said)[1]) > 50 and "failed" not in said
+
+
 def test_pure_wheel_works_and_then_builds_its_kernels(pure_wheel, tmp_path):
     site, cwd = install(pure_wheel, tmp_path), tmp_path / "elsewhere"
     status, impl = use(site, cwd)
