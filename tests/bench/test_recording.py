@@ -8,7 +8,7 @@ import pytest
 
 from bench import plan, recording
 from mope.benchmark import shapes
-from mope.benchmark.cases import Case
+from mope.benchmark.cases import Case, cases
 from tests.kernels.test_aot import needs_triton
 
 pytestmark = [
@@ -49,6 +49,13 @@ def test_each_op_is_recorded_and_each_kernel_once(recorded):
     assert kernel.kernel == "add_norm_forward" and recorded["add_norm", "tiny inference"].launches == [1]
     twice = recording.of_cases([(Case("add_norm", "tiny"), BFLOAT16)] * 2 + [(Case("add_norm", "tiny"), FLOAT32)], "sm_90", 2)
     assert twice.launches == [1, 1, 1] and len(twice.kernels) == 2
+
+
+def test_each_way_of_ours_is_recorded():
+    """Of `gelu_mlp`: with the GELU in the product, and in a kernel of its own behind the library's."""
+    case = next(case for case in cases("gelu_mlp", "cuda") if case.training)
+    found = {kernel.kernel for kernel in recording.of_cases([(case, BFLOAT16)], "sm_90").kernels}
+    assert found >= {"gelu_forward", "gelu_gradient"} and len(found) == 4
 
 
 def test_a_case_that_cannot_be_recorded_is_named():
