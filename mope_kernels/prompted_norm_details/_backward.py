@@ -77,10 +77,7 @@ def shared_backward(
     query = expert_row - EXPERT_ROWS
     of_expert = (row >= STATIC_ROWS) & (query < 0)
     expert = expert_row // P
-    stride_rows = tl.where(query >= 0, C, ROWS * C)
     p_rows = p_grad_prompts + tl.where(of_expert, S + expert_row % P, row) * C
-    if query >= 0:
-        p_rows = p_pooled
     b_sum = tl.zeros([BC], tl.float32)
     b_factors = tl.zeros([BB], tl.float32)
     for start in range(0, batch, BB):
@@ -106,7 +103,11 @@ def shared_backward(
             b_factor = tl.load(p_grad_query + o_item * QUERY + query, mask=b_used, other=0.0)
         mask = b_used[:, None] & m_column[None, :]
         # (BB, BC); items that do not use an expert are not read, whatever they hold
-        b_rows = tl.load(p_rows + o_item[:, None] * stride_rows + o_column[None, :], mask=mask, other=0.0)
+        # Not one load of one of two pointers: Triton 3.6 cannot compile that for AMD's GPUs.
+        if query >= 0:
+            b_rows = tl.load(p_pooled + o_item[:, None] * C + o_column[None, :], mask=mask, other=0.0)
+        else:
+            b_rows = tl.load(p_rows + o_item[:, None] * (ROWS * C) + o_column[None, :], mask=mask, other=0.0)
         b_sum += tl.sum(tl.where(mask, b_factor[:, None] * b_rows, 0.0), 0)
         b_factors += tl.where(b_used, b_factor, 0.0)
     if query >= 0:
