@@ -47,8 +47,9 @@ class Warnings:
                 "floating point pixels, and see something else: model.image_processor(images, return_tensors='pt')"
             )
         # As transformers, which looks at both ends.
-        looks = attention_mask is None and ids is not None and padding_token is not None and is_readable(ids)
-        if looks and ids is not None and ids.numel() and bool((ids[:, [0, -1]] == padding_token).any()):
+        if attention_mask is not None or ids is None or padding_token is None or not (is_readable(ids) and ids.numel()):
+            return
+        if bool(ids[:, [0, -1]].eq(padding_token).any()):
             self._say(
                 "input_ids hold the padding token, and no attention_mask was given: padding is read like words: give the "
                 "attention_mask that the tokenizer makes"

@@ -277,7 +277,7 @@ class ModeXForClassification(FusionModel):
         """
         if self.adapters is not None and not self.adapters.attached:
             raise RuntimeError("the adapters of this model were detached: make a new model")
-        of_text = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        of_text: dict[str, Any] = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
         check_are_tensors(pixel_values=pixel_values, input_ids=input_ids, labels=labels, **of_text)
         text = self.backbone("text")
         check_images(pixel_values)

@@ -210,7 +210,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     try:
         job = EvaluationJob(options)
-    except (ValueError, OSError) as error:
+    except (MemoryError, ValueError, OSError) as error:
         return _fail("evaluate", error)
     try:
         job.evaluate()

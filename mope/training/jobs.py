@@ -114,7 +114,7 @@ class TrainingJob:
                 # Encoders that were joined here are nowhere else.
                 copy_backbones=options.copy_backbones or (self._is_modex and options.model is None),
             )
-        except ValueError:
+        except BaseException:
             model.detach()
             raise
 

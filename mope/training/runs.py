@@ -116,7 +116,7 @@ class TrainingRun:
         model.eval()
         try:
             # The run draws the random numbers that it would draw without this.
-            with torch.random.fork_rng(), torch.no_grad():
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
                 batch = model.on_device(Collator(model)([items[0]]))
                 pixels = batch.get("pixel_values")
                 model(**batch)
