@@ -33,7 +33,6 @@ def write_text(file: Path, text: str) -> None:
 
 def disk_error(what: str, folder: Path, error: BaseException) -> OSError:
     """`what` went wrong, and whether for want of space, of which many libraries say nothing."""
-    number = getattr(error, "errno", None)
-    said = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    is_full = said or shutil.disk_usage(folder).free < SPACE
-    return OSError(f"{what}: no space left on the disk ({error})" if is_full else f"{what}: {error}")
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(folder).free < SPACE
+    is_said = "no space left" in str(error).lower()
+    return OSError(f"{what}: no space left on the disk ({error})" if is_full and not is_said else f"{what}: {error}")
