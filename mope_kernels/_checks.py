@@ -31,6 +31,9 @@ class Arguments:
         """Hold `value` to the axes; one letter, one size. `None` (an optional argument that was not given) passes."""
         if value is None:
             return
+        if not isinstance(value, Tensor):
+            # numpy's arrays and lists alike.
+            raise TypeError(f"{self.op}: {name} must be a tensor, got {type(value).__name__}: use torch.as_tensor({name})")
         names = axes.split()
         if value.dim() != len(names):
             raise self.error(f"{name} must have the axes ({', '.join(names)}), got shape {tuple(value.shape)}")
@@ -40,6 +43,7 @@ class Arguments:
                 wanted = ", ".join(f"{a}={self.sizes[a]}" if a in self.sizes else a for a in names)
                 raise self.error(
                     f"{name} must be ({wanted}), got shape {tuple(value.shape)}: axis {axis} is {size}, not {expected}"
+                    + self._layout_hint(axis, value)
                 )
         if integer and (value.is_floating_point() or value.dtype == torch.bool):
             raise self.error(f"{name} must be an integer tensor, got {value.dtype}: use {name}.long()")
@@ -51,6 +55,12 @@ class Arguments:
             self.device = value.device
         elif value.device != self.device:
             raise self.error(f"{name} is on {value.device}, the other tensors on {self.device}: use {name}.to('{self.device}')")
+
+    def _layout_hint(self, axis: str, value: Tensor) -> str:
+        """What to do where query, key and value have rows in front of heads, as they come out of a projection."""
+        if axis != "H" or self.sizes.get("Lq") not in value.shape[1:3]:
+            return ""
+        return ": if query, key and value are (B,L,H,D), transpose(1, 2) makes them (B,H,L,D), heads first"
 
     def both_or_neither(self, first: str, a: object, second: str, b: object) -> None:
         if (a is None) != (b is None):

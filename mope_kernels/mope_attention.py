@@ -215,6 +215,8 @@ def mope_attention(
     arguments = Arguments("mope_attention")
     check_attention(arguments, query, key, value, lengths, dropout_p)
     check_routing(arguments, logits, noise, top_k, temperature)
+    if not isinstance(bank, ExpertBank):
+        raise TypeError(f"mope_attention: bank must be an ExpertBank, got {type(bank).__name__}: give ExpertBank(key, value)")
     experts, task = "K", ""
     if task_ids is not None:
         experts, task = "T*K", "T "

@@ -199,7 +199,7 @@ def prompt_attention(
     else:
         arguments.probability("dropout_p", dropout_p)
         _check_packed(arguments, query, key, value, offsets, max_length, has_other=lengths is not None or attn_bias is not None)
-    owner = "1" if prompt_key.shape[:1] == (1,) else "B"
+    owner = "1" if getattr(prompt_key, "shape", ())[:1] == (1,) else "B"
     arguments.tensor("prompt_key", prompt_key, f"{owner} H P D")
     arguments.tensor("prompt_value", prompt_value, f"{owner} H P D")
     _check_bias(arguments, attn_bias, (*query.shape[:3], key.shape[2]))

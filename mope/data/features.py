@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from mope.files import disk_error
 from mope.models.distributed import is_distributed
 from mope.models.saving import describe, original
 
@@ -234,6 +235,9 @@ def _write(file: Path, array: NDArray[Any]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         unfinished.replace(file)
+    # numpy says how much it wrote, and not why.
+    except OSError as error:
+        raise disk_error(f"features cannot be kept in {file.parent}", file.parent, error) from error
     finally:
         unfinished.unlink(missing_ok=True)
 

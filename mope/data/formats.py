@@ -35,6 +35,10 @@ class DataError(ValueError):
     """Data that cannot be used: names file, line and what to do."""
 
 
+class NoLabelsError(DataError):
+    """No line of a split has a label, as where those of a test split are not published."""
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """A text, an image and the indices of their classes: exactly one with problem type "single_label".
@@ -131,14 +135,14 @@ class _Problems:
     def add(self, line: int, problem: object) -> None:
         self.found.append((line, str(problem)))
 
-    def raise_if_any(self) -> None:
+    def raise_if_any(self, error: type[DataError] | None = None) -> None:
         if not self.found:
             return
         self.found.sort()
         shown = [f"{self.file}:{line}: {problem}" for line, problem in self.found[:SHOWN]]
         if (hidden := len(self.found) - SHOWN) > 0:
             shown.append(f"and {hidden} more")
-        raise DataError("\n".join(shown))
+        raise (error or DataError)("\n".join(shown))
 
 
 def read_split(
@@ -162,7 +166,8 @@ def read_split(
             that is null or "" is grey in any case.
 
     Raises:
-        DataError: a file is missing, empty or ambiguous, or lines of it cannot be used; the first ten are listed as file:line.
+        DataError: a file is missing, empty or ambiguous, or lines of it cannot be used; the first ten are listed as file:line. It
+            is a `NoLabelsError` where no line has a label.
         ValueError: there is no such format, split or `on_missing_image`.
 
     Ids that stand in several lines are warned about.
@@ -176,7 +181,7 @@ def read_split(
             raise ValueError(f"read_split: {what} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     place = Path(folder)
     file = _find(place, split)
-    rows, multi, problems = _read(file, _FORMATS[format])
+    rows, multi, problems, labelled = _read(file, _FORMATS[format])
     if names is None:
         names = _read_names(place / LABELS)
     if names is None:
@@ -189,7 +194,7 @@ def read_split(
             examples.append(Example(row.id, row.text, images.find(row.image), labels.find(row.labels)))
         except _Problem as problem:
             problems.add(row.line, problem)
-    problems.raise_if_any()
+    problems.raise_if_any(DataError if labelled else NoLabelsError)
     if not examples:
         raise DataError(f"{file} holds no examples: write one JSON object in each line")
     _warn_of_duplicates(file, rows)
@@ -210,9 +215,9 @@ def _find(folder: Path, split: str) -> Path:
     return found[0]
 
 
-def _read(file: Path, format: _Format) -> tuple[list[_Row], bool, _Problems]:
-    """Every line of a file, whether its examples have several labels, and what is wrong with it so far."""
-    rows, problems = [], _Problems(file)
+def _read(file: Path, format: _Format) -> tuple[list[_Row], bool, _Problems, bool]:
+    """Every line of a file, whether its examples have several labels, what is wrong with it so far, and whether any has a label."""
+    rows, problems, labelled = [], _Problems(file), False
     # None: the first readable line decides.
     multi = None if format.single and format.multi else format.multi is not None
     with file.open("rb") as lines:
@@ -224,12 +229,13 @@ def _read(file: Path, format: _Format) -> tuple[list[_Row], bool, _Problems]:
                 continue
             try:
                 record = _parse(line)
+                labelled |= any(record.get(key) not in (None, "") for key in (format.single, format.multi) if key)
                 if multi is None and (format.single in record or format.multi in record):
                     multi = format.multi in record
                 rows.append(_row(number, record, format, bool(multi)))
             except _Problem as problem:
                 problems.add(number, problem)
-    return rows, bool(multi), problems
+    return rows, bool(multi), problems, labelled
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -327,7 +333,7 @@ def _training_names(folder: Path, format: str) -> tuple[str, ...]:
     if not (folder / "train.jsonl").is_file():
         raise DataError(f"{folder} has neither {LABELS} nor train.jsonl: the classes have their names from one of them")
     file = _find(folder, "train")
-    rows, _, problems = _read(file, _FORMATS[format])
+    rows, _, problems, _ = _read(file, _FORMATS[format])
     problems.raise_if_any()
     return _names_in(file, rows)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from mope.demo.plain import BATCH, Comparison
 from mope.demo.train import Result, Settings
+from mope.files import write_text
 from mope.finite import finite_or_none
 from mope_kernels import _extension
 
@@ -142,5 +143,5 @@ def write(out: Path, runs: Sequence[Run], comparison: Comparison, settings: Sett
 def write_files(out: Path, text: str, record: dict[str, Any]) -> None:
     """results.md and results.json."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.md").write_text(text, encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(finite_or_none(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(out / "results.md", text)
+    write_text(out / "results.json", json.dumps(finite_or_none(record), indent=2, allow_nan=False) + "\n")

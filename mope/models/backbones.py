@@ -20,6 +20,7 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 from mope.fused import ExpertAdapter, FrozenAttention, MoPEAttention
 from mope_kernels import Routing
 
+from .checks import check_encoder
 from .feed_forward import add_then_norm, is_untouched, linear_gelu_linear, norm_and_mlp
 
 
@@ -269,6 +270,10 @@ def find_architecture(backbone: nn.Module, modality: str | None = None) -> Archi
     try:
         architecture = architecture_for(getattr(config, "model_type", None))
     except ValueError as error:
+        # A model of both, such as CLIP's.
+        part = f"{modality}_model"
+        if modality is not None and isinstance(getattr(backbone, part, None), nn.Module):
+            raise ValueError(f"{name} holds encoders of both modalities: give its {modality} encoder, model.{part}") from None
         raise ValueError(f"{name}: {error}") from None
     if modality not in (None, architecture.modality):
         raise ValueError(f"{modality} was given {name}, a {architecture.modality} model")
@@ -320,7 +325,8 @@ def wrapped_by_peft(backbone: nn.Module) -> str:
 
 
 def base_model(backbone: nn.Module) -> nn.Module:
-    """The bare model under a task head: ViTModel of a ViTForImageClassification."""
+    """The bare model under a task head: ViTModel of a ViTForImageClassification. TypeError or ValueError: see `check_encoder`."""
+    check_encoder(backbone)
     return backbone.base_model if isinstance(backbone, PreTrainedModel) else backbone
 
 

@@ -12,6 +12,7 @@ import mope
 from mope.fused.router import ROUTERS
 from mope_kernels.impl import names_in
 
+from .checks import check_labels_of
 from .presets import PRESETS
 
 METHODS = ("mope", "static_mapped", "late_concat", "ensemble", "image_only", "text_only")
@@ -180,6 +181,7 @@ class MoPEConfig:
                 "MoPEConfig: static_mapped without the mapped prompt has nothing of the other modality; "
                 "for static prompts alone use method='image_only' or 'text_only' with static_length"
             )
+        check_labels_of(self, "MoPEConfig")
         self._check_depth()
         if strangers := [m for m in self.finetuned if m not in self.modalities]:
             raise ValueError(

@@ -23,6 +23,7 @@ from mope.graphs import CudaGraphRunner
 from mope_kernels import Routing
 
 from .backbones import Attachment, BackboneAdapter, PromptedLayer, attach, base_model, find_adapter, find_architecture
+from .checks import Warnings, check_are_tensors, check_encoder, check_images, check_texts, naming_memory
 from .configuration import MoPEConfig
 from .distributed import importance, is_distributed, warn_of_local_batches
 from .parts import new_head, new_input_prompts, new_mapper, new_swin, router_options, task_loss
@@ -139,6 +140,8 @@ class MoPEForClassification(SavedModel):
                     f"method {config.method!r} works on {' and '.join(config.modalities)}: "
                     f"{modality} must {'not ' if backbone is not None else ''}be given"
                 )
+            if backbone is not None:
+                check_encoder(backbone, modality)
         if isinstance(vision, MoPESwinEncoder):
             raise ValueError("vision was given a MoPESwinEncoder, which holds the prompts of another model: give a SwinModel")
         self.config = config
@@ -149,7 +152,8 @@ class MoPEForClassification(SavedModel):
         self._widths = {m: find_architecture(self.backbone(m), m).hidden_size(self.backbone(m)) for m in config.modalities}
         dim, cross_dim = self._widths[main], self._widths[other] if other else None
         if isinstance(self.vision, SwinModel):
-            self.vision = new_swin(config, self.vision, cross_dim)
+            with naming_memory(_what_is_added(config)):
+                self.vision = new_swin(config, self.vision, cross_dim)
         elif config.prompt_owner != "instance":
             raise ValueError(
                 f"prompt_owner={config.prompt_owner!r} is an order of windows, which only a SwinModel has: "
@@ -160,6 +164,7 @@ class MoPEForClassification(SavedModel):
         self._checkpointing = False
         self._cast: CastWeights | None = None
         self._warned_top_k = self._warned_local = False
+        self._warnings = Warnings()
 
         layers = {main: config.prompted_layers if config.prompts_main and config.prompt_depth == "deep" else ()}
         if other:
@@ -168,7 +173,8 @@ class MoPEForClassification(SavedModel):
         self._attachments: dict[str, Attachment] = {}
         try:
             self.attach()
-            self._add_parts(dim, cross_dim)
+            with naming_memory(_what_is_added(config)):
+                self._add_parts(dim, cross_dim)
             self.to(self.device)
         # Also memory that is not there, and an interruption: whoever gave the encoders has no handle to detach them by.
         except BaseException:
@@ -446,8 +452,10 @@ class MoPEForClassification(SavedModel):
             output_attentions: refused.
 
         Raises:
-            ValueError: an input is missing or has another number of items; `cross_features`, labels or the attention mask have
-                another shape; a bank is stale; or attention matrices are asked for.
+            TypeError: an input is no tensor.
+            ValueError: an input is missing or has another number of items; something has another shape; ids or labels that are on
+                the CPU lie outside of what there is; a text is longer than its encoder has positions; a bank is stale; or attention
+                matrices are asked for.
             RuntimeError: prompts would be skipped, because a backbone was detached or its layers were replaced.
         """
         if output_attentions:
@@ -455,6 +463,7 @@ class MoPEForClassification(SavedModel):
                 "output_attentions=True: the fused attention never forms the attention matrix, so it cannot be returned"
             )
         config = self.config
+        check_are_tensors(labels=labels, cross_features=cross_features)
         inputs, padding = self._inputs(pixel_values, input_ids, attention_mask, token_type_ids, position_ids)
         self._check_given(inputs, config.modalities if cross_features is None else (config.main,))
         self._warn()
@@ -521,6 +530,11 @@ class MoPEForClassification(SavedModel):
         position_ids: Tensor | None,
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Padding]]:
         """What each encoder reads, and where its padding is."""
+        beside = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        check_are_tensors(pixel_values=pixel_values, input_ids=input_ids, **beside)
+        check_images(pixel_values)
+        if self.text is not None:
+            check_texts(self.text, input_ids, given_positions=position_ids is not None, **beside)
         if attention_mask is not None and input_ids is not None and attention_mask.shape != input_ids.shape:
             expected, found = tuple(input_ids.shape), tuple(attention_mask.shape)
             raise ValueError(f"attention_mask must be {expected}, as input_ids is, got {found}")
@@ -529,6 +543,9 @@ class MoPEForClassification(SavedModel):
             "text": {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids},
         }
         inputs = {m: {name: tensor for name, tensor in of.items() if tensor is not None} for m, of in given.items()}
+        text: Any = self.text
+        seen = {name: tensor for of in inputs.values() for name, tensor in of.items()}
+        self._warnings.of_inputs(seen, attention_mask, None if text is None else getattr(text.config, "pad_token_id", None))
         padding = self._padding(attention_mask)
         inputs["text"] = {name: padding.tokens_first(tensor) for name, tensor in inputs["text"].items()}
         return inputs, {"vision": Padding(), "text": padding}
@@ -764,6 +781,11 @@ class MoPEForClassification(SavedModel):
                     yield run
         finally:
             self.train(was_training)
+
+
+def _what_is_added(config: MoPEConfig) -> str:
+    lengths = f"static_length={config.static_length}, prompt_length={config.prompt_length}, num_experts={config.num_experts}"
+    return f"what MoPEConfig adds to the encoders with {lengths}; take less, num_experts first"
 
 
 def _plain_layer(

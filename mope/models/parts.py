@@ -12,6 +12,7 @@ from transformers import SwinModel
 from mope.fused import InputPrompts
 from mope.fused.attention import default_bound
 
+from .checks import check_labels
 from .configuration import MoPEConfig
 from .mapper import mapper_layers
 from .swin import MoPESwinEncoder, encoder_for
@@ -109,13 +110,14 @@ def task_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     """Logits (B,num_labels) and labels (B,), or (B,num_labels) with problem_type "multi_label" -> ().
 
     Raises:
-        ValueError: labels are of another shape.
+        ValueError: labels are of another shape or kind, or there are none; or, where they are on the CPU, no such classes.
     """
     expected = logits.shape if problem_type == "multi_label" else logits.shape[:1]
     # Of labels (B,num_labels) cross_entropy would take numbers for probabilities of classes.
     if labels.shape != expected:
         raise ValueError(f"labels must be {tuple(expected)} with problem_type={problem_type!r}, got {tuple(labels.shape)}")
+    check_labels(labels, logits.shape[-1], problem_type)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if problem_type == "multi_label":
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-    return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels.long())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mope.fused.adapter import ExpertAdapter
+from mope.models.checks import check_encoder, naming_memory
 
 from .configuration import ModeXConfig
 from .saving import WEIGHTS, check_tensors, gather, read_tensors, write_tensors
@@ -155,8 +156,7 @@ class _OriginalNorm:
 def _embed_apart(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Forward pre-hook of BLIP's text embeddings: looks the ids up, and gives a copy of what was found.
 
-    For gradient checkpointing transformers makes a leaf that requires gradients of what the lookup gives, and BLIP adds to it in
-    place.
+    For gradient checkpointing transformers makes what was found a leaf that requires gradients, and BLIP adds to it in place.
     """
     ids = kwargs.get("input_ids")
     if args or ids is None or not torch.is_grad_enabled():
@@ -170,7 +170,8 @@ class Adapters:
 
     def __init__(self, model: nn.Module, config: ModeXConfig, plan: Plan) -> None:
         # Before anything changes: there may be no memory for them.
-        made = [(site, _make(site, config)) for site in plan.sites()]
+        with naming_memory(f"adapters with bottleneck={config.bottleneck} and num_experts={config.num_experts}"):
+            made = [(site, _make(site, config)) for site in plan.sites()]
         self.model, self.config = model, config
         self._scope = _Scope()
         self._names = [site.name for site in plan.sites()]
@@ -427,6 +428,7 @@ def attach(model: nn.Module, config: ModeXConfig) -> Adapters:
         ValueError: the model has adapters already, or the configuration asks for what it does not have; nothing is changed then.
     """
     model = _without_wrapper(model)
+    check_encoder(model, "model")
     return Adapters(model, config, _plan(model, config))
 
 

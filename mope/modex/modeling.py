@@ -19,6 +19,7 @@ from transformers.utils.generic import ModelOutput
 
 import mope
 from mope.fused.prepack import PrepackedLayers
+from mope.models.checks import Warnings, check_are_tensors, check_encoder, check_images, check_labels_of, check_texts
 from mope.models.fusion import FusionModel
 from mope.models.parts import task_loss
 from mope.models.precision import HALF, CastWeights
@@ -76,6 +77,7 @@ class ClassifierConfig:
         for name, allowed in (("problem_type", PROBLEMS), ("padding_side", SIDES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        check_labels_of(self, "ModeXForClassification")
 
     @property
     def num_labels(self) -> int:
@@ -151,11 +153,13 @@ class ModeXForClassification(FusionModel):
         if num_labels not in (None, len(names)):
             raise ValueError(f"ModeXForClassification: num_labels is {num_labels}, id2label names {len(names)}")
         self.config = ClassifierConfig(config, names, problem_type, padding_side)
+        check_encoder(model, "model")
         self._parts = _parts(model)
         self.encoder: Any = model
         self._source = source_of(model)
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._cast: CastWeights | None = None
+        self._warnings = Warnings()
         self.adapters = None if config is None else attach(model, config)
         try:
             for name, parameter in model.named_parameters():
@@ -268,11 +272,20 @@ class ModeXForClassification(FusionModel):
             labels: (B,) integer, or (B,num_labels) of 0 and 1 with problem_type "multi_label".
 
         Raises:
-            ValueError: images and texts differ in number, or labels are of another shape.
+            TypeError: an input is no tensor.
+            ValueError: images and texts differ in number, or something is of another shape; or ids or labels that are on the CPU
+                lie outside of what there is.
             RuntimeError: the adapters were detached.
         """
         if self.adapters is not None and not self.adapters.attached:
             raise RuntimeError("the adapters of this model were detached: make a new model")
+        of_text: dict[str, Any] = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        check_are_tensors(pixel_values=pixel_values, input_ids=input_ids, labels=labels, **of_text)
+        text = self.backbone("text")
+        check_images(pixel_values)
+        check_texts(text, input_ids, **of_text)
+        given = {"pixel_values": pixel_values, "input_ids": input_ids}
+        self._warnings.of_inputs(given, attention_mask, getattr(text.config, "pad_token_id", None))
         if len(pixel_values) != len(input_ids):
             raise ValueError(f"as many texts as images are needed, got {len(input_ids)} and {len(pixel_values)}")
         dtype = self.frozen_dtype

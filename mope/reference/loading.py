@@ -100,12 +100,12 @@ def load_reference_checkpoint(
     model = MoPEForClassification(config, vision=vision, text=text)
     try:
         _check_shapes(path, state, model.trained_state_dict())
-    except ValueError:
+        model.load_state_dict(state, strict=False)
+        return model.eval()
+    except BaseException:
         # The encoders go back as they came.
         model.detach()
         raise
-    model.load_state_dict(state, strict=False)
-    return model.eval()
 
 
 def _is_prompt(name: str) -> bool:

@@ -166,17 +166,23 @@ def _train(options: argparse.Namespace) -> int:
 
     from mope.data import DataError
     from mope.finite import NotFiniteError
+    from mope.models.checks import first_line, is_out_of_memory
 
     from .jobs import TrainingJob
 
     try:
         job = TrainingJob(options)
-    except (ValueError, OSError) as error:
+    except (MemoryError, ValueError, OSError) as error:
         return _fail("train", error)
     try:
         stopped_by = job.train()
     except (DataError, NotFiniteError, OSError, SafetensorError) as error:
         return _fail("train", error, running=True)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "take a smaller --batch-size or more parts of it (--accumulation), or --gradient-checkpointing"
+        return _fail("train", f"out of memory: {first_line(error)}; {advice}", running=True)
     return 0 if stopped_by is None else SIGNALLED + stopped_by
 
 
@@ -192,7 +198,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     try:
         job = EvaluationJob(options)
-    except (ValueError, OSError) as error:
+    except (MemoryError, ValueError, OSError) as error:
         return _fail("evaluate", error)
     try:
         job.evaluate()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mope.files import write_text
 from mope.finite import finite_or_none
 
 NAMES = {"accuracy": "accuracy", "f1_micro": "F1 micro", "f1_macro": "F1 macro", "loss": "loss"}
@@ -78,8 +79,8 @@ def refuse_other(folder: Path) -> None:
 def write(folder: Path, results: dict[str, Any], text: str) -> None:
     """`results.json` and `results.md`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(finite_or_none(results), indent=2, allow_nan=False) + "\n")
-    (folder / "results.md").write_text(text)
+    write_text(folder / "results.json", json.dumps(finite_or_none(results), indent=2, allow_nan=False) + "\n")
+    write_text(folder / "results.md", text)
 
 
 def _number(name: str, values: list[float]) -> str:

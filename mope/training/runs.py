@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from mope.data import Collator, Examples, FeatureCache, RandAugment, Split, cached_features
+from mope.data import Collator, DataError, Examples, FeatureCache, RandAugment, Split, cached_features
+from mope.files import write_text
 from mope.finite import NotFiniteError, infinite
 from mope.models.distributed import is_distributed
 from mope.models.fusion import FusionModel
@@ -102,8 +104,34 @@ class TrainingRun:
             save_steps=save_steps,
             progress=progress,
         )
+        self._check_first_example()
         if self.checkpoint is not None:
             self._check_steps(read_state(self.checkpoint))
+
+    def _check_first_example(self) -> None:
+        """ValueError where what tokenizer and image processor give does not go through the encoders: now, and not at step 1."""
+        model, was_training = self.model, self.model.training
+        items = self._examples("train")
+        pixels: Any = None
+        model.eval()
+        try:
+            # The run draws the random numbers that it would draw without this.
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                batch = model.on_device(Collator(model)([items[0]]))
+                pixels = batch.get("pixel_values")
+                model(**batch)
+        # Files that cannot be read say so themselves.
+        except DataError:
+            raise
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            first = repr(self.splits["train"].examples[0].id)
+            given = "" if pixels is None else f", its image {tuple(pixels.shape[1:])} after the image processor"
+            raise ValueError(
+                f"the first training example, {first}{given}, does not go through the model: {error}. "
+                "Name the image processor and the tokenizer of these encoders (--image-processor, --tokenizer)"
+            ) from error
+        finally:
+            model.train(was_training)
 
     def train(self) -> dict[str, Any]:
         """Train, take the best weights, evaluate, save -> the results of the run, the same on every process.
@@ -124,7 +152,7 @@ class TrainingRun:
             trainer.train_dataset = trainer.batches.items = self._examples("train", caches["train"])
             trainer.eval_dataset = self._examples("dev", caches["dev"]) if "dev" in caches else None
         if self._is_first_process():
-            (self.out / RUN).write_text(json.dumps(self.identity(), indent=2) + "\n")
+            write_text(self.out / RUN, json.dumps(self.identity(), indent=2) + "\n")
         trainer.train_until_stopped(self.checkpoint)
         state = trainer.state
         results: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import threading
 import warnings
@@ -21,6 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from mope.devices import find_device
+from mope.files import disk_error
 from mope.finite import LossWatch, NotFiniteError, infinite
 from mope.models.fusion import FusionModel
 from mope.models.saving import WEIGHTS
@@ -316,8 +318,13 @@ class FusionTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         # What torch and safetensors raise where a disk is full.
-        except (RuntimeError, SafetensorError) as error:
-            raise OSError(f"{self.out}: the checkpoint of step {self.state.global_step} cannot be written: {error}") from error
+        except (OSError, RuntimeError, SafetensorError) as error:
+            step = self.state.global_step
+            failure = disk_error(f"{self.out}: the checkpoint of step {step} cannot be written", self.out, error)
+            # It is no checkpoint, and takes space.
+            if self.args.should_save:
+                shutil.rmtree(self.out / f"checkpoint-{step}", ignore_errors=True)
+            raise failure from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:

@@ -136,10 +136,53 @@ WRONG = {
 }
 
 
+def prompted(*shapes):
+    """prompt_attention of query, key and value in one shape, prompts in another."""
+    own, prompts = (torch.zeros(shape) for shape in shapes)
+    return mope_kernels.prompt_attention(own, own, own, prompts, prompts)
+
+
+HEADS_FIRST = "axis H is {}, not 5: if query, key and value are (B,L,H,D), transpose(1, 2) makes them (B,H,L,D), heads first"
+WRONG |= {
+    f"prompt_attention: prompt_key must be (B=2, H=5, P, D=8), got shape (2, 2, 3, 8): {HEADS_FIRST.format(2)}": lambda: prompted(
+        (2, 5, 2, 8), (2, 2, 3, 8)
+    ),
+    f"prompt_attention: prompt_key must be (B=2, H=5, P, D=8), got shape (2, 3, 2, 8): {HEADS_FIRST.format(3)}": lambda: prompted(
+        (2, 5, 2, 8), (2, 3, 2, 8)
+    ),
+    f"mope_attention: bank.key must be (K=3, H=5, P, D=16), got shape (3, 2, 4, 16): {HEADS_FIRST.format(2)}": lambda: attention(
+        **dict.fromkeys(("query", "key", "value"), torch.zeros(2, 5, 2, 16))
+    ),
+}
+# No tensors at all.
+OF_ANOTHER_TYPE = {
+    "mope_attention: bank must be an ExpertBank, got tuple: give ExpertBank(key, value)": lambda: attention(
+        bank=(torch.zeros(3, 2, 4, 16), torch.zeros(3, 2, 4, 16))
+    ),
+    "mope_attention: bank must be an ExpertBank, got Tensor": lambda: attention(bank=torch.zeros(3, 2, 4, 16)),
+    "mope_attention: lengths must be a tensor, got list: use torch.as_tensor(lengths)": lambda: attention(lengths=[5, 7]),
+    "mope_attention: query must be a tensor, got ndarray": lambda: attention(query=torch.zeros(2, 2, 5, 16).numpy()),
+    "prompt_attention: prompt_key must be a tensor, got list": lambda: mope_kernels.prompt_attention(
+        *[torch.zeros(1, 1, 5, 8)] * 3, [1.0], [1.0]
+    ),
+    "route: logits must be a tensor, got list": lambda: mope_kernels.route([[0.0, 1.0]]),
+    "mix_prompts: indices must be a tensor, got list": lambda: mope_kernels.mix_prompts(
+        torch.zeros(3, 4, 8), torch.zeros(1, 1), [[0]]
+    ),
+}
+
+
 @pytest.mark.parametrize("message", WRONG)
 def test_error_says_what_is_wrong(message):
     with pytest.raises(ValueError) as error:
         WRONG[message]()
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("message", OF_ANOTHER_TYPE)
+def test_what_is_no_tensor_is_named(message):
+    with pytest.raises(TypeError) as error:
+        OF_ANOTHER_TYPE[message]()
     assert message in str(error.value)
 
 

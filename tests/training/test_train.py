@@ -339,8 +339,11 @@ def test_one_class_is_nothing_to_learn(tmp_path: Path) -> None:
     (folder / "labels.txt").write_text("yes\n")
     for file in folder.glob("*.jsonl"):
         file.write_text(file.read_text().replace('"no"', '"yes"'))
+    two, one = read_splits(write_data(tmp_path / "two")), read_splits(folder)
     with pytest.raises(ValueError, match="the only class is 'yes'"):
-        run_of(read_splits(folder), tmp_path / "out")
+        TrainingRun(make_model(two), one, FAST, tmp_path / "out", **QUIET)
+    with pytest.raises(ValueError, match="num_labels=1 with problem_type='single_label'"):
+        make_model(one)
 
 
 def test_what_trains_has_32_bits(splits: dict[str, Split], encoders: Path, tmp_path: Path) -> None:
