@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +91,7 @@ class MoPEServer:
             `MoPEForClassification.prepacked`.
         graphs: call through CUDA graphs, one for each thread and shape, see `CudaGraphRunner`. On the CPU it makes no difference.
         max_graphs, batch_sizes: of each thread's `CudaGraphRunner`.
+        interpolate_pos_encoding: take images of other sizes than the vision backbone's, see `MoPEForClassification.forward`.
 
     >>> server = MoPEServer(vision=vision, text=text)
     >>> server.load("food", "runs/food")
@@ -112,12 +114,13 @@ class MoPEServer:
         graphs: bool = True,
         max_graphs: int = 8,
         batch_sizes: Sequence[int] | None = None,
+        interpolate_pos_encoding: bool = False,
     ) -> None:
         for name, value in {"capacity": capacity, "max_labels": max_labels}.items():
             if value is not None and value < 1:
                 raise ValueError(f"MoPEServer: {name} must be at least 1, got {value}")
         self.capacity, self.max_labels, self.device, self.dtype = capacity, max_labels, device, dtype
-        self.prepack = prepack
+        self.prepack, self.interpolate_pos_encoding = prepack, interpolate_pos_encoding
         self._graph_options: dict[str, Any] | None = {"max_graphs": max_graphs, "batch_sizes": batch_sizes} if graphs else None
         if self._graph_options is not None:
             # Wrong options are an error now, not in the first call.
@@ -214,6 +217,8 @@ class MoPEServer:
         """
         if isinstance(tasks, str):
             raise ValueError(f"tasks must be a sequence of names, one for each item, got the single name {tasks!r}")
+        if "interpolate_pos_encoding" in inputs:
+            raise ValueError("MoPEServer: interpolate_pos_encoding holds for every call: MoPEServer(interpolate_pos_encoding=True)")
         if wrong := [name for name, value in inputs.items() if not (value is None or isinstance(value, Tensor))]:
             raise ValueError(f"MoPEServer: {', '.join(wrong)} must be tensors")
         with self._lock:
@@ -264,6 +269,12 @@ class MoPEServer:
             dtype=self.dtype,
         )
         self._open.callback(self._model.detach)
+        if self.interpolate_pos_encoding:
+            try:
+                self._model._check_interpolates()
+            except ValueError:
+                self.close()
+                raise
         if self.prepack:
             self._open.enter_context(self._model.prepacked())
 
@@ -308,12 +319,13 @@ class MoPEServer:
     def _runner(self) -> Callable[..., Tensor]:
         """Graphs belong to the thread that recorded them."""
         model = self._running()
+        classify = partial(model.classify, interpolate_pos_encoding=True) if self.interpolate_pos_encoding else model.classify
         if self._graph_options is None:
-            return model.classify
+            return classify
         if not hasattr(self._of_thread, "runner"):
             # Of all that it reads, only the head is ever replaced.
             self._of_thread.runner = CudaGraphRunner(
-                model.classify, modules=(), guard=lambda: model.stacked_head.num_labels, **self._graph_options
+                classify, modules=(), guard=lambda: model.stacked_head.num_labels, **self._graph_options
             )
         runner: CudaGraphRunner = self._of_thread.runner
         return runner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -352,3 +353,30 @@ def test_loads_while_other_threads_are_served(world: World) -> None:
             worker.join()
     assert not failures, failures
     assert min(served) > 0
+
+
+@pytest.mark.parametrize("main", ["vision", "text"])
+def test_images_of_another_size(main: str, tmp_path: Path) -> None:
+    encoders = backbones()
+    models = [task(encoders, num_labels=n, main=main) for n in (3, 4)]
+    batch = inputs(encoders) | {"pixel_values": torch.randn(5, 1, 8, 16, dtype=torch.float64)}
+    with contextlib.closing(MoPEServer(**encoders, interpolate_pos_encoding=True)) as server:
+        for i, model in enumerate(models):
+            server.load(f"task {i}", saved(model, tmp_path / str(i)))
+        found = server(["task 0", "task 1", "task 0", "task 1", "task 1"], **batch)
+        expected = [model(**batch, interpolate_pos_encoding=True).logits for model in models]
+        for i, prediction in enumerate(found):
+            torch.testing.assert_close(prediction.logits, expected[int(prediction.task[-1])][i], rtol=1e-9, atol=1e-9)
+        with pytest.raises(ValueError, match=r"holds for every call: MoPEServer\(interpolate_pos_encoding=True\)"):
+            server(["task 0"], **batch, interpolate_pos_encoding=True)
+
+
+def test_a_server_over_a_swin_transformer_takes_one_size(tmp_path: Path) -> None:
+    encoders = backbones("swin")
+    folder = saved(task(encoders), tmp_path / "task")
+    server = MoPEServer(**encoders, interpolate_pos_encoding=True)
+    with pytest.raises(ValueError, match="windows of a Swin Transformer"):
+        server.load("task", folder)
+    # The encoders are free again.
+    with contextlib.closing(MoPEServer(**encoders)) as other:
+        other.load("task", folder)
