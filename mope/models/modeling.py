@@ -27,6 +27,7 @@ from .configuration import MoPEConfig
 from .distributed import importance, is_distributed, warn_of_local_batches
 from .parts import new_head, new_input_prompts, new_mapper, new_swin, router_options, task_loss
 from .precision import HALF, CastWeights
+from .printing import describe_output
 from .saving import SavedModel
 from .swin import MoPESwinEncoder, distinct
 
@@ -57,6 +58,9 @@ class MoPEOutput(ModelOutput):
     importance_loss: Tensor | None = None
     routing: tuple[Routing, ...] | None = None
     features: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return describe_output(self)
 
 
 class Padding(NamedTuple):

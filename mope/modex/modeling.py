@@ -22,6 +22,7 @@ from mope.fused.prepack import PrepackedLayers
 from mope.models.fusion import FusionModel
 from mope.models.parts import task_loss
 from mope.models.precision import HALF, CastWeights
+from mope.models.printing import describe_output
 from mope.models.saving import CONFIG, DTYPES, WEIGHTS, read_tensors
 
 from .albef import AlbefModel
@@ -44,6 +45,9 @@ class ModeXOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     features: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return describe_output(self)
 
 
 @dataclass(frozen=True)

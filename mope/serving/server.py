@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mope.graphs import CudaGraphRunner
 from mope.models import MoPEConfig
 from mope.models.backbones import base_model
+from mope.models.printing import ranked
 from mope.models.saving import WEIGHTS, check_backbone, describe, load_backbone, read_config, read_tensors
 
 from .model import MultiTaskModel
@@ -60,6 +61,11 @@ class Prediction:
         if self.problem_type == "multi_label":
             return tuple(name for name, yes in zip(self.names, (self.logits > 0).tolist(), strict=True) if yes)
         return (self.names[int(self.logits.argmax())],)
+
+    def __repr__(self) -> str:
+        """Task, labels, and the most probable ones with their probabilities. Waits for the device."""
+        labels = ", ".join(self.labels) or "none"
+        return f"Prediction({self.task}: {labels}; {ranked(self.names, self.probabilities)})"
 
 
 class _Task(NamedTuple):
@@ -150,6 +156,18 @@ class MoPEServer:
     def config(self) -> MoPEConfig | None:
         """What the tasks have in common; None before the first one."""
         return None if self._model is None else self._model.config
+
+    def __repr__(self) -> str:
+        """The tasks, how many slots there are, the encoders and where they are."""
+        with self._lock:
+            tasks = [f"{name} ({task.config.num_labels} labels)" for name, task in self._tasks.items()]
+            model = self._model
+        loaded = f"{len(tasks)} of {self.capacity} slots: {', '.join(tasks)}" if tasks else f"0 of {self.capacity} slots"
+        if model is None:
+            return f"MoPEServer({loaded})"
+        encoders = " and ".join(f"{m} {type(model.backbone(m)).__name__}" for m in ("vision", "text"))
+        dtype = model.frozen_dtype or next(model.backbone(model.config.main).parameters()).dtype
+        return f"MoPEServer({loaded}; {encoders}; {str(dtype).removeprefix('torch.')} on {model.device})"
 
     def load(self, task: str, path: str | Path, *, replace: bool = False) -> None:
         """Load a task from a folder that `MoPEForClassification.save_pretrained` wrote. Of the backbones nothing is read.

@@ -141,3 +141,22 @@ def test_names_of_routed_blocks() -> None:
     ):
         assert model.routed_blocks() == expected
         assert len(model(**batch).routing or ()) == len(expected)
+
+
+def test_an_output_is_printed_in_a_line() -> None:
+    model, batch = fusion(num_experts=3, eval_top_k=2).eval(), inputs()
+    out = model(**batch, labels=torch.zeros(5, dtype=torch.long))
+    assert (
+        str(out)
+        == repr(out)
+        == (
+            f"MoPEOutput(loss: {out.loss.item():.4g}; logits: (5, 3); importance_loss: {out.importance_loss.item():.4g}; "
+            "routing: 3 blocks, 2 of 3 experts; features: (5, 32); float64 on cpu)"
+        )
+    )
+    assert str(fusion(method="image_only").eval()(**batch)) == "MoPEOutput(logits: (5, 3); features: (5, 32); float64 on cpu)"
+    # Nothing is computed there, so that there is no number to print.
+    on_meta = model.to("meta")(
+        **{n: t.to("meta") for n, t in batch.items()}, labels=torch.zeros(5, dtype=torch.long, device="meta")
+    )
+    assert str(on_meta).startswith("MoPEOutput(loss: (); logits: (5, 3);") and str(on_meta).endswith("float64 on meta)")
