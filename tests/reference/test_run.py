@@ -215,6 +215,21 @@ def test_what_is_only_imported_cannot_be_used(checkout, code, message):
 def test_it_is_said_that_nothing_was_accelerated(checkout, capsys):
     run(checkout("import torch.nn as nn; nn.Linear(1, 1)"), accelerate=True)
     assert "nothing was accelerated: the script built no VisionTextClassifiers" in capsys.readouterr().err
+    without_prompts = """
+import torch.nn as nn
+from transformers import BertConfig
+from tests.reference.stand_in_bert import TextClassifier
+
+class VisionTextClassifiers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        self.text_model = TextClassifier(BertConfig(**sizes), use_prompt=False)
+
+VisionTextClassifiers()
+"""
+    run(checkout(without_prompts), accelerate=True)
+    assert "mope run: nothing was accelerated: without prompts text_model runs as it is" in capsys.readouterr().err
     other = "import torch.nn as nn\nclass VisionTextClassifiers(nn.Module):\n    pass\nVisionTextClassifiers()"
     with pytest.raises(ValueError, match="holds neither a prompted Swin Transformer"):
         run(checkout(other), accelerate=True)
