@@ -159,13 +159,12 @@ def test_an_unmodified_script_runs_and_is_told_what_changed(checkout, capsys):
 
 
 def test_on_several_gpus_it_takes_one(checkout, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("mope.devices.find_device", lambda name: torch.device("cuda" if name == "auto" else name))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     expected = {"accelerator": "gpu", "precision": 16, "max_epochs": 10, "logger": None, "devices": 1}
     assert result(checkout())["trainer"] == expected
     assert "Trainer takes one GPU" in capsys.readouterr().err
     # Or the one that is named.
-    monkeypatch.setattr("mope.devices.find_device", torch.device)
     assert result(checkout(), device="cuda:2")["trainer"] == expected | {"devices": [2]}
     assert "Trainer takes the GPU 2: --device cuda:2" in capsys.readouterr().err
     assert result(checkout(), device="cpu")["trainer"]["accelerator"] == "cpu"
