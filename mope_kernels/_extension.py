@@ -22,6 +22,17 @@ class ExtensionStatus(NamedTuple):
     target: str = ""
 
 
+# As csrc/targets.cpp names them, the least first.
+TARGETS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+def _check_target() -> None:
+    """ValueError if MOPE_CPU_TARGET names no instruction set: the C++ would take the best instead."""
+    wish = os.environ.get("MOPE_CPU_TARGET", "")
+    if wish and wish not in TARGETS:
+        raise ValueError(f"MOPE_CPU_TARGET must be one of {', '.join(TARGETS)}, got {wish!r}")
+
+
 def _candidates() -> Iterator[Path]:
     # Another build of the same sources, such as one with sanitizers.
     if chosen := os.environ.get("MOPE_EXTENSION"):
@@ -39,6 +50,7 @@ def _target(path: Path) -> str:
 
 
 def _load() -> ExtensionStatus:
+    _check_target()
     if os.environ.get("MOPE_DISABLE_EXTENSION", "0") not in ("", "0"):
         return ExtensionStatus(False, None, "the C++ extension is switched off by MOPE_DISABLE_EXTENSION")
     failures = []

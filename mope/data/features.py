@@ -290,8 +290,9 @@ def _encode(model: MoPEForClassification, loader: DataLoader[dict[str, Any]]) ->
     try:
         # A bar, on a terminal only.
         for batch in tqdm(loader, f"features of the {model.config.complementary} encoder", disable=_rank()[0] > 0 or None):
+            inputs: dict[str, Any] = model.on_device(batch)
             with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-                psi = model.encode_complementary(**model.on_device(batch))
+                psi = model.encode_complementary(**inputs)
             yield psi.float().cpu().numpy()
     finally:
         model.train(was_training)

@@ -82,9 +82,10 @@ class BackboneAdapter(Architecture, ABC):
         """The blocks, in order."""
 
     @abstractmethod
-    def embed(self, model: Any, inputs: dict[str, Tensor], token_mask: Tensor | None) -> Tensor:
+    def embed(self, model: Any, inputs: dict[str, Any], token_mask: Tensor | None) -> Tensor:
         """What goes into the first block, from `pixel_values` or `input_ids` and its companions -> (B,L,C).
 
+        `interpolate_pos_encoding` is among them where it is asked for, and only if the class says `interpolates`.
         `token_mask` (B,L) bool is given where padding may stand anywhere, so that positions can be counted without it.
         """
 
@@ -106,19 +107,27 @@ class BackboneAdapter(Architecture, ABC):
 
 
 class VisionAdapter(BackboneAdapter):
+    """`interpolates` says whether `embed` takes images of other sizes, with `interpolate_pos_encoding`."""
+
     modality = "vision"
+    interpolates = False
     identity = (*BackboneAdapter.identity, "image_size", "patch_size", "num_channels")
 
 
+def _interpolating(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: inputs[name] for name in ("interpolate_pos_encoding",) if name in inputs}
+
+
 class ViTAdapter(VisionAdapter):
+    interpolates = True
     unreached = ("embeddings.mask_token",)
     unused, load_options = ("pooler.",), {"add_pooling_layer": False}
 
     def layers(self, model: Any) -> nn.ModuleList:
         return model.layers
 
-    def embed(self, model: Any, inputs: dict[str, Tensor], token_mask: Tensor | None) -> Tensor:
-        return model.embeddings(inputs["pixel_values"].to(model.dtype))
+    def embed(self, model: Any, inputs: dict[str, Any], token_mask: Tensor | None) -> Tensor:
+        return model.embeddings(inputs["pixel_values"].to(model.dtype), **_interpolating(inputs))
 
     def attention(self, layer: Any) -> FrozenAttention:
         a = layer.attention
@@ -133,12 +142,14 @@ class ViTAdapter(VisionAdapter):
 
 
 class Dinov2Adapter(VisionAdapter):
+    # Always, whether asked or not.
+    interpolates = True
     unreached = ("embeddings.mask_token",)
 
     def layers(self, model: Any) -> nn.ModuleList:
         return model.encoder.layer
 
-    def embed(self, model: Any, inputs: dict[str, Tensor], token_mask: Tensor | None) -> Tensor:
+    def embed(self, model: Any, inputs: dict[str, Any], token_mask: Tensor | None) -> Tensor:
         return model.embeddings(inputs["pixel_values"])
 
     def attention(self, layer: Any) -> FrozenAttention:
@@ -164,11 +175,13 @@ class Dinov2Adapter(VisionAdapter):
 
 
 class CLIPVisionAdapter(VisionAdapter):
+    interpolates = True
+
     def layers(self, model: Any) -> nn.ModuleList:
         return model.encoder.layers
 
-    def embed(self, model: Any, inputs: dict[str, Tensor], token_mask: Tensor | None) -> Tensor:
-        return model.pre_layrnorm(model.embeddings(inputs["pixel_values"]))
+    def embed(self, model: Any, inputs: dict[str, Any], token_mask: Tensor | None) -> Tensor:
+        return model.pre_layrnorm(model.embeddings(inputs["pixel_values"], **_interpolating(inputs)))
 
     def attention(self, layer: Any) -> FrozenAttention:
         a = layer.self_attn
@@ -192,7 +205,7 @@ class BertAdapter(BackboneAdapter):
     def layers(self, model: Any) -> nn.ModuleList:
         return model.encoder.layer
 
-    def embed(self, model: Any, inputs: dict[str, Tensor], token_mask: Tensor | None) -> Tensor:
+    def embed(self, model: Any, inputs: dict[str, Any], token_mask: Tensor | None) -> Tensor:
         if token_mask is not None and "position_ids" not in inputs:
             inputs = {**inputs, "position_ids": (token_mask.cumsum(-1) - 1).clamp_min(0)}
         return model.embeddings(**inputs)
@@ -223,7 +236,7 @@ class BertAdapter(BackboneAdapter):
 class RobertaAdapter(BertAdapter):
     """Its embeddings count positions themselves, of all tokens that are not the padding token."""
 
-    def embed(self, model: Any, inputs: dict[str, Tensor], token_mask: Tensor | None) -> Tensor:
+    def embed(self, model: Any, inputs: dict[str, Any], token_mask: Tensor | None) -> Tensor:
         if token_mask is not None:
             # Whatever stands where the mask hides it is not counted.
             padding = model.embeddings.padding_idx

@@ -17,12 +17,13 @@ class InferenceModel(nn.Module):
 
     Args:
         model: in evaluation mode. Banks are of the prompts that it has now.
+        interpolate_pos_encoding: see `MoPEForClassification.forward`; the program takes images of the size that it is made for.
 
     Raises:
         ValueError: the model is in training mode, or has its frozen weights in 16 bits by `cast_frozen`.
     """
 
-    def __init__(self, model: MoPEForClassification) -> None:
+    def __init__(self, model: MoPEForClassification, *, interpolate_pos_encoding: bool = False) -> None:
         super().__init__()
         if model.training:
             raise ValueError("InferenceModel: the model is in training mode: call model.eval() first")
@@ -31,7 +32,7 @@ class InferenceModel(nn.Module):
                 "InferenceModel: torch.export cannot save the autocast within autocast that cast_frozen makes of a model: "
                 "call cast_frozen(None), or load the encoders in 16 bits"
             )
-        self.model = model
+        self.model, self.interpolate_pos_encoding = model, interpolate_pos_encoding
         with torch.no_grad():
             is_swin = isinstance(model.backbone(model.config.main), MoPESwinEncoder)
             self.banks = None if is_swin else model.build_banks()
@@ -52,5 +53,6 @@ class InferenceModel(nn.Module):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             banks=self.banks,
+            interpolate_pos_encoding=self.interpolate_pos_encoding,
         )
         return {"logits": output.logits, "features": output.features}

@@ -28,6 +28,7 @@ from .configuration import MoPEConfig
 from .distributed import importance, is_distributed, warn_of_local_batches
 from .parts import new_head, new_input_prompts, new_mapper, new_swin, router_options, task_loss
 from .precision import HALF, CastWeights
+from .printing import describe_output
 from .saving import SavedModel
 from .sources import source_of
 from .swin import MoPESwinEncoder, distinct
@@ -59,6 +60,9 @@ class MoPEOutput(ModelOutput):
     importance_loss: Tensor | None = None
     routing: tuple[Routing, ...] | None = None
     features: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return describe_output(self)
 
 
 class Padding(NamedTuple):
@@ -437,6 +441,7 @@ class MoPEForClassification(SavedModel):
         cross_features: Tensor | None = None,
         banks: Sequence[PromptBank | None] | None = None,
         router_noise: bool = False,
+        interpolate_pos_encoding: bool = False,
         output_attentions: bool = False,
     ) -> MoPEOutput:
         """Classify a batch.
@@ -449,13 +454,15 @@ class MoPEForClassification(SavedModel):
             cross_features: (B,Cc) of `encode_complementary`. The complementary encoder then does not run, and needs no inputs.
             banks: of `build_banks`, to project the prompts once for many batches.
             router_noise: add router noise in evaluation too.
+            interpolate_pos_encoding: take images of another size than the vision encoder's, as transformers does: its encoding of
+                positions is interpolated. Not in a Swin Transformer.
             output_attentions: refused.
 
         Raises:
             TypeError: an input is no tensor.
             ValueError: an input is missing or has another number of items; something has another shape; ids or labels that are on
-                the CPU lie outside of what there is; a text is longer than its encoder has positions; a bank is stale; or attention
-                matrices are asked for.
+                the CPU lie outside of what there is; a text is longer than its encoder has positions; a bank is stale; attention
+                matrices are asked for; or positions cannot be interpolated.
             RuntimeError: prompts would be skipped, because a backbone was detached or its layers were replaced.
         """
         if output_attentions:
@@ -464,7 +471,9 @@ class MoPEForClassification(SavedModel):
             )
         config = self.config
         check_are_tensors(labels=labels, cross_features=cross_features)
-        inputs, padding = self._inputs(pixel_values, input_ids, attention_mask, token_type_ids, position_ids)
+        inputs, padding = self._inputs(
+            pixel_values, input_ids, attention_mask, token_type_ids, position_ids, interpolate_pos_encoding
+        )
         self._check_given(inputs, config.modalities if cross_features is None else (config.main,))
         self._warn()
 
@@ -505,6 +514,7 @@ class MoPEForClassification(SavedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
     ) -> Tensor:
         """psi (B,Cc), the feature of the complementary encoder, from what `forward` takes; the main encoder's part is ignored.
 
@@ -517,7 +527,9 @@ class MoPEForClassification(SavedModel):
         other = self.config.complementary
         if other is None:
             raise ValueError(f"method {self.config.method!r} has no complementary encoder")
-        inputs, padding = self._inputs(pixel_values, input_ids, attention_mask, token_type_ids, position_ids)
+        inputs, padding = self._inputs(
+            pixel_values, input_ids, attention_mask, token_type_ids, position_ids, interpolate_pos_encoding
+        )
         self._check_given(inputs, (other,))
         return self._encode(other, inputs, padding)[0]
 
@@ -528,27 +540,42 @@ class MoPEForClassification(SavedModel):
         attention_mask: Tensor | None,
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Padding]]:
+        interpolate_pos_encoding: bool = False,
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Padding]]:
         """What each encoder reads, and where its padding is."""
         beside = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
         check_are_tensors(pixel_values=pixel_values, input_ids=input_ids, **beside)
         check_images(pixel_values)
         if self.text is not None:
             check_texts(self.text, input_ids, given_positions=position_ids is not None, **beside)
+        if interpolate_pos_encoding:
+            self._check_interpolates()
         if attention_mask is not None and input_ids is not None and attention_mask.shape != input_ids.shape:
             expected, found = tuple(input_ids.shape), tuple(attention_mask.shape)
             raise ValueError(f"attention_mask must be {expected}, as input_ids is, got {found}")
-        given = {
-            "vision": {"pixel_values": pixel_values},
+        given: dict[str, dict[str, Any]] = {
+            "vision": {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding or None},
             "text": {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids},
         }
-        inputs = {m: {name: tensor for name, tensor in of.items() if tensor is not None} for m, of in given.items()}
+        inputs = {m: {name: value for name, value in of.items() if value is not None} for m, of in given.items()}
         text: Any = self.text
-        seen = {name: tensor for of in inputs.values() for name, tensor in of.items()}
+        seen = {name: value for of in inputs.values() for name, value in of.items() if isinstance(value, Tensor)}
         self._warnings.of_inputs(seen, attention_mask, None if text is None else getattr(text.config, "pad_token_id", None))
         padding = self._padding(attention_mask)
         inputs["text"] = {name: padding.tokens_first(tensor) for name, tensor in inputs["text"].items()}
         return inputs, {"vision": Padding(), "text": padding}
+
+    def _check_interpolates(self) -> None:
+        why = ""
+        if "vision" not in self.config.modalities:
+            why = f"method {self.config.method!r} has no vision encoder"
+        elif self._is_swin("vision"):
+            why = "the windows of a Swin Transformer fit images of one size, and it has no encoding of positions to interpolate"
+        elif not getattr(self._adapters["vision"], "interpolates", False):
+            name = type(self._adapters["vision"]).__name__
+            why = f"{name} does not say that its embed takes it (interpolates = True)"
+        if why:
+            raise ValueError(f"interpolate_pos_encoding: {why}")
 
     def _check_given(self, inputs: dict[str, dict[str, Tensor]], modalities: Sequence[str]) -> None:
         for modality in modalities:
@@ -718,9 +745,9 @@ class MoPEForClassification(SavedModel):
             )
         return output.features, output.routing
 
-    def _needs_graph(self, modality: str, *given: Tensor | None) -> bool:
+    def _needs_graph(self, modality: str, *given: Any) -> bool:
         """Whether anything in an encoder, or given to it, asks for gradients."""
-        asked = any(tensor is not None and tensor.requires_grad for tensor in given)
+        asked = any(isinstance(value, Tensor) and value.requires_grad for value in given)
         return torch.is_grad_enabled() and (asked or self.trains(modality))
 
     def _run(self, layer: Callable[..., Any], hidden_states: Tensor, **inputs: Any) -> Any:
@@ -748,7 +775,13 @@ class MoPEForClassification(SavedModel):
 
     @contextmanager
     def serving(
-        self, *, prepack: bool = True, graphs: bool = False, batch_sizes: Sequence[int] | None = None, max_graphs: int = 8
+        self,
+        *,
+        prepack: bool = True,
+        graphs: bool = False,
+        batch_sizes: Sequence[int] | None = None,
+        max_graphs: int = 8,
+        interpolate_pos_encoding: bool = False,
     ) -> Iterator[Callable[..., MoPEOutput]]:
         """Evaluation mode, no gradients, prompts projected once (not in a Swin Transformer, see `build_banks`).
 
@@ -756,6 +789,7 @@ class MoPEForClassification(SavedModel):
             prepack: on the CPU, see `prepacked`.
             graphs: on a GPU, launch all kernels of a call at once, see `mope.CudaGraphRunner`. Calls have to come from this thread.
             batch_sizes, max_graphs: of the runner; the first needs prompt_owner "instance".
+            interpolate_pos_encoding: in every call, see `forward`.
 
         >>> with model.serving() as predict:
         ...     logits = predict(pixel_values=pixel_values, input_ids=input_ids).logits
@@ -766,7 +800,11 @@ class MoPEForClassification(SavedModel):
         self.eval()
         try:
             with torch.no_grad(), self.prepacked() if prepack else nullcontext():
-                predict = self if self._is_swin(self.config.main) else partial(self, banks=self.build_banks())
+                options: dict[str, Any] = {} if self._is_swin(self.config.main) else {"banks": self.build_banks()}
+                if interpolate_pos_encoding:
+                    self._check_interpolates()
+                    options["interpolate_pos_encoding"] = True
+                predict = partial(self, **options) if options else self
                 if not graphs:
                     yield predict
                     return

@@ -114,10 +114,12 @@ class AlbefModel(PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
     ) -> AlbefOutput:
         """(B, channels, H, W) or, with N images for each text, (B, N, channels, H, W); (B, T) -> `AlbefOutput`.
 
-        Without `pixel_values` only the text layers run. `attention_mask` (B, T) is 1 for tokens and 0 for padding.
+        Without `pixel_values` only the text layers run. `attention_mask` (B, T) is 1 for tokens and 0 for padding. With
+        `interpolate_pos_encoding` images may have another size than the configuration says.
         """
         if input_ids is None:
             raise ValueError(
@@ -126,17 +128,18 @@ class AlbefModel(PreTrainedModel):
         hidden_states, mask = self._text(input_ids, attention_mask, token_type_ids)
         if pixel_values is None:
             return AlbefOutput(last_hidden_state=hidden_states)
-        image_embeds = self.encode_image(pixel_values)
+        image_embeds = self.encode_image(pixel_values, interpolate_pos_encoding)
         return AlbefOutput(self._fuse(hidden_states, image_embeds, mask), image_embeds)
 
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
+    def encode_image(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """(B, channels, H, W) -> (B, P, C_v), or (B, N, channels, H, W) -> (B, N, P, C_v); the class token is the first of P."""
         if pixel_values.dim() not in (4, 5):
             raise ValueError(
                 "AlbefModel: pixel_values must be (B, channels, H, W), or (B, N, channels, H, W) with N images for each text, "
                 f"got {tuple(pixel_values.shape)}"
             )
-        embeds = self.vision(pixel_values.flatten(0, -4)).last_hidden_state
+        images = pixel_values.flatten(0, -4)
+        embeds = self.vision(images, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
         return embeds.unflatten(0, pixel_values.shape[:-3])
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:

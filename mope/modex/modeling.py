@@ -23,6 +23,7 @@ from mope.models.checks import Warnings, check_are_tensors, check_encoder, check
 from mope.models.fusion import FusionModel
 from mope.models.parts import task_loss
 from mope.models.precision import HALF, CastWeights
+from mope.models.printing import describe_output
 from mope.models.saving import CONFIG, DTYPES, WEIGHTS, read_tensors
 from mope.models.sources import find_source, source_of, source_record, warn_of_missing
 
@@ -46,6 +47,9 @@ class ModeXOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     features: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return describe_output(self)
 
 
 @dataclass(frozen=True)
@@ -263,6 +267,7 @@ class ModeXForClassification(FusionModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
     ) -> ModeXOutput:
         """Classify a batch.
 
@@ -270,6 +275,7 @@ class ModeXForClassification(FusionModel):
             pixel_values: (B,channels,height,width).
             input_ids, attention_mask, token_type_ids: (B,L) integer. BLIP has no token types, and reads none.
             labels: (B,) integer, or (B,num_labels) of 0 and 1 with problem_type "multi_label".
+            interpolate_pos_encoding: take images of another size than the encoder's, as transformers does.
 
         Raises:
             TypeError: an input is no tensor.
@@ -290,7 +296,8 @@ class ModeXForClassification(FusionModel):
             raise ValueError(f"as many texts as images are needed, got {len(input_ids)} and {len(pixel_values)}")
         dtype = self.frozen_dtype
         with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype):
-            states = _FUSE[type(self.encoder).__name__](self.encoder, pixel_values, input_ids, attention_mask, token_type_ids)
+            fuse = _FUSE[type(self.encoder).__name__]
+            states = fuse(self.encoder, pixel_values, input_ids, attention_mask, token_type_ids, interpolate_pos_encoding)
             first = 0 if attention_mask is None else attention_mask.int().argmax(-1)
             features = states[torch.arange(len(states), device=states.device), first]
             logits = self.head(features.to(next(self.head.parameters()).dtype))
@@ -415,17 +422,27 @@ def _check(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path)
 
 
 def _fuse_albef(
-    model: AlbefModel, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+    model: AlbefModel,
+    pixel_values: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    interpolate: bool,
 ) -> Tensor:
-    states = model(pixel_values, input_ids, attention_mask, token_type_ids).last_hidden_state
+    states = model(pixel_values, input_ids, attention_mask, token_type_ids, interpolate).last_hidden_state
     assert isinstance(states, Tensor)
     return states
 
 
 def _fuse_blip(
-    model: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+    model: Any,
+    pixel_values: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    interpolate: bool,
 ) -> Tensor:
-    image = model.vision_model(pixel_values=pixel_values).last_hidden_state
+    image = model.vision_model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate).last_hidden_state
     visible = torch.ones(image.shape[:2], dtype=torch.long, device=image.device)
     states: Tensor = model.text_encoder(
         input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image, encoder_attention_mask=visible
@@ -433,7 +450,8 @@ def _fuse_blip(
     return states
 
 
-# (model, pixel_values, input_ids, attention_mask, token_type_ids) -> the fused text (B,L,C), by the model's class.
+# By the model's class: (model, pixel_values, input_ids, attention_mask, token_type_ids, interpolate_pos_encoding) -> the fused text
+# (B,L,C).
 _FUSE: dict[str, Callable[..., Tensor]] = {
     "AlbefModel": _fuse_albef,
     "BlipForImageTextRetrieval": _fuse_blip,

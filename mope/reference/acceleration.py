@@ -29,6 +29,8 @@ class Acceleration:
                 module.restore()
 
     def __repr__(self) -> str:
+        if not self.modules:
+            return f"Acceleration(nothing: {', '.join(self.unchanged)} without prompts runs as it is)"
         # Without the blocks of encoders.
         names = [name for name in self.modules if not any(name != n and name.startswith(f"{n}.".lstrip(".")) for n in self.modules)]
         return f"Acceleration(mode={self.mode!r}, accelerated={names}, unchanged={self.unchanged})"
@@ -67,7 +69,8 @@ def accelerate(model: nn.Module, *, mode: str = "reference", prepack: bool = Tru
             `.data` is not noticed.
 
     Returns:
-        The handle whose `undo()` restores the model. It also says what computes as before.
+        The handle whose `undo()` restores the model. It also says what computes as before; that may be all of it, since a BERT
+        classifier without prompts has nothing to replace.
 
     Raises:
         ValueError: `mode` is neither, nothing in `model` is recognised, or something differs from the released code or is part of
@@ -76,6 +79,8 @@ def accelerate(model: nn.Module, *, mode: str = "reference", prepack: bool = Tru
     if mode not in MODES:
         raise ValueError(f"accelerate: mode must be one of {', '.join(MODES)}, got {mode!r}")
     modules: dict[str, nn.Module] = {}
+    # Recognised, with nothing to replace.
+    idle = []
     replacements: list[tuple[nn.Module, type[Accelerated]]] = []
     problems = []
     for name, module in model.named_modules():
@@ -87,10 +92,12 @@ def accelerate(model: nn.Module, *, mode: str = "reference", prepack: bool = Tru
             if differences := list(kind.differences(module)):
                 problems += [f"{name or type(module).__name__}: {difference}" for difference in differences]
                 continue
-            for inner, (part, ours) in kind.replaced(module).items():
+            if not (found := kind.replaced(module)):
+                idle.append(name or type(module).__name__)
+            for inner, (part, ours) in found.items():
                 modules[f"{name}.{inner}".strip(".")] = part
                 replacements.append((part, ours))
-    if not problems and not modules:
+    if not problems and not modules and not idle:
         problems.append(
             f"{type(model).__name__} holds neither a prompted Swin Transformer (nothing has deep_prompt_embeddings_0) nor a "
             "prompted BERT classifier (nothing has bert_encoder and prompt_vector)"
@@ -108,4 +115,4 @@ def accelerate(model: nn.Module, *, mode: str = "reference", prepack: bool = Tru
         for part, released in before:
             part.__class__ = released
         raise
-    return Acceleration(modules, list(_unchanged("", model, set(modules.values()))), mode)
+    return Acceleration(modules, list(_unchanged("", model, set(modules.values()))) if modules else idle, mode)

@@ -102,8 +102,8 @@ def recognise(module: nn.Module) -> bool:
 
 
 def replaced(classifier: nn.Module) -> dict[str, tuple[nn.Module, type[Accelerated]]]:
-    """What gets other methods, by name within the classifier."""
-    return {"": (classifier, TextClassifier)}
+    """What gets other methods, by name within the classifier; nothing without prompts, where the stock model runs."""
+    return {"": (classifier, TextClassifier)} if cast(Any, classifier).use_prompt else {}
 
 
 def differences(classifier: Any) -> Iterator[str]:

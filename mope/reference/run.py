@@ -272,7 +272,9 @@ def _when_built(then: Callable[[Any], Any]) -> Iterator[None]:
         def built(self: Any, *args: Any, **options: Any) -> None:
             build(self, *args, **options)
             given.append(then(self))
-            _say(str(given[-1]))
+            handle = given[-1]
+            unchanged = ", ".join(handle.unchanged)
+            _say(str(handle) if handle.modules else f"nothing was accelerated: without prompts {unchanged} runs as it is")
 
         cls.__init__ = built
 

@@ -151,6 +151,7 @@ class MultiTaskModel(MoPEForClassification):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         cross_features: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
     ) -> Tensor:
         """Logits (B,max_labels) from slots (B,) and what `forward` takes.
 
@@ -158,7 +159,9 @@ class MultiTaskModel(MoPEForClassification):
             ValueError: an input is missing or does not fit, see `forward`.
         """
         main, other = self.config.modalities
-        inputs, padding = self._inputs(pixel_values, input_ids, attention_mask, token_type_ids, position_ids)
+        inputs, padding = self._inputs(
+            pixel_values, input_ids, attention_mask, token_type_ids, position_ids, interpolate_pos_encoding
+        )
         self._check_given(inputs, (main, other) if cross_features is None else (main,))
         batch = inputs[main][REQUIRED[main]].shape[0]
         if tuple(task_ids.shape) != (batch,):

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from mope.graphs import CudaGraphRunner
 from mope.models import MoPEConfig
 from mope.models.backbones import base_model
+from mope.models.printing import ranked
 from mope.models.saving import WEIGHTS, check_backbone, describe, load_backbone, read_config, read_tensors
 
 from .model import MultiTaskModel
@@ -60,6 +62,11 @@ class Prediction:
             return tuple(name for name, yes in zip(self.names, (self.logits > 0).tolist(), strict=True) if yes)
         return (self.names[int(self.logits.argmax())],)
 
+    def __repr__(self) -> str:
+        """Task, labels, and the most probable ones with their probabilities. Waits for the device."""
+        labels = ", ".join(self.labels) or "none"
+        return f"Prediction({self.task}: {labels}; {ranked(self.names, self.probabilities)})"
+
 
 class _Task(NamedTuple):
     slot: int
@@ -90,6 +97,7 @@ class MoPEServer:
             `MoPEForClassification.prepacked`.
         graphs: call through CUDA graphs, one for each thread and shape, see `CudaGraphRunner`. On the CPU it makes no difference.
         max_graphs, batch_sizes: of each thread's `CudaGraphRunner`.
+        interpolate_pos_encoding: take images of other sizes than the vision backbone's, see `MoPEForClassification.forward`.
 
     >>> server = MoPEServer(vision=vision, text=text)
     >>> server.load("food", "runs/food")
@@ -112,12 +120,13 @@ class MoPEServer:
         graphs: bool = True,
         max_graphs: int = 8,
         batch_sizes: Sequence[int] | None = None,
+        interpolate_pos_encoding: bool = False,
     ) -> None:
         for name, value in {"capacity": capacity, "max_labels": max_labels}.items():
             if value is not None and value < 1:
                 raise ValueError(f"MoPEServer: {name} must be at least 1, got {value}")
         self.capacity, self.max_labels, self.device, self.dtype = capacity, max_labels, device, dtype
-        self.prepack = prepack
+        self.prepack, self.interpolate_pos_encoding = prepack, interpolate_pos_encoding
         self._graph_options: dict[str, Any] | None = {"max_graphs": max_graphs, "batch_sizes": batch_sizes} if graphs else None
         if self._graph_options is not None:
             # Wrong options are an error now, not in the first call.
@@ -147,6 +156,18 @@ class MoPEServer:
     def config(self) -> MoPEConfig | None:
         """What the tasks have in common; None before the first one."""
         return None if self._model is None else self._model.config
+
+    def __repr__(self) -> str:
+        """The tasks, how many slots there are, the encoders and where they are."""
+        with self._lock:
+            tasks = [f"{name} ({task.config.num_labels} labels)" for name, task in self._tasks.items()]
+            model = self._model
+        loaded = f"{len(tasks)} of {self.capacity} slots: {', '.join(tasks)}" if tasks else f"0 of {self.capacity} slots"
+        if model is None:
+            return f"MoPEServer({loaded})"
+        encoders = " and ".join(f"{m} {type(model.backbone(m)).__name__}" for m in ("vision", "text"))
+        dtype = model.frozen_dtype or next(model.backbone(model.config.main).parameters()).dtype
+        return f"MoPEServer({loaded}; {encoders}; {str(dtype).removeprefix('torch.')} on {model.device})"
 
     def load(self, task: str, path: str | Path, *, replace: bool = False) -> None:
         """Load a task from a folder that `MoPEForClassification.save_pretrained` wrote. Of the backbones nothing is read.
@@ -214,6 +235,8 @@ class MoPEServer:
         """
         if isinstance(tasks, str):
             raise ValueError(f"tasks must be a sequence of names, one for each item, got the single name {tasks!r}")
+        if "interpolate_pos_encoding" in inputs:
+            raise ValueError("MoPEServer: interpolate_pos_encoding holds for every call: MoPEServer(interpolate_pos_encoding=True)")
         if wrong := [name for name, value in inputs.items() if not (value is None or isinstance(value, Tensor))]:
             raise ValueError(f"MoPEServer: {', '.join(wrong)} must be tensors")
         with self._lock:
@@ -266,6 +289,8 @@ class MoPEServer:
                 dtype=self.dtype,
             )
             self._open.callback(model.detach)
+            if self.interpolate_pos_encoding:
+                model._check_interpolates()
             if self.prepack:
                 self._open.enter_context(model.prepacked())
             self._model = model
@@ -317,12 +342,13 @@ class MoPEServer:
     def _runner(self) -> Callable[..., Tensor]:
         """Graphs belong to the thread that recorded them."""
         model = self._running()
+        classify = partial(model.classify, interpolate_pos_encoding=True) if self.interpolate_pos_encoding else model.classify
         if self._graph_options is None:
-            return model.classify
+            return classify
         if not hasattr(self._of_thread, "runner"):
             # Of all that it reads, only the head is ever replaced.
             self._of_thread.runner = CudaGraphRunner(
-                model.classify, modules=(), guard=lambda: model.stacked_head.num_labels, **self._graph_options
+                classify, modules=(), guard=lambda: model.stacked_head.num_labels, **self._graph_options
             )
         runner: CudaGraphRunner = self._of_thread.runner
         return runner

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mope_kernels import _extension, build
+from mope_kernels._extension import TARGETS
 
 REPORT = """
 import json, torch, mope_kernels
@@ -99,7 +101,18 @@ for op in ops.OPS:
 """
 
 
-TARGETS = ("portable", "avx2", "avx512", "avx512_bf16")
+def test_an_instruction_set_that_does_not_exist_is_refused():
+    for wish, expected in (("avx1024", 1), ("AVX2", 1), ("", 0), ("portable", 0)):
+        environment = {**os.environ, "MOPE_CPU_TARGET": wish}
+        done = subprocess.run([sys.executable, "-c", "import mope_kernels"], capture_output=True, text=True, env=environment)
+        assert done.returncode == expected, done.stderr
+        said = f"MOPE_CPU_TARGET must be one of portable, avx2, avx512, avx512_bf16, got '{wish}'"
+        assert (said in done.stderr) == bool(expected)
+
+
+def test_the_names_of_instruction_sets_are_those_of_the_sources():
+    source = (build.source_directory() / "targets.cpp").read_text()
+    assert set(re.findall(r"#define MOPE_TARGET (\w+)", source)) == set(TARGETS)
 
 
 @pytest.mark.skipif(not _extension.STATUS.loaded, reason=_extension.STATUS.reason)

@@ -1,5 +1,6 @@
 """What training, feature caches and pictures of routing ask of a fusion model."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from torch import nn
 
 from mope import MoPEForClassification
+from mope.models.backbones import ViTAdapter
+from mope.models.exporting import InferenceModel
 
 from . import test_swin_classification as with_swin
 from .tiny import fusion, inputs
@@ -30,6 +33,52 @@ def test_features_computed_before_give_the_same(options: dict[str, Any], swin: b
     torch.testing.assert_close(model(**of_main, cross_features=psi).logits, expected, rtol=1e-12, atol=1e-12)
     # A cache may hold another dtype.
     torch.testing.assert_close(model(**of_main, cross_features=psi.float()).logits, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("vision", ["vit", "dinov2", "clip"])
+def test_images_of_another_size_are_taken_where_positions_are_interpolated(vision: str) -> None:
+    batch = inputs() | {"pixel_values": torch.randn(5, 1, 12, 8, dtype=torch.float64)}
+    # Without prompts it is what transformers computes.
+    plain = fusion(vision, method="image_only", static_length=0).eval()
+    pixels, encoder = {"pixel_values": batch["pixel_values"]}, copy.deepcopy(plain)
+    encoder.detach()
+    # DINOv2 always interpolates, and has no argument for it.
+    options = {} if vision == "dinov2" else {"interpolate_pos_encoding": True}
+    expected: Any = encoder.vision.eval()(**pixels, **options)
+    first = expected.pooler_output if vision == "clip" else expected.last_hidden_state[:, 0]
+    torch.testing.assert_close(plain(**pixels, interpolate_pos_encoding=True).features, first)
+
+    model = fusion(vision, num_experts=3).eval()
+    if vision != "dinov2":
+        with pytest.raises(ValueError, match=r"12.*8"):
+            model(**batch)
+    whole = model(**batch, interpolate_pos_encoding=True).logits
+    with model.serving(interpolate_pos_encoding=True) as predict:
+        torch.testing.assert_close(predict(**batch).logits, whole)
+    with model.serving(graphs=True, interpolate_pos_encoding=True) as predict:
+        torch.testing.assert_close(predict(**batch).logits, whole)
+    exported = InferenceModel(model, interpolate_pos_encoding=True)
+    torch.testing.assert_close(exported(**batch)["logits"], whole)
+    # As the complementary encoder, whose feature is kept.
+    other = fusion(vision, main="text").eval()
+    psi = other.encode_complementary(**batch, interpolate_pos_encoding=True)
+    texts = {name: tensor for name, tensor in batch.items() if name != "pixel_values"}
+    torch.testing.assert_close(
+        other(**texts, cross_features=psi).logits, other(**batch, interpolate_pos_encoding=True).logits, rtol=1e-12, atol=1e-12
+    )
+
+
+def test_positions_that_cannot_be_interpolated_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="interpolate_pos_encoding: method 'text_only' has no vision encoder"):
+        fusion(method="text_only")(**inputs(), interpolate_pos_encoding=True)
+    swin = with_swin.fusion()
+    with pytest.raises(ValueError, match="windows of a Swin Transformer fit images of one size"):
+        swin(**with_swin.inputs(), interpolate_pos_encoding=True)
+    with pytest.raises(ValueError, match="windows of a Swin"), swin.serving(interpolate_pos_encoding=True):
+        pass
+    monkeypatch.setattr(ViTAdapter, "interpolates", False)
+    with pytest.raises(ValueError, match=r"ViTAdapter does not say that its embed takes it \(interpolates = True\)"):
+        fusion().encode_complementary(**inputs(), interpolate_pos_encoding=True)
 
 
 @pytest.mark.parametrize("make", [fusion, with_swin.fusion])
@@ -92,3 +141,22 @@ def test_names_of_routed_blocks() -> None:
     ):
         assert model.routed_blocks() == expected
         assert len(model(**batch).routing or ()) == len(expected)
+
+
+def test_an_output_is_printed_in_a_line() -> None:
+    model, batch = fusion(num_experts=3, eval_top_k=2).eval(), inputs()
+    out = model(**batch, labels=torch.zeros(5, dtype=torch.long))
+    assert (
+        str(out)
+        == repr(out)
+        == (
+            f"MoPEOutput(loss: {out.loss.item():.4g}; logits: (5, 3); importance_loss: {out.importance_loss.item():.4g}; "
+            "routing: 3 blocks, 2 of 3 experts; features: (5, 32); float64 on cpu)"
+        )
+    )
+    assert str(fusion(method="image_only").eval()(**batch)) == "MoPEOutput(logits: (5, 3); features: (5, 32); float64 on cpu)"
+    # Nothing is computed there, so that there is no number to print.
+    on_meta = model.to("meta")(
+        **{n: t.to("meta") for n, t in batch.items()}, labels=torch.zeros(5, dtype=torch.long, device="meta")
+    )
+    assert str(on_meta).startswith("MoPEOutput(loss: (); logits: (5, 3);") and str(on_meta).endswith("float64 on meta)")

@@ -48,6 +48,18 @@ def inputs() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
+def test_images_of_another_size_are_taken_where_positions_are_interpolated(kind: str) -> None:
+    model, given = classifier(kind), inputs() | {"pixel_values": torch.randn(2, 3, 12, 8)}
+    with pytest.raises((RuntimeError, ValueError), match=r"size"):
+        model(**given)
+    found = model(**given, interpolate_pos_encoding=True).logits
+    given["pixel_values"] = given["pixel_values"].flip(0)
+    assert not torch.allclose(model(**given, interpolate_pos_encoding=True).logits, found)
+    native = inputs()
+    torch.testing.assert_close(model(**native, interpolate_pos_encoding=True).logits, model(**native).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_head_reads_the_fused_first_token(kind: str) -> None:
     model, given = classifier(kind), inputs()
     found = model(**given, labels=torch.tensor([2, 0]))

@@ -133,8 +133,13 @@ def test_dropout_of_bert_is_kept(where):
 def test_without_prompts_the_stock_model_runs():
     model = classifier(use_prompt=False)
     wanted = model(TEXTS)
-    accelerate(model)
+    handle = accelerate(model)
     assert torch.equal(model(TEXTS), wanted)
+    # So it is not said to be accelerated.
+    assert not handle.modules and type(model) is TextClassifier
+    both = nn.ModuleDict({"plain": model, "prompted": classifier()})
+    assert repr(accelerate(both)) == "Acceleration(mode='reference', accelerated=['prompted'], unchanged=['plain'])"
+    assert repr(accelerate(nn.ModuleDict({"plain": model}))) == "Acceleration(nothing: plain without prompts runs as it is)"
 
 
 def test_the_host_never_waits():

@@ -159,13 +159,12 @@ def test_an_unmodified_script_runs_and_is_told_what_changed(checkout, capsys):
 
 
 def test_on_several_gpus_it_takes_one(checkout, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("mope.devices.find_device", lambda name: torch.device("cuda" if name == "auto" else name))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     expected = {"accelerator": "gpu", "precision": 16, "max_epochs": 10, "logger": None, "devices": 1}
     assert result(checkout())["trainer"] == expected
     assert "Trainer takes one GPU" in capsys.readouterr().err
     # Or the one that is named.
-    monkeypatch.setattr("mope.devices.find_device", torch.device)
     assert result(checkout(), device="cuda:2")["trainer"] == expected | {"devices": [2]}
     assert "Trainer takes the GPU 2: --device cuda:2" in capsys.readouterr().err
     assert result(checkout(), device="cpu")["trainer"]["accelerator"] == "cpu"
@@ -215,6 +214,21 @@ def test_what_is_only_imported_cannot_be_used(checkout, code, message):
 def test_it_is_said_that_nothing_was_accelerated(checkout, capsys):
     run(checkout("import torch.nn as nn; nn.Linear(1, 1)"), accelerate=True)
     assert "nothing was accelerated: the script built no VisionTextClassifiers" in capsys.readouterr().err
+    without_prompts = """
+import torch.nn as nn
+from transformers import BertConfig
+from tests.reference.stand_in_bert import TextClassifier
+
+class VisionTextClassifiers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        self.text_model = TextClassifier(BertConfig(**sizes), use_prompt=False)
+
+VisionTextClassifiers()
+"""
+    run(checkout(without_prompts), accelerate=True)
+    assert "mope run: nothing was accelerated: without prompts text_model runs as it is" in capsys.readouterr().err
     other = "import torch.nn as nn\nclass VisionTextClassifiers(nn.Module):\n    pass\nVisionTextClassifiers()"
     with pytest.raises(ValueError, match="holds neither a prompted Swin Transformer"):
         run(checkout(other), accelerate=True)

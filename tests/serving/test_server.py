@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -18,6 +19,7 @@ from torch import Tensor
 from mope import MoPEConfig, MoPEServer
 from mope.fused.prepack import available
 from mope.models.saving import CONFIG, WEIGHTS
+from mope.serving.server import Prediction
 from tests.test_graphs import StandIn
 
 from .made import SIZES, backbones, inputs, saved, task
@@ -352,3 +354,53 @@ def test_loads_while_other_threads_are_served(world: World) -> None:
             worker.join()
     assert not failures, failures
     assert min(served) > 0
+
+
+@pytest.mark.parametrize("main", ["vision", "text"])
+def test_images_of_another_size(main: str, tmp_path: Path) -> None:
+    encoders = backbones()
+    models = [task(encoders, num_labels=n, main=main) for n in (3, 4)]
+    batch = inputs(encoders) | {"pixel_values": torch.randn(5, 1, 8, 16, dtype=torch.float64)}
+    with contextlib.closing(MoPEServer(**encoders, interpolate_pos_encoding=True)) as server:
+        for i, model in enumerate(models):
+            server.load(f"task {i}", saved(model, tmp_path / str(i)))
+        found = server(["task 0", "task 1", "task 0", "task 1", "task 1"], **batch)
+        expected = [model(**batch, interpolate_pos_encoding=True).logits for model in models]
+        for i, prediction in enumerate(found):
+            torch.testing.assert_close(prediction.logits, expected[int(prediction.task[-1])][i], rtol=1e-9, atol=1e-9)
+        with pytest.raises(ValueError, match=r"holds for every call: MoPEServer\(interpolate_pos_encoding=True\)"):
+            server(["task 0"], **batch, interpolate_pos_encoding=True)
+
+
+def test_a_server_over_a_swin_transformer_takes_one_size(tmp_path: Path) -> None:
+    encoders = backbones("swin")
+    folder = saved(task(encoders), tmp_path / "task")
+    server = MoPEServer(**encoders, interpolate_pos_encoding=True)
+    with pytest.raises(ValueError, match="windows of a Swin Transformer"):
+        server.load("task", folder)
+    # The encoders are free again.
+    with contextlib.closing(MoPEServer(**encoders)) as other:
+        other.load("task", folder)
+
+
+def test_what_is_printed(tmp_path: Path) -> None:
+    encoders = backbones()
+    names = [f"class {i}" for i in range(8)]
+    food = saved(task(encoders, num_labels=8, id2label=names), tmp_path / "food")
+    films = saved(task(encoders, num_labels=2, problem_type="multi_label"), tmp_path / "films")
+    server = MoPEServer(**encoders, capacity=3)
+    assert repr(server) == "MoPEServer(0 of 3 slots)"
+    server.load("food", food)
+    server.load("films", films)
+    assert repr(server) == (
+        "MoPEServer(2 of 3 slots: food (8 labels), films (2 labels); vision ViTModel and text BertModel; float64 on cpu)"
+    )
+    server.close()
+    assert str(server) == "MoPEServer(0 of 3 slots)"
+
+    logits = torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 9])
+    said = str(Prediction("food", logits, tuple(names), "single_label"))
+    assert said == "Prediction(food: class 7; class 7 0.93, class 6 0.05, class 5 0.02, class 4 0.01, class 3 0.00, 3 more)"
+    several = Prediction("films", torch.tensor([1.0, -1.0, 2.0]), ("Crime", "Drama", "War"), "multi_label")
+    assert str(several) == "Prediction(films: Crime, War; War 0.88, Crime 0.73, Drama 0.27)"
+    assert str(Prediction("films", torch.tensor([-1.0]), ("Crime",), "multi_label")) == "Prediction(films: none; Crime 0.27)"

@@ -1,0 +1,38 @@
+"""What a person wants to know of tensors, in a line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def short(value: Any) -> str:
+    """A number as it is, of other tensors the shape, of several `Routing`s how many and of how many experts each."""
+    if isinstance(value, Tensor):
+        # Fake tensors and those on the meta device have no numbers.
+        return (
+            f"{value.item():.4g}" if value.dim() == 0 and type(value) is Tensor and not value.is_meta else str(tuple(value.shape))
+        )
+    if isinstance(value, Sequence) and value and hasattr(value[0], "probs"):
+        taken, experts = value[0].weights.shape[-1], value[0].probs.shape[-1]
+        selected = f"{taken} of {experts}" if taken < experts else f"all {experts}"
+        return f"{len(value)} block{'s' if len(value) > 1 else ''}, {selected} experts"
+    return str(value)
+
+
+def describe_output(output: Any) -> str:
+    """Class, fields that are not None, dtype and device of the logits, for `__repr__` of what a model returns."""
+    fields = [f"{name}: {short(value)}" for name, value in output.items()]
+    logits = output.logits
+    where = [] if logits is None else [f"{str(logits.dtype).removeprefix('torch.')} on {logits.device}"]
+    return f"{type(output).__name__}({'; '.join([*fields, *where])})"
+
+
+def ranked(names: Sequence[str], probabilities: Tensor, limit: int = 5) -> str:
+    """The most probable names with their probabilities, and how many there are beside them."""
+    values, order = torch.topk(probabilities, min(limit, len(names)))
+    found = [f"{names[i]} {value:.2f}" for i, value in zip(order.tolist(), values.tolist(), strict=True)]
+    return ", ".join([*found, *([f"{rest} more"] if (rest := len(names) - limit) > 0 else [])])
