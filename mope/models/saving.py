@@ -139,7 +139,7 @@ class SavedModel(FusionModel):
         model: Self = build(config, **backbones)
         try:
             model.load_added(tensors, folder / WEIGHTS)
-        except ValueError:
+        except BaseException:
             model.detach()
             raise
         model.find_processors(folder)
