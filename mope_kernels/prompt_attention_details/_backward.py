@@ -194,9 +194,7 @@ def query_gradient(
         b_key = load_tile(p_key, o_key, o_key < visible, key_strides[2], D, BD, WIDE)
         b_value = load_tile(p_value, o_key, o_key < visible, value_strides[2], D, BD, WIDE)
         m_bias = m_score & m_query[:, None]
-        b_bias = load_bias(p_bias, tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], m_bias, bias_strides)
-        if p_bias is not None:
-            p_bias += BN * bias_strides[3]
+        b_bias = load_bias(p_bias, tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], m_bias, bias_strides, start, 3)
         b_grad = query_gradient_step(
             b_query,
             b_grad_out,
@@ -293,8 +291,6 @@ def key_value_gradient(
     if IS_CAUSAL:
         # No query in front of these keys sees any of them.
         start_query = block * BN
-        if p_bias is not None:
-            p_bias += block.to(tl.int64) * BN * bias_strides[2]
     for start in tl.range(start_query, tl.where(block * BN < visible, queries, 0), BM):
         o_query = start + tl.arange(0, BM)
         m_query = o_query < queries
@@ -310,10 +306,9 @@ def key_value_gradient(
         # (BN, BM)
         b_scores = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION) * scale_log2
         m_bias = m_score & m_query[None, :]
-        b_bias = load_bias(p_bias, tl.arange(0, BM)[None, :], tl.arange(0, BN)[:, None], m_bias, bias_strides)
+        b_bias = load_bias(p_bias, tl.arange(0, BM)[None, :], tl.arange(0, BN)[:, None], m_bias, bias_strides, start, 2)
         if p_bias is not None:
             b_scores += b_bias * 1.4426950408889634
-            p_bias += BM * bias_strides[2]
         b_probs = tl.where(m_score, rebuild_probs(b_scores, b_lse[None, :], PRECISION), 0.0)
         if p_seed is not None:
             keep = keep_mask(p_seed, item_head, o_query[None, :], FIRST_COLUMN + o_key[:, None], dropout_p)

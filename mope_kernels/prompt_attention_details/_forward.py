@@ -66,16 +66,18 @@ def visible_tokens(p_lengths, item, num_keys):
 
 
 @triton.jit
-def load_bias(p_bias, i_query, i_key, mask, strides):
-    """Bias at i_query x i_key of the block that p_bias points to; one is a row, the other a column. A lone 0 without a bias.
+def load_bias(p_bias, i_query, i_key, mask, strides, start, AXIS: tl.constexpr):
+    """Bias at i_query x i_key of the block that begins at `start` of an axis; one is a row, the other a column. A lone 0 without.
 
-    Offsets within a block have 32 bits, as 64 for each score would fill the registers.
+    Offsets within a block have 32 bits, as 64 for each score would fill the registers. The pointer stays where it is: one that
+    moves on in a loop Triton 3.6 cannot compile for AMD's GPUs.
     """
     # Triton 3.6 lets no function return None inside a loop.
     if p_bias is None:
         return 0.0
     else:
-        return tl.load(p_bias + (i_query * strides[2] + i_key * strides[3]), mask=mask, other=0.0).to(tl.float32)
+        p_block = p_bias + tl.full([], start, tl.int64) * strides[AXIS]
+        return tl.load(p_block + (i_query * strides[2] + i_key * strides[3]), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -179,9 +181,7 @@ def attend_tokens(
         b_key = load_tile(p_key, o_key, m_key, key_strides[2], D, BD, WIDE)
         b_value = load_tile(p_value, o_key, m_key, value_strides[2], D, BD, WIDE)
         m_bias = m_score & (o_query < num_queries)[:, None]
-        b_bias = load_bias(p_bias, tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], m_bias, bias_strides)
-        if p_bias is not None:
-            p_bias += BN * bias_strides[3]
+        b_bias = load_bias(p_bias, tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], m_bias, bias_strides, start, 3)
         b_out, b_max, b_sum = attend(
             b_query,
             b_key,
