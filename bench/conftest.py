@@ -108,7 +108,7 @@ def measured(request: pytest.FixtureRequest, results: Callable[[str], rows.Rows]
             found.add(key | {"failed": str(reason)})
             pytest.skip(str(reason))
         except torch.AcceleratorError as error:
-            # What this process computed from now on would be wrong.
+            # Nothing that this process computes from now on can be trusted.
             found.add(key | {"failed": str(error).splitlines()[0]})
             pytest.exit(f"the device is lost to this process: {error}", returncode=1)
         found.add(key | row)

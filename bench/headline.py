@@ -1,4 +1,4 @@
-"""The first stage of `make gpu`: the numbers that say most, in the order of what they say, in less than seven minutes.
+"""Run the first stage of `make gpu`: the most telling numbers first, in less than seven minutes.
 
 Each step (`bench.steps`) reports its rows as soon as they are there; they go into the files that the other stages continue. Rows
 that failed are written down as such and tried again by the next call. After each step headline-<device>.md says which targets are
@@ -42,7 +42,7 @@ COMPILE_THREADS = 4
 KERNELS = [
     path for path in sorted((rows.ROOT / "mope_kernels").glob("*_details/_[!_]*.py")) if path.stem not in ("_launch", "_libraries")
 ]
-# The exit status where there is no device.
+# Exit status without a device.
 NO_DEVICE = 2
 COLD_START = {True: "tiny-swin", False: "swin-b+bert-base-b16"}
 PAGE = """\
@@ -95,7 +95,7 @@ class Headline:
         self.log = out / "gpu.log"
 
     def run(self, seconds: float) -> int:
-        """Run everything that has no result yet -> the exit status."""
+        """Run everything that has no result yet, and return the exit status."""
         until = time.monotonic() + seconds
         self.log.unlink(missing_ok=True)
         begun = time.monotonic()
@@ -152,7 +152,7 @@ class Headline:
         """Return those of (case, way) that have no row yet, or one that failed."""
         return [(case, way) for case, way in wanted if not self.files[stage].has(op=op, case=case, way=way)]
 
-    # What the processes do.
+    # In the processes of the steps.
 
     def wake(self, channel: Channel) -> None:
         """Make the device ready, and say how long that took."""
@@ -253,7 +253,7 @@ class Headline:
     def send_row(channel: Channel, stage: str, part: str, row: dict[str, Any]) -> None:
         channel.send("row", stage=stage, part=part, row=row)
 
-    # What the parent does.
+    # In the parent.
 
     def on_event(self, step: Step, event: Event) -> None:
         kind = event["kind"]

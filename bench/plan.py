@@ -1,4 +1,4 @@
-"""What the headline of `make gpu` measures, in the order of what it says."""
+"""List what the headline of `make gpu` measures, the most telling rows first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMPILED_WAYS = {False: (GRAPHS,), True: (GRAPHS, "ours compiled+graphs", "relea
 WINDOWS = [f"swin-b-stage{stage}-b64" for stage in ("1", "1-shifted", "2-shifted", "3-shifted", "4")]
 WINDOWS += [f"swin-b-stage{stage}-b16" for stage in ("1-shifted", "3-shifted")]
 MODEL = "swin-b+bert-base-b{}"
-# Of each op a shape that is quick to compare with float64, of the widths of the models, and how many experts are selected.
+# For each op a shape that is quick to compare with float64, with the widths of the models, and the number of selected experts.
 SMOKE: dict[str, tuple[str, int | None]] = {
     "route": ("b64-k16", 2),
     "mix_prompts": ("swin-b-stage3-b64", None),

@@ -22,9 +22,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Of a step that reports an error of the device: its process can compute nothing more, and says so.
+# Exit status of a step that lost the device.
 DEVICE_LOST = 70
-# The option of prctl by which the orphans of a step become children of this process, where they are found.
+# Option of prctl: orphans of a step become children of this process, which then finds them.
 PR_SET_CHILD_SUBREAPER = 36
 # Seconds after which the parent looks whether a step has ended or reached its limit.
 LOOK_AGAIN = 0.05
@@ -201,7 +201,7 @@ class Runner:
             self._read(key.data)
         for process in list(self._running):
             if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                # What it started may hold its pipe open, so that there is no end to read.
+                # Its children may hold its pipe open, and then the pipe never ends.
                 self._read(process)
                 self._end(process)
 
@@ -252,10 +252,10 @@ class Runner:
         self._selector.unregister(process.reports)
         family = _descendants(process.pid)
         # Its group first, for what it starts meanwhile; it may have died before it had one.
-        with _nobody_there():
+        with _already_gone():
             os.killpg(process.pid, signal.SIGKILL)
         for pid in (process.pid, *family):
-            with _nobody_there():
+            with _already_gone():
                 os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(process.pid, 0)
         self._end_orphans()
@@ -266,13 +266,13 @@ class Runner:
     def _end_orphans(self) -> None:
         """End orphans: children of this process that no step is, and that it did not have before."""
         for pid in _children(os.getpid()) - self._strangers - {p.pid for p in self._running}:
-            with _nobody_there():
+            with _already_gone():
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
 
 
-class _nobody_there:
-    """A process that is to be killed may be gone, and waiting for one that is not ours is an error."""
+class _already_gone:
+    """Ignore that a process to kill is gone, or is no child of this one."""
 
     def __enter__(self) -> None: ...
 
