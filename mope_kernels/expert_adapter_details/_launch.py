@@ -37,7 +37,7 @@ SIDE_BY_SIDE = 64
 # Of forward, of backward, and of the parameters' gradients; for one group of experts, and for more, whose parts of a product the
 # compiler would all pipeline. Chosen so that nothing spills on sm_80, sm_90, sm_100 and gfx942.
 _HALF = (Blocks(32, 128, 4, 3), Blocks(32, 64, 4, 3), Blocks(64, 64, 4, 2))
-_FLOAT = (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1))
+_FLOAT = (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1, 255))
 _HALF_OF_MANY = (Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1, 255), Blocks(32, 32, 4, 1))
 _FLOAT_OF_MANY = (Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1, 255), Blocks(16, 16, 4, 1))
 
