@@ -100,7 +100,7 @@ TIMELINE = """
 ![two timelines](images/{picture})
 """
 TABLE = """
-### What the table of {op} chooses
+### Choices of the table of {op}
 
 Of its ways by the width of the rows ([table](../mope_kernels/configs/{op}.py)). {summary}
 {wrong}"""

@@ -1,4 +1,4 @@
-"""What the library wants to reach on an H100 or H200 and on a CPU with AVX-512, and what the rows of a device say about it."""
+"""Hold the rows of a device against the targets: for an H100 or H200, and for a CPU with AVX-512."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from mope.benchmark import show
 
 Row = dict[str, Any]
-# Of ours what a user can choose; the fastest counts.
+# The ways of ours that a user can choose between; the fastest counts.
 CHOICES = ("ours", "ours graphed", "ours compiled+graphs", "ours without graphs")
-# Of the cases of a target so many are named with both sides, the worst.
+# How many cases of a target are named with both sides, the worst first.
 NAMED = 3
 
 

@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
-        # What is required may be missing because its name is misspelt.
+        # A required option may be missing because its name is misspelt.
         if message.startswith(("unrecognized arguments", "the following arguments are required")):
             message = "; ".join([message, *filter(None, map(self._hint, self._unknown()))])
         super().error(message)

@@ -15,7 +15,7 @@ def find_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
-    # What torch raises depends on what it was built without.
+    # Torch raises another error for each thing that it was built without.
     except (AssertionError, ModuleNotFoundError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"there is no {name} here") from error
     if device.type == "meta":

@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What a file of results says about how it was made: when, on what, with which versions and which sources."""
+    """Return how a result was made, for its file: when, on which device, with which versions and sources."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(device),

@@ -1,4 +1,4 @@
-"""What the optional parts of this library need, and how to install it. Nothing is imported here."""
+"""Name the packages that optional parts need, and how to install them. Nothing is imported here."""
 
 from __future__ import annotations
 

@@ -288,7 +288,7 @@ def routed_work(shape: Routed, element: int, training: bool) -> Work:
 
 
 def add_norm_work(shape: Mlp, element: int, training: bool) -> Work:
-    """Of `add_norm`: x and update in, their sum and its LayerNorm out."""
+    """Return the work of `add_norm`: it reads x and update, and writes their sum and its LayerNorm."""
     rows = shape.rows * shape.dim * element
     return Work.of(2 * rows, 2 * rows, 0.0, training)
 

@@ -380,7 +380,7 @@ class Attachment:
             for i, layer in self._original.items():
                 blocks[i] = PromptedLayer(layer, adapter).eval()
             if isinstance(backbone, PreTrainedModel):
-                # Written as it stands its weights would have names that nobody can load.
+                # The prompted layers add a part to the names of weights, and such a file could not be loaded.
                 vars(backbone)["save_pretrained"] = partial(_save_under_original_names, backbone)
             if not finetune and (peft := wrapped_by_peft(backbone)):
                 warnings.warn(

@@ -1,4 +1,4 @@
-"""What was given to a fusion model: what is not looked at here ends somewhere inside of torch, or runs and means nothing.
+"""Check the inputs of a fusion model, which would otherwise fail deep inside torch, or run and mean nothing.
 
 Values are looked at where a tensor is on the CPU, which nobody waits for, and never while code is compiled.
 """
