@@ -38,15 +38,15 @@ Tensor mix_prompts(Tensor experts, Tensor weights, Tensor indices) {
 }
 
 std::tuple<Tensor, Tensor> mix_prompts_backward(
-    Tensor grad_out, Tensor experts, Tensor weights, Tensor indices, bool need_experts, bool need_weights) {
+    Tensor grad_out, Tensor experts, Tensor weights, Tensor indices, int64_t needs) {
   Arguments arguments("mix_prompts_backward");
   const MixPrompts op = mix_prompts_problem(arguments, experts, weights, indices);
   const int64_t P = experts.size(1), D = experts.size(2);
   const float* grad = arguments.dense<float>("grad_out", grad_out, {op.B, P, D});
   FloatResults results;
   float *to_experts = nullptr, *to_weights = nullptr;
-  Tensor grad_experts = need_experts ? results.like(experts, to_experts, op.K, P, D) : empty_like(experts, 0);
-  Tensor grad_weights = need_weights ? results.like(weights, to_weights, op.B, op.k) : empty_like(weights, 0);
+  Tensor grad_experts = needs & 1 ? results.like(experts, to_experts, op.K, P, D) : empty_like(experts, 0);
+  Tensor grad_weights = needs & 2 ? results.like(weights, to_weights, op.B, op.k) : empty_like(weights, 0);
   kernels().mix_prompts_backward(op, {grad, {op.width}}, to_experts, to_weights);
   results.finish();
   return {grad_experts, grad_weights};

@@ -4,16 +4,18 @@ Each op is defined in plain PyTorch in `mope_kernels.reference` and implemented 
 `explain(op, ...)` says so. Importing this package needs torch only.
 """
 
+from .add_norm import add_norm
 from .expert_adapter import expert_adapter
+from .gelu_mlp import gelu_mlp
 from .impl import Explanation, explain
-from .mlp import gelu_mlp
+from .importance_loss import importance_loss
+from .mix_prompts import mix_prompts
 from .mope_attention import ExpertBank, mope_attention
-from .norm import add_norm
 from .prompt_attention import prompt_attention
 from .prompted_norm import prompted_norm
-from .prompts import mix_prompts
-from .router import Routing, importance_loss, route
-from .window_attention import window_prompt_attention
+from .route import Routing, route
+from .settings import reread_environment
+from .window_prompt_attention import window_prompt_attention
 
 __version__ = "0.1.0"
 
@@ -30,6 +32,7 @@ __all__ = [
     "mope_attention",
     "prompt_attention",
     "prompted_norm",
+    "reread_environment",
     "route",
     "window_prompt_attention",
 ]

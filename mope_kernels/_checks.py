@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import math
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from . import _triton, settings
 
 
 class Arguments:
@@ -31,13 +33,31 @@ class Arguments:
         """Hold `value` to the axes; one letter, one size. `None` (an optional argument that was not given) passes."""
         if value is None:
             return
-        if not isinstance(value, Tensor):
-            # numpy's arrays and lists alike.
-            raise TypeError(f"{self.op}: {name} must be a tensor, got {type(value).__name__}: use torch.as_tensor({name})")
+        self._is_tensor(name, value)
         names = axes.split()
         if value.dim() != len(names):
             raise self.error(f"{name} must have the axes ({', '.join(names)}), got shape {tuple(value.shape)}")
-        for axis, size in zip(names, value.shape, strict=True):
+        self._hold(name, value, names, tuple(value.shape), integer, dtype)
+
+    def rows(self, name: str, value: Tensor | None, axes: str, *, dtype: torch.dtype | None = None) -> None:
+        """Hold `value` (..., C) to two axes, "R C": however many there are in front of the last, R is the number of rows."""
+        if value is None:
+            return
+        self._is_tensor(name, value)
+        names = axes.split()
+        if value.dim() < 1:
+            raise self.error(f"{name} must have a last axis {names[1]}, got a scalar")
+        self._hold(name, value, names, (math.prod(value.shape[:-1]), value.shape[-1]), False, dtype)
+
+    def _is_tensor(self, name: str, value: Tensor) -> None:
+        if not isinstance(value, Tensor):
+            # numpy's arrays and lists alike.
+            raise TypeError(f"{self.op}: {name} must be a tensor, got {type(value).__name__}: use torch.as_tensor({name})")
+
+    def _hold(
+        self, name: str, value: Tensor, names: list[str], shape: tuple[int, ...], integer: bool, dtype: torch.dtype | None
+    ) -> None:
+        for axis, size in zip(names, shape, strict=True):
             expected = int(axis) if axis.isdigit() else self.sizes.setdefault(axis, size)
             if size != expected:
                 wanted = ", ".join(f"{a}={self.sizes[a]}" if a in self.sizes else a for a in names)
@@ -91,14 +111,19 @@ class Arguments:
         if not 0 <= value < 1:
             raise self.error(f"{name} must be in [0, 1), got {value}")
 
+    def may_read(self, value: Tensor) -> bool:
+        """Return whether values may be looked at: on CPU tensors, and with MOPE_DEBUG=1 on others, which makes the host wait."""
+        if torch.compiler.is_compiling() or _triton.recording():
+            return False
+        return value.device.type == "cpu" or debugging()
+
     def indices(self, name: str, value: Tensor, bound: int) -> None:
-        """Values are looked at only where that costs no device sync: on CPU tensors, and on others with MOPE_DEBUG=1."""
-        if torch.compiler.is_compiling() or value.numel() == 0:
+        """Hold values to 0..bound-1, where they may be looked at."""
+        if value.numel() == 0 or not self.may_read(value):
             return
-        if value.device.type == "cpu" or debugging():
-            lowest, highest = map(int, value.aminmax())
-            if lowest < 0 or highest >= bound:
-                raise self.error(f"{name} must lie in 0..{bound - 1}, got values from {lowest} to {highest}")
+        lowest, highest = map(int, value.aminmax())
+        if lowest < 0 or highest >= bound:
+            raise self.error(f"{name} must lie in 0..{bound - 1}, got values from {lowest} to {highest}")
 
 
 def first_derivative_only(op: str) -> None:
@@ -122,7 +147,7 @@ def any_needs_gradient(*tensors: Tensor | None) -> bool:
 
 def debugging() -> bool:
     """Whether checks that make the host wait for the device are asked for."""
-    return os.environ.get("MOPE_DEBUG", "") not in ("", "0")
+    return settings.current().debug
 
 
 def last_dim_contiguous(tensor: Tensor) -> Tensor:

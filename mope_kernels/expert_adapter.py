@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, first_derivative_only, last_dim_contiguous
-from ._ops import EXPERT_ADAPTER_GRADIENTS
+from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
+from ._ops import backward_kernel, forward_kernel
 from .expert_adapter_details import _launch as _launch
+from .expert_adapter_details.spec import GRADIENTS, PARAMETERS
 from .impl import Operation, extension_check, reference_check, triton_check
+from .plans import Plan
 
 ACTIVATIONS = ("relu", "gelu")
 # What the Triton kernels hold for a row.
@@ -27,16 +30,19 @@ class _Options(NamedTuple):
 
 
 class ExpertAdapterFunction(torch.autograd.Function):
-    """(namespace, options, whether to return the weights, x (T,d), parameters, seed) -> out, weights. Only the inputs are kept."""
+    """(implementation, direct, options, whether to return the weights, x (T,d), parameters, seed) -> out, weights.
+
+    Only the inputs are kept for backward.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, namespace: str, options: _Options, return_weights: bool, *tensors: Tensor | None
+        ctx: Any, implementation: str, direct: bool, options: _Options, return_weights: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        ctx.ops, ctx.options, ctx.return_weights = getattr(torch.ops, namespace), options, return_weights
+        ctx.implementation, ctx.options, ctx.return_weights = implementation, options, return_weights
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        out, weights = ctx.ops.expert_adapter.default(*tensors, *options, return_weights)
+        out, weights = forward_kernel(implementation, "expert_adapter", direct)(*tensors, *options, return_weights)
         if not return_weights:
             ctx.mark_non_differentiable(weights)
         return out, weights
@@ -48,12 +54,12 @@ class ExpertAdapterFunction(torch.autograd.Function):
         # torch.compile gives zeros of the shape of what stands in for weights that nobody asked for.
         grad_out, grad_weights = grads[0], grads[1] if ctx.return_weights else None
         grad_out = torch.zeros_like(tensors[0]) if grad_out is None else last_dim_contiguous(grad_out)
-        # Of namespace, options, return_weights, and the tensors; the seed has none.
-        needed = ctx.needs_input_grad[3:-1]
-        found = ctx.ops.expert_adapter_backward.default(
-            grad_out, grad_weights, *tensors, *ctx.options, sum(need << bit for bit, need in enumerate(needed))
+        # Behind the options, and without the seed, which has none.
+        asked = dict(zip(GRADIENTS.names, ctx.needs_input_grad[4:-1], strict=True))
+        found = backward_kernel(ctx.implementation, "expert_adapter_backward", grads)(
+            grad_out, grad_weights, *tensors, *ctx.options, GRADIENTS.needs(asked)
         )
-        return None, None, None, *(grad if need else None for grad, need in zip(found, needed, strict=True)), None
+        return *(None,) * 4, *(grad if need else None for grad, need in zip(found, asked.values(), strict=True)), None
 
 
 def _triton_check(x: Tensor, down_weight: Tensor, down_bias: Tensor, up_weight: Tensor, *_: Any, **__: Any) -> list[str]:
@@ -111,14 +117,19 @@ def expert_adapter(
     Where gradients are needed only the arguments are kept; h is computed again.
     ModeX (Sci. China Inf. Sci. 67(12) 220107), modality-expert coordinator.
     """
+    tensors = (x, down_weight, down_bias, up_weight, up_bias, router_weight, router_bias)
+    return _EXPERT_ADAPTER.plans.run(_plan, tensors, (temperature, activation, dropout_p, return_weights, impl))
+
+
+def _plan(direct: bool, x: Tensor, *given: Any) -> Plan:
+    *parameters, temperature, activation, dropout_p, return_weights, impl = given
+    by_name = dict(zip(PARAMETERS, parameters, strict=True))
+    up_weight, router_weight = by_name["up_weight"], by_name["router_weight"]
     arguments = Arguments("expert_adapter")
-    if x.dim() < 1:
-        raise arguments.error("x must have a last axis d, got a scalar")
-    arguments.tensor("x", x.reshape(-1, x.shape[-1]), "T d")
-    parameters = (down_weight, down_bias, up_weight, up_bias, router_weight, router_bias)
-    for name, value, axes in zip(EXPERT_ADAPTER_GRADIENTS[1:], parameters, ("r d", "r", "E d r", "E d", "E d", "E"), strict=True):
-        arguments.tensor(name, value, axes, dtype=down_weight.dtype)
-    arguments.both_or_neither("router_weight", router_weight, "router_bias", router_bias)
+    arguments.rows("x", x, "T d")
+    for (name, value), axes in zip(by_name.items(), ("r d", "r", "E d r", "E d", "E d", "E"), strict=True):
+        arguments.tensor(name, value, axes, dtype=by_name["down_weight"].dtype)
+    arguments.both_or_neither("router_weight", router_weight, "router_bias", by_name["router_bias"])
     if router_weight is None and up_weight.shape[0] != 1:
         raise arguments.error(f"{up_weight.shape[0]} experts need router_weight and router_bias; without a router there is one")
     if activation not in ACTIVATIONS:
@@ -127,21 +138,30 @@ def expert_adapter(
     arguments.probability("dropout_p", dropout_p)
     implementation = _EXPERT_ADAPTER.choose(impl, x, *parameters, dropout_p=dropout_p)
     if implementation == "reference":
-        out, weights = reference.expert_adapter(x, *parameters, temperature=temperature, activation=activation, dropout_p=dropout_p)
-        return (out, weights) if return_weights else out
-    # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
-    seed = torch.randint(2**62, (1,), device=x.device) if dropout_p else None
+        adapt = partial(reference.expert_adapter, temperature=temperature, activation=activation, dropout_p=dropout_p)
+        return adapt if return_weights else lambda *tensors: adapt(*tensors)[0]
+
+    options = _Options(temperature, activation == "gelu", dropout_p)
     routed = return_weights and router_weight is not None
-    out, weights = ExpertAdapterFunction.apply(
-        f"mope_{implementation}",
-        _Options(temperature, activation == "gelu", dropout_p),
-        routed,
-        last_dim_contiguous(x.reshape(-1, x.shape[-1])),
-        *parameters,
-        seed,
-    )
-    if not return_weights:
-        return out.view(x.shape)
-    if not routed:
-        return out.view(x.shape), x.new_ones(*x.shape[:-1], 1, dtype=reference.statistics_dtype(x))
-    return out.view(x.shape), weights.view(*x.shape[:-1], weights.shape[1])
+    run: Plan
+    if any_needs_gradient(x, *parameters):
+        run = partial(ExpertAdapterFunction.apply, implementation, direct, options, routed)
+    else:
+        kernel = forward_kernel(implementation, "expert_adapter", direct)
+
+        def run(*tensors: Tensor | None) -> Any:
+            return kernel(*tensors, *options, routed)
+
+    shape = x.shape
+
+    def planned(x: Tensor, *parameters: Tensor | None) -> Any:
+        # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
+        seed = torch.randint(2**62, (1,), device=x.device) if dropout_p else None
+        out, weights = run(last_dim_contiguous(x.reshape(-1, shape[-1])), *parameters, seed)
+        if not return_weights:
+            return out.view(shape)
+        if not routed:
+            return out.view(shape), x.new_ones(*shape[:-1], 1, dtype=reference.statistics_dtype(x))
+        return out.view(shape), weights.view(*shape[:-1], weights.shape[1])
+
+    return planned

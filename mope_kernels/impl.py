@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _extension
+from . import _extension, _triton, settings
+from .plans import Plans
 
 IMPLEMENTATIONS = ("triton", "cpu", "sdpa", "xformers", "reference")
 
@@ -63,6 +64,7 @@ class Operation:
         self.checks = {impl: checks.get(impl) for impl in IMPLEMENTATIONS}
         self.ways = ways or {}
         self.left_out = left_out or {}
+        self.plans = Plans()
         _OPERATIONS[name] = self
 
     def against(self, impl: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -102,7 +104,7 @@ class Operation:
         return Explanation(self.name, chosen, {name: why for name, why in reasons.items() if name != chosen}, way)
 
     def _preferences(self, impl: str) -> tuple[str, ...]:
-        if impl == "auto" and (preferred := os.environ.get("MOPE_IMPL")):
+        if impl == "auto" and (preferred := settings.current().impl):
             return names_in(preferred, f"{self.name}: MOPE_IMPL={preferred}")
         return names_in(impl, self.name)
 
@@ -168,6 +170,9 @@ def triton_check(*tensors: Tensor) -> list[str]:
     reasons = []
     if not HAS_TRITON:
         reasons.append("Triton is not installed (pip install triton)")
+    if _triton.recording():
+        # What would be launched is written down, on whatever device the tensors are.
+        device = "cuda"
     if device == "cpu" and not interpreting():
         reasons.append("Triton runs on GPUs, these tensors are on the CPU")
     elif device not in ("cuda", "cpu"):

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, any_needs_gradient, first_derivative_only, kernel_lengths, last_dim_contiguous
-from ._ops import MOPE_ATTENTION_GRADIENTS
+from ._ops import backward_kernel, forward_kernel
 from .impl import Operation, extension_check, reference_check
 from .mope_attention_details import _launch as _launch
+from .mope_attention_details.spec import GRADIENTS, INSTANCE, TENSORS
+from .plans import Plan
 from .prompt_attention import check_attention, triton_attention_check
 from .prompt_attention_details import _libraries
-from .router import Routing, check_routing, dense_routing, noise_gradient
+from .route import Routing, check_routing, dense_routing, noise_gradient
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,7 @@ class ExpertBank:
 
 
 class _Options(NamedTuple):
-    """What is no tensor, in the order of the raw op's schema."""
+    """Arguments of the raw op that are not tensors, in the order of its schema."""
 
     top_k: int
     temperature: float
@@ -56,12 +58,15 @@ class _Options(NamedTuple):
 
 
 class MoPEAttentionFunction(torch.autograd.Function):
-    """(namespace, options, *tensors) -> out, probs, weights, indices; the tensors in the order of the raw op's schema."""
+    """(implementation, direct, options, *tensors) -> out, probs, weights, indices.
+
+    The tensors are in the order of the raw op's schema.
+    """
 
     @staticmethod
-    def forward(ctx: Any, namespace: str, options: _Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.ops, ctx.options = getattr(torch.ops, namespace), options
-        out, lse, probs, weights, indices = ctx.ops.mope_attention.default(*tensors, *options)
+    def forward(ctx: Any, implementation: str, direct: bool, options: _Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        out, lse, probs, weights, indices = forward_kernel(implementation, "mope_attention", direct)(*tensors, *options)
+        ctx.implementation, ctx.options = implementation, options
         ctx.save_for_backward(out, lse, probs, weights, indices, *tensors)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
@@ -74,11 +79,10 @@ class MoPEAttentionFunction(torch.autograd.Function):
         out, lse, probs, weights, indices, *tensors = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        needed = dict(zip(_TENSORS, ctx.needs_input_grad[2:], strict=True))
+        needed = dict(zip(TENSORS, ctx.needs_input_grad[3:], strict=True))
         # The gradient of the noise is made of that of the logits.
         asked = needed | {"logits": needed["logits"] or needed["noise"]}
-        needs = sum(asked[name] << bit for bit, name in enumerate(MOPE_ATTENTION_GRADIENTS))
-        found = ctx.ops.mope_attention_backward.default(
+        found = backward_kernel(ctx.implementation, "mope_attention_backward", grads)(
             last_dim_contiguous(grad_out),
             None if grad_probs is None else last_dim_contiguous(grad_probs),
             None if grad_weights is None else last_dim_contiguous(grad_weights),
@@ -89,19 +93,15 @@ class MoPEAttentionFunction(torch.autograd.Function):
             indices,
             *tensors,
             *ctx.options,
-            needs,
+            GRADIENTS.needs(asked),
         )
-        gradients = dict(zip(MOPE_ATTENTION_GRADIENTS, found, strict=True))
-        given = dict(zip(_TENSORS, tensors, strict=True))
+        gradients = dict(zip(GRADIENTS.names, found, strict=True))
+        given = dict(zip(TENSORS, tensors, strict=True))
         if needed["noise"]:
             gradients["noise"] = noise_gradient(gradients["logits"], ctx.options.temperature, given["noise"].dtype)
         if needed["logits"]:
             gradients["logits"] = gradients["logits"].to(given["logits"].dtype)
-        return None, None, *(gradients[name] if needed[name] else None for name in _TENSORS)
-
-
-# The tensors of the raw op, in the order of its schema.
-_TENSORS = (*MOPE_ATTENTION_GRADIENTS[:4], "noise", *MOPE_ATTENTION_GRADIENTS[4:], "lengths", "seed")
+        return None, None, None, *(gradients[name] if needed[name] else None for name in TENSORS)
 
 
 def _triton_check(query: Tensor, key: Tensor, value: Tensor, logits: Tensor, bank: ExpertBank, **_: Any) -> list[str]:
@@ -152,13 +152,12 @@ _BY_AUTOGRAD: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _check_tasks(arguments: Arguments, task_ids: Tensor, bank: ExpertBank) -> None:
-    num_experts, rows = arguments.sizes["K"], bank.key.shape[0]
+def _check_tasks(arguments: Arguments, task_ids: Tensor, bank_key: Tensor) -> None:
+    num_experts, rows = arguments.sizes["K"], bank_key.shape[0]
     if rows % num_experts:
         raise arguments.error(f"bank.key must have T*K rows, {num_experts} for each task, got {rows}")
     arguments.sizes |= {"T": rows // num_experts, "T*K": rows}
     arguments.tensor("task_ids", task_ids, "B", integer=True)
-    arguments.indices("task_ids", task_ids, rows // num_experts)
 
 
 def mope_attention(
@@ -212,77 +211,122 @@ def mope_attention(
 
     MoPE (arXiv 2403.10568), router and dynamic prompts.
     """
-    arguments = Arguments("mope_attention")
-    check_attention(arguments, query, key, value, lengths, dropout_p)
-    check_routing(arguments, logits, noise, top_k, temperature)
     if not isinstance(bank, ExpertBank):
         raise TypeError(f"mope_attention: bank must be an ExpertBank, got {type(bank).__name__}: give ExpertBank(key, value)")
+    tensors = (
+        query,
+        key,
+        value,
+        logits,
+        noise,
+        bank.key,
+        bank.value,
+        bank.gram,
+        bank.key_offset,
+        bank.value_offset,
+        static_key,
+        static_value,
+        instance_key,
+        instance_value,
+        lengths,
+        task_ids,
+    )
+    options = (top_k, temperature, renormalize, bank.eps, scale, dropout_p, impl)
+    out, probs, weights, indices = _MOPE_ATTENTION.plans.run(_plan, tensors, options)
+    return out, dense_routing(probs) if indices is None else Routing(weights, indices, probs)
+
+
+def _plan(direct: bool, *given: Any) -> Plan:
+    """Plan a call: the tensors of the raw op without its seed, task_ids, and the options."""
+    *tensors, task_ids, top_k, temperature, renormalize, eps, scale, dropout_p, impl = given
+    named = dict(zip(TENSORS, tensors, strict=False))
+    arguments = Arguments("mope_attention")
+    _check(arguments, named, task_ids, top_k, temperature)
+    arguments.probability("dropout_p", dropout_p)
+    arguments.number("bank.eps", eps)
+    arguments.number("scale", scale)
+    needs_gradient = any_needs_gradient(*tensors)
+    if task_ids is not None and needs_gradient:
+        raise arguments.error("task_ids is for inference, no gradient flows through it: call it under torch.no_grad()")
+    bank = ExpertBank(
+        named["bank_key"],
+        named["bank_value"],
+        **{name: named[name] for name in ("gram", "key_offset", "value_offset")},
+    )
+    others = {name: named[name] for name in ("noise", "static_key", "static_value", *INSTANCE, "lengths")}
+    tokens = (named[name] for name in ("query", "key", "value", "logits"))
+    implementation = _MOPE_ATTENTION.choose(impl, *tokens, bank, **others, dropout_p=dropout_p, task_ids=task_ids)
+    scale = named["query"].shape[-1] ** -0.5 if scale is None else scale
+    num_tasks = arguments.sizes.get("T", 0)
+    if implementation in _BY_AUTOGRAD:
+        attend: Plan = partial(
+            _mix_and_attend,
+            eps=eps,
+            top_k=top_k,
+            temperature=temperature,
+            renormalize=renormalize,
+            dropout_p=dropout_p,
+            scale=scale,
+            attend=_BY_AUTOGRAD[implementation],
+        )
+    else:
+        options = _Options(top_k or 0, temperature, renormalize, eps, scale, dropout_p)
+        attend = _by_kernel(implementation, direct, options, needs_gradient)
+
+    def planned(*tensors: Tensor | None) -> Any:
+        task_ids = tensors[-1]
+        if task_ids is not None:
+            arguments.indices("task_ids", task_ids, num_tasks)
+        out, probs, weights, indices = attend(*tensors)
+        return out, probs, weights, None if top_k is None and implementation not in _BY_AUTOGRAD else indices
+
+    return planned
+
+
+def _by_kernel(implementation: str, direct: bool, options: _Options, needs_gradient: bool) -> Plan:
+    """The tensors of the raw op without its seed, and task_ids -> out, probs, weights, indices."""
+    kernel = forward_kernel(implementation, "mope_attention", direct)
+
+    def attend(*tensors: Tensor | None) -> Any:
+        *inputs, lengths, task_ids = tensors
+        laid_out = [None if t is None else last_dim_contiguous(t) for t in inputs]
+        lengths = kernel_lengths(lengths)
+        # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
+        seed = torch.randint(2**62, (1,), device=tensors[0].device) if options.dropout_p else None  # type: ignore[union-attr]
+        if needs_gradient:
+            return MoPEAttentionFunction.apply(implementation, direct, options, *laid_out, lengths, seed)
+        tasks = () if task_ids is None else (task_ids.long(),)
+        out, _, *routing = kernel(*laid_out, lengths, seed, *options, *tasks)
+        return out, *routing
+
+    return attend
+
+
+def _mix_and_attend(*tensors: Tensor | None, **options: Any) -> Any:
+    """The same by the plain definition, with any attention."""
+    *inputs, task_ids = tensors
+    named: dict[str, Any] = dict(zip(TENSORS, inputs, strict=False))
+    out, weights, indices, probs = reference.mope_attention(**named, **options, task_ids=task_ids)
+    return out, probs, weights, indices
+
+
+def _check(
+    arguments: Arguments, named: dict[str, Tensor | None], task_ids: Tensor | None, top_k: int | None, temperature: float
+) -> None:
+    """Hold the tensors to each other; `named` as the raw op names them."""
+    get: Any = named.get
+    check_attention(arguments, get("query"), get("key"), get("value"), get("lengths"), 0.0)
+    check_routing(arguments, get("logits"), get("noise"), top_k, temperature)
     experts, task = "K", ""
     if task_ids is not None:
         experts, task = "T*K", "T "
-        _check_tasks(arguments, task_ids, bank)
-    arguments.tensor("bank.key", bank.key, f"{experts} H P D")
-    arguments.tensor("bank.value", bank.value, f"{experts} H P D")
-    arguments.tensor("bank.gram", bank.gram, f"{task}P K K")
-    arguments.both_or_neither("bank.key_offset", bank.key_offset, "bank.value_offset", bank.value_offset)
-    arguments.tensor("bank.key_offset", bank.key_offset, "H D")
-    arguments.tensor("bank.value_offset", bank.value_offset, "H D")
-    arguments.both_or_neither("static_key", static_key, "static_value", static_value)
-    arguments.tensor("static_key", static_key, f"{task}H S D")
-    arguments.tensor("static_value", static_value, f"{task}H S D")
-    arguments.number("bank.eps", bank.eps)
-    arguments.number("scale", scale)
-    arguments.both_or_neither("instance_key", instance_key, "instance_value", instance_value)
-    arguments.tensor("instance_key", instance_key, "B H M D")
-    arguments.tensor("instance_value", instance_value, "B H M D")
-
-    prompts = {
-        "static_key": static_key,
-        "static_value": static_value,
-        "instance_key": instance_key,
-        "instance_value": instance_value,
-    }
-    of_bank = (bank.key, bank.value, bank.gram, bank.key_offset, bank.value_offset)
-    inputs: tuple[Tensor | None, ...] = (query, key, value, logits, noise, *of_bank)
-    inputs += tuple(prompts.values())
-    if task_ids is not None and any_needs_gradient(*inputs):
-        raise arguments.error("task_ids is for inference, no gradient flows through it: call it under torch.no_grad()")
-    implementation = _MOPE_ATTENTION.choose(
-        impl, query, key, value, logits, bank, noise=noise, lengths=lengths, dropout_p=dropout_p, task_ids=task_ids, **prompts
-    )
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if implementation in _BY_AUTOGRAD:
-        out, weights, indices, probs = reference.mope_attention(
-            query,
-            key,
-            value,
-            logits,
-            bank.key,
-            bank.value,
-            gram=bank.gram,
-            key_offset=bank.key_offset,
-            value_offset=bank.value_offset,
-            eps=bank.eps,
-            top_k=top_k,
-            temperature=temperature,
-            noise=noise,
-            renormalize=renormalize,
-            lengths=lengths,
-            dropout_p=dropout_p,
-            scale=scale,
-            task_ids=task_ids,
-            attend=_BY_AUTOGRAD[implementation],
-            **prompts,
-        )
-        return out, Routing(weights, indices, probs)
-
-    # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
-    seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
-    inputs = tuple(None if t is None else last_dim_contiguous(t) for t in (*inputs, kernel_lengths(lengths), seed))
-    namespace, options = f"mope_{implementation}", _Options(top_k or 0, temperature, renormalize, bank.eps, scale, dropout_p)
-    if task_ids is None:
-        out, probs, weights, indices = MoPEAttentionFunction.apply(namespace, options, *inputs)
-    else:
-        op = getattr(torch.ops, namespace).mope_attention.default
-        out, _, probs, weights, indices = op(*inputs, *options, task_ids.long())
-    return out, dense_routing(probs) if top_k is None else Routing(weights, indices, probs)
+        _check_tasks(arguments, task_ids, get("bank_key"))
+    axes = {"bank.key": f"{experts} H P D", "bank.value": f"{experts} H P D", "bank.gram": f"{task}P K K"}
+    axes |= dict.fromkeys(("bank.key_offset", "bank.value_offset"), "H D")
+    axes |= dict.fromkeys(("static_key", "static_value"), f"{task}H S D") | dict.fromkeys(INSTANCE, "B H M D")
+    of_bank = {"bank.key": "bank_key", "bank.value": "bank_value"}
+    for name, of in axes.items():
+        arguments.tensor(name, get(of_bank.get(name, name.removeprefix("bank."))), of)
+    for first, second in (("bank.key_offset", "bank.value_offset"), ("static_key", "static_value"), INSTANCE):
+        pair = (get(name.removeprefix("bank.")) for name in (first, second))
+        arguments.both_or_neither(first, next(pair), second, next(pair))

@@ -3,70 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, debugging, first_derivative_only, kernel_lengths, last_dim_contiguous
-from ._ops import PROMPT_ATTENTION_GRADIENTS
+from ._checks import Arguments, any_needs_gradient, first_derivative_only, kernel_lengths, last_dim_contiguous
+from ._ops import backward_kernel, forward_kernel
 from .impl import Operation, extension_check, reference_check, triton_check
+from .plans import Plan
 from .prompt_attention_details import _launch as _launch
 from .prompt_attention_details import _libraries
-
-TRITON_HEAD_DIMS = (16, 32, 48, 64, 72, 80, 88, 96, 128)
-
-
-class _Options(NamedTuple):
-    """What is no tensor, in the order of the raw op's schema."""
-
-    is_causal: bool
-    scale: float
-    dropout_p: float
-
-
-class _PackedOptions(NamedTuple):
-    """The same of `packed_attention`."""
-
-    max_length: int
-    is_causal: bool
-    scale: float
-    dropout_p: float
+from .prompt_attention_details.spec import GRADIENTS, HEAD_DIMS
 
 
 class PromptAttentionFunction(torch.autograd.Function):
-    """(raw op, options, *tensors) -> out; the tensors in the order of the raw op's schema."""
+    """(implementation, direct, raw op, options, *tensors) -> out; the tensors in the order of the raw op's schema."""
 
     @staticmethod
-    def forward(ctx: Any, op: str, options: _Options | _PackedOptions, *tensors: Tensor | None) -> Tensor:
-        namespace, name = op.split("::")
-        ops = getattr(torch.ops, namespace)
-        ctx.backward_op, ctx.options = getattr(ops, f"{name}_backward"), options
-        out, lse = getattr(ops, name).default(*tensors, *options)
+    def forward(ctx: Any, implementation: str, direct: bool, op: str, options: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
+        out, lse = forward_kernel(implementation, op, direct)(*tensors, *options)
+        ctx.implementation, ctx.op, ctx.options = implementation, op, options
         ctx.save_for_backward(out, lse, *tensors)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only("prompt_attention")
-        out, lse, *tensors = ctx.saved_tensors
-        # Of op, options and tensors; those that can have a gradient come first among the tensors.
-        needed = ctx.needs_input_grad[2 : 2 + len(PROMPT_ATTENTION_GRADIENTS)]
-        found = ctx.backward_op.default(
-            last_dim_contiguous(grads[0]), out, lse, *tensors, *ctx.options, sum(need << bit for bit, need in enumerate(needed))
+        # Behind implementation, direct, op and options. Those that can have a gradient come first among the tensors.
+        asked = dict(zip(GRADIENTS.names, ctx.needs_input_grad[4:], strict=False))
+        found = backward_kernel(ctx.implementation, f"{ctx.op}_backward", grads)(
+            last_dim_contiguous(grads[0]), *ctx.saved_tensors, *ctx.options, GRADIENTS.needs(asked)
         )
-        gradients = (grad if need else None for grad, need in zip(found, needed, strict=True))
-        # What comes behind them has none: lengths, attn_bias, offsets, seed.
-        return None, None, *gradients, *(None for _ in tensors[len(PROMPT_ATTENTION_GRADIENTS) :])
+        gradients = [grad if need else None for grad, need in zip(found, asked.values(), strict=True)]
+        # The others have none: lengths, attn_bias, offsets, seed.
+        others = len(ctx.needs_input_grad) - 4 - len(gradients)
+        return None, None, None, None, *gradients, *(None,) * others
 
 
 def triton_attention_check(query: Tensor, *tensors: Tensor) -> list[str]:
     """What speaks against the Triton kernels of attention."""
     reasons = triton_check(query, *tensors)
-    if query.shape[-1] not in TRITON_HEAD_DIMS:
-        reasons.append(f"head_dim must be one of {', '.join(map(str, TRITON_HEAD_DIMS))}, got {query.shape[-1]}")
+    if query.shape[-1] not in HEAD_DIMS:
+        reasons.append(f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {query.shape[-1]}")
     return reasons
 
 
@@ -144,10 +126,16 @@ def _check_packed(
     arguments.tensor("query", query, "1 H T D")
     arguments.tensor("key", key, "1 H T D", dtype=query.dtype)
     arguments.tensor("value", value, "1 H T D", dtype=query.dtype)
+    if len(offsets) == 0:
+        raise arguments.error("offsets must go up from 0 to the number of rows, got none")
     arguments.sizes["B"] = len(offsets) - 1
-    if torch.compiler.is_compiling() or not (offsets.device.type == "cpu" or debugging()):
+
+
+def _look_at_offsets(arguments: Arguments, offsets: Tensor, num_rows: int, max_length: int) -> None:
+    """Hold offsets to the rows that there are, where that costs no device sync."""
+    if not arguments.may_read(offsets):
         return
-    bounds, num_rows = offsets.tolist(), query.shape[2]
+    bounds = offsets.tolist()
     steps = [end - start for start, end in pairwise(bounds)]
     if not bounds or bounds[0] != 0 or bounds[-1] != num_rows or min(steps, default=0) < 0 or max(steps, default=0) > max_length:
         raise arguments.error(
@@ -193,6 +181,12 @@ def prompt_attention(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, `attn_bias` requires a gradient, or `impl` cannot run.
     """
+    tensors = (query, key, value, prompt_key, prompt_value, lengths, attn_bias, offsets)
+    return _PROMPT_ATTENTION.plans.run(_plan, tensors, (max_length, is_causal, dropout_p, scale, impl))
+
+
+def _plan(direct: bool, *given: Any) -> Plan:
+    query, key, value, prompt_key, prompt_value, lengths, attn_bias, offsets, max_length, is_causal, dropout_p, scale, impl = given
     arguments = Arguments("prompt_attention")
     if offsets is None:
         check_attention(arguments, query, key, value, lengths, dropout_p)
@@ -207,54 +201,64 @@ def prompt_attention(
         raise arguments.error(f"is_causal needs as many queries as tokens, got Lq={query.shape[2]} and Lk={key.shape[2]}")
     arguments.number("scale", scale)
     tensors = (query, key, value, prompt_key, prompt_value)
-    options: dict[str, Any] = {"lengths": lengths, "attn_bias": attn_bias, "is_causal": is_causal, "dropout_p": dropout_p}
-    if offsets is not None:
-        return _attend_packed(tensors, offsets, max_length or 0, is_causal, dropout_p, scale, impl)
-    implementation = _PROMPT_ATTENTION.choose(impl, *tensors, **options)
+    masks = {"lengths": lengths, "attn_bias": attn_bias} if offsets is None else {"offsets": offsets}
+    implementation = _PROMPT_ATTENTION.choose(impl, *tensors, **masks, is_causal=is_causal, dropout_p=dropout_p)
+    options: dict[str, Any] = {"is_causal": is_causal, "dropout_p": dropout_p}
+    if offsets is not None and implementation != "triton":
+        return partial(_pad_and_attend, arguments, max_length, options | {"scale": scale, "impl": implementation})
     if implementation in _BY_AUTOGRAD:
-        # The op computes in the dtypes of its arguments, and concatenates tensors of dtypes that autocast may not know.
-        with reference.autocast_off(query.device):
-            return _BY_AUTOGRAD[implementation](*tensors, **options, scale=scale)
-    return PromptAttentionFunction.apply(
-        f"mope_{implementation}::prompt_attention",
-        _Options(is_causal, _scale(query, scale), dropout_p),
-        *(last_dim_contiguous(t) for t in tensors),
-        kernel_lengths(lengths),
-        attn_bias,
-        _seed(query, dropout_p),
-    )
+        return partial(_attend_by_autograd, _BY_AUTOGRAD[implementation], options | {"scale": scale})
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    attend: Plan
+    op = "prompt_attention"
+    given_options: tuple[Any, ...] = (is_causal, scale, dropout_p)
+    if offsets is not None:
+        op, given_options = "packed_attention", (max_length, *given_options)
+    if any_needs_gradient(*tensors, attn_bias):
+        attend = partial(PromptAttentionFunction.apply, implementation, direct, op, given_options)
+    else:
+        kernel = forward_kernel(implementation, op, direct)
+
+        def attend(*tensors: Tensor | None) -> Tensor:
+            return kernel(*tensors, *given_options)[0]
+
+    num_rows = query.shape[2]
+
+    def planned(*tensors: Any) -> Tensor:
+        *tokens_and_prompts, lengths, attn_bias, offsets = tensors
+        laid_out = [last_dim_contiguous(t) for t in tokens_and_prompts]
+        # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
+        seed = torch.randint(2**62, (1,), device=laid_out[0].device) if dropout_p else None
+        if offsets is None:
+            return attend(*laid_out, kernel_lengths(lengths), attn_bias, seed)
+        _look_at_offsets(arguments, offsets, num_rows, max_length)
+        return attend(*laid_out, offsets.contiguous(), seed)
+
+    return planned
 
 
-def _scale(query: Tensor, scale: float | None) -> float:
-    return query.shape[-1] ** -0.5 if scale is None else scale
-
-
-def _seed(query: Tensor, dropout_p: float) -> Tensor | None:
-    """A tensor of its own, made on the device: no sync, and a graph replay can be given a new one."""
-    return torch.randint(2**62, (1,), device=query.device) if dropout_p else None
-
-
-def _attend_packed(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    offsets: Tensor,
-    max_length: int,
-    is_causal: bool,
-    dropout_p: float,
-    scale: float | None,
-    impl: str,
+def _attend_by_autograd(
+    attention: Callable[..., Tensor],
+    options: dict[str, Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths: Tensor | None,
+    attn_bias: Tensor | None,
+    _: None,
 ) -> Tensor:
-    """Packed items, where Triton runs; else they are padded, attended and packed again."""
-    query, key, value, *prompts = tensors
-    implementation = _PROMPT_ATTENTION.choose(impl, *tensors, offsets=offsets, is_causal=is_causal, dropout_p=dropout_p)
-    if implementation == "triton":
-        return PromptAttentionFunction.apply(
-            "mope_triton::packed_attention",
-            _PackedOptions(max_length, is_causal, _scale(query, scale), dropout_p),
-            *(last_dim_contiguous(t) for t in tensors),
-            offsets.contiguous(),
-            _seed(query, dropout_p),
-        )
-    padded = (reference.pad_items(t, offsets, max_length) for t in (query, key, value))
-    options: dict[str, Any] = {"is_causal": is_causal, "dropout_p": dropout_p, "scale": scale}
-    out = prompt_attention(*padded, *prompts, lengths=offsets.diff(), **options, impl=implementation)
-    return reference.pack_items(out, offsets, query.shape[2])
+    # The op computes in the dtypes of its arguments, and concatenates tensors of dtypes that autocast may not know.
+    with reference.autocast_off(query.device):
+        return attention(query, key, value, prompt_key, prompt_value, lengths=lengths, attn_bias=attn_bias, **options)
+
+
+def _pad_and_attend(arguments: Arguments, max_length: int, options: dict[str, Any], *tensors: Any) -> Tensor:
+    """Attend to packed items where no kernel takes them: pad them, attend, pack the result."""
+    query, key, value, prompt_key, prompt_value, _, _, offsets = tensors
+    _look_at_offsets(arguments, offsets, query.shape[2], max_length)
+    num_rows = query.shape[2]
+    query, key, value = (reference.pad_items(t, offsets, max_length) for t in (query, key, value))
+    out = prompt_attention(query, key, value, prompt_key, prompt_value, lengths=offsets.diff(), **options)
+    return reference.pack_items(out, offsets, num_rows)

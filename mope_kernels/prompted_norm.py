@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,15 +11,17 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
-from ._ops import PROMPTED_NORM_GRADIENTS
+from ._ops import backward_kernel, forward_kernel
+from .add_norm import cpu_norm_check, triton_norm_check
 from .impl import Check, Operation, reference_check
-from .norm import cpu_norm_check, triton_norm_check
+from .plans import Plan
 from .prompted_norm_details import _launch as _launch
-from .router import Routing, noise_gradient
+from .prompted_norm_details.spec import GRADIENTS, ROUTER, TENSORS
+from .route import Routing, noise_gradient
 
 
 class _Options(NamedTuple):
-    """What is no tensor, in the order of the raw op's schema."""
+    """Arguments of the raw op that are not tensors, in the order of its schema."""
 
     num_replaced: int
     top_k: int
@@ -28,23 +31,23 @@ class _Options(NamedTuple):
     norm_dtype: torch.dtype
 
 
-# The tensors of the raw op, in the order of its schema.
-_TENSORS = (*PROMPTED_NORM_GRADIENTS, "routing_indices", "noise")
-
-
 class PromptedNormFunction(torch.autograd.Function):
-    """(namespace, options, *tensors) -> total, normed, probs, weights, indices; the tensors in the order of the raw op's schema."""
+    """(implementation, direct, options, *tensors) -> total, normed, probs, weights, indices.
+
+    The tensors are in the order of the raw op's schema.
+    """
 
     @staticmethod
-    def forward(ctx: Any, namespace: str, options: _Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.ops, ctx.options = getattr(torch.ops, namespace), options
-        given = dict(zip(_TENSORS, tensors, strict=True))
-        needed = dict(zip(_TENSORS, ctx.needs_input_grad[2:], strict=True))
+    def forward(ctx: Any, implementation: str, direct: bool, options: _Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        given = dict(zip(TENSORS, tensors, strict=True))
+        needed = dict(zip(TENSORS, ctx.needs_input_grad[3:], strict=True))
         keep_pooled = needed["self_weight"] or needed["self_bias"] or needed["self_keys"]
-        total, normed, probs, weights, indices, pooled = ctx.ops.prompted_norm.default(*tensors, *options, keep_pooled)
+        kernel = forward_kernel(implementation, "prompted_norm", direct)
+        total, normed, probs, weights, indices, pooled = kernel(*tensors, *options, keep_pooled)
         used = (given["routing_weights"], given["routing_indices"]) if given["routing_weights"] is not None else (weights, indices)
-        kept = ("weight", "experts", "self_weight", "self_bias", "self_keys")
+        kept = ("weight", "experts", *ROUTER)
         ctx.save_for_backward(total, probs, *used, pooled, *(given[name] for name in kept))
+        ctx.implementation, ctx.options = implementation, options
         ctx.dtypes = {name: None if t is None else t.dtype for name, t in given.items()}
         ctx.sizes = tuple(0 if t is None else t.shape[-2] for t in (given["x"], given["static"], given["mapped"]))
         ctx.routes = given["experts"] is not None and given["routing_weights"] is None
@@ -55,7 +58,7 @@ class PromptedNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         first_derivative_only("prompted_norm")
-        needed = dict(zip(_TENSORS, ctx.needs_input_grad[2:], strict=True))
+        needed = dict(zip(TENSORS, ctx.needs_input_grad[3:], strict=True))
         x_dtype, update_dtype = ctx.dtypes["x"], ctx.dtypes["update"] or ctx.dtypes["x"]
         shared = x_dtype == update_dtype
         asked = needed | {"x": needed["x"] or (shared and needed["update"]), "update": needed["update"] and not shared}
@@ -66,7 +69,7 @@ class PromptedNormFunction(torch.autograd.Function):
         grads = grads[: 4 if ctx.routes else 2] + (None,) * (0 if ctx.routes else 2)
         # A list: torch.compile begins again where it meets strides here, and torch 2.14 then trips over a generator left half-way.
         laid_out = [None if grad is None else last_dim_contiguous(grad) for grad in grads]
-        found = ctx.ops.prompted_norm_backward.default(
+        found = backward_kernel(ctx.implementation, "prompted_norm_backward", grads)(
             *laid_out,
             *ctx.saved_tensors,
             num_rows,
@@ -78,14 +81,14 @@ class PromptedNormFunction(torch.autograd.Function):
             ctx.options.eps,
             x_dtype,
             update_dtype,
-            sum(asked[name] << bit for bit, name in enumerate(PROMPTED_NORM_GRADIENTS)),
+            GRADIENTS.needs(asked),
         )
-        gradients = dict(zip(PROMPTED_NORM_GRADIENTS, found, strict=True))
+        gradients = dict(zip(GRADIENTS.names, found, strict=True))
         if shared:
             gradients["update"] = gradients["x"]
         if needed["noise"]:
             gradients["noise"] = noise_gradient(gradients["cross_logits"], ctx.options.temperature, ctx.dtypes["noise"])
-        return None, None, *(gradients[name].to(ctx.dtypes[name]) if needed[name] else None for name in _TENSORS)
+        return None, None, None, *(gradients[name].to(ctx.dtypes[name]) if needed[name] else None for name in TENSORS)
 
 
 def _check_with(norm_check: Callable[..., list[str]]) -> Check:
@@ -105,21 +108,13 @@ _PROMPTED_NORM = Operation(
 
 
 def _check_router(
-    arguments: Arguments,
-    experts: Tensor | None,
-    cross_logits: Tensor | None,
-    self_weight: Tensor | None,
-    self_bias: Tensor | None,
-    self_keys: Tensor | None,
-    noise: Tensor | None,
-    routing: Routing | None,
-    top_k: int | None,
-    temperature: float,
+    arguments: Arguments, named: dict[str, Any], routing: tuple[Any, Any] | None, top_k: int | None, temperature: float
 ) -> None:
-    """Experts have exactly one of a router and a routing; without experts there is neither."""
+    """Hold the tensors of a router to each other. Experts have either a router or a routing; without them there is neither."""
+    experts, noise = named["experts"], named["noise"]
     arguments.tensor("experts", experts, "K P C")
-    arguments.both_or_neither("self_weight", self_weight, "self_keys", self_keys)
-    routed_by = [name for name, value in (("cross_logits", cross_logits), ("self_weight", self_weight)) if value is not None]
+    arguments.both_or_neither("self_weight", named["self_weight"], "self_keys", named["self_keys"])
+    routed_by = [name for name in ("cross_logits", "self_weight") if named[name] is not None]
     if experts is None:
         decided_by = [*routed_by, *(name for name, value in (("routing", routing), ("noise", noise)) if value is not None)]
         if decided_by:
@@ -130,19 +125,18 @@ def _check_router(
     if routing is None and not routed_by:
         raise arguments.error("experts need cross_logits, self_weight and self_keys, or routing")
     if routing is None:
-        arguments.tensor("self_weight", self_weight, "s C")
-        arguments.tensor("self_bias", self_bias, "s")
-        arguments.tensor("self_keys", self_keys, "s K")
-        if self_bias is not None and self_weight is None:
+        arguments.tensor("self_weight", named["self_weight"], "s C")
+        arguments.tensor("self_bias", named["self_bias"], "s")
+        arguments.tensor("self_keys", named["self_keys"], "s K")
+        if named["self_bias"] is not None and named["self_weight"] is None:
             raise arguments.error("self_bias belongs to self_weight: give both or neither")
-        arguments.tensor("cross_logits", cross_logits, "B K")
+        arguments.tensor("cross_logits", named["cross_logits"], "B K")
         arguments.tensor("noise", noise, "B K")
         arguments.top_k(top_k, experts.shape[0])
         arguments.positive("temperature", temperature)
     else:
-        arguments.tensor("routing.weights", routing.weights, "B k")
-        arguments.tensor("routing.indices", routing.indices, "B k", integer=True)
-        arguments.indices("routing.indices", routing.indices, experts.shape[0])
+        arguments.tensor("routing.weights", routing[0], "B k")
+        arguments.tensor("routing.indices", routing[1], "B k", integer=True)
 
 
 def prompted_norm(
@@ -199,57 +193,98 @@ def prompted_norm(
 
     MoPE (arXiv 2403.10568), prompted Swin Transformer.
     """
+    ready_made = (None, None) if routing is None else (routing.weights, routing.indices)
+    tensors = (
+        x,
+        update,
+        weight,
+        bias,
+        static,
+        experts,
+        mapped,
+        cross_logits,
+        self_weight,
+        self_bias,
+        self_keys,
+        *ready_made,
+        noise,
+    )
+    options = (num_replaced, top_k, temperature, renormalize, eps, norm_dtype, impl)
+    total, normed, found = _PROMPTED_NORM.plans.run(_plan, tensors, options)
+    return total, normed, routing if found is None else Routing(*found)
+
+
+def _plan(direct: bool, *given: Any) -> Plan:
+    """Plan a call: the tensors of the raw op, and the options -> total, normed, and weights, indices and probs if it routes."""
+    *tensors, num_replaced, top_k, temperature, renormalize, eps, norm_dtype, impl = given
+    named = dict(zip(TENSORS, tensors, strict=True))
+    x, update, experts = named["x"], named["update"], named["experts"]
+    routing = None if named["routing_weights"] is None else (named["routing_weights"], named["routing_indices"])
     arguments = Arguments("prompted_norm")
-    arguments.tensor("x", x, "B N C")
-    arguments.tensor("update", update, "B N C")
-    if not 0 <= num_replaced <= x.shape[1]:
-        raise arguments.error(f"num_replaced must be between 0 and the {x.shape[1]} rows of x, got {num_replaced}")
-    arguments.tensor("weight", weight, "C")
-    arguments.tensor("bias", bias, "C")
-    arguments.tensor("static", static, "S C")
-    _check_router(arguments, experts, cross_logits, self_weight, self_bias, self_keys, noise, routing, top_k, temperature)
-    arguments.tensor("mapped", mapped, "B M C")
+    _check(arguments, named, num_replaced)
+    _check_router(arguments, named, routing, top_k, temperature)
+    arguments.tensor("mapped", named["mapped"], "B M C")
     arguments.norm_dtype(norm_dtype)
     arguments.positive("eps", eps)
-    tensors = {
-        "static": static,
-        "experts": experts,
-        "mapped": mapped,
-        "cross_logits": cross_logits,
-        "self_weight": self_weight,
-        "self_bias": self_bias,
-        "self_keys": self_keys,
-    }
-    implementation = _PROMPTED_NORM.choose(
-        impl, x, update, weight, bias, **tensors, noise=noise, routing=routing, norm_dtype=norm_dtype
-    )
+    others = {name: t for name, t in named.items() if name not in ("x", "routing_indices")}
+    implementation = _PROMPTED_NORM.choose(impl, x, **others, norm_dtype=norm_dtype)
     if implementation == "reference":
-        total, normed, found = reference.prompted_norm(
-            x,
-            update,
-            weight,
-            bias,
-            num_replaced=num_replaced,
-            **tensors,
-            noise=noise,
-            routing=routing,
-            top_k=top_k,
-            temperature=temperature,
-            renormalize=renormalize,
-            eps=eps,
-            norm_dtype=norm_dtype,
-        )
-        return total, normed, found if found is None else Routing(*found)
-    if norm_dtype is None:
-        norm_dtype = x.dtype if update is None else torch.promote_types(x.dtype, update.dtype)
-    given = (None, None) if routing is None else (routing.weights, routing.indices.long())
-    inputs = (x, update, weight, bias, *tensors.values(), *given, noise)
-    namespace, options = f"mope_{implementation}", _Options(num_replaced, top_k or 0, temperature, renormalize, eps, norm_dtype)
-    laid_out = [None if t is None else last_dim_contiguous(t) for t in inputs]
-    if any_needs_gradient(*laid_out):
-        total, normed, probs, weights, indices = PromptedNormFunction.apply(namespace, options, *laid_out)
+        options = {
+            "num_replaced": num_replaced,
+            "top_k": top_k,
+            "temperature": temperature,
+            "renormalize": renormalize,
+            "eps": eps,
+            "norm_dtype": norm_dtype,
+        }
+        run: Plan = partial(_by_definition, options)
     else:
-        total, normed, probs, weights, indices, _ = getattr(torch.ops, namespace).prompted_norm.default(*laid_out, *options, False)
-    if experts is None or routing is not None:
-        return total, normed, routing
-    return total, normed, Routing(probs if top_k is None else weights, indices, probs)
+        dtype = norm_dtype or (x.dtype if update is None else torch.promote_types(x.dtype, update.dtype))
+        given_options = _Options(num_replaced, top_k or 0, temperature, renormalize, eps, dtype)
+        routes = experts is not None and routing is None
+        run = _by_kernel(implementation, direct, given_options, any_needs_gradient(*tensors), routes)
+    if routing is None or experts is None:
+        return run
+    num_experts = experts.shape[0]
+
+    def planned(*tensors: Any) -> Any:
+        # In every call: it looks at values.
+        arguments.indices("routing.indices", tensors[-2], num_experts)
+        return run(*tensors)
+
+    return planned
+
+
+def _by_definition(options: dict[str, Any], *tensors: Any) -> Any:
+    named = dict(zip(TENSORS, tensors, strict=True))
+    weights, indices = named.pop("routing_weights"), named.pop("routing_indices")
+    # (weights, indices, probs); the definition reads no probs of a routing given ready-made.
+    routing = None if weights is None else (weights, indices, weights)
+    total, normed, found = reference.prompted_norm(**named, routing=routing, **options)
+    return total, normed, None if routing is not None else found
+
+
+def _by_kernel(implementation: str, direct: bool, options: _Options, needs_gradient: bool, routes: bool) -> Plan:
+    kernel = forward_kernel(implementation, "prompted_norm", direct)
+
+    def normalise(*tensors: Tensor | None) -> Any:
+        *others, indices, noise = tensors
+        given = (*others, None if indices is None else indices.long(), noise)
+        laid_out = [None if t is None else last_dim_contiguous(t) for t in given]
+        if needs_gradient:
+            total, normed, probs, weights, indices = PromptedNormFunction.apply(implementation, direct, options, *laid_out)
+        else:
+            total, normed, probs, weights, indices, _ = kernel(*laid_out, *options, False)
+        return total, normed, (probs if options.top_k == 0 else weights, indices, probs) if routes else None
+
+    return normalise
+
+
+def _check(arguments: Arguments, named: dict[str, Any], num_replaced: int) -> None:
+    arguments.tensor("x", named["x"], "B N C")
+    arguments.tensor("update", named["update"], "B N C")
+    if not 0 <= num_replaced <= named["x"].shape[1]:
+        raise arguments.error(f"num_replaced must be between 0 and the {named['x'].shape[1]} rows of x, got {num_replaced}")
+    arguments.tensor("weight", named["weight"], "C")
+    arguments.tensor("bias", named["bias"], "C")
+    arguments.tensor("static", named["static"], "S C")

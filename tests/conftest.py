@@ -1,10 +1,12 @@
 """One thread for each test process: tests run side by side, and results then do not depend on how many there are."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+import mope_kernels
 from mope_kernels.impl import interpreting
 from tests.interpreter import leave_out_needless_work, take_loop_bounds_of_any_numpy
 
@@ -18,3 +20,11 @@ if interpreting():
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    """Forget the plans and settings that another test left: it may have put something else in the place of a check."""
+    mope_kernels.reread_environment()
+    yield
+    mope_kernels.reread_environment()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import mope_kernels
+from mope_kernels.gelu_mlp import WAYS as WAYS_OF_MLP
 
 from .baselines import BACKENDS
 
 # " compiled": under torch.compile, once for each shape. FlexAttention does not work otherwise.
 _ATTENTION = ("ours", "released", "released compiled", "cat+sdpa", *BACKENDS, "cat+sdpa compiled", "flex", "xformers")
 # Each of the ways that the table of configurations chooses from.
-_MLP = tuple(f"ours {way}" for way in mope_kernels.mlp.WAYS)
+_MLP = tuple(f"ours {way}" for way in WAYS_OF_MLP)
 _SWIN_MODEL = (
     "released",
     "released half",

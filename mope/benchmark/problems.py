@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import mope_kernels
 from mope.fused import FrozenAttention, MoPEAttention
 from mope.fused.prompts import project_prompts
-from mope_kernels import ExpertBank, explain, mlp, reference
+from mope_kernels import ExpertBank, explain, reference
+from mope_kernels.gelu_mlp import WAYS, taking
 
 from . import baselines, models, shapes, tasks
 from .baselines import Attend, Unavailable
@@ -182,14 +183,14 @@ def _gelu_mlp(case: Case, dtype: torch.dtype) -> Problem:
     explained = explain("gelu_mlp", inputs["x"], *weights)
 
     def ours(x: Tensor, way: str | None = None) -> Outputs:
-        with mlp.taking(way) if way else contextlib.nullcontext():
+        with taking(way) if way else contextlib.nullcontext():
             return (mope_kernels.gelu_mlp(x, *weights),)
 
     ways: dict[str, Way | str] = {
         "ours": ours,
         "released": lambda x: (F.linear(F.gelu(F.linear(x, *weights[:2])), *weights[2:]),),
     }
-    for way in mlp.WAYS:
+    for way in WAYS:
         can = explained.impl == "triton"
         ways[f"ours {way}"] = functools.partial(ours, way=way) if can else f"gelu_mlp is {explained.impl} here, which has one way"
     return Problem(

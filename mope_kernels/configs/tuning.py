@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from mope_kernels import _triton
+from mope_kernels import _triton, settings
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -51,7 +51,7 @@ _read: set[str] = set()
 
 
 def enabled() -> bool:
-    return os.environ.get("MOPE_AUTOTUNE", "") not in ("", "0")
+    return settings.current().autotune
 
 
 def instead_of(blocks: Any, op: str, key: tuple[str | int, ...], device: torch.device) -> Any:

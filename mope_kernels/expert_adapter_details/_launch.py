@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from mope_kernels._checks import last_dim_contiguous
-from mope_kernels._ops import EXPERT_ADAPTER_GRADIENTS, not_needed, triton_kernel
+from mope_kernels._ops import not_needed, triton_kernel
 from mope_kernels._triton import cdiv, launch, next_power_of_2, on_amd, splits_in_one_wave
+
+from .spec import GRADIENTS, PARAMETERS
 
 # Tensor cores multiply at least 16.
 SMALLEST = 16
@@ -150,7 +152,7 @@ def expert_adapter_backward(
 
     x, grad_out = last_dim_contiguous(x), last_dim_contiguous(grad_out)
     parameters = (down_weight, down_bias, up_weight, up_bias, router_weight, router_bias)
-    need = {name for bit, name in enumerate(EXPERT_ADAPTER_GRADIENTS) if needs >> bit & 1}
+    need = GRADIENTS.asked(needs)
     num_rows, sizes = x.shape[0], _Sizes.of(up_weight)
     _, blocks, product_blocks = sizes.blocks(x)
 
@@ -184,7 +186,7 @@ def expert_adapter_backward(
     )
     # In the order of the parts.
     of_parameters = ("up_weight", "up_bias", "down_weight", "router_weight", "down_bias", "router_bias")
-    by_name = dict(zip(EXPERT_ADAPTER_GRADIENTS[1:], parameters, strict=True))
+    by_name = dict(zip(PARAMETERS, parameters, strict=True))
     for name in of_parameters:
         like = by_name[name]
         found[name] = None if name not in need or like is None else like.new_empty(like.shape)
@@ -219,4 +221,4 @@ def expert_adapter_backward(
             **sizes.constants(product_blocks),
         )
         launch(sum_parts, cdiv(total, 1024), parts, *gradients, num_splits, tuple(starts), total, BN=1024, num_warps=4)
-    return tuple(not_needed(grad_out) if (t := found[name]) is None else t for name in EXPERT_ADAPTER_GRADIENTS)
+    return tuple(not_needed(grad_out) if (t := found[name]) is None else t for name in GRADIENTS.names)

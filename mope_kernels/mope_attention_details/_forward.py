@@ -12,7 +12,7 @@ from mope_kernels.prompt_attention_details._forward import (
     store_output,
     visible_tokens,
 )
-from mope_kernels.router_details._forward import route_item, store_routing
+from mope_kernels.route_details._forward import route_item, store_routing
 
 from ._prompts import inverse_std, prompt_tile
 

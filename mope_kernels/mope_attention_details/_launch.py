@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from mope_kernels._ops import MOPE_ATTENTION_GRADIENTS, empty_heads_last, not_needed, triton_kernel
+from mope_kernels._ops import empty_heads_last, not_needed, triton_kernel
 from mope_kernels._triton import cdiv, launch, next_power_of_2
 from mope_kernels.prompt_attention_details._launch import (
     aligned_rows,
@@ -21,7 +21,9 @@ from mope_kernels.prompt_attention_details._launch import (
     prompt_block,
     same_strides,
 )
-from mope_kernels.router_details._launch import empty_routing, route_backward
+from mope_kernels.route_details._launch import empty_routing, route_backward
+
+from .spec import GRADIENTS, INSTANCE, SHARED
 
 
 class _Prompts:
@@ -266,7 +268,7 @@ def mope_attention_backward(
     dropout_p: float,
     needs: int,
 ) -> tuple[Tensor, ...]:
-    need = {name for bit, name in enumerate(MOPE_ATTENTION_GRADIENTS) if needs >> bit & 1}
+    need = GRADIENTS.asked(needs)
     query, key, value = (aligned_rows(t) for t in (query, key, value))
     prompts = _Prompts(bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value)
     prompt_key, prompt_value = _build_prompts(query, probs, weights, indices, prompts, eps)
@@ -305,7 +307,7 @@ def mope_attention_backward(
 
     # That of the logits stays in float32, as the router's backward gives it.
     shared = (bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value)
-    for name, like in zip(MOPE_ATTENTION_GRADIENTS[4:], shared, strict=True):
+    for name, like in zip((*SHARED, *INSTANCE), shared, strict=True):
         if name in need and like is not None:
             found[name] = found[name].to(like.dtype).contiguous()
-    return tuple(found[name] if name in need else not_needed(query) for name in MOPE_ATTENTION_GRADIENTS)
+    return tuple(found[name] if name in need else not_needed(query) for name in GRADIENTS.names)

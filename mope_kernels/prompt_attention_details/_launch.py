@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from mope_kernels import configs
-from mope_kernels._ops import PROMPT_ATTENTION_GRADIENTS, empty_heads_last, not_needed, triton_kernel
+from mope_kernels._ops import empty_heads_last, not_needed, triton_kernel
 from mope_kernels._triton import cdiv, launch, next_power_of_2, on_amd
 from mope_kernels.configs.prompt_attention import Blocks
+
+from .spec import GRADIENTS
 
 
 def options(blocks: Blocks, query: Tensor, *, dropped: bool = False) -> dict[str, int]:
@@ -351,7 +353,7 @@ def _backward(
     needs: int,
 ) -> tuple[Tensor, ...]:
     """The gradients that `needs` asks for; `prompts` are those that the op was given."""
-    need = {name for bit, name in enumerate(PROMPT_ATTENTION_GRADIENTS) if needs >> bit & 1}
+    need = GRADIENTS.asked(needs)
     found = attention_backward(
         grad_out,
         out,
@@ -370,7 +372,7 @@ def _backward(
         if name in need:
             # Prompts that the items share get the sum over the items.
             found[name] = found[name].sum_to_size(like.shape).to(like.dtype)
-    return tuple(found[name] if name in need else not_needed(grad_out) for name in PROMPT_ATTENTION_GRADIENTS)
+    return tuple(found[name] if name in need else not_needed(grad_out) for name in GRADIENTS.names)
 
 
 @triton_kernel("prompt_attention")

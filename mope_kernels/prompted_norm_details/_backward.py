@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from mope_kernels.router_details._backward import route_item_backward
+from mope_kernels.route_details._backward import route_item_backward
 
 
 @triton.jit

@@ -4,8 +4,8 @@
 import triton
 import triton.language as tl
 
-from mope_kernels.norm_details._forward import layer_norm, load_affine
-from mope_kernels.router_details._forward import store_routing
+from mope_kernels.add_norm_details._forward import layer_norm, load_affine
+from mope_kernels.route_details._forward import store_routing
 
 
 @triton.jit

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from mope_kernels._checks import last_dim_contiguous
-from mope_kernels._ops import PROMPTED_NORM_GRADIENTS, triton_kernel
+from mope_kernels._ops import triton_kernel
 from mope_kernels._triton import cdiv, launch, next_power_of_2
-from mope_kernels.norm_details._launch import add_norm_rows, add_norm_rows_backward, row_blocks
-from mope_kernels.prompts_details._launch import mixture_backward
+from mope_kernels.add_norm_details._launch import add_norm_rows, add_norm_rows_backward, row_blocks
+from mope_kernels.mix_prompts_details._launch import mixture_backward
+
+from .spec import GRADIENTS, ROUTER
 
 # What the programs of an item add to its mean is kept apart until the second kernel sums it up, in one block.
 MOST_CHUNKS = 64
@@ -165,13 +167,13 @@ def prompted_norm_backward(
     update_dtype: torch.dtype,
     needs: int,
 ) -> tuple[Tensor, ...]:
-    needed = {name for bit, name in enumerate(PROMPTED_NORM_GRADIENTS) if needs >> bit & 1}
+    needed = GRADIENTS.asked(needs)
     batch, num_out, width = total.shape
     num_prompts = num_out - (num_rows - num_replaced)
     need_weight, need_bias = "weight" in needed, "bias" in needed
     found: dict[str, Tensor | None] = {}
 
-    through_router = {"cross_logits"} if self_keys is None else {"cross_logits", "x", "update", *_ROUTER}
+    through_router = {"cross_logits"} if self_keys is None else {"cross_logits", "x", "update", *ROUTER}
     need_logits = probs.shape[1] > 0 and not needed.isdisjoint(through_router)
 
     # The prompts' own rows first, in float32: their gradients are summed over the batch.
@@ -239,11 +241,8 @@ def prompted_norm_backward(
         gradient
         if name in needed and (gradient := found[name]) is not None
         else torch.empty(0, dtype=torch.float32, device=total.device)
-        for name in PROMPTED_NORM_GRADIENTS
+        for name in GRADIENTS.names
     )
-
-
-_ROUTER = ("self_weight", "self_bias", "self_keys")
 
 
 def _router_backward(

@@ -25,11 +25,11 @@ def number_of_draws(op: Op, impl: str, case: str) -> int:
 @every("cpu", "sdpa", "xformers", "triton", cases=True)
 def test_matches_float64(op, impl, case):
     for dtype in dtypes_of(impl):
-        draws = [op.draw(dtype, impl, **op.cases[case]) for _ in range(number_of_draws(op, impl, case))]
+        draws = [op.draw(dtype, DEVICE[impl], **op.cases[case]) for _ in range(number_of_draws(op, impl, case))]
         options = draws[0][1]
         check(
             lambda options=options, **tensors: op.run(impl, options, tensors),
-            lambda options=options, **tensors: op.plain(options, tensors),
+            lambda options=options, **tensors: op.definition(options, tensors),
             *(tensors for tensors, _ in draws),
             grads_for=" ".join(op.differentiable),
         )
@@ -40,12 +40,12 @@ def test_each_gradient_alone_matches_float64(op, impl):
     """A tensor gets its gradient where all others are frozen too: each one in the first case that has it."""
     missing = set(op.differentiable)
     for case in op.cases:
-        draws = [op.draw(dtype_of(impl), impl, **op.cases[case]) for _ in range(number_of_draws(op, impl, case))]
+        draws = [op.draw(dtype_of(impl), DEVICE[impl], **op.cases[case]) for _ in range(number_of_draws(op, impl, case))]
         options = draws[0][1]
         for name in (name for name in op.leaves(draws[0][0]) if name in missing):
             check(
                 lambda options=options, **tensors: op.run(impl, options, tensors),
-                lambda options=options, **tensors: op.plain(options, tensors),
+                lambda options=options, **tensors: op.definition(options, tensors),
                 *(tensors for tensors, _ in draws),
                 grads_for=name,
             )
@@ -64,7 +64,7 @@ def test_sdpa_in_float32_without_gradients(case):
         exact = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
         with torch.no_grad():
             found = op.run("sdpa", options, require_gradients(tensors, op.leaves(tensors)))
-            triples.append((found[0], op.plain(options, tensors)[0], op.plain(options, exact)[0]))
+            triples.append((found[0], op.definition(options, tensors)[0], op.definition(options, exact)[0]))
     assert_accurate("output", triples, FORWARD)
     with pytest.raises(ValueError, match="approximates exp"):
         op.run("sdpa", options, require_gradients(draws[0][0], ["prompt_value"]))
@@ -73,7 +73,7 @@ def test_sdpa_in_float32_without_gradients(case):
 @every(*RUNS)
 def test_takes_any_strides(op, impl):
     """Every tensor, one after the other, in each layout: the same results up to the order of sums. Wrong strides give others."""
-    tensors, options = op.draw(dtype_of(impl), impl, **({"lengths": [9, 4]} if op.padded else {}))
+    tensors, options = op.draw(dtype_of(impl), DEVICE[impl], **({"lengths": [9, 4]} if op.padded else {}))
     wanted = run_with_gradients(op, impl, options, tensors)
     tolerance = 64 * torch.finfo(dtype_of(impl)).eps
     for name in (name for name, t in tensors.items() if t is not None):
@@ -91,12 +91,12 @@ def test_takes_any_strides(op, impl):
 def test_takes_heads_from_a_projection(op, impl):
     """Query, key and value as a fused projection leaves them: views of (B, L, 3, H, D)."""
     dtype = dtype_of(impl)
-    tensors, options = op.draw(dtype, impl)
+    tensors, options = op.draw(dtype, DEVICE[impl])
     qkv = torch.randn(2, 9, 3, 2, 16, dtype=dtype, device=DEVICE[impl])
     tensors |= dict(zip(("query", "key", "value"), qkv.permute(2, 0, 3, 1, 4), strict=True))
     check(
         lambda **tensors: op.run(impl, options, tensors),
-        lambda **tensors: op.plain(options, tensors),
+        lambda **tensors: op.definition(options, tensors),
         tensors,
         grads_for="query key value",
     )
@@ -104,7 +104,7 @@ def test_takes_heads_from_a_projection(op, impl):
 
 @every(*RUNS, among=(PROMPT_ATTENTION, MOPE_ATTENTION))
 def test_output_is_ready_for_the_projection(op, impl):
-    tensors, options = op.draw(dtype_of(impl), impl)
+    tensors, options = op.draw(dtype_of(impl), DEVICE[impl])
     assert op.run(impl, options, tensors)[0].transpose(1, 2).is_contiguous()
 
 
@@ -113,9 +113,9 @@ def test_the_definition_is_not_far_from_float64(op):
     """What the others are measured against has to be good itself."""
     for case in op.cases.values():
         for dtype in (torch.float32, torch.bfloat16):
-            tensors, options = op.draw(dtype, "reference", **case)
+            tensors, options = op.draw(dtype, DEVICE["reference"], **case)
             exact = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
-            for plain, wanted in zip(op.plain(options, tensors), op.plain(options, exact), strict=True):
+            for plain, wanted in zip(op.definition(options, tensors), op.definition(options, exact), strict=True):
                 error = (plain.double() - wanted).norm().item()
                 assert error <= 16 * torch.finfo(dtype).eps * max(wanted.norm().item(), 1.0)
 

@@ -47,7 +47,7 @@ def test_autocast_changes_nothing(op, impl):
     """An op gives what the dtypes of its arguments say."""
     device = DEVICE[impl]
     for changes in VARIED[op.name]:
-        tensors, options = op.draw(dtype_of(impl), impl, **changes)
+        tensors, options = op.draw(dtype_of(impl), DEVICE[impl], **changes)
         clean = run_with_gradients(op, impl, options, tensors)
         # As in training: the forward inside, the backward outside.
         found = run_with_gradients(op, impl, options, tensors, forward_in=torch.autocast(device, dtype=torch.bfloat16))
@@ -57,7 +57,7 @@ def test_autocast_changes_nothing(op, impl):
 
 @every("cpu", "triton")
 def test_autocast_around_backward_changes_nothing(op, impl):
-    tensors, options = op.draw(torch.float32, impl)
+    tensors, options = op.draw(torch.float32, DEVICE[impl])
     clean = run_with_gradients(op, impl, options, tensors)
     with torch.autocast(DEVICE[impl], dtype=torch.bfloat16):
         found = run_with_gradients(op, impl, options, tensors)
@@ -68,7 +68,7 @@ def test_autocast_around_backward_changes_nothing(op, impl):
 def test_dtypes_of_results(op, impl):
     """Outputs in the dtype of the input, statistics in float32, gradients in the dtype of what they belong to."""
     dtype = torch.bfloat16 if impl == "cpu" else torch.float16
-    tensors, options = op.draw(dtype, impl)
+    tensors, options = op.draw(dtype, DEVICE[impl])
     outputs = op.run(impl, options, tensors)
     statistics = {
         "route": (0, 1),
@@ -101,7 +101,7 @@ class RecordCalls(TorchDispatchMode):
 def test_opcheck(op, impl):
     """Schema and fake of every raw op that runs, forward and backward, agree with what it does."""
     for changes in VARIED[op.name]:
-        tensors, options = op.draw(torch.float32, impl, **changes)
+        tensors, options = op.draw(torch.float32, DEVICE[impl], **changes)
         for wanted in (None, *([name] for name in op.leaves(tensors)[-2:])):
             with RecordCalls(NAMESPACES) as record:
                 run_with_gradients(op, impl, options, tensors, wanted)
@@ -112,7 +112,7 @@ def test_opcheck(op, impl):
 
 @every("reference", "sdpa", among=(PROMPT_ATTENTION,))
 def test_sdpa_is_what_runs_where_it_is_asked_for(op, impl):
-    tensors, options = op.draw(dtype_of(impl), impl)
+    tensors, options = op.draw(dtype_of(impl), DEVICE[impl])
     with RecordCalls(("aten",)) as record:
         op.run(impl, options, tensors)
     called = any("scaled_dot_product" in func.name() for func, *_ in record.calls)
@@ -122,7 +122,7 @@ def test_sdpa_is_what_runs_where_it_is_asked_for(op, impl):
 def batch(op: Op, impl: str, items: int) -> tuple[Tensors, Options]:
     """A batch whose size no other axis happens to have."""
     size = {"batch": (items, 11)} if op.name == "expert_adapter" else {"batch": items}
-    return op.draw(dtype_of(impl), impl, **size)
+    return op.draw(dtype_of(impl), DEVICE[impl], **size)
 
 
 # Symbolic shapes of many small tensors: tracing the definition of the window attention takes half a minute.

@@ -14,7 +14,7 @@ pytest.importorskip("hypothesis", reason="layouts are drawn by hypothesis")
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from .ops import Op, Sizes, every, run_with_gradients
+from .ops import DEVICE, Op, Sizes, every, run_with_gradients
 from .test_shapes import EVERYTHING, SHAPES, assert_near
 
 
@@ -74,7 +74,7 @@ def test_any_layout(op, impl):
     def hold(sizes: Sizes, seed: int, layout: int) -> None:
         torch.manual_seed(seed)
         random = Random(layout)
-        tensors, options = op.draw(torch.float32, impl, **sizes)
+        tensors, options = op.draw(torch.float32, DEVICE[impl], **sizes)
         tensors = {n: t if t is None else place(t, random, expandable(op, n, t)) for n, t in tensors.items()}
         exact_tensors = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
         # The same gradients for both.

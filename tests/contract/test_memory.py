@@ -25,7 +25,7 @@ LENGTHS = {"prompt_attention": {"lengths": [9, 4], "bias": (2, 2, 9, 9)}, "mope_
 
 
 def example(op: Op, impl: str) -> tuple[Tensors, Options]:
-    return op.draw(dtype_of(impl), impl, **LENGTHS.get(op.name, {}))
+    return op.draw(dtype_of(impl), DEVICE[impl], **LENGTHS.get(op.name, {}))
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def poisoned_allocations() -> Iterator[None]:
 def test_writes_all_of_its_results(op, impl, case):
     if impl == "sdpa" and case in ("no prompts", "no tokens"):
         pytest.skip("SDPA is not used where an item may see nothing")
-    tensors, options = op.draw(dtype_of(impl), impl, **op.cases[case])
+    tensors, options = op.draw(dtype_of(impl), DEVICE[impl], **op.cases[case])
     clean = run_with_gradients(op, impl, options, tensors)
     with poisoned_allocations():
         poisoned = run_with_gradients(op, impl, options, tensors)

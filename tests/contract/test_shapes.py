@@ -14,15 +14,15 @@ pytest.importorskip("hypothesis", reason="shapes are drawn by hypothesis")
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from mope_kernels.prompt_attention import TRITON_HEAD_DIMS
+from mope_kernels.prompt_attention_details.spec import HEAD_DIMS
 
-from .ops import OPS, Sizes, dtype_of, every, run_with_gradients
+from .ops import DEVICE, OPS, Sizes, dtype_of, every, run_with_gradients
 
 EVERYTHING = os.environ.get("MOPE_TEST_EVERYTHING", "") not in ("", "0")
 
 
 def _head_dims(impl: str) -> st.SearchStrategy[int]:
-    return st.sampled_from(TRITON_HEAD_DIMS) if impl == "triton" else st.integers(1, 40)
+    return st.sampled_from(HEAD_DIMS) if impl == "triton" else st.integers(1, 40)
 
 
 @st.composite
@@ -162,7 +162,7 @@ SHAPES: dict[str, Callable[[str], st.SearchStrategy[Sizes]]] = {
 
 
 def test_every_op_has_shapes():
-    assert list(SHAPES) == [op.name for op in OPS]
+    assert SHAPES.keys() == {op.name for op in OPS}
 
 
 @every("reference", "cpu", "sdpa", "triton")
@@ -181,7 +181,7 @@ def test_any_sizes(op, impl):
     @given(sizes=SHAPES[op.name](impl), seed=st.integers(0, 2**31))
     def hold(sizes: Sizes, seed: int) -> None:
         torch.manual_seed(seed)
-        tensors, options = op.draw(dtype, impl, **sizes)
+        tensors, options = op.draw(dtype, DEVICE[impl], **sizes)
         exact_tensors = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
         found = run_with_gradients(op, impl, options, tensors)
         exact = run_with_gradients(op, "reference", options, exact_tensors)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mope_kernels
 from mope_kernels import reference
-from tests.contract.ops import Op, Options, Tensors, assert_same, every, require_gradients
+from tests.contract.ops import DEVICE, Op, Options, Tensors, assert_same, every, require_gradients
 from tests.kernels.numerics import GPU
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -39,7 +39,7 @@ def prepare(op: Op, impl: str, tensors: Tensors, options: Options) -> Callable[[
 @on_gpu
 @every("triton")
 def test_the_host_never_waits(op, impl):
-    call = prepare(op, impl, *op.draw(DTYPE, impl))
+    call = prepare(op, impl, *op.draw(DTYPE, DEVICE[impl]))
     before = torch.cuda.get_sync_debug_mode()
     # The first call compiles.
     call()
@@ -54,7 +54,7 @@ def test_the_host_never_waits(op, impl):
 @every("triton")
 def test_runs_on_the_stream_of_its_caller(op, impl):
     """Behind work that takes a while there; on another stream it would read what is not written yet."""
-    tensors, options = op.draw(DTYPE, impl)
+    tensors, options = op.draw(DTYPE, DEVICE[impl])
     call = prepare(op, impl, tensors, options)
     wanted, stream, scratch = call(), torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
     given = {name: t.clone() for name, t in tensors.items() if t is not None and t.is_floating_point()}
@@ -76,8 +76,8 @@ def test_runs_on_the_stream_of_its_caller(op, impl):
 @every("triton")
 def test_can_be_recorded(op, impl):
     """A CUDA graph of the forward pass computes anew from what its inputs hold then."""
-    tensors, options = op.draw(DTYPE, impl)
-    others, _ = op.draw(DTYPE, impl)
+    tensors, options = op.draw(DTYPE, DEVICE[impl])
+    others, _ = op.draw(DTYPE, DEVICE[impl])
     inputs = require_gradients(tensors, [])
     wanted = [o.clone() for o in op.run(impl, options, require_gradients(others, []))]
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -98,7 +98,7 @@ def test_can_be_recorded(op, impl):
 @every("triton")
 def test_runs_where_its_tensors_are(op, impl):
     """And not on the current device."""
-    tensors, options = op.draw(DTYPE, impl)
+    tensors, options = op.draw(DTYPE, DEVICE[impl])
     wanted = {n: t.cpu() for n, t in prepare_same(op, impl, tensors, options).items()}
     there = {n: None if t is None else t.to("cuda:1") for n, t in tensors.items()}
     with torch.cuda.device(0):

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mope_kernels import aot
-from mope_kernels._triton import record_launches
 from mope_kernels.impl import interpreting
+from mope_kernels.spec import TYPES
+
+from .launching import launches
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
@@ -88,10 +89,10 @@ def test_the_markdown_has_a_row_for_each_kernel(monkeypatch, capsys):
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_other_batch_sizes_and_lengths_compile_nothing_new(dtype):
-    def specialisations(**sizes: int) -> list[object]:
-        with FakeTensorMode(), record_launches() as launches:
-            aot.mope_attention_launches(dtype, 64, top_k=2, **sizes)
-        found = [aot.Specialization.of(*launch) for launch in launches]
+    def specialisations(batch: int, tokens: int) -> list[object]:
+        label = f"{TYPES[dtype]} D=64 top_k=2"
+        recorded = launches("mope_attention", label, batch=batch, queries=tokens, keys=tokens)
+        found = [aot.Specialization.of(*launch) for launch in recorded]
         return [(s.signature, s.constants, s.attributes, s.options) for s in found]
 
     expected = specialisations(batch=8, tokens=197)
@@ -125,9 +126,7 @@ def test_the_short_list_is_short_and_has_every_feature():
 @pytest.mark.skipif(interpreting(), reason="the names of compiled kernels")
 @needs_triton
 def test_the_forward_is_one_launch():
-    with FakeTensorMode(), record_launches() as launches:
-        aot.mope_attention_launches(torch.bfloat16, 64, top_k=2)
-    names = [kernel.__name__ for kernel, *_ in launches]
+    names = [kernel.__name__ for kernel, *_ in launches("mope_attention", "bf16 D=64 top_k=2")]
     forward, *backward = names
     assert forward == "mope_attention_forward"
     assert backward == [

@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mope_kernels import aot, configs
-from mope_kernels._triton import compiling_for, record_launches
+from mope_kernels._triton import compiling_for
 from mope_kernels.configs import tuning
 from mope_kernels.impl import interpreting
-from mope_kernels.prompt_attention import TRITON_HEAD_DIMS
+from mope_kernels.prompt_attention_details.spec import HEAD_DIMS
+from tests.environment import setenv
+
+from .launching import launches
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 CPU = torch.device("cpu")
@@ -51,7 +53,7 @@ def test_ways_say_that_nobody_measured_them():
 @pytest.mark.parametrize("arch", aot.DEFAULT_ARCHITECTURES)
 def test_every_head_has_a_configuration(arch):
     with compiling_for(arch):
-        for dtype, head_dim in product(("half", "float"), TRITON_HEAD_DIMS):
+        for dtype, head_dim in product(("half", "float"), HEAD_DIMS):
             for kernel, rows in product(("forward", "gradient"), (16, 64, 256)):
                 assert min(configs.find("window_prompt_attention", (dtype, head_dim, kernel, rows), CPU)[:2]) >= 16
             for scores, kernel in product(
@@ -74,34 +76,32 @@ def test_a_family_comes_before_the_default():
         configs.find("gelu_mlp", ("double",), CPU)
 
 
-LAUNCHES: dict[str, Callable[[int], None]] = {
-    "route": lambda batch: aot.route_launches(torch.bfloat16, 16, 2, batch=batch),
-    "importance_loss": lambda batch: aot.importance_loss_launches(16, batch=batch),
-    "mix_prompts": lambda batch: aot.mix_prompts_launches(torch.bfloat16, 2, batch=batch),
-    "prompt_attention": lambda batch: aot.prompt_attention_launches(torch.bfloat16, 64, batch=batch),
-    "prompt_attention packed": lambda batch: aot.prompt_attention_launches(torch.bfloat16, 64, packed=True, batch=batch),
-    "mope_attention": lambda batch: aot.mope_attention_launches(torch.bfloat16, 64, batch=batch),
-    "window_prompt_attention": lambda batch: aot.window_prompt_attention_launches(torch.bfloat16, 32, batch=batch),
-    "window_prompt_attention trained bias": lambda batch: aot.window_prompt_attention_launches(
-        torch.bfloat16, 32, prompts=33, trained_bias=True, batch=batch
-    ),
-    "expert_adapter": lambda batch: aot.expert_adapter_launches(torch.bfloat16, 3, batch=batch),
-    "add_norm": lambda batch: aot.add_norm_launches(torch.bfloat16, 128, trained=True, batch=batch),
-    "prompted_norm": lambda batch: aot.prompted_norm_launches(torch.bfloat16, 512, batch=batch),
-    "gelu_mlp": lambda batch: aot.gelu_mlp_launches(torch.bfloat16, 128, batch=batch),
-    "gelu_mlp by cuBLAS": lambda batch: aot.gelu_mlp_launches(torch.bfloat16, 128, way="cublas", batch=batch),
+LAUNCHES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "route": ("route", "bf16 K=16 k=2", {}),
+    "importance_loss": ("importance_loss", "K=16", {}),
+    "mix_prompts": ("mix_prompts", "bf16 k=2", {}),
+    "prompt_attention": ("prompt_attention", "bf16 D=64", {}),
+    "prompt_attention packed": ("prompt_attention", "bf16 D=64 packed=True", {}),
+    "mope_attention": ("mope_attention", "bf16 D=64", {}),
+    "window_prompt_attention": ("window_prompt_attention", "bf16 D=32", {}),
+    "window_prompt_attention trained bias": ("window_prompt_attention", "bf16 D=32 trained_bias=True", {"prompts": 33}),
+    "expert_adapter": ("expert_adapter", "bf16 experts=3", {}),
+    "add_norm": ("add_norm", "bf16 C=512 trained=True", {"width": 128}),
+    "prompted_norm": ("prompted_norm", "bf16 C=512", {}),
+    "gelu_mlp": ("gelu_mlp", "bf16 C=128", {}),
+    "gelu_mlp by cuBLAS": ("gelu_mlp", "bf16 C=1024 way=cublas", {"width": 128}),
 }
 
 
 @needs_triton
 @pytest.mark.skipif(interpreting(), reason="interpreted kernels have no specialisations")
-@pytest.mark.parametrize("op", LAUNCHES)
-def test_another_batch_compiles_nothing_new(op):
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_another_batch_compiles_nothing_new(case):
+    op, label, sizes = LAUNCHES[case]
+
     def compiled(batch: int) -> dict[str, list[Any]]:
         found = defaultdict(list)
-        with FakeTensorMode(), record_launches() as launches:
-            LAUNCHES[op](batch)
-        for launch in launches:
+        for launch in launches(op, label, batch=(128 * batch,) if op == "expert_adapter" else batch, **sizes):
             found[launch[0].__name__].append(vars(aot.Specialization.of(*launch)))
         return found
 
@@ -122,8 +122,8 @@ class Sizes(NamedTuple):
 @pytest.fixture
 def tuned(monkeypatch, tmp_path):
     """A fresh tuner that stores in `tmp_path`, and a launcher that returns the configuration it ran with."""
-    monkeypatch.setenv("MOPE_AUTOTUNE", "1")
-    monkeypatch.setenv("MOPE_CONFIG_DIR", str(tmp_path))
+    setenv(monkeypatch, "MOPE_AUTOTUNE", "1")
+    setenv(monkeypatch, "MOPE_CONFIG_DIR", str(tmp_path))
     monkeypatch.setattr(tuning, "_winners", {})
     monkeypatch.setattr(tuning, "_read", set())
     timed: list[Sizes] = []
@@ -162,7 +162,7 @@ def test_tuning_times_once_and_keeps_the_first_of_the_fastest(tuned, monkeypatch
     timed.clear()
     assert launcher("b") == Sizes(64, 4, 1) and not timed
 
-    monkeypatch.setenv("MOPE_AUTOTUNE", "0")
+    setenv(monkeypatch, "MOPE_AUTOTUNE", "0")
     assert launcher("b") == Sizes(64, 4, 2)
 
 

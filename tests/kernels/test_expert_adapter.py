@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import mope_kernels
-from mope_kernels._ops import EXPERT_ADAPTER_GRADIENTS
 from mope_kernels.expert_adapter_details import _launch
+from tests.contract.ops import EXPERT_ADAPTER
 
 from .numerics import DEVICE, RecordResults, implementations
 
@@ -32,7 +32,7 @@ def test_keeps_its_arguments_and_nothing_else(impl):
 
 
 @implementations("triton")
-@pytest.mark.parametrize(("wanted", "backward"), [(("x",), 1), (EXPERT_ADAPTER_GRADIENTS, 3), (("up_weight",), 3)])
+@pytest.mark.parametrize(("wanted", "backward"), [(("x",), 1), (EXPERT_ADAPTER.gradients.names, 3), (("up_weight",), 3)])
 def test_number_of_launches(impl, wanted, backward, monkeypatch):
     tensors = draw(DEVICE[impl])
     launched: list[Any] = []

@@ -11,10 +11,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mope_kernels
-from mope_kernels import aot, configs, explain, mlp
-from mope_kernels._triton import compiling_for, record_launches
+from mope_kernels import configs, explain
+from mope_kernels._triton import compiling_for
 from mope_kernels.configs.gelu_mlp import WAYS
+from mope_kernels.gelu_mlp import taking
+from mope_kernels.gelu_mlp_details import _launch
 
+from .launching import launches
 from .numerics import DEVICE, implementations
 
 ways = pytest.mark.parametrize("way", WAYS)
@@ -28,7 +31,7 @@ def test_gelu_is_the_exact_one(impl, way, dtype):
     x = torch.cat([torch.linspace(-9, 9, 1801), torch.logspace(-4, 4, 200), -torch.logspace(-4, 4, 200)])
     x = x.to(dtype).to(DEVICE[impl])[:, None]
     one = torch.ones(1, 1, dtype=dtype, device=x.device)
-    with mlp.taking(way):
+    with taking(way):
         found = mope_kernels.gelu_mlp(x, one, None, one, None, impl=impl).double()
     exact = x.double() * torch.special.ndtr(x.double())
     # In float32 erf itself is a few roundings off; in 16 bits the smallest numbers are subnormal.
@@ -44,7 +47,7 @@ def test_gelu_is_the_exact_one(impl, way, dtype):
 def test_infinite_and_missing_numbers(impl, way):
     x = torch.tensor([[float("inf")], [float("nan")], [1.0]], dtype=torch.float16, device=DEVICE[impl])
     one = torch.ones(1, 1, dtype=torch.float16, device=x.device)
-    with mlp.taking(way):
+    with taking(way):
         found = mope_kernels.gelu_mlp(x, one, None, one, None, impl=impl)[:, 0].tolist()
     assert found[0] == float("inf") and found[1] != found[1] and found[2] == torch.tensor(0.8413).half()
 
@@ -58,7 +61,7 @@ def test_a_frozen_mlp_keeps_its_hidden_layer_alone(impl, way):
     def kept(weight1: Tensor) -> list[tuple[int, ...]]:
         shapes = []
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t)
-        with hooks, mlp.taking(way):
+        with hooks, taking(way):
             mope_kernels.gelu_mlp(x, weight1, None, weight2, None, impl=impl)
         return shapes
 
@@ -69,9 +72,10 @@ def test_a_frozen_mlp_keeps_its_hidden_layer_alone(impl, way):
 
 def launched(arch: str, width: int, way: str = "") -> list[str]:
     """Kernels of a forward, one that keeps what backward needs, and a backward."""
-    with FakeTensorMode(), compiling_for(arch), record_launches() as launches:
-        aot.gelu_mlp_launches(torch.bfloat16, width, way=way)
-    return [kernel.__name__ for kernel, *_ in launches]
+    sizes = {"width": width, "hidden": 4 * width, "out": width, "way": way or None}
+    with compiling_for(arch):
+        found = [each for wanted in ((), ("x",)) for each in launches("gelu_mlp", "bf16 C=128", wanted=wanted, **sizes)]
+    return [kernel.__name__ for kernel, *_ in found]
 
 
 def test_each_way_has_its_kernels_and_hopper_leaves_wide_products_to_cublas():
@@ -89,16 +93,16 @@ def test_each_way_has_its_kernels_and_hopper_leaves_wide_products_to_cublas():
 def test_a_way_is_that_of_the_gradients_too(impl, monkeypatch):
     """Also where they are computed after what asked for it."""
     asked = []
-    monkeypatch.setattr(mlp._launch, "_launch_on_rows", lambda kernel, *_: asked.append(kernel.__name__))
+    monkeypatch.setattr(_launch, "_launch_on_rows", lambda kernel, *_: asked.append(kernel.__name__))
     x = torch.randn(2, 8, dtype=torch.float16, device=DEVICE[impl], requires_grad=True)
     weight = torch.randn(8, 8, dtype=torch.float16, device=x.device)
-    with mlp.taking("cublas"):
+    with taking("cublas"):
         out = mope_kernels.gelu_mlp(x, weight, None, weight, None, impl=impl)
     out.sum().backward()
     assert asked == ["gelu_of_rows", "times_derivative_of_rows"]
     mope_kernels.gelu_mlp(x, weight, None, weight, None, impl=impl).sum().backward()
     assert len(asked) == 2
-    with pytest.raises(ValueError, match="way must be one of triton, cublas, got 'other'"), mlp.taking("other"):
+    with pytest.raises(ValueError, match="way must be one of triton, cublas, got 'other'"), taking("other"):
         pass
 
 
@@ -110,7 +114,7 @@ def test_explain_names_the_way():
 
     assert explained("sm_90", 512) == explained("sm_80", 1024) == "triton: the first product and its GELU in one kernel"
     assert explained("sm_90", 1024) == "cublas: the first product by cuBLAS, its GELU by a kernel"
-    with mlp.taking("triton"):
+    with taking("triton"):
         assert explained("sm_90", 1024).startswith("triton: ")
 
 

@@ -15,6 +15,7 @@ import mope_kernels
 from mope.info import examples
 from mope_kernels import impl
 from mope_kernels._extension import STATUS
+from tests.environment import setenv
 
 LOGITS = torch.zeros(2, 3)
 MIX = (torch.zeros(3, 4, 8), torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int64))
@@ -43,15 +44,15 @@ def test_an_explicit_choice_raises_with_every_reason():
 
 
 def test_environment_replaces_auto_only(monkeypatch):
-    monkeypatch.setenv("MOPE_IMPL", "reference")
+    setenv(monkeypatch, "MOPE_IMPL", "reference")
     assert mope_kernels.explain("mix_prompts", *MIX).impl == "reference"
-    monkeypatch.setenv("MOPE_IMPL", "sdpa")
+    setenv(monkeypatch, "MOPE_IMPL", "sdpa")
     with pytest.raises(ValueError, match="route has no sdpa implementation"):
         mope_kernels.route(LOGITS)
     mope_kernels.route(LOGITS, impl="reference")
-    monkeypatch.setenv("MOPE_IMPL", "sdpa,reference")
+    setenv(monkeypatch, "MOPE_IMPL", "sdpa,reference")
     assert mope_kernels.explain("route", LOGITS).impl == "reference"
-    monkeypatch.setenv("MOPE_IMPL", "quick")
+    setenv(monkeypatch, "MOPE_IMPL", "quick")
     with pytest.raises(ValueError, match=r"route: MOPE_IMPL=quick: impl must be 'auto' or one of .*, got 'quick'"):
         mope_kernels.route(LOGITS)
 

@@ -10,6 +10,7 @@ import mope_kernels
 from mope_kernels import ExpertBank, mope_attention, prompt_attention
 from mope_kernels.impl import _OPERATIONS
 from mope_kernels.prompt_attention_details import _libraries
+from tests.environment import setenv
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +63,9 @@ def test_what_keeps_sdpa_from_its_fastest_kernels_is_left_to_triton(options: dic
 
 def test_where_somebody_chose_or_the_gpu_is_older(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setenv("MOPE_IMPL", "triton,sdpa")
+        setenv(patch, "MOPE_IMPL", "triton,sdpa")
         assert explained(prompt_attention, 8192, 128).impl == "triton"
+    mope_kernels.reread_environment()
     monkeypatch.setattr(_libraries, "has_fast_sdpa", lambda device: False)
     assert explained(prompt_attention, 8192, 128).impl == "triton"
 

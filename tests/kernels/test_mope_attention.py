@@ -8,16 +8,17 @@ import torch
 
 from mope_kernels import ExpertBank, explain, reference
 from mope_kernels._ops import NAMESPACES
+from mope_kernels.spec import Gradients
 from mope_kernels.testing import strided_variants
 from tests.contract import test_accuracy, test_behaviour, test_integration, test_memory
-from tests.contract.ops import MOPE_ATTENTION, Options, Sizes, Tensors, assert_same
+from tests.contract.ops import DEVICE, MOPE_ATTENTION, Options, Sizes, Tensors, assert_same
 
 from .numerics import check, implementations, unavailable
 
 
 @implementations("reference", "cpu", "triton")
 def test_nothing_visible_gives_zero(impl):
-    tensors, options = MOPE_ATTENTION.draw(torch.float32, impl, prompts=0, static=0, instance=0, lengths=[0, 3])
+    tensors, options = MOPE_ATTENTION.draw(torch.float32, DEVICE[impl], prompts=0, static=0, instance=0, lengths=[0, 3])
     query = tensors["query"].requires_grad_()
     key = tensors["key"].requires_grad_()
     out = MOPE_ATTENTION.run(impl, options, tensors)[0]
@@ -31,14 +32,14 @@ def test_noise_beside_logits_in_16_bits_has_a_gradient_in_its_own_precision(impl
     """That of the logits, which it is made of, is rounded to 16 bits only for the logits."""
 
     def draw() -> tuple[Tensors, Options]:
-        tensors, options = MOPE_ATTENTION.draw(torch.float32, impl, top_k=2)
+        tensors, options = MOPE_ATTENTION.draw(torch.float32, DEVICE[impl], top_k=2)
         return tensors | {"logits": tensors["logits"].to(torch.bfloat16 if impl == "cpu" else torch.float16)}, options
 
     draws = [draw() for _ in range(3)]
     options = draws[0][1]
     check(
         lambda **tensors: MOPE_ATTENTION.run(impl, options, tensors),
-        lambda **tensors: MOPE_ATTENTION.plain(options, tensors),
+        lambda **tensors: MOPE_ATTENTION.definition(options, tensors),
         *(tensors for tensors, _ in draws),
         grads_for="logits noise",
     )
@@ -66,22 +67,11 @@ def test_bank_with_fold_is_the_layer_norm():
 OF_TASKS = ("bank_key", "bank_value", "gram", "static_key", "static_value")
 
 
-def _many_tasks(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
-    """As drawn for one task, with the tensors of `size["tasks"]` of them side by side."""
-    tasks = [MOPE_ATTENTION.example(dtype, device, size) for _ in range(size["tasks"])]
-    tensors, options = tasks[0]
-    for name in OF_TASKS:
-        if tensors[name] is not None:
-            of_tasks = [task[name] for task, _ in tasks]
-            tensors[name] = torch.cat(of_tasks) if name.startswith("bank") else torch.stack(of_tasks)
-    tensors["task_ids"] = torch.randint(size["tasks"], (size["batch"],), device=device)
-    return tensors, options
-
-
+# Without gradients: no gradient flows through a batch of several tasks.
 MANY_TASKS = dataclasses.replace(
     MOPE_ATTENTION,
-    example=_many_tasks,
-    differentiable=(),
+    gradients=Gradients(),
+    also={},
     base=MOPE_ATTENTION.base | {"tasks": 3, "heads": 1, "queries": 3, "keys": 5},
     cases={
         "dense": {"heads": 2},
@@ -106,7 +96,7 @@ def of_item(tensors: Tensors, item: int) -> Tensors:
 @implementations("reference", "cpu", "triton")
 @pytest.mark.parametrize("case", MANY_TASKS.cases)
 def test_an_item_gets_what_its_task_alone_gives(case, impl):
-    tensors, options = MANY_TASKS.draw(torch.float32, impl, **MANY_TASKS.cases[case])
+    tensors, options = MANY_TASKS.draw(torch.float32, DEVICE[impl], **MANY_TASKS.cases[case])
     together = MANY_TASKS.run(impl, options, tensors)
     for item in range(2):
         alone = MOPE_ATTENTION.run(impl, options, of_item(tensors, item))
@@ -136,7 +126,7 @@ def test_many_tasks_of_any_sizes(impl):
     @hypothesis.given(sizes=sizes, seed=st.integers(0, 2**31))
     def hold(sizes: Sizes, seed: int) -> None:
         torch.manual_seed(seed)
-        tensors, options = MANY_TASKS.draw(torch.float32, impl, **sizes)
+        tensors, options = MANY_TASKS.draw(torch.float32, DEVICE[impl], **sizes)
         exact = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
         found, wanted = MANY_TASKS.run(impl, options, tensors), MANY_TASKS.run("reference", options, exact)
         for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
@@ -153,13 +143,13 @@ def test_many_tasks_are_held_to_the_contract(impl):
     test_memory.test_leaves_its_inputs_alone(MANY_TASKS, impl)
     test_memory.test_writes_all_of_its_results(MANY_TASKS, impl, "dense")
     test_integration.test_autocast_changes_nothing(MANY_TASKS, impl)
-    tensors, options = MANY_TASKS.draw(torch.float32, impl, batch=0)
+    tensors, options = MANY_TASKS.draw(torch.float32, DEVICE[impl], batch=0)
     assert MANY_TASKS.run(impl, options, tensors)[0].shape == (0, 1, 3, 16)
 
 
 @implementations("reference", "cpu", "triton")
 def test_a_task_does_not_reach_the_items_of_another(impl):
-    tensors, options = MANY_TASKS.draw(torch.float32, impl, batch=3)
+    tensors, options = MANY_TASKS.draw(torch.float32, DEVICE[impl], batch=3)
     tensors["task_ids"] = torch.tensor([2, 0, 2], device=tensors["query"].device)
     clean = MANY_TASKS.run(impl, options, tensors)
     poisoned = dict(tensors)
@@ -174,7 +164,7 @@ def test_a_task_does_not_reach_the_items_of_another(impl):
 
 @implementations("reference", "cpu", "triton")
 def test_tensors_of_tasks_may_have_any_strides(impl):
-    tensors, options = MANY_TASKS.draw(torch.float32, impl)
+    tensors, options = MANY_TASKS.draw(torch.float32, DEVICE[impl])
     wanted = MANY_TASKS.run(impl, options, tensors)[0]
     for name in (*OF_TASKS, "task_ids"):
         for layout in strided_variants(tensors[name]):
@@ -183,7 +173,7 @@ def test_tensors_of_tasks_may_have_any_strides(impl):
 
 @implementations("cpu", "triton")
 def test_schema_and_fake_of_many_tasks(impl):
-    tensors, options = MANY_TASKS.draw(torch.float32, impl, top_k=2)
+    tensors, options = MANY_TASKS.draw(torch.float32, DEVICE[impl], top_k=2)
     with test_integration.RecordCalls(NAMESPACES) as record:
         MANY_TASKS.run(impl, options, tensors)
     assert [func.name() for func, *_ in record.calls] == [f"mope_{impl}::mope_attention"]
@@ -194,11 +184,11 @@ def test_schema_and_fake_of_many_tasks(impl):
 @implementations("cpu")
 def test_compiles_once_for_any_tasks(impl):
     """fullgraph, and no recompilation for another number of items or of tasks."""
-    _, options = MANY_TASKS.draw(torch.float32, impl)
+    _, options = MANY_TASKS.draw(torch.float32, DEVICE[impl])
     torch.compiler.reset()
     compiled = torch.compile(lambda t: MANY_TASKS.run(impl, options, t)[0], fullgraph=True, backend="aot_eager", dynamic=True)
     for n, (batch, tasks) in enumerate(((7, 11), (6, 13))):
-        tensors, _ = MANY_TASKS.draw(torch.float32, impl, batch=batch, tasks=tasks)
+        tensors, _ = MANY_TASKS.draw(torch.float32, DEVICE[impl], batch=batch, tasks=tasks)
         with torch._dynamo.config.patch(error_on_recompile=n > 0):
             torch.testing.assert_close(compiled(tensors), MANY_TASKS.run(impl, options, tensors)[0])
 

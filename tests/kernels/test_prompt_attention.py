@@ -8,19 +8,18 @@ from torch import Tensor
 
 import mope_kernels
 from mope_kernels import reference
-from mope_kernels._ops import PROMPT_ATTENTION_GRADIENTS
-from mope_kernels.prompt_attention import TRITON_HEAD_DIMS
+from mope_kernels.prompt_attention_details.spec import HEAD_DIMS
 from tests.contract.ops import PROMPT_ATTENTION
 
 from .numerics import DEVICE, check, dtypes_of, implementations
 
-NAMES = " ".join(PROMPT_ATTENTION_GRADIENTS)
+NAMES = " ".join(PROMPT_ATTENTION.gradients.names)
 
 
 @implementations("cpu", "sdpa", "triton")
 @pytest.mark.parametrize("shared", [{}, {"shared": True}], ids=["own", "shared"])
 def test_prompts_of_another_dtype(impl, shared):
-    tensors, options = PROMPT_ATTENTION.draw(torch.bfloat16 if impl == "cpu" else torch.float16, impl, **shared)
+    tensors, options = PROMPT_ATTENTION.draw(torch.bfloat16 if impl == "cpu" else torch.float16, DEVICE[impl], **shared)
     tensors |= {name: tensors[name].float() for name in ("prompt_key", "prompt_value")}
     check(
         lambda **t: (mope_kernels.prompt_attention(**t, **options, impl=impl),),
@@ -47,7 +46,7 @@ def test_rounds_to_bfloat16_as_torch_does(impl, width):
 def test_prompts_alone_are_as_accurate(impl):
     """Where nothing else needs a gradient, the kernels look at the prompts only, and use the output, which is rounded."""
     for dtype in dtypes_of(impl):
-        draws = [PROMPT_ATTENTION.draw(dtype, impl) for _ in range(4)]
+        draws = [PROMPT_ATTENTION.draw(dtype, DEVICE[impl]) for _ in range(4)]
         options = draws[0][1]
         check(
             lambda options=options, **t: (mope_kernels.prompt_attention(**t, **options, impl=impl),),
@@ -60,7 +59,7 @@ def test_prompts_alone_are_as_accurate(impl):
 @implementations("reference", "triton")
 @pytest.mark.parametrize("hide", ["lengths", "bias"])
 def test_nothing_visible_gives_zero(impl, hide):
-    tensors, options = PROMPT_ATTENTION.draw(torch.float32, impl, prompts=0, lengths=[0 if hide == "lengths" else 9, 3])
+    tensors, options = PROMPT_ATTENTION.draw(torch.float32, DEVICE[impl], prompts=0, lengths=[0 if hide == "lengths" else 9, 3])
     if hide == "bias":
         tensors["attn_bias"] = torch.zeros(2, 1, 1, 9, device=DEVICE[impl])
         tensors["attn_bias"][0] = -math.inf
@@ -72,10 +71,10 @@ def test_nothing_visible_gives_zero(impl, hide):
 
 
 @implementations("triton")
-@pytest.mark.parametrize("width", TRITON_HEAD_DIMS)
+@pytest.mark.parametrize("width", HEAD_DIMS)
 def test_any_head_dim(impl, width):
     for dtype in dtypes_of(impl):
-        draws = [PROMPT_ATTENTION.draw(dtype, impl, batch=1, heads=1, queries=5, keys=5, width=width) for _ in range(2)]
+        draws = [PROMPT_ATTENTION.draw(dtype, DEVICE[impl], batch=1, heads=1, queries=5, keys=5, width=width) for _ in range(2)]
         options = draws[0][1] | {"is_causal": True}
         check(
             lambda options=options, **t: (mope_kernels.prompt_attention(**t, **options, impl=impl),),
@@ -96,7 +95,15 @@ def test_dropout_and_its_gradients(impl):
     """Values that are rows of the identity make the output show the attention probabilities, and so what was dropped."""
     dropout_p, prompts, tokens, device = 0.3, 4, 40, DEVICE[impl]
     tensors, _ = PROMPT_ATTENTION.draw(
-        torch.float32, impl, width=48, queries=tokens, keys=tokens, prompts=prompts, lengths=[40, 21], bias=(40, 40), shared=True
+        torch.float32,
+        DEVICE[impl],
+        width=48,
+        queries=tokens,
+        keys=tokens,
+        prompts=prompts,
+        lengths=[40, 21],
+        bias=(40, 40),
+        shared=True,
     )
     names = NAMES.split()
 
@@ -155,20 +162,20 @@ def test_dropout_draws_a_new_mask_each_time_and_keeps_the_mean(impl):
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 def test_opcheck_with_dropout_and_prompts_of_another_dtype(impl, shared):
     tests = ("test_schema", "test_faketensor")
-    tensors, _ = PROMPT_ATTENTION.draw(torch.float16, impl, lengths=[9, 4], bias=(9, 9), shared=shared)
+    tensors, _ = PROMPT_ATTENTION.draw(torch.float16, DEVICE[impl], lengths=[9, 4], bias=(9, 9), shared=shared)
     tensors |= {name: tensors[name].float() for name in ("prompt_key", "prompt_value")}
     seed = torch.zeros(1, dtype=torch.int64, device=DEVICE[impl])
     inputs = (*tensors.values(), seed, True, 0.25, 0.5)
     torch.library.opcheck(torch.ops.mope_triton.prompt_attention.default, inputs, test_utils=tests)
     out, lse = torch.ops.mope_triton.prompt_attention.default(*inputs)
-    for needs in (0, 1, 0b01010, 2 ** len(PROMPT_ATTENTION_GRADIENTS) - 1):
+    for needs in (0, 1, 0b01010, 2 ** len(PROMPT_ATTENTION.gradients.names) - 1):
         arguments = (torch.ones_like(out), out, lse, *inputs, needs)
         torch.library.opcheck(torch.ops.mope_triton.prompt_attention_backward.default, arguments, test_utils=tests)
 
 
 @implementations("triton")
 def test_dropout_needs_a_seed(impl):
-    tensors, _ = PROMPT_ATTENTION.draw(torch.float32, impl)
+    tensors, _ = PROMPT_ATTENTION.draw(torch.float32, DEVICE[impl])
     with pytest.raises(ValueError, match=r"prompt_attention: dropout_p=0\.5 needs a seed"):
         torch.ops.mope_triton.prompt_attention.default(*tensors.values(), None, False, 0.3, 0.5)
 
@@ -178,7 +185,7 @@ def test_dropout_needs_a_seed(impl):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_offsets_beyond_32_bits():
     # 70,000 items and 2^31 elements of keys: past CUDA's limit on y and z, and past 32-bit offsets.
-    tensors, options = PROMPT_ATTENTION.draw(torch.float16, "triton", batch=70_000, heads=2, queries=1, keys=240, width=64)
+    tensors, options = PROMPT_ATTENTION.draw(torch.float16, DEVICE["triton"], batch=70_000, heads=2, queries=1, keys=240, width=64)
     out = mope_kernels.prompt_attention(**tensors, **options, impl="triton")
     last = {name: None if t is None else t[-3:] for name, t in tensors.items()}
     torch.testing.assert_close(out[-3:], reference.prompt_attention(**last, **options), rtol=1e-2, atol=1e-2)

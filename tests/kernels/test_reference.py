@@ -15,13 +15,14 @@ from torch import Tensor
 import mope_kernels
 from mope_kernels import reference
 from tests.contract.ops import MOPE_ATTENTION, PROMPTED_NORM
+from tests.environment import setenv
 
 DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture(autouse=True)
 def definitions_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOPE_IMPL", "reference")
+    setenv(monkeypatch, "MOPE_IMPL", "reference")
 
 
 def doubles(*shape: int) -> Tensor:
@@ -193,7 +194,7 @@ def test_gradients_of_prompted_norm(options):
     inputs = {n: t.double().requires_grad_() for n, t in tensors.items() if t is not None}
 
     def op(*values: Tensor) -> tuple[Tensor, ...]:
-        return PROMPTED_NORM.plain(arguments, tensors | dict(zip(inputs, values, strict=True)))
+        return PROMPTED_NORM.definition(arguments, tensors | dict(zip(inputs, values, strict=True)))
 
     assert torch.autograd.gradcheck(op, tuple(inputs.values()))
 

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mope_kernels import aot
-from mope_kernels._triton import cdiv, compiling_for, splits_in_one_wave
+from mope_kernels._triton import cdiv, compiling_for, record_launches, splits_in_one_wave
 from mope_kernels.configs.window_prompt_attention import Blocks
 from mope_kernels.expert_adapter_details import _launch as adapters
-from mope_kernels.window_attention_details import _launch as windows
+from mope_kernels.window_prompt_attention_details import _launch as windows
+
+from .launching import launch
 
 # Of an H100 and of an H200.
 MULTIPROCESSORS = 132
@@ -43,12 +43,12 @@ def test_nothing_to_split_is_one_program():
 def programs(monkeypatch) -> Callable[..., dict[str, int]]:
     """How many programs of each kernel are launched."""
 
-    def count(run: Callable[..., None], *arguments: Any, **options: Any) -> dict[str, int]:
+    def count(op: str, label: str, **changes: Any) -> dict[str, int]:
         found = {}
         for module in (windows, adapters):
             monkeypatch.setattr(module, "launch", lambda kernel, n, *_, **__: found.update({kernel.__name__: n}))
-        with FakeTensorMode(), compiling_for("sm_90"):
-            run(*arguments, **options)
+        with FakeTensorMode(), compiling_for("sm_90"), record_launches():
+            launch(op, label, **changes)
         return found
 
     return count
@@ -58,10 +58,10 @@ def test_window_attention_takes_as_many_programs_as_a_hopper_holds(programs):
     """Four of the forward for each multiprocessor, two of its gradients, which have twice the registers."""
     pytest.importorskip("triton")
     for batch in BATCHES:
-        found = programs(aot.window_prompt_attention_launches, torch.bfloat16, 32, batch=batch)
+        found = programs("window_prompt_attention", "bf16 D=32", batch=batch)
         assert found["window_forward"] == min(64, 128 // batch) * batch * 4
         assert found["window_gradient"] == min(64, 64 // batch) * batch * 4
-    found = programs(aot.window_prompt_attention_launches, torch.bfloat16, 32, prompts=33, trained_bias=True, batch=16)
+    found = programs("window_prompt_attention", "bf16 D=32 trained_bias=True", prompts=33, batch=16)
     split = ("window_forward", "query_gradient", "key_gradient", "bias_gradient")
     assert max(found[kernel] for kernel in split) <= 2 * MULTIPROCESSORS
 
@@ -69,7 +69,7 @@ def test_window_attention_takes_as_many_programs_as_a_hopper_holds(programs):
 def test_the_gradients_of_an_adapter_take_as_many_programs_as_run_at_once(programs):
     pytest.importorskip("triton")
     for width, batch in itertools.product((768, 1000, 1024), (1, 17, 33, 64)):
-        found = programs(aot.expert_adapter_launches, torch.bfloat16, 3, width=width, batch=batch)
+        found = programs("expert_adapter", "bf16 experts=3", width=width, batch=(128 * batch,))
         assert found["parameter_products"] <= 2 * MULTIPROCESSORS
 
 

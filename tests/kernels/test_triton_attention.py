@@ -9,23 +9,22 @@ import torch
 from torch import Tensor
 
 from mope_kernels import reference
-from mope_kernels._ops import MOPE_ATTENTION_GRADIENTS
 from tests.contract.ops import MOPE_ATTENTION
 
 from .numerics import DEVICE, check, dtypes_of, implementations
 
 GPU = DEVICE["triton"]
-ALL = " ".join(MOPE_ATTENTION_GRADIENTS)
+ALL = " ".join(MOPE_ATTENTION.gradients.names)
 SMALL = {"batch": 1, "heads": 1, "queries": 3, "keys": 5, "experts": 3, "prompts": 2, "instance": 1, "static": 1, "top_k": 2}
 
 
 def assert_matches(grads_for: str = ALL, dtype: torch.dtype = torch.float32, num_draws: int = 4, **changes: object) -> None:
     """Over several draws: each computes few numbers, and says more about luck than about accuracy."""
-    draws = [MOPE_ATTENTION.draw(dtype, "triton", **{**SMALL, **changes}) for _ in range(num_draws)]
+    draws = [MOPE_ATTENTION.draw(dtype, DEVICE["triton"], **{**SMALL, **changes}) for _ in range(num_draws)]
     tensors, options = [tensors for tensors, _ in draws], draws[0][1]
     check(
         lambda **t: MOPE_ATTENTION.run("triton", options, t),
-        lambda **t: MOPE_ATTENTION.plain(options, t),
+        lambda **t: MOPE_ATTENTION.definition(options, t),
         *tensors,
         grads_for=grads_for,
     )
@@ -68,27 +67,29 @@ def test_many_experts(impl):
 
 @implementations("triton")
 def test_keys_and_values_may_lie_differently(impl):
-    tensors, options = MOPE_ATTENTION.draw(torch.float32, "triton", **SMALL)
+    tensors, options = MOPE_ATTENTION.draw(torch.float32, DEVICE["triton"], **SMALL)
     for name in ("value", "bank_value", "static_value", "instance_value"):
         tensors[name] = tensors[name].mT.contiguous().mT
-    check(lambda **t: MOPE_ATTENTION.run(impl, options, t), lambda **t: MOPE_ATTENTION.plain(options, t), tensors, grads_for=ALL)
+    check(
+        lambda **t: MOPE_ATTENTION.run(impl, options, t), lambda **t: MOPE_ATTENTION.definition(options, t), tensors, grads_for=ALL
+    )
 
 
 @implementations("triton")
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_lengths_of_either_width_up_to_and_beyond_the_end(impl, dtype):
-    tensors, options = MOPE_ATTENTION.draw(torch.float32, "triton", batch=4, heads=1, queries=2, keys=70)
+    tensors, options = MOPE_ATTENTION.draw(torch.float32, DEVICE["triton"], batch=4, heads=1, queries=2, keys=70)
     results = []
     for lengths in ([70, 64, 1, 0], [1000, 64, 1, -3]):
         tensors["lengths"] = torch.tensor(lengths, dtype=dtype, device=GPU)
         results.append(MOPE_ATTENTION.run(impl, options, tensors)[0])
     tensors["lengths"] = tensors["lengths"].clamp(0, 70)
     assert torch.equal(*results)
-    torch.testing.assert_close(results[0], MOPE_ATTENTION.plain(options, tensors)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[0], MOPE_ATTENTION.definition(options, tensors)[0], rtol=1e-5, atol=1e-5)
 
 
 def raw_inputs(tensors: dict[str, Tensor | None], seed: Tensor | None, dropout_p: float) -> tuple[object, ...]:
-    order = (*MOPE_ATTENTION_GRADIENTS[:4], "noise", *MOPE_ATTENTION_GRADIENTS[4:], "lengths")
+    order = (*MOPE_ATTENTION.gradients.names[:4], "noise", *MOPE_ATTENTION.gradients.names[4:], "lengths")
     return (*(tensors[name] for name in order), seed, 2, 0.5, False, 1e-5, 0.25, dropout_p)
 
 
@@ -101,7 +102,7 @@ def test_dropout_and_its_gradients(impl):
     """Values that are rows of the identity make the output show the attention probabilities, and so what was dropped."""
     dropout_p, prompts = 0.3, 3 + 2 + 1
     tensors, _ = MOPE_ATTENTION.draw(
-        torch.float32, "triton", width=64, queries=40, keys=50, lengths=[50, 31], fold=False, noise=False
+        torch.float32, DEVICE["triton"], width=64, queries=40, keys=50, lengths=[50, 31], fold=False, noise=False
     )
     columns = prompts + 50
     one_hot = torch.eye(columns, 64, device=GPU)
@@ -127,7 +128,7 @@ def test_dropout_and_its_gradients(impl):
     assert not torch.equal(attention_with_dropout(shown, 8, dropout_p)[0] != 0, dropped != 0)
 
     # The same mask on other values, against plain PyTorch in float64.
-    names = [name for name in MOPE_ATTENTION_GRADIENTS if tensors[name] is not None]
+    names = [name for name in MOPE_ATTENTION.gradients.names if tensors[name] is not None]
     exact = {name: tensors[name].double().requires_grad_() for name in names}
     weights, indices, _ = reference.route(exact["logits"], top_k=2, temperature=0.5)
     mixture = reference.dense_weights(weights, indices, 4)
@@ -143,17 +144,17 @@ def test_dropout_and_its_gradients(impl):
 
     out, *saved = attention_with_dropout(tensors, 7, dropout_p)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
-    needs = sum(1 << bit for bit, name in enumerate(MOPE_ATTENTION_GRADIENTS) if name in names)
+    needs = sum(1 << bit for bit, name in enumerate(MOPE_ATTENTION.gradients.names) if name in names)
     inputs = raw_inputs(tensors, torch.tensor([7], device=GPU), dropout_p)
     grads = torch.ops.mope_triton.mope_attention_backward.default(grad_out.float(), None, None, out, *saved, *inputs, needs)
-    found = dict(zip(MOPE_ATTENTION_GRADIENTS, grads, strict=True))
+    found = dict(zip(MOPE_ATTENTION.gradients.names, grads, strict=True))
     for name, wanted in zip(names, expected_grads, strict=True):
         torch.testing.assert_close(found[name].double(), wanted, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @implementations("triton")
 def test_dropping_everything_gives_zeros(impl):
-    tensors, _ = MOPE_ATTENTION.draw(torch.float32, "triton", **{**SMALL, "fold": False, "noise": False})
+    tensors, _ = MOPE_ATTENTION.draw(torch.float32, DEVICE["triton"], **{**SMALL, "fold": False, "noise": False})
     out, *saved = attention_with_dropout(tensors, 1, 1.0)
     assert (out == 0).all()
     inputs = raw_inputs(tensors, torch.tensor([1], device=GPU), 1.0)
@@ -164,7 +165,7 @@ def test_dropping_everything_gives_zeros(impl):
 @implementations("triton")
 def test_lse_is_the_logarithm_to_base_2(impl):
     tensors, _ = MOPE_ATTENTION.draw(
-        torch.float32, "triton", batch=2, heads=1, static=0, instance=0, prompts=0, fold=False, noise=False, lengths=[9, 0]
+        torch.float32, DEVICE["triton"], batch=2, heads=1, static=0, instance=0, prompts=0, fold=False, noise=False, lengths=[9, 0]
     )
     _, lse, *_ = attention_with_dropout(tensors, 0, 0.0)
     scores = tensors["query"][0].double() @ tensors["key"][0].double().mT * 0.25
@@ -177,7 +178,9 @@ def test_lse_is_the_logarithm_to_base_2(impl):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_more_items_than_a_grid_has_rows():
     # 70,000 items and 2^31 elements of keys: past CUDA's limit on y and z, and past 32-bit offsets.
-    tensors, options = MOPE_ATTENTION.draw(torch.float16, "triton", batch=70_000, heads=2, queries=1, keys=240, width=64, top_k=2)
+    tensors, options = MOPE_ATTENTION.draw(
+        torch.float16, DEVICE["triton"], batch=70_000, heads=2, queries=1, keys=240, width=64, top_k=2
+    )
     out, *_ = MOPE_ATTENTION.run("triton", options, tensors)
     last = {
         name: t[-3:]
@@ -185,4 +188,4 @@ def test_more_items_than_a_grid_has_rows():
         else t
         for name, t in tensors.items()
     }
-    torch.testing.assert_close(out[-3:], MOPE_ATTENTION.plain(options, last)[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(out[-3:], MOPE_ATTENTION.definition(options, last)[0], rtol=1e-2, atol=1e-2)

@@ -17,15 +17,15 @@ from torch import Tensor
 
 import mope_kernels
 from mope_kernels import reference
-from mope_kernels._ops import PROMPT_ATTENTION_GRADIENTS
 from mope_kernels.prompt_attention_details import _libraries
 from mope_kernels.testing import strided_variants
 from tests.contract.ops import PROMPT_ATTENTION
+from tests.environment import setenv
 
 from . import stand_in_xformers as stand_in
 from .numerics import check
 
-NAMES = " ".join(PROMPT_ATTENTION_GRADIENTS)
+NAMES = " ".join(PROMPT_ATTENTION.gradients.names)
 MERGED, CONCATENATED = "partial attentions over prompts and tokens, merged by log-sum-exp", "prompts and tokens concatenated: "
 
 
@@ -237,7 +237,7 @@ def test_refuses_what_does_not_fit_into_a_grid(library):
 
 
 def test_auto_prefers_sdpa(library, monkeypatch):
-    monkeypatch.setenv("MOPE_IMPL", "sdpa,xformers,reference")
+    setenv(monkeypatch, "MOPE_IMPL", "sdpa,xformers,reference")
     tensors, options = example(torch.float16, library.device)
     explanation = mope_kernels.explain("prompt_attention", **tensors, **options)
     assert explanation.impl == "sdpa" and explanation.reasons["xformers"] == ["sdpa comes first"] and not explanation.way

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mope_kernels.window_attention_details._forward import far_keys, sides
+from mope_kernels.window_prompt_attention_details._forward import far_keys, sides
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from mope.models.exporting import InferenceModel
 from mope.models.modeling import MoPEOutput
 from mope.training.evaluation import set_prompt_owner
 from mope_kernels.impl import Operation
+from tests.environment import setenv
 
 from ..test_graphs import StandIn
 from . import test_swin_classification as with_swin
@@ -211,7 +212,7 @@ assert not {"mope", "mope_kernels", "transformers"} & sys.modules.keys()
 @pytest.mark.parametrize("swin", [False, True])
 def test_exported_definitions_need_torch_alone(swin: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With encoders in bfloat16, and in a process that has none of these packages."""
-    monkeypatch.setenv("MOPE_IMPL", "reference")
+    setenv(monkeypatch, "MOPE_IMPL", "reference")
     case = "Swin by BERT" if swin else "BERT by ViT"
     vision = with_swin.swin(torch.bfloat16) if swin else backbone("vit", torch.bfloat16)
     model = MoPEForClassification(make(case).config, vision=vision, text=backbone("bert", torch.bfloat16))

@@ -16,6 +16,7 @@ from mope.fused.plain import add_norm, gelu_mlp
 from mope.fused.router import ComplementaryRouter, Router, cross_logits, sample_noise
 from mope.fused.swin import MergeNeighbours
 from mope.models.swin import MoPESwinEncoder
+from tests.environment import setenv
 from tests.kernels.numerics import DEVICE, implementations
 
 SMALL: dict[str, Any] = {"image_size": 56, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "prompt_length": 2}
@@ -110,7 +111,7 @@ def test_as_if_every_module_were_called_when_fine_tuned() -> None:
 
 def test_under_autocast_every_module_computes_in_the_same_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     # The same sums in the same order on both sides.
-    monkeypatch.setenv("MOPE_IMPL", "reference")
+    setenv(monkeypatch, "MOPE_IMPL", "reference")
 
     def run(model: MoPESwinEncoder) -> Results:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -15,6 +15,7 @@ from torch import Tensor
 from mope.models.swin import MoPESwinEncoder, SwinOutput
 from mope.reference import load_reference_encoder
 from mope.reference.encoder import _prompt_tensors
+from tests.environment import setenv
 
 DATA = Path(__file__).parents[1] / "data"
 with safe_open(DATA / "swin.safetensors", "pt") as file:
@@ -65,7 +66,7 @@ def test_matches_the_released_code(case, mode):
 def test_float32(case, monkeypatch):
     """Values to 1e-6; gradients with at most three times the error of the same model on the plain definitions."""
     found, gradients = run(load(case, torch.float32), CASES[case], torch.float32)
-    monkeypatch.setenv("MOPE_IMPL", "reference")
+    setenv(monkeypatch, "MOPE_IMPL", "reference")
     _, plain = run(load(case, torch.float32), CASES[case], torch.float32)
     assert (found.features.double() - GOLDEN[f"{case}.features"]).abs().max() <= 1e-6
     # Relative: with one image, whose router prefers one expert, the loss is above 2.

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from mope_kernels import configs
 from mope_kernels._checks import last_dim_contiguous
-from mope_kernels._ops import GELU_MLP_GRADIENTS, not_needed, triton_kernel
+from mope_kernels._ops import not_needed, triton_kernel
 from mope_kernels._triton import cdiv, launch
 from mope_kernels.configs.gelu_mlp import Blocks
+
+from .spec import GRADIENTS
 
 # Rows and columns of a program of the kernels without a product.
 ROWS, COLUMNS = 4, 1024
@@ -96,7 +98,7 @@ def gelu_mlp_backward(
 ) -> tuple[Tensor, ...]:
     from ._product import gelu_gradient, times_derivative_of_rows
 
-    need = {name for bit, name in enumerate(GELU_MLP_GRADIENTS) if needs >> bit & 1}
+    need = GRADIENTS.asked(needs)
     found = {}
     with torch.autocast(grad_out.device.type, enabled=False):
         if not need.isdisjoint({"x", "weight1", "bias1"}):
@@ -116,4 +118,4 @@ def gelu_mlp_backward(
             found["weight2"] = grad_out.mT @ F.gelu(hidden)
         if "bias2" in need:
             found["bias2"] = grad_out.sum(0)
-    return tuple(found[name] if name in need else not_needed(grad_out) for name in GELU_MLP_GRADIENTS)
+    return tuple(found[name] if name in need else not_needed(grad_out) for name in GRADIENTS.names)

@@ -11,6 +11,8 @@ from mope_kernels._checks import last_dim_contiguous
 from mope_kernels._ops import not_needed, triton_kernel
 from mope_kernels._triton import cdiv, launch, next_power_of_2, on_amd
 
+from .spec import GRADIENTS
+
 
 class RowBlocks(NamedTuple):
     """How rows are dealt out: each program takes `steps` times `rows` rows of one item, which has `chunks` programs."""
@@ -187,9 +189,10 @@ def add_norm_backward(
     needs: int,
 ) -> tuple[Tensor, ...]:
     rows = _as_one_item(total)
+    asked = GRADIENTS.asked(needs)
     grad_x, grad_update = (
-        torch.empty(total.shape, dtype=dtype, device=total.device) if needs >> bit & 1 else None
-        for bit, dtype in enumerate((x_dtype, update_dtype))
+        torch.empty(total.shape, dtype=dtype, device=total.device) if name in asked else None
+        for name, dtype in (("x", x_dtype), ("update", update_dtype))
     )
     grad_weight, grad_bias = add_norm_rows_backward(
         None if grad_total is None else _as_one_item(grad_total),
@@ -200,8 +203,8 @@ def add_norm_backward(
         grad_update,
         eps,
         num_rows=rows.shape[1],
-        need_weight=bool(needs & 4),
-        need_bias=bool(needs & 8),
+        need_weight="weight" in asked,
+        need_bias="bias" in asked,
     )
     found = (grad_x, grad_update, grad_weight, grad_bias)
     return tuple(torch.empty(0, dtype=torch.float32, device=total.device) if g is None else g for g in found)

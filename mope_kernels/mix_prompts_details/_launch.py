@@ -8,6 +8,8 @@ from mope_kernels._checks import last_dim_contiguous
 from mope_kernels._ops import not_needed, triton_kernel
 from mope_kernels._triton import cdiv, launch, next_power_of_2
 
+from .spec import GRADIENTS
+
 
 @triton_kernel("mix_prompts")
 def mix_prompts(experts: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -39,16 +41,15 @@ def mix_prompts(experts: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
 
 
 @triton_kernel("mix_prompts_backward")
-def mix_prompts_backward(
-    grad_out: Tensor, experts: Tensor, weights: Tensor, indices: Tensor, need_experts: bool, need_weights: bool
-) -> tuple[Tensor, Tensor]:
+def mix_prompts_backward(grad_out: Tensor, experts: Tensor, weights: Tensor, indices: Tensor, needs: int) -> tuple[Tensor, Tensor]:
     from ._backward import mix_backward_experts
 
     grad_out, experts, weights, indices = (last_dim_contiguous(t) for t in (grad_out, experts, weights, indices))
     batch, top_k = weights.shape
     num_experts, num_prompts, width = experts.shape
     grad_experts, grad_weights = not_needed(experts), not_needed(weights)
-    if need_experts:
+    asked = GRADIENTS.asked(needs)
+    if "experts" in asked:
         grad_experts = experts.new_empty(experts.shape)
         block = min(next_power_of_2(num_prompts * width), 128)
         launch(
@@ -71,7 +72,7 @@ def mix_prompts_backward(
             BE=block,
             num_warps=4,
         )
-    if need_weights:
+    if "weights" in asked:
         grad_weights = mixture_backward(grad_out, experts, weights, indices)
     return grad_experts, grad_weights
 

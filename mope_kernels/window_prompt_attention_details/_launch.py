@@ -15,6 +15,8 @@ from mope_kernels._triton import cdiv, launch, next_power_of_2, on_amd, splits_i
 from mope_kernels.configs.window_prompt_attention import MORE, Blocks
 from mope_kernels.prompt_attention_details._launch import aligned_rows, dot_precision
 
+from .spec import GRADIENTS
+
 # Where the number of multiprocessors is not known: an H100's.
 MULTIPROCESSORS = 132
 
@@ -163,7 +165,8 @@ def window_prompt_attention_backward(
 ) -> tuple[Tensor, Tensor]:
     from ._backward import bias_gradient, key_gradient, query_gradient, window_gradient
 
-    need_qkv, need_bias = bool(needs & 1), bool(needs & 2)
+    asked = GRADIENTS.asked(needs)
+    need_qkv, need_bias = "qkv" in asked, "position_bias" in asked
     qkv, grad_out, position_bias = aligned_rows(qkv), aligned_rows(grad_out), position_bias.contiguous()
     sizes = _sizes(qkv, num_prompts, num_heads, resolution, window_size, shift, owner_is_instance)
     batch, rows, width = qkv.shape

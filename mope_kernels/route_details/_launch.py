@@ -9,16 +9,12 @@ from mope_kernels._checks import last_dim_contiguous
 from mope_kernels._ops import triton_kernel
 from mope_kernels._triton import launch, next_power_of_2
 
+from .spec import empty_routing as empty_routing
+
 
 def _warps(num_experts: int) -> int:
     # Ranking holds 16 scores for each expert in registers.
     return min(max(next_power_of_2(num_experts) // 64, 1), 8)
-
-
-def empty_routing(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised probs (B,K), weights and indices (B,k)."""
-    probs = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    return probs, probs.new_empty(len(logits), top_k), probs.new_empty(len(logits), top_k, dtype=torch.int64)
 
 
 @triton_kernel("route")
@@ -82,39 +78,3 @@ def route_backward(
         num_warps=_warps(num_experts),
     )
     return grad_logits
-
-
-@triton_kernel("importance_loss")
-def importance_loss(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    from ._importance import importance_forward
-
-    probs = last_dim_contiguous(probs)
-    blocks, batch, num_experts = probs.shape
-    loss, load = (torch.empty(shape, dtype=torch.float32, device=probs.device) for shape in ((blocks,), (blocks, num_experts)))
-    block = next_power_of_2(num_experts)
-    launch(
-        importance_forward,
-        blocks,
-        probs,
-        loss,
-        load,
-        batch,
-        probs.stride(0),
-        probs.stride(1),
-        threshold,
-        K=num_experts,
-        BB=max(4096 // block, 1),
-        BK=block,
-        num_warps=4,
-    )
-    return loss, load
-
-
-@triton_kernel("importance_loss_backward")
-def importance_loss_backward(grad_loss: Tensor, load: Tensor, threshold: float) -> Tensor:
-    from ._importance import importance_backward
-
-    blocks, num_experts = load.shape
-    grad, block = torch.empty_like(load), next_power_of_2(num_experts)
-    launch(importance_backward, blocks, grad_loss.contiguous(), load, grad, threshold, K=num_experts, BK=block, num_warps=1)
-    return grad

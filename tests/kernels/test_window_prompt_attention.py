@@ -10,6 +10,7 @@ from torch import Tensor
 
 import mope_kernels
 from mope_kernels import reference
+from mope_kernels.window_prompt_attention import PROMPT_OWNERS
 
 from .numerics import DEVICE, RecordResults, check, dtypes_of, implementations
 
@@ -25,7 +26,7 @@ def draw(impl: str, dtype: torch.dtype, batch: int, head_dim: int, options: dict
 
 
 @implementations("cpu", "triton")
-@pytest.mark.parametrize("prompt_owner", mope_kernels.window_attention.PROMPT_OWNERS)
+@pytest.mark.parametrize("prompt_owner", PROMPT_OWNERS)
 @pytest.mark.parametrize(
     ("batch", "head_dim", "options"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,29 +10,26 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, any_needs_gradient, first_derivative_only
+from ._ops import backward_kernel, forward_kernel
+from .add_norm_details import _launch as _launch
+from .add_norm_details.spec import GRADIENTS
 from .impl import Operation, extension_check, reference_check, triton_check
-from .norm_details import _launch as _launch
+from .plans import Plan
 
 
 class AddNormFunction(torch.autograd.Function):
-    """(namespace, eps, norm_dtype, x, update, weight, bias) -> total, normed. Nothing but total and weight is kept for backward.
+    """(implementation, direct, eps, norm_dtype, x, update, weight, bias) -> total, normed.
 
-    Without update total is empty and has no gradient: it would repeat x.
+    Nothing but total and weight is kept for backward. Without update total is empty and has no gradient: it would repeat x.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        namespace: str,
-        eps: float,
-        norm_dtype: torch.dtype,
-        x: Tensor,
-        update: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        ctx: Any, implementation: str, direct: bool, eps: float, norm_dtype: torch.dtype, *tensors: Any
     ) -> tuple[Tensor, Tensor]:
-        ctx.ops, ctx.eps, ctx.nothing_added = getattr(torch.ops, namespace), eps, update is None
-        total, normed = ctx.ops.add_norm.default(x, update, weight, bias, eps, norm_dtype)
+        x, update, weight, bias = tensors
+        total, normed = forward_kernel(implementation, "add_norm", direct)(x, update, weight, bias, eps, norm_dtype)
+        ctx.implementation, ctx.eps, ctx.nothing_added = implementation, eps, update is None
         ctx.save_for_backward(x if update is None else total, weight)
         ctx.dtypes = (x.dtype, x.dtype if update is None else update.dtype)
         ctx.parameter_dtypes = tuple(None if t is None else t.dtype for t in (weight, bias))
@@ -47,26 +45,21 @@ class AddNormFunction(torch.autograd.Function):
         if ctx.nothing_added:
             # Nobody has what stands in for `total`, and torch.compile gives zeros of its shape.
             grad_total = None
-        need_x, need_update, need_weight, need_bias = ctx.needs_input_grad[3:]
+        x, update, weight, bias = ctx.needs_input_grad[4:]
         if grad_total is None and grad_normed is None:
-            return (None,) * 7
-        total, weight = ctx.saved_tensors
+            return (None,) * 8
         shared = ctx.dtypes[0] == ctx.dtypes[1]
-        needs = (need_x or (shared and need_update), need_update and not shared, need_weight, need_bias)
-        grad_x, grad_update, *parameters = ctx.ops.add_norm_backward.default(
-            grad_total,
-            grad_normed,
-            total,
-            weight,
-            ctx.eps,
-            *ctx.dtypes,
-            sum(need << bit for bit, need in enumerate(needs)),
+        asked = {"x": x or (shared and update), "update": update and not shared, "weight": weight, "bias": bias}
+        grad_x, grad_update, grad_weight, grad_bias = backward_kernel(ctx.implementation, "add_norm_backward", grads)(
+            grad_total, grad_normed, *ctx.saved_tensors, ctx.eps, *ctx.dtypes, GRADIENTS.needs(asked)
         )
-        grad_update = grad_x if shared else grad_update
-        grad_weight, grad_bias = (
-            grad.to(dtype) if need else None for grad, dtype, need in zip(parameters, ctx.parameter_dtypes, needs[2:], strict=True)
+        return (
+            *(None,) * 4,
+            grad_x if x else None,
+            (grad_x if shared else grad_update) if update else None,
+            grad_weight.to(ctx.parameter_dtypes[0]) if weight else None,
+            grad_bias.to(ctx.parameter_dtypes[1]) if bias else None,
         )
-        return None, None, None, grad_x if need_x else None, grad_update if need_update else None, grad_weight, grad_bias
 
 
 # The longest row that one program holds in registers.
@@ -144,25 +137,40 @@ def add_norm(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or `impl` cannot run.
     """
+    return _ADD_NORM.plans.run(_plan, (x, update, weight, bias), (eps, norm_dtype, impl))
+
+
+def _plan(
+    direct: bool,
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    norm_dtype: torch.dtype | None,
+    impl: str,
+) -> Plan:
     arguments = Arguments("add_norm")
-    if x.dim() < 1:
-        raise arguments.error("x must have a last axis C, got a scalar")
+    arguments.rows("x", x, "R C")
     if update is not None and update.shape != x.shape:
         raise arguments.error(f"update must have the shape of x, {tuple(x.shape)}, got {tuple(update.shape)}")
-    arguments.tensor("x", x.reshape(-1, x.shape[-1]), "R C")
-    arguments.tensor("update", None if update is None else update.reshape(-1, x.shape[-1]), "R C")
+    arguments.rows("update", update, "R C")
     arguments.tensor("weight", weight, "C")
     arguments.tensor("bias", bias, "C")
     arguments.norm_dtype(norm_dtype)
     arguments.positive("eps", eps)
     implementation = _ADD_NORM.choose(impl, x, update, weight, bias, norm_dtype=norm_dtype)
     if implementation == "reference":
-        return reference.add_norm(x, update, weight, bias, eps=eps, norm_dtype=norm_dtype)
-    if norm_dtype is None:
-        norm_dtype = x.dtype if update is None else torch.promote_types(x.dtype, update.dtype)
-    namespace = f"mope_{implementation}"
+        return partial(reference.add_norm, eps=eps, norm_dtype=norm_dtype)
+    dtype = norm_dtype or (x.dtype if update is None else torch.promote_types(x.dtype, update.dtype))
     if any_needs_gradient(x, update, weight, bias):
-        total, normed = AddNormFunction.apply(namespace, eps, norm_dtype, x, update, weight, bias)
+        add: Plan = partial(AddNormFunction.apply, implementation, direct, eps, dtype)
     else:
-        total, normed = getattr(torch.ops, namespace).add_norm.default(x, update, weight, bias, eps, norm_dtype)
-    return x if update is None else total, normed
+        kernel = forward_kernel(implementation, "add_norm", direct)
+
+        def add(*tensors: Tensor | None) -> Any:
+            return kernel(*tensors, eps, dtype)
+
+    if update is None:
+        return lambda x, *others: (x, add(x, *others)[1])
+    return add

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,26 +10,30 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
+from ._ops import backward_kernel, forward_kernel
 from .impl import Operation, extension_check, reference_check, triton_check
-from .prompts_details import _launch as _launch
+from .mix_prompts_details import _launch as _launch
+from .mix_prompts_details.spec import GRADIENTS
+from .plans import Plan
 
 
 class MixPromptsFunction(torch.autograd.Function):
+    """(implementation, direct, experts, weights, indices) -> out."""
+
     @staticmethod
-    def forward(ctx: Any, experts: Tensor, weights: Tensor, indices: Tensor, namespace: str) -> Tensor:
+    def forward(ctx: Any, implementation: str, direct: bool, experts: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         ctx.save_for_backward(experts, weights, indices)
-        ctx.ops = getattr(torch.ops, namespace)
-        return ctx.ops.mix_prompts.default(experts, weights, indices)
+        ctx.implementation = implementation
+        return forward_kernel(implementation, "mix_prompts", direct)(experts, weights, indices)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only("mix_prompts")
-        experts, weights, indices = ctx.saved_tensors
-        need_experts, need_weights = ctx.needs_input_grad[:2]
-        grad_experts, grad_weights = ctx.ops.mix_prompts_backward.default(
-            last_dim_contiguous(grads[0]), experts, weights, indices, need_experts, need_weights
-        )
-        return grad_experts if need_experts else None, grad_weights if need_weights else None, None, None
+        experts, weights = ctx.needs_input_grad[2:4]
+        needs = GRADIENTS.needs({"experts": experts, "weights": weights})
+        kernel = backward_kernel(ctx.implementation, "mix_prompts_backward", grads)
+        grad_experts, grad_weights = kernel(last_dim_contiguous(grads[0]), *ctx.saved_tensors, needs)
+        return None, None, grad_experts if experts else None, grad_weights if weights else None, None
 
 
 _MIX_PROMPTS = Operation(
@@ -57,16 +62,29 @@ def mix_prompts(experts: Tensor, weights: Tensor, indices: Tensor, *, impl: str 
 
     MoPE (arXiv 2403.10568), dynamic prompts.
     """
+    return _MIX_PROMPTS.plans.run(_plan, (experts, weights, indices), (impl,))
+
+
+def _plan(direct: bool, experts: Tensor, weights: Tensor, indices: Tensor, impl: str) -> Plan:
     arguments = Arguments("mix_prompts")
     arguments.tensor("experts", experts, "K P D")
     arguments.tensor("weights", weights, "B k")
     arguments.tensor("indices", indices, "B k", integer=True)
-    arguments.indices("indices", indices, experts.shape[0])
+    bound = experts.shape[0]
     implementation = _MIX_PROMPTS.choose(impl, experts, weights, indices)
+    run: Plan
     if implementation == "reference":
-        return reference.mix_prompts(experts, weights, indices)
-    namespace = f"mope_{implementation}"
-    laid_out = (last_dim_contiguous(experts), last_dim_contiguous(weights), last_dim_contiguous(indices.long()))
-    if any_needs_gradient(experts, weights):
-        return MixPromptsFunction.apply(*laid_out, namespace)
-    return getattr(torch.ops, namespace).mix_prompts.default(*laid_out)
+        run = reference.mix_prompts
+    elif any_needs_gradient(experts, weights):
+        run = partial(MixPromptsFunction.apply, implementation, direct)
+    else:
+        run = forward_kernel(implementation, "mix_prompts", direct)
+
+    def planned(experts: Tensor, weights: Tensor, indices: Tensor) -> Any:
+        # Of every call: it looks at values.
+        arguments.indices("indices", indices, bound)
+        if implementation != "reference":
+            experts, weights, indices = map(last_dim_contiguous, (experts, weights, indices.long()))
+        return run(experts, weights, indices)
+
+    return planned

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, first_derivative_only, last_dim_contiguous
+from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
+from ._ops import backward_kernel, forward_kernel
 from .impl import Operation, extension_check, reference_check, triton_check
-from .prompt_attention import TRITON_HEAD_DIMS
-from .window_attention_details import _launch as _launch
+from .plans import Plan
+from .prompt_attention_details.spec import HEAD_DIMS
+from .window_prompt_attention_details import _launch as _launch
+from .window_prompt_attention_details.spec import GRADIENTS
 
 
 class _Options(NamedTuple):
-    """What is no tensor, in the order of the raw op's schema."""
+    """Arguments of the raw op that are not tensors, in the order of its schema."""
 
     num_prompts: int
     num_heads: int
@@ -26,29 +30,29 @@ class _Options(NamedTuple):
 
 
 class WindowPromptAttentionFunction(torch.autograd.Function):
-    """(namespace, options, qkv, position_bias) -> out. Nothing but the two tensors is kept for backward."""
+    """(implementation, direct, options, qkv, position_bias) -> out. Nothing but the two tensors is kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, namespace: str, options: _Options, qkv: Tensor, position_bias: Tensor) -> Tensor:
-        ctx.ops, ctx.options = getattr(torch.ops, namespace), options
+    def forward(ctx: Any, implementation: str, direct: bool, options: _Options, qkv: Tensor, position_bias: Tensor) -> Tensor:
+        ctx.implementation, ctx.options = implementation, options
         ctx.save_for_backward(qkv, position_bias)
-        return ctx.ops.window_prompt_attention.default(qkv, position_bias, *options)
+        return forward_kernel(implementation, "window_prompt_attention", direct)(qkv, position_bias, *options)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only("window_prompt_attention")
-        needed = ctx.needs_input_grad[2:]
-        found = ctx.ops.window_prompt_attention_backward.default(
-            last_dim_contiguous(grads[0]), *ctx.saved_tensors, *ctx.options, sum(need << bit for bit, need in enumerate(needed))
-        )
-        return None, None, *(grad if need else None for grad, need in zip(found, needed, strict=True))
+        qkv, position_bias = ctx.needs_input_grad[3:]
+        needs = GRADIENTS.needs({"qkv": qkv, "position_bias": position_bias})
+        kernel = backward_kernel(ctx.implementation, "window_prompt_attention_backward", grads)
+        grad_qkv, grad_bias = kernel(last_dim_contiguous(grads[0]), *ctx.saved_tensors, *ctx.options, needs)
+        return None, None, None, grad_qkv if qkv else None, grad_bias if position_bias else None
 
 
 def _triton_check(qkv: Tensor, position_bias: Tensor, *, num_heads: int, **_: Any) -> list[str]:
     reasons = triton_check(qkv, position_bias)
     head_dim = qkv.shape[2] // (3 * num_heads)
-    if head_dim not in TRITON_HEAD_DIMS:
-        reasons.append(f"head_dim must be one of {', '.join(map(str, TRITON_HEAD_DIMS))}, got {head_dim}")
+    if head_dim not in HEAD_DIMS:
+        reasons.append(f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}")
     return reasons
 
 
@@ -95,6 +99,22 @@ def window_prompt_attention(
 
     MoPE (arXiv 2403.10568), prompted Swin Transformer.
     """
+    options = (num_prompts, num_heads, resolution, window_size, shift, prompt_owner, impl)
+    return _WINDOW_PROMPT_ATTENTION.plans.run(_plan, (qkv, position_bias), options)
+
+
+def _plan(
+    direct: bool,
+    qkv: Tensor,
+    position_bias: Tensor,
+    num_prompts: int,
+    num_heads: int,
+    resolution: int,
+    window_size: int,
+    shift: int,
+    prompt_owner: str,
+    impl: str,
+) -> Plan:
     arguments = Arguments("window_prompt_attention")
     arguments.tensor("qkv", qkv, "B N C")
     width = qkv.shape[2]
@@ -121,12 +141,17 @@ def window_prompt_attention(
     }
     implementation = _WINDOW_PROMPT_ATTENTION.choose(impl, qkv, position_bias, **options, prompt_owner=prompt_owner)
     if implementation == "reference":
-        return reference.window_prompt_attention(qkv, position_bias, **options, prompt_owner=prompt_owner)
+        return partial(reference.window_prompt_attention, **options, prompt_owner=prompt_owner)
     if resolution <= window_size:
         options |= {"window_size": resolution, "shift": 0}
-    return WindowPromptAttentionFunction.apply(
-        f"mope_{implementation}",
-        _Options(**options, owner_is_instance=prompt_owner == "instance"),
-        last_dim_contiguous(qkv),
-        position_bias,
-    )
+    given = _Options(**options, owner_is_instance=prompt_owner == "instance")
+    attend: Plan
+    if any_needs_gradient(qkv, position_bias):
+        attend = partial(WindowPromptAttentionFunction.apply, implementation, direct, given)
+    else:
+        kernel = forward_kernel(implementation, "window_prompt_attention", direct)
+
+        def attend(qkv: Tensor, position_bias: Tensor) -> Any:
+            return kernel(qkv, position_bias, *given)
+
+    return lambda qkv, position_bias: attend(last_dim_contiguous(qkv), position_bias)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, first_derivative_only, last_dim_contiguous
+from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
+from ._ops import backward_kernel, forward_kernel
 from .configs.gelu_mlp import WAYS as WAYS
+from .gelu_mlp_details import _launch
+from .gelu_mlp_details.spec import GRADIENTS
 from .impl import Operation, reference_check, triton_check
-from .mlp_details import _launch
+from .plans import Plan
 
 # One of WAYS instead of the table's; "" for the table's.
 _way = ""
@@ -33,32 +37,25 @@ def taking(way: str) -> Iterator[None]:
 
 
 class GeluMlpFunction(torch.autograd.Function):
-    """(x (N,C), weight1, bias1, weight2, bias2, whether to keep h for backward, way) -> out."""
+    """(direct, way, whether to keep h for backward, x (N,C), weight1, bias1, weight2, bias2) -> out."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight1: Tensor,
-        bias1: Tensor | None,
-        weight2: Tensor,
-        bias2: Tensor | None,
-        keep_hidden: bool,
-        way: str,
-    ) -> Tensor:
-        out, hidden = torch.ops.mope_triton.gelu_mlp.default(x, weight1, bias1, weight2, bias2, keep_hidden, way)
+    def forward(ctx: Any, direct: bool, way: str, keep_hidden: bool, *tensors: Tensor | None) -> Tensor:
+        x, weight1, _, weight2, _ = tensors
+        out, hidden = forward_kernel("triton", "gelu_mlp", direct)(*tensors, keep_hidden, way)
         ctx.way = way
-        ctx.save_for_backward(hidden, x if ctx.needs_input_grad[1] else None, weight1, weight2)
+        trains_weight1 = ctx.needs_input_grad[4]
+        ctx.save_for_backward(hidden, x if trains_weight1 else None, weight1, weight2)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only("gelu_mlp")
-        needed = ctx.needs_input_grad[:5]
-        found = torch.ops.mope_triton.gelu_mlp_backward.default(
-            last_dim_contiguous(grads[0]), *ctx.saved_tensors, sum(need << bit for bit, need in enumerate(needed)), ctx.way
+        asked = dict(zip(GRADIENTS.names, ctx.needs_input_grad[3:], strict=True))
+        found = backward_kernel("triton", "gelu_mlp_backward", grads)(
+            last_dim_contiguous(grads[0]), *ctx.saved_tensors, GRADIENTS.needs(asked), ctx.way
         )
-        return *(grad if need else None for grad, need in zip(found, needed, strict=True)), None, None
+        return None, None, None, *(grad if need else None for grad, need in zip(found, asked.values(), strict=True))
 
 
 def _triton_check(x: Tensor, *_: Any, **__: Any) -> list[str]:
@@ -108,10 +105,21 @@ def gelu_mlp(
 
     Where gradients are needed h is kept, (..., F), and x where weight1 is trained.
     """
+    return _GELU_MLP.plans.run(_plan, (x, weight1, bias1, weight2, bias2), (impl, _way))
+
+
+def _plan(
+    direct: bool,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    impl: str,
+    way: str,
+) -> Plan:
     arguments = Arguments("gelu_mlp")
-    if x.dim() < 1:
-        raise arguments.error("x must have a last axis C, got a scalar")
-    arguments.tensor("x", x.reshape(-1, x.shape[-1]), "N C")
+    arguments.rows("x", x, "N C")
     for name, value, axes in (
         ("weight1", weight1, "F C"),
         ("bias1", bias1, "F"),
@@ -120,8 +128,19 @@ def gelu_mlp(
     ):
         arguments.tensor(name, value, axes, dtype=x.dtype)
     if _GELU_MLP.choose(impl, x, weight1, bias1, weight2, bias2) == "reference":
-        return reference.gelu_mlp(x, weight1, bias1, weight2, bias2)
-    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight1, bias1, weight2))
-    rows = last_dim_contiguous(x.reshape(-1, x.shape[-1]))
-    out: Tensor = GeluMlpFunction.apply(rows, weight1, bias1, weight2, bias2, trained, _way)
-    return out.view(*x.shape[:-1], weight2.shape[0])
+        return reference.gelu_mlp
+    shape = (*x.shape[:-1], weight2.shape[0])
+    multiply: Plan
+    if any_needs_gradient(x, weight1, bias1, weight2, bias2):
+        # That of the last bias alone needs no h.
+        multiply = partial(GeluMlpFunction.apply, direct, way, any_needs_gradient(x, weight1, bias1, weight2))
+    else:
+        kernel = forward_kernel("triton", "gelu_mlp", direct)
+
+        def multiply(*tensors: Tensor | None) -> Tensor:
+            return kernel(*tensors, False, way)[0]
+
+    def planned(x: Tensor, *weights: Tensor | None) -> Tensor:
+        return multiply(last_dim_contiguous(x.reshape(-1, x.shape[-1])), *weights).view(shape)
+
+    return planned

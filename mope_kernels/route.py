@@ -1,0 +1,150 @@
+"""The router: softmax over experts, and selection."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
+from ._ops import backward_kernel, forward_kernel
+from .impl import Operation, extension_check, reference_check, triton_check
+from .plans import Plan
+from .route_details import _launch as _launch
+
+
+class Routing(NamedTuple):
+    """How a batch was routed.
+
+    weights: (B,k) weights of the selected experts, float32 (float64 for float64 logits), in descending order.
+    indices: (B,k) the selected experts, int64; arange(K) in dense routing, where k = K.
+    probs: (B,K) softmax over all experts, dtype of weights.
+    """
+
+    weights: Tensor
+    indices: Tensor
+    probs: Tensor
+
+
+def dense_routing(probs: Tensor) -> Routing:
+    """(B,K) -> the routing in which every expert takes part."""
+    return Routing(probs, torch.arange(probs.shape[1], device=probs.device).expand_as(probs), probs)
+
+
+def noise_gradient(grad_logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    """The gradient of the noise, which is added to logits / temperature: from that of the logits, in float32."""
+    return (grad_logits * temperature).to(dtype)
+
+
+class _Options(NamedTuple):
+    """Arguments of the raw op that are not tensors, in the order of its schema."""
+
+    top_k: int
+    temperature: float
+    renormalize: bool
+
+
+class RouteFunction(torch.autograd.Function):
+    """(implementation, direct, options of the raw op, logits, noise) -> probs, weights, indices."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, implementation: str, direct: bool, options: _Options, logits: Tensor, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        probs, weights, indices = forward_kernel(implementation, "route", direct)(logits, noise, *options)
+        ctx.save_for_backward(probs, weights, indices)
+        ctx.implementation, ctx.options = implementation, options
+        ctx.dtype, ctx.noise_dtype = logits.dtype, None if noise is None else noise.dtype
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        return probs, weights, indices
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        first_derivative_only("route")
+        grad_probs, grad_weights, _ = grads
+        need_logits, need_noise = ctx.needs_input_grad[3:]
+        if not (need_logits or need_noise) or (grad_probs is None and grad_weights is None):
+            return (None,) * 5
+        _, temperature, renormalize = ctx.options
+        grad_logits = backward_kernel(ctx.implementation, "route_backward", grads)(
+            grad_probs, grad_weights, *ctx.saved_tensors, temperature, renormalize
+        )
+        grad_noise = noise_gradient(grad_logits, temperature, ctx.noise_dtype) if need_noise else None
+        return None, None, None, grad_logits.to(ctx.dtype) if need_logits else None, grad_noise
+
+
+def _cpu_check(logits: Tensor, noise: Tensor | None = None, **_: Any) -> list[str]:
+    return extension_check(*(t for t in (logits, noise) if t is not None))
+
+
+_ROUTE = Operation("route", triton=lambda logits, **_: triton_check(logits), cpu=_cpu_check, reference=reference_check)
+
+
+def check_routing(
+    arguments: Arguments, logits: Tensor, noise: Tensor | None, top_k: int | None, temperature: float, batch: str = "B"
+) -> None:
+    """The checks that every routed op shares."""
+    arguments.tensor("logits", logits, f"{batch} K")
+    arguments.tensor("noise", noise, f"{batch} K")
+    arguments.top_k(top_k, logits.shape[1])
+    arguments.positive("temperature", temperature)
+
+
+def route(
+    logits: Tensor,
+    *,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    noise: Tensor | None = None,
+    renormalize: bool = False,
+    impl: str = "auto",
+) -> Routing:
+    """Route a batch: r = softmax(logits / temperature + noise), and the `top_k` experts of each item.
+
+    Args:
+        logits: (B,K), floating point.
+        top_k: how many experts to select, by logits / temperature + noise; ties go to the lowest index. None: all, in order.
+        temperature: positive, a number: to learn one, divide the logits by it.
+        noise: (B,K), floating point, added after the temperature; differentiable, so it may be learned.
+        renormalize: divide the selected weights by their sum. With `top_k=1` the router then gets no gradient through them.
+        impl: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        `Routing`. Gradients flow through weights and probs to logits and noise. A row that holds NaN has NaN weights and
+        indices 0..k-1.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, `top_k` > K, `temperature` is a tensor that requires a gradient, or `impl`
+            cannot run.
+
+    MoPE (arXiv 2403.10568), the multimodal router.
+    """
+    return _ROUTE.plans.run(_plan, (logits, noise), (top_k, temperature, renormalize, impl))
+
+
+def _plan(
+    direct: bool, logits: Tensor, noise: Tensor | None, top_k: int | None, temperature: float, renormalize: bool, impl: str
+) -> Plan:
+    check_routing(Arguments("route"), logits, noise, top_k, temperature)
+    implementation = _ROUTE.choose(impl, logits, noise=noise)
+    if implementation == "reference":
+        options: dict[str, Any] = {"top_k": top_k, "temperature": temperature, "renormalize": renormalize}
+        return lambda logits, noise: Routing(*reference.route(logits, noise=noise, **options))
+    given = _Options(top_k or 0, temperature, renormalize)
+    if any_needs_gradient(logits, noise):
+        run: Plan = partial(RouteFunction.apply, implementation, direct, given)
+    else:
+        kernel = forward_kernel(implementation, "route", direct)
+
+        def run(logits: Tensor, noise: Tensor | None) -> Any:
+            return kernel(logits, noise, *given)
+
+    def planned(logits: Tensor, noise: Tensor | None) -> Routing:
+        probs, weights, indices = run(last_dim_contiguous(logits), None if noise is None else last_dim_contiguous(noise))
+        return dense_routing(probs) if top_k is None else Routing(weights, indices, probs)
+
+    return planned

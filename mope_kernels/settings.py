@@ -1,0 +1,38 @@
+"""Environment variables that the ops obey, read once: when an op first runs, and again by `reread_environment`."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from . import plans
+
+
+class Settings(NamedTuple):
+    """impl: MOPE_IMPL, implementations in place of "auto"; debug: MOPE_DEBUG; autotune: MOPE_AUTOTUNE."""
+
+    impl: str
+    debug: bool
+    autotune: bool
+
+
+_settings: Settings | None = None
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "") not in ("", "0")
+
+
+def current() -> Settings:
+    """Return the settings, read from the environment by the first call."""
+    global _settings
+    if _settings is None:
+        _settings = Settings(os.environ.get("MOPE_IMPL", ""), _is_on("MOPE_DEBUG"), _is_on("MOPE_AUTOTUNE"))
+    return _settings
+
+
+def reread_environment() -> None:
+    """Read MOPE_IMPL, MOPE_DEBUG and MOPE_AUTOTUNE again, after they changed in a running process."""
+    global _settings
+    _settings = None
+    plans.forget()

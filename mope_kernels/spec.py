@@ -1,0 +1,177 @@
+"""The spec of an op: all of it that is no kernel, in one place, `<op>_details/spec.py`.
+
+From it follow the schemas and fakes of the raw ops, the bits that ask for gradients, the kernels compiled ahead of time, the
+inputs of the benchmarks, and the cases of the tests' contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import mope_kernels
+
+from . import _ops
+
+# What an example is made of, by name: how many of what, and which options.
+Sizes = dict[str, Any]
+Tensors = dict[str, Tensor | None]
+Options = dict[str, Any]
+Outputs = tuple[Tensor, ...]
+# (dtype, device, sizes) -> tensors and options.
+Example = Callable[[torch.dtype, str, Sizes], tuple[Tensors, Options]]
+
+# How labels of variants name dtypes.
+TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+SPECS: dict[str, Spec] = {}
+
+
+class Gradients:
+    """The inputs of an op that its raw backward can give a gradient of, in the order of its results.
+
+    The last argument of such a backward, `needs`, has bit i set where the i-th gradient is asked for. A gradient that is not
+    asked for comes back as an empty tensor of shape (0,).
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def needs(self, asked: Mapping[str, bool]) -> int:
+        """Return the bits of the gradients that are asked for."""
+        return sum(bool(asked[name]) << bit for bit, name in enumerate(self.names))
+
+    def asked(self, needs: int) -> set[str]:
+        """Return the names that the bits stand for."""
+        return {name for bit, name in enumerate(self.names) if needs >> bit & 1}
+
+    @property
+    def results(self) -> str:
+        """The results of the raw backward, as its schema names them."""
+        return ", ".join(f"Tensor grad_{name}" for name in self.names)
+
+    def fake(self, like: Callable[[Any, str], Tensor], absent: Callable[[Any, str], Tensor]) -> _ops.Fake:
+        """Return the fake of the raw backward. `like(arguments, name)` allocates a gradient, `absent` the empty one."""
+
+        def fake(a: Any) -> tuple[Tensor, ...]:
+            asked = self.asked(a.needs)
+            return tuple(like(a, name) if name in asked else absent(a, name) for name in self.names)
+
+        return fake
+
+
+class RawOp(NamedTuple):
+    """A raw op in both namespaces.
+
+    name: the op's, or that and "_backward".
+    arguments, results: their halves of the schema, in the language of torch.library. Tensors may have any strides as long as the
+        last dimension is contiguous.
+    fake: (arguments by name, and `namespace`) -> uninitialised results.
+    """
+
+    name: str
+    arguments: str
+    results: str
+    fake: _ops.Fake
+
+
+class Variant(NamedTuple):
+    """A call whose kernels are compiled ahead of time.
+
+    label: behind the op's name. wanted: the tensors whose gradients are asked for, None: all that have one; () is the
+    forward pass alone. incoming: the outputs that a gradient comes in for, None: all.
+    """
+
+    label: str
+    dtype: torch.dtype
+    sizes: Sizes
+    wanted: tuple[str, ...] | None = None
+    incoming: tuple[int, ...] | None = None
+
+
+def _call(options: Options, tensors: Tensors) -> dict[str, Any]:
+    return {**tensors, **options}
+
+
+def _no_variants(short: bool) -> Iterable[Variant]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One op.
+
+    name: of the public function, which takes `impl`.
+    definition: (options, tensors) -> the outputs by the plain definition.
+    example: (dtype, device, sizes) -> fresh random tensors and options; sizes are `base`, some of them changed.
+    gradients: those of the raw backward; `also`: tensors whose gradient is made from that of another one, "noise": "logits".
+    raw: the raw ops.
+    implementations: those beside the definition.
+    base: the sizes of an example; cases: changes of them on which accuracy is measured.
+    arguments: (options, tensors) -> the arguments of the public function, by name.
+    outputs: (what the function returned, options) -> its floating point tensors that may have a gradient.
+    around: options -> a context in which the function is called.
+    per_item: the tensors whose first axis counts the items of a batch, which must not influence each other.
+    padded: the tensors that `lengths` hides a part of.
+    refused: other floating point tensors, which have no gradient: an error where they ask for one.
+    shared_gradient: tensors whose gradient may be that of another one, computed once for both.
+    small: cases of few numbers, in which one draw says more about luck than about accuracy.
+    variants: whether the list is short -> the calls whose kernels are compiled ahead of time.
+    """
+
+    name: str
+    definition: Callable[[Options, Tensors], Outputs]
+    example: Example
+    gradients: Gradients
+    raw: tuple[RawOp, ...]
+    implementations: tuple[str, ...]
+    base: Sizes
+    cases: dict[str, Sizes]
+    also: dict[str, str] = field(default_factory=dict)
+    arguments: Callable[[Options, Tensors], dict[str, Any]] = _call
+    outputs: Callable[[Any, Options], Outputs] = lambda result, options: result if isinstance(result, tuple) else (result,)
+    around: Callable[[Options], AbstractContextManager[Any]] = lambda options: nullcontext()
+    per_item: tuple[str, ...] = ()
+    padded: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    shared_gradient: dict[str, str] = field(default_factory=dict)
+    small: frozenset[str] = frozenset()
+    variants: Callable[[bool], Iterable[Variant]] = _no_variants
+
+    def register(self) -> Spec:
+        """Define the raw ops, and add the spec to SPECS."""
+        for op in self.raw:
+            _ops.define(op.name, f"({op.arguments}) -> ({op.results})", op.fake)
+        SPECS[self.name] = self
+        return self
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """The tensors that can have a gradient."""
+        return (*self.gradients.names, *self.also)
+
+    @property
+    def same_gradient(self) -> dict[str, str]:
+        """The tensors whose gradient costs nothing where that of another one is computed."""
+        return self.shared_gradient | self.also
+
+    def draw(self, dtype: torch.dtype, device: str = "cpu", **changes: Any) -> tuple[Tensors, Options]:
+        """Return fresh random tensors and options to call the op with, sizes as in `base` but for the changes."""
+        if unknown := changes.keys() - self.base.keys():
+            raise ValueError(f"{self.name}: no such sizes: {', '.join(sorted(unknown))}; there are {', '.join(self.base)}")
+        return self.example(dtype, device, self.base | changes)
+
+    def run(self, impl: str, options: Options, tensors: Tensors) -> Outputs:
+        """Call the op."""
+        function = getattr(mope_kernels, self.name)
+        with self.around(options):
+            return self.outputs(function(**self.arguments(options, tensors), impl=impl), options)
+
+    def leaves(self, tensors: Mapping[str, Any]) -> list[str]:
+        """Return the differentiable tensors that are there."""
+        return [name for name in self.differentiable if tensors.get(name) is not None]
