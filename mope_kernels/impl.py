@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _extension
+from . import _extension, _triton
 
 IMPLEMENTATIONS = ("triton", "cpu", "sdpa", "xformers", "reference")
 
@@ -164,7 +164,7 @@ def interpreting() -> bool:
 
 def triton_check(*tensors: Tensor) -> list[str]:
     """What speaks against Triton for tensors of this device and dtype."""
-    device, dtypes = tensors[0].device.type, {t.dtype for t in tensors}
+    device, dtypes = _triton.device_of(tensors[0]).type, {t.dtype for t in tensors}
     reasons = []
     if not HAS_TRITON:
         reasons.append("Triton is not installed (pip install triton)")
