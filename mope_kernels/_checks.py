@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._triton import device_of
+
 
 class Arguments:
     """The arguments of one call of an op: binds the sizes of named axes and holds every later tensor to them.
@@ -95,7 +97,7 @@ class Arguments:
         """Values are looked at only where that costs no device sync: on CPU tensors, and on others with MOPE_DEBUG=1."""
         if torch.compiler.is_compiling() or value.numel() == 0:
             return
-        if value.device.type == "cpu" or debugging():
+        if device_of(value).type == "cpu" or debugging():
             lowest, highest = map(int, value.aminmax())
             if lowest < 0 or highest >= bound:
                 raise self.error(f"{name} must lie in 0..{bound - 1}, got values from {lowest} to {highest}")

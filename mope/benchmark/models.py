@@ -157,14 +157,14 @@ def new_backbones(shape: shapes.Model) -> dict[str, nn.Module]:
     """The same numbers every time."""
     torch.manual_seed(0)
     size: dict[str, Any] = {"hidden_size": shape.hidden, "num_hidden_layers": shape.layers}
-    size |= {"num_attention_heads": shape.hidden // 64}
+    size |= {"num_attention_heads": max(shape.hidden // 64, 1)}
     size |= {"intermediate_size": 4 * shape.hidden}
     text = BertModel(BertConfig(**size), add_pooling_layer=False)
     vision: nn.Module
     if not shape.depths:
         vision = ViTModel(ViTConfig(**size, image_size=shape.image), add_pooling_layer=False)
     else:
-        heads = [(shape.embed << stage) // 32 for stage in range(len(shape.depths))]
+        heads = [max((shape.embed << stage) // 32, 1) for stage in range(len(shape.depths))]
         swin: dict[str, Any] = {"embed_dim": shape.embed, "depths": shape.depths, "num_heads": heads, "window_size": shape.window}
         vision = SwinModel(SwinConfig(**swin, image_size=shape.image), add_pooling_layer=False)
     return {"vision": vision, "text": text}
