@@ -41,6 +41,8 @@ from .stand_in_driver import give_autocast_the_rules_of_a_gpu, stand_in_for_the_
 Calls = dict[str, Callable[[], object]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PASSES = {"inference": False, "training": True}
+# The ways of an op that are called where autograd is off.
+WITHOUT_GRADIENTS = ("no gradient", "raw")
 # Seconds of a turn, for what is shorter.
 SHORTEST = 1e-3
 # Lines of a profile.
@@ -54,34 +56,41 @@ class Timed(NamedTuple):
     median: float
 
 
+def autograd_for(way: str) -> torch.set_grad_enabled:
+    """Turn autograd on or off as a way of an op asks for, around its calls."""
+    return torch.set_grad_enabled(way not in WITHOUT_GRADIENTS)
+
+
 def in_turns(calls: Calls, turns: int) -> dict[str, Timed]:
     """Time calls in turns, by the CPU time of this thread, after two calls of each.
 
     Args:
-        calls: by name.
+        calls: by the name of their way.
         turns: how often each is timed. Short ones are called several times in a turn.
 
     Returns:
         Seconds of one call, by name.
     """
     repeats, times = {}, dict[str, list[float]]()
-    for name, call in calls.items():
-        call()
-        start = time.thread_time()
-        call()
-        repeats[name] = max(1, round(SHORTEST / max(time.thread_time() - start, 1e-7)))
+    for way, call in calls.items():
+        with autograd_for(way):
+            call()
+            start = time.thread_time()
+            call()
+            repeats[way] = max(1, round(SHORTEST / max(time.thread_time() - start, 1e-7)))
     gc.collect()
     gc.disable()
     try:
         for _ in range(turns):
-            for name, call in calls.items():
-                start = time.thread_time()
-                for _ in range(repeats[name]):
-                    call()
-                times.setdefault(name, []).append((time.thread_time() - start) / repeats[name])
+            for way, call in calls.items():
+                with autograd_for(way):
+                    start = time.thread_time()
+                    for _ in range(repeats[way]):
+                        call()
+                    times.setdefault(way, []).append((time.thread_time() - start) / repeats[way])
     finally:
         gc.enable()
-    return {name: Timed(min(found), statistics.median(found)) for name, found in times.items()}
+    return {way: Timed(min(found), statistics.median(found)) for way, found in times.items()}
 
 
 def recorded(call: Callable[[], object]) -> Dispatched:
@@ -93,30 +102,32 @@ def recorded(call: Callable[[], object]) -> Dispatched:
 
 
 def counted(call: Callable[[], object], launches: Callable[[], int]) -> dict[str, Any]:
-    """How many launches of ours a call makes, kernels with torch's on a GPU, and operations of torch's, views apart."""
+    """How many launches of ours a call makes, kernels with torch's on a GPU, and operations of torch's, views apart.
+
+    And what the arithmetic of those operations takes, as "arithmetic", in seconds.
+    """
     before = launches()
     call()
     made = launches() - before
     found = recorded(call)
     operations = {name: count for name, count in found.operations.most_common() if name.startswith("aten.")}
     kernels = made + sum(count for name, count in operations.items() if name.split(".")[1] not in NO_LAUNCH)
-    return {"launches": made, "kernels": kernels, "aten": found.aten(), "views": found.views.total(), "operations": operations}
+    counts = {"launches": made, "kernels": kernels, "aten": found.aten(), "views": found.views.total(), "operations": operations}
+    return {"arithmetic": arithmetic(found)} | counts
 
 
 def calls_of(name: str, size: Size, dtype: torch.dtype) -> Calls:
-    """Return the calls of an op: in its three ways and, as "raw", of the raw ops beneath. Without the last where there are none."""
+    """Return the calls of an op: in its three ways and, as "raw", of the raw ops beneath. Without the last where there are none.
+
+    Those in `WITHOUT_GRADIENTS` leave it to the caller to turn autograd off.
+    """
     op = OPS[name](size, dtype)
-
-    def without() -> None:
-        with torch.no_grad():
-            op.call()
-
-    found = recorded(without)
+    with torch.no_grad():
+        found = recorded(op.call)
 
     def raw() -> None:
-        with torch.no_grad():
-            for function, arguments, options in found.raw:
-                function(*arguments, **options)
+        for function, arguments, options in found.raw:
+            function(*arguments, **options)
 
     for tensor in op.trained:
         tensor.requires_grad_()
@@ -125,7 +136,7 @@ def calls_of(name: str, size: Size, dtype: torch.dtype) -> Calls:
     def backward() -> None:
         torch.autograd.grad(op.call(), op.trained, incoming)
 
-    calls: Calls = {"no gradient": without, "forward": op.call, "forward + backward": backward}
+    calls: Calls = {"no gradient": op.call, "forward": op.call, "forward + backward": backward}
     return calls | ({"raw": raw} if found.raw else {})
 
 
@@ -133,10 +144,10 @@ def of_ops(names: Sequence[str], turns: int, launches: Callable[[], int]) -> Ite
     """Measure ops with the stand-in for the driver, in float16 -> rows."""
     for name in names:
         calls = calls_of(name, STUBBED, torch.float16)
-        counts = {way: counted(call, launches) for way, call in calls.items()}
         for way, timed in in_turns(calls, turns).items():
-            row = {"op": name, "case": "triton", "way": way} | _microseconds(timed)
-            yield row | {"arithmetic_us": float(f"{1e6 * arithmetic(recorded(calls[way])):.3g}")} | counts[way]
+            with autograd_for(way):
+                counts = counted(calls[way], launches)
+            yield {"op": name, "case": "triton", "way": way} | _times(timed, "us", counts.pop("arithmetic")) | counts
 
 
 def of_cpu_ops(names: Sequence[str], turns: int) -> Iterator[dict[str, Any]]:
@@ -147,11 +158,14 @@ def of_cpu_ops(names: Sequence[str], turns: int) -> Iterator[dict[str, Any]]:
         calls = calls_of(name, COMPUTED, torch.float32)
         if "raw" in calls:
             for way, timed in in_turns({way: calls[way] for way in ("no gradient", "raw")}, turns).items():
-                yield {"op": name, "case": "cpu", "way": way} | _microseconds(timed)
+                yield {"op": name, "case": "cpu", "way": way} | _times(timed, "us")
 
 
-def _microseconds(timed: Timed) -> dict[str, float]:
-    return {"us": float(f"{1e6 * timed.least:.4g}"), "median_us": float(f"{1e6 * timed.median:.4g}")}
+def _times(timed: Timed, unit: str, arithmetic: float | None = None) -> dict[str, float]:
+    """What a row says of times, in "us" or "ms"."""
+    named = {unit: timed.least, f"median_{unit}": timed.median}
+    named |= {} if arithmetic is None else {f"arithmetic_{unit}": arithmetic}
+    return {name: float(f"{seconds * {'us': 1e6, 'ms': 1e3}[unit]:.4g}") for name, seconds in named.items()}
 
 
 def of_models(names: Sequence[str], dtypes: Sequence[str], turns: int, launches: Callable[[], int]) -> Iterator[dict[str, Any]]:
@@ -163,11 +177,9 @@ def of_models(names: Sequence[str], dtypes: Sequence[str], turns: int, launches:
             for passes, training in PASSES.items():
                 calls: Calls = dict(model(name, MODELS[name], DTYPES[dtype], training))
                 for way, timed in in_turns(calls, turns).items():
-                    row: dict[str, Any] = {"op": "model", "case": f"{name} {passes}", "dtype": dtype, "way": way}
-                    row |= {"ms": float(f"{1e3 * timed.least:.4g}"), "median_ms": float(f"{1e3 * timed.median:.4g}")}
-                    found = recorded(calls[way])
-                    row |= {"arithmetic_ms": float(f"{1e3 * arithmetic(found):.3g}")}
-                    yield row | counted(calls[way], launches)
+                    counts = counted(calls[way], launches)
+                    row = {"op": "model", "case": f"{name} {passes}", "dtype": dtype, "way": way}
+                    yield row | _times(timed, "ms", counts.pop("arithmetic")) | counts
 
 
 def said(row: dict[str, Any]) -> str:
