@@ -9,7 +9,7 @@ from typing import Any
 from mope.benchmark import rows, show
 from mope.benchmark.cases import WAYS
 
-from . import floor, pictures, targets, timeline
+from . import floor, host_table, pictures, targets, timeline
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
@@ -113,6 +113,7 @@ def main() -> None:
 def report(results: Path, docs: Path) -> str:
     """The page, and its pictures in `docs`/images."""
     files = [rows.read(path) for path in sorted(results.glob("*.jsonl"))]
+    of_host = [(header, found) for header, found in files if header["stage"] == "host"]
     files = [(header, found) for header, found in files if header["stage"] in ("ops", "model")]
     # GPUs first, the ops before the model.
     files.sort(key=lambda file: (file[0]["type"] == "cpu", file[0]["slug"], file[0]["stage"] == "model"))
@@ -130,6 +131,7 @@ def report(results: Path, docs: Path) -> str:
     text += FLOOR + ("".join(map(floor_of, floors)) or "\nNot measured yet.\n")
     launches = results / "launches.md"
     text += LAUNCHES.format(launches.read_text()) if launches.exists() else ""
+    text += host_table.section(of_host)
     text += "".join(two_timelines(json.loads(path.read_text()), docs) for path in sorted(results.glob("timeline-*.json")))
     return text + "".join(section(header, found, docs) for header, found in files)
 

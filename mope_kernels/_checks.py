@@ -115,7 +115,7 @@ class Arguments:
         """Return whether values may be looked at: on CPU tensors, and with MOPE_DEBUG=1 on others, which makes the host wait."""
         if torch.compiler.is_compiling() or _triton.recording():
             return False
-        return value.device.type == "cpu" or debugging()
+        return _triton.device_of(value).type == "cpu" or debugging()
 
     def indices(self, name: str, value: Tensor, bound: int) -> None:
         """Hold values to 0..bound-1, where they may be looked at."""

@@ -49,6 +49,31 @@ def on_amd() -> bool:
     return bool(torch.version.hip) if _target is None else _target.startswith("gfx")
 
 
+# While not None, the GPU that tensors of the CPU stand for.
+_stood_for: torch.device | None = None
+
+
+@contextlib.contextmanager
+def standing_in() -> Iterator[None]:
+    """Launch on tensors of the CPU as if they were a GPU's. For a stand-in of Triton's driver, which runs no kernel."""
+    global _stood_for
+    from . import plans
+
+    outer, _stood_for = _stood_for, torch.device("cuda", 0)
+    # Which implementation runs is another question now.
+    plans.forget()
+    try:
+        yield
+    finally:
+        _stood_for = outer
+        plans.forget()
+
+
+def device_of(tensor: Tensor) -> torch.device:
+    """The device on which kernels would run on this tensor."""
+    return tensor.device if _stood_for is None else _stood_for
+
+
 def recording() -> bool:
     """Whether launches are written down instead of run."""
     return _recorded is not None
@@ -70,7 +95,7 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
 
     if isinstance(kernel, JITFunction) and kernel.hash is None:
         hash_callees_first(kernel)
-    device = next(a.device for a in args if isinstance(a, Tensor))
+    device = next(device_of(a) for a in args if isinstance(a, Tensor))
     if device.type != "cuda" and isinstance(kernel, JITFunction):
         raise RuntimeError(
             f"Triton compiles for GPUs only, and the tensors are on {device}: move them to a GPU, choose another impl, "

@@ -166,7 +166,7 @@ def interpreting() -> bool:
 
 def triton_check(*tensors: Tensor) -> list[str]:
     """What speaks against Triton for tensors of this device and dtype."""
-    device, dtypes = tensors[0].device.type, {t.dtype for t in tensors}
+    device, dtypes = _triton.device_of(tensors[0]).type, {t.dtype for t in tensors}
     reasons = []
     if not HAS_TRITON:
         reasons.append("Triton is not installed (pip install triton)")

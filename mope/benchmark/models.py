@@ -146,7 +146,8 @@ def layers_run_by(model: MoPEForClassification) -> str:
 
 def new_config(shape: shapes.Model, case: Case, impl: str = "auto", prompt_owner: str = "reference") -> MoPEConfig:
     """As published where there is a Swin Transformer, which alone has a `prompt_owner`."""
-    options: dict[str, Any] = {"num_labels": LABELS, "num_experts": shape.experts, "static_length": 6, "noise_std": 0.0}
+    options: dict[str, Any] = {"num_labels": LABELS, "num_experts": shape.experts, "noise_std": 0.0}
+    options |= {"static_length": shape.prompts, "prompt_length": shape.prompts}
     options |= {"eval_top_k": case.top_k, "importance_threshold": 0.0, "impl": impl}
     if not shape.depths:
         return MoPEConfig(**options)
@@ -157,15 +158,16 @@ def new_backbones(shape: shapes.Model) -> dict[str, nn.Module]:
     """The same numbers every time."""
     torch.manual_seed(0)
     size: dict[str, Any] = {"hidden_size": shape.hidden, "num_hidden_layers": shape.layers}
-    size |= {"num_attention_heads": shape.hidden // 64}
-    size |= {"intermediate_size": 4 * shape.hidden}
+    size |= {"num_attention_heads": max(shape.hidden // 64, 1)}
+    size |= {"intermediate_size": shape.ratio * shape.hidden}
     text = BertModel(BertConfig(**size), add_pooling_layer=False)
     vision: nn.Module
     if not shape.depths:
         vision = ViTModel(ViTConfig(**size, image_size=shape.image), add_pooling_layer=False)
     else:
-        heads = [(shape.embed << stage) // 32 for stage in range(len(shape.depths))]
+        heads = [max((shape.embed << stage) // shape.head, 1) for stage in range(len(shape.depths))]
         swin: dict[str, Any] = {"embed_dim": shape.embed, "depths": shape.depths, "num_heads": heads, "window_size": shape.window}
+        swin["mlp_ratio"] = shape.ratio
         vision = SwinModel(SwinConfig(**swin, image_size=shape.image), add_pooling_layer=False)
     return {"vision": vision, "text": text}
 

@@ -112,6 +112,8 @@ class Model:
 
     hidden, layers: of the BERT, and of the ViT where there is no Swin Transformer.
     embed, depths, window: of the Swin Transformer: width of the first stage, blocks of each, windows of window^2.
+    head: width of a head of the Swin Transformer, if a stage is not narrower.
+    prompts: static ones, and as many in each expert. ratio: width of the MLPs, in widths of the tokens.
     """
 
     batch: int
@@ -123,6 +125,9 @@ class Model:
     embed: int = 0
     depths: tuple[int, ...] = ()
     window: int = 7
+    head: int = 32
+    prompts: int = 6
+    ratio: int = 4
 
 
 ATTENTION = {

@@ -1,0 +1,203 @@
+"""Which operations of torch a call dispatches, from which line of ours, and what their arithmetic takes on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mope.benchmark import rows
+
+# Where the sources of ours are, and what to leave out of their names.
+ROOT = str(rows.ROOT) + "/"
+OURS = tuple(ROOT + package for package in ("mope/", "mope_kernels/"))
+# Below autograd; a raw op's own launcher.
+BELOW = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+OF_KERNELS = ("mope_triton", "mope_cpu")
+# No views, and yet nothing is computed.
+FREE = ("aten._unsafe_view.default", "aten.detach.default", "aten.lift_fresh.default")
+
+
+class Call(NamedTuple):
+    """An operation with arguments that can be made again."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class Memory(NamedTuple):
+    """What a tensor is given again from."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class Dispatched:
+    """operations, views: how many of each name. lines: of each operation and line. calls: by what tells them apart, how many."""
+
+    operations: Counter[str] = field(default_factory=Counter)
+    views: Counter[str] = field(default_factory=Counter)
+    lines: Counter[tuple[str, str]] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    raw: list[Call] = field(default_factory=list)
+    examples: dict[str, Call] = field(default_factory=dict)
+
+    def aten(self) -> int:
+        """How many operations of torch's that are no views."""
+        return sum(count for name, count in self.operations.items() if name.startswith("aten."))
+
+
+class Record(TorchDispatchMode):
+    """Collects what is dispatched meanwhile, backward and inside of our own ops too.
+
+    lines: also from which line of ours. For backward it needs torch.autograd.detect_anomaly around the forward pass.
+    """
+
+    def __init__(self, lines: bool = False) -> None:
+        super().__init__()
+        self.found, self.wants_lines = Dispatched(), lines
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, found, name = kwargs or {}, self.found, str(func)
+        if self.wants_lines:
+            found.lines[name, _line(sys._getframe(1))] += 1
+        if func.namespace in OF_KERNELS:
+            found.operations[name] += 1
+            found.raw.append(Call(func, args, kwargs))
+            with self:
+                return func.redispatch(BELOW, *args, **kwargs)
+        if func.is_view or name in FREE:
+            found.views[name] += 1
+        else:
+            found.operations[name] += 1
+            call = _described(Call(func, args, kwargs))
+            key = repr(call)
+            found.calls[key] += 1
+            found.examples.setdefault(key, call)
+        return func(*args, **kwargs)
+
+
+def _line(frame: FrameType | None) -> str:
+    """The line of ours that a call comes from: of backward the line of forward, or of a backward of ours."""
+    while frame is not None and not frame.f_code.co_filename.startswith(OURS):
+        frame = frame.f_back
+    here = "" if frame is None else f"{frame.f_code.co_filename.removeprefix(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}"
+    node = torch._C._current_autograd_node()
+    if node is None or "_details/" in here or here.endswith(" backward"):
+        return here or "the caller"
+    metadata: Any = node.metadata
+    forward = [text.strip().splitlines()[0] for text in metadata.get("traceback_", ()) if any(f'"{o}' in text for o in OURS)]
+    place = forward[-1].replace(f'File "{ROOT}', "").replace('", line ', ":").replace(", in", "") if forward else here
+    return f"backward of {place or node.name()}"
+
+
+def _map(value: Any, change: Callable[[Any], Any]) -> Any:
+    """What `change` makes of each tensor, number or other leaf of nested lists."""
+    if isinstance(value, (list, tuple)) and not isinstance(value, Memory):
+        return [_map(item, change) for item in value]
+    return change(value)
+
+
+def _changed(call: Call, change: Callable[[Any], Any]) -> Call:
+    arguments = tuple(_map(value, change) for value in call.arguments)
+    return Call(call.function, arguments, {name: _map(value, change) for name, value in call.options.items()})
+
+
+def _described(call: Call) -> Call:
+    def describe(value: Any) -> Any:
+        return Memory(tuple(value.shape), value.stride(), value.dtype) if isinstance(value, Tensor) else value
+
+    return _changed(call, describe)
+
+
+def _made(memory: Memory) -> Tensor:
+    """Numbers of which arithmetic has no trouble, and indices that are there."""
+    tensor = torch.empty_strided(memory.shape, memory.strides, dtype=memory.dtype)
+    if tensor.numel():
+        # Expanded ones are written once.
+        tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,)).fill_(
+            1 if memory.dtype.is_floating_point else 0
+        )
+    return tensor
+
+
+def _smallest(call: Call) -> Call:
+    """The same with tensors of one or two rows along each axis."""
+
+    def shrink(value: Any) -> Any:
+        if not isinstance(value, Memory):
+            return value
+        shape = [min(size, 2) for size in value.shape]
+        return Memory(tuple(shape), tuple(2**i for i in reversed(range(len(shape)))), value.dtype)
+
+    def sizes(value: Any) -> Any:
+        """Lists of numbers are sizes but where they are dimensions."""
+        listed = isinstance(value, list) and value and all(type(n) is int for n in value)
+        return [min(n, 2) for n in value] if listed else _map(value, shrink)
+
+    named = [argument.name for argument in call.function._schema.arguments]
+    smaller = {name: value if "dim" in name else sizes(value) for name, value in zip(named, call.arguments, strict=False)}
+    options = {name: value if "dim" in name else sizes(value) for name, value in call.options.items()}
+    return Call(call.function, tuple(smaller.values()), options)
+
+
+def _seconds(call: Call, least: float) -> float:
+    """Of one call, at best."""
+    made = _changed(call, lambda value: _made(value) if isinstance(value, Memory) else value)
+    run = functools.partial(call.function, *made.arguments, **made.options)
+    run()
+    return min(_rounds(run, least))
+
+
+def _rounds(run: Callable[[], object], least: float, rounds: int = 5) -> Iterator[float]:
+    start = time.thread_time()
+    run()
+    calls = max(1, round(least / rounds / max(time.thread_time() - start, 1e-6)))
+    for _ in range(rounds):
+        start = time.thread_time()
+        for _ in range(calls):
+            run()
+        yield (time.thread_time() - start) / calls
+
+
+def arithmetic(found: Dispatched, least: float = 2e-3) -> float:
+    """Return the seconds that torch's operations compute on the CPU: beyond the same on tensors of two rows at most.
+
+    Each different call is timed by itself below autograd, so that the rest, which remains on a GPU, is not counted. Where an
+    operation cannot be had so small, the quickest of its name stands for that.
+
+    Args:
+        found: recorded from a call.
+        least: seconds to spend on each call.
+    """
+    return sum(seconds for _, seconds in by_call(found, least))
+
+
+def by_call(found: Dispatched, least: float) -> Iterator[tuple[str, float]]:
+    """What `arithmetic` adds up: each different call, and the seconds of all that are like it."""
+    times, floors = dict[str, float](), dict[str, float]()
+    with torch.no_grad():
+        for key, call in found.examples.items():
+            times[key] = _seconds(call, least)
+            try:
+                floors[key] = _seconds(_smallest(call), least)
+            except (RuntimeError, IndexError, TypeError, ValueError):
+                continue
+    quickest: dict[str, float] = {}
+    for key, call in found.examples.items():
+        name = str(call.function)
+        quickest[name] = min(quickest.get(name, times[key]), times[key])
+    for key, count in found.calls.items():
+        yield key, count * max(0.0, times[key] - floors.get(key, quickest[str(found.examples[key].function)]))

@@ -1,0 +1,290 @@
+"""What calls cost the host: `python -m bench.host`, in CPU time of one thread, where no GPU has to be.
+
+Triton's kernels are launched through Triton's own launchers up to the call of the driver, which a stand-in answers; torch's
+operations run on the CPU, on inputs so small that their arithmetic hardly counts, and how much it counts stands beside. So this is
+the time in which a GPU waits for its next launch, but for what torch and the driver do for a launch of theirs, which the other way
+has more of.
+
+Each op is called without gradients, forward, and forward and backward; and the raw ops beneath without gradients, as Triton's and
+as the C++ kernels of the CPU, which do compute. Whole models are called in turns with the released way or, for a ViT, with what one
+would write by hand: a forward pass, and a training step without an optimizer; in float32, and under autocast with its rules on a
+GPU, where torch's products on the CPU take more than the few microseconds that they take in float32.
+
+Leaves host-<device>-triton-<version>.jsonl, from which `bench.report` makes tables. With `--before COMMIT` it is of a tree that
+later ones are put beside. `--profile NAME` prints where the time of one op or model goes, and which operations of torch come from
+which line of ours: "add_norm", "swin inference", "swin training".
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import gc
+import pstats
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mope.benchmark import rows, show
+from mope_kernels import _extension
+
+from .dispatched import Dispatched, Record, arithmetic
+from .host_cases import COMPUTED, MODELS, OPS, STUBBED, Size, model
+from .launches import NO_LAUNCH
+from .stand_in_driver import give_autocast_the_rules_of_a_gpu, stand_in_for_the_driver
+
+Calls = dict[str, Callable[[], object]]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PASSES = {"inference": False, "training": True}
+# The ways of an op that are called where autograd is off.
+WITHOUT_GRADIENTS = ("no gradient", "raw")
+# Seconds of a turn, for what is shorter.
+SHORTEST = 1e-3
+# Lines of a profile.
+LINES = 50
+
+
+class Timed(NamedTuple):
+    """Seconds of a call: of the quickest turn, and the median of all."""
+
+    least: float
+    median: float
+
+
+def autograd_for(way: str) -> torch.set_grad_enabled:
+    """Turn autograd on or off as a way of an op asks for, around its calls."""
+    return torch.set_grad_enabled(way not in WITHOUT_GRADIENTS)
+
+
+def in_turns(calls: Calls, turns: int) -> dict[str, Timed]:
+    """Time calls in turns, by the CPU time of this thread, after two calls of each.
+
+    Args:
+        calls: by the name of their way.
+        turns: how often each is timed. Short ones are called several times in a turn.
+
+    Returns:
+        Seconds of one call, by name.
+    """
+    repeats, times = {}, dict[str, list[float]]()
+    for way, call in calls.items():
+        with autograd_for(way):
+            call()
+            start = time.thread_time()
+            call()
+            repeats[way] = max(1, round(SHORTEST / max(time.thread_time() - start, 1e-7)))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(turns):
+            for way, call in calls.items():
+                with autograd_for(way):
+                    start = time.thread_time()
+                    for _ in range(repeats[way]):
+                        call()
+                    times.setdefault(way, []).append((time.thread_time() - start) / repeats[way])
+    finally:
+        gc.enable()
+    return {way: Timed(min(found), statistics.median(found)) for way, found in times.items()}
+
+
+def recorded(call: Callable[[], object]) -> Dispatched:
+    """What a call dispatches."""
+    record = Record()
+    with record:
+        call()
+    return record.found
+
+
+def counted(call: Callable[[], object], launches: Callable[[], int]) -> dict[str, Any]:
+    """How many launches of ours a call makes, kernels with torch's on a GPU, and operations of torch's, views apart.
+
+    And what the arithmetic of those operations takes, as "arithmetic", in seconds.
+    """
+    before = launches()
+    call()
+    made = launches() - before
+    found = recorded(call)
+    operations = {name: count for name, count in found.operations.most_common() if name.startswith("aten.")}
+    kernels = made + sum(count for name, count in operations.items() if name.split(".")[1] not in NO_LAUNCH)
+    counts = {"launches": made, "kernels": kernels, "aten": found.aten(), "views": found.views.total(), "operations": operations}
+    return {"arithmetic": arithmetic(found)} | counts
+
+
+def calls_of(name: str, size: Size, dtype: torch.dtype) -> Calls:
+    """Return the calls of an op: in its three ways and, as "raw", of the raw ops beneath. Without the last where there are none.
+
+    Those in `WITHOUT_GRADIENTS` leave it to the caller to turn autograd off.
+    """
+    op = OPS[name](size, dtype)
+    with torch.no_grad():
+        found = recorded(op.call)
+
+    def raw() -> None:
+        for function, arguments, options in found.raw:
+            function(*arguments, **options)
+
+    for tensor in op.trained:
+        tensor.requires_grad_()
+    incoming = torch.ones_like(op.call())
+
+    def backward() -> None:
+        torch.autograd.grad(op.call(), op.trained, incoming)
+
+    calls: Calls = {"no gradient": op.call, "forward": op.call, "forward + backward": backward}
+    return calls | ({"raw": raw} if found.raw else {})
+
+
+def of_ops(names: Sequence[str], turns: int, launches: Callable[[], int]) -> Iterator[dict[str, Any]]:
+    """Measure ops with the stand-in for the driver, in float16 -> rows."""
+    for name in names:
+        calls = calls_of(name, STUBBED, torch.float16)
+        for way, timed in in_turns(calls, turns).items():
+            with autograd_for(way):
+                counts = counted(calls[way], launches)
+            yield {"op": name, "case": "triton", "way": way} | _times(timed, "us", counts.pop("arithmetic")) | counts
+
+
+def of_cpu_ops(names: Sequence[str], turns: int) -> Iterator[dict[str, Any]]:
+    """Measure ops with the C++ kernels for the CPU, in float32 and without gradients -> rows; none without the extension."""
+    if not _extension.STATUS.loaded:
+        return
+    for name in names:
+        calls = calls_of(name, COMPUTED, torch.float32)
+        if "raw" in calls:
+            for way, timed in in_turns({way: calls[way] for way in ("no gradient", "raw")}, turns).items():
+                yield {"op": name, "case": "cpu", "way": way} | _times(timed, "us")
+
+
+def _times(timed: Timed, unit: str, arithmetic: float | None = None) -> dict[str, float]:
+    """What a row says of times, in "us" or "ms"."""
+    named = {unit: timed.least, f"median_{unit}": timed.median}
+    named |= {} if arithmetic is None else {f"arithmetic_{unit}": arithmetic}
+    return {name: float(f"{seconds * {'us': 1e6, 'ms': 1e3}[unit]:.4g}") for name, seconds in named.items()}
+
+
+def of_models(names: Sequence[str], dtypes: Sequence[str], turns: int, launches: Callable[[], int]) -> Iterator[dict[str, Any]]:
+    """Measure models beside their opponents -> rows."""
+    for dtype in dtypes:
+        if dtype != "float32":
+            give_autocast_the_rules_of_a_gpu()
+        for name in names:
+            for passes, training in PASSES.items():
+                calls: Calls = dict(model(name, MODELS[name], DTYPES[dtype], training))
+                for way, timed in in_turns(calls, turns).items():
+                    counts = counted(calls[way], launches)
+                    row = {"op": "model", "case": f"{name} {passes}", "dtype": dtype, "way": way}
+                    yield row | _times(timed, "ms", counts.pop("arithmetic")) | counts
+
+
+def said(row: dict[str, Any]) -> str:
+    """A row for the screen."""
+    unit = "ms" if row["op"] == "model" else "us"
+    name = f"{row['case']} {row['dtype']}" if row["op"] == "model" else f"{row['op']} {row['case']}"
+    time = f"{row[unit]:8.2f} {unit} (median {row[f'median_{unit}']:.2f})"
+    if f"arithmetic_{unit}" in row:
+        time += f", of which arithmetic {show.digits(100 * row[f'arithmetic_{unit}'] / row[unit], 2)} %"
+    counts = ", ".join(f"{row[count]} {count}" for count in ("launches", "kernels", "aten", "views") if count in row)
+    return f"{name:32} {row['way']:20} {time}{', ' * bool(counts)}{counts}"
+
+
+def measure(options: argparse.Namespace) -> Path:
+    """Measure what is asked for -> the file of the rows."""
+    both = options.ops is None and options.models is None
+    ops, models = (options.ops or list(OPS)), (options.models or list(MODELS))
+    import triton
+
+    version = ".".join(triton.__version__.split(".")[:2])
+    slug = f"{rows.slug(torch.device('cpu'))}-triton-{version}"
+    path = options.json or Path(options.out, f"host-{'before-' if options.before else ''}{slug}.jsonl")
+    path.unlink(missing_ok=True)
+    header: dict[str, Any] = {"stage": "host"} | rows.header(torch.device("cpu")) | {"before": bool(options.before)}
+    if options.before:
+        header["commit"] = options.before
+    four = torch.zeros(4)
+    (one,) = in_turns({"add": lambda: torch.add(four, four)}, 20).values()
+    file = rows.Rows(
+        path, header | {"date": time.strftime("%Y-%m-%d"), "turns": options.turns, "add_us": round(1e6 * one.least, 2)}
+    )
+    file.begin()
+
+    def keep(found: Iterator[dict[str, Any]]) -> None:
+        for row in found:
+            file.add(row)
+            print(said(row), flush=True)
+
+    if both or options.ops is not None:
+        keep(of_cpu_ops(ops, options.turns))
+        with stand_in_for_the_driver() as launches:
+            keep(of_ops(ops, options.turns, launches))
+    if both or options.models is not None:
+        with stand_in_for_the_driver() as launches:
+            keep(of_models(models, options.dtypes, options.turns, launches))
+    return path
+
+
+def profile(name: str, dtype: str) -> None:
+    """Print where the time of an op, forward and backward, or of a model goes. ValueError for another name."""
+    with stand_in_for_the_driver():
+        if name in OPS:
+            call, repeats = calls_of(name, STUBBED, torch.float16)["forward + backward"], 1000
+        elif name in (names := [f"{name} {passes}" for name in MODELS for passes in PASSES]):
+            if dtype != "float32":
+                give_autocast_the_rules_of_a_gpu()
+            of, passes = name.split()
+            call, repeats = model(of, MODELS[of], DTYPES[dtype], PASSES[passes])["ours"], 20
+        else:
+            raise ValueError(f"there is no {name!r} to profile, only {', '.join([*OPS, *names])}")
+        for _ in range(2):
+            call()
+        trained = name in OPS or name.endswith("training")
+        # It keeps the lines of forward for backward.
+        with torch.autograd.set_detect_anomaly(True, check_nan=False) if trained else nullcontext(), Record(lines=True) as record:
+            call()
+        found = record.found
+        print(f"{found.aten()} operations of torch and {found.views.total()} views, by the line that they come from:")
+        for (operation, line), count in found.lines.most_common():
+            print(f"{count:6} {operation:48} {line}")
+        profiler = cProfile.Profile()
+        with profiler:
+            for _ in range(repeats):
+                call()
+    print(f"\n{repeats} calls:")
+    statistics_of = pstats.Stats(profiler)
+    for order in ("tottime", "cumulative"):
+        statistics_of.sort_stats(order).print_stats(LINES)
+
+
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", nargs="*", choices=OPS, metavar="OP", help="these ops alone; without names, all")
+    parser.add_argument("--models", nargs="*", choices=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}; without names, all")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of models")
+    parser.add_argument("--turns", type=int, default=30, help="how often everything is timed")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the rows")
+    parser.add_argument("--json", type=Path, help="their file, in place of one in that folder")
+    parser.add_argument("--before", metavar="COMMIT", help="measure for others to be put beside it: the commit that this is")
+    parser.add_argument("--profile", metavar="NAME", help="print where the time of an op or a model goes, and measure nothing")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parsed(arguments)
+    torch.set_num_threads(1)
+    # What no kernel has written may hold such numbers, on which arithmetic is slow.
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    if options.profile:
+        profile(options.profile, options.dtypes[0])
+    else:
+        print(measure(options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The rows of `bench.host` as tables, held against what the host's time is to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mope.benchmark import show
+
+from .host_cases import MODELS, OPPONENTS, OPS
+
+Row = dict[str, Any]
+File = tuple[dict[str, Any], list[Row]]
+# Of a model: ours as a part of the other way. Of an op: what it was before. Of a public op: its raw op.
+OF_OPPONENT, OF_BEFORE, OF_RAW = 0.45, 0.5, 1.7
+# The largest share of arithmetic with which a model says something of the host.
+ARITHMETIC = 0.1
+WAYS = ("no gradient", "forward", "forward + backward")
+
+HEAD = """
+## Host time
+
+CPU time of one thread, by `python -m bench.host` ([what is called](../bench/host_cases.py)), where no GPU is: Triton's kernels go
+through Triton's own launchers up to the call of the driver, which a stand-in answers, and torch's operations run on the CPU, on
+inputs so small that *arithmetic* is a small share: what they take beyond the same on tensors of two rows at most. What torch and
+the driver do on a GPU for a launch of torch's is not in it. Each time is that of the quickest turn.
+"""
+OF_FILE = """
+### Host time: {device}, Triton {triton}
+
+{now}. torch {torch}; an addition of four numbers took {add} µs.{before}
+"""
+MODELS_HEAD = """
+Models of full depth and tiny widths, called in turns with the released way (Swin Transformer and BERT) or with what one would
+write by hand (ViT and BERT). Under autocast, bfloat16 here, torch's products on a CPU take longer than a launch. The goal is
+{goal:g} of the other way, held against it where arithmetic is less than {share:.0%} of both. *launches*: of ours by Triton;
+*kernels*: with those of torch, beside the other way's. *operations*: of torch, but views.
+
+{table}
+"""
+OPS_HEAD = """
+Ops in µs, Triton's launches included, on float16. Of each the arithmetic of torch is {most} at most. The goal is {goal:g} of what
+they took before.
+
+{table}
+"""
+RAW_HEAD = """
+What a public op adds to its raw op, in µs, without gradients. Triton: `torch.ops.mope_triton`. CPU: `torch.ops.mope_cpu` on
+float32, which computes, though little. The goal is at most {goal:g} times the raw op.
+
+{table}
+"""
+
+
+def section(files: Sequence[File]) -> str:
+    """Markdown: tables of each device and version of Triton; "" without files."""
+    groups: dict[tuple[str, str], list[File]] = {}
+    for header, rows in files:
+        groups.setdefault((header["device"], header["versions"]["triton"]), []).append((header, rows))
+    return (HEAD if groups else "") + "".join(_of_group(*key, of_group) for key, of_group in groups.items())
+
+
+def _of_group(device: str, triton: str, files: Sequence[File]) -> str:
+    before = next((file for file in files if file[0]["before"]), None)
+    now = next((file for file in files if not file[0]["before"]), None)
+    # Where nothing else was measured, that is what there is.
+    header, rows = now or files[0]
+    said = f" *Before* is commit {before[0]['commit']}, {_measured(before[0])}." if before and now else ""
+    measured = f"Commit {header['commit'] or 'unknown'}, {_measured(header)}"
+    text = OF_FILE.format(
+        device=device, triton=triton, now=measured, torch=header["versions"]["torch"], add=header["add_us"], before=said
+    )
+    most = (
+        show.digits(100 * max((row["arithmetic_us"] / row["us"] for row in rows if "arithmetic_us" in row), default=0.0), 2) + " %"
+    )
+    earlier = before[1] if before and now else []
+    for head, goal, table in (
+        (MODELS_HEAD, OF_OPPONENT, _models(rows, earlier)),
+        (OPS_HEAD, OF_BEFORE, _ops(rows, earlier)),
+        (RAW_HEAD, OF_RAW, _raw(rows)),
+    ):
+        text += head.format(goal=goal, table=table, share=ARITHMETIC, most=most) if table else ""
+    return text
+
+
+def _measured(header: dict[str, Any]) -> str:
+    return f"{header['date']}, sources {header['sources']}, C++ kernels {header['extension']}, {header['turns']} turns"
+
+
+def judged(value: float, goal: float) -> str:
+    """A quotient, and whether it is small enough."""
+    return f"{show.digits(value, 3)}: {'met' if value <= goal else '**not met**'}"
+
+
+def _by_way(rows: Iterable[Row], **key: str) -> dict[str, Row]:
+    return {row["way"]: row for row in rows if key.items() <= row.items()}
+
+
+def _models(rows: Sequence[Row], before: Sequence[Row]) -> str:
+    lines: list[tuple[str, ...]] = [
+        ("model", "ours, ms", "other, ms", "quotient", "before", "launches", "kernels", "operations", "arithmetic")
+    ]
+    cases = dict.fromkeys((row["case"], row["dtype"]) for row in rows if row["op"] == "model" and row["case"].split()[0] in MODELS)
+    for case, dtype in cases:
+        other_way = OPPONENTS[case.split()[0]]
+        found, earlier = (_by_way(of, op="model", case=case, dtype=dtype) for of in (rows, before))
+        if not {"ours", other_way} <= found.keys():
+            continue
+        ours, other = found["ours"], found[other_way]
+        quotient, shares = ours["ms"] / other["ms"], [way["arithmetic_ms"] / way["ms"] for way in (ours, other)]
+        is_judged = max(shares) < ARITHMETIC
+        was = ""
+        if {"ours", other_way} <= earlier.keys():
+            then = earlier["ours"]["ms"]
+            was = f"{show.digits(then, 3)} ms, {show.digits(then / earlier[other_way]['ms'], 3)}"
+        lines.append(
+            (
+                f"{case}, {'autocast' if dtype != 'float32' else dtype}",
+                show.digits(ours["ms"], 3),
+                f"{show.digits(other['ms'], 3)} ({other_way})",
+                judged(quotient, OF_OPPONENT) if is_judged else f"{show.digits(quotient, 3)}: not judged",
+                was,
+                str(ours["launches"]),
+                *(f"{ours[name]}, {other[name]}" for name in ("kernels", "aten")),
+                ", ".join(f"{show.digits(100 * share, 2)} %" for share in shares),
+            )
+        )
+    return _table(lines)
+
+
+def _ops(rows: Sequence[Row], before: Sequence[Row]) -> str:
+    lines: list[tuple[str, ...]] = [("op", *WAYS, "launches", "operations")]
+    for op in OPS:
+        found, earlier = (_by_way(of, op=op, case="triton") for of in (rows, before))
+        if not set(WAYS) <= found.keys():
+            continue
+        times = []
+        for way in WAYS:
+            now = show.digits(found[way]["us"], 3)
+            was = earlier[way]["us"] if way in earlier else None
+            times.append(now if was is None else f"{now} / {show.digits(was, 3)} = {judged(found[way]['us'] / was, OF_BEFORE)}")
+        lines.append((op, *times, *(", ".join(str(found[way][name]) for way in WAYS[::2]) for name in ("launches", "aten"))))
+    return _table(lines)
+
+
+def _raw(rows: Sequence[Row]) -> str:
+    lines: list[tuple[str, ...]] = [("op", "Triton", "CPU")]
+    for op in OPS:
+        cells = []
+        for case in ("triton", "cpu"):
+            found = _by_way(rows, op=op, case=case)
+            if {"no gradient", "raw"} <= found.keys():
+                public, raw = found["no gradient"]["us"], found["raw"]["us"]
+                cells.append(f"{show.digits(public, 3)} / {show.digits(raw, 3)} = {judged(public / raw, OF_RAW)}")
+            else:
+                cells.append("")
+        if any(cells):
+            lines.append((op, *cells))
+    return _table(lines)
+
+
+def _table(lines: Sequence[tuple[str, ...]]) -> str:
+    """Markdown, numbers to the right; "" where there is nothing but the head."""
+    rule = (":--", *("--:",) * (len(lines[0]) - 1))
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])) if len(lines) > 1 else ""
