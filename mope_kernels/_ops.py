@@ -9,7 +9,7 @@ public functions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -17,19 +17,23 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from . import _triton, plans
+from . import _triton, plans, settings
 from .configs.tuning import tunable
+from .tape import Tape
 
 NAMESPACES = ("mope_triton", "mope_cpu")
 LIBRARIES = {namespace: Library(namespace, "DEF") for namespace in NAMESPACES}
 
 # Triton's launchers by the name of their raw op, to be called without torch's dispatcher.
 _LAUNCHERS: dict[str, Callable[..., Any]] = {}
+# And the tapes of raw backwards, whose arguments a plan does not foresee.
+_tapes: dict[str, Callable[..., Any]] = {}
 
 Launcher = TypeVar("Launcher", bound=Callable[..., object])
 # The arguments of a raw op by name, and its `namespace`.
 Named = SimpleNamespace
 Fake = Callable[[Any], tuple[Tensor, ...]]
+Kernel = Callable[..., Any]
 
 
 def empty_heads_last(query: Tensor, batch: int, heads: int, length: int, width: int) -> Tensor:
@@ -70,6 +74,7 @@ def triton_kernel(name: str) -> Callable[[Launcher], Launcher]:
 
     def register(launcher: Launcher) -> Launcher:
         _LAUNCHERS[name] = tunable(launcher)
+        _tapes[name] = _Tapes(name)
         for key in ("CUDA", "CPU"):
             LIBRARIES["mope_triton"].impl(name, _LAUNCHERS[name], key)
         return launcher
@@ -86,15 +91,37 @@ def forward_kernel(implementation: str, name: str, direct: bool) -> Callable[...
     """Return what runs a raw op: Triton's launcher itself with `direct`, which says that nothing has to see the op; else the op."""
     if torch.compiler.is_compiling():
         return getattr(getattr(torch.ops, f"mope_{implementation}"), name).default
-    return _LAUNCHERS[name] if direct and implementation == "triton" else _overload(implementation, name)
+    if not direct or implementation != "triton":
+        return _overload(implementation, name)
+    return _LAUNCHERS[name] if _triton.recording() or settings.current().autotune else Tape(_LAUNCHERS[name])
 
 
-def backward_kernel(implementation: str, name: str, grads: Sequence[Tensor | None]) -> Callable[..., Any]:
-    """Return what runs a raw backward on these incoming gradients. Modes may have changed since forward, so they are looked at."""
+def backward_kernel(implementation: str, name: str) -> Callable[..., Any]:
+    """Return what runs a raw backward. Modes may have changed since forward, so they are looked at."""
     if torch.compiler.is_compiling():
         return getattr(getattr(torch.ops, f"mope_{implementation}"), name).default
     if implementation != "triton":
         return _overload(implementation, name)
-    # Launches that are written down are made by the launchers, on fake tensors too.
-    direct = _triton.recording() or (plans.nothing_watches() and plans.all_plain(grads))
-    return _LAUNCHERS[name] if direct else _overload(implementation, name)
+    if _triton.recording():
+        # Launches that are written down are made by the launchers, on fake tensors too.
+        return _LAUNCHERS[name]
+    if not plans.nothing_watches():
+        return _overload(implementation, name)
+    return _tapes[name]
+
+
+class _Tapes(plans.Plans):
+    """The tapes of one raw op, by all of its arguments. Where there is no signature the op is called."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def __call__(self, *args: Any) -> Any:
+        key = plans.signature_of_arguments(args)
+        if key is None or settings.current().autotune:
+            return _overload("triton", self.name)(*args)
+        tape = self.get(key)
+        if tape is None:
+            tape = self.put(key, Tape(_LAUNCHERS[self.name]))
+        return tape(*args)

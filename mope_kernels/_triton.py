@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import tape
+
 # While not None, launches are written down here instead of run: (kernel, arguments, constants and options).
 _recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
 
@@ -90,6 +92,7 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
         _recorded.append((kernel, args, constants))
         return
     if programs == 0:
+        # Nothing to write on a tape either: the number follows from shapes.
         return
     from triton import JITFunction
 
@@ -103,7 +106,9 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
         )
     # Triton launches on the current device, whatever device the tensors are on.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*args, **constants)
+        compiled = kernel[(programs,)](*args, **constants)
+    if (recorder := tape.recorder()) is not None:
+        recorder.launch(kernel, compiled if isinstance(kernel, JITFunction) else None, programs, args, constants)
 
 
 def hash_callees_first(kernel: Any) -> None:

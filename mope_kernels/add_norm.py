@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, any_needs_gradient, first_derivative_only
-from ._ops import backward_kernel, forward_kernel
+from ._ops import Kernel, backward_kernel, forward_kernel
 from .add_norm_details import _launch as _launch
 from .add_norm_details.spec import GRADIENTS
 from .impl import Operation, extension_check, reference_check, triton_check
@@ -18,17 +18,17 @@ from .plans import Plan
 
 
 class AddNormFunction(torch.autograd.Function):
-    """(implementation, direct, eps, norm_dtype, x, update, weight, bias) -> total, normed.
+    """(implementation, kernel, eps, norm_dtype, x, update, weight, bias) -> total, normed.
 
     Nothing but total and weight is kept for backward. Without update total is empty and has no gradient: it would repeat x.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, implementation: str, direct: bool, eps: float, norm_dtype: torch.dtype, *tensors: Any
+        ctx: Any, implementation: str, kernel: Kernel, eps: float, norm_dtype: torch.dtype, *tensors: Any
     ) -> tuple[Tensor, Tensor]:
         x, update, weight, bias = tensors
-        total, normed = forward_kernel(implementation, "add_norm", direct)(x, update, weight, bias, eps, norm_dtype)
+        total, normed = kernel(x, update, weight, bias, eps, norm_dtype)
         ctx.implementation, ctx.eps, ctx.nothing_added = implementation, eps, update is None
         ctx.save_for_backward(x if update is None else total, weight)
         ctx.dtypes = (x.dtype, x.dtype if update is None else update.dtype)
@@ -50,7 +50,7 @@ class AddNormFunction(torch.autograd.Function):
             return (None,) * 8
         shared = ctx.dtypes[0] == ctx.dtypes[1]
         asked = {"x": x or (shared and update), "update": update and not shared, "weight": weight, "bias": bias}
-        grad_x, grad_update, grad_weight, grad_bias = backward_kernel(ctx.implementation, "add_norm_backward", grads)(
+        grad_x, grad_update, grad_weight, grad_bias = backward_kernel(ctx.implementation, "add_norm_backward")(
             grad_total, grad_normed, *ctx.saved_tensors, ctx.eps, *ctx.dtypes, GRADIENTS.needs(asked)
         )
         return (
@@ -163,10 +163,10 @@ def _plan(
     if implementation == "reference":
         return partial(reference.add_norm, eps=eps, norm_dtype=norm_dtype)
     dtype = norm_dtype or (x.dtype if update is None else torch.promote_types(x.dtype, update.dtype))
+    kernel = forward_kernel(implementation, "add_norm", direct)
     if any_needs_gradient(x, update, weight, bias):
-        add: Plan = partial(AddNormFunction.apply, implementation, direct, eps, dtype)
+        add: Plan = partial(AddNormFunction.apply, implementation, kernel, eps, dtype)
     else:
-        kernel = forward_kernel(implementation, "add_norm", direct)
 
         def add(*tensors: Tensor | None) -> Any:
             return kernel(*tensors, eps, dtype)

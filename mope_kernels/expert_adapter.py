@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
-from ._ops import backward_kernel, forward_kernel
+from ._ops import Kernel, backward_kernel, forward_kernel
 from .expert_adapter_details import _launch as _launch
 from .expert_adapter_details.spec import GRADIENTS, PARAMETERS
 from .impl import Operation, extension_check, reference_check, triton_check
@@ -30,19 +30,19 @@ class _Options(NamedTuple):
 
 
 class ExpertAdapterFunction(torch.autograd.Function):
-    """(implementation, direct, options, whether to return the weights, x (T,d), parameters, seed) -> out, weights.
+    """(implementation, kernel, options, whether to return the weights, x (T,d), parameters, seed) -> out, weights.
 
     Only the inputs are kept for backward.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, implementation: str, direct: bool, options: _Options, return_weights: bool, *tensors: Tensor | None
+        ctx: Any, implementation: str, kernel: Kernel, options: _Options, return_weights: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         ctx.implementation, ctx.options, ctx.return_weights = implementation, options, return_weights
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        out, weights = forward_kernel(implementation, "expert_adapter", direct)(*tensors, *options, return_weights)
+        out, weights = kernel(*tensors, *options, return_weights)
         if not return_weights:
             ctx.mark_non_differentiable(weights)
         return out, weights
@@ -56,7 +56,7 @@ class ExpertAdapterFunction(torch.autograd.Function):
         grad_out = torch.zeros_like(tensors[0]) if grad_out is None else last_dim_contiguous(grad_out)
         # Behind the options, and without the seed, which has none.
         asked = dict(zip(GRADIENTS.names, ctx.needs_input_grad[4:-1], strict=True))
-        found = backward_kernel(ctx.implementation, "expert_adapter_backward", grads)(
+        found = backward_kernel(ctx.implementation, "expert_adapter_backward")(
             grad_out, grad_weights, *tensors, *ctx.options, GRADIENTS.needs(asked)
         )
         return *(None,) * 4, *(grad if need else None for grad, need in zip(found, asked.values(), strict=True)), None
@@ -144,10 +144,10 @@ def _plan(direct: bool, x: Tensor, *given: Any) -> Plan:
     options = _Options(temperature, activation == "gelu", dropout_p)
     routed = return_weights and router_weight is not None
     run: Plan
+    kernel = forward_kernel(implementation, "expert_adapter", direct)
     if any_needs_gradient(x, *parameters):
-        run = partial(ExpertAdapterFunction.apply, implementation, direct, options, routed)
+        run = partial(ExpertAdapterFunction.apply, implementation, kernel, options, routed)
     else:
-        kernel = forward_kernel(implementation, "expert_adapter", direct)
 
         def run(*tensors: Tensor | None) -> Any:
             return kernel(*tensors, *options, routed)

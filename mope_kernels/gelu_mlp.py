@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
-from ._ops import backward_kernel, forward_kernel
+from ._ops import Kernel, backward_kernel, forward_kernel
 from .configs.gelu_mlp import WAYS as WAYS
 from .gelu_mlp_details import _launch
 from .gelu_mlp_details.spec import GRADIENTS
@@ -37,12 +37,12 @@ def taking(way: str) -> Iterator[None]:
 
 
 class GeluMlpFunction(torch.autograd.Function):
-    """(direct, way, whether to keep h for backward, x (N,C), weight1, bias1, weight2, bias2) -> out."""
+    """(kernel, way, whether to keep h for backward, x (N,C), weight1, bias1, weight2, bias2) -> out."""
 
     @staticmethod
-    def forward(ctx: Any, direct: bool, way: str, keep_hidden: bool, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, kernel: Kernel, way: str, keep_hidden: bool, *tensors: Tensor | None) -> Tensor:
         x, weight1, _, weight2, _ = tensors
-        out, hidden = forward_kernel("triton", "gelu_mlp", direct)(*tensors, keep_hidden, way)
+        out, hidden = kernel(*tensors, keep_hidden, way)
         ctx.way = way
         trains_weight1 = ctx.needs_input_grad[4]
         ctx.save_for_backward(hidden, x if trains_weight1 else None, weight1, weight2)
@@ -52,7 +52,7 @@ class GeluMlpFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only("gelu_mlp")
         asked = dict(zip(GRADIENTS.names, ctx.needs_input_grad[3:], strict=True))
-        found = backward_kernel("triton", "gelu_mlp_backward", grads)(
+        found = backward_kernel("triton", "gelu_mlp_backward")(
             last_dim_contiguous(grads[0]), *ctx.saved_tensors, GRADIENTS.needs(asked), ctx.way
         )
         return None, None, None, *(grad if need else None for grad, need in zip(found, asked.values(), strict=True))
@@ -131,11 +131,11 @@ def _plan(
         return reference.gelu_mlp
     shape = (*x.shape[:-1], weight2.shape[0])
     multiply: Plan
+    kernel = forward_kernel("triton", "gelu_mlp", direct)
     if any_needs_gradient(x, weight1, bias1, weight2, bias2):
         # That of the last bias alone needs no h.
-        multiply = partial(GeluMlpFunction.apply, direct, way, any_needs_gradient(x, weight1, bias1, weight2))
+        multiply = partial(GeluMlpFunction.apply, kernel, way, any_needs_gradient(x, weight1, bias1, weight2))
     else:
-        kernel = forward_kernel("triton", "gelu_mlp", direct)
 
         def multiply(*tensors: Tensor | None) -> Tensor:
             return kernel(*tensors, False, way)[0]

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
-from ._ops import backward_kernel, forward_kernel
+from ._ops import Kernel, backward_kernel, forward_kernel
 from .impl import Operation, extension_check, reference_check, triton_check
 from .importance_loss_details import _launch as _launch
 from .plans import Plan
 
 
 class ImportanceLossFunction(torch.autograd.Function):
-    """(implementation, direct, threshold, probs (L,B,K)) -> loss (L,)."""
+    """(implementation, kernel, threshold, probs (L,B,K)) -> loss (L,)."""
 
     @staticmethod
-    def forward(ctx: Any, implementation: str, direct: bool, threshold: float, probs: Tensor) -> Tensor:
-        loss, load = forward_kernel(implementation, "importance_loss", direct)(probs, threshold)
+    def forward(ctx: Any, implementation: str, kernel: Kernel, threshold: float, probs: Tensor) -> Tensor:
+        loss, load = kernel(probs, threshold)
         ctx.save_for_backward(load)
         ctx.implementation, ctx.threshold = implementation, threshold
         ctx.shape, ctx.dtype = probs.shape, probs.dtype
@@ -30,7 +30,7 @@ class ImportanceLossFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, Tensor]:
         first_derivative_only("importance_loss")
-        kernel = backward_kernel(ctx.implementation, "importance_loss_backward", grads)
+        kernel = backward_kernel(ctx.implementation, "importance_loss_backward")
         grad_load = kernel(grads[0], *ctx.saved_tensors, ctx.threshold)
         return None, None, None, grad_load.to(ctx.dtype)[:, None].expand(ctx.shape)
 
@@ -70,10 +70,10 @@ def _plan(direct: bool, probs: Tensor, threshold: float, impl: str) -> Plan:
     implementation = _IMPORTANCE_LOSS.choose(impl, probs)
     if implementation == "reference":
         return partial(reference.importance_loss, threshold=threshold)
+    kernel = forward_kernel(implementation, "importance_loss", direct)
     if any_needs_gradient(probs):
-        run: Plan = partial(ImportanceLossFunction.apply, implementation, direct, threshold)
+        run: Plan = partial(ImportanceLossFunction.apply, implementation, kernel, threshold)
     else:
-        kernel = forward_kernel(implementation, "importance_loss", direct)
 
         def run(probs: Tensor) -> Any:
             return kernel(probs, threshold)[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
-from ._ops import backward_kernel, forward_kernel
+from ._ops import Kernel, backward_kernel, forward_kernel
 from .impl import Operation, extension_check, reference_check, triton_check
 from .mix_prompts_details import _launch as _launch
 from .mix_prompts_details.spec import GRADIENTS
@@ -18,20 +18,20 @@ from .plans import Plan
 
 
 class MixPromptsFunction(torch.autograd.Function):
-    """(implementation, direct, experts, weights, indices) -> out."""
+    """(implementation, kernel, experts, weights, indices) -> out."""
 
     @staticmethod
-    def forward(ctx: Any, implementation: str, direct: bool, experts: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    def forward(ctx: Any, implementation: str, kernel: Kernel, experts: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         ctx.save_for_backward(experts, weights, indices)
         ctx.implementation = implementation
-        return forward_kernel(implementation, "mix_prompts", direct)(experts, weights, indices)
+        return kernel(experts, weights, indices)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only("mix_prompts")
         experts, weights = ctx.needs_input_grad[2:4]
         needs = GRADIENTS.needs({"experts": experts, "weights": weights})
-        kernel = backward_kernel(ctx.implementation, "mix_prompts_backward", grads)
+        kernel = backward_kernel(ctx.implementation, "mix_prompts_backward")
         grad_experts, grad_weights = kernel(last_dim_contiguous(grads[0]), *ctx.saved_tensors, needs)
         return None, None, grad_experts if experts else None, grad_weights if weights else None, None
 
@@ -75,10 +75,10 @@ def _plan(direct: bool, experts: Tensor, weights: Tensor, indices: Tensor, impl:
     run: Plan
     if implementation == "reference":
         run = reference.mix_prompts
-    elif any_needs_gradient(experts, weights):
-        run = partial(MixPromptsFunction.apply, implementation, direct)
     else:
         run = forward_kernel(implementation, "mix_prompts", direct)
+        if any_needs_gradient(experts, weights):
+            run = partial(MixPromptsFunction.apply, implementation, run)
 
     def planned(experts: Tensor, weights: Tensor, indices: Tensor) -> Any:
         # Of every call: it looks at values.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, any_needs_gradient, first_derivative_only, kernel_lengths, last_dim_contiguous
-from ._ops import backward_kernel, forward_kernel
+from ._ops import Kernel, backward_kernel, forward_kernel
 from .impl import Operation, extension_check, reference_check
 from .mope_attention_details import _launch as _launch
 from .mope_attention_details.spec import GRADIENTS, INSTANCE, TENSORS
@@ -58,14 +58,14 @@ class _Options(NamedTuple):
 
 
 class MoPEAttentionFunction(torch.autograd.Function):
-    """(implementation, direct, options, *tensors) -> out, probs, weights, indices.
+    """(implementation, kernel, options, *tensors) -> out, probs, weights, indices.
 
     The tensors are in the order of the raw op's schema.
     """
 
     @staticmethod
-    def forward(ctx: Any, implementation: str, direct: bool, options: _Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        out, lse, probs, weights, indices = forward_kernel(implementation, "mope_attention", direct)(*tensors, *options)
+    def forward(ctx: Any, implementation: str, kernel: Kernel, options: _Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        out, lse, probs, weights, indices = kernel(*tensors, *options)
         ctx.implementation, ctx.options = implementation, options
         ctx.save_for_backward(out, lse, probs, weights, indices, *tensors)
         ctx.mark_non_differentiable(indices)
@@ -82,7 +82,7 @@ class MoPEAttentionFunction(torch.autograd.Function):
         needed = dict(zip(TENSORS, ctx.needs_input_grad[3:], strict=True))
         # The gradient of the noise is made of that of the logits.
         asked = needed | {"logits": needed["logits"] or needed["noise"]}
-        found = backward_kernel(ctx.implementation, "mope_attention_backward", grads)(
+        found = backward_kernel(ctx.implementation, "mope_attention_backward")(
             last_dim_contiguous(grad_out),
             None if grad_probs is None else last_dim_contiguous(grad_probs),
             None if grad_weights is None else last_dim_contiguous(grad_weights),
@@ -294,7 +294,7 @@ def _by_kernel(implementation: str, direct: bool, options: _Options, needs_gradi
         # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
         seed = torch.randint(2**62, (1,), device=tensors[0].device) if options.dropout_p else None  # type: ignore[union-attr]
         if needs_gradient:
-            return MoPEAttentionFunction.apply(implementation, direct, options, *laid_out, lengths, seed)
+            return MoPEAttentionFunction.apply(implementation, kernel, options, *laid_out, lengths, seed)
         tasks = () if task_ids is None else (task_ids.long(),)
         out, _, *routing = kernel(*laid_out, lengths, seed, *options, *tasks)
         return out, *routing

@@ -11,7 +11,7 @@ transforms of torch.func, forward mode, tracing, subclasses of Tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ MAX_PLANS = 1024
 
 _TENSORS = frozenset((Tensor, nn.Parameter))
 _OPTIONS = frozenset((bool, int, float, str, type(None), torch.dtype))
+_ON_AMD = bool(torch.version.hip)
 _every_op: list[Plans] = []
 
 Plan = Callable[..., Any]
@@ -38,36 +39,33 @@ def nothing_watches() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
         or _triton.recording()
-        or _triton.target() is not None
     )
 
 
-def all_plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Return whether all are dense tensors of torch's own class, whose memory holds their values."""
-    return all(
-        t is None or (type(t) in _TENSORS and t.layout == torch.strided and not t.is_neg() and not t._is_zerotensor())
-        for t in tensors
-    )
-
-
-def signature(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Hashable | None:
+def signature(tensors: Iterable[Tensor | None], options: Iterable[Any]) -> Hashable | None:
     """Return all that checks and choices read of a call, or None where a call has to be looked at each time.
 
     Of an address two things count: whether it is a multiple of 16 bytes, which Triton compiles for, and where in its storage
     a tensor begins, modulo 16 elements.
     """
-    if not nothing_watches():
-        return None
-    key: list[Any] = [options, torch.is_grad_enabled()]
-    for option in options:
-        if type(option) not in _OPTIONS:
-            return None
+    return signature_of_arguments((*options, *tensors)) if nothing_watches() else None
+
+
+def signature_of_arguments(arguments: Iterable[Any]) -> Hashable | None:
+    """Return the signature of arguments, None if one of them is neither a plain tensor nor a plain number, text or dtype."""
+    key: list[Any] = [torch.is_grad_enabled(), _triton.target()]
     try:
-        for t in tensors:
-            if t is None:
-                key.append(None)
-            elif type(t) in _TENSORS and not t.is_neg():
-                key += (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.data_ptr() & 15, t.storage_offset() & 15)
+        for a in arguments:
+            kind = type(a)
+            if kind in _TENSORS:
+                if a.is_neg() or a._is_zerotensor():
+                    return None
+                key += (a.shape, a.stride(), a.dtype, a.device, a.requires_grad, a.data_ptr() & 15, a.storage_offset() & 15)
+                if _ON_AMD:
+                    # Kernels are compiled for addresses of 32 bits where storages are small.
+                    key.append(a.untyped_storage().nbytes() < 2**31)
+            elif kind in _OPTIONS:
+                key.append(a)
             else:
                 return None
     except RuntimeError:
@@ -89,6 +87,15 @@ class Plans:
     def clear(self) -> None:
         self._plans.clear()
 
+    def get(self, key: Hashable) -> Plan | None:
+        return self._plans.get(key)
+
+    def put(self, key: Hashable, plan: Plan) -> Plan:
+        if len(self._plans) >= MAX_PLANS:
+            self._plans.pop(next(iter(self._plans)), None)
+        self._plans[key] = plan
+        return plan
+
     def run(self, make: Callable[..., Plan], tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
         """Run the plan of a call, made by `make(direct, *tensors, *options)` if there is none yet.
 
@@ -103,10 +110,7 @@ class Plans:
             return make(_triton.recording(), *tensors, *options)(*tensors)
         plan = self._plans.get(key)
         if plan is None:
-            plan = make(True, *tensors, *options)
-            if len(self._plans) >= MAX_PLANS:
-                self._plans.pop(next(iter(self._plans)), None)
-            self._plans[key] = plan
+            plan = self.put(key, make(True, *tensors, *options))
         return plan(*tensors)
 
 

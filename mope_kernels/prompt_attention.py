@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, any_needs_gradient, first_derivative_only, kernel_lengths, last_dim_contiguous
-from ._ops import backward_kernel, forward_kernel
+from ._ops import Kernel, backward_kernel, forward_kernel
 from .impl import Operation, extension_check, reference_check, triton_check
 from .plans import Plan
 from .prompt_attention_details import _launch as _launch
@@ -21,11 +21,13 @@ from .prompt_attention_details.spec import GRADIENTS, HEAD_DIMS
 
 
 class PromptAttentionFunction(torch.autograd.Function):
-    """(implementation, direct, raw op, options, *tensors) -> out; the tensors in the order of the raw op's schema."""
+    """(implementation, kernel, raw op, options, *tensors) -> out; the tensors in the order of the raw op's schema."""
 
     @staticmethod
-    def forward(ctx: Any, implementation: str, direct: bool, op: str, options: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
-        out, lse = forward_kernel(implementation, op, direct)(*tensors, *options)
+    def forward(
+        ctx: Any, implementation: str, kernel: Kernel, op: str, options: tuple[Any, ...], *tensors: Tensor | None
+    ) -> Tensor:
+        out, lse = kernel(*tensors, *options)
         ctx.implementation, ctx.op, ctx.options = implementation, op, options
         ctx.save_for_backward(out, lse, *tensors)
         return out
@@ -35,7 +37,7 @@ class PromptAttentionFunction(torch.autograd.Function):
         first_derivative_only("prompt_attention")
         # Behind implementation, direct, op and options. Those that can have a gradient come first among the tensors.
         asked = dict(zip(GRADIENTS.names, ctx.needs_input_grad[4:], strict=False))
-        found = backward_kernel(ctx.implementation, f"{ctx.op}_backward", grads)(
+        found = backward_kernel(ctx.implementation, f"{ctx.op}_backward")(
             last_dim_contiguous(grads[0]), *ctx.saved_tensors, *ctx.options, GRADIENTS.needs(asked)
         )
         gradients = [grad if need else None for grad, need in zip(found, asked.values(), strict=True)]
@@ -214,10 +216,10 @@ def _plan(direct: bool, *given: Any) -> Plan:
     given_options: tuple[Any, ...] = (is_causal, scale, dropout_p)
     if offsets is not None:
         op, given_options = "packed_attention", (max_length, *given_options)
+    kernel = forward_kernel(implementation, op, direct)
     if any_needs_gradient(*tensors, attn_bias):
-        attend = partial(PromptAttentionFunction.apply, implementation, direct, op, given_options)
+        attend = partial(PromptAttentionFunction.apply, implementation, kernel, op, given_options)
     else:
-        kernel = forward_kernel(implementation, op, direct)
 
         def attend(*tensors: Tensor | None) -> Tensor:
             return kernel(*tensors, *given_options)[0]

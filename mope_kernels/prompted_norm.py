@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
-from ._ops import backward_kernel, forward_kernel
+from ._ops import Kernel, backward_kernel, forward_kernel
 from .add_norm import cpu_norm_check, triton_norm_check
 from .impl import Check, Operation, reference_check
 from .plans import Plan
@@ -32,17 +32,16 @@ class _Options(NamedTuple):
 
 
 class PromptedNormFunction(torch.autograd.Function):
-    """(implementation, direct, options, *tensors) -> total, normed, probs, weights, indices.
+    """(implementation, kernel, options, *tensors) -> total, normed, probs, weights, indices.
 
     The tensors are in the order of the raw op's schema.
     """
 
     @staticmethod
-    def forward(ctx: Any, implementation: str, direct: bool, options: _Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, implementation: str, kernel: Kernel, options: _Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         given = dict(zip(TENSORS, tensors, strict=True))
         needed = dict(zip(TENSORS, ctx.needs_input_grad[3:], strict=True))
         keep_pooled = needed["self_weight"] or needed["self_bias"] or needed["self_keys"]
-        kernel = forward_kernel(implementation, "prompted_norm", direct)
         total, normed, probs, weights, indices, pooled = kernel(*tensors, *options, keep_pooled)
         used = (given["routing_weights"], given["routing_indices"]) if given["routing_weights"] is not None else (weights, indices)
         kept = ("weight", "experts", *ROUTER)
@@ -69,7 +68,7 @@ class PromptedNormFunction(torch.autograd.Function):
         grads = grads[: 4 if ctx.routes else 2] + (None,) * (0 if ctx.routes else 2)
         # A list: torch.compile begins again where it meets strides here, and torch 2.14 then trips over a generator left half-way.
         laid_out = [None if grad is None else last_dim_contiguous(grad) for grad in grads]
-        found = backward_kernel(ctx.implementation, "prompted_norm_backward", grads)(
+        found = backward_kernel(ctx.implementation, "prompted_norm_backward")(
             *laid_out,
             *ctx.saved_tensors,
             num_rows,
@@ -272,7 +271,7 @@ def _by_kernel(implementation: str, direct: bool, options: _Options, needs_gradi
         given = (*others, None if indices is None else indices.long(), noise)
         laid_out = [None if t is None else last_dim_contiguous(t) for t in given]
         if needs_gradient:
-            total, normed, probs, weights, indices = PromptedNormFunction.apply(implementation, direct, options, *laid_out)
+            total, normed, probs, weights, indices = PromptedNormFunction.apply(implementation, kernel, options, *laid_out)
         else:
             total, normed, probs, weights, indices, _ = kernel(*laid_out, *options, False)
         return total, normed, (probs if options.top_k == 0 else weights, indices, probs) if routes else None

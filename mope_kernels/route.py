@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
-from ._ops import backward_kernel, forward_kernel
+from ._ops import Kernel, backward_kernel, forward_kernel
 from .impl import Operation, extension_check, reference_check, triton_check
 from .plans import Plan
 from .route_details import _launch as _launch
@@ -48,13 +48,13 @@ class _Options(NamedTuple):
 
 
 class RouteFunction(torch.autograd.Function):
-    """(implementation, direct, options of the raw op, logits, noise) -> probs, weights, indices."""
+    """(implementation, kernel, options of the raw op, logits, noise) -> probs, weights, indices."""
 
     @staticmethod
     def forward(
-        ctx: Any, implementation: str, direct: bool, options: _Options, logits: Tensor, noise: Tensor | None
+        ctx: Any, implementation: str, kernel: Kernel, options: _Options, logits: Tensor, noise: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        probs, weights, indices = forward_kernel(implementation, "route", direct)(logits, noise, *options)
+        probs, weights, indices = kernel(logits, noise, *options)
         ctx.save_for_backward(probs, weights, indices)
         ctx.implementation, ctx.options = implementation, options
         ctx.dtype, ctx.noise_dtype = logits.dtype, None if noise is None else noise.dtype
@@ -70,7 +70,7 @@ class RouteFunction(torch.autograd.Function):
         if not (need_logits or need_noise) or (grad_probs is None and grad_weights is None):
             return (None,) * 5
         _, temperature, renormalize = ctx.options
-        grad_logits = backward_kernel(ctx.implementation, "route_backward", grads)(
+        grad_logits = backward_kernel(ctx.implementation, "route_backward")(
             grad_probs, grad_weights, *ctx.saved_tensors, temperature, renormalize
         )
         grad_noise = noise_gradient(grad_logits, temperature, ctx.noise_dtype) if need_noise else None
@@ -135,10 +135,10 @@ def _plan(
         options: dict[str, Any] = {"top_k": top_k, "temperature": temperature, "renormalize": renormalize}
         return lambda logits, noise: Routing(*reference.route(logits, noise=noise, **options))
     given = _Options(top_k or 0, temperature, renormalize)
+    kernel = forward_kernel(implementation, "route", direct)
     if any_needs_gradient(logits, noise):
-        run: Plan = partial(RouteFunction.apply, implementation, direct, given)
+        run: Plan = partial(RouteFunction.apply, implementation, kernel, given)
     else:
-        kernel = forward_kernel(implementation, "route", direct)
 
         def run(logits: Tensor, noise: Tensor | None) -> Any:
             return kernel(logits, noise, *given)

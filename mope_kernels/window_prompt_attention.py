@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
-from ._ops import backward_kernel, forward_kernel
+from ._ops import Kernel, backward_kernel, forward_kernel
 from .impl import Operation, extension_check, reference_check, triton_check
 from .plans import Plan
 from .prompt_attention_details.spec import HEAD_DIMS
@@ -30,20 +30,20 @@ class _Options(NamedTuple):
 
 
 class WindowPromptAttentionFunction(torch.autograd.Function):
-    """(implementation, direct, options, qkv, position_bias) -> out. Nothing but the two tensors is kept for backward."""
+    """(implementation, kernel, options, qkv, position_bias) -> out. Nothing but the two tensors is kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, implementation: str, direct: bool, options: _Options, qkv: Tensor, position_bias: Tensor) -> Tensor:
+    def forward(ctx: Any, implementation: str, kernel: Kernel, options: _Options, qkv: Tensor, position_bias: Tensor) -> Tensor:
         ctx.implementation, ctx.options = implementation, options
         ctx.save_for_backward(qkv, position_bias)
-        return forward_kernel(implementation, "window_prompt_attention", direct)(qkv, position_bias, *options)
+        return kernel(qkv, position_bias, *options)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only("window_prompt_attention")
         qkv, position_bias = ctx.needs_input_grad[3:]
         needs = GRADIENTS.needs({"qkv": qkv, "position_bias": position_bias})
-        kernel = backward_kernel(ctx.implementation, "window_prompt_attention_backward", grads)
+        kernel = backward_kernel(ctx.implementation, "window_prompt_attention_backward")
         grad_qkv, grad_bias = kernel(last_dim_contiguous(grads[0]), *ctx.saved_tensors, *ctx.options, needs)
         return None, None, None, grad_qkv if qkv else None, grad_bias if position_bias else None
 
@@ -146,10 +146,10 @@ def _plan(
         options |= {"window_size": resolution, "shift": 0}
     given = _Options(**options, owner_is_instance=prompt_owner == "instance")
     attend: Plan
+    kernel = forward_kernel(implementation, "window_prompt_attention", direct)
     if any_needs_gradient(qkv, position_bias):
-        attend = partial(WindowPromptAttentionFunction.apply, implementation, direct, given)
+        attend = partial(WindowPromptAttentionFunction.apply, implementation, kernel, given)
     else:
-        kernel = forward_kernel(implementation, "window_prompt_attention", direct)
 
         def attend(qkv: Tensor, position_bias: Tensor) -> Any:
             return kernel(qkv, position_bias, *given)

@@ -1,0 +1,286 @@
+"""Tapes: what a launcher does for calls of one signature, written down in the first of them and replayed in later ones.
+
+A launcher is Python that allocates results, looks up blocks, computes strides and grids, and launches kernels through Triton's
+JIT, which looks at every argument again. For calls of one signature (see `plans`) all of that is the same each time but for the
+addresses. The first call runs the launcher and writes down what it does, as a straight-line Python function: allocations, the few
+operations of torch that a launcher leaves to it, and launches of compiled kernels, whose pointers are computed from the addresses
+of the arguments. Later calls run that function. Views that only kernels see are never made.
+
+What cannot be written down keeps its launcher: one that reads a value on the host, or passes on a tensor that was neither given
+to it nor made by it. Launch hooks of Triton, and a current device other than that of the tensors, take the launcher too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Launcher = Callable[..., Any]
+
+_aten = torch.ops.aten
+_ALLOCATIONS = frozenset(
+    (
+        _aten.empty.memory_format,
+        _aten.empty_strided.default,
+        _aten.empty_like.default,
+        _aten.new_empty.default,
+        _aten.new_empty_strided.default,
+    )
+)
+
+
+class _Active(threading.local):
+    recorder: Recorder | None = None
+
+
+_active = _Active()
+
+
+def recorder() -> Recorder | None:
+    """Return the recorder that writes down what this thread launches, if there is one."""
+    return _active.recorder
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies: `bytes` behind the beginning of the tensor of the slot `root`, which is its own unless it is a view."""
+
+    root: int
+    bytes: int
+
+
+class _Refused(Exception):
+    """A launcher cannot be written down."""
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down allocations, operations of torch and launches. `lines` is the body of the function so far.
+
+    Slot i is the variable t<i> of the function. Slots of views get a variable only where an operation of torch, the interpreter
+    or the caller asks for the tensor.
+    """
+
+    def __init__(self, args: Sequence[Any]) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.constants: dict[str, Any] = {"as_strided": torch.as_strided, "empty_strided": torch.empty_strided}
+        # Kept, so that no other tensor gets the id of one of these.
+        self.tensors: list[Tensor] = []
+        self.places: list[_Place] = []
+        self.slots: dict[int, int] = {}
+        self.named: set[int] = set()
+        self.pointers: set[int] = set()
+        self.computes = False
+        self.launches = 0
+        self.refusal = ""
+        for arg in args:
+            if isinstance(arg, Tensor) and id(arg) not in self.slots:
+                self.named.add(self._slot(arg))
+
+    def _slot(self, tensor: Tensor, place: _Place | None = None) -> int:
+        index = len(self.tensors)
+        self.tensors.append(tensor)
+        self.slots[id(tensor)] = index
+        self.places.append(place or _Place(index, 0))
+        return index
+
+    def constant(self, value: Any) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants[name] = value
+        return name
+
+    def variable(self, tensor: Tensor) -> str:
+        """Return the variable of a tensor, after making it where it is a view that has none yet."""
+        slot = self.slots.get(id(tensor))
+        if slot is None:
+            raise _Refused("a tensor that was neither given nor made")
+        if slot not in self.named:
+            root, offset = self.places[slot]
+            # Relative to the root: its own offset into the storage differs from call to call.
+            sizes, strides = self.constant(tuple(tensor.shape)), self.constant(tuple(tensor.stride()))
+            start = f"t{root}.storage_offset() + {offset // tensor.itemsize}"
+            self.lines.append(f"t{slot} = as_strided(t{root}, {sizes}, {strides}, {start})")
+            self.named.add(slot)
+        return f"t{slot}"
+
+    def pointer(self, tensor: Tensor) -> str:
+        """Return the address of a tensor, as an expression."""
+        slot = self.slots.get(id(tensor))
+        if slot is None:
+            raise _Refused("a tensor that was neither given nor made")
+        root, offset = self.places[slot]
+        if root not in self.pointers:
+            self.lines.append(f"p{root} = t{root}.data_ptr()")
+            self.pointers.add(root)
+        return f"p{root} + {offset}" if offset else f"p{root}"
+
+    def expression(self, value: Any, tensor: Callable[[Tensor], str]) -> str:
+        if isinstance(value, Tensor):
+            return tensor(value)
+        if isinstance(value, tuple | list) and any(isinstance(v, Tensor) for v in value):
+            return f"[{', '.join(self.expression(v, tensor) for v in value)}]"
+        return repr(value) if value is None or type(value) in (bool, int) else self.constant(value)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not self.refusal:
+            try:
+                self._write_down(func, args, kwargs, out)
+            except _Refused as reason:
+                self.refusal = str(reason)
+        return out
+
+    def _write_down(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if func in _ALLOCATIONS:
+            slot = self._slot(out)
+            self.named.add(slot)
+            given = [self.constant(v) for v in (tuple(out.shape), tuple(out.stride()), out.dtype, out.device)]
+            self.lines.append(f"t{slot} = empty_strided({given[0]}, {given[1]}, dtype={given[2]}, device={given[3]})")
+            return
+        outs = list(out) if isinstance(out, tuple | list) else [out]
+        given_tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if not all(isinstance(o, Tensor) for o in outs):
+            if not given_tensors:
+                # What follows from dtypes is the same in each call.
+                return
+            raise _Refused(f"{func} gives the host a value")
+        if not func._schema.is_mutable and all(self._is_view(o, given_tensors) for o in outs):
+            return
+        arguments = [self.expression(a, self.variable) for a in args]
+        arguments += [f"{name}={self.expression(a, self.variable)}" for name, a in kwargs.items()]
+        new = [o for o in outs if id(o) not in self.slots]
+        call = f"{self.constant(func)}({', '.join(arguments)})"
+        self.computes = True
+        if func._schema.is_mutable:
+            self.lines.append(call)
+            return
+        if len(new) != len(outs):
+            raise _Refused(f"{func} returns what it was given")
+        targets = [self._slot(o) for o in outs]
+        self.named.update(targets)
+        names = ", ".join(f"t{t}" for t in targets)
+        self.lines.append(f"{names}{',' if isinstance(out, tuple | list) else ''} = {call}")
+
+    def _is_view(self, out: Tensor, given: Sequence[Tensor]) -> bool:
+        """Give a view of one of the given tensors a slot."""
+        storage = out.untyped_storage()._cdata
+        for base in given:
+            slot = self.slots.get(id(base))
+            if slot is not None and base.untyped_storage()._cdata == storage and base.dtype == out.dtype:
+                if id(out) not in self.slots:
+                    root, offset = self.places[slot]
+                    offset += int(out.storage_offset() - base.storage_offset()) * out.itemsize
+                    self._slot(out, _Place(root, offset))
+                return True
+        return False
+
+    def launch(self, kernel: Any, compiled: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """Write a launch down. `compiled` is what the JIT launched, None where the kernel is interpreted."""
+        if self.refusal:
+            return
+        try:
+            if compiled is None:
+                arguments = [self.expression(a, self.variable) for a in args]
+                grid, options = self.constant(kernel[(programs,)]), self.constant(constants)
+                self.lines.append(f"{grid}({', '.join(arguments)}, **{options})")
+            else:
+                # Constants of the kernel come behind the other arguments, in the order of its signature.
+                others = [constants[name] for name in kernel.arg_names[len(args) :]]
+                arguments = [self.expression(a, self.pointer) for a in args] + [self.expression(a, self.pointer) for a in others]
+                run, function, packed = (self.constant(v) for v in (compiled.run, compiled.function, compiled.packed_metadata))
+                head = f"{run}({programs}, 1, 1, stream, {function}, {packed}, None, None, None"
+                self.lines.append(f"{head}, {', '.join(arguments)})")
+            self.launches += 1
+        except _Refused as reason:
+            self.refusal = str(reason)
+
+    def finish(self, args: Sequence[Any], result: Any, interpreted: bool, device: torch.device | None) -> Launcher:
+        """Return the function that was written down.
+
+        Raises:
+            _Refused: it cannot be.
+        """
+        if self.refusal:
+            raise _Refused(self.refusal)
+        results = list(result) if isinstance(result, tuple | list) else [result]
+        if not all(isinstance(r, Tensor) for r in results):
+            raise _Refused("a result that is no tensor")
+        returned = ", ".join(self.variable(r) for r in results)
+        parameters = ", ".join(f"t{self.slots[id(a)]}" if isinstance(a, Tensor) else f"_{i}" for i, a in enumerate(args))
+        head: list[str] = []
+        if self.launches and not interpreted:
+            from triton import knobs
+            from triton.runtime import driver
+
+            self.constants |= {"driver": driver, "runtime": knobs.runtime, "Elsewhere": Elsewhere}
+            index = 0 if device is None or device.index is None else device.index
+            head = [
+                "active = driver.active",
+                f"if active.get_current_device() != {index} or hooked(runtime): raise Elsewhere",
+                f"stream = active.get_current_stream({index})",
+            ]
+            self.constants["hooked"] = _hooked
+        body = [*head, *self.lines, f"return {returned}{',' if isinstance(result, tuple | list) else ''}"]
+        if self.computes:
+            self.constants["without_autocast"] = torch._C._DisableAutocast
+            body = ["with without_autocast():", *(f"    {line}" for line in body)]
+        source = "\n".join([f"def replay({parameters}):", *(f"    {line}" for line in body)])
+        namespace = dict(self.constants)
+        exec(compile(source, "<tape of a launcher>", "exec"), namespace)
+        replay: Launcher = namespace["replay"]
+        replay.source = source  # type: ignore[attr-defined]
+        return replay
+
+
+class Elsewhere(Exception):
+    """A tape may not be replayed in this call: on another device, or under launch hooks."""
+
+
+def _hooked(runtime: Any) -> bool:
+    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+
+
+class Tape:
+    """A launcher, for calls of one signature. The first call writes it down."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.launcher = launcher
+        self._replay: Launcher | None = None
+        self.refusal = ""
+
+    def __call__(self, *args: Any) -> Any:
+        if self._replay is not None:
+            try:
+                return self._replay(*args)
+            except Elsewhere:
+                return self.launcher(*args)
+        if self.refusal or _active.recorder is not None:
+            return self.launcher(*args)
+        return self._record(args)
+
+    def _record(self, args: tuple[Any, ...]) -> Any:
+        from .impl import interpreting
+
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if len({id(t) for t in tensors}) != len(tensors):
+            # The same tensor twice would be one slot. Another call may have two.
+            return self.launcher(*args)
+        recorder = Recorder(args)
+        _active.recorder = recorder
+        try:
+            with recorder:
+                result = self.launcher(*args)
+        finally:
+            _active.recorder = None
+        try:
+            device = next((t.device for t in tensors if t.device.type == "cuda"), None)
+            self._replay = recorder.finish(args, result, interpreting(), device)
+        except _Refused as reason:
+            self.refusal = str(reason)
+        return result
