@@ -100,7 +100,18 @@ def _by_way(rows: Iterable[Row], **key: str) -> dict[str, Row]:
 
 def _models(rows: Sequence[Row], before: Sequence[Row]) -> str:
     lines: list[tuple[str, ...]] = [
-        ("model", "ours, ms", "other, ms", "quotient", "without arithmetic", "before", "launches", "kernels", "operations", "arithmetic")
+        (
+            "model",
+            "ours, ms",
+            "other, ms",
+            "quotient",
+            "without arithmetic",
+            "before",
+            "launches",
+            "kernels",
+            "operations",
+            "arithmetic",
+        )
     ]
     cases = dict.fromkeys((row["case"], row["dtype"]) for row in rows if row["op"] == "model" and row["case"].split()[0] in MODELS)
     for case, dtype in cases:
