@@ -91,6 +91,7 @@ abi: $(READY)
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.floor --out $(BENCH_OUT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.host --out $(BENCH_OUT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench -q --show-capture=no --out $(BENCH_OUT)
 
 gpu:

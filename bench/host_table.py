@@ -33,7 +33,7 @@ OF_FILE = """
 MODELS_HEAD = """
 Models of full depth and tiny widths, called in turns with the released way (Swin Transformer and BERT) or with what one would
 write by hand (ViT and BERT). Under autocast, bfloat16 here, torch's products on a CPU take longer than a launch. The goal is
-{goal:g} of the other way, held against it where arithmetic is less than {share:.0%} of both. *launches*: of ours by Triton;
+{goal:g} of the other way, held against it where arithmetic is less than {share:g} % of both. *launches*: of ours by Triton;
 *kernels*: with those of torch, beside the other way's. *operations*: of torch, but views.
 
 {table}
@@ -66,6 +66,8 @@ def _of_group(device: str, triton: str, files: Sequence[File]) -> str:
     # Where nothing else was measured, that is what there is.
     header, rows = now or files[0]
     said = f" *Before* is commit {before[0]['commit']}, {_measured(before[0])}." if before and now else ""
+    if not now:
+        said = " It is what later ones will be put beside."
     measured = f"Commit {header['commit'] or 'unknown'}, {_measured(header)}"
     text = OF_FILE.format(
         device=device, triton=triton, now=measured, torch=header["versions"]["torch"], add=header["add_us"], before=said
@@ -79,7 +81,7 @@ def _of_group(device: str, triton: str, files: Sequence[File]) -> str:
         (OPS_HEAD, OF_BEFORE, _ops(rows, earlier)),
         (RAW_HEAD, OF_RAW, _raw(rows)),
     ):
-        text += head.format(goal=goal, table=table, share=ARITHMETIC, most=most) if table else ""
+        text += head.format(goal=goal, table=table, share=100 * ARITHMETIC, most=most) if table else ""
     return text
 
 
@@ -98,7 +100,18 @@ def _by_way(rows: Iterable[Row], **key: str) -> dict[str, Row]:
 
 def _models(rows: Sequence[Row], before: Sequence[Row]) -> str:
     lines: list[tuple[str, ...]] = [
-        ("model", "ours, ms", "other, ms", "quotient", "before", "launches", "kernels", "operations", "arithmetic")
+        (
+            "model",
+            "ours, ms",
+            "other, ms",
+            "quotient",
+            "without arithmetic",
+            "before",
+            "launches",
+            "kernels",
+            "operations",
+            "arithmetic",
+        )
     ]
     cases = dict.fromkeys((row["case"], row["dtype"]) for row in rows if row["op"] == "model" and row["case"].split()[0] in MODELS)
     for case, dtype in cases:
@@ -119,6 +132,7 @@ def _models(rows: Sequence[Row], before: Sequence[Row]) -> str:
                 show.digits(ours["ms"], 3),
                 f"{show.digits(other['ms'], 3)} ({other_way})",
                 judged(quotient, OF_OPPONENT) if is_judged else f"{show.digits(quotient, 3)}: not judged",
+                show.digits((ours["ms"] - ours["arithmetic_ms"]) / (other["ms"] - other["arithmetic_ms"]), 3),
                 was,
                 str(ours["launches"]),
                 *(f"{ours[name]}, {other[name]}" for name in ("kernels", "aten")),

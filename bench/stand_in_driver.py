@@ -26,6 +26,17 @@ from mope_kernels import _triton
 from mope_kernels.impl import interpreting
 
 ARCH = "sm_90"
+# What launchers ask torch for the device, which is not there: torch.cuda.device, around a launch, changes it.
+ANSWERS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+    (torch.cuda, "_exchange_device", lambda index: 0),
+    (torch.cuda, "_maybe_exchange_device", lambda index: 0),
+    (torch.cuda, "current_device", lambda: 0),
+    (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+    (torch._C, "_cuda_getDevice", lambda: 0),
+    (torch._C, "_cuda_exchangeDevice", lambda index: 0),
+    (torch._C, "_cuda_maybeExchangeDevice", lambda index: 0),
+    (torch._C, "_cuda_getCurrentRawStream", lambda index: 0),
+)
 DRIVER, AUTOCAST = (Path(__file__).with_name(name) for name in ("stand_in_driver.c", "stand_in_autocast.cpp"))
 
 
@@ -49,9 +60,8 @@ def stand_in_for_the_driver() -> Iterator[Callable[[], int]]:
         # Where Triton links its launchers.
         stack.enter_context(mock.patch.dict(os.environ, {"TRITON_LIBCUDA_PATH": str(path.parent)}))
         stack.enter_context(_active_driver())
-        # torch.cuda.device, around each launch, changes a device that is not there.
-        for name in ("_exchange_device", "_maybe_exchange_device"):
-            stack.enter_context(mock.patch.object(torch.cuda, name, lambda index: 0))
+        for place, name, answer in ANSWERS:
+            stack.enter_context(mock.patch.object(place, name, answer, create=True))
         stack.enter_context(mock.patch.object(MoPEForClassification, "_padding", _padding(MoPEForClassification._padding)))
         stack.enter_context(_triton.compiling_for(ARCH))
         stack.enter_context(_triton.standing_in())
