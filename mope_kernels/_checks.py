@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,6 +155,16 @@ def debugging() -> bool:
 def last_dim_contiguous(tensor: Tensor) -> Tensor:
     """The kernels take any strides but for the last dimension."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def to_copy(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """Return which of the tensors `last_dim_contiguous` would copy; the same for all calls of a signature."""
+    return tuple(i for i, t in enumerate(tensors) if t is not None and last_dim_contiguous(t) is not t)
+
+
+def copied(tensors: Sequence[Any], which: tuple[int, ...]) -> list[Any]:
+    """Return the tensors, some of them copied into contiguous ones."""
+    return [t.contiguous() if i in which else t for i, t in enumerate(tensors)]
 
 
 def kernel_lengths(lengths: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
+from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous, to_copy
 from ._ops import Kernel, backward_kernel, forward_kernel
 from .expert_adapter_details import _launch as _launch
 from .expert_adapter_details.spec import GRADIENTS, PARAMETERS
@@ -153,6 +153,8 @@ def _plan(direct: bool, x: Tensor, *given: Any) -> Plan:
             return kernel(*tensors, *options, routed)
 
     shape = x.shape
+    if x.dim() == 2 and not to_copy((x,)) and not dropout_p and not return_weights:
+        return lambda *tensors: run(*tensors, None)[0]
 
     def planned(x: Tensor, *parameters: Tensor | None) -> Any:
         # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
+from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous, to_copy
 from ._ops import Kernel, backward_kernel, forward_kernel
 from .configs.gelu_mlp import WAYS as WAYS
 from .gelu_mlp_details import _launch
@@ -129,7 +129,7 @@ def _plan(
         arguments.tensor(name, value, axes, dtype=x.dtype)
     if _GELU_MLP.choose(impl, x, weight1, bias1, weight2, bias2) == "reference":
         return reference.gelu_mlp
-    shape = (*x.shape[:-1], weight2.shape[0])
+    shape, is_flat = (*x.shape[:-1], weight2.shape[0]), x.dim() == 2 and not to_copy((x,))
     multiply: Plan
     kernel = forward_kernel("triton", "gelu_mlp", direct)
     if any_needs_gradient(x, weight1, bias1, weight2, bias2):
@@ -139,6 +139,9 @@ def _plan(
 
         def multiply(*tensors: Tensor | None) -> Tensor:
             return kernel(*tensors, False, way)[0]
+
+    if is_flat:
+        return multiply
 
     def planned(x: Tensor, *weights: Tensor | None) -> Tensor:
         return multiply(last_dim_contiguous(x.reshape(-1, x.shape[-1])), *weights).view(shape)

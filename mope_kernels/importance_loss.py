@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
+from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous, to_copy
 from ._ops import Kernel, backward_kernel, forward_kernel
 from .impl import Operation, extension_check, reference_check, triton_check
 from .importance_loss_details import _launch as _launch
@@ -82,4 +82,4 @@ def _plan(direct: bool, probs: Tensor, threshold: float, impl: str) -> Plan:
         loss = run(last_dim_contiguous(probs[None] if one_block else probs))
         return loss[0] if one_block else loss
 
-    return planned
+    return planned if one_block or to_copy((probs,)) else run

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
+from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous, to_copy
 from ._ops import Kernel, backward_kernel, forward_kernel
 from .impl import Operation, extension_check, reference_check, triton_check
 from .mix_prompts_details import _launch as _launch
@@ -80,11 +80,13 @@ def _plan(direct: bool, experts: Tensor, weights: Tensor, indices: Tensor, impl:
         if any_needs_gradient(experts, weights):
             run = partial(MixPromptsFunction.apply, implementation, run)
 
+    as_given = implementation == "reference" or (indices.dtype == torch.int64 and not to_copy((experts, weights, indices)))
+
     def planned(experts: Tensor, weights: Tensor, indices: Tensor) -> Any:
-        # Of every call: it looks at values.
+        # In every call: it looks at values.
         arguments.indices("indices", indices, bound)
-        if implementation != "reference":
+        if not as_given:
             experts, weights, indices = map(last_dim_contiguous, (experts, weights, indices.long()))
         return run(experts, weights, indices)
 
-    return planned
+    return planned if arguments.may_read(indices) or not as_given else run

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, any_needs_gradient, first_derivative_only, kernel_lengths, last_dim_contiguous
+from ._checks import (
+    Arguments,
+    any_needs_gradient,
+    copied,
+    first_derivative_only,
+    kernel_lengths,
+    last_dim_contiguous,
+    to_copy,
+)
 from ._ops import Kernel, backward_kernel, forward_kernel
 from .impl import Operation, extension_check, reference_check
 from .mope_attention_details import _launch as _launch
@@ -271,7 +279,7 @@ def _plan(direct: bool, *given: Any) -> Plan:
         )
     else:
         options = _Options(top_k or 0, temperature, renormalize, eps, scale, dropout_p)
-        attend = _by_kernel(implementation, direct, options, needs_gradient)
+        attend = _by_kernel(implementation, direct, options, needs_gradient, to_copy(tensors[:-1]))
 
     def planned(*tensors: Tensor | None) -> Any:
         task_ids = tensors[-1]
@@ -283,13 +291,13 @@ def _plan(direct: bool, *given: Any) -> Plan:
     return planned
 
 
-def _by_kernel(implementation: str, direct: bool, options: _Options, needs_gradient: bool) -> Plan:
+def _by_kernel(implementation: str, direct: bool, options: _Options, needs_gradient: bool, copies: tuple[int, ...]) -> Plan:
     """The tensors of the raw op without its seed, and task_ids -> out, probs, weights, indices."""
     kernel = forward_kernel(implementation, "mope_attention", direct)
 
     def attend(*tensors: Tensor | None) -> Any:
         *inputs, lengths, task_ids = tensors
-        laid_out = [None if t is None else last_dim_contiguous(t) for t in inputs]
+        laid_out = copied(inputs, copies) if copies else inputs
         lengths = kernel_lengths(lengths)
         # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
         seed = torch.randint(2**62, (1,), device=tensors[0].device) if options.dropout_p else None  # type: ignore[union-attr]

@@ -42,36 +42,60 @@ def nothing_watches() -> bool:
     )
 
 
-def signature(tensors: Iterable[Tensor | None], options: Iterable[Any]) -> Hashable | None:
+def signature(tensors: Iterable[Any], options: tuple[Any, ...]) -> Hashable | None:
     """Return all that checks and choices read of a call, or None where a call has to be looked at each time.
 
     Of an address two things count: whether it is a multiple of 16 bytes, which Triton compiles for, and where in its storage
     a tensor begins, modulo 16 elements.
     """
-    return signature_of_arguments((*options, *tensors)) if nothing_watches() else None
-
-
-def signature_of_arguments(arguments: Iterable[Any]) -> Hashable | None:
-    """Return the signature of arguments, None if one of them is neither a plain tensor nor a plain number, text or dtype."""
-    key: list[Any] = [torch.is_grad_enabled(), _triton.target()]
+    if not nothing_watches():
+        return None
+    for option in options:
+        if type(option) not in _OPTIONS:
+            return None
+    key: list[Any] = [options, torch.is_grad_enabled(), _triton.target()]
     try:
-        for a in arguments:
-            kind = type(a)
-            if kind in _TENSORS:
-                if a.is_neg() or a._is_zerotensor():
-                    return None
-                key += (a.shape, a.stride(), a.dtype, a.device, a.requires_grad, a.data_ptr() & 15, a.storage_offset() & 15)
-                if _ON_AMD:
-                    # Kernels are compiled for addresses of 32 bits where storages are small.
-                    key.append(a.untyped_storage().nbytes() < 2**31)
-            elif kind in _OPTIONS:
-                key.append(a)
-            else:
+        for t in tensors:
+            # `_describe` without its call: half of what a small op costs is in here.
+            if type(t) in _TENSORS and (address := t.data_ptr()) and not t.is_neg() and not _ON_AMD:
+                key.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad, address & 15, t.storage_offset() & 15))
+            elif t is None:
+                key.append(None)
+            elif not _describe(key, t):
                 return None
     except RuntimeError:
         # No strides, or no memory: a sparse tensor, say.
         return None
     return tuple(key)
+
+
+def signature_of_arguments(arguments: Iterable[Any]) -> Hashable | None:
+    """Return the signature of arguments in any order, None if one of them is neither a plain tensor nor a plain option."""
+    key: list[Any] = [torch.is_grad_enabled(), _triton.target()]
+    try:
+        for a in arguments:
+            if type(a) in _OPTIONS:
+                key.append(a)
+            elif not _describe(key, a):
+                return None
+    except RuntimeError:
+        return None
+    return tuple(key)
+
+
+def _describe(key: list[Any], t: Tensor) -> bool:
+    """Append what counts of a tensor to a key; False if it is no dense tensor of torch's own class that holds its own values."""
+    if type(t) not in _TENSORS or t.is_neg():
+        return False
+    address = t.data_ptr()
+    if not address and t.numel():
+        # A tensor without memory.
+        return False
+    key.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad, address & 15, t.storage_offset() & 15))
+    if _ON_AMD:
+        # Kernels are compiled for addresses of 32 bits where storages are small.
+        key.append(t.untyped_storage().nbytes() < 2**31)
+    return True
 
 
 class Plans:

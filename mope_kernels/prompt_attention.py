@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, any_needs_gradient, first_derivative_only, kernel_lengths, last_dim_contiguous
+from ._checks import (
+    Arguments,
+    any_needs_gradient,
+    copied,
+    first_derivative_only,
+    kernel_lengths,
+    last_dim_contiguous,
+    to_copy,
+)
 from ._ops import Kernel, backward_kernel, forward_kernel
 from .impl import Operation, extension_check, reference_check, triton_check
 from .plans import Plan
@@ -224,14 +232,18 @@ def _plan(direct: bool, *given: Any) -> Plan:
         def attend(*tensors: Tensor | None) -> Tensor:
             return kernel(*tensors, *given_options)[0]
 
-    num_rows = query.shape[2]
+    num_rows, copies, packed = query.shape[2], to_copy(tensors), offsets is not None
+    fitting = lengths is None or kernel_lengths(lengths) is lengths
+    if fitting and not (copies or dropout_p or packed):
+        # The seed, which is none, has the place of the offsets.
+        return attend
 
-    def planned(*tensors: Any) -> Tensor:
-        *tokens_and_prompts, lengths, attn_bias, offsets = tensors
-        laid_out = [last_dim_contiguous(t) for t in tokens_and_prompts]
+    def planned(*given: Any) -> Tensor:
+        lengths, attn_bias, offsets = given[5:]
+        laid_out = copied(given[:5], copies)
         # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
         seed = torch.randint(2**62, (1,), device=laid_out[0].device) if dropout_p else None
-        if offsets is None:
+        if not packed:
             return attend(*laid_out, kernel_lengths(lengths), attn_bias, seed)
         _look_at_offsets(arguments, offsets, num_rows, max_length)
         return attend(*laid_out, offsets.contiguous(), seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
+from ._checks import Arguments, any_needs_gradient, copied, first_derivative_only, last_dim_contiguous, to_copy
 from ._ops import Kernel, backward_kernel, forward_kernel
 from .add_norm import cpu_norm_check, triton_norm_check
 from .impl import Check, Operation, reference_check
@@ -241,7 +241,7 @@ def _plan(direct: bool, *given: Any) -> Plan:
         dtype = norm_dtype or (x.dtype if update is None else torch.promote_types(x.dtype, update.dtype))
         given_options = _Options(num_replaced, top_k or 0, temperature, renormalize, eps, dtype)
         routes = experts is not None and routing is None
-        run = _by_kernel(implementation, direct, given_options, any_needs_gradient(*tensors), routes)
+        run = _by_kernel(implementation, direct, given_options, tensors, routes)
     if routing is None or experts is None:
         return run
     num_experts = experts.shape[0]
@@ -263,13 +263,16 @@ def _by_definition(options: dict[str, Any], *tensors: Any) -> Any:
     return total, normed, None if routing is not None else found
 
 
-def _by_kernel(implementation: str, direct: bool, options: _Options, needs_gradient: bool, routes: bool) -> Plan:
+def _by_kernel(implementation: str, direct: bool, options: _Options, tensors: Sequence[Tensor | None], routes: bool) -> Plan:
+    indices, needs_gradient, copies = tensors[TENSORS.index("routing_indices")], any_needs_gradient(*tensors), to_copy(tensors)
+    as_given = not copies and (indices is None or indices.dtype == torch.int64)
     kernel = forward_kernel(implementation, "prompted_norm", direct)
 
     def normalise(*tensors: Tensor | None) -> Any:
-        *others, indices, noise = tensors
-        given = (*others, None if indices is None else indices.long(), noise)
-        laid_out = [None if t is None else last_dim_contiguous(t) for t in given]
+        laid_out: Sequence[Tensor | None] = tensors
+        if not as_given:
+            *others, indices, noise = tensors
+            laid_out = copied((*others, None if indices is None else indices.long(), noise), copies)
         if needs_gradient:
             total, normed, probs, weights, indices = PromptedNormFunction.apply(implementation, kernel, options, *laid_out)
         else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
+from ._checks import Arguments, any_needs_gradient, copied, first_derivative_only, to_copy
 from ._ops import Kernel, backward_kernel, forward_kernel
 from .impl import Operation, extension_check, reference_check, triton_check
 from .plans import Plan
@@ -143,8 +143,10 @@ def _plan(
         def run(logits: Tensor, noise: Tensor | None) -> Any:
             return kernel(logits, noise, *given)
 
-    def planned(logits: Tensor, noise: Tensor | None) -> Routing:
-        probs, weights, indices = run(last_dim_contiguous(logits), None if noise is None else last_dim_contiguous(noise))
+    copies = to_copy((logits, noise))
+
+    def planned(*given: Tensor | None) -> Routing:
+        probs, weights, indices = run(*(copied(given, copies) if copies else given))
         return dense_routing(probs) if top_k is None else Routing(weights, indices, probs)
 
     return planned

@@ -218,13 +218,14 @@ class Recorder(TorchDispatchMode):
             from triton.runtime import driver
 
             self.constants |= {"driver": driver, "runtime": knobs.runtime, "Elsewhere": Elsewhere}
+            self.constants |= {"enter": knobs.runtime.launch_enter_hook, "leave": knobs.runtime.launch_exit_hook}
+            hooks = "runtime.launch_enter_hook is not enter or runtime.launch_exit_hook is not leave or enter.calls or leave.calls"
             index = 0 if device is None or device.index is None else device.index
             head = [
                 "active = driver.active",
-                f"if active.get_current_device() != {index} or hooked(runtime): raise Elsewhere",
+                f"if active.get_current_device() != {index} or {hooks}: raise Elsewhere",
                 f"stream = active.get_current_stream({index})",
             ]
-            self.constants["hooked"] = _hooked
         body = [*head, *self.lines, f"return {returned}{',' if isinstance(result, tuple | list) else ''}"]
         if self.computes:
             self.constants["without_autocast"] = torch._C._DisableAutocast
@@ -239,11 +240,6 @@ class Recorder(TorchDispatchMode):
 
 class Elsewhere(Exception):
     """A tape may not be replayed in this call: on another device, or under launch hooks."""
-
-
-def _hooked(runtime: Any) -> bool:
-    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
 class Tape:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
+from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous, to_copy
 from ._ops import Kernel, backward_kernel, forward_kernel
 from .impl import Operation, extension_check, reference_check, triton_check
 from .plans import Plan
@@ -154,4 +154,6 @@ def _plan(
         def attend(qkv: Tensor, position_bias: Tensor) -> Any:
             return kernel(qkv, position_bias, *given)
 
-    return lambda qkv, position_bias: attend(last_dim_contiguous(qkv), position_bias)
+    if to_copy((qkv,)):
+        return lambda qkv, position_bias: attend(qkv.contiguous(), position_bias)
+    return attend
