@@ -19,6 +19,8 @@ from .prepack import prepacked
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
     """What autocast computes products of tensors of `dtype` in; None where it leaves them alone."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     # The meta device knows no autocast.
     if device.type == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device.type):
         return None
@@ -32,7 +34,9 @@ def norm_dtype(x: Tensor, update: Tensor | None, norm: nn.Module, behind: nn.Mod
     """
     if not is_plain(norm, nn.LayerNorm):
         return None
-    dtype = x.dtype if update is None else torch.promote_types(x.dtype, update.dtype)
+    dtype = x.dtype
+    if update is not None and update.dtype != dtype:
+        dtype = torch.promote_types(dtype, update.dtype)
     under_autocast = autocast_dtype(x.device, dtype)
     if under_autocast is None:
         return dtype
@@ -52,8 +56,8 @@ def add_norm(
     if dtype is None:
         total = add(x, update)
         return total, norm(total)
-    plain: Any = norm
-    return mope_kernels.add_norm(x, update, plain.weight, plain.bias, eps=plain.eps, norm_dtype=dtype, impl=impl)
+    of, plain = norm._parameters, cast(nn.LayerNorm, norm)
+    return mope_kernels.add_norm(x, update, of["weight"], of["bias"], eps=plain.eps, norm_dtype=dtype, impl=impl)
 
 
 def gelu_mlp(mlp: nn.Module, layers: Sequence[nn.Module], x: Tensor, *, impl: str = "auto") -> Tensor:
@@ -67,6 +71,8 @@ def gelu_mlp(mlp: nn.Module, layers: Sequence[nn.Module], x: Tensor, *, impl: st
         return last(in_order.gelu(x))
     if not is_plain(first, nn.Linear) or not is_plain(last, nn.Linear):
         return mlp(x)
-    x = x.to(autocast_dtype(x.device, x.dtype) or x.dtype)
-    weights: Any = (None if t is None else t.to(x.dtype) for t in (first.weight, first.bias, last.weight, last.bias))
+    dtype = autocast_dtype(x.device, x.dtype) or x.dtype
+    x = x if x.dtype == dtype else x.to(dtype)
+    parameters = (*first._parameters.values(), *last._parameters.values())
+    weights: Any = [t if t is None or t.dtype == dtype else t.to(dtype) for t in parameters]
     return mope_kernels.gelu_mlp(x, *weights, impl=impl)

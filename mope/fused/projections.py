@@ -25,8 +25,19 @@ class _Rows(NamedTuple):
     end: int
 
 
+class _Joined(NamedTuple):
+    """Layers that were found side by side: what they are joined to, their widths, and address and shape of each parameter."""
+
+    weight: Tensor
+    bias: Tensor | None
+    widths: list[int]
+    places: tuple[tuple[tuple[int, torch.Size] | None, ...], ...]
+
+
 # Not attributes of the layers, since neither a copy nor a file may hold the weights twice.
 _ROWS: WeakKeyDictionary[nn.Module, _Rows] = WeakKeyDictionary()
+# By the first of the layers, and how many they are.
+_FOUND: WeakKeyDictionary[nn.Module, dict[int, _Joined]] = WeakKeyDictionary()
 
 
 def join_linear(modules: Sequence[nn.Module]) -> None:
@@ -61,6 +72,7 @@ def separate_linear(modules: Sequence[nn.Module]) -> None:
     """Undo `join_linear`: give each parameter memory of its own."""
     with torch.inference_mode(False), torch.no_grad():
         for module in modules:
+            _FOUND.pop(module, None)
             if _ROWS.pop(module, None) is not None:
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.clone()
@@ -73,9 +85,13 @@ def call_linear(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     `forward` of their own, or parameters that train or are no plain tensors; and while torch.compile or torch.export traces
     them, which know no addresses.
     """
-    if not torch.compiler.is_compiling() and modules[0] in _ROWS and (joined := _joined(modules)) is not None:
-        layers = cast(Sequence[nn.Linear], modules)
-        return F.linear(x, *joined).split([layer.out_features for layer in layers], dim=-1)
+    if not torch.compiler.is_compiling():
+        found = _FOUND.get(modules[0], {}).get(len(modules))
+        if found is not None and _are_where_they_were(modules, found):
+            return F.linear(x, found.weight, found.bias).split_with_sizes(found.widths, -1)
+        if modules[0] in _ROWS and (joined := _joined(modules)) is not None:
+            widths = [layer.out_features for layer in cast(Sequence[nn.Linear], modules)]
+            return F.linear(x, *joined).split_with_sizes(widths, -1)
     if all(prepacked(module) for module in modules):
         # Each of them would cast it.
         x = x.to(autocast_dtype(x.device, x.dtype) or x.dtype)
@@ -114,12 +130,43 @@ def _joined(modules: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | None
         and _are_rows(weight, [module.weight for module in modules])
         and (bias is None or _are_rows(bias, [module.bias for module in modules]))
     ):
+        found = tuple(tuple(map(_place, module._parameters.values())) for module in modules)
+        widths = [module.out_features for module in modules]
+        _FOUND.setdefault(modules[0], {})[len(modules)] = _Joined(weight, bias, widths, found)
         return weight, bias
     if follow:
         # They were moved apart, and the memory would be kept for nothing.
         for module in modules:
             _ROWS.pop(module, None)
+            _FOUND.pop(module, None)
     return None
+
+
+def _place(parameter: Tensor | None) -> tuple[int, torch.Size] | None:
+    return None if parameter is None else (parameter.data_ptr(), parameter.shape)
+
+
+def _are_where_they_were(modules: Sequence[nn.Module], found: _Joined) -> bool:
+    """Whether the layers are still plain, frozen and side by side."""
+    dtype = found.weight.dtype
+    for module, places in zip(modules, found.places, strict=True):
+        if not is_plain(module, nn.Linear):
+            return False
+        for parameter, place in zip(module._parameters.values(), places, strict=True):
+            if parameter is None and place is None:
+                continue
+            if (
+                parameter is None
+                or place is None
+                or type(parameter) is not nn.Parameter
+                or parameter.requires_grad
+                or parameter.data_ptr() != place[0]
+                or parameter.shape != place[1]
+                or parameter.dtype != dtype
+                or not parameter.is_contiguous()
+            ):
+                return False
+    return True
 
 
 def _are_rows(whole: Tensor, parts: Sequence[Tensor | None]) -> bool:

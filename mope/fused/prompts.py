@@ -40,7 +40,8 @@ def call_in_full_precision(module: nn.Module | Callable[[Tensor], Tensor], rows:
 
 def split_heads(rows: Tensor, num_heads: int) -> Tensor:
     """(..., L, H*D) -> (..., H, L, D), a view."""
-    return rows.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
+    *outer, width = rows.shape
+    return rows.view(*outer, num_heads, width // num_heads).transpose(-3, -2)
 
 
 class PromptExperts(nn.Module):

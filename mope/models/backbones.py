@@ -217,6 +217,8 @@ class BertAdapter(BackboneAdapter):
     def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
         output = layer.attention.output
         hidden_states = add_then_norm(hidden_states, output.dropout(attention_output), output.LayerNorm)
+        if not layer.chunk_size_feed_forward:
+            return self._feed_forward(layer, hidden_states)
         chunk = partial(self._feed_forward, layer)
         return apply_chunking_to_forward(chunk, layer.chunk_size_feed_forward, layer.seq_len_dim, hidden_states)
 

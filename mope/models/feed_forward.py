@@ -44,8 +44,8 @@ def add_then_norm(x: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
     """LayerNorm(x + update), of which nobody needs the sum (post-LN), in the dtype that torch gives it."""
     if not is_plain(norm, nn.LayerNorm):
         return norm(add(x, update))
-    plain: Any = norm
-    dtype = torch.promote_types(x.dtype, update.dtype)
+    of, plain = norm._parameters, cast(nn.LayerNorm, norm)
+    dtype = x.dtype if x.dtype == update.dtype else torch.promote_types(x.dtype, update.dtype)
     if x.device.type == "cuda" and autocast_dtype(x.device, dtype) is not None:
         dtype = torch.float32
-    return mope_kernels.add_norm(x, update, plain.weight, plain.bias, eps=plain.eps, norm_dtype=dtype)[1]
+    return mope_kernels.add_norm(x, update, of["weight"], of["bias"], eps=plain.eps, norm_dtype=dtype)[1]
