@@ -123,5 +123,5 @@ class _Tapes(plans.Plans):
             return _overload("triton", self.name)(*args)
         tape = self.get(key)
         if tape is None:
-            tape = self.put(key, Tape(_LAUNCHERS[self.name]))
+            tape = self.put(key, Tape(_LAUNCHERS[self.name], share_empty=True))
         return tape(*args)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous, to_copy
+from ._checks import Arguments, any_needs_gradient, first_derivative_only, last_dim_contiguous
 from ._ops import Kernel, backward_kernel, forward_kernel
 from .configs.gelu_mlp import WAYS as WAYS
 from .gelu_mlp_details import _launch
@@ -37,25 +37,30 @@ def taking(way: str) -> Iterator[None]:
 
 
 class GeluMlpFunction(torch.autograd.Function):
-    """(kernel, way, whether to keep h for backward, x (N,C), weight1, bias1, weight2, bias2) -> out."""
+    """(kernel, way, whether to keep h for backward, x (..., C), weight1, bias1, weight2, bias2) -> out (..., O)."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, way: str, keep_hidden: bool, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, kernel: Kernel, way: str, keep_hidden: bool, *tensors: Any) -> Tensor:
         x, weight1, _, weight2, _ = tensors
-        out, hidden = kernel(*tensors, keep_hidden, way)
-        ctx.way = way
+        rows = _rows(x)
+        out, hidden = kernel(rows, *tensors[1:], keep_hidden, way)
+        ctx.way, ctx.shape = way, x.shape
         trains_weight1 = ctx.needs_input_grad[4]
-        ctx.save_for_backward(hidden, x if trains_weight1 else None, weight1, weight2)
-        return out
+        ctx.save_for_backward(hidden, rows if trains_weight1 else None, weight1, weight2)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only("gelu_mlp")
         asked = dict(zip(GRADIENTS.names, ctx.needs_input_grad[3:], strict=True))
-        found = backward_kernel("triton", "gelu_mlp_backward")(
-            last_dim_contiguous(grads[0]), *ctx.saved_tensors, GRADIENTS.needs(asked), ctx.way
-        )
-        return None, None, None, *(grad if need else None for grad, need in zip(found, asked.values(), strict=True))
+        found = backward_kernel("triton", "gelu_mlp_backward")(_rows(grads[0]), *ctx.saved_tensors, GRADIENTS.needs(asked), ctx.way)
+        grad_x, *others = (grad if need else None for grad, need in zip(found, asked.values(), strict=True))
+        return None, None, None, None if grad_x is None else grad_x.view(ctx.shape), *others
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., C) -> (N,C)."""
+    return last_dim_contiguous(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
 
 
 def _triton_check(x: Tensor, *_: Any, **__: Any) -> list[str]:
@@ -129,21 +134,13 @@ def _plan(
         arguments.tensor(name, value, axes, dtype=x.dtype)
     if _GELU_MLP.choose(impl, x, weight1, bias1, weight2, bias2) == "reference":
         return reference.gelu_mlp
-    shape, is_flat = (*x.shape[:-1], weight2.shape[0]), x.dim() == 2 and not to_copy((x,))
-    multiply: Plan
+    shape = (*x.shape[:-1], weight2.shape[0])
     kernel = forward_kernel("triton", "gelu_mlp", direct)
     if any_needs_gradient(x, weight1, bias1, weight2, bias2):
-        # That of the last bias alone needs no h.
-        multiply = partial(GeluMlpFunction.apply, kernel, way, any_needs_gradient(x, weight1, bias1, weight2))
-    else:
-
-        def multiply(*tensors: Tensor | None) -> Tensor:
-            return kernel(*tensors, False, way)[0]
-
-    if is_flat:
-        return multiply
+        # The gradient of the last bias alone needs no h.
+        return partial(GeluMlpFunction.apply, kernel, way, any_needs_gradient(x, weight1, bias1, weight2))
 
     def planned(x: Tensor, *weights: Tensor | None) -> Tensor:
-        return multiply(last_dim_contiguous(x.reshape(-1, x.shape[-1])), *weights).view(shape)
+        return kernel(_rows(x), *weights, False, way)[0].view(shape)
 
     return planned

@@ -74,7 +74,9 @@ def signature_of_arguments(arguments: Iterable[Any]) -> Hashable | None:
     key: list[Any] = [torch.is_grad_enabled(), _triton.target()]
     try:
         for a in arguments:
-            if type(a) in _OPTIONS:
+            if type(a) in _TENSORS and (address := a.data_ptr()) and not a.is_neg() and not _ON_AMD:
+                key.append((a.shape, a.stride(), a.dtype, a.device, a.requires_grad, address & 15, a.storage_offset() & 15))
+            elif type(a) in _OPTIONS:
                 key.append(a)
             elif not _describe(key, a):
                 return None

@@ -41,10 +41,15 @@ class Gradients:
 
     def __init__(self, *names: str) -> None:
         self.names = names
+        self._bits = tuple((name, 1 << bit) for bit, name in enumerate(names))
 
     def needs(self, asked: Mapping[str, bool]) -> int:
         """Return the bits of the gradients that are asked for."""
-        return sum(bool(asked[name]) << bit for bit, name in enumerate(self.names))
+        needs = 0
+        for name, bit in self._bits:
+            if asked[name]:
+                needs |= bit
+        return needs
 
     def asked(self, needs: int) -> set[str]:
         """Return the names that the bits stand for."""

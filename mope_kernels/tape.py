@@ -64,8 +64,9 @@ class Recorder(TorchDispatchMode):
     or the caller asks for the tensor.
     """
 
-    def __init__(self, args: Sequence[Any]) -> None:
+    def __init__(self, args: Sequence[Any], share_empty: bool) -> None:
         super().__init__()
+        self.share_empty = share_empty
         self.lines: list[str] = []
         self.constants: dict[str, Any] = {"as_strided": torch.as_strided, "empty_strided": torch.empty_strided}
         # Kept, so that no other tensor gets the id of one of these.
@@ -139,6 +140,9 @@ class Recorder(TorchDispatchMode):
         if func in _ALLOCATIONS:
             slot = self._slot(out)
             self.named.add(slot)
+            if self.share_empty and out.shape == (0,):
+                self.constants[f"t{slot}"] = out
+                return
             given = [self.constant(v) for v in (tuple(out.shape), tuple(out.stride()), out.dtype, out.device)]
             self.lines.append(f"t{slot} = empty_strided({given[0]}, {given[1]}, dtype={given[2]}, device={given[3]})")
             return
@@ -243,10 +247,14 @@ class Elsewhere(Exception):
 
 
 class Tape:
-    """A launcher, for calls of one signature. The first call writes it down."""
+    """A launcher, for calls of one signature. The first call writes it down.
 
-    def __init__(self, launcher: Launcher) -> None:
-        self.launcher = launcher
+    share_empty: give tensors of shape (0,), which stand for what was not asked for, once for all calls. For launchers whose
+        results are looked at and dropped, as those of raw backwards are.
+    """
+
+    def __init__(self, launcher: Launcher, *, share_empty: bool = False) -> None:
+        self.launcher, self.share_empty = launcher, share_empty
         self._replay: Launcher | None = None
         self.refusal = ""
 
@@ -267,7 +275,7 @@ class Tape:
         if len({id(t) for t in tensors}) != len(tensors):
             # The same tensor twice would be one slot. Another call may have two.
             return self.launcher(*args)
-        recorder = Recorder(args)
+        recorder = Recorder(args, self.share_empty)
         _active.recorder = recorder
         try:
             with recorder:

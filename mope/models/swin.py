@@ -218,9 +218,11 @@ class MoPESwinEncoder(nn.Module):
 
     def routers(self) -> list[list[Router | None]]:
         """The router of each block of each stage, None where nothing is routed. Blocks may share one."""
-        found = []
-        for blocks in self.blocks():
-            found.append([None if block.experts is None else self.router or block.router for block in blocks])
+        return self._routers_of(self.blocks())
+
+    def _routers_of(self, stages: list[list[MoPESwinBlock]]) -> list[list[Router | None]]:
+        shared = self.router
+        found = [[None if block.experts is None else shared or block.router for block in blocks] for blocks in stages]
         if self.pairs_first:
             found[0][0] = found[0][1]
         return found
@@ -367,10 +369,13 @@ class MoPESwinEncoder(nn.Module):
         if self.use_mapped and not self.deep:
             x = torch.cat([mapped[0].to(x.dtype), x], dim=1)
         rows = None if route_weights is None else self._rows(route_weights)
+        stages = self.blocks()
+        routers_of = self._routers_of(stages)
+        of_blocks = [router for routers in routers_of for router in routers if router is not None]
         if noise is None:
-            noise = sample_noise(list(self.routed_blocks().values()), x.shape[0], always=router_noise)
+            noise = sample_noise(of_blocks, x.shape[0], always=router_noise)
         noise_of_block = iter(noise)
-        of_cross = self._cross_logits(cross) if rows is None else {}
+        of_cross = self._cross_logits(of_blocks, cross) if rows is None else {}
         step = _checkpointed_step if checkpointing and torch.is_grad_enabled() else _step
         dropping = self.drop_block_prompts and self.prompt_dropout.training
         # What the last block leaves to be added.
@@ -378,7 +383,7 @@ class MoPESwinEncoder(nn.Module):
         # A router that sees psi only decides once for all its blocks.
         decided: dict[int, Routing] = {}
         routed: list[Routing] = []
-        for stage, (blocks, routers) in enumerate(zip(self.blocks(), self.routers(), strict=True)):
+        for stage, (blocks, routers) in enumerate(zip(stages, routers_of, strict=True)):
             for i, (block, router) in enumerate(zip(blocks, routers, strict=True)):
                 # Prompts that something is done to between mixing and use are made apart.
                 apart = dropping or not (block.experts is None or is_plain(block.experts, PromptExperts))
@@ -419,11 +424,11 @@ class MoPESwinEncoder(nn.Module):
         probs = [routing.probs for routing in distinct(routed)]
         return SwinOutput(features, mean_importance(probs, threshold=self.importance_threshold, impl=self.impl), tuple(routed))
 
-    def _cross_logits(self, cross: Tensor | None) -> dict[int, Tensor]:
+    def _cross_logits(self, routers: Sequence[Router], cross: Tensor | None) -> dict[int, Tensor]:
         """psi's part of the logits of each router that need not be called for it, by the router's id."""
         if cross is None:
             return {}
-        found = {id(router): router.of_cross() for router in self.routed_blocks().values()}
+        found = {id(router): router.of_cross() for router in routers}
         parts = {key: part for key, part in found.items() if part is not None}
         return dict(zip(parts, cross_logits(list(parts.values()), cross), strict=True))
 
