@@ -74,13 +74,14 @@ class GraphedStep(Recorder):
             `DistributedDataParallel`, made in a stream of its own as torch documents; it is warmed up eleven times.
         optimizer: of `update`.
         max_norm: largest norm of the gradient in `update`, None for any.
-        scaler: of fp16. The loss is multiplied by its scale in the graph; looking for overflows, and changing the scale, stay outside.
+        scaler: of fp16. The loss is multiplied by its scale in the graph; to look for overflows and change the scale
+            stays outside.
         max_graphs: how many are kept; the least recently used one goes first. All of them share their scratch memory.
         guard: what else the graphs hold fixed, as something that can be compared.
 
     Raises:
-        ValueError: nothing to train, the optimizer trains other parameters, an argument is no tensor or asks for gradients, or there
-            is no loss.
+        ValueError: nothing to train, the optimizer trains other parameters, an argument is no tensor or asks for gradients, or
+            there is no loss.
         RuntimeError: called in another thread or without gradients; or the function cannot be recorded, and why.
 
     >>> with GraphedStep(model, optimizer=optimizer, max_norm=1.0) as step:
@@ -112,7 +113,7 @@ class GraphedStep(Recorder):
         self._look()
         if optimizer is not None:
             own = set(self._parameters)
-            if strange := sum(p not in own for group in optimizer.param_groups for p in group["params"]):
+            if strange := sum(p.requires_grad and p not in own for group in optimizer.param_groups for p in group["params"]):
                 raise ValueError(f"GraphedStep: {strange} parameters of the optimizer are not among those of modules that train")
 
     def __call__(self, **inputs: Tensor | None) -> Any:
@@ -148,11 +149,8 @@ class GraphedStep(Recorder):
         self._release_if_changed()
         with self._on():
             records = self._backend.records(self.device) and self.scaler is None
-            if records and not all(group.get("capturable", True) for group in self.optimizer.param_groups):
-                raise ValueError(
-                    f"GraphedStep: {type(self.optimizer).__name__} cannot be captured: make it with capturable=True, or call its own "
-                    "step() instead of update()"
-                )
+            if records and self.device.type == "cuda":
+                check_captures(self.optimizer)
             # Gradients that did not come from here lie elsewhere.
             self._place_gradients([i for i, p in enumerate(self._parameters) if p.grad is not None], adds=True)
             fixed = self._fixed_of_optimizer()
@@ -315,7 +313,8 @@ class GraphedStep(Recorder):
         self._scaled(_loss_of(outputs)).backward()
         if strange := sum(p.grad is not self._gradients[p] for p in self._parameters):
             raise ValueError(
-                f"GraphedStep: DistributedDataParallel put {strange} gradients elsewhere: make it with gradient_as_bucket_view=False"
+                f"GraphedStep: DistributedDataParallel put {strange} gradients elsewhere: make it with "
+                "gradient_as_bucket_view=False"
             )
         return _detached(outputs)
 
@@ -383,8 +382,7 @@ class GraphedStep(Recorder):
                 self._collect(list(found.values()), reached, adds=False)
 
         with recording(), without_autocast_cache(), self._gradients_kept():
-            with self._all_kept(warm_up) as warm:
-                replay, outputs = self._recorded(lambda: self._compute(static, adds)[0], warm)
+            replay, outputs = self._recorded(lambda: self._compute(static, adds)[0], self._harmless(warm_up))
         return _Backward(outputs, reached, static, replay)
 
     def _recorded(self, call: Callable[[], Any], warm_up: Callable[[], object] | None) -> tuple[Callable[[], None], Any]:
@@ -422,10 +420,9 @@ class GraphedStep(Recorder):
                 if gradient is not None and value is not None:
                     gradient.copy_(value)
 
-    @contextmanager
-    def _all_kept(self, warm_up: Callable[[], None]) -> Iterator[Callable[[], None]]:
-        """Let `warm_up` leave buffers and random generators as they were."""
-        buffers = [b for b in dict.fromkeys(b for module in self.modules for b in module.buffers())]
+    def _harmless(self, warm_up: Callable[[], None]) -> Callable[[], None]:
+        """Make `warm_up` leave buffers and random generators as they were."""
+        buffers = list(dict.fromkeys(b for module in self.modules for b in module.buffers()))
 
         def harmless() -> None:
             before = [buffer.clone() for buffer in buffers]
@@ -435,7 +432,7 @@ class GraphedStep(Recorder):
                 for buffer, value in zip(buffers, before, strict=True):
                     buffer.copy_(value)
 
-        yield harmless
+        return harmless
 
     @contextmanager
     def _unchanged_on_the_host(self) -> Iterator[None]:
@@ -463,6 +460,15 @@ class HostState(RuntimeError):
     """A step depends on something on the host that changes from call to call."""
 
 
+def check_captures(optimizer: torch.optim.Optimizer) -> None:
+    """ValueError where a step of an optimizer on a GPU cannot be captured. Those that do not say so are taken at their word."""
+    if not all(group.get("capturable", True) for group in optimizer.param_groups):
+        raise ValueError(
+            f"GraphedStep: {type(optimizer).__name__} cannot be captured: make it with capturable=True, or call its own step() "
+            "instead of update()"
+        )
+
+
 def objection_to(modules: Sequence[nn.Module]) -> str:
     """Return why steps of these modules cannot be recorded, "" if nothing is known against it."""
     for top in modules:
@@ -470,8 +476,8 @@ def objection_to(modules: Sequence[nn.Module]) -> str:
             where = name or type(module).__name__
             if getattr(module, "_checkpointing", False) or getattr(module, "gradient_checkpointing", False) is True:
                 return (
-                    f"{where} has gradient checkpointing on, which reads the state of the random generator, and a graph has no such "
-                    "state: switch it off, or train without graphs"
+                    f"{where} has gradient checkpointing on, which reads the state of the random generator, and a graph has no "
+                    "such state: switch it off, or train without graphs"
                 )
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
             hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
@@ -527,8 +533,8 @@ def _why(error: BaseException) -> str:
         return "the optimizer cannot be captured: make it with capturable=True"
     if any(word in said for word in ("generator", "Generator", "seed", "get_state", "rng")):
         return (
-            "it reads the state of the device's random generator, as gradient checkpointing does: switch that off, or train without "
-            f"graphs ({said})"
+            "it reads the state of the device's random generator, as gradient checkpointing does: switch that off, or train "
+            f"without graphs ({said})"
         )
     return (
         "it reads a value on the host (.item(), .cpu(), a tensor in `if`, boolean indexing, a shape that depends on values), or "
