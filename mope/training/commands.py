@@ -12,6 +12,7 @@ from typing import Any
 from mope.arguments import add_device, count, positive
 from mope.extras import missing
 
+from .options import GRAPHS
 from .recipe import METRICS, PRECISIONS, RECIPES, Recipe
 
 # Of 128 + number, as shells report it.
@@ -84,6 +85,19 @@ def add_train(commands: Any) -> None:
         choices=("auto", "on", "off"),
         default="auto",
         help="compute features of the complementary encoder once, where training does not change them (auto)",
+    )
+    run.add_argument(
+        "--graphs",
+        choices=GRAPHS,
+        default="auto",
+        help="forward and backward as one CUDA graph (auto: on one GPU, where nothing is against it)",
+    )
+    run.add_argument(
+        "--length-buckets",
+        type=positive,
+        nargs="*",
+        metavar="N",
+        help="pad texts to one of these lengths, so that few shapes are left; without N to those that graphs take",
     )
     run.add_argument("--features", type=Path, metavar="FOLDER", help="where these are kept (in --out)")
     _add_machine(run)
