@@ -27,7 +27,8 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    # oneDNN's own layouts have none.
+    return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
 
 
 class Tape(TorchDispatchMode):
