@@ -73,7 +73,7 @@ def prepare(way: str, model: nn.Module, batch: dict[str, Tensor]) -> Callable[[]
             call = torch.cuda.make_graphed_callables(module, tuple(tensor.clone() for tensor in batch.values()))
     elif way == "reduce-overhead":
         backend = aot_autograd(fw_compiler=_as_a_replay, bw_compiler=_as_a_replay)
-        call = torch.compile(module, backend=backend, dynamic=False, fullgraph=True)
+        call = torch.compile(module, backend=backend, dynamic=False)
     return lambda: call(*batch.values()).backward()
 
 
