@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from mope.training import GraphedStep, Recipe
 from tests.models.test_model_path import each, example, make
-from tests.training.brightness import read_splits, write_data
+from tests.training.brightness import make_model, read_splits, write_data
 from tests.training.test_stepping import outcome, run_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -41,7 +42,7 @@ def quiet(case: str) -> Any:
     return make(case, noise_std=0.0, prompt_dropout=0.0).to(DEVICE).train()
 
 
-def train(model: Any, batches: list[dict[str, Tensor]], step: Callable[..., Any] | None, update: bool = False) -> list[Tensor]:
+def train(model: Any, batches: list[dict[str, Tensor]], step: Callable[..., Any] | None) -> list[Tensor]:
     """Losses of steps of two parts each; SGD, whose steps are no larger than gradients."""
     optimizer, losses = torch.optim.SGD(list(model.trainable_parameters()), lr=1e-2), []
     for _ in range(4):
@@ -122,15 +123,15 @@ def test_the_optimizer_in_a_graph(options: dict[str, bool]) -> None:
                 rate.fill_(1e-4)
                 theirs.param_groups[0]["lr"] = 1e-4
             batch = batch_of()
-            close(step(**batch), twin(**batch))
-            theirs.zero_grad()
             loss = twin(**batch)
+            close(step(**batch), loss)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
             found = step.update()
             assert found is not None
             close(found, norm)
             theirs.step()
+            theirs.zero_grad()
         assert step.num_graphs == 2
     for one, other in zip(module.parameters(), twin.parameters(), strict=True):
         close(one, other)
@@ -246,13 +247,10 @@ def test_a_run(tmp_path: Path, precision: str, parts: int) -> None:
     recipe = Recipe(epochs=2, batch_size=6, vision_lr=1e-3, text_lr=1e-3, precision=precision, accumulation=parts)
     exact = {"noise_std": 0.0, "prompt_dropout": 0.0, "cross_prompt_length": 2}
 
-    def model(splits: Any) -> Any:
-        from tests.training.brightness import make_model
-
-        return make_model(splits, **exact)
-
+    model = partial(make_model, **exact)
     runs = [
-        run_of(splits, tmp_path / graphs, recipe, model, graphs=graphs, length_buckets=(), device="cuda") for graphs in ("off", "on")
+        run_of(splits, tmp_path / graphs, recipe, model, graphs=graphs, length_buckets=(), device="cuda")
+        for graphs in ("off", "on")
     ]
     results = [run.train() for run in runs]
     assert results[1]["graphs"]["parts"]["graphs"] == 6 * parts
