@@ -40,7 +40,7 @@ Made by `python -m bench.report` from the rows in `bench/results`: `make bench` 
 | ... compiled | the same under `torch.compile(dynamic=False)` |
 | ... compiled+graphs | the same under `torch.compile(dynamic=False, mode="reduce-overhead")` |
 | ... graphed | a training step, forward and backward, as one CUDA graph: ours by [`GraphedStep`](performance.md#training-steps) |
-| ... graphed with AdamW | the same with a step of AdamW (fused, learning rate 0, so that all steps compute the same) in graphs too |
+| ... graphed with AdamW | the same and a step of AdamW (fused; learning rate 0, so that all steps compute the same) in graphs |
 
 - A row is timed only after its result was checked: its error against float64 is at most five times that of plain PyTorch in the
   same dtype and of one rounding.

@@ -6,19 +6,22 @@ import copy
 import functools
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mope import MoPEForClassification
 from mope.fused.packing import Packing
-from mope.training.graphs import GraphedStep, check_captures, objection_to
+from mope.training.graphs import DISTRIBUTED_WARM_UPS, WATCH, GraphedStep, check_captures, objection_to
 from tests.models.test_model_path import each, example, make
 from tests.modex import test_modeling as modex
 from tests.tape import Tapes
@@ -550,3 +553,57 @@ def test_it_is_a_name_of_the_package() -> None:
 
     assert mope.GraphedStep is GraphedStep and "GraphedStep" in mope.__all__
     assert isinstance(MoPEForClassification, type)
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group of one; tests/training/test_distributed.py has two, which call."""
+    monkeypatch.setenv(WATCH, "0")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def without_unused() -> Net:
+    module = Net()
+    module.unused.requires_grad_(False)
+    return module
+
+
+@both
+@pytest.mark.usefixtures("one_process")
+def test_distributed_data_parallel(recorded: bool) -> None:
+    """Its averaging is recorded; parts under no_sync() are other graphs."""
+    module = without_unused()
+    twin = copy.deepcopy(module)
+    wrapped = DistributedDataParallel(module, broadcast_buffers=False)
+    step, backend = graphed(wrapped, recorded)
+    ours, theirs = adamw(module), adamw(twin)
+    for _ in range(3):
+        for part in range(3):
+            batch = batch_of()
+            with nullcontext() if part == 2 else wrapped.no_sync():
+                loss = step(**batch)
+            plain = twin(**batch)
+            plain.backward()
+            assert torch.equal(loss, plain.detach()) and same(module, twin)
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert step.num_graphs == 3
+    if recorded:
+        assert (backend.recorded, backend.warmed) == (3, 3 * DISTRIBUTED_WARM_UPS)
+        assert [tape.names()["allreduce_"] for tape in backend.tapes] == [0, 0, 1]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_distributed_data_parallel_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    looking = DistributedDataParallel(without_unused(), find_unused_parameters=True)
+    with pytest.raises(RuntimeError, match="cannot look for unused parameters: make it with find_unused_parameters=False"):
+        graphed(looking)[0](**batch_of())
+    views = DistributedDataParallel(without_unused(), gradient_as_bucket_view=True)
+    with pytest.raises(ValueError, match="make it with gradient_as_bucket_view=False"):
+        graphed(views)[0](**batch_of())
+    monkeypatch.delenv(WATCH)
+    with pytest.raises(RuntimeError, match="with TORCH_NCCL_ASYNC_ERROR_HANDLING=0 only: set it before the process group is made"):
+        graphed(DistributedDataParallel(without_unused()))[0](**batch_of())
