@@ -196,6 +196,7 @@ def _train(options: argparse.Namespace) -> int:
         if not is_out_of_memory(error):
             raise
         advice = "take a smaller --batch-size or more parts of it (--accumulation), or --gradient-checkpointing"
+        advice += "" if options.graphs == "off" else ", or --graphs off: graphs keep their scratch memory"
         return _fail("train", f"out of memory: {first_line(error)}; {advice}", running=True)
     return 0 if stopped_by is None else SIGNALLED + stopped_by
 

@@ -189,6 +189,8 @@ class GraphedStep(Recorder):
         self._parameters = [p for p in dict.fromkeys(p for m in found for p in m.parameters(recurse=False)) if p.requires_grad]
         if not self._parameters:
             raise ValueError("GraphedStep: nothing to train: give modules=, some of whose parameters require gradients")
+        if len(devices := {p.device for p in self._parameters}) > 1:
+            raise ValueError(f"GraphedStep: all that trains must be on one device, found {', '.join(sorted(map(str, devices)))}")
         self.device = self._parameters[0].device
         self._distributed = [m for m in found if isinstance(m, DistributedDataParallel)]
         # The dictionaries in which modules keep what is compared: to walk over the modules in each call would take long.
@@ -296,6 +298,10 @@ class GraphedStep(Recorder):
         """Outputs, and the gradient of each parameter that has one, by its place."""
         outputs = self.function(**tensors)
         found = torch.autograd.grad(self._scaled(_loss_of(outputs)), self._parameters, allow_unused=True)
+        if any(gradient is not None and gradient.layout != torch.strided for gradient in found):
+            raise RuntimeError(
+                "GraphedStep: a parameter gets a sparse gradient, whose size depends on values: make it with sparse=False"
+            )
         return _detached(outputs), {i: gradient for i, gradient in enumerate(found) if gradient is not None}
 
     def _collect(self, found: list[Tensor], reached: Sequence[int], adds: bool) -> None:

@@ -23,7 +23,9 @@ def test_each_way_leaves_what_it_leaves(capsys) -> None:
     for first, added in found.values():
         assert first == added
     replays, additions = ({way: getattr(first, name) for way, (first, _) in found.items()} for name in ("replays", "additions"))
-    assert replays == {"none": 0, "reduce-overhead": 2, "make_graphed_callables": 2, "GraphedStep": 1}
+    # Where torch.compile breaks a graph, there are more.
+    assert replays.pop("reduce-overhead") >= 2
+    assert replays == {"none": 0, "make_graphed_callables": 2, "GraphedStep": 1}
     assert additions == dict.fromkeys(host_work.WAYS, trained) | {"GraphedStep": 0}
     operations = {way: first.operations for way, (first, _) in found.items()}
     # Each input is copied to its place, and the loss, for which there is a new tensor, from its own.

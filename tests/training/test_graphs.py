@@ -495,6 +495,11 @@ def test_wrong_arguments_are_named(recorded: bool) -> None:
             GraphedStep(nothing)
     with pytest.raises(ValueError, match="2 parameters of the optimizer are not among"):
         GraphedStep(module, optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="all that trains must be on one device, found cpu, meta"):
+        GraphedStep(nn.ModuleList([module, nn.Linear(2, 2, device="meta")]))
+    table = nn.Embedding(5, 2, sparse=True)
+    with pytest.raises(RuntimeError, match=r"gets a sparse gradient, .*: make it with sparse=False"):
+        graphed(lambda x: table(x).sum(), recorded, modules=[table])[0](x=torch.tensor([1, 2]))
     step, _ = graphed(module, recorded)
     with pytest.raises(ValueError, match="y must be tensors"):
         step(x=batch["x"], y=3)  # type: ignore[arg-type]
