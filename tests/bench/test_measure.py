@@ -50,7 +50,13 @@ def test_steps_in_graphs_compute_the_op_again_and_again(way, optimizer, monkeypa
     """On tapes of operations (tests/tape.py). The optimizer does all its work, and its learning rate is 0."""
     monkeypatch.setattr(problem_module, "check_graphs", lambda: None)
     monkeypatch.setattr("mope.graphs._CudaGraphs", lambda: Tapes(reads=True))
-    monkeypatch.setattr(problem_module, "graphed", lambda once: once)
+
+    def on_a_tape(once):
+        replay, found = Tapes().record(once)
+        return lambda: [replay(), *found][1:]
+
+    # No value is read in it.
+    monkeypatch.setattr(problem_module, "graphed", on_a_tape)
     problem = problems.build(Case("model", "tiny-swin", True), CPU, torch.float32)
     once = problem.prepare(way + optimizer)
     for _ in range(4):
