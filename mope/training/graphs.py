@@ -138,7 +138,7 @@ class GraphedStep(Recorder):
         """Clip, step and zero: the optimizer's step with the gradients that are there -> their norm (), None without `max_norm`.
 
         Recorded where nothing but the gradients changed since the last call: with learning rates that are floats and change in each
-        step it never is; let them be tensors. With a scaler it never is.
+        step it never is; let them be tensors on the device. With a scaler, or hooks of the optimizer, it never is.
 
         Raises:
             ValueError: there is no optimizer, or it cannot be captured.
@@ -148,7 +148,8 @@ class GraphedStep(Recorder):
             raise ValueError("GraphedStep: update() needs an optimizer: give optimizer=")
         self._release_if_changed()
         with self._on():
-            records = self._backend.records(self.device) and self.scaler is None
+            hooks = [getattr(self.optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post")]
+            records = self._backend.records(self.device) and self.scaler is None and not any(hooks)
             if records and self.device.type == "cuda":
                 check_captures(self.optimizer)
             # Gradients that did not come from here lie elsewhere.

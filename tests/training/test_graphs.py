@@ -166,6 +166,17 @@ def test_learning_rates_that_change_in_each_step_are_recorded_if_they_are_tensor
     assert backend.recorded == 1 + as_tensor
 
 
+def test_hooks_of_the_optimizer_run_in_each_step() -> None:
+    module, calls = Net(), []
+    optimizer = adamw(module)
+    optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+    step, backend = graphed(module, optimizer=optimizer)
+    for _ in range(4):
+        step(**batch_of())
+        step.update()
+    assert len(calls) == 4 and backend.recorded == 1
+
+
 def test_an_optimizer_whose_state_was_loaded_is_recorded_anew() -> None:
     module = Net()
     optimizer = adamw(module)
