@@ -39,12 +39,15 @@ Made by `python -m bench.report` from the rows in `bench/results`: `make bench` 
 | a model for each task | called one after the other, each with the items of its task; all over the same frozen weights |
 | ... compiled | the same under `torch.compile(dynamic=False)` |
 | ... compiled+graphs | the same under `torch.compile(dynamic=False, mode="reduce-overhead")` |
+| ... graphed | a training step, forward and backward, as one CUDA graph: ours by [`GraphedStep`](performance.md#training-steps) |
+| ... graphed with AdamW | the same and a step of AdamW (fused; learning rate 0, so that all steps compute the same) in graphs |
 
 - A row is timed only after its result was checked: its error against float64 is at most five times that of plain PyTorch in the
   same dtype and of one rounding.
 - *ms*: median of a call, ± half the interquartile range. CPU: wall time, caches warm. GPU: between two events on the device, its
-  second-level cache emptied before. "training" is forward and backward, without an optimizer. On a CPU ours of a whole model has
-  its frozen weights [in oneDNN's order](performance.md), as `serving()` does it, which takes their memory once more.
+  second-level cache emptied before. "training" is forward and backward, without an optimizer unless the way names one. On a CPU
+  ours of a whole model has its frozen weights [in oneDNN's order](performance.md), as `serving()` does it, which takes their
+  memory once more.
 - *ratio*: the time as a multiple of ours, above 1 ours is faster. Both run in turns, and this is the median of the quotients.
 - *memory*: the most that a call holds at once beyond its inputs. CPU: what torch's profiler sees. GPU: the allocator's count,
   and nothing where graphs keep their memory between calls.

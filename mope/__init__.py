@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from .reference.encoder import load_reference_encoder
     from .reference.loading import load_reference_checkpoint
     from .serving import MoPEServer
+    from .training.graphs import GraphedStep
 
 __all__ = [
     "CudaGraphRunner",
+    "GraphedStep",
     "MoPEConfig",
     "MoPEForClassification",
     "MoPEServer",
@@ -36,5 +38,10 @@ __getattr__ = lazily(
     __name__,
     dict.fromkeys(__all__, ".models")
     | dict.fromkeys(_REFERENCE, ".reference")
-    | {"__version__": "mope_kernels", "CudaGraphRunner": ".graphs", "MoPEServer": ".serving"},
+    | {
+        "__version__": "mope_kernels",
+        "CudaGraphRunner": ".graphs",
+        "GraphedStep": ".training.graphs",
+        "MoPEServer": ".serving",
+    },
 )

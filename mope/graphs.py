@@ -6,7 +6,7 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -19,8 +19,25 @@ WARM_UPS = 3
 _recording = threading.Lock()
 
 
+def recording() -> AbstractContextManager[bool]:
+    """While a graph is recorded."""
+    return _recording
+
+
+def modules_of(function: Callable[..., Any], modules: Sequence[nn.Module] | None) -> tuple[nn.Module, ...]:
+    """Those that are named, else the function if it is a module or a partial of one."""
+    if modules is None:
+        inner = function.func if isinstance(function, functools.partial) else function
+        modules = [inner] if isinstance(inner, nn.Module) else []
+    return tuple(modules)
+
+
+class NotRecordable(RuntimeError):
+    """What torch says of a call that cannot become a graph."""
+
+
 class _CudaGraphs:
-    """What the runner asks of torch.cuda, so that tests can put something else in its place."""
+    """What recorders ask of torch.cuda, so that tests can put something else in its place."""
 
     def __init__(self) -> None:
         self._pool: Any = None
@@ -40,8 +57,16 @@ class _CudaGraphs:
             self._stream = stream
             yield
 
-    def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """-> what replays the launches of `call`, and what `call` returned: the tensors that each replay writes."""
+    def record(
+        self, call: Callable[[], Any], warm_up: Callable[[], object] | None = None, times: int = WARM_UPS
+    ) -> tuple[Callable[[], None], Any]:
+        """-> what replays the launches of `call`, and what `call` returned: the tensors that each replay writes.
+
+        Before it, `warm_up` runs so many times; default: `call` itself.
+
+        Raises:
+            NotRecordable: `call` ran before and cannot be recorded.
+        """
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         # Graphs replay one after the other, so what is left over of one serves the next.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
@@ -50,8 +75,8 @@ class _CudaGraphs:
         side.wait_stream(current)
         # torch.cuda.graph does not leave its stream where a recording fails.
         with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                call()
+            for _ in range(times):
+                (warm_up or call)()
             # The workspaces of cuBLAS have to be the graphs' own: two threads replay at the same time.
             clear_workspaces()
             try:
@@ -59,9 +84,9 @@ class _CudaGraphs:
                     outputs = call()
             except RuntimeError as error:
                 self.release()
-                raise RuntimeError(
-                    "CudaGraphRunner: the function cannot be recorded: it reads a value on the host, or copies from or to it"
-                ) from error
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise NotRecordable(str(error)) from error
             finally:
                 clear_workspaces()
         current.wait_stream(side)
@@ -72,6 +97,65 @@ class _CudaGraphs:
         self._pool = None
 
 
+class Recorder:
+    """What all that records graphs has in common: they are bounded in number, released, and belong to a thread.
+
+    Args:
+        max_graphs: how many are kept; the least recently used one goes first.
+
+    Raises:
+        ValueError: `max_graphs` is below 1.
+    """
+
+    def __init__(self, max_graphs: int) -> None:
+        if max_graphs < 1:
+            raise ValueError(f"{self._name}: max_graphs must be at least 1, got {max_graphs}")
+        self.max_graphs = max_graphs
+        self._backend = _CudaGraphs()
+        self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
+        self._thread = threading.get_ident()
+
+    @property
+    def _name(self) -> str:
+        """How errors begin."""
+        return type(self).__name__
+
+    @property
+    def num_graphs(self) -> int:
+        """How many are kept now."""
+        return len(self._graphs)
+
+    def release(self) -> None:
+        """Give up all graphs and their memory. Another call records anew."""
+        self._check_thread()
+        self._graphs.clear()
+        self._backend.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def _check_thread(self) -> None:
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(
+                f"{self._name}: called in another thread than the one that made it, where two calls could write the same "
+                "buffers: make one in each thread"
+            )
+
+    def _keep(self, key: Hashable, graph: Any) -> None:
+        """Keep one more; the least recently used goes where they are too many."""
+        self._graphs[key] = graph
+        if len(self._graphs) > self.max_graphs:
+            self._graphs.popitem(last=False)
+
+    def _use(self, key: Hashable) -> Any:
+        """One that is kept, the most recently used from now on."""
+        self._graphs.move_to_end(key)
+        return self._graphs[key]
+
+
 class _Graph(NamedTuple):
     """A recorded call: the tensors it reads, the tensors it writes, and what runs it again."""
 
@@ -80,7 +164,7 @@ class _Graph(NamedTuple):
     replay: Callable[[], None]
 
 
-class CudaGraphRunner:
+class CudaGraphRunner(Recorder):
     """Calls `function(**tensors)` through CUDA graphs, for inference.
 
     The first call with tensors of given shapes and dtypes runs the function a few times and records what it launches. Every
@@ -122,28 +206,16 @@ class CudaGraphRunner:
         guard: Callable[[], object] | None = None,
         copy_outputs: bool = True,
     ) -> None:
-        if max_graphs < 1:
-            raise ValueError(f"CudaGraphRunner: max_graphs must be at least 1, got {max_graphs}")
+        super().__init__(max_graphs)
         if batch_sizes is not None and (not batch_sizes or min(batch_sizes) < 1):
             raise ValueError(f"CudaGraphRunner: batch_sizes must be positive numbers, or None, got {tuple(batch_sizes)}")
-        if modules is None:
-            inner = function.func if isinstance(function, functools.partial) else function
-            modules = [inner] if isinstance(inner, nn.Module) else []
-        self.function, self.max_graphs, self.modules, self.guard = function, max_graphs, tuple(modules), guard
+        self.function, self.modules, self.guard = function, modules_of(function, modules), guard
         self.batch_sizes = None if batch_sizes is None else tuple(sorted(batch_sizes))
         self.copy_outputs = copy_outputs
-        self._backend = _CudaGraphs()
-        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         # The dictionaries in which modules keep tensors: to walk over the modules in each call would take longer than the call.
         self._tensors: list[dict[str, Any]] = []
         self._recorded_in: object = None
-        self._thread = threading.get_ident()
         self._check_owner()
-
-    @property
-    def num_graphs(self) -> int:
-        """How many are kept now."""
-        return len(self._graphs)
 
     def __call__(self, **inputs: Tensor | None) -> Any:
         """What `function(**inputs)` returns. None is left out."""
@@ -156,29 +228,10 @@ class CudaGraphRunner:
         with self._backend.on(device):
             graph = self._find(tensors, size)
             for name, tensor in tensors.items():
-                _fill(graph.inputs[name], tensor)
+                fill(graph.inputs[name], tensor)
             graph.replay()
             outputs = self._rows(graph.outputs, size, batch)
-            return _copy(outputs) if self.copy_outputs else outputs
-
-    def release(self) -> None:
-        """Give up all graphs and their memory. Another call records anew."""
-        self._check_thread()
-        self._graphs.clear()
-        self._backend.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
-
-    def _check_thread(self) -> None:
-        if threading.get_ident() != self._thread:
-            raise RuntimeError(
-                "CudaGraphRunner: called in another thread than the one that made it, where two calls could write the same "
-                "buffers: make one in each thread"
-            )
+            return copy_of(outputs) if self.copy_outputs else outputs
 
     def _check(self, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
         """The tensors among the arguments."""
@@ -222,14 +275,12 @@ class CudaGraphRunner:
         key = (tuple(of_tensors), autocast)
         if key not in self._graphs:
             first = not self._graphs
-            self._graphs[key] = self._record(tensors, size)
+            self._keep(key, self._record(tensors, size))
             if first:
                 self._tensors = [d for top in self.modules for m in top.modules() for d in (m._parameters, m._buffers) if d]
                 self._recorded_in = self._state()
-            if len(self._graphs) > self.max_graphs:
-                self._graphs.popitem(last=False)
-        self._graphs.move_to_end(key)
-        return self._graphs[key]
+        graph: _Graph = self._use(key)
+        return graph
 
     def _record(self, tensors: dict[str, Tensor], size: int | None) -> _Graph:
         self._check_owner()
@@ -239,9 +290,14 @@ class CudaGraphRunner:
             for name, tensor in tensors.items():
                 shape = tensor.shape if size is None else (size, *tensor.shape[1:])
                 static[name] = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-                _fill(static[name], tensor)
-        with _recording, _without_autocast_cache():
-            replay, outputs = self._backend.record(lambda: self._run(static))
+                fill(static[name], tensor)
+        with recording(), without_autocast_cache():
+            try:
+                replay, outputs = self._backend.record(lambda: self._run(static))
+            except NotRecordable as error:
+                raise RuntimeError(
+                    "CudaGraphRunner: the function cannot be recorded: it reads a value on the host, or copies from or to it"
+                ) from error.__cause__
         return _Graph(static, outputs, replay)
 
     def _run(self, inputs: dict[str, Any]) -> Any:
@@ -267,7 +323,7 @@ class CudaGraphRunner:
         return places, tuple(module.training for module in self.modules), None if self.guard is None else self.guard()
 
 
-def _fill(static: Tensor, given: Tensor) -> None:
+def fill(static: Tensor, given: Tensor) -> None:
     """Copy; rows that `static` has more repeat the first."""
     if static.shape == given.shape:
         static.copy_(given)
@@ -276,7 +332,7 @@ def _fill(static: Tensor, given: Tensor) -> None:
         static[len(given) :].copy_(given[:1])
 
 
-def _copy(outputs: Any) -> Any:
+def copy_of(outputs: Any) -> Any:
     """New tensors of the same values. In few launches: a model returns three for each routed block."""
     leaves, spec = pytree.tree_flatten(outputs)
     copies = [torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -297,7 +353,7 @@ def _refuse_gradients(values: Any) -> None:
 
 
 @contextmanager
-def _without_autocast_cache() -> Iterator[None]:
+def without_autocast_cache() -> Iterator[None]:
     """Weights that autocast has cast before would be read from where they lie, long after they are gone."""
     enabled = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()

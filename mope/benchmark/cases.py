@@ -10,6 +10,8 @@ from .baselines import BACKENDS
 
 # " compiled": under torch.compile, once for each shape. FlexAttention does not work otherwise.
 _ATTENTION = ("ours", "released", "released compiled", "cat+sdpa", *BACKENDS, "cat+sdpa compiled", "flex", "xformers")
+# Behind a way whose call, forward and backward, is recorded as one CUDA graph: the optimizer is recorded too.
+WITH_OPTIMIZER = " with AdamW"
 # Each of the ways that the table of configurations chooses from.
 _MLP = tuple(f"ours {way}" for way in WAYS_OF_MLP)
 _SWIN_MODEL = (
@@ -18,6 +20,8 @@ _SWIN_MODEL = (
     "released compiled",
     "released without waiting compiled",
     "released without waiting compiled+graphs",
+    "released without waiting graphed",
+    f"released without waiting graphed{WITH_OPTIMIZER}",
 )
 WAYS = {
     "route": ("ours", "released", "branchless", "branchless compiled"),
@@ -34,6 +38,7 @@ WAYS = {
     "model": (
         "ours",
         "ours graphed",
+        f"ours graphed{WITH_OPTIMIZER}",
         "ours compiled+graphs",
         "ours without graphs",
         *_SWIN_MODEL,
@@ -55,8 +60,8 @@ def uses_graphs(way: str) -> bool:
 
 
 def is_graphed(way: str) -> bool:
-    """Whether a whole call, forward and backward, is recorded as one CUDA graph."""
-    return way.endswith(" graphed")
+    """Whether a whole call, forward and backward, is recorded as one CUDA graph: ours by `mope.GraphedStep`, others as it is."""
+    return way.removesuffix(WITH_OPTIMIZER).endswith(" graphed")
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,17 @@ class Case:
         ways = [way for way in WAYS[self.op] if not (other_leaves and way.startswith("released"))]
         if self.op == "model":
             # In inference ours replays graphs.
-            with_graphs = ("ours graphed", "ours compiled+graphs") if self.training else ("ours without graphs",)
+            recorded = ("ours graphed", f"ours graphed{WITH_OPTIMIZER}", "ours compiled+graphs")
+            with_graphs = recorded if self.training else ("ours without graphs",)
             own = ("ours", *(with_graphs if self.graphs else ()))
             # Opponents mix all experts.
             opponents = () if self.top_k else _OPPONENTS["swin" in self.shape]
             # Without waiting but for graphs: only where one wants to know what the graphs do, in training.
-            opponents = tuple(way for way in opponents if self.training or way != "released without waiting compiled")
-            ways = [way for way in ways if way in (*own, *opponents) and (self.graphs or not uses_graphs(way))]
+            opponents = tuple(
+                way for way in opponents if self.training or not (way == "released without waiting compiled" or is_graphed(way))
+            )
+            without = [way for way in (*own, *opponents) if self.graphs or not (uses_graphs(way) or is_graphed(way))]
+            ways = [way for way in ways if way in without]
         ways = [way for way in ways if self.backends or way not in (*BACKENDS, *_MLP)]
         return tuple(way for way in ways if not (self.later and is_compiled(way)))
 

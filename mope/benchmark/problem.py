@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mope.training.graphs import GraphedStep
 
 from .baselines import Unavailable
-from .cases import is_compiled, is_graphed, uses_graphs
+from .cases import WITH_OPTIMIZER, is_compiled, is_graphed, uses_graphs
 from .shapes import Work
 
 # Calls before a graph is recorded: kernels are compiled, workspaces allocated.
@@ -30,7 +32,65 @@ Inputs = dict[str, Any]
 
 def base_of(way: str) -> str:
     """Return the way without what is done with it: "released without waiting" for "released without waiting compiled"."""
-    return way.removesuffix(" graphed").partition(" compiled")[0]
+    return way.removesuffix(WITH_OPTIMIZER).removesuffix(" graphed").partition(" compiled")[0]
+
+
+def check_graphs() -> None:
+    """Raise Unavailable where there is no GPU."""
+    if not torch.cuda.is_available():
+        raise Unavailable("without a GPU there are no graphs")
+
+
+def adamw(leaves: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """Return an optimizer that does all its work and changes nothing, so that results stay what they are."""
+    return torch.optim.AdamW(leaves, lr=0.0, fused=True, capturable=leaves[0].is_cuda)
+
+
+def stepped(
+    function: Callable[..., Outputs], inputs: Inputs, trained: Sequence[str], gradients: tuple[Tensor, ...], optimizes: bool
+) -> Callable[[], list[Tensor]]:
+    """Take a call, forward and backward, and with `optimizes` the optimizer through the library's own graphs for training.
+
+    Raises:
+        Unavailable: there is no GPU.
+    """
+    check_graphs()
+    leaves = [inputs[name] for name in trained]
+    tensors = {name: tensor for name, tensor in inputs.items() if name not in trained and tensor is not None}
+
+    def with_loss(**given: Tensor) -> dict[str, Any]:
+        outputs = function(**given, **dict(zip(trained, leaves, strict=True)))
+        # What backward then brings to each output is what comes in for it.
+        loss = sum((o * g.to(o)).sum() for o, g in zip(outputs, gradients, strict=True))
+        return {"loss": loss, "outputs": outputs}
+
+    optimizer = adamw(leaves) if optimizes else None
+    step = GraphedStep(with_loss, modules=[nn.ParameterList(leaves)], optimizer=optimizer)
+
+    def once() -> list[Tensor]:
+        for leaf in leaves:
+            leaf.grad = None
+        outputs = step(**tensors)["outputs"]
+        found = [leaf.grad for leaf in leaves]
+        if optimizes:
+            step.update()
+        return [*outputs, *(gradient for gradient in found if gradient is not None)]
+
+    return once
+
+
+def optimized(once: Callable[[], list[Tensor]], leaves: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Let a call that gives gradients, the last of its results, end with a step of the optimizer."""
+    optimizer = adamw(leaves)
+
+    def whole() -> list[Tensor]:
+        found = once()
+        for leaf, gradient in zip(leaves, found[len(found) - len(leaves) :], strict=True):
+            leaf.grad = gradient
+        optimizer.step()
+        return found
+
+    return whole
 
 
 def graphed(once: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
@@ -39,8 +99,7 @@ def graphed(once: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
     Raises:
         Unavailable: there is no GPU.
     """
-    if not torch.cuda.is_available():
-        raise Unavailable("without a GPU there are no graphs")
+    check_graphs()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -102,8 +161,13 @@ class Problem:
             torch.compiler.reset()
             mode = "reduce-overhead" if uses_graphs(way) and self.compiler == "inductor" else None
             function = torch.compile(function, dynamic=False, mode=mode, backend=self.compiler)
-        once = functools.partial(self._evaluate, function, self.inputs | self.inputs_of.get(base, {}), self.gradients)
-        return graphed(once) if is_graphed(way) else once
+        inputs, optimizes = self.inputs | self.inputs_of.get(base, {}), way.endswith(WITH_OPTIMIZER)
+        once = functools.partial(self._evaluate, function, inputs, self.gradients)
+        if not is_graphed(way):
+            return once
+        if base == "ours":
+            return stepped(function, inputs, self.trained, self.gradients, optimizes)
+        return graphed(optimized(once, [inputs[name] for name in self.trained]) if optimizes else once)
 
     def keeps_memory(self, way: str) -> bool:
         """Whether CUDA graphs hold on to their memory between calls."""

@@ -72,7 +72,7 @@ class Preprocessing:
             if self._tokenizer.pad_token_id is None:
                 raise ValueError("the tokenizer has no padding token: set model.tokenizer.pad_token")
             self._pads_left = model.config.padding_side == "left"
-            self._max_tokens = _max_tokens(self._tokenizer, model.backbone("text"))
+            self._max_tokens = max_tokens(self._tokenizer, model.backbone("text"))
 
     def __call__(self, example: Example, *, augment: Callable[[Any], Any] | None = None) -> dict[str, Any]:
         """`pixel_values` (channels,height,width) float32; `input_ids` and, if the tokenizer has them, `token_type_ids`, lists.
@@ -184,7 +184,7 @@ def _require_pillow() -> None:
         raise ModuleNotFoundError("reading images needs Pillow: pip install pillow") from None
 
 
-def _max_tokens(tokenizer: Any, text: nn.Module) -> int | None:
+def max_tokens(tokenizer: Any, text: nn.Module) -> int | None:
     """How long a text may be, with its special tokens; None: as long as it likes."""
     limits = [tokenizer.model_max_length]
     config: Any = text.config

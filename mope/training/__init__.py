@@ -11,17 +11,21 @@ from mope.lazy import lazily
 
 if TYPE_CHECKING:
     from .evaluation import compare_modes, evaluate
+    from .graphs import GraphedStep
+    from .options import RunOptions
     from .recipe import RECIPES, Recipe
     from .runs import TrainingRun, train
     from .trainer import FusionTrainer
-__all__ = ["RECIPES", "FusionTrainer", "Recipe", "TrainingRun", "compare_modes", "evaluate", "train"]
+__all__ = ["RECIPES", "FusionTrainer", "GraphedStep", "Recipe", "RunOptions", "TrainingRun", "compare_modes", "evaluate", "train"]
 
 __getattr__ = lazily(
     __name__,
     {
         "RECIPES": ".recipe",
         "FusionTrainer": ".trainer",
+        "GraphedStep": ".graphs",
         "Recipe": ".recipe",
+        "RunOptions": ".options",
         "TrainingRun": ".runs",
         "compare_modes": ".evaluation",
         "evaluate": ".evaluation",

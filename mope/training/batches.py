@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+# How many lengths of texts a run chooses for itself at most, and the longest text where nothing says which.
+LENGTHS, LONGEST = 8, 512
 
 
 class Batches(Sampler[list[int]]):
@@ -87,3 +92,47 @@ class Loader(DataLoader[Any]):
         """Trainer calls it; where it skips batches to resume, it calls that of the batches."""
         batches: Any = self.batch_sampler
         batches.set_epoch(epoch)
+
+
+class Buckets:
+    """A collate function whose texts are padded further, to one of few lengths, so that batches have few shapes.
+
+    Args:
+        collate: items -> tensors by name, texts (B,L) among them with their attention_mask.
+        lengths: ascending. A batch that is longer than all of them stays as it is.
+        values: what padding is, by the name of each tensor that is padded.
+        left: padding stands in front.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[list[Any]], dict[str, Tensor]],
+        lengths: Sequence[int],
+        values: Mapping[str, int],
+        *,
+        left: bool = False,
+    ) -> None:
+        self.collate, self.lengths, self.values, self.left = collate, tuple(lengths), dict(values), left
+
+    def __call__(self, items: list[Any]) -> dict[str, Tensor]:
+        """Items -> tensors by name."""
+        batch = self.collate(items)
+        if "input_ids" not in batch:
+            return batch
+        length = batch["input_ids"].shape[1]
+        more = next((each for each in self.lengths if each >= length), length) - length
+        padding = (more, 0) if self.left else (0, more)
+        return batch | {name: F.pad(batch[name], padding, value=value) for name, value in self.values.items() if name in batch}
+
+
+def length_buckets(longest: int | None) -> tuple[int, ...]:
+    """Multiples of a power of two up to the longest text, at most eight lengths, from the number of its tokens.
+
+    >>> length_buckets(40)
+    (8, 16, 24, 32, 40)
+    """
+    longest = longest or LONGEST
+    step = 1
+    while step * LENGTHS < longest:
+        step *= 2
+    return (*range(step, longest, step), longest)

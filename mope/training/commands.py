@@ -12,6 +12,7 @@ from typing import Any
 from mope.arguments import add_device, count, positive
 from mope.extras import missing
 
+from .options import GRAPHS
 from .recipe import METRICS, PRECISIONS, RECIPES, Recipe
 
 # Of 128 + number, as shells report it.
@@ -84,6 +85,19 @@ def add_train(commands: Any) -> None:
         choices=("auto", "on", "off"),
         default="auto",
         help="compute features of the complementary encoder once, where training does not change them (auto)",
+    )
+    run.add_argument(
+        "--graphs",
+        choices=GRAPHS,
+        default="auto",
+        help="forward and backward as one CUDA graph (auto: on one GPU, where nothing is against it)",
+    )
+    run.add_argument(
+        "--length-buckets",
+        type=positive,
+        nargs="*",
+        metavar="N",
+        help="pad texts to one of these lengths, so that few shapes are left; without N to those that graphs take",
     )
     run.add_argument("--features", type=Path, metavar="FOLDER", help="where these are kept (in --out)")
     _add_machine(run)
@@ -182,6 +196,7 @@ def _train(options: argparse.Namespace) -> int:
         if not is_out_of_memory(error):
             raise
         advice = "take a smaller --batch-size or more parts of it (--accumulation), or --gradient-checkpointing"
+        advice += "" if options.graphs == "off" else ", or --graphs off: graphs keep their scratch memory"
         return _fail("train", f"out of memory: {first_line(error)}; {advice}", running=True)
     return 0 if stopped_by is None else SIGNALLED + stopped_by
 

@@ -21,6 +21,7 @@ from mope.models.fusion import FusionModel
 from . import report
 from .evaluation import MODES, evaluate, prompt_owner
 from .loading import adopt_classes, make_config, new_model, new_modex_model, open_model
+from .options import RunOptions
 from .recipe import RECIPES, Recipe
 from .runs import TrainingRun
 
@@ -105,16 +106,20 @@ class TrainingJob:
                 splits,
                 self.recipe,
                 out,
-                seed=seed,
                 resume=resume,
                 cache_features=options.cache_features,
                 features=options.features or options.out / "features",
-                device=options.device,
-                num_workers=options.num_workers,
-                max_steps=options.max_steps,
-                save_steps=options.save_steps,
                 # Encoders that were joined here are nowhere else.
                 copy_backbones=options.copy_backbones or (self._is_modex and options.model is None),
+                options=RunOptions(
+                    seed=seed,
+                    device=options.device,
+                    num_workers=options.num_workers,
+                    max_steps=options.max_steps,
+                    save_steps=options.save_steps,
+                    graphs=options.graphs,
+                    length_buckets=options.length_buckets,
+                ),
             )
         except BaseException:
             model.detach()
@@ -155,6 +160,15 @@ class TrainingJob:
             f"classes; seed {run.seed}, {recipe.epochs} epochs of {run.trainer.batches.steps} steps of {recipe.batch_size} on "
             f"{environment.device_name(run.trainer.args.device)}, {self.state.num_processes} process(es)"
         )
+        stepping = run.trainer.stepping
+        if stepping.is_on:
+            lengths = "" if stepping.lengths is None else f", texts padded to {', '.join(map(str, stepping.lengths))} tokens"
+            where = (
+                "through CUDA graphs" if run.trainer.args.device.type == "cuda" else "as through CUDA graphs, without any on a CPU"
+            )
+            self.state.print(f"full batches go {where}{lengths}")
+        elif run.trainer.args.device.type == "cuda" and self.options.graphs == "auto":
+            self.state.print(f"no CUDA graphs: {stepping.why_not}")
         if "test" not in run.splits and any((self.options.data / file).is_file() for file in SPLITS["test"]):
             self.state.print(f"{self.options.data}: no example of the test split has a label: it is skipped")
         if (gpus := torch.cuda.device_count()) > self.state.num_processes and run.trainer.args.device.type == "cuda":

@@ -20,6 +20,7 @@ from mope.models.distributed import is_distributed
 from mope.models.fusion import FusionModel
 
 from .evaluation import evaluate
+from .options import RunOptions
 from .recipe import Recipe
 from .trainer import FusionTrainer, last_checkpoint, read_state
 
@@ -38,17 +39,13 @@ class TrainingRun:
         splits: "train", and "dev" and "test" where there are such. Without dev no epoch is the best, and the last weights stay.
         recipe: how; its metric may be left open.
         out: folder, new or of a run to resume.
-        seed: of order, augmentation, dropout and router noise. (That of the weights is drawn when the model is made.)
         resume: continue from the last checkpoint in `out`, or from the given one.
         cache_features: "auto" computes what the complementary encoder says once, where training does not change it; "on" raises an
             error where it does; "off" never.
         features: folder of the cache; default: in `out`.
-        device: "auto", or a name that torch knows.
-        num_workers: processes that load images.
-        eval_batch_size: over all processes; default: that of training.
-        max_steps, save_steps: see `FusionTrainer`.
         copy_backbones: put copies of the encoders into the saved model.
-        progress: show bars, and print what is done.
+        options: how the run is carried out; `changes` are fields of it (`seed=1, device="cpu"`). The seed is not that of the
+            weights, which are drawn when the model is made.
 
     Raises:
         ValueError: data, model, recipe or folder do not go together; the message says what does.
@@ -61,29 +58,25 @@ class TrainingRun:
         recipe: Recipe,
         out: str | Path,
         *,
-        seed: int = 0,
         resume: bool | str | Path = False,
         cache_features: str = "auto",
         features: str | Path | None = None,
-        device: str = "auto",
-        num_workers: int = 0,
-        eval_batch_size: int | None = None,
-        max_steps: int | None = None,
-        save_steps: int | None = None,
         copy_backbones: bool = False,
-        progress: bool = True,
+        options: RunOptions | None = None,
+        **changes: Any,
     ) -> None:
+        options = (options or RunOptions()).replace(**changes)
         if cache_features not in CACHE:
             raise ValueError(f"cache_features must be one of {', '.join(CACHE)}, got {cache_features!r}")
         if "train" not in splits:
             raise ValueError(f"splits must hold 'train', got {', '.join(splits) or 'none'}")
         if splits["train"].problem_type == "single_label" and len(splits["train"].names) == 1:
             raise ValueError(f"the only class is {splits['train'].names[0]!r}: any model is right about everything")
-        self.model, self.splits, self.out, self.seed = model, dict(splits), Path(out), seed
+        self.model, self.splits, self.out, self.seed = model, dict(splits), Path(out), options.seed
         self.recipe = recipe.for_problem(splits["train"].problem_type)
         self.features_folder = self.out / "features" if features is None else Path(features)
-        self.num_workers, self.eval_batch_size = num_workers, eval_batch_size or recipe.batch_size
-        self.copy_backbones, self.progress = copy_backbones, progress
+        self.num_workers, self.eval_batch_size = options.num_workers, options.eval_batch_size or recipe.batch_size
+        self.copy_backbones, self.progress = copy_backbones, options.progress
         self.caches_features = self._caches_features(cache_features)
         self.augment = RandAugment(magnitude=self.recipe.augment) if self.recipe.augment else False
         self.checkpoint = self._checkpoint(resume)
@@ -96,13 +89,7 @@ class TrainingRun:
             collate=Collator(model),
             train_items=items["train"],
             dev_items=items.get("dev"),
-            seed=seed,
-            device=device,
-            num_workers=num_workers,
-            eval_batch_size=self.eval_batch_size,
-            max_steps=max_steps,
-            save_steps=save_steps,
-            progress=progress,
+            options=options,
         )
         self._check_first_example()
         if self.checkpoint is not None:
@@ -167,6 +154,8 @@ class TrainingRun:
             },
             "processes": trainer.args.world_size,
         }
+        if trainer.stepping.is_on:
+            results["graphs"] = trainer.stepping.describe()
         if not results["stopped"]:
             results["best_step"] = trainer.load_best()
             for name in [name for name in self.splits if name != "train"]:

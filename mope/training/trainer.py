@@ -30,7 +30,9 @@ from mope.models.saving import WEIGHTS
 from .batches import Batches, Loader
 from .evaluation import measure
 from .metrics import loss_sum
+from .options import RunOptions
 from .recipe import Recipe
+from .stepping import Stepping
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
 # Trainer's own names.
@@ -89,17 +91,11 @@ class FusionTrainer(Trainer):
         out: folder for checkpoints and TensorBoard's files.
         collate: items -> arguments of the model, with labels.
         train_items, dev_items: items, without dev_items nothing is evaluated.
-        seed: of order, augmentation, dropout and router noise.
-        device: "auto", or a name that torch knows; "auto" is the only one for several processes on GPUs, which take one each.
-        num_workers: processes that load images.
-        eval_batch_size: over all processes; default: that of training.
-        max_steps: stop after so many, None for the recipe's epochs. The learning rates follow the epochs.
-        save_steps: write a checkpoint every so many steps too, beside that after each epoch.
-        progress: show bars.
+        options: how the run is carried out; `changes` are fields of it.
 
     Raises:
-        ValueError: a number of steps is below 1, the batch cannot be split over the processes, the precision does not run here,
-            what trains has 16 bits, or the model was to be sharded.
+        ValueError: an option has a value that is not allowed, the batch cannot be split over the processes, the precision does not
+            run here, what trains has 16 bits, graphs were to be on and cannot be, or the model was to be sharded.
     """
 
     def __init__(
@@ -111,19 +107,12 @@ class FusionTrainer(Trainer):
         collate: Collate,
         train_items: Dataset[Any],
         dev_items: Dataset[Any] | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        num_workers: int = 0,
-        eval_batch_size: int | None = None,
-        max_steps: int | None = None,
-        save_steps: int | None = None,
-        progress: bool = True,
+        options: RunOptions | None = None,
+        **changes: Any,
     ) -> None:
-        for name, steps in (("max_steps", max_steps), ("save_steps", save_steps)):
-            if steps is not None and steps < 1:
-                raise ValueError(f"{name} must be at least 1, or None, got {steps}")
+        options = (options or RunOptions()).replace(**changes)
         out = Path(out).resolve()
-        place = find_device(device)
+        place = find_device(options.device)
         on_cpu = place.type == "cpu"
         precision = resolve_precision(recipe.precision, on_cpu=on_cpu)
         short = [name for name, p in fusion.named_parameters() if p.requires_grad and p.dtype.itemsize < 4]
@@ -135,7 +124,7 @@ class FusionTrainer(Trainer):
         arguments = TrainingArguments(
             output_dir=str(out),
             num_train_epochs=recipe.epochs,
-            max_steps=-1 if max_steps is None else max_steps,
+            max_steps=-1 if options.max_steps is None else options.max_steps,
             gradient_accumulation_steps=recipe.accumulation,
             max_grad_norm=recipe.clip,
             bf16=precision == "bf16",
@@ -156,20 +145,20 @@ class FusionTrainer(Trainer):
             # Reading the loss in each step would make the host wait.
             logging_nan_inf_filter=False,
             report_to="none",
-            disable_tqdm=not progress,
-            seed=seed,
-            dataloader_num_workers=num_workers,
+            disable_tqdm=not options.progress,
+            seed=options.seed,
+            dataloader_num_workers=options.num_workers,
         )
         # Trainer would split each batch over all GPUs that a lone process sees.
         arguments._n_gpu = min(arguments.n_gpu, 1)
-        if device != "auto" and not on_cpu:
+        if options.device != "auto" and not on_cpu:
             take_device(arguments, place)
         self.fusion, self.recipe, self.out, self.collate = fusion, recipe, out, collate
         self.batches = Batches(
             train_items,
             recipe.batch_size,
             parts=recipe.accumulation,
-            seed=seed,
+            seed=options.seed,
             process=arguments.process_index,
             processes=arguments.world_size,
         )
@@ -177,7 +166,8 @@ class FusionTrainer(Trainer):
             raise ValueError(f"too few training items for {arguments.world_size} processes with {recipe.accumulation} parts each")
         arguments.logging_steps = max(10, self.batches.steps // 4)
         arguments.per_device_train_batch_size = math.ceil(recipe.batch_size / arguments.world_size / recipe.accumulation)
-        self.eval_batch_size = eval_batch_size or recipe.batch_size
+        self.eval_batch_size = options.eval_batch_size or recipe.batch_size
+        self.stepping = Stepping(fusion, options, self.batches, place, arguments.world_size)
         self.interruption = Interruption()
         self._losses = LossWatch()
         self.frozen_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -187,7 +177,7 @@ class FusionTrainer(Trainer):
             data_collator=collate,
             train_dataset=train_items,
             eval_dataset=dev_items,
-            callbacks=[RunCallback(self, save_steps), TensorBoardCallback(_Writer(out / "tensorboard"))],
+            callbacks=[RunCallback(self, options.save_steps), TensorBoardCallback(_Writer(out / "tensorboard"))],
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
@@ -199,19 +189,27 @@ class FusionTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, with frozen weights as they are fastest: in 16 bits while it computes in 16 bits, which autocast would cast
-        in each step, and on the CPU in oneDNN's order."""
+        in each step, and on the CPU in oneDNN's order. Graphs are given up at the end."""
         before = self.fusion.frozen_dtype
         self.fusion.cast_frozen(self.frozen_dtype or before)
         try:
-            with self.fusion.prepacked():
+            with self.fusion.prepacked(), self._in_a_stream_of_its_own():
                 output = super().train(*args, **kwargs)
             self.check_losses()
             return output
         finally:
+            self.stepping.release()
             self.fusion.cast_frozen(before)
 
+    def _in_a_stream_of_its_own(self) -> Any:
+        """Where DistributedDataParallel is to be recorded, torch wants it made in another stream than the default one."""
+        if self.stepping.why_not or self.args.device.type != "cuda" or self.args.world_size == 1:
+            return nullcontext()
+        return torch.cuda.stream(torch.cuda.Stream(self.args.device))
+
     def get_train_dataloader(self) -> Loader:  # type: ignore[override]
-        return Loader(self.batches, self.collate, workers=self.args.dataloader_num_workers, pin=self.args.device.type == "cuda")
+        collate = self.stepping.padding(self.collate)
+        return Loader(self.batches, collate, workers=self.args.dataloader_num_workers, pin=self.args.device.type == "cuda")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a learning rate for each encoder."""
@@ -242,6 +240,24 @@ class FusionTrainer(Trainer):
         """On the device; DistributedDataParallel would move what stays on the host, and wait."""
         return self.fusion.on_device(inputs) if self.args.world_size == 1 else super()._prepare_inputs(inputs)
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Forward and backward of a part of a batch, through a CUDA graph where it has one -> its loss ()."""
+        if self.stepping.takes(inputs):
+            model.train()
+            loss = self.stepping(
+                model,
+                inputs,
+                num_items_in_batch,
+                loss=lambda *given: self._loss(*given)[0],
+                scaler=self.accelerator.scaler,
+                guard=lambda: (self.fusion.config, self.current_gradient_accumulation_steps),
+            )
+            if loss is not None:
+                self._losses.see(loss, self.state.global_step + 1)
+                return loss
+        plain: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return plain
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -250,6 +266,13 @@ class FusionTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This process's part of the loss of the global batch, times the number of processes, over which gradients are averaged."""
+        loss, logits = self._loss(model, inputs, num_items_in_batch)
+        if model.training:
+            self._losses.see(loss, self.state.global_step + 1)
+        return (loss, (logits,)) if return_outputs else loss
+
+    def _loss(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None) -> tuple[Tensor, Tensor]:
+        """Loss and logits. Nothing in it may change from step to step but tensors: it goes into a graph."""
         labels = inputs["labels"]
         logits, importance = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
         # A mean over parts of unequal size would weigh their items differently.
@@ -257,9 +280,7 @@ class FusionTrainer(Trainer):
         loss = loss_sum(logits, labels, label_smoothing=self.recipe.label_smoothing) * self.args.world_size / count
         if importance is not None:
             loss = loss + self.fusion.config.importance_weight / self.current_gradient_accumulation_steps * importance
-        if model.training:
-            self._losses.see(loss, self.state.global_step + 1)
-        return (loss, (logits,)) if return_outputs else loss
+        return loss, logits
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

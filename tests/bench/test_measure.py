@@ -11,10 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mope.benchmark import measure, problems, shapes
+from mope.benchmark import problem as problem_module
 from mope.benchmark.baselines import Unavailable
-from mope.benchmark.cases import WAYS, Case, cases, is_compiled
+from mope.benchmark.cases import WAYS, Case, cases, is_compiled, is_graphed
 from mope.benchmark.measure import Ceilings, Clock
 from mope.fused import prepack
+from tests.tape import Tapes
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy=1e9, matmul={"float32": 1e9})
@@ -34,12 +36,31 @@ def test_every_opponent_computes_the_op(case):
             error = measure.check(problem, way, problem.prepare(way)())
         except Unavailable as reason:
             said = {"xformers": "not installed", "released half": "the same as released"}
-            said |= dict.fromkeys(("ours without graphs", "ours graphed"), "no graphs")
+            said |= dict.fromkeys(("ours without graphs", *(way for way in case.ways if is_graphed(way))), "no graphs")
             said |= dict.fromkeys(("ours triton", "ours cublas"), "which has one way")
             assert said[way] in str(reason)
         else:
             # Nothing but rounding, which temperature 0.1 magnifies in gradients of routers.
             assert error < 1e-5
+
+
+@pytest.mark.parametrize("optimizer", ["", " with AdamW"])
+@pytest.mark.parametrize("way", ["ours graphed", "released without waiting graphed"])
+def test_steps_in_graphs_compute_the_op_again_and_again(way, optimizer, monkeypatch):
+    """On tapes of operations (tests/tape.py). The optimizer does all its work, and its learning rate is 0."""
+    monkeypatch.setattr(problem_module, "check_graphs", lambda: None)
+    monkeypatch.setattr("mope.graphs._CudaGraphs", lambda: Tapes(reads=True))
+
+    def on_a_tape(once):
+        replay, found = Tapes().record(once)
+        return lambda: [replay(), *found][1:]
+
+    # No value is read in it.
+    monkeypatch.setattr(problem_module, "graphed", on_a_tape)
+    problem = problems.build(Case("model", "tiny-swin", True), CPU, torch.float32)
+    once = problem.prepare(way + optimizer)
+    for _ in range(4):
+        assert measure.check(problem, way, once()) < 1e-5
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -262,8 +283,9 @@ def test_an_unknown_skew_is_refused():
 def test_each_model_has_its_opponents():
     ways = {(case.shape, case.training): case.ways for case in cases("model", "cuda") if case.top_k is None and not case.later}
     assert ways["swin-b+bert-base-b16", True] == (
-        *("ours", "ours graphed", "ours compiled+graphs", "released", "released half", "released compiled"),
-        *("released without waiting compiled", "released without waiting compiled+graphs"),
+        *("ours", "ours graphed", "ours graphed with AdamW", "ours compiled+graphs", "released", "released half"),
+        *("released compiled", "released without waiting compiled", "released without waiting compiled+graphs"),
+        *("released without waiting graphed", "released without waiting graphed with AdamW"),
     )
     assert ways["vit-b+bert-base-b64", False] == ("ours", "ours without graphs", "concatenated", "concatenated compiled")
 

@@ -23,6 +23,7 @@ from mope.training.evaluation import set_prompt_owner
 from mope_kernels.impl import Operation
 from tests.environment import setenv
 
+from ..tape import Tapes
 from ..test_graphs import StandIn
 from . import test_swin_classification as with_swin
 from .test_swin import NothingOnTheHost
@@ -107,9 +108,10 @@ def test_the_host_never_waits(case: str, raw_ops: set[str]) -> None:
 
 
 @pytest.mark.parametrize("case", ["ViT by BERT, banks", "BERT by ViT", "Swin by BERT, released order"])
-def test_serving_replays_graphs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """See tests/test_graphs.py for what stands in for CUDA graphs."""
-    monkeypatch.setattr("mope.graphs._CudaGraphs", StandIn)
+@pytest.mark.parametrize("stand_in", [StandIn, partial(Tapes, reads=True)], ids=["called again", "operations again"])
+def test_serving_replays_graphs(case: str, stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """See tests/test_graphs.py and tests/tape.py for what stands in for CUDA graphs."""
+    monkeypatch.setattr("mope.graphs._CudaGraphs", stand_in)
     model = make(case).train()
     batches = {items: example(case, items)[0] for items in (2, 3)}
     with model.serving() as predict:

@@ -72,6 +72,16 @@ def test_training_is_that_of_one_process(folder: Path, results: list[dict[str, A
             assert found["dense"][split]["loss"] == pytest.approx(alone[split]["loss"], rel=1e-9)
 
 
+def test_steps_through_graphs(folder: Path, results: list[dict[str, Any]]) -> None:
+    """DistributedDataParallel averages the gradients of a step; of several parts, in the last one."""
+    assert_close(folder, "alone", "graphs")
+    assert_close(folder, "parts", "graphs-parts")
+    for found in results:
+        assert found["graphs"]["graphs"]["parts"] == {"graphs": 6, "without": 2}
+        # A share of 3 items is one of 2 and one of 1, and the last one of 2 two of 1.
+        assert found["graphs, parts"]["graphs"]["parts"] == {"graphs": 16, "without": 0}
+
+
 def test_experts_that_nobody_used(folder: Path, results: list[dict[str, Any]]) -> None:
     """Of six experts, one is taken for each of a process's three items."""
     run_of(folder / "data", folder / "alone-top-1", TOP_1).train()

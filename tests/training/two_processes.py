@@ -71,6 +71,9 @@ def main(folder: Path) -> None:
         "dense": run_of(data, folder / "dense").train(),
         "top-1": run_of(data, folder / "top-1", TOP_1).train(),
         "cached": run_of(data, folder / "cached", {**EXACT, "cross_prompt_length": 0}, cache_features="on").train(),
+        "graphs": run_of(data, folder / "graphs", graphs="on").train(),
+        "graphs, parts": run_of(data, folder / "graphs-parts", recipe=RECIPE.replace(accumulation=2), graphs="on").train(),
+        "parts": run_of(data, folder / "parts", recipe=RECIPE.replace(accumulation=2)).train(),
         # What one process began, and what one process will end.
         "resumed": run_of(data, folder / "one", resume=True).train(),
         "begun": run_of(data, folder / "two", max_steps=PART).train(),

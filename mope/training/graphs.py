@@ -1,0 +1,549 @@
+"""Training steps through CUDA graphs: one launch for forward, loss and backward, and one for the optimizer."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
+
+from mope.graphs import WARM_UPS, NotRecordable, Recorder, copy_of, fill, modules_of, recording, without_autocast_cache
+
+# Before DistributedDataParallel is recorded: it looks at its buckets again in the first steps, and torch asks for eleven.
+DISTRIBUTED_WARM_UPS = 11
+# NCCL's own watch over errors asks for events while a graph is recorded, which ends the recording.
+WATCH = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+# What of an attribute of a module can be compared at no cost: a number that a graph has in it.
+_PLAIN = (bool, int, float, str)
+
+
+@dataclass
+class _Backward:
+    """A forward and backward pass for tensors of given shapes.
+
+    reached: places of the parameters that get a gradient. inputs, replay: of the graph; None on the CPU.
+    """
+
+    outputs: Any
+    reached: tuple[int, ...]
+    inputs: dict[str, Tensor] | None = None
+    replay: Callable[[], None] | None = None
+
+
+@dataclass
+class _Update:
+    """A step of the optimizer. norm: of the gradients before clipping."""
+
+    replay: Callable[[], None]
+    norm: Tensor | None
+
+
+class GraphedStep(Recorder):
+    """Calls `function(**tensors)` and the backward pass behind its loss through CUDA graphs, for training.
+
+    `loss = step(**batch)` stands for `loss = function(**batch); loss.backward()`: gradients come into `.grad` of the parameters,
+    written where there are none and added where there are some, so that a batch may come in several parts. `optimizer.step()` and
+    `optimizer.zero_grad()` stay as they are, or `step.update()` does both and clips before, in a graph of its own where the
+    optimizer can be captured (SGD, or `capturable=True`).
+
+    The first call with tensors of given shapes and dtypes runs the function a few times and records what it launches; buffers,
+    gradients and random generators are then as they were before. Every later call copies its tensors (from the device or the host)
+    to where those of the recording lie, and launches all of it at once. Random numbers on the device are new in each call. Python
+    does not run again; so numbers in attributes of modules, modes, `requires_grad`, the places of parameters and buffers, and
+    `guard()` are compared in each call, and graphs recorded anew where one of them changed. After other changes (modules replaced,
+    configurations changed in place) call `release`.
+
+    A step belongs to the thread that made it. On the CPU it calls the function as it is, under the same rules.
+
+    Args:
+        function: tensors by name -> the loss () or, in any nest of tuples, dicts and transformers' outputs, what has it as `loss`
+            or first. It must not read values on the host.
+        modules: whose parameters train. Default: the function, if it is a module or a partial of one. With several processes a
+            `DistributedDataParallel`, made in a stream of its own as torch documents; it is warmed up eleven times.
+        optimizer: of `update`.
+        max_norm: largest norm of the gradient in `update`, None for any.
+        scaler: of fp16. The loss is multiplied by its scale in the graph; to look for overflows and change the scale
+            stays outside.
+        max_graphs: how many are kept; the least recently used one goes first. All of them share their scratch memory.
+        guard: what else the graphs hold fixed, as something that can be compared.
+
+    Raises:
+        ValueError: nothing to train, the optimizer trains other parameters, an argument is no tensor or asks for gradients, or
+            there is no loss.
+        RuntimeError: called in another thread or without gradients; or the function cannot be recorded, and why.
+
+    >>> with GraphedStep(model, optimizer=optimizer, max_norm=1.0) as step:
+    ...     for batch in batches:
+    ...         loss = step(**batch).loss
+    ...         step.update()
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        modules: Sequence[nn.Module] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        max_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        max_graphs: int = 8,
+        guard: Callable[[], object] | None = None,
+    ) -> None:
+        super().__init__(max_graphs)
+        self.function, self.modules, self.guard = function, modules_of(function, modules), guard
+        self.optimizer, self.max_norm, self.scaler = optimizer, max_norm, scaler
+        # Where each parameter's gradient lies for all graphs, from when it first gets one.
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._inputs: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
+        self._state_of_last: object = None
+        self._captured: tuple[Hashable, _Update] | None = None
+        self._update_of_last: object = None
+        self._look()
+        if optimizer is not None:
+            own = set(self._parameters)
+            if strange := sum(p.requires_grad and p not in own for group in optimizer.param_groups for p in group["params"]):
+                raise ValueError(f"GraphedStep: {strange} parameters of the optimizer are not among those of modules that train")
+
+    def __call__(self, **inputs: Tensor | None) -> Any:
+        """What `function(**inputs)` returns, copied and without gradients; those of the parameters are in `.grad`."""
+        self._check_thread()
+        tensors = self._check(inputs)
+        self._release_if_changed()
+        adds = any(p.grad is not None for p in self._parameters)
+        with self._on():
+            key = self._key(tensors, adds)
+            is_new = key not in self._graphs
+            if is_new:
+                self._keep(key, self._record(tensors, adds))
+            backward: _Backward = self._use(key)
+            outputs = self._run(backward, tensors, adds, check=not is_new)
+        if is_new:
+            # What the function says once, it has said.
+            self._state_of_last = self._state()
+        return outputs
+
+    def update(self) -> Tensor | None:
+        """Clip, step and zero: the optimizer's step with the gradients that are there -> their norm (), None without `max_norm`.
+
+        Recorded where nothing but the gradients changed since the last call: with learning rates that are floats and change in each
+        step it never is; let them be tensors on the device. With a scaler, or hooks of the optimizer, it never is.
+
+        Raises:
+            ValueError: there is no optimizer, or it cannot be captured.
+        """
+        self._check_thread()
+        if self.optimizer is None:
+            raise ValueError("GraphedStep: update() needs an optimizer: give optimizer=")
+        self._release_if_changed()
+        with self._on():
+            hooks = [getattr(self.optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post")]
+            records = self._backend.records(self.device) and self.scaler is None and not any(hooks)
+            if records and self.device.type == "cuda":
+                check_captures(self.optimizer)
+            # Gradients that did not come from here lie elsewhere.
+            self._place_gradients([i for i, p in enumerate(self._parameters) if p.grad is not None], adds=True)
+            fixed = self._fixed_of_optimizer()
+            if records and fixed == self._update_of_last and (self._captured is None or self._captured[0] != fixed):
+                with recording():
+                    self._captured = fixed, _Update(*self._recorded(self._step, None))
+            if self._captured is not None and self._captured[0] == fixed:
+                update = self._captured[1]
+                update.replay()
+                norm = None if update.norm is None else update.norm.clone()
+            else:
+                norm = self._step()
+                # A step may make the optimizer's state.
+                fixed = self._fixed_of_optimizer()
+            self._update_of_last = fixed
+            for parameter in self._parameters:
+                parameter.grad = None
+            return norm
+
+    @property
+    def num_graphs(self) -> int:
+        """How many are kept now, that of the optimizer among them; on the CPU, how many there would be of steps."""
+        return super().num_graphs + (self._captured is not None)
+
+    def release(self) -> None:
+        """Give up all graphs and their memory. Another call records anew. Gradients that are there stay."""
+        super().release()
+        self._gradients = {p: place for p, place in self._gradients.items() if p.grad is place}
+        self._captured = self._update_of_last = self._state_of_last = None
+
+    # What graphs hold fixed.
+
+    def _look(self) -> None:
+        """Find out what the modules have: their parameters and buffers, and numbers that a graph would have in it."""
+        found = dict.fromkeys(m for top in self.modules for m in top.modules())
+        self._parameters = [p for p in dict.fromkeys(p for m in found for p in m.parameters(recurse=False)) if p.requires_grad]
+        if not self._parameters:
+            raise ValueError("GraphedStep: nothing to train: give modules=, some of whose parameters require gradients")
+        if len(devices := {p.device for p in self._parameters}) > 1:
+            raise ValueError(f"GraphedStep: all that trains must be on one device, found {', '.join(sorted(map(str, devices)))}")
+        self.device = self._parameters[0].device
+        self._distributed = [m for m in found if isinstance(m, DistributedDataParallel)]
+        # The dictionaries in which modules keep what is compared: to walk over the modules in each call would take long.
+        self._tensors = [d for m in found for d in (m._parameters, m._buffers) if d]
+        self._numbers: list[tuple[nn.Module, Callable[[Mapping[str, Any]], Any], tuple[str, ...]]] = []
+        for module in found:
+            names = tuple(name for name, value in vars(module).items() if type(value) in _PLAIN)
+            # Its own flags say how often it was called.
+            if not isinstance(module, DistributedDataParallel):
+                self._numbers.append((module, itemgetter(*names), names))
+        self._configurations = [(vars(m), vars(m)["config"]) for m in found if "config" in vars(m)]
+
+    def _state(self) -> tuple[Any, ...]:
+        tensors = [(t.data_ptr(), t.requires_grad) for of in self._tensors for t in of.values() if t is not None]
+        configurations = all(of.get("config") is config for of, config in self._configurations)
+        scale = getattr(self.scaler, "_scale", None)
+        return (
+            tensors,
+            self._numbers_now(),
+            configurations,
+            None if scale is None else scale.data_ptr(),
+            None if self.guard is None else self.guard(),
+        )
+
+    def _numbers_now(self) -> list[Any]:
+        try:
+            return [of(vars(module)) for module, of, _ in self._numbers]
+        # An attribute is gone.
+        except KeyError:
+            return []
+
+    def _release_if_changed(self) -> None:
+        if self._state_of_last is not None and self._state() == self._state_of_last:
+            return
+        if self._state_of_last is not None:
+            self.release()
+        self._look()
+        if self.scaler is not None:
+            # It makes its scale in the first call.
+            self.scaler.scale(torch.zeros((), device=self.device))
+        self._state_of_last = self._state()
+
+    def _key(self, tensors: dict[str, Tensor], adds: bool) -> Hashable:
+        kind = self.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        shapes = tuple(sorted((name, tuple(t.shape), t.dtype) for name, t in tensors.items()))
+        return shapes, adds, autocast, tuple(module.require_backward_grad_sync for module in self._distributed)
+
+    def _fixed_of_optimizer(self) -> Hashable:
+        """Numbers of its groups, where its tensors lie, and which parameters have a gradient."""
+        assert self.optimizer is not None
+
+        def fixed(value: Any) -> Any:
+            return ("at", value.data_ptr()) if isinstance(value, Tensor) else repr(value)
+
+        groups = tuple(
+            (name, fixed(value)) for group in self.optimizer.param_groups for name, value in group.items() if name != "params"
+        )
+        state = self.optimizer.state
+        tensors = tuple(
+            fixed(value) for p in self._parameters if p in state for value in state[p].values() if isinstance(value, Tensor)
+        )
+        return groups, tensors, tuple(p.grad is None for p in self._parameters), self.max_norm
+
+    # One call.
+
+    def _on(self) -> Any:
+        return self._backend.on(self.device) if self._backend.records(self.device) else nullcontext()
+
+    def _check(self, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
+        """The tensors among the arguments."""
+        if wrong := [name for name, value in inputs.items() if not (value is None or isinstance(value, Tensor))]:
+            raise ValueError(f"GraphedStep: {', '.join(wrong)} must be tensors: give anything else by functools.partial")
+        tensors = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+        if wrong := [name for name, tensor in tensors.items() if tensor.requires_grad]:
+            raise ValueError(f"GraphedStep: {', '.join(wrong)} asks for gradients, which parameters of modules alone get: detach()")
+        if not torch.is_grad_enabled():
+            raise RuntimeError("GraphedStep: called where gradients are disabled: call the function itself, or under enable_grad()")
+        return tensors
+
+    def _run(self, backward: _Backward, tensors: dict[str, Tensor], adds: bool, check: bool) -> Any:
+        """Replay a graph; where there is none, call the function on the tensors that were given."""
+        if backward.replay is None or backward.inputs is None:
+            with self._unchanged_on_the_host() if check else nullcontext():
+                outputs, backward.reached = self._compute(tensors, adds)
+            return outputs
+        self._place_gradients(backward.reached, adds)
+        for name, tensor in tensors.items():
+            backward.inputs[name].copy_(tensor, non_blocking=True)
+        backward.replay()
+        return copy_of(backward.outputs)
+
+    def _compute(self, tensors: dict[str, Tensor], adds: bool) -> tuple[Any, tuple[int, ...]]:
+        """Forward and backward -> outputs, and which parameters have a gradient."""
+        if self._distributed:
+            outputs = self._through_reducer(tensors, adds)
+            return outputs, tuple(i for i, p in enumerate(self._parameters) if p.grad is not None)
+        outputs, found = self._differentiate(tensors)
+        reached = tuple(found)
+        self._place_gradients(reached, adds)
+        self._collect(list(found.values()), reached, adds)
+        return outputs, reached
+
+    def _differentiate(self, tensors: dict[str, Tensor]) -> tuple[Any, dict[int, Tensor]]:
+        """Outputs, and the gradient of each parameter that has one, by its place."""
+        outputs = self.function(**tensors)
+        found = torch.autograd.grad(self._scaled(_loss_of(outputs)), self._parameters, allow_unused=True)
+        if any(gradient is not None and gradient.layout != torch.strided for gradient in found):
+            raise RuntimeError(
+                "GraphedStep: a parameter gets a sparse gradient, whose size depends on values: make it with sparse=False"
+            )
+        return _detached(outputs), {i: gradient for i, gradient in enumerate(found) if gradient is not None}
+
+    def _collect(self, found: list[Tensor], reached: Sequence[int], adds: bool) -> None:
+        """Put gradients where they belong, in few launches."""
+        places = [self._gradients[self._parameters[i]] for i in reached]
+        if places:
+            (torch._foreach_add_ if adds else torch._foreach_copy_)(places, found)
+
+    def _through_reducer(self, tensors: dict[str, Tensor], adds: bool) -> Any:
+        """DistributedDataParallel averages what backward() adds up in `.grad`, after each parameter's last addition."""
+        self._place_gradients(range(len(self._parameters)), adds)
+        if not adds:
+            torch._foreach_zero_([self._gradients[p] for p in self._parameters])
+        outputs = self.function(**tensors)
+        self._scaled(_loss_of(outputs)).backward()
+        if strange := sum(p.grad is not self._gradients[p] for p in self._parameters):
+            raise ValueError(
+                f"GraphedStep: DistributedDataParallel put {strange} gradients elsewhere: make it with "
+                "gradient_as_bucket_view=False"
+            )
+        return _detached(outputs)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        scaled: Any = loss if self.scaler is None else self.scaler.scale(loss)
+        return scaled
+
+    def _place_gradients(self, places: Sequence[int], adds: bool) -> None:
+        """Let `.grad` of these parameters lie where graphs expect it; with `adds` with the values that it has, 0 without any."""
+        for parameter in (self._parameters[i] for i in places):
+            place = self._gradients.get(parameter)
+            if place is None:
+                with torch.no_grad():
+                    place = self._gradients[parameter] = torch.zeros_like(parameter)
+            before = parameter.grad
+            if before is place:
+                continue
+            if adds:
+                place.zero_() if before is None else place.copy_(before)
+            parameter.grad = place
+
+    def _step(self) -> Tensor | None:
+        """What the optimizer does with the gradients -> their norm, if they are to be clipped."""
+        assert self.optimizer is not None
+        norm = None
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self.max_norm is not None:
+            norm = nn.utils.clip_grad_norm_(self._parameters, self.max_norm)
+        with warnings.catch_warnings():
+            # The first steps are not captured, on purpose.
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+        return norm
+
+    # Recording.
+
+    def _record(self, tensors: dict[str, Tensor], adds: bool) -> _Backward:
+        if objection := objection_to(self.modules):
+            raise RuntimeError(f"GraphedStep: {objection}")
+        if not self._backend.records(self.device):
+            return _Backward(None, ())
+        if self._distributed and os.environ.get(WATCH) != "0":
+            raise RuntimeError(
+                f"GraphedStep: DistributedDataParallel can be recorded with {WATCH}=0 only: set it before the process group is made"
+            )
+        static = {name: self._input(name, tensor) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            fill(static[name], tensor)
+        reached: tuple[int, ...] = tuple(range(len(self._parameters)))
+
+        def warm_up() -> None:
+            nonlocal reached
+            if self._distributed:
+                self._through_reducer(static, False)
+            else:
+                found = self._differentiate(static)[1]
+                reached = tuple(found)
+                # Its memory is no graph's own, and its kernels are there.
+                self._place_gradients(reached, adds=False)
+                self._collect(list(found.values()), reached, adds=False)
+
+        with recording(), without_autocast_cache(), self._gradients_kept():
+            replay, outputs = self._recorded(lambda: self._compute(static, adds)[0], self._harmless(warm_up))
+        return _Backward(outputs, reached, static, replay)
+
+    def _recorded(self, call: Callable[[], Any], warm_up: Callable[[], object] | None) -> tuple[Callable[[], None], Any]:
+        times = DISTRIBUTED_WARM_UPS if self._distributed else WARM_UPS
+
+        def watched() -> Any:
+            with self._unchanged_on_the_host():
+                return call()
+
+        try:
+            return self._backend.record(watched, warm_up, times if warm_up else 0)
+        except NotRecordable as error:
+            if isinstance(error.__cause__, HostState):
+                raise error.__cause__ from None
+            raise RuntimeError(f"GraphedStep: the step cannot be recorded: {_why(error)}") from error.__cause__
+
+    def _input(self, name: str, like: Tensor) -> Tensor:
+        """Where graphs read an input; those of the same shape share it."""
+        key = (name, tuple(like.shape), like.dtype)
+        static = self._inputs.get(key)
+        if static is None:
+            static = self._inputs[key] = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+        return static
+
+    @contextmanager
+    def _gradients_kept(self) -> Iterator[None]:
+        """Bring gradients back that warming up has overwritten."""
+        before = [p.grad for p in self._parameters]
+        values = [None if gradient is None else gradient.clone() for gradient in before]
+        try:
+            yield
+        finally:
+            for parameter, gradient, value in zip(self._parameters, before, values, strict=True):
+                parameter.grad = gradient
+                if gradient is not None and value is not None:
+                    gradient.copy_(value)
+
+    def _harmless(self, warm_up: Callable[[], None]) -> Callable[[], None]:
+        """Make `warm_up` leave buffers and random generators as they were."""
+        buffers = list(dict.fromkeys(b for module in self.modules for b in module.buffers()))
+
+        def harmless() -> None:
+            before = [buffer.clone() for buffer in buffers]
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                warm_up()
+            with torch.no_grad():
+                for buffer, value in zip(buffers, before, strict=True):
+                    buffer.copy_(value)
+
+        return harmless
+
+    @contextmanager
+    def _unchanged_on_the_host(self) -> Iterator[None]:
+        """RuntimeError if a call changes something that a graph would not change again."""
+        on_gpu = self.device.type == "cuda"
+        numbers, generators = self._numbers_now(), _generators(on_gpu)
+        yield
+        for (module, _, names), before, now in zip(self._numbers, numbers, self._numbers_now(), strict=False):
+            if before != now:
+                pairs = zip(names, *((b,) if len(names) == 1 else b for b in (before, now)), strict=True)
+                name = next(name for name, one, other in pairs if one != other)
+                raise HostState(
+                    f"GraphedStep: {type(module).__name__} changes its {name} in each call, and a graph repeats the one that it "
+                    "recorded: change it between the calls, or keep it in a tensor on the device"
+                )
+        for source, now in _generators(on_gpu).items():
+            if now != generators[source]:
+                raise HostState(
+                    f"GraphedStep: a random number is drawn from the generator of the host ({source}), and a graph repeats the one "
+                    "that it recorded: draw it on the device, or outside of the step"
+                )
+
+
+class HostState(RuntimeError):
+    """A step depends on something on the host that changes from call to call."""
+
+
+def check_captures(optimizer: torch.optim.Optimizer) -> None:
+    """ValueError where a step of an optimizer on a GPU cannot be captured. Those that do not say so are taken at their word."""
+    if not all(group.get("capturable", True) for group in optimizer.param_groups):
+        raise ValueError(
+            f"GraphedStep: {type(optimizer).__name__} cannot be captured: make it with capturable=True, or call its own step() "
+            "instead of update()"
+        )
+
+
+def objection_to(modules: Sequence[nn.Module]) -> str:
+    """Return why steps of these modules cannot be recorded, "" if nothing is known against it."""
+    for top in modules:
+        for name, module in top.named_modules():
+            where = name or type(module).__name__
+            if getattr(module, "_checkpointing", False) or getattr(module, "gradient_checkpointing", False) is True:
+                return (
+                    f"{where} has gradient checkpointing on, which reads the state of the random generator, and a graph has no "
+                    "such state: switch it off, or train without graphs"
+                )
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+            if isinstance(module, DistributedDataParallel) and module.find_unused_parameters:
+                return f"{where}: a graph cannot look for unused parameters: make it with find_unused_parameters=False"
+            if not isinstance(module, DistributedDataParallel) and any(not _is_own(hook) for hook in hooks):
+                return f"{where} has hooks, which would run when a step is recorded and never again: remove them"
+            for kind, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad and (
+                    parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+                ):
+                    return f"{where}.{kind} has hooks, which would run when a step is recorded and never again: remove them"
+    return ""
+
+
+def _is_own(hook: Any) -> bool:
+    """Whether a hook is one of this library's adapters, which compute with tensors and do nothing else."""
+    return str(getattr(hook, "__module__", "")).partition(".")[0] == "mope"
+
+
+def _loss_of(outputs: Any) -> Tensor:
+    """The loss among what a function returned."""
+    loss = outputs
+    if isinstance(outputs, Mapping):
+        loss = outputs.get("loss")
+    elif isinstance(outputs, tuple | list):
+        loss = getattr(outputs, "loss", outputs[0] if outputs else None)
+    elif not isinstance(outputs, Tensor):
+        loss = getattr(outputs, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise ValueError(
+            "GraphedStep: the function must return a loss (), alone, as `loss` or first, that depends on parameters: give labels"
+        )
+    return loss
+
+
+def _detached(outputs: Any) -> Any:
+    return pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+
+
+def _generators(with_torch: bool) -> dict[str, Any]:
+    """The states of the host's random generators. On the CPU torch's own is that of the device."""
+    found: dict[str, Any] = {"Python's": random.getstate(), "NumPy's": pickle.dumps(np.random.get_state(legacy=False))}
+    if with_torch:
+        found["torch's on the CPU"] = torch.get_rng_state().numpy().tobytes()
+    return found
+
+
+def _why(error: BaseException) -> str:
+    """Return the cause of a failed recording and what to do, from what torch said."""
+    said = str(error)
+    if "capturable" in said:
+        return "the optimizer cannot be captured: make it with capturable=True"
+    if any(word in said for word in ("generator", "Generator", "seed", "get_state", "rng")):
+        return (
+            "it reads the state of the device's random generator, as gradient checkpointing does: switch that off, or train "
+            f"without graphs ({said})"
+        )
+    return (
+        "it reads a value on the host (.item(), .cpu(), a tensor in `if`, boolean indexing, a shape that depends on values), or "
+        f"copies from or to it: keep it on the device, or compute it outside and give it as an argument ({said})"
+    )

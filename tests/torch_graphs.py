@@ -1,0 +1,53 @@
+"""torch.cuda.make_graphed_callables without a GPU: torch's own code, with tapes of operations (tests/tape.py) as its graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.profiler import record_function
+
+from tests.tape import Tape
+
+# What a replay is called in a profile.
+REPLAY = "replay of a graph"
+
+
+class _Graph:
+    """Stands for a torch.cuda.CUDAGraph."""
+
+    def __init__(self) -> None:
+        self.tape = Tape(reads=True)
+
+    def replay(self) -> None:
+        with record_function(REPLAY):
+            self.tape.replay()
+
+
+@contextmanager
+def _capture(graph: _Graph, **options: Any) -> Iterator[None]:
+    try:
+        with torch.random.fork_rng(devices=[]), graph.tape:
+            yield
+    finally:
+        graph.tape.undo()
+
+
+@contextmanager
+def torch_graphs() -> Iterator[None]:
+    """Let `torch.cuda.make_graphed_callables` record tapes of what runs on the CPU."""
+    with (
+        mock.patch.multiple(
+            torch.cuda,
+            CUDAGraph=_Graph,
+            graph=_capture,
+            Stream=lambda: None,
+            stream=lambda _: nullcontext(),
+            synchronize=lambda: None,
+        ),
+        mock.patch.object(torch.cuda.graphs, "graph_pool_handle", lambda: None),
+    ):
+        yield
