@@ -89,7 +89,7 @@ def add_train(commands: Any) -> None:
     run.add_argument(
         "--graphs",
         choices=GRAPHS,
-        default="auto",
+        default="off",
         help="forward and backward as one CUDA graph (auto: on one GPU, where nothing is against it)",
     )
     run.add_argument(

@@ -23,7 +23,7 @@ class RunOptions:
         save_steps: write a checkpoint every so many steps too, beside that after each epoch.
         graphs: "on" takes forward and backward of each full batch through a CUDA graph (`GraphedStep`), and ends with an error
             where that cannot be; on a CPU the same calls run without one. "auto": on a GPU, in one process, where nothing is
-            against it.
+            against it. "off", the default until graphs have run on a GPU, takes none.
         length_buckets: lengths, in tokens, to which the texts of a training batch are padded, so that batches have few shapes.
             None: with graphs, multiples of a power of two up to the longest text that the encoder reads, at most eight; without,
             none. Empty: these, also without graphs.
@@ -39,7 +39,7 @@ class RunOptions:
     eval_batch_size: int | None = None
     max_steps: int | None = None
     save_steps: int | None = None
-    graphs: str = "auto"
+    graphs: str = "off"
     length_buckets: Sequence[int] | None = None
     progress: bool = True
 

@@ -140,14 +140,14 @@ def test_fewer_tokens_than_lengths(splits: dict[str, Split], tmp_path: Path) -> 
 
 
 def test_auto_is_off_on_a_cpu(splits: dict[str, Split], tmp_path: Path) -> None:
-    run = run_of(splits, tmp_path / "out", max_steps=1)
+    run = run_of(splits, tmp_path / "out", max_steps=1, graphs="auto")
     assert run.trainer.stepping.why_not == "there are no graphs on cpu" and run.trainer.stepping.lengths is None
     assert "graphs" not in run.train()
 
 
-def stepping_on_a_gpu(model: Any, processes: int = 1, **options: Any) -> Stepping:
+def stepping_on_a_gpu(model: Any, processes: int = 1, graphs: str = "auto") -> Stepping:
     batches = Batches(range(40), 8, seed=0)  # type: ignore[arg-type]
-    return Stepping(model, RunOptions(**options), batches, torch.device("cuda"), processes)
+    return Stepping(model, RunOptions(graphs=graphs), batches, torch.device("cuda"), processes)
 
 
 def test_auto_on_a_gpu(splits: dict[str, Split]) -> None:
