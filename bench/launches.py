@@ -36,7 +36,7 @@ from transformers import (
 import mope_kernels.impl
 from mope import MoPEConfig, MoPEForClassification
 from mope.benchmark.released import ReleasedBlock
-from mope.fused import MoPESwinBlock
+from mope.fused import BlockPrompts, MoPESwinBlock
 from mope.fused.router import cross_logits
 from mope.models.swin import MoPESwinEncoder
 from mope_kernels._triton import record_launches
@@ -107,7 +107,7 @@ def swin_block(way: str, *, routed: bool = True, batch: int = 64, backward: bool
     """
     small = way == "released"
     batch, dim, heads, cross_dim = (2, 32, 1, 16) if small else (batch, 512, 16, 768)
-    own: dict[str, Any] = {"prompt_length": 6, "num_experts": 4, "cross_dim": cross_dim} if routed else {}
+    own: dict[str, Any] = {"own": BlockPrompts(6, 4), "cross_dim": cross_dim} if routed else {}
     impl = {"released": "auto", "definition": "reference", "fused": "triton"}[way]
     # The launchers are given tensors of the CPU, as by Triton's interpreter; nothing is launched.
     with nullcontext() if small else FakeTensorMode(), mock.patch.object(mope_kernels.impl, "interpreting", lambda: True):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+import torch
+
 from . import plans
 
 
@@ -26,9 +28,16 @@ def _is_on(name: str) -> bool:
 def current() -> Settings:
     """Return the settings, read from the environment by the first call."""
     global _settings
+    if torch.compiler.is_compiling():
+        # What was read before would be compared in each call of what is compiled here.
+        return _read()
     if _settings is None:
-        _settings = Settings(os.environ.get("MOPE_IMPL", ""), _is_on("MOPE_DEBUG"), _is_on("MOPE_AUTOTUNE"))
+        _settings = _read()
     return _settings
+
+
+def _read() -> Settings:
+    return Settings(os.environ.get("MOPE_IMPL", ""), _is_on("MOPE_DEBUG"), _is_on("MOPE_AUTOTUNE"))
 
 
 def reread_environment() -> None:

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel, SwinConfig, SwinModel, ViTConfig
 import mope_kernels
 from mope import MoPEConfig, MoPEForClassification
 from mope.demo import plain
-from mope.fused import MoPESwinBlock
+from mope.fused import BlockPrompts, MoPESwinBlock
 from mope.fused.router import cross_logits
 from mope.fused.swin import position_bias
 from mope.graphs import CudaGraphRunner
@@ -65,8 +65,7 @@ def swin_block(case: Case, dtype: torch.dtype) -> Problem:
             window_size=shape.window,
             shift=shape.shift,
             num_prompts=shape.prompts,
-            prompt_length=length,
-            num_experts=4,
+            own=BlockPrompts(length, 4),
             cross_dim=768,
             noise_std=0.0,
             prompt_owner="reference",

@@ -5,9 +5,10 @@ from .attention import FrozenAttention, MoPEAttention, PromptBank
 from .packing import Packing
 from .prompts import InputPrompts, PromptExperts
 from .router import ComplementaryRouter, MultimodalRouter, Router
-from .swin import MoPESwinBlock, PromptedPatchMerging
+from .swin import BlockPrompts, MoPESwinBlock, PromptedPatchMerging
 
 __all__ = [
+    "BlockPrompts",
     "ComplementaryRouter",
     "ExpertAdapter",
     "FrozenAttention",

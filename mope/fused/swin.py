@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +34,22 @@ def position_table(bias: Tensor, window_size: int) -> Tensor:
     return rearrange(bias[:, rows, columns], "h y x -> (y x) h").contiguous()
 
 
+@dataclass(frozen=True)
+class BlockPrompts:
+    """The prompts that a block has of its own, each of which may be absent.
+
+    length: l, prompts of an expert.
+    num_experts: K, 0 for no dynamic prompts.
+    static_length: S, prompts that all images share. Default: `length`.
+    bound: prompts start as U(-bound, bound). Default: sqrt(3 / C).
+    """
+
+    length: int = 0
+    num_experts: int = 0
+    static_length: int | None = None
+    bound: float | None = None
+
+
 class MoPESwinBlock(nn.Module):
     """A block of a Swin Transformer over [prompts; tokens], (B, P + R*R, C), tokens row by row.
 
@@ -47,10 +64,7 @@ class MoPESwinBlock(nn.Module):
         window_size, shift: of the windows; R <= window_size gives one window and no shift.
         num_prompts: P, of every block of a stage.
         mlp_ratio, eps: of the MLP's width, of the LayerNorms.
-        prompt_length: l, prompts of an expert.
-        num_experts: K, 0 for no dynamic prompts.
-        static_length: S, prompts that all images share. Default: `prompt_length`.
-        bound: prompts start as U(-bound, bound). Default: sqrt(3 / C).
+        own: the prompts that take the place of those that arrive.
         cross_dim: Cc, width of the complementary modality's feature; None: no router, routing is given.
         router: "multimodal" or "complementary"; None: no router, routing is given.
         router_options: self_width, cross_width, temperature, noise_std, router_embedding, renormalize, see `MultimodalRouter`.
@@ -73,10 +87,7 @@ class MoPESwinBlock(nn.Module):
         num_prompts: int = 0,
         mlp_ratio: float = 4.0,
         eps: float = 1e-5,
-        prompt_length: int = 0,
-        num_experts: int = 0,
-        static_length: int | None = None,
-        bound: float | None = None,
+        own: BlockPrompts | None = None,
         cross_dim: int | None = None,
         router: str | None = "multimodal",
         prompt_owner: str = "instance",
@@ -101,13 +112,14 @@ class MoPESwinBlock(nn.Module):
         # Not the table of the checkpoints: a window's bias is looked up once, when weights are loaded. See `finetune`.
         self.register_buffer("position_bias", torch.zeros(num_heads, self.window_size**2, self.window_size**2))
         self.register_parameter("position_table", None)
-        bound = (3 / dim) ** 0.5 if bound is None else bound
-        static_length = prompt_length if static_length is None else static_length
+        own = own or BlockPrompts()
+        bound = (3 / dim) ** 0.5 if own.bound is None else own.bound
+        static_length = own.length if own.static_length is None else own.static_length
         self.static = nn.Parameter(torch.empty(static_length, dim).uniform_(-bound, bound)) if static_length else None
         self.experts: PromptExperts | None = None
-        if num_experts and prompt_length:
-            self.experts = PromptExperts(num_experts, prompt_length, dim, bound=bound, impl=impl)
-        self.router = make_router(router if self.experts else None, dim, cross_dim, num_experts, impl=impl, **router_options)
+        if own.num_experts and own.length:
+            self.experts = PromptExperts(own.num_experts, own.length, dim, bound=bound, impl=impl)
+        self.router = make_router(router if self.experts else None, dim, cross_dim, own.num_experts, impl=impl, **router_options)
 
     def swin_modules(self) -> list[nn.Module]:
         """What belongs to the Swin Transformer itself, but for the position bias."""
@@ -128,7 +140,7 @@ class MoPESwinBlock(nn.Module):
         router = router or self.router
         if router is None:
             raise ValueError(
-                "MoPESwinBlock: this block has no router: give prompt_length and cross_dim when it is made, or routing"
+                "MoPESwinBlock: this block has no router: give own=BlockPrompts(...) and cross_dim when it is made, or routing"
             )
         pooled = x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32)) if router.sees_tokens else None
         return router(pooled, cross, noise, top_k)
@@ -144,7 +156,7 @@ class MoPESwinBlock(nn.Module):
         if routing is not None:
             if self.experts is None:
                 raise ValueError(
-                    "MoPESwinBlock: this block has no experts to mix: give prompt_length and num_experts when it is made"
+                    "MoPESwinBlock: this block has no experts to mix: give own=BlockPrompts(length, num_experts) when it is made"
                 )
             parts.append(self.experts(routing.weights, routing.indices))
         parts = parts if dropout is None else [dropout(part) for part in parts]
@@ -175,7 +187,7 @@ class MoPESwinBlock(nn.Module):
         if routing is not None or router is not None:
             if self.experts is None:
                 raise ValueError(
-                    "MoPESwinBlock: this block has no experts to mix: give prompt_length and num_experts when it is made"
+                    "MoPESwinBlock: this block has no experts to mix: give own=BlockPrompts(length, num_experts) when it is made"
                 )
             own |= {"experts": self.experts.prompts, "routing": routing}
         if router is not None:

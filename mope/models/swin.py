@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from mope.fused.modules import is_plain
 from mope.fused.plain import add, add_norm
 from mope.fused.prompts import PromptExperts
 from mope.fused.router import Router, cross_logits, make_router, sample_noise
-from mope.fused.swin import MoPESwinBlock, PromptedPatchMerging, position_bias, position_table
+from mope.fused.swin import BlockPrompts, MoPESwinBlock, PromptedPatchMerging, position_bias, position_table
 from mope_kernels import Routing
 
 from .backbones import Architecture, find_architecture, register_backbone
@@ -68,6 +70,52 @@ class SwinOutput(NamedTuple):
     routing: tuple[Routing, ...]
 
 
+@dataclass(frozen=True)
+class SwinSizes:
+    """The sizes of a Swin Transformer; `eps` is of the LayerNorms in and after the blocks."""
+
+    image_size: int = 224
+    patch_size: int = 4
+    embed_dim: int = 128
+    depths: Sequence[int] = (2, 2, 18, 2)
+    num_heads: Sequence[int] = (4, 8, 16, 32)
+    window_size: int = 7
+    mlp_ratio: float = 4.0
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class SwinPrompts:
+    """The prompts of an encoder.
+
+    num_experts: K, 0 for no dynamic prompts.
+    length: l, prompts of an expert.
+    static_length: S, static prompts of a block. Default: `length`.
+    use_mapped: one prompt made by the mapper from psi, for all blocks of a stage.
+    mapper_hidden: width between psi and the mapped prompts, 0 for none.
+    mapper_batchnorm, mapper_last_gelu: see `mapper_layers`.
+    bound: prompts start as U(-bound, bound). Default: sqrt(6 / (3 patch_size^2 + embed_dim)).
+    depth: "deep"; "shallow": static and mapped prompts stand in front of the first block and pass through all.
+    first_blocks: what the first block of each stage takes: "pass", the prompts that arrive; "own", prompts of its own, and then
+        the input has none; "either", its own where routing is given from outside, else those that arrive.
+    dropout: on the prompts of the input and on mapped prompts, in training.
+    drop_block_prompts: on static and dynamic prompts of the blocks as well.
+    """
+
+    num_experts: int = 4
+    length: int = 6
+    static_length: int | None = None
+    use_mapped: bool = True
+    mapper_hidden: int = 384
+    mapper_batchnorm: bool = True
+    mapper_last_gelu: bool = True
+    bound: float | None = None
+    depth: str = "deep"
+    first_blocks: str = "pass"
+    dropout: float = 0.1
+    drop_block_prompts: bool = False
+
+
 class MoPESwinEncoder(nn.Module):
     """A frozen Swin Transformer with P prompts beside its tokens in every block.
 
@@ -76,21 +124,9 @@ class MoPESwinEncoder(nn.Module):
     with static prompts alone it is VPT. (MoPE, arXiv 2403.10568, the published configuration.)
 
     Args:
-        image_size, patch_size, embed_dim, depths, num_heads, window_size, mlp_ratio, eps: the Swin Transformer; eps is of the
-            LayerNorms in and after the blocks.
+        sizes: of the Swin Transformer.
+        prompts: which there are.
         cross_dim: Cc, width of psi; None: neither routers nor mapper.
-        num_experts: K, 0 for no dynamic prompts.
-        prompt_length: l, prompts of an expert.
-        static_length: S, static prompts of a block. Default: `prompt_length`.
-        use_mapped: one prompt made by the mapper from psi, for all blocks of a stage.
-        mapper_hidden: width between psi and the mapped prompts, 0 for none.
-        mapper_batchnorm, mapper_last_gelu: see `mapper_layers`.
-        bound: prompts start as U(-bound, bound). Default: sqrt(6 / (3 patch_size^2 + embed_dim)).
-        prompt_depth: "deep"; "shallow": static and mapped prompts stand in front of the first block and pass through all.
-        first_blocks: what the first block of each stage takes: "pass", the prompts that arrive; "own", prompts of its own, and then
-            the input has none; "either", its own where routing is given from outside, else those that arrive.
-        prompt_dropout: on the prompts of the input and on mapped prompts, in training.
-        drop_block_prompts: on static and dynamic prompts of the blocks as well.
         router_scope: "layer", a router for each block; "shared", one for all, which then sees psi only; "released", one for each,
             but one for the first two.
         importance_threshold: see `mope_kernels.importance_loss`.
@@ -104,28 +140,10 @@ class MoPESwinEncoder(nn.Module):
 
     def __init__(
         self,
+        sizes: SwinSizes | None = None,
+        prompts: SwinPrompts | None = None,
         *,
-        image_size: int = 224,
-        patch_size: int = 4,
-        embed_dim: int = 128,
-        depths: Sequence[int] = (2, 2, 18, 2),
-        num_heads: Sequence[int] = (4, 8, 16, 32),
-        window_size: int = 7,
-        mlp_ratio: float = 4.0,
-        eps: float = 1e-5,
         cross_dim: int | None = 768,
-        num_experts: int = 4,
-        prompt_length: int = 6,
-        static_length: int | None = None,
-        use_mapped: bool = True,
-        mapper_hidden: int = 384,
-        mapper_batchnorm: bool = True,
-        mapper_last_gelu: bool = True,
-        bound: float | None = None,
-        prompt_depth: str = "deep",
-        first_blocks: str = "pass",
-        prompt_dropout: float = 0.1,
-        drop_block_prompts: bool = False,
         router: str = "multimodal",
         router_scope: str = "layer",
         importance_threshold: float = 0.1,
@@ -133,13 +151,17 @@ class MoPESwinEncoder(nn.Module):
         **block_options: Any,
     ) -> None:
         super().__init__()
-        static_length = prompt_length if static_length is None else static_length
-        deep, use_mapped = prompt_depth == "deep", use_mapped and cross_dim is not None
-        num_experts = num_experts if deep else 0
-        self.num_prompts = static_length + prompt_length * (num_experts > 0) + use_mapped
+        sizes, prompts = sizes or SwinSizes(), prompts or SwinPrompts()
+        image_size, patch_size, embed_dim = sizes.image_size, sizes.patch_size, sizes.embed_dim
+        depths, num_heads, window_size, eps = sizes.depths, sizes.num_heads, sizes.window_size, sizes.eps
+        length, mapper_hidden, first_blocks, bound = prompts.length, prompts.mapper_hidden, prompts.first_blocks, prompts.bound
+        static_length = length if prompts.static_length is None else prompts.static_length
+        deep, use_mapped = prompts.depth == "deep", prompts.use_mapped and cross_dim is not None
+        num_experts = prompts.num_experts if deep else 0
+        self.num_prompts = static_length + length * (num_experts > 0) + use_mapped
         self.image_size, self.importance_threshold, self.impl = image_size, importance_threshold, impl
         self.deep, self.own_first = deep, deep and first_blocks == "own"
-        self.drop_block_prompts = drop_block_prompts
+        self.drop_block_prompts = prompts.drop_block_prompts
         self.patch_embed = nn.Conv2d(3, embed_dim, patch_size, patch_size)
         self.patch_norm = nn.LayerNorm(embed_dim)
         bound = (6 / (3 * patch_size**2 + embed_dim)) ** 0.5 if bound is None else bound
@@ -148,11 +170,11 @@ class MoPESwinEncoder(nn.Module):
         at_input = 0 if self.own_first else self.num_prompts if deep else static_length
         if at_input:
             self.input_prompts = nn.Parameter(torch.empty(at_input, embed_dim).uniform_(-bound, bound))
-        self.prompt_dropout = nn.Dropout(prompt_dropout)
+        self.prompt_dropout = nn.Dropout(prompts.dropout)
         self.use_mapped = use_mapped
         self.mapper: nn.Sequential | None = None
         if use_mapped and cross_dim is not None and mapper_hidden:
-            self.mapper = mapper_layers(cross_dim, mapper_hidden, batchnorm=mapper_batchnorm)
+            self.mapper = mapper_layers(cross_dim, mapper_hidden, batchnorm=prompts.mapper_batchnorm)
         shared = router_scope == "shared"
         self.pairs_first = router_scope == "released" and self.own_first and depths[0] > 1
         of_router = {name: value for name, value in block_options.items() if name != "prompt_owner"}
@@ -162,13 +184,13 @@ class MoPESwinEncoder(nn.Module):
                 "a router shared by all blocks of a Swin Transformer cannot see their tokens, whose width changes from stage to "
                 "stage: set router='complementary' or router_self_width=0, or router_scope='layer'"
             )
-        own: dict[str, Any] = {"static_length": static_length, "prompt_length": prompt_length, "num_experts": num_experts}
-        none: dict[str, Any] = dict.fromkeys(own, 0)
+        own = BlockPrompts(length, num_experts, static_length, bound)
+        none = BlockPrompts(bound=bound)
         self.stage_mappers, self.stages, self.merges = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for stage, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
             dim, resolution = embed_dim * 2**stage, image_size // patch_size // 2**stage
             if use_mapped and cross_dim is not None and (deep or not stage):
-                self.stage_mappers.append(mapper_layers(mapper_hidden or cross_dim, dim, gelu=mapper_last_gelu))
+                self.stage_mappers.append(mapper_layers(mapper_hidden or cross_dim, dim, gelu=prompts.mapper_last_gelu))
             blocks = nn.ModuleList()
             for i in range(depth):
                 first = not i and not self.own_first
@@ -181,13 +203,12 @@ class MoPESwinEncoder(nn.Module):
                         window_size=window_size,
                         shift=window_size // 2 * (i % 2),
                         num_prompts=self.num_prompts,
-                        mlp_ratio=mlp_ratio,
+                        mlp_ratio=sizes.mlp_ratio,
                         eps=eps,
-                        bound=bound,
+                        own=none if not deep or (first and first_blocks != "either") else own,
                         cross_dim=cross_dim,
                         router=router if routes else None,
                         impl=impl,
-                        **(none if not deep or (first and first_blocks != "either") else own),
                         **block_options,
                     )
                 )
@@ -197,6 +218,19 @@ class MoPESwinEncoder(nn.Module):
         self.norm = nn.LayerNorm(embed_dim * 2 ** (len(depths) - 1), eps=eps)
         for module in self.swin_modules():
             module.requires_grad_(False)
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """Make an encoder from the fields of `SwinSizes` and `SwinPrompts` and the other arguments, all by name.
+
+        Those of `SwinPrompts` that a model's configuration has are called as there: prompt_length, prompt_depth, prompt_dropout.
+        """
+        names = {"length": "prompt_length", "depth": "prompt_depth", "dropout": "prompt_dropout"}
+        parts: list[Any] = []
+        for kind in (SwinSizes, SwinPrompts):
+            named = {field.name: names.get(field.name, field.name) for field in dataclasses.fields(kind)}
+            parts.append(kind(**{field: options.pop(name) for field, name in named.items() if name in options}))
+        return cls(*parts, **options)
 
     def swin_modules(self) -> list[nn.Module]:
         """The Swin Transformer itself, but for the position bias of its blocks."""
@@ -494,7 +528,7 @@ def encoder_for(model: SwinModel, **options: Any) -> MoPESwinEncoder:
     """
     find_architecture(model, "vision")
     config: Any = model.config
-    encoder = MoPESwinEncoder(
+    encoder = MoPESwinEncoder.of(
         image_size=config.image_size,
         patch_size=config.patch_size,
         embed_dim=config.embed_dim,

@@ -50,7 +50,7 @@ def load_reference_encoder(
     prompts = [state_dict[f"deep_prompt_embeddings_{s}"] for s in stages]
     cross_width, cross_dim = state_dict["layers.0.blocks.1.mm_prompt_cross_proj.weight"].shape
     embed_dim, _, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
-    encoder = MoPESwinEncoder(
+    encoder = MoPESwinEncoder.of(
         image_size=image_size,
         patch_size=patch_size,
         embed_dim=embed_dim,

@@ -11,7 +11,7 @@ from torch import nn
 from mope.fused import ComplementaryRouter, InputPrompts, MoPEAttention, MultimodalRouter
 from mope.fused.attention import mean_over_tokens
 from mope.fused.router import make_router, sample_noise, without_noise
-from mope.fused.swin import MoPESwinBlock, position_bias
+from mope.fused.swin import BlockPrompts, MoPESwinBlock, position_bias
 from mope_kernels import _extension
 
 from .test_fused_layers import CROSS, B, C, K, L, P, attention_by_hand, batch, frozen_layer
@@ -94,9 +94,7 @@ def test_noise_may_be_learned(impl: str) -> None:
         cross_dim=CROSS,
         window_size=2,
         num_prompts=P,
-        prompt_length=P,
-        static_length=0,
-        num_experts=K,
+        own=BlockPrompts(P, K, static_length=0),
         router=None,
         impl=impl,
     )
@@ -163,7 +161,7 @@ def test_a_block_that_trains_looks_its_position_bias_up() -> None:
 
 
 def test_a_swin_block_drops_its_own_prompts_where_asked() -> None:
-    block = MoPESwinBlock(8, 1, 4, window_size=2, num_prompts=21, static_length=20)
+    block = MoPESwinBlock(8, 1, 4, window_size=2, num_prompts=21, own=BlockPrompts(static_length=20))
     x, mapped = torch.zeros(2, 16, 8), torch.ones(2, 1, 8)
     kept, dropped = block.with_prompts(x, mapped=mapped), block.with_prompts(x, mapped=mapped, dropout=nn.Dropout(0.5))
     assert kept.shape == dropped.shape == (2, 21 + 16, 8) and (kept[:, :21] != 0).all()

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import SwinConfig, SwinModel
 
-from mope.fused import MoPESwinBlock
+from mope.fused import BlockPrompts, MoPESwinBlock
 from mope.models.swin import MoPESwinEncoder, encoder_for, swin_state_dict
 
 SMALL = {"image_size": 56, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2)}
@@ -52,7 +52,7 @@ def test_an_original_checkpoint_gives_the_same():
     file = io.BytesIO()
     torch.save({"model": original}, file)
     file.seek(0)
-    from_file, from_model = MoPESwinEncoder(**SMALL).double(), encoder_for(model).double()
+    from_file, from_model = MoPESwinEncoder.of(**SMALL).double(), encoder_for(model).double()
     from_file.load_swin(torch.load(file, weights_only=True))
     from_model.load_swin(model)
     taken = [name for _, name, _ in from_file._original_names()]
@@ -87,25 +87,25 @@ def test_older_names_of_transformers():
 
 def test_a_checkpoint_of_another_size_is_named():
     with pytest.raises(ValueError, match=r"patch_embed\.proj\.weight is \(16, 3, 4, 4\), expected \(32, 3, 4, 4\)"):
-        MoPESwinEncoder(**{**SMALL, "embed_dim": 32}).load_swin(backbone())
+        MoPESwinEncoder.of(**{**SMALL, "embed_dim": 32}).load_swin(backbone())
 
 
 def test_sizes_whose_stages_the_window_does_not_divide_are_refused():
     with pytest.raises(ValueError, match="resolution must divide by window_size, got 15 and 7"):
-        MoPESwinEncoder(**{**SMALL, "image_size": 60})
+        MoPESwinEncoder.of(**{**SMALL, "image_size": 60})
 
 
 @pytest.mark.parametrize(("num_experts", "published"), [(4, 1_544_031), (16, 2_272_095)])
 def test_trains_as_many_parameters_as_the_published_model_uses(num_experts, published):
     """Swin-B for MM-IMDB: with the text encoder's prompts, 12 layers of 4, and the head over 23 genres."""
     with torch.device("meta"):
-        encoder = MoPESwinEncoder(num_experts=num_experts)
+        encoder = MoPESwinEncoder.of(num_experts=num_experts)
     trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     assert trained + 12 * 4 * 768 + 23 * (1024 + 1) == published
 
 
 def example() -> tuple[MoPESwinEncoder, torch.Tensor, torch.Tensor]:
-    return MoPESwinEncoder(**SMALL, prompt_length=2), torch.randn(3, 3, 56, 56), torch.randn(3, 768)
+    return MoPESwinEncoder.of(**SMALL, prompt_length=2), torch.randn(3, 3, 56, 56), torch.randn(3, 768)
 
 
 def test_gradients_reach_exactly_what_trains():
@@ -133,7 +133,7 @@ class NothingOnTheHost(TorchDispatchMode):
 def test_the_host_never_waits(owner):
     """No .item(), no branch on a value, no copy from or to the host: each raises on the meta device."""
     with torch.device("meta"):
-        encoder = MoPESwinEncoder(**SMALL, prompt_length=2, prompt_owner=owner).train()
+        encoder = MoPESwinEncoder.of(**SMALL, prompt_length=2, prompt_owner=owner).train()
         pixels, cross = torch.empty(3, 3, 56, 56), torch.empty(3, 768, requires_grad=True)
     with NothingOnTheHost():
         output = encoder(pixels, cross)
@@ -167,7 +167,7 @@ def test_a_block_says_what_it_lacks():
     x = torch.zeros(1, 19, 8)
     with pytest.raises(ValueError, match="this block has no router"):
         block.route(x, torch.zeros(1, 8))
-    routed = MoPESwinBlock(8, 1, 4, window_size=2, num_prompts=3, prompt_length=2, num_experts=2, cross_dim=8)
+    routed = MoPESwinBlock(8, 1, 4, window_size=2, num_prompts=3, own=BlockPrompts(2, 2), cross_dim=8)
     routing = routed.route(x, torch.zeros(1, 8))
     with pytest.raises(ValueError, match="this block has no experts to mix"):
         block(x, routing)

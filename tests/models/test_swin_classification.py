@@ -265,7 +265,7 @@ def test_the_weights_come_back_as_they_were() -> None:
         assert name.startswith("pooler.") or torch.equal(state[name], tensor), name
     assert describe(shell, state)["fingerprint"] == describe(model)["fingerprint"]
     with pytest.raises(ValueError, match="no transformers config"):
-        MoPESwinEncoder(image_size=56, embed_dim=16, depths=(2,), num_heads=(1,)).swin_model()
+        MoPESwinEncoder.of(image_size=56, embed_dim=16, depths=(2,), num_heads=(1,)).swin_model()
 
 
 def test_reference_round_trip_and_another_swin(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from mope.fused import MoPESwinBlock, MultimodalRouter
+from mope.fused import BlockPrompts, MoPESwinBlock, MultimodalRouter
 from mope.fused.plain import add_norm, gelu_mlp
 from mope.fused.router import ComplementaryRouter, Router, cross_logits, sample_noise
 from mope.fused.swin import MergeNeighbours
@@ -29,7 +29,7 @@ def encoder(dtype: torch.dtype = torch.float64, **options: Any) -> MoPESwinEncod
     """Far from its initialisation, with noise large enough to matter."""
     torch.manual_seed(0)
     options = {"noise_std": 0.3, "prompt_dropout": 0.0, **options}
-    made = MoPESwinEncoder(**SMALL, cross_dim=PSI, mapper_hidden=8, **options).to(dtype)
+    made = MoPESwinEncoder.of(**SMALL, cross_dim=PSI, mapper_hidden=8, **options).to(dtype)
     with torch.no_grad():
         for tensor in (*made.parameters(), *(block.position_bias for stage in made.blocks() for block in stage)):
             tensor.add_(0.1 * torch.randn_like(tensor))
@@ -236,7 +236,7 @@ def routed_block(impl: str, device: str) -> tuple[MoPESwinBlock, Tensor, Tensor,
     """A block of frozen weights with shifted windows, x and update, and its own prompts with what decides about them."""
     torch.manual_seed(2)
     dim, side, batch = 32, 4, 2
-    options: dict[str, Any] = {"num_prompts": 13, "prompt_length": 6, "num_experts": 4, "cross_dim": PSI, "impl": impl}
+    options: dict[str, Any] = {"num_prompts": 13, "own": BlockPrompts(6, 4), "cross_dim": PSI, "impl": impl}
     block = MoPESwinBlock(dim, 1, side, window_size=2, shift=1, **options).to(device)
     for module in block.swin_modules():
         module.requires_grad_(False)
