@@ -35,6 +35,7 @@ from mope_kernels import _extension
 
 from .dispatched import Dispatched, Record, arithmetic
 from .host_cases import COMPUTED, MODELS, OPS, STUBBED, Size, model
+from .host_parts import parts_of
 from .launches import NO_LAUNCH
 from .stand_in_driver import give_autocast_the_rules_of_a_gpu, stand_in_for_the_driver
 
@@ -178,7 +179,9 @@ def of_models(names: Sequence[str], dtypes: Sequence[str], turns: int, launches:
                 calls: Calls = dict(model(name, MODELS[name], DTYPES[dtype], training))
                 for way, timed in in_turns(calls, turns).items():
                     counts = counted(calls[way], launches)
-                    row = {"op": "model", "case": f"{name} {passes}", "dtype": dtype, "way": way}
+                    row: dict[str, Any] = {"op": "model", "case": f"{name} {passes}", "dtype": dtype, "way": way}
+                    if way == "ours":
+                        counts["parts"] = {part: round(share, 4) for part, share in parts_of(calls[way]).items()}
                     yield row | _times(timed, "ms", counts.pop("arithmetic")) | counts
 
 

@@ -23,7 +23,8 @@ HEAD = """
 CPU time of one thread, by `python -m bench.host` ([what is called](../bench/host_cases.py)), where no GPU is: Triton's kernels go
 through Triton's own launchers up to the call of the driver, which a stand-in answers, and torch's operations run on the CPU, on
 inputs so small that *arithmetic* is a small share: what they take beyond the same on tensors of two rows at most. What torch and
-the driver do on a GPU for a launch of torch's is not in it. Each time is that of the quickest turn.
+the driver do on a GPU for a launch of torch's is not in it. Each time is that of the quickest turn. Operations are counted where
+a mode sees them, which sees launchers at work, too; without one [tapes](design.md) are replayed, which make fewer.
 """
 OF_FILE = """
 ### Host time: {device}, Triton {triton}
@@ -35,6 +36,12 @@ Models of full depth and tiny widths, called in turns with the released way (Swi
 write by hand (ViT and BERT). Under autocast, bfloat16 here, torch's products on a CPU take longer than a launch. The goal is
 {goal:g} of the other way, held against it where arithmetic is less than {share:g} % of both. *launches*: of ours by Triton;
 *kernels*: with those of torch, beside the other way's. *operations*: of torch, but views.
+
+{table}
+"""
+PARTS_HEAD = """
+Where the time of ours goes, in ms: the time above, shared out as a profile shares it. A profile slows Python down more than what
+Python calls, so *operations of torch* and *Triton's launchers* take rather more than this says.
 
 {table}
 """
@@ -78,6 +85,7 @@ def _of_group(device: str, triton: str, files: Sequence[File]) -> str:
     earlier = before[1] if before and now else []
     for head, goal, table in (
         (MODELS_HEAD, OF_OPPONENT, _models(rows, earlier)),
+        (PARTS_HEAD, OF_OPPONENT, _parts(rows)),
         (OPS_HEAD, OF_BEFORE, _ops(rows, earlier)),
         (RAW_HEAD, OF_RAW, _raw(rows)),
     ):
@@ -128,7 +136,7 @@ def _models(rows: Sequence[Row], before: Sequence[Row]) -> str:
             was = f"{show.digits(then, 3)} ms, {show.digits(then / earlier[other_way]['ms'], 3)}"
         lines.append(
             (
-                f"{case}, {'autocast' if dtype != 'float32' else dtype}",
+                f"{case}, {_precision(dtype)}",
                 show.digits(ours["ms"], 3),
                 f"{show.digits(other['ms'], 3)} ({other_way})",
                 judged(quotient, OF_OPPONENT) if is_judged else f"{show.digits(quotient, 3)}: not judged",
@@ -140,6 +148,19 @@ def _models(rows: Sequence[Row], before: Sequence[Row]) -> str:
             )
         )
     return _table(lines)
+
+
+def _parts(rows: Sequence[Row]) -> str:
+    found = [row for row in rows if row["op"] == "model" and "parts" in row]
+    lines: list[tuple[str, ...]] = [("part", *(f"{row['case']}, {_precision(row['dtype'])}" for row in found))]
+    parts = found[0]["parts"] if found else {}
+    for part in parts:
+        lines.append((part, *(show.digits(row["ms"] * row["parts"][part], 2) for row in found)))
+    return _table(lines)
+
+
+def _precision(dtype: str) -> str:
+    return dtype if dtype == "float32" else "autocast"
 
 
 def _ops(rows: Sequence[Row], before: Sequence[Row]) -> str:
