@@ -11,6 +11,7 @@ transforms of torch.func, forward mode, tracing, subclasses of Tensor.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
@@ -26,6 +27,9 @@ _TENSORS = frozenset((Tensor, nn.Parameter))
 _OPTIONS = frozenset((bool, int, float, str, type(None), torch.dtype))
 _ON_AMD = bool(torch.version.hip)
 _every_op: list[Plans] = []
+# Of what plans depend on, counted up by each `forget`, so that a plan made meanwhile is not kept.
+_generation = 0
+_lock = threading.Lock()
 
 Plan = Callable[..., Any]
 
@@ -42,30 +46,34 @@ def nothing_watches() -> bool:
     )
 
 
-def signature(tensors: Iterable[Tensor | None], options: Iterable[Any]) -> Hashable | None:
+def signature(tensors: Iterable[Tensor | None], options: tuple[Any, ...]) -> Hashable | None:
     """Return all that checks and choices read of a call, or None where a call has to be looked at each time.
 
     Of an address two things count: whether it is a multiple of 16 bytes, which Triton compiles for, and where in its storage
     a tensor begins, modulo 16 elements.
     """
-    return signature_of_arguments((*options, *tensors)) if nothing_watches() else None
+    return signature_of_arguments(tensors, options) if nothing_watches() else None
 
 
-def signature_of_arguments(arguments: Iterable[Any]) -> Hashable | None:
-    """Return the signature of arguments, None if one of them is neither a plain tensor nor a plain number, text or dtype."""
-    key: list[Any] = [torch.is_grad_enabled(), _triton.target()]
+def signature_of_arguments(tensors: Iterable[Tensor | None], options: tuple[Any, ...]) -> Hashable | None:
+    """Return the signature of arguments, None if a tensor is not a plain one, or an option no plain number, text or dtype."""
+    kinds = tuple(map(type, options))
+    # A tensor in place of a number too: a signature says nothing of its value.
+    if not _OPTIONS.issuperset(kinds):
+        return None
+    # With the kinds: 2 == 2.0 and 1 == True, and not all of them are as good.
+    key: list[Any] = [torch.is_grad_enabled(), _triton.target(), options, kinds]
     try:
-        for a in arguments:
-            kind = type(a)
-            if kind in _TENSORS:
+        for a in tensors:
+            if a is None:
+                key.append(None)
+            elif type(a) in _TENSORS:
                 if a.is_neg() or a._is_zerotensor():
                     return None
                 key += (a.shape, a.stride(), a.dtype, a.device, a.requires_grad, a.data_ptr() & 15, a.storage_offset() & 15)
                 if _ON_AMD:
                     # Kernels are compiled for addresses of 32 bits where storages are small.
                     key.append(a.untyped_storage().nbytes() < 2**31)
-            elif kind in _OPTIONS:
-                key.append(a)
             else:
                 return None
     except RuntimeError:
@@ -90,10 +98,13 @@ class Plans:
     def get(self, key: Hashable) -> Plan | None:
         return self._plans.get(key)
 
-    def put(self, key: Hashable, plan: Plan) -> Plan:
-        if len(self._plans) >= MAX_PLANS:
-            self._plans.pop(next(iter(self._plans)), None)
-        self._plans[key] = plan
+    def put(self, key: Hashable, plan: Plan, generation: int) -> Plan:
+        """Keep a plan that was begun in this generation, unless what it depends on has changed since."""
+        with _lock:
+            if generation == _generation:
+                if len(self._plans) >= MAX_PLANS and key not in self._plans:
+                    del self._plans[next(iter(self._plans))]
+                self._plans[key] = plan
         return plan
 
     def run(self, make: Callable[..., Plan], tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
@@ -110,11 +121,20 @@ class Plans:
             return make(_triton.recording(), *tensors, *options)(*tensors)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self.put(key, make(True, *tensors, *options))
+            begun = _generation
+            plan = self.put(key, make(True, *tensors, *options), begun)
         return plan(*tensors)
 
 
 def forget() -> None:
     """Forget the plans of all ops: after a change of what they depend on, as settings do."""
-    for plans in _every_op:
-        plans.clear()
+    global _generation
+    with _lock:
+        _generation += 1
+        for plans in _every_op:
+            plans.clear()
+
+
+def generation() -> int:
+    """Return what `Plans.put` asks for, to be looked at before a plan is made."""
+    return _generation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import NamedTuple
 
 from . import plans
@@ -17,6 +18,7 @@ class Settings(NamedTuple):
 
 
 _settings: Settings | None = None
+_lock = threading.Lock()
 
 
 def _is_on(name: str) -> bool:
@@ -26,13 +28,16 @@ def _is_on(name: str) -> bool:
 def current() -> Settings:
     """Return the settings, read from the environment by the first call."""
     global _settings
-    if _settings is None:
-        _settings = Settings(os.environ.get("MOPE_IMPL", ""), _is_on("MOPE_DEBUG"), _is_on("MOPE_AUTOTUNE"))
-    return _settings
+    found = _settings
+    if found is None:
+        with _lock:
+            found = _settings = Settings(os.environ.get("MOPE_IMPL", ""), _is_on("MOPE_DEBUG"), _is_on("MOPE_AUTOTUNE"))
+    return found
 
 
 def reread_environment() -> None:
     """Read MOPE_IMPL, MOPE_DEBUG and MOPE_AUTOTUNE again, after they changed in a running process."""
     global _settings
-    _settings = None
+    with _lock:
+        _settings = None
     plans.forget()
