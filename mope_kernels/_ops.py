@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -73,13 +73,54 @@ def triton_kernel(name: str) -> Callable[[Launcher], Launcher]:
     """Register the launcher of `mope_triton::name`. On CPU tensors it runs in Triton's interpreter."""
 
     def register(launcher: Launcher) -> Launcher:
-        _LAUNCHERS[name] = tunable(launcher)
+        tuned = tunable(launcher)
+        _LAUNCHERS[name] = _as_the_op(name, tuned)
         _tapes[name] = _Tapes(name)
         for key in ("CUDA", "CPU"):
-            LIBRARIES["mope_triton"].impl(name, _LAUNCHERS[name], key)
+            LIBRARIES["mope_triton"].impl(name, tuned, key)
         return launcher
 
     return register
+
+
+class _Schema(NamedTuple):
+    """Of a raw op: how many tensors come first, and the kind of each number by its place."""
+
+    tensors: int
+    numbers: dict[int, type]
+
+
+_KINDS = {"float": float, "int": int, "bool": bool}
+
+
+@functools.cache
+def _schema(name: str) -> _Schema:
+    op: Any = _overload("triton", name)
+    types = [str(argument.real_type) for argument in op._schema.arguments]
+    tensors = next((i for i, kind in enumerate(types) if "Tensor" not in kind), len(types))
+    return _Schema(tensors, {i: _KINDS[kind] for i, kind in enumerate(types) if kind in _KINDS})
+
+
+def _as_the_op(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """The launcher, called as torch's dispatcher would call it.
+
+    Numbers are of the schema's kinds, which kernels are compiled for, there is no autocast, and results are no views to autograd,
+    which would refuse to change them in place.
+    """
+
+    @functools.wraps(launcher)
+    def run(*args: Any) -> Any:
+        given = list(args)
+        for place, kind in _schema(name).numbers.items():
+            if place < len(given) and type(given[place]) is not kind:
+                if kind is bool or type(given[place]) not in (bool, int):
+                    # It says what is wrong.
+                    return _overload("triton", name)(*args)
+                given[place] = kind(given[place])
+        with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowADInplaceOrView():
+            return launcher(*given)
+
+    return run
 
 
 @functools.cache
@@ -116,12 +157,13 @@ class _Tapes(plans.Plans):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
+        self.tensors = _schema(name).tensors
 
     def __call__(self, *args: Any) -> Any:
-        key = plans.signature_of_arguments(args)
+        key = plans.signature_of_arguments(args[: self.tensors], args[self.tensors :])
         if key is None or settings.current().autotune:
             return _overload("triton", self.name)(*args)
         tape = self.get(key)
         if tape is None:
-            tape = self.put(key, Tape(_LAUNCHERS[self.name], share_empty=True))
+            tape = self.put(key, Tape(_LAUNCHERS[self.name], share_empty=True), plans.generation())
         return tape(*args)

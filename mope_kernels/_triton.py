@@ -106,9 +106,10 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
         )
     # Triton launches on the current device, whatever device the tensors are on.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        compiled = kernel[(programs,)](*args, **constants)
-    if (recorder := tape.recorder()) is not None:
-        recorder.launch(kernel, compiled if isinstance(kernel, JITFunction) else None, programs, args, constants)
+        if (recorder := tape.recorder()) is None:
+            kernel[(programs,)](*args, **constants)
+        else:
+            recorder.launch(kernel, programs, args, constants, interpreted=not isinstance(kernel, JITFunction))
 
 
 def hash_callees_first(kernel: Any) -> None:

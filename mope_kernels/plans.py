@@ -11,6 +11,7 @@ transforms of torch.func, forward mode, tracing, subclasses of Tensor.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
@@ -26,6 +27,9 @@ _TENSORS = frozenset((Tensor, nn.Parameter))
 _OPTIONS = frozenset((bool, int, float, str, type(None), torch.dtype))
 _ON_AMD = bool(torch.version.hip)
 _every_op: list[Plans] = []
+# Of what plans depend on, counted up by each `forget`, so that a plan made meanwhile is not kept.
+_generation = 0
+_lock = threading.Lock()
 
 Plan = Callable[..., Any]
 
@@ -48,56 +52,37 @@ def signature(tensors: Iterable[Any], options: tuple[Any, ...]) -> Hashable | No
     Of an address two things count: whether it is a multiple of 16 bytes, which Triton compiles for, and where in its storage
     a tensor begins, modulo 16 elements.
     """
-    if not nothing_watches():
+    return signature_of_arguments(tensors, options) if nothing_watches() else None
+
+
+def signature_of_arguments(tensors: Iterable[Any], options: tuple[Any, ...]) -> Hashable | None:
+    """Return the signature of arguments, None if a tensor is not a plain one, or an option no plain number, text or dtype."""
+    kinds = tuple(map(type, options))
+    # A tensor in place of a number too: a signature says nothing of its value.
+    if not _OPTIONS.issuperset(kinds):
         return None
-    for option in options:
-        if type(option) not in _OPTIONS:
-            return None
-    key: list[Any] = [options, torch.is_grad_enabled(), _triton.target()]
+    # With the kinds: 2 == 2.0 and 1 == True, and not all of them are as good.
+    key: list[Any] = [torch.is_grad_enabled(), _triton.target(), options, kinds]
     try:
         for t in tensors:
-            # `_describe` without its call: half of what a small op costs is in here.
-            if type(t) in _TENSORS and (address := t.data_ptr()) and not t.is_neg() and not _ON_AMD:
-                key.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad, address & 15, t.storage_offset() & 15))
-            elif t is None:
+            # No function for a tensor: half of what a small op costs is in here.
+            if t is None:
                 key.append(None)
-            elif not _describe(key, t):
+                continue
+            if type(t) not in _TENSORS or t.is_neg():
                 return None
+            address = t.data_ptr()
+            if not address and t.numel():
+                # A tensor without memory.
+                return None
+            key.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad, address & 15, t.storage_offset() & 15))
+            if _ON_AMD:
+                # Kernels are compiled for addresses of 32 bits where storages are small.
+                key.append(t.untyped_storage().nbytes() < 2**31)
     except RuntimeError:
         # No strides, or no memory: a sparse tensor, say.
         return None
     return tuple(key)
-
-
-def signature_of_arguments(arguments: Iterable[Any]) -> Hashable | None:
-    """Return the signature of arguments in any order, None if one of them is neither a plain tensor nor a plain option."""
-    key: list[Any] = [torch.is_grad_enabled(), _triton.target()]
-    try:
-        for a in arguments:
-            if type(a) in _TENSORS and (address := a.data_ptr()) and not a.is_neg() and not _ON_AMD:
-                key.append((a.shape, a.stride(), a.dtype, a.device, a.requires_grad, address & 15, a.storage_offset() & 15))
-            elif type(a) in _OPTIONS:
-                key.append(a)
-            elif not _describe(key, a):
-                return None
-    except RuntimeError:
-        return None
-    return tuple(key)
-
-
-def _describe(key: list[Any], t: Tensor) -> bool:
-    """Append what counts of a tensor to a key; False if it is no dense tensor of torch's own class that holds its own values."""
-    if type(t) not in _TENSORS or t.is_neg():
-        return False
-    address = t.data_ptr()
-    if not address and t.numel():
-        # A tensor without memory.
-        return False
-    key.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad, address & 15, t.storage_offset() & 15))
-    if _ON_AMD:
-        # Kernels are compiled for addresses of 32 bits where storages are small.
-        key.append(t.untyped_storage().nbytes() < 2**31)
-    return True
 
 
 class Plans:
@@ -116,10 +101,13 @@ class Plans:
     def get(self, key: Hashable) -> Plan | None:
         return self._plans.get(key)
 
-    def put(self, key: Hashable, plan: Plan) -> Plan:
-        if len(self._plans) >= MAX_PLANS:
-            self._plans.pop(next(iter(self._plans)), None)
-        self._plans[key] = plan
+    def put(self, key: Hashable, plan: Plan, generation: int) -> Plan:
+        """Keep a plan that was begun in this generation, unless what it depends on has changed since."""
+        with _lock:
+            if generation == _generation:
+                if len(self._plans) >= MAX_PLANS and key not in self._plans:
+                    del self._plans[next(iter(self._plans))]
+                self._plans[key] = plan
         return plan
 
     def run(self, make: Callable[..., Plan], tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
@@ -136,11 +124,20 @@ class Plans:
             return make(_triton.recording(), *tensors, *options)(*tensors)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self.put(key, make(True, *tensors, *options))
+            begun = _generation
+            plan = self.put(key, make(True, *tensors, *options), begun)
         return plan(*tensors)
 
 
 def forget() -> None:
     """Forget the plans of all ops: after a change of what they depend on, as settings do."""
-    for plans in _every_op:
-        plans.clear()
+    global _generation
+    with _lock:
+        _generation += 1
+        for plans in _every_op:
+            plans.clear()
+
+
+def generation() -> int:
+    """Return what `Plans.put` asks for, to be looked at before a plan is made."""
+    return _generation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ class Settings(NamedTuple):
 
 
 _settings: Settings | None = None
+_lock = threading.Lock()
 
 
 def _is_on(name: str) -> bool:
@@ -31,9 +33,11 @@ def current() -> Settings:
     if torch.compiler.is_compiling():
         # What was read before would be compared in each call of what is compiled here.
         return _read()
-    if _settings is None:
-        _settings = _read()
-    return _settings
+    found = _settings
+    if found is None:
+        with _lock:
+            found = _settings = _read()
+    return found
 
 
 def _read() -> Settings:
@@ -43,5 +47,6 @@ def _read() -> Settings:
 def reread_environment() -> None:
     """Read MOPE_IMPL, MOPE_DEBUG and MOPE_AUTOTUNE again, after they changed in a running process."""
     global _settings
-    _settings = None
+    with _lock:
+        _settings = None
     plans.forget()

@@ -12,13 +12,14 @@ to it nor made by it. Launch hooks of Triton, and a current device other than th
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 Launcher = Callable[..., Any]
 
@@ -75,8 +76,12 @@ class Recorder(TorchDispatchMode):
         self.slots: dict[int, int] = {}
         self.named: set[int] = set()
         self.pointers: set[int] = set()
+        # Of slots that were allocated: the line. And which of them something asks for in their own layout.
+        self.allocated: dict[int, int] = {}
+        self.asked: set[int] = set()
         self.computes = False
         self.launches = 0
+        self.launching = False
         self.refusal = ""
         for arg in args:
             if isinstance(arg, Tensor) and id(arg) not in self.slots:
@@ -106,6 +111,7 @@ class Recorder(TorchDispatchMode):
             start = f"t{root}.storage_offset() + {offset // tensor.itemsize}"
             self.lines.append(f"t{slot} = as_strided(t{root}, {sizes}, {strides}, {start})")
             self.named.add(slot)
+        self.asked.add(slot)
         return f"t{slot}"
 
     def pointer(self, tensor: Tensor) -> str:
@@ -126,10 +132,21 @@ class Recorder(TorchDispatchMode):
             return f"[{', '.join(self.expression(v, tensor) for v in value)}]"
         return repr(value) if value is None or type(value) in (bool, int) else self.constant(value)
 
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """See what this thread does inside. Entered as a context, a mode would also set flags of the whole process."""
+        _active.recorder = self
+        _push_mode(self)
+        try:
+            yield
+        finally:
+            _pop_mode(None)
+            _active.recorder = None
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not self.refusal:
+        if not self.refusal and not self.launching:
             try:
                 self._write_down(func, args, kwargs, out)
             except _Refused as reason:
@@ -137,14 +154,16 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _write_down(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if func.namespace.startswith("mope_"):
+            raise _Refused(f"{func} launches by itself")
         if func in _ALLOCATIONS:
             slot = self._slot(out)
             self.named.add(slot)
             if self.share_empty and out.shape == (0,):
                 self.constants[f"t{slot}"] = out
                 return
-            given = [self.constant(v) for v in (tuple(out.shape), tuple(out.stride()), out.dtype, out.device)]
-            self.lines.append(f"t{slot} = empty_strided({given[0]}, {given[1]}, dtype={given[2]}, device={given[3]})")
+            self.allocated[slot] = len(self.lines)
+            self.lines.append(self._allocation(slot, out))
             return
         outs = list(out) if isinstance(out, tuple | list) else [out]
         given_tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
@@ -170,33 +189,63 @@ class Recorder(TorchDispatchMode):
         names = ", ".join(f"t{t}" for t in targets)
         self.lines.append(f"{names}{',' if isinstance(out, tuple | list) else ''} = {call}")
 
+    def _allocation(self, slot: int, layout: Tensor) -> str:
+        given = [self.constant(v) for v in (tuple(layout.shape), tuple(layout.stride()), layout.dtype, layout.device)]
+        return f"t{slot} = empty_strided({given[0]}, {given[1]}, dtype={given[2]}, device={given[3]})"
+
+    def _result(self, tensor: Tensor) -> str:
+        """Return the variable of a result. Where it is a view of something allocated, that is laid out as the view instead."""
+        slot = self.slots.get(id(tensor))
+        if slot is not None and slot not in self.asked:
+            root, offset = self.places[slot]
+            whole = offset == 0 and tensor.numel() == self.tensors[root].numel() and _is_dense(tensor)
+            if whole and root in self.allocated and root not in self.asked:
+                self.lines[self.allocated[root]] = self._allocation(root, tensor)
+                self.asked.add(root)
+                return f"t{root}"
+        return self.variable(tensor)
+
     def _is_view(self, out: Tensor, given: Sequence[Tensor]) -> bool:
         """Give a view of one of the given tensors a slot."""
         storage = out.untyped_storage()._cdata
         for base in given:
             slot = self.slots.get(id(base))
             if slot is not None and base.untyped_storage()._cdata == storage and base.dtype == out.dtype:
-                if id(out) not in self.slots:
+                if id(out) not in self.slots and _laid_out_alike(out, base):
+                    # An alias, which `detach` and a `view` of the same shape make.
+                    self.tensors.append(out)
+                    self.places.append(self.places[slot])
+                    self.slots[id(out)] = slot
+                elif id(out) not in self.slots:
                     root, offset = self.places[slot]
                     offset += int(out.storage_offset() - base.storage_offset()) * out.itemsize
                     self._slot(out, _Place(root, offset))
                 return True
         return False
 
-    def launch(self, kernel: Any, compiled: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        """Write a launch down. `compiled` is what the JIT launched, None where the kernel is interpreted."""
+    def launch(self, kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any], *, interpreted: bool) -> None:
+        """Launch a kernel, and write that down; not what Triton, or its interpreter, has torch do for it."""
+        self.launching = True
+        try:
+            compiled = kernel[(programs,)](*args, **constants)
+        finally:
+            self.launching = False
         if self.refusal:
             return
         try:
-            if compiled is None:
+            if interpreted:
                 arguments = [self.expression(a, self.variable) for a in args]
                 grid, options = self.constant(kernel[(programs,)]), self.constant(constants)
                 self.lines.append(f"{grid}({', '.join(arguments)}, **{options})")
             else:
                 # Constants of the kernel come behind the other arguments, in the order of its signature.
+                if missing := [name for name in kernel.arg_names[len(args) :] if name not in constants]:
+                    raise _Refused(f"{missing[0]} is left to its default")
                 others = [constants[name] for name in kernel.arg_names[len(args) :]]
                 arguments = [self.expression(a, self.pointer) for a in args] + [self.expression(a, self.pointer) for a in others]
                 run, function, packed = (self.constant(v) for v in (compiled.run, compiled.function, compiled.packed_metadata))
+                # Without it the kernel would be unloaded where Triton's own cache is cleared.
+                self.constant(compiled)
                 head = f"{run}({programs}, 1, 1, stream, {function}, {packed}, None, None, None"
                 self.lines.append(f"{head}, {', '.join(arguments)})")
             self.launches += 1
@@ -214,7 +263,10 @@ class Recorder(TorchDispatchMode):
         results = list(result) if isinstance(result, tuple | list) else [result]
         if not all(isinstance(r, Tensor) for r in results):
             raise _Refused("a result that is no tensor")
-        returned = ", ".join(self.variable(r) for r in results)
+        # What is a result as it was allocated stays so.
+        self.asked |= {slot for r in results if (slot := self.slots.get(id(r))) in self.allocated}
+        names = [self._result(r) for r in results]
+        returned = ", ".join(names)
         parameters = ", ".join(f"t{self.slots[id(a)]}" if isinstance(a, Tensor) else f"_{i}" for i, a in enumerate(args))
         head: list[str] = []
         if self.launches and not interpreted:
@@ -234,12 +286,31 @@ class Recorder(TorchDispatchMode):
         if self.computes:
             self.constants["without_autocast"] = torch._C._DisableAutocast
             body = ["with without_autocast():", *(f"    {line}" for line in body)]
+        if any(self.places[int(name[1:])].root != int(name[1:]) for name in names):
+            # Autograd would not let a view be changed in place that was made where it does not look.
+            self.constants["below_autograd"] = torch._C._AutoDispatchBelowADInplaceOrView
+            body = ["with below_autograd():", *(f"    {line}" for line in body)]
         source = "\n".join([f"def replay({parameters}):", *(f"    {line}" for line in body)])
         namespace = dict(self.constants)
         exec(compile(source, "<tape of a launcher>", "exec"), namespace)
         replay: Launcher = namespace["replay"]
         replay.source = source  # type: ignore[attr-defined]
         return replay
+
+
+def _laid_out_alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.stride(), one.storage_offset()) == (other.shape, other.stride(), other.storage_offset())
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills a memory of as many numbers, in any order of its axes."""
+    steps = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1)
+    expected = 1
+    for stride, size in steps:
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 class Elsewhere(Exception):
@@ -276,12 +347,8 @@ class Tape:
             # The same tensor twice would be one slot. Another call may have two.
             return self.launcher(*args)
         recorder = Recorder(args, self.share_empty)
-        _active.recorder = recorder
-        try:
-            with recorder:
-                result = self.launcher(*args)
-        finally:
-            _active.recorder = None
+        with recorder.watching():
+            result = self.launcher(*args)
         try:
             device = next((t.device for t in tensors if t.device.type == "cuda"), None)
             self._replay = recorder.finish(args, result, interpreting(), device)

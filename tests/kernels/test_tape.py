@@ -1,0 +1,653 @@
+"""A replayed call does what the launcher does: the same results, the same launches with the same arguments."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mope_kernels import _ops, plans, tape
+from mope_kernels.impl import _OPERATIONS, interpreting
+from mope_kernels.spec import SPECS
+from tests.contract.ops import Op, Options, Tensors, assert_same, every, require_gradients, run_with_gradients
+from tests.kernels.numerics import DEVICE
+
+ADD_NORM, GELU_MLP, MIX_PROMPTS, MOPE_ATTENTION, PROMPT_ATTENTION, ROUTE = (
+    SPECS[name] for name in ("add_norm", "gelu_mlp", "mix_prompts", "mope_attention", "prompt_attention", "route")
+)
+# What takes a way of its own through a launcher.
+OTHERS: dict[str, list[dict[str, Any]]] = {
+    "add_norm": [{"update": False, "affine": False}],
+    "expert_adapter": [{"experts": 1, "router": False, "dropout_p": 0.5}],
+    "gelu_mlp": [{"way": "cublas"}],
+    "importance_loss": [{"blocks": None}],
+    "mix_prompts": [{"top_k": None}],
+    "prompt_attention": [
+        {"packed": True, "lengths": [4, 2]},
+        {"shared": True, "bias": (9, 9), "is_causal": True, "dropout_p": 0.5},
+    ],
+    "route": [{"top_k": None, "noise": False}],
+    "mope_attention": [{"top_k": 2, "renormalize": True, "lengths": [4, 9], "dropout_p": 0.5}, {"static": 0, "instance": 0}],
+    "prompted_norm": [{"top_k": 2}, {"routing": True}],
+    "window_prompt_attention": [{"prompt_owner": "reference"}],
+}
+
+
+class Watch(TorchDispatchMode):
+    """Something that sees the ops, so that they are called; and which it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def run(op: Op, options: Options, tensors: Tensors, **given: Any) -> dict[str, Tensor]:
+    """Outputs and gradients, with always the same dropout."""
+    torch.manual_seed(7)
+    return run_with_gradients(op, "triton", options, tensors, **given)
+
+
+def by_the_ops(op: Op, options: Options, tensors: Tensors, **given: Any) -> dict[str, Tensor]:
+    with Watch() as watch:
+        found = run(op, options, tensors, **given)
+    assert any(name.startswith("mope_triton::") for name in watch.seen)
+    return found
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each launcher runs, but for the calls of ops."""
+    counts: Counter[str] = Counter()
+
+    def counting(name: str, launcher: Any) -> Any:
+        def count(*args: Any) -> Any:
+            counts[name] += 1
+            return launcher(*args)
+
+        return count
+
+    for name, launcher in _ops._LAUNCHERS.items():
+        monkeypatch.setitem(_ops._LAUNCHERS, name, counting(name, launcher))
+    return counts
+
+
+def draws(op: Op, **sizes: Any) -> tuple[Tensors, Options]:
+    return op.draw(torch.float32, DEVICE["triton"], **sizes)
+
+
+@every("triton")
+@pytest.mark.parametrize("other", [0, 1, 2])
+def test_a_launcher_runs_once(op, impl, other, launched):
+    """Forward and backward; every later call of the signature is replayed, and gives what the ops give."""
+    changes = [{}, *OTHERS[op.name]]
+    if other >= len(changes):
+        pytest.skip("there is no such case")
+    for seed in range(3):
+        torch.manual_seed(seed)
+        tensors, options = draws(op, **changes[other])
+        assert_same(run(op, options, tensors), by_the_ops(op, options, tensors))
+    assert set(launched.values()) == {1} and len(launched) == 2, launched
+
+
+@every("triton")
+def test_results_are_as_those_of_the_op(op, impl):
+    """In dtype, layout and what autograd thinks of them: they may be changed in place."""
+    tensors, options = draws(op)
+    for wanted in (op.leaves(tensors), []):
+        inputs = require_gradients(tensors, wanted)
+        with Watch():
+            expected = op.run(impl, options, inputs)
+        for _ in range(3):
+            found = op.run(impl, options, inputs)
+            for one, other in zip(found, expected, strict=True):
+                facts = [(o.shape, o.stride(), o.dtype, o.requires_grad, o._is_view(), o.storage_offset()) for o in (one, other)]
+                assert facts[0] == facts[1]
+                one.mul_(2)
+
+
+@every("triton")
+def test_results_may_be_changed_in_place(op, impl):
+    """Where the op's may: not those that its backward reads."""
+    tensors, options = draws(op)
+    name = op.leaves(tensors)[0]
+
+    def outcome(index: int) -> Any:
+        inputs = require_gradients(tensors, [name])
+        outputs = op.run(impl, options, inputs)
+        try:
+            outputs[index].mul_(2)
+            return torch.autograd.grad(outputs[index].sum(), inputs[name], allow_unused=True)[0]
+        except RuntimeError as error:
+            return str(error)
+
+    for index in range(len(op.run(impl, options, tensors))):
+        with Watch():
+            wanted = outcome(index)
+        for _ in range(3):
+            found = outcome(index)
+            assert torch.equal(found, wanted) if isinstance(wanted, Tensor) else found == wanted
+
+
+@every("triton")
+def test_results_share_no_memory(op, impl):
+    tensors, options = draws(op)
+    results = [run(op, options, tensors) for _ in range(3)]
+    storages = [{t.untyped_storage()._cdata for t in found.values() if t.numel()} for found in results]
+    assert not storages[0] & storages[1] and not storages[1] & storages[2]
+
+
+class Halve(TorchDispatchMode):
+    """Ends with an error of its own where a raw op is called."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "mope_triton":
+            raise RuntimeError("a raw op")
+        return func(*args, **(kwargs or {}))
+
+
+@every("triton")
+def test_a_mode_that_comes_between_forward_and_backward_sees_the_op(op, impl):
+    tensors, options = draws(op)
+    for _ in range(2):
+        inputs = require_gradients(tensors, op.leaves(tensors))
+        outputs = [o for o in op.run(impl, options, inputs) if o.requires_grad]
+        ones = [torch.ones_like(o) for o in outputs]
+        with Halve(), pytest.raises(RuntimeError, match="a raw op"):
+            torch.autograd.grad(outputs, [inputs[n] for n in op.leaves(tensors)], ones)
+        with Watch() as watch:
+            found = torch.autograd.grad(*again(op, options, tensors), ones)
+        assert f"mope_triton::{op.name}_backward" in watch.seen
+        for one, other in zip(torch.autograd.grad(*again(op, options, tensors), ones), found, strict=True):
+            assert torch.equal(one, other)
+
+
+def again(op: Op, options: Options, tensors: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs that have gradients, and what of."""
+    inputs = require_gradients(tensors, op.leaves(tensors))
+    outputs = [o for o in op.run("triton", options, inputs) if o.requires_grad]
+    return outputs, [inputs[n] for n in op.leaves(tensors)]
+
+
+@every("triton")
+@pytest.mark.parametrize("first", [True, False])
+def test_autocast_is_not_written_down(op, impl, first):
+    """Nor does it change a call that was written down without it."""
+    changes = {"way": "cublas"} if op.name == "gelu_mlp" else {}
+    tensors, options = draws(op, **changes)
+    wanted = by_the_ops(op, options, tensors)
+    for enabled in (first, not first, first):
+        with torch.autocast(DEVICE["triton"], dtype=torch.bfloat16, enabled=enabled):
+            assert_same(run(op, options, tensors), wanted)
+
+
+@every("triton")
+def test_inference_mode_is_not_written_down(op, impl):
+    tensors, options = draws(op)
+    wanted = op.run(impl, options, tensors)
+    for order in ((torch.inference_mode, torch.no_grad, nullcontext), (nullcontext, torch.no_grad, torch.inference_mode)):
+        plans.forget()
+        for context in order * 2:
+            with context():
+                found = op.run(impl, options, tensors)
+            for one, other in zip(found, wanted, strict=True):
+                assert torch.equal(one, other) and one.is_inference() == (context is torch.inference_mode)
+
+
+def test_the_same_tensor_twice_and_two_tensors_triton(launched):
+    """One slot would do for the first, and must not for the second."""
+    if not interpreting():
+        pytest.skip("kernels are not interpreted")
+    tensors, options = draws(PROMPT_ATTENTION)
+    twice = tensors | {"value": tensors["key"], "prompt_value": tensors["prompt_key"]}
+    for first, second in ((tensors, twice), (twice, tensors)):
+        plans.forget()
+        for given in (first, second, first, second):
+            with torch.no_grad():
+                (found,) = PROMPT_ATTENTION.run("triton", options, given)
+                with Watch():
+                    (wanted,) = PROMPT_ATTENTION.run("triton", options, given)
+            assert torch.equal(found, wanted)
+
+
+@every("triton")
+def test_tapes_keep_no_tensor(op, impl):
+    """Neither those of the call that was written down, nor what the launcher made."""
+
+    def living() -> int:
+        return sum(type(o) is Tensor or type(o) is torch.nn.Parameter for o in gc.get_objects())
+
+    def calls() -> list[StorageWeakRef]:
+        tensors, options = draws(op)
+        run(op, options, tensors)
+        return [StorageWeakRef(t.untyped_storage()) for t in tensors.values() if t is not None]
+
+    calls()
+    plans.forget()
+    gc.collect()
+    before = living()
+    gc.disable()
+    try:
+        storages = calls() + calls()
+        assert living() == before
+    finally:
+        gc.enable()
+    # Triton's interpreter leaves storages in a cycle.
+    gc.collect()
+    assert all(storage.expired() for storage in storages)
+
+
+@every("triton")
+def test_tapes_are_bounded(op, impl, monkeypatch):
+    monkeypatch.setattr(plans, "MAX_PLANS", 3)
+    tensors, options = draws(op)
+    leaves = op.leaves(tensors)
+    for count in range(5):
+        # A signature for each.
+        run(op, options, {n: t if t is None else shifted(t, count) for n, t in tensors.items()}, wanted=leaves)
+    assert len(_OPERATIONS[op.name].plans) == 3 and 1 <= len(_ops._tapes[f"{op.name}_backward"]) <= 3
+
+
+def shifted(tensor: Tensor, elements: int) -> Tensor:
+    """The same values, so many elements behind the beginning of their memory."""
+    memory = tensor.new_empty(elements + tensor.numel())
+    return memory[elements:].view(tensor.shape).copy_(tensor)
+
+
+def test_numbers_are_of_the_kinds_of_the_schema_triton():
+    """2 is no 2.0 to Triton, which compiles for the one or the other, and True is no 1."""
+    if not interpreting():
+        pytest.skip("kernels are not interpreted")
+    from mope_kernels import add_norm, importance_loss, route
+
+    logits = torch.randn(3, 4, requires_grad=True)
+
+    def both(temperature: Any) -> list[Tensor]:
+        probs = route(logits, temperature=temperature, top_k=1, impl="triton").probs
+        return [probs, *torch.autograd.grad(probs[0, 0], logits)]
+
+    for first, second in ((2, 2.0), (2.0, 2), (True, 1.0), (1.0, True)):
+        plans.forget()
+        for one, other, wanted in zip(both(first), both(second), both(float(first)), strict=True):
+            assert torch.equal(one, other) and torch.equal(one, wanted)
+    assert torch.equal(add_norm(logits, None, None, None, eps=1, impl="triton")[1], add_norm(logits, None, None, None, eps=1.0)[1])
+    assert torch.equal(importance_loss(logits, threshold=0, impl="triton"), importance_loss(logits, threshold=0.0))
+    for bad in (1.0, "one"):
+        route(logits, top_k=1, impl="triton")
+        with pytest.raises((RuntimeError, TypeError)):
+            route(logits, top_k=bad, impl="triton")
+
+
+def recorded(launcher: Any, *args: Any) -> tape.Tape:
+    found = tape.Tape(launcher)
+    found(*args)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("launcher", "reason"),
+    [
+        (lambda x: x.new_empty(int(x.sum())), "gives the host a value"),
+        (lambda x: CONSTANT.add(x), "neither given nor made"),
+        (lambda x: (x.add(1), 3), "no tensor"),
+        (lambda x: torch.ops.mope_cpu.add_norm(x, x, None, None, 1e-5, torch.float32)[0], "launches by itself"),
+    ],
+)
+def test_what_cannot_be_written_down_keeps_its_launcher(launcher, reason):
+    x = torch.ones(2, 3)
+    found = recorded(launcher, x)
+    assert reason in found.refusal and found._replay is None
+    assert type(found(x)) is type(launcher(x))
+
+
+CONSTANT = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        lambda x, y: x + y,
+        lambda x, y: torch.cat([x, y]).t(),
+        lambda x, y: x.t(),
+        lambda x, y: (x[:, 1:] + y[:, :-1], x[1], y.detach()),
+        lambda x, y: x.split(1)[1] + y.split(1)[0],
+        lambda x, y: torch.empty(2, 3).copy_(x).t().mul_(y.t()),
+        lambda x, y: x.new_empty(3, 2).t().copy_(x),
+        lambda x, y: [o := torch.zeros(6), o[1:4].add_(x[0]), o.view(2, 3) * y],
+        lambda x, y: (o := torch.empty(2, 3).copy_(x), o.t()),
+        lambda x, y: ((o := torch.empty(2, 3).copy_(y)).t(), o),
+        lambda x, y: torch.randn(2, 3) + x,
+        lambda x, y: x.view(torch.int32).add(1).view(torch.float32) + y,
+        lambda x, y: torch.einsum("ij,kj->ik", x, y).to(torch.float64),
+        lambda x, y: (x.new_empty(0), x.new_empty(0, 3).t()),
+    ],
+)
+@pytest.mark.parametrize("context", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_what_is_written_down_is_what_torch_did(launcher, context):
+    def drawn(count: int) -> tuple[Tensor, Tensor]:
+        memory = torch.randn(60)
+        return memory[count:].as_strided((2, 3), (7, 2)), memory[3 * count :].as_strided((2, 3), (1, 4))
+
+    with context():
+        found = recorded(launcher, *drawn(0))
+        assert found._replay is not None, found.refusal
+        for count in range(4):
+            args = drawn(count)
+            results = []
+            for function in (found._replay, launcher):
+                torch.manual_seed(count)
+                out = function(*args)
+                results.append(list(out) if isinstance(out, tuple | list) else [out])
+            for one, other in zip(*results, strict=True):
+                assert one.shape == other.shape and one.stride() == other.stride() and one.dtype == other.dtype
+                assert torch.equal(one, other)
+
+
+def test_an_error_in_a_launcher_leaves_nothing_behind():
+    def wrong(x: Tensor) -> Tensor:
+        x.add(1)
+        raise ValueError("as ever")
+
+    found = tape.Tape(wrong)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="as ever"):
+            found(torch.ones(2))
+        assert tape.recorder() is None and plans.nothing_watches()
+        assert not torch.utils._python_dispatch.is_in_torch_dispatch_mode()
+
+
+def test_threads_that_write_down_at_once_leave_no_flag_of_torch_behind():
+    """Contexts of modes set flags of the process, and threads would put them back in the wrong order."""
+    entered, left = threading.Barrier(2, timeout=60), threading.Event()
+
+    def first(x: Tensor) -> Tensor:
+        entered.wait()
+        return x + 1
+
+    def second(x: Tensor) -> Tensor:
+        entered.wait()
+        assert left.wait(60)
+        return x + 2
+
+    found: list[Tensor] = []
+
+    def call(launcher: Any) -> None:
+        found.append(recorded(launcher, torch.zeros(1))(torch.zeros(1)))
+
+    # Replays do not wait, and so each launcher runs once.
+    threads = [threading.Thread(target=call, args=(launcher,)) for launcher in (second, first)]
+    for thread in threads:
+        thread.start()
+    threads[1].join(60)
+    left.set()
+    threads[0].join(60)
+    assert sorted(map(float, found)) == [1, 2]
+    assert not torch.utils._python_dispatch.is_in_torch_dispatch_mode()
+
+
+# With the stand-in for the driver from here on: launches by Triton's own launchers.
+
+launching = [
+    pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="the stand-in for the driver is compiled"),
+    pytest.mark.skipif(interpreting(), reason="interpreted kernels are not launched"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is for where no GPU is"),
+]
+
+
+def with_the_stand_in(test: Any) -> Any:
+    for mark in launching:
+        test = mark(test)
+    return test
+
+
+class Launches:
+    """The launches that reach the driver, with pointers named by what they point into.
+
+    `given` are tensors by name. What launchers and tapes allocate is named by its number, what torch makes for them by its first
+    use in the call of a raw op.
+    """
+
+    def __init__(self) -> None:
+        self.given: dict[str, Tensor] = {}
+        self.made: list[Tensor] = []
+        self.others: dict[int, str] = {}
+        self.found: list[tuple[Any, ...]] = []
+
+    def begin(self, given: dict[str, Tensor]) -> None:
+        self.given, self.made, self.others, self.found = given, [], {}, []
+
+    def add(self, compiled: Any, args: tuple[Any, ...]) -> None:
+        grid, stream, packed, rest = args[:3], args[3], args[5], args[9:]
+        pointers = [isinstance(kind, str) and kind.startswith("*") for kind in compiled.src.signature.values()]
+        assert len(rest) == len(pointers)
+        named = tuple(self.name(a) if is_pointer else a for a, is_pointer in zip(rest, pointers, strict=True))
+        self.found.append((compiled.name, compiled.hash, grid, stream, packed, *named))
+
+    def name(self, pointer: Tensor | int | None) -> str:
+        if pointer is None:
+            return "None"
+        address = pointer.data_ptr() if isinstance(pointer, Tensor) else pointer
+        assert type(address) is int
+        named = [*self.given.items(), *((f"made {i}", t) for i, t in enumerate(self.made))]
+        for name, tensor in named:
+            storage = tensor.untyped_storage()
+            if 0 < storage.data_ptr() <= address < storage.data_ptr() + storage.nbytes():
+                return f"{name} + {address - tensor.data_ptr()}"
+        return self.others.setdefault(address, f"other {len(self.others)}") if address else "0"
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    pytest.importorskip("triton")
+    from triton.compiler import CompiledKernel
+
+    from bench.stand_in_driver import stand_in_for_the_driver
+
+    launches, run_of = Launches(), CompiledKernel.run.fget
+
+    def logged(compiled: Any) -> Any:
+        launch = run_of(compiled)
+
+        def log(*args: Any) -> Any:
+            launches.add(compiled, args)
+            return launch(*args)
+
+        return log
+
+    def allocate(*args: Any, **kwargs: Any) -> Tensor:
+        launches.made.append(empty_strided(*args, **kwargs).zero_())
+        return launches.made[-1]
+
+    def allocation(self: tape.Recorder, index: int, layout: Tensor) -> str:
+        if self.tensors[index] is layout:
+            # Numbers that torch may take for indices.
+            launches.made.append(layout.zero_())
+        return allocation_of(self, index, layout)
+
+    empty_strided, allocation_of = torch.empty_strided, tape.Recorder._allocation
+    monkeypatch.setattr(CompiledKernel, "run", property(logged))
+    monkeypatch.setattr(tape.Recorder, "_allocation", allocation)
+    monkeypatch.setattr(torch, "empty_strided", allocate)
+    with stand_in_for_the_driver():
+        yield launches
+
+
+def on_a_gpu(op: Op, changes: dict[str, Any], seed: int, elements: int) -> tuple[Tensors, Options]:
+    """An example in float16 with each tensor so many elements behind the beginning of its memory."""
+    torch.manual_seed(seed)
+    tensors, options = op.draw(torch.float16, "cpu", **changes)
+    return {n: t if t is None else shifted(t, elements) for n, t in tensors.items()}, options
+
+
+def call(op: Op, options: Options, tensors: Tensors, launches: Launches) -> list[tuple[Any, ...]]:
+    """Forward and backward -> the launches."""
+    inputs = require_gradients(tensors, op.leaves(tensors))
+    launches.begin({n: t for n, t in inputs.items() if t is not None})
+    outputs = [o for o in op.run("triton", options, inputs) if o.requires_grad]
+    gradients = [torch.ones_like(o) for o in outputs]
+    launches.others = {}
+    launches.given |= {f"gradient {i}": g for i, g in enumerate(gradients)}
+    torch.autograd.grad(outputs, [inputs[n] for n in op.leaves(tensors)], gradients)
+    return launches.found
+
+
+CASES = [(op, changes) for op in SPECS.values() for changes in ({}, *OTHERS[op.name])]
+
+
+@with_the_stand_in
+@pytest.mark.parametrize("elements", [0, 8, 3])
+@pytest.mark.parametrize(("op", "changes"), [pytest.param(op, changes, id=f"{op.name}-{changes}") for op, changes in CASES])
+def test_a_replay_launches_what_the_jit_launches(op, changes, elements, stand_in, launched):
+    """Kernel by kernel, pointer by pointer and number by number, for tensors elsewhere than those that were written down."""
+    call(op, *reversed(on_a_gpu(op, changes, 0, elements)), stand_in)
+    assert set(launched.values()) == {1} and len(launched) == 2
+    # 16 elements more are the same signature.
+    tensors, options = on_a_gpu(op, changes, 1, elements + 16)
+    replayed = call(op, options, tensors, stand_in)
+    assert set(launched.values()) == {1} and replayed
+    plans.forget()
+    assert replayed == call(op, options, tensors, stand_in) and set(launched.values()) == {2}
+
+
+@with_the_stand_in
+def test_an_address_of_another_alignment_is_written_down_anew(stand_in, launched):
+    """Triton compiles for multiples of 16 bytes."""
+    found = {}
+    for elements in (0, 1, 17, 2, 16, 8):
+        x, *_ = (shifted(torch.ones(4, 24, dtype=torch.float16), elements) for _ in range(1))
+        stand_in.begin({"x": x})
+        with torch.no_grad():
+            _ops_of_add_norm(x)
+        found.setdefault(x.data_ptr() % 16 == 0, []).append(stand_in.found[0][1])
+    assert len(set(found[True])) == len(set(found[False])) == 1 and found[True][0] != found[False][0]
+    # 17 is as 1, and 16 as 0.
+    assert launched["add_norm"] == 4
+
+
+def _ops_of_add_norm(x: Tensor) -> None:
+    from mope_kernels import add_norm
+
+    add_norm(x, None, None, None, impl="triton")
+
+
+@with_the_stand_in
+def test_launch_hooks_see_launches_of_calls_that_were_written_down(stand_in, launched):
+    from triton import knobs
+
+    x, seen = torch.ones(4, 24, dtype=torch.float16), []
+    for _ in range(3):
+        _ops_of_add_norm(x)
+
+    def enter(metadata: Any) -> None:
+        seen.append(metadata.get()["name"])
+
+    def leave(metadata: Any) -> None:
+        seen.append("left")
+
+    assert launched["add_norm"] == 1
+    for hook, chain in ((enter, knobs.runtime.launch_enter_hook), (leave, knobs.runtime.launch_exit_hook)):
+        chain.add(hook)
+        try:
+            _ops_of_add_norm(x)
+            _ops_of_add_norm(x)
+        finally:
+            chain.remove(hook)
+    assert seen[:2] == ["add_norm_forward"] * 2 and "left" in seen[2:]
+    assert launched["add_norm"] == 5
+    _ops_of_add_norm(x)
+    assert launched["add_norm"] == 5
+
+
+@with_the_stand_in
+def test_another_current_device_takes_the_launcher(stand_in, launched, monkeypatch):
+    """It makes that of the tensors the current one, and launches into its stream."""
+    from triton.runtime import driver
+
+    x = torch.ones(4, 24, dtype=torch.float16)
+    for _ in range(2):
+        _ops_of_add_norm(x)
+    assert launched["add_norm"] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(driver.active, "get_current_device", lambda: 1)
+        _ops_of_add_norm(x)
+    assert launched["add_norm"] == 2
+    streams = iter((5, 6))
+    with monkeypatch.context() as patch:
+        patch.setattr(driver.active, "get_current_stream", lambda device: next(streams))
+        stand_in.begin({"x": x})
+        _ops_of_add_norm(x)
+        _ops_of_add_norm(x)
+    assert [launch[3] for launch in stand_in.found] == [5, 6] and launched["add_norm"] == 2
+
+
+@with_the_stand_in
+def test_kernels_of_a_tape_stay_loaded(stand_in, monkeypatch):
+    """Where Triton's own cache is cleared: it unloads what nobody holds."""
+    from mope_kernels.add_norm_details._forward import add_norm_forward
+
+    x, held = torch.ones(4, 24, dtype=torch.float16), []
+    add = tape.Recorder.launch
+
+    def keep(self: tape.Recorder, *args: Any, **kwargs: Any) -> None:
+        add(self, *args, **kwargs)
+        held.extend(weakref.ref(c) for c in self.constants.values() if type(c).__name__ == "CompiledKernel")
+
+    monkeypatch.setattr(tape.Recorder, "launch", keep)
+    _ops_of_add_norm(x)
+    monkeypatch.setattr(add_norm_forward, "device_caches", type(add_norm_forward.device_caches)(add_norm_forward.create_binder))
+    gc.collect()
+    assert held and held[0]() is not None
+    _ops_of_add_norm(x)
+
+
+@with_the_stand_in
+def test_an_empty_batch_launches_nothing_and_needs_no_driver(stand_in, launched, monkeypatch):
+    from triton.runtime import driver
+
+    x = torch.ones(0, 24, dtype=torch.float16)
+    monkeypatch.setattr(driver.active, "get_current_stream", None)
+    for _ in range(3):
+        _ops_of_add_norm(x)
+    assert launched["add_norm"] == 1 and not stand_in.found
+
+
+@with_the_stand_in
+def test_many_threads_call_at_once(stand_in):
+    """The first calls race for one signature, and for one tape."""
+    tensors, options = ADD_NORM.draw(torch.float16, "cpu")
+    ready, calls, each = threading.Barrier(8, timeout=60), 8, 5
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            ready.wait()
+            for _ in range(each):
+                inputs = require_gradients(tensors, ["x"])
+                total, normed = ADD_NORM.run("triton", options, inputs)
+                torch.autograd.grad(normed.sum() + total.sum(), [inputs["x"]])
+        except BaseException as error:
+            errors.append(error)
+
+    stand_in.begin({})
+    threads = [threading.Thread(target=work) for _ in range(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert Counter(name for name, *_ in stand_in.found) == {"add_norm_forward": calls * each, "add_norm_backward": calls * each}
