@@ -699,7 +699,7 @@ class MoPEForClassification(SavedModel):
                 mask = where.as_mask(tokens.shape[1])
             for i, layer in enumerate(layers):
                 if i not in blocks:
-                    hidden_states = self._run(partial(_plain_layer, adapter, layer), hidden_states, mask=mask, packing=packing)
+                    hidden_states = self._run(_plain_layer, hidden_states, adapter=adapter, block=layer, mask=mask, packing=packing)
                     continue
                 hidden_states, routed = self._run(
                     layer,
@@ -827,10 +827,10 @@ def _what_is_added(config: MoPEConfig) -> str:
 
 
 def _plain_layer(
-    adapter: BackboneAdapter, layer: nn.Module, hidden_states: Tensor, *, mask: Tensor | None, packing: Packing | None
+    hidden_states: Tensor, *, adapter: BackboneAdapter, block: nn.Module, mask: Tensor | None, packing: Packing | None
 ) -> Tensor:
     """A layer without prompts of its own: (B,L,C) -> (B,L,C)."""
-    return adapter.finish(layer, hidden_states, adapter.attention(layer).plain(hidden_states, mask, packing))
+    return adapter.finish(block, hidden_states, adapter.attention(block).plain(hidden_states, mask, packing))
 
 
 def _dtype(module: nn.Module, without: torch.dtype = torch.float32) -> torch.dtype:
