@@ -100,6 +100,8 @@ def gelu_mlp_backward(
 
     need = GRADIENTS.asked(needs)
     found = {}
+    # As the forward wrote it, unless somebody saved a copy.
+    hidden = hidden.contiguous()
     with torch.autocast(grad_out.device.type, enabled=False):
         if not need.isdisjoint({"x", "weight1", "bias1"}):
             if (way or chosen_way(grad_out, weight1.shape[1])) == "cublas":

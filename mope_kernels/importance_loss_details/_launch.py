@@ -42,6 +42,8 @@ def importance_loss(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 def importance_loss_backward(grad_loss: Tensor, load: Tensor, threshold: float) -> Tensor:
     from ._kernels import importance_backward
 
+    # As the forward wrote it, unless somebody saved a copy.
+    load = load.contiguous()
     blocks, num_experts = load.shape
     grad, block = torch.empty_like(load), next_power_of_2(num_experts)
     launch(importance_backward, blocks, grad_loss.contiguous(), load, grad, threshold, K=num_experts, BK=block, num_warps=1)

@@ -168,6 +168,9 @@ def prompted_norm_backward(
     needs: int,
 ) -> tuple[Tensor, ...]:
     needed = GRADIENTS.asked(needs)
+    # As the forward wrote them, unless somebody saved copies.
+    total, experts = last_dim_contiguous(total), None if experts is None else last_dim_contiguous(experts)
+    probs, weights, indices, pooled = (t.contiguous() for t in (probs, weights, indices, pooled))
     batch, num_out, width = total.shape
     num_prompts = num_out - (num_rows - num_replaced)
     need_weight, need_bias = "weight" in needed, "bias" in needed
