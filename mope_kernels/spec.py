@@ -115,7 +115,7 @@ class Spec:
     base: the sizes of an example; cases: changes of them on which accuracy is measured.
     arguments: (options, tensors) -> the arguments of the public function, by name.
     outputs: (what the function returned, options) -> its floating point tensors that may have a gradient.
-    around: options -> a context in which the function is called.
+    around: options -> a context in which the function is called, None: none.
     per_item: the tensors whose first axis counts the items of a batch, which must not influence each other.
     padded: the tensors that `lengths` hides a part of.
     refused: other floating point tensors, which have no gradient: an error where they ask for one.
@@ -135,7 +135,7 @@ class Spec:
     also: dict[str, str] = field(default_factory=dict)
     arguments: Callable[[Options, Tensors], dict[str, Any]] = _call
     outputs: Callable[[Any, Options], Outputs] = lambda result, options: result if isinstance(result, tuple) else (result,)
-    around: Callable[[Options], AbstractContextManager[Any]] = lambda options: nullcontext()
+    around: Callable[[Options], AbstractContextManager[Any]] | None = None
     per_item: tuple[str, ...] = ()
     padded: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
@@ -169,8 +169,16 @@ class Spec:
     def run(self, impl: str, options: Options, tensors: Tensors) -> Outputs:
         """Call the op."""
         function = getattr(mope_kernels, self.name)
+        if self.around is None:
+            # What is timed by calling this should have little beside it.
+            return self.outputs(function(**self.arguments(options, tensors), impl=impl), options)
         with self.around(options):
             return self.outputs(function(**self.arguments(options, tensors), impl=impl), options)
+
+    def explain(self, options: Options, tensors: Tensors) -> mope_kernels.Explanation:
+        """Say which implementation would run."""
+        with nullcontext() if self.around is None else self.around(options):
+            return mope_kernels.explain(self.name, **self.arguments(options, tensors))
 
     def leaves(self, tensors: Mapping[str, Any]) -> list[str]:
         """Return the differentiable tensors that are there."""

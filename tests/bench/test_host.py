@@ -192,7 +192,7 @@ def test_what_cannot_be_profiled_is_said():
 def test_a_profile_says_where_time_and_operations_come_from(capsys):
     host.profile("route", "float32")
     out = capsys.readouterr().out
-    assert "mope_kernels/router" in out and "1000 calls" in out and "cumulative" in out
+    assert "mope_kernels/route" in out and "1000 calls" in out and "cumulative" in out
 
 
 def test_models_that_train_other_parameters_are_refused(monkeypatch):
