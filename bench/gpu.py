@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no"]
 TESTS = ["tests/kernels", "tests/contract", "tests/gpu"]
-DRY_TESTS = ["tests/kernels/test_triton_router.py", "tests/gpu/test_ops.py"]
+DRY_TESTS = ["tests/kernels/test_route.py", "tests/gpu/test_ops.py"]
 # Of every op, forward and backward, on small tensors.
 SMALL_CASES = "triton and test_bitwise_repeatable"
 # What has a row for each op, in the order in which they are measured, and what has one for each model.
