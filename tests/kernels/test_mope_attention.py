@@ -119,7 +119,7 @@ def test_many_tasks_of_any_sizes(impl):
 
     # Triton's interpreter takes its time.
     few = impl == "triton"
-    sizes = st.tuples(test_shapes.SHAPES["mope_attention"](impl), st.integers(1, 5)).map(
+    sizes = st.tuples(test_shapes.any_sizes(MOPE_ATTENTION, impl), st.integers(1, 5)).map(
         lambda drawn: {**drawn[0], "tasks": drawn[1]}
     )
 
