@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 
 from mope.benchmark import rows
+from mope.benchmark.cases import BENCHMARKS
 
 from . import headline
 
@@ -40,21 +41,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no"]
 TESTS = ["tests/kernels", "tests/contract", "tests/gpu"]
-DRY_TESTS = ["tests/kernels/test_triton_router.py", "tests/gpu/test_ops.py"]
+DRY_TESTS = ["tests/kernels/test_route.py", "tests/gpu/test_ops.py"]
 # Of every op, forward and backward, on small tensors.
 SMALL_CASES = "triton and test_bitwise_repeatable"
 # What has a row for each op, in the order in which they are measured, and what has one for each model.
-OPS = [
-    "window_prompt_attention",
-    "mope_attention",
-    "prompt_attention",
-    "add_norm",
-    "prompted_norm",
-    "gelu_mlp",
-    "expert_adapter",
-    "mix_prompts",
-    "route",
-]
+FIRST = ("window_prompt_attention", "mope_attention", "prompt_attention", "add_norm", "prompted_norm", "gelu_mlp", "expert_adapter")
+OPS = [*FIRST, *(op for op, found in BENCHMARKS.items() if found.stage == "ops" and op not in FIRST)]
 MODELS = ["cold_start", "model", "swin_block", "layer", "tasks"]
 STAGES = ("headline", "tests", "ops", "model", "timeline", "sanitize")
 # pytest: no test was selected. Those that passed before are not.

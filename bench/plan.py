@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from mope.benchmark.cases import WITH_OPTIMIZER, Case, cases, is_compiled
+from mope.benchmark.cases import BENCHMARKS, WITH_OPTIMIZER, Case, cases, is_compiled
 
 GRAPHS = "released without waiting compiled+graphs"
 WINDOW_WAYS = ("ours", "cat+sdpa", "cat+sdpa efficient", "cat+sdpa cudnn")
@@ -21,18 +21,6 @@ COMPILED_WAYS = {False: (GRAPHS,), True: (GRAPHS, "ours compiled+graphs", "relea
 WINDOWS = [f"swin-b-stage{stage}-b64" for stage in ("1", "1-shifted", "2-shifted", "3-shifted", "4")]
 WINDOWS += [f"swin-b-stage{stage}-b16" for stage in ("1-shifted", "3-shifted")]
 MODEL = "swin-b+bert-base-b{}"
-# For each op a shape that is quick to compare with float64, with the widths of the models, and the number of selected experts.
-SMOKE: dict[str, tuple[str, int | None]] = {
-    "route": ("b64-k16", 2),
-    "mix_prompts": ("swin-b-stage3-b64", None),
-    "prompt_attention": ("bert-128-b16", None),
-    "mope_attention": ("vit-b-b8", 1),
-    "window_prompt_attention": ("swin-b-stage3-shifted-b4", None),
-    "add_norm": ("swin-b-stage3-b4", None),
-    "prompted_norm": ("swin-b-stage3-b4", None),
-    "gelu_mlp": ("swin-b-stage3-b4", None),
-    "expert_adapter": ("modex-t1k", None),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +80,12 @@ def smoke(dry: bool = False) -> dict[str, list[Case]]:
     """Return small cases of each op, in both dtypes, forward and backward."""
     return {
         op: [
-            Case(op, cases(op, "tiny")[0].shape if dry else shape, training, top_k, dtype=dtype)
+            dataclasses.replace(small, shape=cases(op, "tiny")[0].shape if dry else small.shape, training=training, dtype=dtype)
             for dtype in ("bfloat16", "float32")
             for training in (False, True)
         ]
-        for op, (shape, top_k) in SMOKE.items()
+        for op, found in BENCHMARKS.items()
+        if (small := found.smoke)
     }
 
 

@@ -53,9 +53,9 @@ Made by `python -m bench.report` from the rows in `bench/results`: `make bench` 
   and nothing where graphs keep their memory between calls.
 - *of the roofline*: the least time that the device allows, as a share of the time. That is the larger of the bytes that the op
   must move at the speed of a large copy, and of the operations that it must do at the speed of a large product, both measured in
-  the same run ([formulas](../mope/benchmark/shapes.py)). Neither padding nor recomputation counts. Data that stay in a cache can
+  the same run ([formulas](../mope/benchmark/ops)). Neither padding nor recomputation counts. Data that stay in a cache can
   lift it above 100 %.
-- Shapes are named after models, with the batch size behind the *b* ([sizes](../mope/benchmark/shapes.py)). Items spread evenly over
+- Shapes are named after models, with the batch size behind the *b* ([sizes](../mope/benchmark/ops)). Items spread evenly over
   the experts unless the case says "zipf" (the i-th is preferred with a probability in proportion to 1/i) or "all-to-one".
 """
 TARGETS = """

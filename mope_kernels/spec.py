@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,22 @@ Options = dict[str, Any]
 Outputs = tuple[Tensor, ...]
 # (dtype, device, sizes) -> tensors and options.
 Example = Callable[[torch.dtype, str, Sizes], tuple[Tensors, Options]]
+
+
+class Choose(Protocol):
+    """Chooses at random, or as a test wants."""
+
+    def integers(self, low: int, high: int) -> int:
+        """Return one from low to high, both included."""
+
+    def booleans(self) -> bool: ...
+
+    def sampled(self, *values: Any) -> Any:
+        """Return one of the values."""
+
+
+# (what chooses, implementation) -> sizes as anybody may have them.
+AnySizes = Callable[[Choose, str], Sizes]
 
 # How labels of variants name dtypes.
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -117,14 +133,18 @@ class Spec:
     gradients: those of the raw backward; `also`: tensors whose gradient is made from that of another one, "noise": "logits".
     raw: the raw ops.
     implementations: those beside the definition.
-    base: the sizes of an example; cases: changes of them on which accuracy is measured.
+    base: the sizes of an example; cases: changes of them on which accuracy is measured. any_sizes: draws changes of any kind.
+    varied: changes that together run each part of the code once; full: one in which as much as can be takes part.
+    of_items: how many items there are -> the changes that make so many.
     arguments: (options, tensors) -> the arguments of the public function, by name.
     outputs: (what the function returned, options) -> its floating point tensors that may have a gradient.
-    around: options -> a context in which the function is called.
+    statistics: the outputs, by their place, that are in float32 (float64) whatever the dtype.
+    around: options -> a context in which the function is called, None: none.
     per_item: the tensors whose first axis counts the items of a batch, which must not influence each other.
     padded: the tensors that `lengths` hides a part of.
     refused: other floating point tensors, which have no gradient: an error where they ask for one.
     shared_gradient: tensors whose gradient may be that of another one, computed once for both.
+    last_axes: of tensors, how many of the last axes belong together: no element of these may lie where another one does.
     small: cases of few numbers, in which one draw says more about luck than about accuracy.
     variants: whether the list is short -> the calls whose kernels are compiled ahead of time.
     """
@@ -137,14 +157,20 @@ class Spec:
     implementations: tuple[str, ...]
     base: Sizes
     cases: dict[str, Sizes]
+    any_sizes: AnySizes
+    varied: tuple[Sizes, ...] = ({},)
+    full: Sizes = field(default_factory=dict)
+    of_items: Callable[[int], Sizes] = lambda items: {"batch": items}
     also: dict[str, str] = field(default_factory=dict)
     arguments: Callable[[Options, Tensors], dict[str, Any]] = _call
     outputs: Callable[[Any, Options], Outputs] = lambda result, options: result if isinstance(result, tuple) else (result,)
-    around: Callable[[Options], AbstractContextManager[Any]] = lambda options: nullcontext()
+    statistics: tuple[int, ...] = ()
+    around: Callable[[Options], AbstractContextManager[Any]] | None = None
     per_item: tuple[str, ...] = ()
     padded: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
     shared_gradient: dict[str, str] = field(default_factory=dict)
+    last_axes: Mapping[str, int] = field(default_factory=dict)
     small: frozenset[str] = frozenset()
     variants: Callable[[bool], Iterable[Variant]] = _no_variants
 
@@ -174,8 +200,16 @@ class Spec:
     def run(self, impl: str, options: Options, tensors: Tensors) -> Outputs:
         """Call the op."""
         function = getattr(mope_kernels, self.name)
+        if self.around is None:
+            # What is timed by calling this should have little beside it.
+            return self.outputs(function(**self.arguments(options, tensors), impl=impl), options)
         with self.around(options):
             return self.outputs(function(**self.arguments(options, tensors), impl=impl), options)
+
+    def explain(self, options: Options, tensors: Tensors) -> mope_kernels.Explanation:
+        """Say which implementation would run."""
+        with nullcontext() if self.around is None else self.around(options):
+            return mope_kernels.explain(self.name, **self.arguments(options, tensors))
 
     def leaves(self, tensors: Mapping[str, Any]) -> list[str]:
         """Return the differentiable tensors that are there."""

@@ -1,4 +1,4 @@
-"""A routed block of a Swin Transformer and whole models, beside the released way and what one would write by hand.
+"""Whole models, beside the released way and what one would write by hand.
 
 Encoders stand in float32 under autocast, as they are trained. Ours has its frozen weights cast once. Dropout and noise are off, so
 that all compute the same, and the importance loss has no threshold, at which rounding would decide.
@@ -17,16 +17,13 @@ from transformers import BertConfig, BertModel, SwinConfig, SwinModel, ViTConfig
 import mope_kernels
 from mope import MoPEConfig, MoPEForClassification
 from mope.demo import plain
-from mope.fused import BlockPrompts, MoPESwinBlock
-from mope.fused.router import cross_logits
-from mope.fused.swin import position_bias
+from mope.fused import MoPESwinBlock
 from mope.graphs import CudaGraphRunner
-from mope.models.precision import CastWeights
 
 from . import shapes
-from .cases import Case
+from .case import Case
 from .problem import Inputs, Outputs, Problem
-from .released import ReleasedBlock, ReleasedModel
+from .released import ReleasedModel
 
 LABELS = 101
 IN_FLOAT32 = "in float32 it is the same as released"
@@ -46,79 +43,9 @@ class Called(nn.Module):
             return self.function(self.module, first, *others)
 
 
-def _trained(module: nn.Module, training: bool) -> Inputs:
+def trained_parameters(module: nn.Module, training: bool) -> Inputs:
     """The parameters that get gradients, under the names that they have in a `Called`."""
     return {f"module.{name}": p for name, p in module.named_parameters() if p.requires_grad} if training else {}
-
-
-def swin_block(case: Case, dtype: torch.dtype) -> Problem:
-    """The released order of windows; P = 2l + 1."""
-    shape = shapes.WINDOWS[case.shape]
-    batch, length = shape.batch, shape.prompts // 2
-
-    def new(impl: str) -> MoPESwinBlock:
-        torch.manual_seed(0)
-        block = MoPESwinBlock(
-            shape.dim,
-            shape.heads,
-            shape.resolution,
-            window_size=shape.window,
-            shift=shape.shift,
-            num_prompts=shape.prompts,
-            own=BlockPrompts(length, 4),
-            cross_dim=768,
-            noise_std=0.0,
-            prompt_owner="reference",
-            impl=impl,
-        )
-        assert block.position_bias is not None
-        block.position_bias.copy_(position_bias(torch.randn((2 * shape.window - 1) ** 2, shape.heads), shape.window))
-        for module in block.swin_modules():
-            module.requires_grad_(False)
-        return block
-
-    def ours(block: Any, x: Tensor, cross: Tensor, mapped: Tensor) -> Outputs:
-        (logits,) = cross_logits([block.router.of_cross()], cross)
-        x, update, _ = block.step(x, None, block.own_prompts(mapped=mapped, router=block.router, cross_logits=logits))
-        # In a model the next block's LayerNorm does it.
-        return (x + update,)
-
-    def released(block: Any, x: Tensor, cross: Tensor, mapped: Tensor) -> Outputs:
-        return (block(x, cross, mapped)[0],)
-
-    block = new("auto")
-    frozen = copy.deepcopy(block)
-    if dtype.itemsize == 2:
-        CastWeights(frozen.swin_modules(), dtype)
-    x = torch.randn(batch, shape.rows, shape.dim)
-    inputs: Inputs = {"x": x, "cross": torch.randn(batch, 768), "mapped": torch.randn(batch, 1, shape.dim)}
-    if case.training:
-        inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
-    plain_block, own = new("reference"), _trained(block, case.training)
-
-    def definition(x: Tensor, cross: Tensor, mapped: Tensor, **parameters: Tensor) -> Outputs:
-        called = Called(plain_block.to(x.dtype), dtype, ours)
-        return torch.func.functional_call(called, parameters, (x, cross, mapped))
-
-    def way(module: nn.Module, forward: Callable[..., Outputs]) -> Callable[..., Outputs]:
-        called = Called(module, dtype, forward)
-        return lambda x, cross, mapped, **_: called(x, cross, mapped)
-
-    return Problem(
-        inputs | own,
-        {
-            "ours": way(frozen, ours),
-            "released": way(ReleasedBlock(block, threshold=0.0), released),
-            "released without waiting": way(ReleasedBlock(block, waits=False, threshold=0.0), released),
-        },
-        definition,
-        windows_run_by(block, dtype),
-        None,
-        dtype,
-        (*inputs, *own) if case.training else (),
-        (torch.randn(batch, shape.rows, shape.dim),),
-        inputs_of={"ours": _trained(frozen, case.training)},
-    )
 
 
 def windows_run_by(block: MoPESwinBlock, dtype: torch.dtype) -> str:
@@ -256,14 +183,14 @@ def _swin_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
         "released without waiting": way(ReleasedModel(source, waits=False)),
         "released half": IN_FLOAT32,
     }
-    inputs_of = {"ours": _trained(model, case.training)}
+    inputs_of = {"ours": trained_parameters(model, case.training)}
     if half:
         halved = copy.deepcopy(source).to(dtype)
         ways["released half"] = way(ReleasedModel(halved))
         pixels = inputs["pixel_values"].to(dtype)
-        inputs_of["released half"] = {"pixel_values": pixels, **_trained(halved, case.training)}
+        inputs_of["released half"] = {"pixel_values": pixels, **trained_parameters(halved, case.training)}
     vision: Any = model.vision
-    parameters = _trained(source, case.training)
+    parameters = trained_parameters(source, case.training)
     return Problem(
         inputs | parameters,
         ways,
@@ -295,7 +222,7 @@ def _vit_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
         called = Called(twin.to(pixel_values.dtype), dtype, by_hand if case.top_k is None else unprojected)
         return torch.func.functional_call(called, parameters, (pixel_values, input_ids, attention_mask))
 
-    parameters = _trained(source, case.training)
+    parameters = trained_parameters(source, case.training)
     return Problem(
         inputs | parameters,
         {
@@ -312,5 +239,5 @@ def _vit_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
         tuple(parameters),
         (torch.randn(shape.batch, LABELS),),
         recorded=on_gpu and not case.training,
-        inputs_of={"ours": _trained(model, case.training)},
+        inputs_of={"ours": trained_parameters(model, case.training)},
     )

@@ -13,17 +13,11 @@ from torch import Tensor, nn
 from mope.training.graphs import GraphedStep
 
 from .baselines import Unavailable
-from .cases import WITH_OPTIMIZER, is_compiled, is_graphed, uses_graphs
+from .case import WITH_OPTIMIZER, is_compiled, is_graphed, uses_graphs
 from .shapes import Work
 
 # Calls before a graph is recorded: kernels are compiled, workspaces allocated.
 WARM_UPS = 3
-
-# The inputs of the attention ops that have one row for each item.
-BATCHED = {
-    *("query", "key", "value", "logits", "prompt_key", "prompt_value", "instance_key", "instance_value", "lengths"),
-    "qkv",
-}
 
 Outputs = tuple[Tensor, ...]
 # A tensor for each name, or None where there is none.
@@ -131,6 +125,7 @@ class Problem:
     recorded: whether ours replays a CUDA graph.
     compiler: what torch.compile compiles with.
     inputs_of: what a way is called with in place of the inputs of the same names.
+    per_item: the inputs that have one row for each item, asked for with `pieces`.
     """
 
     inputs: Inputs
@@ -145,6 +140,7 @@ class Problem:
     recorded: bool = False
     compiler: str = "inductor"
     inputs_of: dict[str, Inputs] = field(default_factory=dict)
+    per_item: tuple[str, ...] = ()
 
     def prepare(self, way: str) -> Callable[[], list[Tensor]]:
         """A function that computes the outputs, and in training the gradients behind them.
@@ -198,13 +194,13 @@ class Problem:
         }
         if self.pieces == 1:
             return [t.detach() for t in self._evaluate(self.definition, inputs, self.gradients)]
-        batch = len(next(t for t in inputs.values() if t is not None))
+        batch = len(next(t for n, t in inputs.items() if t is not None and n in self.per_item))
         outputs, gradients = [], None
         for rows in torch.arange(batch).chunk(self.pieces):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
 
             def of_part(part: slice = part, **whole: Any) -> Outputs:
-                return self.definition(**{n: t[part] if t is not None and n in BATCHED else t for n, t in whole.items()})
+                return self.definition(**{n: t[part] if t is not None and n in self.per_item else t for n, t in whole.items()})
 
             out, *found = self._evaluate(of_part, inputs, tuple(g[part] for g in self.gradients))
             outputs.append(out.detach())

@@ -17,13 +17,13 @@ from mope.extras import install
 
 from . import problems, rows, show
 from .baselines import Unavailable
-from .cases import WAYS, Case, cases, is_compiled
+from .cases import BENCHMARKS, WAYS, Case, cases, is_compiled
 from .measure import Ceilings, Clock, Failed, WrongResult, check, measure, name_of
 
 # For the rounds of a row: quick, and not.
 ROUNDS_SECONDS = {True: 0.3, False: 1.0}
 
-NOT_QUICK = ("layer", "swin_block", "model", "tasks")
+NOT_QUICK = tuple(op for op, found in BENCHMARKS.items() if found.stage != "ops")
 
 # In a process of its own, without the rest of the package: what a first call costs where nothing was compiled before.
 COLD_START = """

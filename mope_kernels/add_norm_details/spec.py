@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mope_kernels import reference
 from mope_kernels._ops import not_needed
-from mope_kernels.spec import TYPES, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
+from mope_kernels.spec import TYPES, Choose, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
 
 # x and update have the same gradient, so that of update is asked for only where its dtype is another.
 GRADIENTS = Gradients("x", "update", "weight", "bias")
@@ -55,6 +55,12 @@ def _example(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Opt
     return tensors, {} if size["residual"] is None else {"norm_dtype": dtype}
 
 
+def _any_sizes(choose: Choose, impl: str) -> Sizes:
+    # Of few numbers the deviation may be next to nothing, and a gradient divides by it.
+    sizes = {"batch": choose.integers(0, 3), "rows": choose.integers(0, 20), "width": choose.integers(8, 300)}
+    return sizes | {n: choose.booleans() for n in ("update", "affine")}
+
+
 def _variants(short: bool) -> Iterator[Variant]:
     """Widths of Swin Transformers, one that is no power of two, a wide one. In float32 the widths alone."""
     frozen, sizes = ("x", "update"), {"batch": 64, "rows": 62}
@@ -85,5 +91,9 @@ SPEC = Spec(
         "wide": {"rows": 1, "width": 1500},
         "empty batch": {"batch": 0},
     },
+    any_sizes=_any_sizes,
+    varied=({}, {"affine": False}),
+    # Rows of a LayerNorm.
+    last_axes=dict.fromkeys(GRADIENTS.names, 1),
     variants=_variants,
 ).register()

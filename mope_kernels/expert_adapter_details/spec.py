@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mope_kernels import reference
 from mope_kernels._ops import not_needed
-from mope_kernels.spec import TYPES, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
+from mope_kernels.spec import TYPES, Choose, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
 
 PARAMETERS = ("down_weight", "down_bias", "up_weight", "up_bias", "router_weight", "router_bias")
 GRADIENTS = Gradients("x", *PARAMETERS)
@@ -52,6 +52,19 @@ def _define(options: Options, tensors: Tensors) -> tuple[Tensor, ...]:
     given: dict[str, Any] = {**tensors, **options}
     return_weights = given.pop("return_weights")
     return reference.expert_adapter(**given)[: 1 + return_weights]
+
+
+def _any_sizes(choose: Choose, impl: str) -> Sizes:
+    router = choose.booleans()
+    return {
+        "batch": [choose.integers(0, 4) for _ in range(choose.integers(0, 3))],
+        "width": choose.integers(1, 40),
+        "bottleneck": choose.integers(1, 20),
+        "experts": choose.integers(1, 8) if router else 1,
+        "router": router,
+        "float32_parameters": choose.booleans(),
+        "activation": choose.sampled("relu", "gelu"),
+    }
 
 
 def _variants(short: bool) -> Iterator[Variant]:
@@ -107,5 +120,9 @@ SPEC = Spec(
         "several groups of experts": {"batch": (3,), "width": 16, "bottleneck": 33},
         "empty": {"batch": (0, 4)},
     },
+    any_sizes=_any_sizes,
+    varied=({}, {"experts": 1, "router": False}),
+    of_items=lambda items: {"batch": (items, 4)},
+    statistics=(1,),
     variants=_variants,
 ).register()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mope_kernels import reference
 from mope_kernels._ops import not_needed
-from mope_kernels.spec import TYPES, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
+from mope_kernels.spec import TYPES, Choose, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
 
 GRADIENTS = Gradients("x", "weight1", "bias1", "weight2", "bias2")
 
@@ -67,6 +67,11 @@ def _around(options: Options) -> AbstractContextManager[None]:
     return taking(options["way"]) if "way" in options else nullcontext()
 
 
+def _any_sizes(choose: Choose, impl: str) -> Sizes:
+    sizes: Sizes = {n: choose.integers(low, 40) for n, low in (("rows", 0), ("width", 1), ("hidden", 1), ("out", 1))}
+    return sizes | {"batch": choose.integers(0, 4), "bias": choose.booleans()}
+
+
 def _variants(short: bool) -> Iterator[Variant]:
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     # Kernels without a product know of a width only whether it is a multiple of their blocks.
@@ -102,6 +107,8 @@ SPEC = Spec(
         "one of everything": {"batch": 1, "rows": 1, "width": 1, "hidden": 1, "out": 1},
         "empty batch": {"batch": 0},
     },
+    any_sizes=_any_sizes,
+    varied=({}, {"bias": False}, {"way": "cublas"}),
     small=frozenset({"one of everything"}),
     variants=_variants,
 ).register()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from mope_kernels import reference
-from mope_kernels.spec import Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
+from mope_kernels.spec import Choose, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
 
 GRADIENTS = Gradients("probs")
 
@@ -32,6 +32,11 @@ def _example(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Opt
     blocks = () if size["blocks"] is None else (size["blocks"],)
     probs = (4 * torch.randn(*blocks, size["batch"], size["experts"], device=device)).softmax(-1)
     return {"probs": probs.to(dtype)}, {"threshold": size["threshold"]}
+
+
+def _any_sizes(choose: Choose, impl: str) -> Sizes:
+    blocks = choose.sampled(None, choose.integers(0, 3))
+    return {"blocks": blocks, "batch": choose.integers(0, 50), "experts": choose.integers(1, 40)}
 
 
 def _variants(short: bool) -> Iterator[Variant]:
@@ -59,5 +64,8 @@ SPEC = Spec(
         "one expert": {"batch": 5, "experts": 1},
         "empty batch": {"batch": 0},
     },
+    any_sizes=_any_sizes,
+    varied=({}, {"blocks": None}),
+    statistics=(0,),
     variants=_variants,
 ).register()

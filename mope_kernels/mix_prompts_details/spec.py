@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mope_kernels import reference
 from mope_kernels._ops import not_needed
-from mope_kernels.spec import TYPES, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
+from mope_kernels.spec import TYPES, Choose, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
 
 GRADIENTS = Gradients("experts", "weights")
 
@@ -40,6 +40,12 @@ def _example(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Opt
     return {"experts": experts, "weights": _dense(weights), "indices": _dense(indices)}, {}
 
 
+def _any_sizes(choose: Choose, impl: str) -> Sizes:
+    experts = choose.integers(1, 20)
+    sizes = {"batch": choose.integers(0, 5), "prompts": choose.integers(0, 7), "width": choose.integers(1, 150)}
+    return sizes | {"experts": experts, "top_k": choose.sampled(None, choose.integers(1, experts))}
+
+
 def _variants(short: bool) -> Iterator[Variant]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for selected in (1, 2, 16) if dtype == torch.bfloat16 or not short else (1,):
@@ -64,6 +70,8 @@ SPEC = Spec(
         "empty batch": {"batch": 0},
         "no prompts": {"batch": 2, "prompts": 0},
     },
+    any_sizes=_any_sizes,
+    varied=({"top_k": None}, {"top_k": 2}),
     small=frozenset({"one of everything"}),
     variants=_variants,
 ).register()

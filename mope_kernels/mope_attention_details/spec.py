@@ -13,6 +13,8 @@ from mope_kernels import reference
 from mope_kernels._ops import not_needed
 from mope_kernels.prompt_attention_details.spec import (
     FAR_APART,
+    any_head_dim,
+    any_lengths,
     attention_gradient,
     attention_results,
     declared,
@@ -20,7 +22,7 @@ from mope_kernels.prompt_attention_details.spec import (
     draw_lengths,
 )
 from mope_kernels.route_details.spec import empty_routing
-from mope_kernels.spec import Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
+from mope_kernels.spec import Choose, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
 
 # The inputs that all items share.
 SHARED = ("bank_key", "bank_value", "gram", "key_offset", "value_offset", "static_key", "static_value")
@@ -119,6 +121,22 @@ def _options_of(dtype: torch.dtype) -> list[dict[str, Any]]:
     return [*given, {"tasks": 16, **top_k}, many, {**top_k, **dropout, **FAR_APART, **many}]
 
 
+def _any_sizes(choose: Choose, impl: str) -> Sizes:
+    batch, keys, experts = choose.integers(0, 3), choose.integers(0, 40), choose.integers(1, 20)
+    ranges = {"heads": (1, 3), "queries": (0, 40), "prompts": (1, 9), "static": (0, 5), "instance": (0, 3)}
+    return {n: choose.integers(*r) for n, r in ranges.items()} | {
+        "batch": batch,
+        "keys": keys,
+        "experts": experts,
+        "width": any_head_dim(choose, impl),
+        "fold": choose.booleans(),
+        "noise": choose.booleans(),
+        "renormalize": choose.booleans(),
+        "top_k": choose.sampled(None, choose.integers(1, experts)),
+        "lengths": any_lengths(choose, batch, keys) if choose.booleans() else None,
+    }
+
+
 def _variants(short: bool) -> Iterator[Variant]:
     """As on the heads of a projection; `sizes` are static, instance and routed prompts."""
     for dtype, head_dim, given, label in declared(_options_of, short, others=(32, 72, 128)):
@@ -197,6 +215,12 @@ SPEC = Spec(
         "empty batch": {"batch": 0},
         "no tokens": {"keys": 0},
     },
+    any_sizes=_any_sizes,
+    varied=({"lengths": [9, 4]}, {"top_k": 2, "fold": False, "noise": False}),
+    full={"lengths": [9, 4], "top_k": 2},
+    statistics=(1, 2),
+    # A matrix of squares.
+    last_axes={"gram": 2},
     small=frozenset({"one of everything"}),
     variants=_variants,
 ).register()

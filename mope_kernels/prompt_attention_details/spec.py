@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mope_kernels import reference
 from mope_kernels._ops import empty_heads_last, not_needed
-from mope_kernels.spec import TYPES, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
+from mope_kernels.spec import TYPES, Choose, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
 
 HEAD_DIMS = (16, 32, 48, 64, 72, 80, 88, 96, 128)
 GRADIENTS = Gradients("query", "key", "value", "prompt_key", "prompt_value")
@@ -133,6 +133,36 @@ def _options_of(dtype: torch.dtype) -> list[dict[str, Any]]:
     return [*plain, {"causal": True, **biases[-1], **dropout, **FAR_APART}]
 
 
+def any_head_dim(choose: Choose, impl: str) -> int:
+    return int(choose.sampled(*HEAD_DIMS)) if impl == "triton" else choose.integers(1, 40)
+
+
+def any_lengths(choose: Choose, batch: int, keys: int) -> list[int]:
+    """Some of them beyond the end."""
+    return [choose.integers(0, keys + 2) for _ in range(batch)]
+
+
+def _any_sizes(choose: Choose, impl: str) -> Sizes:
+    batch, heads, queries = choose.integers(0, 3), choose.integers(1, 3), choose.integers(0, 40)
+    is_causal, packed = choose.booleans(), batch > 0 and choose.booleans()
+    keys = queries if is_causal or packed else choose.integers(0, 40)
+    bias = tuple(choose.sampled(1, n) for n in (batch, heads, queries, keys)) if choose.booleans() else None
+    return {
+        "batch": batch,
+        "heads": heads,
+        "queries": queries,
+        "keys": keys,
+        "width": any_head_dim(choose, impl),
+        # Without prompts an item may see nothing, which SDPA refuses.
+        "prompts": choose.integers(1 if impl == "sdpa" else 0, 20),
+        "shared": choose.booleans(),
+        "is_causal": is_causal,
+        "lengths": any_lengths(choose, batch, keys) if packed or choose.booleans() else None,
+        "bias": None if packed else bias,
+        "packed": packed,
+    }
+
+
 def _variants(short: bool) -> Iterator[Variant]:
     """As on the heads of a projection, with prompts that the items share."""
     for dtype, head_dim, given, label in declared(_options_of, short, others=(32, 72, 128)):
@@ -224,5 +254,8 @@ SPEC = Spec(
             "shared": True,
         },
     },
+    any_sizes=_any_sizes,
+    varied=({"shared": True, "lengths": [9, 4], "bias": (9, 9), "is_causal": True}, {}),
+    full={"lengths": [9, 4], "bias": (2, 2, 9, 9)},
     variants=_variants,
 ).register()

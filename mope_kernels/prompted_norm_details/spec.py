@@ -11,7 +11,7 @@ from torch import Tensor
 import mope_kernels
 from mope_kernels import reference
 from mope_kernels._ops import not_needed
-from mope_kernels.spec import TYPES, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
+from mope_kernels.spec import TYPES, Choose, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
 
 ROUTER = ("self_weight", "self_bias", "self_keys")
 # x and update have the same gradient, so that of update is asked for only where its dtype is another.
@@ -129,6 +129,21 @@ def _define(options: Options, tensors: Tensors) -> tuple[Tensor, ...]:
     return (total, normed) if routing is None or "top_k" not in options else (total, normed, *routing[::2])
 
 
+def _any_sizes(choose: Choose, impl: str) -> Sizes:
+    experts = choose.integers(0, 6)
+    # Without rows there is no mean.
+    ranges = {"batch": (0, 3), "rows": (1, 20), "width": (8, 40), "static": (0, 3), "prompts": (0, 3), "mapped": (0, 2)}
+    sizes: Sizes = {n: choose.integers(*r) for n, r in ranges.items()}
+    sizes |= {n: choose.booleans() for n in ("update", "affine", "cross", "noise", "routing", "renormalize")}
+    sizes["routing"] &= experts > 0
+    return sizes | {
+        "replaced": choose.integers(0, sizes["rows"]),
+        "experts": experts,
+        "query": choose.integers(0 if sizes["cross"] else 1, 5),
+        "top_k": choose.sampled(None, choose.integers(1, max(experts, 1))),
+    }
+
+
 def _variants(short: bool) -> Iterator[Variant]:
     """As in a stage of Swin-B, whose widths are 128 to 1024. Gradients of the tokens, the prompts, the router but for its keys."""
     given: list[dict[str, Any]] = [{"width": width} for width in (128, 512, 1024)]
@@ -208,5 +223,10 @@ SPEC = Spec(
         "wide, prompts only": {"rows": 2, "width": 600, "static": 0},
         "empty batch": {"batch": 0},
     },
+    any_sizes=_any_sizes,
+    varied=({}, {"top_k": 2, "noise": False}, {"routing": True, "affine": False}),
+    statistics=(2, 3),
+    # Rows of a LayerNorm.
+    last_axes=dict.fromkeys((*GRADIENTS.names, "noise"), 1),
     variants=_variants,
 ).register()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mope_kernels import reference
-from mope_kernels.spec import TYPES, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
+from mope_kernels.spec import TYPES, Choose, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
 
 GRADIENTS = Gradients("logits")
 
@@ -48,6 +48,18 @@ def _outputs(result: Any, options: Options) -> tuple[Tensor, ...]:
     return result.weights, result.probs
 
 
+def _any_sizes(choose: Choose, impl: str) -> Sizes:
+    experts = choose.integers(1, 40)
+    return {
+        "batch": choose.integers(0, 5),
+        "experts": experts,
+        "top_k": choose.sampled(None, choose.integers(1, experts)),
+        "renormalize": choose.booleans(),
+        "temperature": choose.sampled(0.1, 1.0, 3.0),
+        "noise": choose.booleans(),
+    }
+
+
 def _variants(short: bool) -> Iterator[Variant]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for experts, top_k in ((4, None), (16, 1), (16, 2), (64, 4), (1024, 8)):
@@ -77,6 +89,9 @@ SPEC = Spec(
         "many experts": {"batch": 4, "experts": 100, "top_k": 3, "temperature": 0.3},
         "empty batch": {"batch": 0, "temperature": 1.0, "noise": False},
     },
+    any_sizes=_any_sizes,
+    varied=({"top_k": None}, {"top_k": 2, "renormalize": True}),
+    statistics=(0, 1),
     small=frozenset({"one expert"}),
     variants=_variants,
 ).register()

@@ -9,8 +9,8 @@ import torch
 
 from mope_kernels import reference
 from mope_kernels._ops import not_needed
-from mope_kernels.prompt_attention_details.spec import declared
-from mope_kernels.spec import Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
+from mope_kernels.prompt_attention_details.spec import any_head_dim, declared
+from mope_kernels.spec import Choose, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
 
 GRADIENTS = Gradients("qkv", "position_bias")
 
@@ -45,6 +45,22 @@ def _example(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Opt
     }
     options = {n: size[n] for n in ("resolution", "window_size", "shift", "prompt_owner")}
     return tensors, options | {"num_prompts": prompts, "num_heads": heads}
+
+
+def _any_sizes(choose: Choose, impl: str) -> Sizes:
+    # Triton's interpreter takes its time for each window.
+    few = impl == "triton"
+    window_size, per_side = choose.integers(1, 4), choose.integers(1, 2 if few else 3)
+    return {
+        "batch": choose.integers(0, 2 if few else 3),
+        "heads": choose.integers(1, 1 if few else 3),
+        "width": any_head_dim(choose, impl),
+        "prompts": choose.integers(0, 20),
+        "prompt_owner": choose.sampled("instance", "reference"),
+        "window_size": window_size,
+        "resolution": per_side * window_size,
+        "shift": choose.integers(0, window_size - 1),
+    }
 
 
 def _variants(short: bool) -> Iterator[Variant]:
@@ -89,5 +105,7 @@ SPEC = Spec(
         "odd head": {"width": 72, "resolution": 2, "shift": 0},
         "empty batch": {"batch": 0},
     },
+    any_sizes=_any_sizes,
+    varied=({}, {"prompt_owner": "reference", "resolution": 2, "shift": 0}),
     variants=_variants,
 ).register()

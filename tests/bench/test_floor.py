@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import mope_kernels
 from bench import floor
 from mope.benchmark import shapes
+from mope.benchmark.ops import window_prompt_attention
 from mope.fused import prepack
 
 
@@ -50,7 +51,7 @@ def test_attention_in_windows_is_as_much_as_the_benchmarks_say(impl, training):
     if not mope_kernels.explain("window_prompt_attention", qkv, bias, **options, impl="cpu").impl:
         pytest.skip("no C++ kernels")
     found = ledger_of(lambda qkv: mope_kernels.window_prompt_attention(qkv, bias, **options, impl=impl), qkv, backward=training)
-    assert found["attention"].floor == shapes.window_work(shape, 4, training).flops
+    assert found["attention"].floor == window_prompt_attention.work(shape, 4, training).flops
 
 
 def test_attention_with_prompts():

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mope.benchmark import measure, problems, shapes
 from mope.benchmark import problem as problem_module
 from mope.benchmark.baselines import Unavailable
-from mope.benchmark.cases import WAYS, Case, cases, is_compiled, is_graphed
+from mope.benchmark.cases import BENCHMARKS, WAYS, Case, cases, is_compiled, is_graphed
 from mope.benchmark.measure import Ceilings, Clock
 from mope.fused import prepack
+from mope_kernels.spec import SPECS
 from tests.tape import Tapes
 
 CPU = torch.device("cpu")
@@ -159,7 +160,7 @@ def test_a_wrong_result_is_not_timed(training):
 def test_a_wrong_gradient_is_not_timed():
     problem = problems.build(Case("mix_prompts", "tiny", True), CPU, torch.float32)
     right = problem.ways["ours"]
-    problem.ways["ours"] = lambda experts, **inputs: right(experts * 2 - experts.detach(), **inputs)
+    problem.ways["ours"] = lambda experts, **inputs: right(experts=experts * 2 - experts.detach(), **inputs)
     with pytest.raises(measure.WrongResult, match="ours, gradients: error"):
         measure.check(problem, "ours", problem.prepare("ours")())
 
@@ -298,5 +299,23 @@ def test_names_of_rows_are_unique(where):
 
 @pytest.mark.parametrize("where", ["tiny", "cpu", "cuda"])
 def test_every_case_has_its_shape(where):
-    named = {name for table in vars(shapes).values() if isinstance(table, dict) for name in table}
-    assert {case.shape for op in WAYS for case in cases(op, where)} <= named
+    for op, found in BENCHMARKS.items():
+        assert {case.shape for case in cases(op, where)} <= found.shapes.keys()
+
+
+def test_every_op_is_timed():
+    """As is what is made of ops and layers. A way that few cases have is one of the op's."""
+    assert {op for op, found in BENCHMARKS.items() if found.stage == "ops"} == SPECS.keys()
+    for op, found in BENCHMARKS.items():
+        assert found.ways[0] == "ours" and {*found.detailed} < {*found.ways}
+        assert found.cases.keys() == {"tiny", "cpu", "cuda"} and all(case.op == op for of in found.cases.values() for case in of)
+        assert found.stage != "ops" or (found.smoke is not None and found.smoke.shape in found.shapes)
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_a_problem_has_the_same_numbers_every_time(op):
+    first, second = (problems.build(tiny(op)[1], CPU, torch.float32) for _ in range(2))
+    assert first.inputs.keys() == second.inputs.keys()
+    for name, tensor in first.inputs.items():
+        assert tensor is second.inputs[name] is None or torch.equal(tensor, second.inputs[name])
+    assert first.trained and all(map(torch.equal, first.gradients, second.gradients))

@@ -12,12 +12,12 @@ from mope import cli
 from mope.benchmark import cases, run, show
 from mope.benchmark.rows import read
 
+from .small import tiny_cases
+
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setitem(cases._SHAPES, "cpu", cases._SHAPES["tiny"])
-    monkeypatch.setattr(cases, "_SKEWED", {})
-    monkeypatch.setattr(cases, "_MORE", {})
+    monkeypatch.setattr(run, "cases", tiny_cases)
     monkeypatch.setattr(run, "cold_start", lambda device: [1.0, 2.0, 3.0])
     monkeypatch.setattr(run, "ROUNDS_SECONDS", {True: 0.01, False: 0.01})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -60,7 +60,7 @@ def test_without_quick_everything_is_timed(small, tmp_path, capsys):
 
 def test_a_wrong_op_stops_it_before_anything_is_timed(small, tmp_path, capsys, monkeypatch):
     right = mope_kernels.mix_prompts
-    monkeypatch.setattr(mope_kernels, "mix_prompts", lambda *arguments: right(*arguments) + 1e-3)
+    monkeypatch.setattr(mope_kernels, "mix_prompts", lambda **arguments: right(**arguments) + 1e-3)
     assert cli.main(["bench", "--quick", "--out", str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert "mix_prompts, tiny dense inference: ours, output 0: error" in captured.err and "Nothing was timed" in captured.err

@@ -20,7 +20,7 @@ from .ops import MOPE_ATTENTION, OPS, RUNS, Op, assert_same, dtype_of, every, re
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_items_stay_apart(op, impl, poison):
     """NaN or infinity in one item changes no bit of another item's outputs and gradients."""
-    tensors, options = op.draw(dtype_of(impl), DEVICE[impl], batch=(3, 4) if op.name == "expert_adapter" else 3)
+    tensors, options = op.draw(dtype_of(impl), DEVICE[impl], **op.of_items(3))
     wanted = [name for name in op.per_item if name in op.differentiable]
     clean = run_with_gradients(op, impl, options, tensors, wanted)
     for name in op.per_item:
@@ -35,7 +35,7 @@ def test_items_stay_apart(op, impl, poison):
 
 @every(*RUNS)
 def test_bitwise_repeatable(op, impl):
-    tensors, options = op.draw(dtype_of(impl), DEVICE[impl], batch=(5, 4) if op.name == "expert_adapter" else 5)
+    tensors, options = op.draw(dtype_of(impl), DEVICE[impl], **op.of_items(5))
     first = run_with_gradients(op, impl, options, tensors)
     for _ in range(3):
         assert_same(run_with_gradients(op, impl, options, tensors), first)
@@ -43,8 +43,8 @@ def test_bitwise_repeatable(op, impl):
 
 @every("cpu")
 def test_does_not_depend_on_the_number_of_threads(op, impl):
-    # Of the adapter, rows for which two chunks of sums are made.
-    tensors, options = op.draw(torch.float32, DEVICE[impl], batch=(300,) if op.name == "expert_adapter" else 20)
+    # So many that an adapter's sums are made in two chunks.
+    tensors, options = op.draw(torch.float32, DEVICE[impl], **op.of_items(75))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):

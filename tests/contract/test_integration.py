@@ -28,25 +28,12 @@ from .ops import (
     unavailable,
 )
 
-VARIED: dict[str, list[dict[str, Any]]] = {
-    "route": [{"top_k": None}, {"top_k": 2, "renormalize": True}],
-    "importance_loss": [{}, {"blocks": None}],
-    "mix_prompts": [{"top_k": None}, {"top_k": 2}],
-    "prompt_attention": [{"shared": True, "lengths": [9, 4], "bias": (9, 9), "is_causal": True}, {}],
-    "mope_attention": [{"lengths": [9, 4]}, {"top_k": 2, "fold": False, "noise": False}],
-    "window_prompt_attention": [{}, {"prompt_owner": "reference", "resolution": 2, "shift": 0}],
-    "expert_adapter": [{}, {"experts": 1, "router": False}],
-    "gelu_mlp": [{}, {"bias": False}, {"way": "cublas"}],
-    "add_norm": [{}, {"affine": False}],
-    "prompted_norm": [{}, {"top_k": 2, "noise": False}, {"routing": True, "affine": False}],
-}
-
 
 @every(*RUNS)
 def test_autocast_changes_nothing(op, impl):
     """An op gives what the dtypes of its arguments say."""
     device = DEVICE[impl]
-    for changes in VARIED[op.name]:
+    for changes in op.varied:
         tensors, options = op.draw(dtype_of(impl), DEVICE[impl], **changes)
         clean = run_with_gradients(op, impl, options, tensors)
         # As in training: the forward inside, the backward outside.
@@ -70,14 +57,7 @@ def test_dtypes_of_results(op, impl):
     dtype = torch.bfloat16 if impl == "cpu" else torch.float16
     tensors, options = op.draw(dtype, DEVICE[impl])
     outputs = op.run(impl, options, tensors)
-    statistics = {
-        "route": (0, 1),
-        "importance_loss": (0,),
-        "mope_attention": (1, 2),
-        "expert_adapter": (1,),
-        "prompted_norm": (2, 3),
-    }.get(op.name, ())
-    assert [o.dtype for o in outputs] == [torch.float32 if i in statistics else dtype for i in range(len(outputs))]
+    assert [o.dtype for o in outputs] == [torch.float32 if i in op.statistics else dtype for i in range(len(outputs))]
     found = run_with_gradients(op, impl, options, tensors)
     for name in op.leaves(tensors):
         assert found[f"gradient of {name}"].dtype == tensors[name].dtype
@@ -100,7 +80,7 @@ class RecordCalls(TorchDispatchMode):
 @every("cpu", "triton")
 def test_opcheck(op, impl):
     """Schema and fake of every raw op that runs, forward and backward, agree with what it does."""
-    for changes in VARIED[op.name]:
+    for changes in op.varied:
         tensors, options = op.draw(torch.float32, DEVICE[impl], **changes)
         for wanted in (None, *([name] for name in op.leaves(tensors)[-2:])):
             with RecordCalls(NAMESPACES) as record:
@@ -121,8 +101,7 @@ def test_sdpa_is_what_runs_where_it_is_asked_for(op, impl):
 
 def batch(op: Op, impl: str, items: int) -> tuple[Tensors, Options]:
     """A batch whose size no other axis happens to have."""
-    size = {"batch": (items, 11)} if op.name == "expert_adapter" else {"batch": items}
-    return op.draw(dtype_of(impl), DEVICE[impl], **size)
+    return op.draw(dtype_of(impl), DEVICE[impl], **op.of_items(items))
 
 
 # Symbolic shapes of many small tensors: tracing the definition of the window attention takes half a minute.

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from .ops import DEVICE, Op, Sizes, every, run_with_gradients
-from .test_shapes import EVERYTHING, SHAPES, assert_near
+from .test_shapes import EVERYTHING, any_sizes, assert_near
 
 
 def place(tensor: Tensor, random: Random, expandable: int = 0) -> Tensor:
@@ -54,10 +54,8 @@ def test_a_placed_tensor_has_its_values_and_nothing_beside_them():
 
 
 def expandable(op: Op, name: str, tensor: Tensor) -> int:
-    """How many of the first axes may hold the same numbers: not those that make a row of a LayerNorm, or a matrix of squares."""
-    if not tensor.is_floating_point():
-        return 0
-    return tensor.dim() - {"gram": 2}.get(name, 1 if op.name in ("add_norm", "prompted_norm") else 0)
+    """How many of the first axes may hold the same numbers."""
+    return tensor.dim() - op.last_axes.get(name, 0) if tensor.is_floating_point() else 0
 
 
 @every("cpu")
@@ -70,7 +68,7 @@ def test_any_layout(op, impl):
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=(HealthCheck.too_slow, HealthCheck.function_scoped_fixture),
     )
-    @given(sizes=SHAPES[op.name](impl), seed=st.integers(0, 2**31), layout=st.integers(0, 2**31))
+    @given(sizes=any_sizes(op, impl), seed=st.integers(0, 2**31), layout=st.integers(0, 2**31))
     def hold(sizes: Sizes, seed: int, layout: int) -> None:
         torch.manual_seed(seed)
         random = Random(layout)

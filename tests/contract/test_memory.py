@@ -21,11 +21,9 @@ except ModuleNotFoundError:
     # Windows.
     resource = None
 
-LENGTHS = {"prompt_attention": {"lengths": [9, 4], "bias": (2, 2, 9, 9)}, "mope_attention": {"lengths": [9, 4], "top_k": 2}}
-
 
 def example(op: Op, impl: str) -> tuple[Tensors, Options]:
-    return op.draw(dtype_of(impl), DEVICE[impl], **LENGTHS.get(op.name, {}))
+    return op.draw(dtype_of(impl), DEVICE[impl], **op.full)
 
 
 @contextlib.contextmanager

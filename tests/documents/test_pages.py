@@ -19,8 +19,8 @@ import torch
 import mope.demo.export
 import mope.modex
 from mope import cli
-from mope.benchmark import cases
 from mope.benchmark import run as benchmark
+from tests.bench.small import tiny_cases
 from tests.reference.stand_in_swin import PromptedSwin, VisionClassifier
 
 from . import page, stand_ins
@@ -49,7 +49,7 @@ def folder(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     stand_ins.write_files(tmp_path)
     monkeypatch.setattr(mope.demo.export, "export", functools.partial(mope.demo.export.export, draws=1))
     monkeypatch.setattr(mope.modex, "AlbefConfig", stand_ins.albef_config)
-    monkeypatch.setitem(cases._SHAPES, "cpu", cases._SHAPES["tiny"])
+    monkeypatch.setattr(benchmark, "cases", tiny_cases)
     monkeypatch.setattr(benchmark, "ROUNDS_SECONDS", {True: 0.01, False: 0.01})
     monkeypatch.setattr(benchmark, "cold_start", lambda device: [1.0, 2.0, 3.0])
     # Inductor takes minutes, and has tests of its own.

@@ -45,6 +45,11 @@ def implementations(*names: str) -> pytest.MarkDecorator:
     )
 
 
+def doubles(*shape: int) -> Tensor:
+    """A leaf for gradcheck."""
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
 def dtypes_of(impl: str) -> tuple[torch.dtype, ...]:
     """What an implementation is tested in. The interpreter's bfloat16 products are wrong, so that dtype needs a GPU."""
     if impl == "cpu":

@@ -1,18 +1,23 @@
-"""What is particular to the adapter: what it keeps and launches, dropout, and what its kernels are not made for."""
+"""What is particular to the adapter: the released numbers, what it keeps and launches, dropout, what kernels are not made for."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import mope_kernels
+from mope_kernels import reference
 from mope_kernels.expert_adapter_details import _launch
 from tests.contract.ops import EXPERT_ADAPTER
 
-from .numerics import DEVICE, RecordResults, implementations
+from .numerics import DEVICE, RecordResults, doubles, implementations
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 def draw(device: str, tokens: int = 6, width: int = 24, bottleneck: int = 8, experts: int = 3) -> dict[str, Tensor]:
@@ -107,3 +112,34 @@ def test_says_what_the_triton_kernels_are_not_made_for(changes, got):
 def test_dropout_is_not_left_to_the_cpp_kernel():
     with pytest.raises(ValueError, match="no dropout"):
         mope_kernels.expert_adapter(**draw("cpu"), dropout_p=0.5, impl="cpu")
+
+
+@pytest.mark.parametrize("kind", ["adapter", "mec"])
+def test_matches_the_released_code(kind):
+    """Numbers computed by ModeX's own modules in float64."""
+    data = {n.removeprefix(f"modex.{kind}."): t.double() for n, t in load_file(DATA / "modex.safetensors").items() if kind in n}
+    if kind == "adapter":
+        down, ups, router = "D_fc1", ["D_fc2"], None
+    else:
+        down, ups, router = "down_proj", ["up_proj", "visual_up_proj", "multi_up_proj"], "expert_weights"
+    leaves = {n: t.requires_grad_() for n, t in data.items() if n.startswith("sd.")}
+    x = data["x"].requires_grad_()
+    out, _ = reference.expert_adapter(
+        x,
+        leaves[f"sd.{down}.weight"],
+        leaves[f"sd.{down}.bias"],
+        torch.stack([leaves[f"sd.{up}.weight"] for up in ups]),
+        torch.stack([leaves[f"sd.{up}.bias"] for up in ups]),
+        leaves.get(f"sd.{router}.weight"),
+        leaves.get(f"sd.{router}.bias"),
+    )
+    torch.testing.assert_close(out, data["out"], rtol=1e-12, atol=1e-12)
+    grads = torch.autograd.grad((out * data["c"]).sum(), (x, *leaves.values()))
+    expected = [data["grad_x"], *(data[n.replace("sd.", "grad.")] for n in leaves)]
+    for name, grad, want in zip(("x", *leaves), grads, expected, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_gradients_of_the_definition():
+    tensors = (doubles(2, 3, 5), doubles(2, 5), doubles(2), doubles(3, 5, 2), doubles(3, 5), doubles(3, 5), doubles(3))
+    assert torch.autograd.gradcheck(lambda *t: reference.expert_adapter(*t, activation="gelu"), tensors)

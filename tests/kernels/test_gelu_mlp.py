@@ -11,14 +11,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mope_kernels
-from mope_kernels import configs, explain
+from mope_kernels import configs, explain, reference
 from mope_kernels._triton import compiling_for
 from mope_kernels.configs.gelu_mlp import WAYS
 from mope_kernels.gelu_mlp import taking
 from mope_kernels.gelu_mlp_details import _launch
 
 from .launching import launches
-from .numerics import DEVICE, implementations
+from .numerics import DEVICE, doubles, implementations
 
 ways = pytest.mark.parametrize("way", WAYS)
 
@@ -153,3 +153,11 @@ def test_three_products_in_tf32_are_not_float32():
     a_low, b_low = tf32(a - a_high), tf32(b - b_high)
     three = a_low @ b_high + a_high @ b_low + a_high @ b_high
     assert (three - exact).norm() > 2 * (a @ b - exact).norm()
+
+
+def test_the_definition_is_two_products_around_a_gelu():
+    x, weight1, bias1, weight2, bias2 = tensors = (doubles(2, 3, 4), doubles(5, 4), doubles(5), doubles(3, 5), doubles(3))
+    hidden = x @ weight1.T + bias1
+    expected = hidden * torch.special.ndtr(hidden) @ weight2.T + bias2
+    torch.testing.assert_close(reference.gelu_mlp(*tensors), expected)
+    assert torch.autograd.gradcheck(reference.gelu_mlp, tensors)

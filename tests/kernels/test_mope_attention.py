@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from mope_kernels import ExpertBank, explain, reference
 from mope_kernels._ops import NAMESPACES
@@ -118,7 +119,7 @@ def test_many_tasks_of_any_sizes(impl):
 
     # Triton's interpreter takes its time.
     few = impl == "triton"
-    sizes = st.tuples(test_shapes.SHAPES["mope_attention"](impl), st.integers(1, 5)).map(
+    sizes = st.tuples(test_shapes.any_sizes(MOPE_ATTENTION, impl), st.integers(1, 5)).map(
         lambda drawn: {**drawn[0], "tasks": drawn[1]}
     )
 
@@ -204,3 +205,18 @@ def test_explains_many_tasks():
     bank = ExpertBank(*[torch.zeros(4, 1, 2, 16)] * 2)
     found = explain("mope_attention", *zeros, torch.zeros(1, 2), bank, task_ids=torch.ones(1, dtype=torch.int64))
     assert found.impl == ("reference" if unavailable("cpu") else "cpu")
+
+
+@pytest.mark.parametrize("case", ["dense", "top2 renormalised", "prompts only for one item", "post-LN, padded"])
+def test_gradients_of_the_definition(case):
+    tensors, options = MOPE_ATTENTION.draw(
+        torch.float64, "cpu", **{"queries": 3, "keys": 5, "width": 4, **MOPE_ATTENTION.cases[case], "lengths": [5, 0]}
+    )
+    inputs = {n: t.double().requires_grad_() for n, t in tensors.items() if t is not None and t.is_floating_point()}
+    rest = {n: t for n, t in tensors.items() if n not in inputs}
+
+    def op(*values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out, weights, _, probs = reference.mope_attention(**dict(zip(inputs, values, strict=True)), **rest, **options)
+        return out, weights, probs
+
+    assert torch.autograd.gradcheck(op, tuple(inputs.values()))

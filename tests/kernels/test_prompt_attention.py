@@ -4,14 +4,16 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import mope_kernels
 from mope_kernels import reference
+from mope_kernels.prompt_attention_details import _launch
 from mope_kernels.prompt_attention_details.spec import HEAD_DIMS
 from tests.contract.ops import PROMPT_ATTENTION
 
-from .numerics import DEVICE, check, dtypes_of, implementations
+from .numerics import DEVICE, check, doubles, dtypes_of, implementations
 
 NAMES = " ".join(PROMPT_ATTENTION.gradients.names)
 
@@ -208,3 +210,79 @@ def test_sdpa_refuses_what_it_answers_with_nan():
         mope_kernels.prompt_attention(**tensors, **options, impl="sdpa")
     out = mope_kernels.prompt_attention(**tensors, **options)
     assert torch.equal(out[0], torch.zeros_like(out[0]))
+
+
+def test_is_attention_over_the_concatenation():
+    query, key, value = doubles(2, 3, 5, 8), doubles(2, 3, 7, 8), doubles(2, 3, 7, 8)
+    prompt_key, prompt_value, bias = doubles(2, 3, 4, 8), doubles(2, 3, 4, 8), torch.randn(2, 1, 5, 7, dtype=torch.float64)
+    lengths = torch.tensor([7, 2])
+    mask = F.pad(bias.masked_fill(torch.arange(7) >= lengths[:, None, None, None], -torch.inf), (4, 0))
+    expected = F.scaled_dot_product_attention(
+        query, torch.cat([prompt_key, key], 2), torch.cat([prompt_value, value], 2), attn_mask=mask, scale=0.3
+    )
+    out = reference.prompt_attention(query, key, value, prompt_key, prompt_value, attn_bias=bias, lengths=lengths, scale=0.3)
+    torch.testing.assert_close(out, expected)
+
+
+def test_causal_attention_hides_no_prompt():
+    query, key, value, prompt = doubles(1, 2, 4, 8), doubles(1, 2, 4, 8), doubles(1, 2, 4, 8), doubles(1, 2, 3, 8)
+    mask = F.pad(torch.ones(4, 4, dtype=torch.bool).tril(), (3, 0), value=True)
+    expected = F.scaled_dot_product_attention(query, torch.cat([prompt, key], 2), torch.cat([prompt, value], 2), attn_mask=mask)
+    torch.testing.assert_close(reference.prompt_attention(query, key, value, prompt, prompt, is_causal=True), expected)
+
+
+def test_gradients_of_the_definition():
+    lengths, bias = torch.tensor([3, 0]), torch.randn(1, 3, 3, dtype=torch.float64)
+    for options in ({"lengths": lengths}, {"is_causal": True}, {"attn_bias": bias}):
+        inputs = (doubles(2, 1, 3, 4), doubles(2, 1, 3, 4), doubles(2, 1, 3, 4), doubles(1, 1, 2, 4), doubles(1, 1, 2, 4))
+        assert torch.autograd.gradcheck(lambda *t, o=options: reference.prompt_attention(*t, **o), inputs)
+
+
+@pytest.mark.parametrize("rows, stride", [(3, 2**30), (2**21 + 1, 2**10), (2, 2**31 - 16)])
+def test_offsets_are_wide_where_32_bits_do_not_reach(rows, stride):
+    def matrix(columns: int) -> Tensor:
+        return torch.empty_strided((2, 3, rows, columns), (8, 16, stride, 1), device="meta")
+
+    # The largest offset is that of the last row's last column; 2^31 - 1 is the last that has 32 bits.
+    columns = 2**31 - (rows - 1) * stride
+    small = torch.empty(1, 1, 5, 16, device="meta")
+    if columns > 0:
+        assert not _launch.needs_wide_offsets(matrix(columns), small, None)
+    assert _launch.needs_wide_offsets(small, None, matrix(columns + 1))
+
+
+def test_rows_that_do_not_start_at_multiples_of_8_are_copied():
+    buffer = torch.randn(2, 6, 40, 33)
+    aligned = buffer.flatten()[8 : 8 + 2 * 6 * 40 * 32].view(2, 40, 6, 32).transpose(1, 2)
+    one_item = aligned[:1].as_strided((1, 6, 40, 32), (5, *aligned.stride()[1:]), 8)
+    for tensor in (aligned, aligned[:, :, ::3], aligned.expand(2, -1, -1, -1), one_item):
+        assert _launch.aligned_rows(tensor) is tensor
+    for tensor in (buffer[..., :32], buffer[..., 1:], aligned[..., 4:20], aligned.mT):
+        copy = _launch.aligned_rows(tensor)
+        assert torch.equal(copy, tensor) and copy.is_contiguous() and copy.storage_offset() == 0
+
+
+@implementations("triton")
+@pytest.mark.parametrize("far", ["query", "key", "value", "prompt_key"])
+def test_rows_far_apart(impl, far):
+    """The third row starts 2^31 elements behind the first, in memory of which hardly a page is touched."""
+    device = DEVICE[impl]
+    tensors = {
+        name: torch.randn(1, 1, 3, 16, dtype=torch.float16) for name in ("query", "key", "value", "prompt_key", "prompt_value")
+    }
+    apart = torch.empty_strided((1, 1, 3, 16), (16, 16, 2**30, 1), dtype=torch.float16, device=device)
+    spread = {name: apart.copy_(t) if name == far else t.to(device) for name, t in tensors.items()}
+    if far == "prompt_key":
+        # Read with the strides of its partner, so that one must not be copied.
+        spread["prompt_value"] = apart
+        tensors["prompt_value"] = tensors["prompt_key"]
+    for inputs in (tensors, spread):
+        for t in inputs.values():
+            t.requires_grad_()
+    out = mope_kernels.prompt_attention(**spread, impl=impl)
+    expected = reference.prompt_attention(**{name: t.double() for name, t in tensors.items()})
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-2, atol=2e-3)
+    grads = torch.autograd.grad(out.float().square().sum(), list(spread.values()))
+    expected_grads = torch.autograd.grad(expected.square().sum(), list(tensors.values()))
+    for name, grad, wanted in zip(spread, grads, expected_grads, strict=True):
+        assert grad.dtype == torch.float16 and (grad.cpu().double() - wanted.double()).abs().max() < 1e-2, name

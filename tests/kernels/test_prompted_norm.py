@@ -1,4 +1,4 @@
-"""`add_norm` and `prompted_norm`: what the contract does not ask, dtypes that are mixed, many experts, what stays the same."""
+"""`prompted_norm`: its parts, many experts, what stays the same."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch import Tensor
 
 import mope_kernels
 from mope_kernels import reference
+from tests.contract.ops import PROMPTED_NORM
 
-from .numerics import DEVICE, check, implementations
+from .numerics import DEVICE, check, doubles, implementations
 
 
 def example(impl: str, *, batch: int = 2, rows: int = 7, width: int = 24, experts: int = 5) -> dict[str, Tensor]:
@@ -29,31 +30,6 @@ def example(impl: str, *, batch: int = 2, rows: int = 7, width: int = 24, expert
         "self_bias": randn(2),
         "self_keys": randn(2, experts),
     }
-
-
-@implementations("reference", "cpu", "triton")
-def test_the_residual_stream_may_be_wider_than_what_is_added(impl):
-    """As under autocast: float32 plus 16 bits, normalised into 16 bits; each gradient in the dtype of what it belongs to."""
-    half = torch.bfloat16 if impl == "cpu" else torch.float16
-    tensors = {n: t for n, t in example(impl).items() if n in ("x", "update", "weight", "bias")}
-    tensors["update"] = tensors["update"].to(half)
-    leaves = {n: t.requires_grad_() for n, t in tensors.items()}
-    total, normed = mope_kernels.add_norm(**leaves, norm_dtype=half, impl=impl)
-    assert (total.dtype, normed.dtype) == (torch.float32, half)
-    gradients = torch.autograd.grad((total, normed), list(leaves.values()), (torch.ones_like(total), torch.ones_like(normed)))
-    assert [g.dtype for g in gradients] == [t.dtype for t in leaves.values()]
-    check(
-        lambda **t: mope_kernels.add_norm(**t, norm_dtype=half, impl=impl),
-        lambda **t: reference.add_norm(**t, norm_dtype=half),
-        tensors,
-        grads_for="x update weight bias",
-    )
-
-
-@implementations("reference", "cpu", "triton")
-def test_without_an_update_total_is_x(impl):
-    x = torch.randn(3, 8, device=DEVICE[impl])
-    assert mope_kernels.add_norm(x, None, None, None, impl=impl)[0] is x
 
 
 @implementations("reference", "cpu", "triton")
@@ -107,6 +83,42 @@ def test_an_item_gives_the_same_in_any_batch(impl):
         assert torch.equal(found, wanted[1:2])
 
 
-def test_explains_why_rows_are_too_long():
-    x = torch.zeros(1, 20000)
-    assert "rows of at most 16384" in str(mope_kernels.explain("add_norm", x, None, None, None))
+def test_prompted_norm_is_its_parts():
+    """Against the modules that a user would put together."""
+    x, update, static, experts, mapped = doubles(2, 6, 8), doubles(2, 6, 8), doubles(1, 8), doubles(3, 2, 8), doubles(2, 1, 8)
+    cross, keys, projection, norm = doubles(2, 3), doubles(4, 3), torch.nn.Linear(8, 4).double(), torch.nn.LayerNorm(8).double()
+    s = x + update
+    routing = reference.route(projection(s.mean(1)) @ keys + cross, top_k=2, temperature=0.3)
+    dynamic = torch.stack([sum(w * experts[i] for w, i in zip(*item, strict=True)) for item in zip(*routing[:2], strict=True)])
+    expected = torch.cat([static.expand(2, -1, -1), dynamic, mapped, s[:, 4:]], dim=1)
+    router = {"cross_logits": cross, "self_weight": projection.weight, "self_bias": projection.bias, "self_keys": keys}
+    total, normed, found = reference.prompted_norm(
+        x,
+        update,
+        norm.weight,
+        norm.bias,
+        num_replaced=4,
+        static=static,
+        experts=experts,
+        mapped=mapped,
+        **router,
+        top_k=2,
+        temperature=0.3,
+    )
+    torch.testing.assert_close((total, normed), (expected, norm(expected)))
+    torch.testing.assert_close(tuple(found), tuple(routing))
+    given = reference.prompted_norm(
+        x, update, norm.weight, norm.bias, num_replaced=4, static=static, experts=experts, mapped=mapped, routing=routing
+    )
+    torch.testing.assert_close(given[:2], (total, normed))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2, "renormalize": True, "mapped": 0}, {"query": 0, "replaced": 0}])
+def test_gradients_of_the_definition(options):
+    tensors, arguments = PROMPTED_NORM.draw(torch.float64, "cpu", **{"batch": 1, "rows": 3, "width": 4, "prompts": 1, **options})
+    inputs = {n: t.double().requires_grad_() for n, t in tensors.items() if t is not None}
+
+    def op(*values: Tensor) -> tuple[Tensor, ...]:
+        return PROMPTED_NORM.definition(arguments, tensors | dict(zip(inputs, values, strict=True)))
+
+    assert torch.autograd.gradcheck(op, tuple(inputs.values()))

@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+import functools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import mope_kernels
+from mope_kernels import reference
 
-from .numerics import DEVICE, implementations
+from .numerics import DEVICE, check, doubles, implementations
+
+
+def test_gradients_of_the_definition():
+    logits, noise = doubles(4, 5), doubles(4, 5)
+    for options in ({}, {"top_k": 2}, {"top_k": 3, "renormalize": True}):
+        route = functools.partial(reference.route, temperature=0.7, **options)
+        assert torch.autograd.gradcheck(lambda t, n, route=route: route(t, noise=n)[::2], (logits, noise))
 
 
 @implementations("reference", "triton")
@@ -80,3 +92,45 @@ def test_importance_of_one_expert_or_no_item_is_zero(impl, shape):
     loss = mope_kernels.importance_loss(probs, impl=impl)
     loss.backward()
     assert loss.item() == 0.0 and torch.equal(probs.grad, torch.zeros_like(probs))
+
+
+@implementations("triton")
+@pytest.mark.parametrize(("experts", "top_k"), [(256, 1), (1024, 5), (40, 40), (1024, None)])
+def test_routes_many_experts(impl, experts, top_k):
+    for renormalize in (False, True):
+        check(
+            lambda logits, renormalize=renormalize: mope_kernels.route(logits, top_k=top_k, renormalize=renormalize, impl=impl)[
+                ::2
+            ],
+            lambda logits, renormalize=renormalize: reference.route(logits, top_k=top_k, renormalize=renormalize)[::2],
+            {"logits": torch.randn(2, experts, device=DEVICE["triton"])},
+            grads_for="logits",
+        )
+
+
+@implementations("triton")
+def test_ties_across_blocks_go_to_the_lowest_index(impl):
+    logits = torch.zeros(1, 1000, device=DEVICE["triton"])
+    logits[0, [999, 16, 500, 15]] = 1.0
+    assert mope_kernels.route(logits, top_k=6, impl=impl).indices.tolist() == [[15, 16, 500, 999, 0, 1]]
+
+
+@implementations("triton")
+def test_takes_16_bit_logits(impl):
+    logits = torch.randn(4, 6, device=DEVICE["triton"]).half()
+    expected = reference.route(logits.float(), top_k=2, temperature=0.25)
+    for actual, wanted in zip(mope_kernels.route(logits, top_k=2, temperature=0.25, impl=impl), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_cpu_tensors_without_the_interpreter_are_refused():
+    script = """
+import torch, mope_kernels
+try:
+    torch.ops.mope_triton.route.default(torch.zeros(1, 2), None, 0, 1.0, False)
+except RuntimeError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert "tensors are on cpu" in result.stdout and "TRITON_INTERPRET=1" in result.stdout

@@ -1,7 +1,8 @@
-"""Windows with a frozen position bias, as in use, and in the sizes of a Swin Transformer."""
+"""Windows by hand, with a frozen position bias, as in use, and in the sizes of a Swin Transformer."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import mope_kernels
 from mope_kernels import reference
 from mope_kernels.window_prompt_attention import PROMPT_OWNERS
 
-from .numerics import DEVICE, RecordResults, check, dtypes_of, implementations
+from .numerics import DEVICE, RecordResults, check, doubles, dtypes_of, implementations
 
 SMALL = {"num_prompts": 3, "num_heads": 2, "resolution": 4, "window_size": 2, "shift": 1}
 SWIN = {"num_prompts": 13, "num_heads": 2, "resolution": 14, "window_size": 7, "shift": 3}
@@ -81,3 +82,69 @@ def test_what_a_cut_parts(impl, prompts, window, shift):
                 expected[prompts:, prompts:] |= side[:, None] ^ side[None, :]
         assert torch.equal(far[:rows, :rows], expected)
         assert torch.equal(apart[:rows, :rows], expected)
+
+
+def naive_window_attention(
+    qkv: Tensor, bias: Tensor, prompts: int, heads: int, resolution: int, window: int, shift: int, owner: str
+) -> Tensor:
+    """One token at a time, from the statement of the op."""
+    batch, _, width = qkv.shape
+    width, per_side = width // 3, resolution // window
+    size = width // heads
+    out = torch.zeros(batch, prompts + resolution**2, width, dtype=qkv.dtype)
+    count = torch.zeros(batch, prompts, 1, dtype=qkv.dtype)
+
+    def region(shifted: int) -> int:
+        return 0 if shifted < resolution - window else 1 if shifted < resolution - shift else 2
+
+    windows = itertools.product(range(batch), range(per_side), range(per_side))
+    for i, (b, wy, wx) in enumerate(windows):
+        places = [(wy * window + y, wx * window + x) for y in range(window) for x in range(window)]
+        rows = [prompts + (y + shift) % resolution * resolution + (x + shift) % resolution for y, x in places]
+        of = b if owner == "instance" else i % batch
+        tokens = torch.cat([qkv[of, :prompts], qkv[b, rows]])
+        query, key, value = (t.unflatten(-1, (heads, size)).transpose(0, 1) for t in tokens.chunk(3, -1))
+        scores = query @ key.mT / size**0.5
+        for (m, (qy, qx)), (n, (ky, kx)) in itertools.product(enumerate(places), repeat=2):
+            scores[:, prompts + m, prompts + n] += bias[:, m, n]
+            if shift and (region(qy), region(qx)) != (region(ky), region(kx)):
+                scores[:, prompts + m, prompts + n] -= 100
+        result = (scores.softmax(-1) @ value).transpose(0, 1).flatten(1)
+        out[b, rows] = result[prompts:]
+        out[of, :prompts] += result[:prompts]
+        count[of] += 1
+    out[:, :prompts] /= count
+    return out
+
+
+@pytest.mark.parametrize("owner", ["instance", "reference"])
+@pytest.mark.parametrize(("resolution", "window", "shift"), [(4, 2, 0), (4, 2, 1), (6, 3, 1), (3, 3, 0)])
+def test_window_attention_by_hand(owner, resolution, window, shift):
+    qkv = torch.randn(3, 2 + resolution**2, 3 * 8, dtype=torch.float64)
+    bias = torch.randn(2, window**2, window**2, dtype=torch.float64)
+    expected = naive_window_attention(qkv, bias, 2, 2, resolution, window, shift, owner)
+    out = reference.window_prompt_attention(
+        qkv, bias, num_prompts=2, num_heads=2, resolution=resolution, window_size=window, shift=shift, prompt_owner=owner
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_instances_mix_only_in_reference_order():
+    """The defect that `prompt_owner="reference"` keeps, and the default does not have."""
+    qkv, bias = torch.randn(2, 3 + 16, 24), torch.randn(2, 4, 4)
+    changed = qkv.clone()
+    changed[1, :3] += 1.0
+    options = {"num_prompts": 3, "num_heads": 2, "resolution": 4, "window_size": 2}
+    for owner, mixes in (("instance", False), ("reference", True)):
+        before, after = (reference.window_prompt_attention(t, bias, prompt_owner=owner, **options)[0] for t in (qkv, changed))
+        assert torch.equal(before, after) != mixes
+
+
+def test_gradients_of_the_definition():
+    for owner in ("instance", "reference"):
+        assert torch.autograd.gradcheck(
+            lambda qkv, bias, owner=owner: reference.window_prompt_attention(
+                qkv, bias, num_prompts=1, num_heads=1, resolution=4, window_size=2, shift=1, prompt_owner=owner
+            ),
+            (doubles(2, 17, 6), doubles(1, 4, 4)),
+        )

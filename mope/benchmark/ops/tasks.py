@@ -10,22 +10,34 @@ import torch
 from torch import Tensor, nn
 
 from mope import MoPEForClassification
+from mope.benchmark import models
+from mope.benchmark.case import Benchmark, Case
+from mope.benchmark.problem import Outputs, Problem
+from mope.benchmark.shapes import MODELS, Model
 from mope.graphs import CudaGraphRunner
 from mope.models.precision import HALF
 from mope.serving.model import MultiTaskModel
 
-from . import models, shapes
-from .cases import Case
-from .problem import Outputs, Problem
+# Of a batch of the model, and how many tasks are loaded.
+SHAPES = {
+    "tiny-t2": (MODELS["tiny"], 2),
+    "tiny-swin-t3": (MODELS["tiny-swin"], 3),
+    **{f"vit-b-96+bert-base-2-layers-b16-t{tasks}": (Model(16, image=96, tokens=32, layers=2), tasks) for tasks in (1, 16, 256)},
+    **{
+        f"{name}-t{tasks}": (MODELS[name], tasks)
+        for name in ("vit-b+bert-base-b64", "swin-b+bert-base-b64")
+        for tasks in (1, 16, 256)
+    },
+}
 
 
-def tasks(case: Case, dtype: torch.dtype) -> Problem:
+def build(case: Case, dtype: torch.dtype) -> Problem:
     """Logits of a batch whose items are of different tasks, as many as there are, or items. Banks are made beforehand.
 
     Opposite stands a model for each of these tasks, over the same frozen weights: called one after the other, each with the items
     of its task, so that switching costs nothing else. On a GPU both replay CUDA graphs, one for each model.
     """
-    shape, loaded = shapes.TASKS[case.shape]
+    shape, loaded = SHAPES[case.shape]
     config, device, half = models.new_config(shape, case, prompt_owner="instance"), torch.get_default_device(), dtype in HALF
     inputs, batch = models.new_inputs(shape), shape.batch
     task_ids = torch.arange(batch) * max(loaded // batch, 1) % loaded
@@ -96,3 +108,22 @@ def _other_task(model: MoPEForClassification) -> MoPEForClassification:
         for parameter in other.trainable_parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     return other
+
+
+# Tasks are trained one by one.
+BENCHMARK = Benchmark(
+    "tasks",
+    ways=("ours", "a model for each task"),
+    build=build,
+    shapes=SHAPES,
+    cases={
+        "tiny": [Case("tasks", name) for name in ("tiny-t2", "tiny-swin-t3")],
+        "cpu": [Case("tasks", f"vit-b-96+bert-base-2-layers-b16-t{tasks}") for tasks in (1, 16, 256)],
+        "cuda": [
+            *(Case("tasks", f"vit-b+bert-base-b64-t{tasks}") for tasks in (1, 16, 256)),
+            Case("tasks", "swin-b+bert-base-b64-t16"),
+        ],
+    },
+    rank=140,
+    stage="model",
+).register()

@@ -1,0 +1,13 @@
+"""What is timed, a module for each op: its named shapes, its work, its opponents, its cases. A new module is found by itself."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from mope.benchmark import case
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+BENCHMARKS: dict[str, case.Benchmark] = dict(sorted(case.BENCHMARKS.items(), key=lambda item: (item[1].rank, item[0])))
