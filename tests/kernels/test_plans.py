@@ -144,7 +144,8 @@ def test_a_signature_is_planned_once(op, impl):
     """With other values too; and not again for what is beside it."""
     tensors, options = draws(op, impl)
     for _ in range(3):
-        run(op, impl, options, draws(op, impl)[0])
+        tensors = each(lambda t: shifted(t, 0))(draws(op, impl)[0])
+        run(op, impl, options, tensors)
     assert len(of_plans(op)) == 1
     run(op, impl, options, each(lambda t: shifted(t, 1))(tensors))
     assert len(of_plans(op)) == 2
@@ -685,13 +686,12 @@ def test_a_default_device_changes_nothing(op, impl):
 # Memory, threads, the environment
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_plans_are_bounded_and_hold_no_tensor(impl):
+def test_plans_are_bounded_and_hold_no_tensor():
     """Of 10,000 signatures."""
 
     def call(count: int) -> StorageWeakRef:
         x = torch.empty(1 + count, 2)
-        mope_kernels.add_norm(x, None, None, None, impl=f"{impl},reference")
+        mope_kernels.add_norm(x, None, None, None, impl="reference")
         return StorageWeakRef(x.untyped_storage())
 
     call(0)
