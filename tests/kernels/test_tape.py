@@ -536,7 +536,7 @@ def test_an_address_of_another_alignment_is_written_down_anew(stand_in, launched
     """Triton compiles for multiples of 16 bytes."""
     found = {}
     for elements in (0, 1, 17, 2, 16, 8):
-        x, *_ = (shifted(torch.ones(4, 24, dtype=torch.float16), elements) for _ in range(1))
+        x = shifted(torch.ones(4, 24, dtype=torch.float16), elements)
         stand_in.begin({"x": x})
         with torch.no_grad():
             _ops_of_add_norm(x)
@@ -544,6 +544,15 @@ def test_an_address_of_another_alignment_is_written_down_anew(stand_in, launched
     assert len(set(found[True])) == len(set(found[False])) == 1 and found[True][0] != found[False][0]
     # 17 is as 1, and 16 as 0.
     assert launched["add_norm"] == 4
+    # A memory need not begin at one either.
+    memory = bytearray(512)
+    first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 16
+    for start in (first, first + 2):
+        x = torch.frombuffer(memory, dtype=torch.float16, offset=start, count=96).view(4, 24)
+        stand_in.begin({"x": x})
+        with torch.no_grad():
+            _ops_of_add_norm(x)
+        assert (stand_in.found[0][1] == found[True][0]) == (start == first) and x.storage_offset() == 0
 
 
 def _ops_of_add_norm(x: Tensor) -> None:
