@@ -112,7 +112,7 @@ def test_a_launcher_runs_once(op, impl, other, launched):
     assert set(launched.values()) == {1} and len(launched) == 2, launched
 
 
-@every("triton", slow=is_long)
+@every("triton", slow=lambda op, impl: is_long(op, impl) and op is not PROMPT_ATTENTION)
 def test_results_are_as_those_of_the_op(op, impl):
     """In dtype, layout and what autograd thinks of them: they may be changed in place."""
     tensors, options = draws(op)
@@ -128,7 +128,7 @@ def test_results_are_as_those_of_the_op(op, impl):
                 one.mul_(2)
 
 
-@every("triton", slow=is_long)
+@every("triton", slow=lambda op, impl: is_long(op, impl) and op is not PROMPT_ATTENTION)
 def test_results_may_be_changed_in_place(op, impl):
     """Where the op's may: not those that its backward reads."""
     tensors, options = draws(op)
@@ -366,6 +366,26 @@ def test_what_is_written_down_is_what_torch_did(launcher, context):
             for one, other in zip(*results, strict=True):
                 assert one.shape == other.shape and one.stride() == other.stride() and one.dtype == other.dtype
                 assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "launcher", [lambda x: x.new_empty(4, 6)[1:], lambda x: x.new_empty(4, 6).t(), lambda x: x.new_empty(4, 1)[:, :0]]
+)
+def test_results_that_were_allocated_lie_as_they_did(launcher):
+    """Those that are all of what was allocated are no views any more, others are."""
+    x = torch.ones(1)
+    found, wanted = recorded(launcher, x)(x), launcher(x)
+    for fact in (Tensor.size, Tensor.stride, Tensor.storage_offset, lambda t: t.untyped_storage().nbytes()):
+        assert fact(found) == fact(wanted)
+
+
+@every("triton", among=(ROUTE, PROMPT_ATTENTION))
+def test_other_options_are_written_down_anew(op, impl):
+    tensors, options = draws(op)
+    name = "temperature" if op is ROUTE else "scale"
+    for value in (0.5, 2.0, 0.5, 2.0):
+        changed = options | {name: value}
+        assert_same(run(op, changed, tensors), by_the_ops(op, changed, tensors))
 
 
 def test_an_error_in_a_launcher_leaves_nothing_behind():
