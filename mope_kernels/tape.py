@@ -13,6 +13,7 @@ to it nor made by it. Launch hooks of Triton, and a current device other than th
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -282,7 +283,7 @@ class Recorder(TorchDispatchMode):
                 f"if active.get_current_device() != {index} or {hooks}: raise Elsewhere",
                 f"stream = active.get_current_stream({index})",
             ]
-        body = [*head, *self.lines, f"return {returned}{',' if isinstance(result, tuple | list) else ''}"]
+        body = [*head, *_freed(self.lines, names), f"return {returned}{',' if isinstance(result, tuple | list) else ''}"]
         if self.computes:
             self.constants["without_autocast"] = torch._C._DisableAutocast
             body = ["with without_autocast():", *(f"    {line}" for line in body)]
@@ -296,6 +297,20 @@ class Recorder(TorchDispatchMode):
         replay: Launcher = namespace["replay"]
         replay.source = source  # type: ignore[attr-defined]
         return replay
+
+
+def _freed(lines: list[str], kept: Sequence[str]) -> list[str]:
+    """Delete each tensor that the lines make, but for those kept, after the last line that has it or its address in it."""
+    made, last = set[str](), dict[str, int]()
+    for i, line in enumerate(lines):
+        targets, equals, _ = line.partition(" = ")
+        if equals and targets.startswith("t"):
+            made.update(re.findall(r"\bt(\d+)\b", targets))
+        last |= dict.fromkeys(re.findall(r"\b[tp](\d+)\b", line), i)
+    after: dict[int, list[str]] = {}
+    for slot in sorted(made - {name.removeprefix("t") for name in kept}, key=int):
+        after.setdefault(last[slot], []).append(f"t{slot}")
+    return [each for i, line in enumerate(lines) for each in (line, *([f"del {', '.join(after[i])}"] if i in after else []))]
 
 
 def _laid_out_alike(one: Tensor, other: Tensor) -> bool:

@@ -388,6 +388,32 @@ def test_other_options_are_written_down_anew(op, impl):
         assert_same(run(op, changed, tensors), by_the_ops(op, changed, tensors))
 
 
+def test_memory_is_given_back_as_soon_as_it_was_used_last():
+    """As in a launcher, whose functions end: here each tensor is gone before the next two are made."""
+    alive, most = set[int](), 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.numel() == 1000:
+                alive.add(id(out))
+                weakref.finalize(out, alive.discard, id(out))
+                most = max(most, len(alive))
+            return out
+
+    def launcher(x: Tensor) -> Tensor:
+        for _ in range(5):
+            x = x.new_empty(1000).copy_(x).exp()
+        return x
+
+    replayed = recorded(launcher, torch.randn(1000))
+    assert replayed._replay is not None
+    with Count():
+        replayed(torch.randn(1000))
+    assert 1 <= most <= 4
+
+
 def test_an_error_in_a_launcher_leaves_nothing_behind():
     def wrong(x: Tensor) -> Tensor:
         x.add(1)
