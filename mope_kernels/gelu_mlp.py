@@ -37,7 +37,7 @@ def taking(way: str) -> Iterator[None]:
 
 
 class GeluMlpFunction(torch.autograd.Function):
-    """(kernel, way, whether to keep h for backward, x (..., C), weight1, bias1, weight2, bias2) -> out (..., O)."""
+    """(kernel, way, whether to keep h for backward, x (..., C), weight1, bias1, weight2, bias2) -> out (N,O)."""
 
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, way: str, keep_hidden: bool, *tensors: Any) -> Tensor:
@@ -47,13 +47,15 @@ class GeluMlpFunction(torch.autograd.Function):
         ctx.way, ctx.shape = way, x.shape
         trains_weight1 = ctx.needs_input_grad[4]
         ctx.save_for_backward(hidden, rows if trains_weight1 else None, weight1, weight2)
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only("gelu_mlp")
         asked = dict(zip(GRADIENTS.names, ctx.needs_input_grad[3:], strict=True))
-        found = backward_kernel("triton", "gelu_mlp_backward")(_rows(grads[0]), *ctx.saved_tensors, GRADIENTS.needs(asked), ctx.way)
+        found = backward_kernel("triton", "gelu_mlp_backward")(
+            last_dim_contiguous(grads[0]), *ctx.saved_tensors, GRADIENTS.needs(asked), ctx.way
+        )
         grad_x, *others = (grad if need else None for grad, need in zip(found, asked.values(), strict=True))
         return None, None, None, None if grad_x is None else grad_x.view(ctx.shape), *others
 
@@ -136,11 +138,14 @@ def _plan(
         return reference.gelu_mlp
     shape = (*x.shape[:-1], weight2.shape[0])
     kernel = forward_kernel("triton", "gelu_mlp", direct)
+    run: Plan
     if any_needs_gradient(x, weight1, bias1, weight2, bias2):
         # The gradient of the last bias alone needs no h.
-        return partial(GeluMlpFunction.apply, kernel, way, any_needs_gradient(x, weight1, bias1, weight2))
+        run = partial(GeluMlpFunction.apply, kernel, way, any_needs_gradient(x, weight1, bias1, weight2))
+    else:
 
-    def planned(x: Tensor, *weights: Tensor | None) -> Tensor:
-        return kernel(_rows(x), *weights, False, way)[0].view(shape)
+        def run(x: Tensor, *weights: Tensor | None) -> Tensor:
+            return kernel(_rows(x), *weights, False, way)[0]
 
-    return planned
+    # Not in the Function: a view that is made there may not be changed in place.
+    return run if x.dim() == 2 else lambda *tensors: run(*tensors).view(shape)
