@@ -15,7 +15,7 @@ def load_variation(b_load, m_expert, K: tl.constexpr):
     return mean, b_deviation, tl.sum(b_deviation * b_deviation, 0) / (K - 1) / (mean * mean)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "stride_block"])
 def importance_forward(
     p_probs, p_loss, p_load, batch, stride_block, stride_item, threshold, K: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr
 ):
