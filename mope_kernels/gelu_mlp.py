@@ -59,7 +59,7 @@ class GeluMlpFunction(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(..., C) -> (N,C)."""
+    """Reshape (..., C) to (N,C)."""
     return last_dim_contiguous(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
 
 
@@ -137,7 +137,7 @@ def _plan(
     shape = (*x.shape[:-1], weight2.shape[0])
     kernel = forward_kernel("triton", "gelu_mlp", direct)
     if any_needs_gradient(x, weight1, bias1, weight2, bias2):
-        # The gradient of the last bias alone needs no h.
+        # h is not needed for the gradient of the last bias alone.
         return partial(GeluMlpFunction.apply, kernel, way, any_needs_gradient(x, weight1, bias1, weight2))
 
     def planned(x: Tensor, *weights: Tensor | None) -> Tensor:
