@@ -50,9 +50,9 @@ def define(name: str, schema: str, fake: Fake) -> None:
     """Define a raw op in both namespaces.
 
     Args:
-            name: the name of the raw op.
+        name: the name of the raw op.
         schema: "(Tensor x, ...) -> (Tensor out, ...)", in the language of torch.library.
-            fake: takes the arguments by name and the `namespace`; returns uninitialised results.
+        fake: takes the arguments by name and the `namespace`; returns uninitialised results.
     """
     parsed = torch._C.parse_schema(f"{name}{schema}")
     names = [argument.name for argument in parsed.arguments]
