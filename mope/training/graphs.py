@@ -314,7 +314,7 @@ class GraphedStep(Recorder):
             (torch._foreach_add_ if adds else torch._foreach_copy_)(places, found)
 
     def _through_reducer(self, tensors: dict[str, Tensor], adds: bool) -> Any:
-        """Run forward and `backward()`, during which DistributedDataParallel averages each parameter's `.grad` once it is complete."""
+        """Run forward and `backward()`. DistributedDataParallel averages each `.grad` after the last addition to it."""
         self._place_gradients(range(len(self._parameters)), adds)
         if not adds:
             torch._foreach_zero_([self._gradients[p] for p in self._parameters])
