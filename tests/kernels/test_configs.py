@@ -77,10 +77,10 @@ def test_a_family_comes_before_the_default():
         configs.find("gelu_mlp", ("double",), CPU)
 
 
-# The first variant of each op, and what has other kernels.
+# The first variant of each op, and variants with other kernels.
 LAUNCHES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{op: (op, next(iter(spec.variants(False))).label, {}) for op, spec in SPECS.items()},
-    # Of few experts a block of few items does not start at a multiple of 16 elements, and for that there is a kernel of its own.
+    # With few experts, a block of few items does not start at a multiple of 16 elements, which needs another kernel.
     "importance_loss": ("importance_loss", "K=16", {}),
     "prompt_attention packed": ("prompt_attention", "bf16 D=64 packed=True", {}),
     "window_prompt_attention trained bias": ("window_prompt_attention", "bf16 D=32 trained_bias=True", {"prompts": 33}),
