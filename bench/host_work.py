@@ -123,7 +123,7 @@ def _is_below(event: Any, wanted: Callable[[str], bool]) -> bool:
 
 def of_step(way: str, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Counts, Counts]:
     """Count a step that writes gradients, and one that adds to existing gradients."""
-    # As on a GPU, compute padding and hide it.
+    # Compute padding and hide it, as on a GPU.
     with mock.patch.object(Packing, "of", lambda *_: None):
         once = prepare(way, model, batch)
         for _ in range(2):

@@ -12,7 +12,7 @@ GRAPHS = ("auto", "on", "off")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a training run is carried out. Immutable; `replace` makes a changed copy.
+    """The options for carrying out a training run. Immutable; `replace` makes a changed copy.
 
     Args:
         seed: for order, augmentation, dropout and router noise.
