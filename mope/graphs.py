@@ -236,7 +236,7 @@ class CudaGraphRunner(Recorder):
     def _check(self, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
         """The tensors among the arguments."""
         if wrong := [name for name, value in inputs.items() if not (value is None or isinstance(value, Tensor))]:
-            raise ValueError(f"CudaGraphRunner: {', '.join(wrong)} must be tensors: give anything else by functools.partial")
+            raise ValueError(f"CudaGraphRunner: {', '.join(wrong)} must be tensors: pass anything else with functools.partial")
         tensors = {name: tensor for name, tensor in inputs.items() if tensor is not None}
         if len({tensor.device for tensor in tensors.values()}) > 1:
             found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())

@@ -115,7 +115,7 @@ class GraphedStep(Recorder):
         if optimizer is not None:
             own = set(self._parameters)
             if strange := sum(p.requires_grad and p not in own for group in optimizer.param_groups for p in group["params"]):
-                raise ValueError(f"GraphedStep: {strange} parameters of the optimizer are not among those of modules that train")
+                raise ValueError(f"GraphedStep: {strange} parameters of the optimizer are not among the trained ones of modules")
 
     def __call__(self, **inputs: Tensor | None) -> Any:
         """Return a copy of `function(**inputs)` without gradients, and leave those of the parameters in their `.grad`."""
@@ -266,12 +266,12 @@ class GraphedStep(Recorder):
     def _check(self, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
         """Return the tensors among the arguments."""
         if wrong := [name for name, value in inputs.items() if not (value is None or isinstance(value, Tensor))]:
-            raise ValueError(f"GraphedStep: {', '.join(wrong)} must be tensors: give anything else by functools.partial")
+            raise ValueError(f"GraphedStep: {', '.join(wrong)} must be tensors: pass anything else with functools.partial")
         tensors = {name: tensor for name, tensor in inputs.items() if tensor is not None}
         if wrong := [name for name, tensor in tensors.items() if tensor.requires_grad]:
-            raise ValueError(f"GraphedStep: {', '.join(wrong)} asks for gradients, which parameters of modules alone get: detach()")
+            raise ValueError(f"GraphedStep: {', '.join(wrong)} asks for gradients, which only parameters of modules get: detach()")
         if not torch.is_grad_enabled():
-            raise RuntimeError("GraphedStep: called where gradients are disabled: call the function itself, or under enable_grad()")
+            raise RuntimeError("GraphedStep: called where gradients are disabled: call the function itself, or use enable_grad()")
         return tensors
 
     def _run(self, backward: _Backward, tensors: dict[str, Tensor], adds: bool, check: bool) -> Any:
