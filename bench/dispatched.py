@@ -1,4 +1,4 @@
-"""Which operations of torch a call dispatches, from which line of ours, and what their arithmetic takes on the CPU."""
+"""Records the torch operations that a call dispatches, with the lines of ours that call them, and times their arithmetic."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mope.benchmark import rows
 
-# Where the sources of ours are, and what to leave out of their names.
+# The folder of our sources, and the prefix to drop from their names.
 ROOT = str(rows.ROOT) + "/"
 OURS = tuple(ROOT + package for package in ("mope/", "mope_kernels/"))
-# Below autograd; a raw op's own launcher.
+# The key below autograd, where a raw op's own launcher runs.
 BELOW = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 OF_KERNELS = ("mope_triton", "mope_cpu")
-# No views, and yet nothing is computed.
+# Not views, but they compute nothing.
 FREE = ("aten._unsafe_view.default", "aten.detach.default", "aten.lift_fresh.default")
 
 
 class Call(NamedTuple):
-    """An operation with arguments that can be made again."""
+    """An operation with its arguments, so that it can be repeated."""
 
     function: Any
     arguments: tuple[Any, ...]
@@ -36,7 +36,7 @@ class Call(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a tensor is given again from."""
+    """The layout from which a tensor is made again."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -45,7 +45,7 @@ class Memory(NamedTuple):
 
 @dataclass
 class Dispatched:
-    """operations, views: how many of each name. lines: of each operation and line. calls: by what tells them apart, how many."""
+    """Counts. operations, views: by name. lines: by operation and line. calls: by description of the call."""
 
     operations: Counter[str] = field(default_factory=Counter)
     views: Counter[str] = field(default_factory=Counter)
@@ -55,14 +55,14 @@ class Dispatched:
     examples: dict[str, Call] = field(default_factory=dict)
 
     def aten(self) -> int:
-        """How many operations of torch's that are no views."""
+        """Return the number of torch's operations, without views."""
         return sum(count for name, count in self.operations.items() if name.startswith("aten."))
 
 
 class Record(TorchDispatchMode):
-    """Collects what is dispatched meanwhile, backward and inside of our own ops too.
+    """Collects everything that is dispatched while it is active, including backward and the inside of our own ops.
 
-    lines: also from which line of ours. For backward it needs torch.autograd.detect_anomaly around the forward pass.
+    lines: also record which line of ours calls. For backward this needs torch.autograd.detect_anomaly around the forward pass.
     """
 
     def __init__(self, lines: bool = False) -> None:
@@ -90,7 +90,7 @@ class Record(TorchDispatchMode):
 
 
 def _line(frame: FrameType | None) -> str:
-    """The line of ours that a call comes from: of backward the line of forward, or of a backward of ours."""
+    """Return the line of ours that a call comes from; in backward, the line of forward, or the line of our own backward."""
     while frame is not None and not frame.f_code.co_filename.startswith(OURS):
         frame = frame.f_back
     here = "" if frame is None else f"{frame.f_code.co_filename.removeprefix(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}"
@@ -104,7 +104,7 @@ def _line(frame: FrameType | None) -> str:
 
 
 def _map(value: Any, change: Callable[[Any], Any]) -> Any:
-    """What `change` makes of each tensor, number or other leaf of nested lists."""
+    """Apply `change` to each tensor, number or other leaf of nested lists."""
     if isinstance(value, (list, tuple)) and not isinstance(value, Memory):
         return [_map(item, change) for item in value]
     return change(value)
@@ -123,10 +123,10 @@ def _described(call: Call) -> Call:
 
 
 def _made(memory: Memory) -> Tensor:
-    """Numbers of which arithmetic has no trouble, and indices that are there."""
+    """Make a tensor of ones, which arithmetic handles at full speed, or of zeros for integers, which are valid indices."""
     tensor = torch.empty_strided(memory.shape, memory.strides, dtype=memory.dtype)
     if tensor.numel():
-        # Expanded ones are written once.
+        # Write the memory of expanded tensors once.
         tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,)).fill_(
             1 if memory.dtype.is_floating_point else 0
         )
@@ -134,7 +134,7 @@ def _made(memory: Memory) -> Tensor:
 
 
 def _smallest(call: Call) -> Call:
-    """The same with tensors of one or two rows along each axis."""
+    """Return the call with tensors of one or two rows along each axis."""
 
     def shrink(value: Any) -> Any:
         if not isinstance(value, Memory):
@@ -143,7 +143,7 @@ def _smallest(call: Call) -> Call:
         return Memory(tuple(shape), tuple(2**i for i in reversed(range(len(shape)))), value.dtype)
 
     def sizes(value: Any) -> Any:
-        """Lists of numbers are sizes but where they are dimensions."""
+        """Shrink lists of numbers, which are sizes unless they are dimensions."""
         listed = isinstance(value, list) and value and all(type(n) is int for n in value)
         return [min(n, 2) for n in value] if listed else _map(value, shrink)
 
@@ -154,7 +154,7 @@ def _smallest(call: Call) -> Call:
 
 
 def _seconds(call: Call, least: float) -> float:
-    """Of one call, at best."""
+    """Return the seconds of one call, at best."""
     made = _changed(call, lambda value: _made(value) if isinstance(value, Memory) else value)
     run = functools.partial(call.function, *made.arguments, **made.options)
     run()
@@ -173,20 +173,20 @@ def _rounds(run: Callable[[], object], least: float, rounds: int = 5) -> Iterato
 
 
 def arithmetic(found: Dispatched, least: float = 2e-3) -> float:
-    """Return the seconds that torch's operations compute on the CPU: beyond the same on tensors of two rows at most.
+    """Return the seconds that torch's operations compute on the CPU, beyond the time of the same on tensors of at most two rows.
 
-    Each different call is timed by itself below autograd, so that the rest, which remains on a GPU, is not counted. Where an
-    operation cannot be had so small, the quickest of its name stands for that.
+    Each different call is timed separately and below autograd, so that the overhead, which remains on a GPU, does not count. If
+    an operation cannot run on such small tensors, the fastest call of the same name replaces it.
 
     Args:
         found: recorded from a call.
-        least: seconds to spend on each call.
+        least: the seconds to spend on each call.
     """
     return sum(seconds for _, seconds in by_call(found, least))
 
 
 def by_call(found: Dispatched, least: float) -> Iterator[tuple[str, float]]:
-    """What `arithmetic` adds up: each different call, and the seconds of all that are like it."""
+    """Yield the summands of `arithmetic`: each different call, and the seconds of all calls like it."""
     times, floors = dict[str, float](), dict[str, float]()
     with torch.no_grad():
         for key, call in found.examples.items():

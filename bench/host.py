@@ -1,18 +1,17 @@
-"""What calls cost the host: `python -m bench.host`, in CPU time of one thread, where no GPU has to be.
+"""Measures the host's time of calls without a GPU: `python -m bench.host`, in CPU time of one thread.
 
-Triton's kernels are launched through Triton's own launchers up to the call of the driver, which a stand-in answers; torch's
-operations run on the CPU, on inputs so small that their arithmetic hardly counts, and how much it counts stands beside. So this is
-the time in which a GPU waits for its next launch, but for what torch and the driver do for a launch of theirs, which the other way
-has more of.
+Triton's own launchers run up to the call of the driver, which a stand-in answers. Torch's operations run on the CPU, on inputs so
+small that their arithmetic hardly counts; its share is reported. So this is the time for which a GPU waits for its next launch,
+without what torch and the driver do for torch's own launches, of which the other way has more.
 
-Each op is called without gradients, forward, and forward and backward; and the raw ops beneath without gradients, as Triton's and
-as the C++ kernels of the CPU, which do compute. Whole models are called in turns with the released way or, for a ViT, with what one
-would write by hand: a forward pass, and a training step without an optimizer; in float32, and under autocast with its rules on a
-GPU, where torch's products on the CPU take more than the few microseconds that they take in float32.
+Each op is called without gradients, forward, and forward and backward. Its raw ops are called without gradients too, both Triton's
+and the C++ kernels of the CPU, which do compute. Whole models alternate with the released way or, for a ViT, with what a user would
+write by hand: a forward pass, and a training step without an optimizer. They run in float32, and under autocast with the rules of
+a GPU; there, torch's products on the CPU take more than the few microseconds that they take in float32.
 
-Leaves host-<device>-triton-<version>.jsonl, from which `bench.report` makes tables. With `--before COMMIT` it is of a tree that
-later ones are put beside. `--profile NAME` prints where the time of one op or model goes, and which operations of torch come from
-which line of ours: "add_norm", "swin inference", "swin training".
+Writes host-<device>-triton-<version>.jsonl, from which `bench.report` makes tables. `--before COMMIT` marks it as the measurement
+of an earlier tree, with which later ones are compared. `--profile NAME` prints where the time of one op or model goes, and which
+line of ours calls which of torch's operations: "add_norm", "swin inference", "swin training".
 """
 
 from __future__ import annotations
@@ -42,32 +41,32 @@ from .stand_in_driver import give_autocast_the_rules_of_a_gpu, stand_in_for_the_
 Calls = dict[str, Callable[[], object]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PASSES = {"inference": False, "training": True}
-# The ways of an op that are called where autograd is off.
+# The ways of an op that are called with autograd off.
 WITHOUT_GRADIENTS = ("no gradient", "raw")
-# Seconds of a turn, for what is shorter.
+# The least seconds of a turn; shorter calls are repeated.
 SHORTEST = 1e-3
-# Lines of a profile.
+# The number of lines of a profile.
 LINES = 50
 
 
 class Timed(NamedTuple):
-    """Seconds of a call: of the quickest turn, and the median of all."""
+    """Seconds of a call: the fastest turn, and the median of all."""
 
     least: float
     median: float
 
 
 def autograd_for(way: str) -> torch.set_grad_enabled:
-    """Turn autograd on or off as a way of an op asks for, around its calls."""
+    """Turn autograd on or off around calls of this way of an op."""
     return torch.set_grad_enabled(way not in WITHOUT_GRADIENTS)
 
 
 def in_turns(calls: Calls, turns: int) -> dict[str, Timed]:
-    """Time calls in turns, by the CPU time of this thread, after two calls of each.
+    """Time calls in alternating turns, by the CPU time of this thread, after two calls of each.
 
     Args:
         calls: by the name of their way.
-        turns: how often each is timed. Short ones are called several times in a turn.
+        turns: the number of timings of each. A turn repeats short calls.
 
     Returns:
         Seconds of one call, by name.
@@ -95,7 +94,7 @@ def in_turns(calls: Calls, turns: int) -> dict[str, Timed]:
 
 
 def recorded(call: Callable[[], object]) -> Dispatched:
-    """What a call dispatches."""
+    """Record what a call dispatches."""
     record = Record()
     with record:
         call()
@@ -103,9 +102,9 @@ def recorded(call: Callable[[], object]) -> Dispatched:
 
 
 def counted(call: Callable[[], object], launches: Callable[[], int]) -> dict[str, Any]:
-    """How many launches of ours a call makes, kernels with torch's on a GPU, and operations of torch's, views apart.
+    """Count a call's launches of ours, its kernels including torch's on a GPU, and torch's operations without views.
 
-    And what the arithmetic of those operations takes, as "arithmetic", in seconds.
+    "arithmetic" is the time in seconds that those operations compute.
     """
     before = launches()
     call()
@@ -118,9 +117,9 @@ def counted(call: Callable[[], object], launches: Callable[[], int]) -> dict[str
 
 
 def calls_of(name: str, size: Size, dtype: torch.dtype) -> Calls:
-    """Return the calls of an op: in its three ways and, as "raw", of the raw ops beneath. Without the last where there are none.
+    """Return the calls of an op in its three ways and, as "raw", of its raw ops, if it has any.
 
-    Those in `WITHOUT_GRADIENTS` leave it to the caller to turn autograd off.
+    The caller turns autograd off for those in `WITHOUT_GRADIENTS`.
     """
     op = OPS[name](size, dtype)
     with torch.no_grad():
@@ -152,7 +151,7 @@ def of_ops(names: Sequence[str], turns: int, launches: Callable[[], int]) -> Ite
 
 
 def of_cpu_ops(names: Sequence[str], turns: int) -> Iterator[dict[str, Any]]:
-    """Measure ops with the C++ kernels for the CPU, in float32 and without gradients -> rows; none without the extension."""
+    """Measure ops with the C++ kernels for the CPU, in float32 without gradients -> rows; no rows without the extension."""
     if not _extension.STATUS.loaded:
         return
     for name in names:
@@ -163,14 +162,14 @@ def of_cpu_ops(names: Sequence[str], turns: int) -> Iterator[dict[str, Any]]:
 
 
 def _times(timed: Timed, unit: str, arithmetic: float | None = None) -> dict[str, float]:
-    """What a row says of times, in "us" or "ms"."""
+    """Return the times for a row, in "us" or "ms"."""
     named = {unit: timed.least, f"median_{unit}": timed.median}
     named |= {} if arithmetic is None else {f"arithmetic_{unit}": arithmetic}
     return {name: float(f"{seconds * {'us': 1e6, 'ms': 1e3}[unit]:.4g}") for name, seconds in named.items()}
 
 
 def of_models(names: Sequence[str], dtypes: Sequence[str], turns: int, launches: Callable[[], int]) -> Iterator[dict[str, Any]]:
-    """Measure models beside their opponents -> rows."""
+    """Measure models and their opponents -> rows."""
     for dtype in dtypes:
         if dtype != "float32":
             give_autocast_the_rules_of_a_gpu()
@@ -186,7 +185,7 @@ def of_models(names: Sequence[str], dtypes: Sequence[str], turns: int, launches:
 
 
 def said(row: dict[str, Any]) -> str:
-    """A row for the screen."""
+    """Format a row for the screen."""
     unit = "ms" if row["op"] == "model" else "us"
     name = f"{row['case']} {row['dtype']}" if row["op"] == "model" else f"{row['op']} {row['case']}"
     time = f"{row[unit]:8.2f} {unit} (median {row[f'median_{unit}']:.2f})"
@@ -197,7 +196,7 @@ def said(row: dict[str, Any]) -> str:
 
 
 def measure(options: argparse.Namespace) -> Path:
-    """Measure what is asked for -> the file of the rows."""
+    """Measure what the options ask for -> the file of the rows."""
     both = options.ops is None and options.models is None
     ops, models = (options.ops or list(OPS)), (options.models or list(MODELS))
     import triton
@@ -232,7 +231,7 @@ def measure(options: argparse.Namespace) -> Path:
 
 
 def profile(name: str, dtype: str) -> None:
-    """Print where the time of an op, forward and backward, or of a model goes. ValueError for another name."""
+    """Print where the time of an op, forward and backward, or of a model goes. Raise ValueError for other names."""
     with stand_in_for_the_driver():
         if name in OPS:
             call, repeats = calls_of(name, STUBBED, torch.float16)["forward + backward"], 1000
@@ -246,7 +245,7 @@ def profile(name: str, dtype: str) -> None:
         for _ in range(2):
             call()
         trained = name in OPS or name.endswith("training")
-        # It keeps the lines of forward for backward.
+        # Anomaly detection keeps the lines of forward for backward.
         with torch.autograd.set_detect_anomaly(True, check_nan=False) if trained else nullcontext(), Record(lines=True) as record:
             call()
         found = record.found
@@ -264,7 +263,7 @@ def profile(name: str, dtype: str) -> None:
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options of the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="*", choices=OPS, metavar="OP", help="these ops alone; without names, all")
     parser.add_argument("--models", nargs="*", choices=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}; without names, all")
@@ -280,7 +279,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     torch.set_num_threads(1)
-    # What no kernel has written may hold such numbers, on which arithmetic is slow.
+    # The memory that no kernel has written may hold denormal numbers, on which arithmetic is slow.
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     if options.profile:

@@ -1,4 +1,4 @@
-"""What `bench.host` calls: the ops on tiny inputs, and models of full depth and tiny widths."""
+"""The calls of `bench.host`: ops on tiny inputs, and models of full depth and tiny widths."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mope_kernels import ExpertBank
 
 @dataclass(frozen=True)
 class Size:
-    """Of the inputs of an op: B items, a Swin block of resolution^2 tokens of width C and P prompts, T tokens of an attention.
+    """Sizes of an op's inputs: B items, a Swin block of resolution^2 tokens of width C and P prompts, T tokens of an attention.
 
-    Arithmetic costs nothing where nothing is computed. On a CPU the kernels compute, so they get less to do.
+    They do not matter if nothing is computed. The kernels for the CPU do compute, so they get smaller inputs.
     """
 
     batch: int = 1
@@ -34,7 +34,7 @@ class Size:
 
     @property
     def rows(self) -> int:
-        """Of a Swin block: prompts and tokens."""
+        """Return the rows of a Swin block: prompts and tokens."""
         return 2 * self.prompts + 1 + self.resolution**2
 
 
@@ -49,7 +49,7 @@ class Op(NamedTuple):
 
 
 def window_prompt_attention(size: Size, dtype: torch.dtype) -> Op:
-    # All heads have 16 columns, whatever there are elsewhere.
+    # Heads here have 16 columns, whatever the size says.
     qkv = torch.randn(size.batch, size.rows, 3 * 16 * size.heads, dtype=dtype)
     bias = torch.randn(size.heads, size.window**2, size.window**2)
     options: dict[str, Any] = {"num_prompts": 2 * size.prompts + 1, "num_heads": size.heads, "resolution": size.resolution}
@@ -58,7 +58,7 @@ def window_prompt_attention(size: Size, dtype: torch.dtype) -> Op:
 
 
 def _stream(size: Size, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x in float32, an update, and a LayerNorm's weight and bias."""
+    """Draw x in float32, an update, and a LayerNorm's weight and bias."""
     x = torch.randn(size.batch, size.rows, size.width)
     return x, torch.randn_like(x, dtype=dtype), torch.randn(size.width), torch.randn(size.width)
 
@@ -79,14 +79,14 @@ def prompted_norm(size: Size, dtype: torch.dtype) -> Op:
 
 
 def gelu_mlp(size: Size, dtype: torch.dtype) -> Op:
-    # Few rows: the second product is torch's.
+    # With few rows torch computes the second product.
     x, width = torch.randn(size.batch, 2, size.width, dtype=dtype), size.width
     layers = [torch.randn(*shape, dtype=dtype) for shape in ((4 * width, width), (4 * width,), (width, 4 * width), (width,))]
     return Op(lambda: mope_kernels.gelu_mlp(x, *layers), (x,))
 
 
 def _attention(size: Size, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """query, key, value (B,2,T,32) as a projection leaves them, and lengths."""
+    """Draw query, key and value as a projection returns them, (B,2,T,32), and lengths."""
     query, key, value = torch.randn(size.batch, size.tokens, 3, 2, 32, dtype=dtype).permute(2, 0, 3, 1, 4)
     return query, key, value, torch.tensor([size.tokens] * size.batch)
 
@@ -150,31 +150,31 @@ OPS: dict[str, Callable[[Size, torch.dtype], Op]] = {
     )
 }
 
-# Of full depth, with all three kinds of prompts and with shifted windows, and as narrow as the kernels take. With one item and
-# one head torch has less to copy, and so the other ways.
+# Full depth, all three kinds of prompts and shifted windows, but as narrow as the kernels allow. One item and one head leave
+# torch, and thus the other ways, less to copy.
 _TINY: dict[str, Any] = {"batch": 1, "tokens": 2, "hidden": 16, "layers": 12, "prompts": 1, "ratio": 1}
 MODELS = {
     "swin": shapes.Model(**_TINY, image=64, embed=16, head=128, depths=(2, 2, 18, 2), window=2),
     "vit": shapes.Model(**_TINY, image=32),
 }
-# What our models are held against: of a Swin Transformer the released way, of a ViT what one would write by hand.
+# The opponent of each model: for a Swin Transformer the released way, for a ViT what a user would write by hand.
 OPPONENTS = {"swin": "released", "vit": "concatenated"}
 
 
 def model(name: str, shape: shapes.Model, dtype: torch.dtype, training: bool) -> dict[str, Callable[[], None]]:
-    """Return calls of ours and of its opponent, over equal weights: a forward pass, or a training step.
+    """Return calls of our model and of its opponent, with equal weights: a forward pass, or a training step.
 
-    A training step is a forward pass, and a backward pass from the logits and, of a Swin Transformer, from the importance loss into
-    `grad` of the same parameters.
+    A training step runs forward, and backward from the logits and, for a Swin Transformer, from the importance loss, into `grad`
+    of the same parameters.
 
     Args:
-        name: in `OPPONENTS`.
-        shape: whose widths may be tiny.
-        dtype: torch.float32, or what autocast computes in.
-        training: whether there is a backward pass.
+        name: one of `OPPONENTS`.
+        shape: its widths may be tiny.
+        dtype: torch.float32, or the dtype for autocast.
+        training: whether to run backward.
 
     Raises:
-        RuntimeError: both do not train the same parameters.
+        RuntimeError: the two do not train the same parameters.
     """
     case = Case("model", name, training=training)
     ours, called = models.new_ours(shape, case, dtype)

@@ -1,4 +1,4 @@
-"""The rows of `bench.host` as tables, held against what the host's time is to be."""
+"""Makes tables from the rows of `bench.host`, and judges them by the goals for the host's time."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from .host_cases import MODELS, OPPONENTS, OPS
 
 Row = dict[str, Any]
 File = tuple[dict[str, Any], list[Row]]
-# Of a model: ours as a part of the other way. Of an op: what it was before. Of a public op: its raw op.
+# Goals: a model as a part of its opponent's time; an op as a part of its time before; a public op as a multiple of its raw op.
 OF_OPPONENT, OF_BEFORE, OF_RAW = 0.45, 0.5, 1.7
-# The largest share of arithmetic with which a model says something of the host.
+# The largest share of arithmetic for which a model is judged.
 ARITHMETIC = 0.1
 WAYS = ("no gradient", "forward", "forward + backward")
 
 HEAD = """
 ## Host time
 
-CPU time of one thread, by `python -m bench.host` ([what is called](../bench/host_cases.py)), where no GPU is: Triton's kernels go
-through Triton's own launchers up to the call of the driver, which a stand-in answers, and torch's operations run on the CPU, on
-inputs so small that *arithmetic* is a small share: what they take beyond the same on tensors of two rows at most. What torch and
-the driver do on a GPU for a launch of torch's is not in it. Each time is that of the quickest turn. Operations are counted where
-a mode sees them, which sees launchers at work, too; without one [tapes](design.md) are replayed, which make fewer.
+CPU time of one thread, measured by `python -m bench.host` ([calls](../bench/host_cases.py)) without a GPU. Triton's own
+launchers run up to the call of the driver, which a stand-in answers. Torch's operations run on the CPU, on inputs so small that
+their *arithmetic* is a small share: the time they take beyond the same operations on tensors of at most two rows. The time that
+torch and the driver need on a GPU for torch's own launches is not included. Each time is that of the fastest turn. A dispatch
+mode counts the operations; under it launchers run as well, while calls without a mode replay [tapes](design.md), which make
+fewer.
 """
 OF_FILE = """
 ### Host time: {device}, Triton {triton}
@@ -32,35 +33,35 @@ OF_FILE = """
 {now}. torch {torch}; an addition of four numbers took {add} µs.{before}
 """
 MODELS_HEAD = """
-Models of full depth and tiny widths, called in turns with the released way (Swin Transformer and BERT) or with what one would
-write by hand (ViT and BERT). Under autocast, bfloat16 here, torch's products on a CPU take longer than a launch. The goal is
-{goal:g} of the other way, held against it where arithmetic is less than {share:g} % of both. *launches*: of ours by Triton;
-*kernels*: with those of torch, beside the other way's. *operations*: of torch, but views.
+Models of full depth and tiny widths. They alternate with the released way (Swin Transformer and BERT) or with what a user would
+write by hand (ViT and BERT). Under autocast, here to bfloat16, torch's products on a CPU take longer than a launch. The goal is
+{goal:g} of the other way; it is judged if arithmetic is less than {share:g} % of both. *launches*: ours, by Triton; *kernels*:
+including torch's, ours and the other way's. *operations*: torch's, without views.
 
 {table}
 """
 PARTS_HEAD = """
-Where the time of ours goes, in ms: the time above, shared out as a profile shares it. A profile slows Python down more than what
+Where the time of ours goes, in ms: the time above, split as in a profile. A profile slows Python down more than the code that
 Python calls, so *operations of torch* and *Triton's launchers* take rather more than this says.
 
 {table}
 """
 OPS_HEAD = """
-Ops in µs, Triton's launches included, on float16. Of each the arithmetic of torch is {most} at most. The goal is {goal:g} of what
-they took before.
+Ops in µs, with Triton's launches, on float16. For each of them the arithmetic of torch is {most} at most. The goal is {goal:g}
+of the time before.
 
 {table}
 """
 RAW_HEAD = """
-What a public op adds to its raw op, in µs, without gradients. Triton: `torch.ops.mope_triton`. CPU: `torch.ops.mope_cpu` on
-float32, which computes, though little. The goal is at most {goal:g} times the raw op.
+The overhead of a public op over its raw op, in µs, without gradients. Triton: `torch.ops.mope_triton`. CPU:
+`torch.ops.mope_cpu` on float32, which computes, though little. The goal is at most {goal:g} times the raw op.
 
 {table}
 """
 
 
 def section(files: Sequence[File]) -> str:
-    """Markdown: tables of each device and version of Triton; "" without files."""
+    """Return markdown with tables for each device and version of Triton, "" without files."""
     groups: dict[tuple[str, str], list[File]] = {}
     for header, rows in files:
         groups.setdefault((header["device"], header["versions"]["triton"]), []).append((header, rows))
@@ -70,11 +71,11 @@ def section(files: Sequence[File]) -> str:
 def _of_group(device: str, triton: str, files: Sequence[File]) -> str:
     before = next((file for file in files if file[0]["before"]), None)
     now = next((file for file in files if not file[0]["before"]), None)
-    # Where nothing else was measured, that is what there is.
+    # Without another measurement, show this one.
     header, rows = now or files[0]
     said = f" *Before* is commit {before[0]['commit']}, {_measured(before[0])}." if before and now else ""
     if not now:
-        said = " It is what later ones will be put beside."
+        said = " Later measurements will be compared with it."
     measured = f"Commit {header['commit'] or 'unknown'}, {_measured(header)}"
     text = OF_FILE.format(
         device=device, triton=triton, now=measured, torch=header["versions"]["torch"], add=header["add_us"], before=said
@@ -98,7 +99,7 @@ def _measured(header: dict[str, Any]) -> str:
 
 
 def judged(value: float, goal: float) -> str:
-    """A quotient, and whether it is small enough."""
+    """Format a quotient and whether it meets the goal."""
     return f"{show.digits(value, 3)}: {'met' if value <= goal else '**not met**'}"
 
 
@@ -195,6 +196,6 @@ def _raw(rows: Sequence[Row]) -> str:
 
 
 def _table(lines: Sequence[tuple[str, ...]]) -> str:
-    """Markdown, numbers to the right; "" where there is nothing but the head."""
+    """Return a markdown table with numbers on the right, "" if it has only a head."""
     rule = (":--", *("--:",) * (len(lines[0]) - 1))
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])) if len(lines) > 1 else ""

@@ -1,9 +1,9 @@
-"""What a training step leaves to the host in each way to put it into CUDA graphs: `python -m bench.host_work` prints the table.
+"""Counts what a training step leaves to the host, for each way to put it into CUDA graphs: `python -m bench.host_work`.
 
-Counted, not timed, where no GPU is: torch's own code and this library's run on tapes of operations that stand for graphs
-(tests/tape.py), and a profile says what is dispatched beside their replays. On a GPU each operation is a call of Python or C++ and
-at least one launch. `mode="reduce-overhead"` is counted as one replay for each compiled graph, which is what it comes to once
-it has recorded.
+It counts instead of timing, because there is no GPU: torch's own code and this library's run on tapes of operations in place of
+graphs (tests/tape.py), and a profile shows what is dispatched besides their replays. On a GPU each operation is a call from Python
+or C++ and at least one launch. `mode="reduce-overhead"` counts as one replay per compiled graph, which is what it does once it has
+recorded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ACCUMULATE = "torch::autograd::AccumulateGrad"
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Of one step. operations: dispatched beside graphs. additions: gradients that autograd handles one by one."""
+    """Counts for one step. operations: those dispatched outside graphs. additions: gradients that autograd handles one by one."""
 
     replays: int
     operations: int
@@ -41,7 +41,7 @@ class Counts:
 
 
 class _Loss(nn.Module):
-    """The loss of a model, for tensors by their places: what `make_graphed_callables` takes."""
+    """The loss of a model as a function of positional tensors, as `make_graphed_callables` needs it."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def prepare(way: str, model: nn.Module, batch: dict[str, Tensor]) -> Callable[[]
 
 
 class _Recorded(Tapes):
-    """Tapes whose replays a profile shows. What the host looks at are ids and labels that lie on the CPU here."""
+    """Tapes whose replays show in a profile. Here the ids and labels that the host reads are on the CPU."""
 
     def __init__(self) -> None:
         super().__init__(reads=True)
@@ -99,7 +99,7 @@ def count(once: Callable[[], object]) -> Counts:
         once()
     events: list[Any] = profiler.events()
     outside = [event for event in events if not _is_below(event, lambda name: name == REPLAY)]
-    # Those that another operation calls are its own business; views and new tensors launch nothing, but are calls.
+    # Leave out operations that another operation calls. Views and new tensors launch nothing, but are calls and count.
     operations = sum(event.name.startswith(("aten::", "mope_")) and not _is_below(event, _is_operation) for event in outside)
     return Counts(
         replays=sum(event.name == REPLAY for event in outside),
@@ -122,8 +122,8 @@ def _is_below(event: Any, wanted: Callable[[str], bool]) -> bool:
 
 
 def of_step(way: str, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Counts, Counts]:
-    """Counts of a step whose gradients are the first, and of one whose gradients are added to those that are there."""
-    # As on a GPU, padding is computed with and hidden.
+    """Count a step that writes gradients, and one that adds to existing gradients."""
+    # Compute padding and hide it, as on a GPU.
     with mock.patch.object(Packing, "of", lambda *_: None):
         once = prepare(way, model, batch)
         for _ in range(2):

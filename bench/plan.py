@@ -10,8 +10,8 @@ from mope.benchmark.cases import BENCHMARKS, WITH_OPTIMIZER, Case, cases, is_com
 GRAPHS = "released without waiting compiled+graphs"
 WINDOW_WAYS = ("ours", "cat+sdpa", "cat+sdpa efficient", "cat+sdpa cudnn")
 ATTENTION_WAYS = ("ours", "cat+sdpa", "cat+sdpa flash", "cat+sdpa efficient", "cat+sdpa cudnn")
-# In inference and in training. Those in graphs, three more than without, come last, where the rows before them are written down
-# already. Each costs a few calls to record it, its rounds and those of ours beside it; what that takes on a GPU is not known yet.
+# For inference and for training. The ways with graphs, three more than without, come last, when the other rows are already
+# written. Each costs a few calls for recording, its rounds and those of ours beside it. Their time on a GPU is not known yet.
 RECORDED_WAYS = ("ours graphed", f"ours graphed{WITH_OPTIMIZER}", "released without waiting graphed")
 MODEL_WAYS = {
     False: ("ours", "ours without graphs", "released", "released half"),

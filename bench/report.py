@@ -55,7 +55,7 @@ Made by `python -m bench.report` from the rows in `bench/results`: `make bench` 
   must move at the speed of a large copy, and of the operations that it must do at the speed of a large product, both measured in
   the same run ([formulas](../mope/benchmark/ops)). Neither padding nor recomputation counts. Data that stay in a cache can
   lift it above 100 %.
-- Shapes are named after models, with the batch size behind the *b* ([sizes](../mope/benchmark/ops)). Items spread evenly over
+- Shapes are named after models, with the batch size after the *b* ([sizes](../mope/benchmark/ops)). Items spread evenly over
   the experts unless the case says "zipf" (the i-th is preferred with a probability in proportion to 1/i) or "all-to-one".
 """
 TARGETS = """

@@ -1,4 +1,4 @@
-// Lets autocast on the CPU compute in float32 what autocast on a GPU does, of what our models and the released way call.
+// Makes autocast on the CPU compute in float32 what autocast on a GPU does, for the operations of our models and the released way.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>

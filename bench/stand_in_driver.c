@@ -1,12 +1,12 @@
-/* Stands for NVIDIA's driver library where there is no GPU: what Triton's launchers call of it, each answered at once. No kernel
-   runs. Pointers are taken as they are, so tensors of the CPU pass for a GPU's. */
+/* Replaces NVIDIA's driver library without a GPU: the functions that Triton's launchers call, each of which returns at once. No
+   kernel runs. Pointers are not checked, so CPU tensors pass for a GPU's. */
 #include <stddef.h>
 
 typedef int Result;
 typedef unsigned long long Address;
 
 enum { SUCCESS = 0 };
-/* Numbers of attributes as the driver has them. */
+/* The driver's numbers of attributes. */
 enum { SHARED_PER_BLOCK = 8, WARP_SIZE = 10, MULTIPROCESSORS = 16, SHARED_OPT_IN = 97 };
 enum { MAX_THREADS = 0, STATIC_SHARED = 1, LOCAL_BYTES = 3 };
 
@@ -21,7 +21,7 @@ Result cuGetErrorString(Result code, const char **text) { (void)code; *text = "n
 Result cuDeviceGetCount(int *count) { *count = 1; return SUCCESS; }
 Result cuDeviceGet(int *device, int index) { *device = index; return SUCCESS; }
 
-/* Those of an H100 that Triton looks at. */
+/* The attributes of an H100 that Triton reads. */
 Result cuDeviceGetAttribute(int *value, int attribute, int device) {
     (void)device;
     switch (attribute) {
@@ -74,6 +74,6 @@ Result cuLaunchKernelEx(const void *config, void *function, void **parameters, v
     return SUCCESS;
 }
 
-/* Linked against, and not called by our kernels: 801 is the driver's "not supported". */
+/* The launchers link to these, but our kernels do not call them. 801 is the driver's "not supported". */
 Result cuTensorMapEncodeTiled(void) { return 801; }
 Result cuTensorMapEncodeIm2col(void) { return 801; }

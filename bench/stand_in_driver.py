@@ -1,7 +1,7 @@
-"""Triton's launches without a GPU: its own JIT and launchers, for sm_90, up to the call of the driver, which a stand-in answers.
+"""Runs Triton's launches without a GPU: its own JIT and launchers, for sm_90, up to the driver, which a stand-in replaces.
 
-Kernels are compiled as for a GPU, but none runs: results are whatever memory held. Tensors of the CPU stand for a GPU's, and
-autocast on the CPU can be given the rules of autocast on a GPU.
+Kernels are compiled as for a GPU but never run, so results are whatever the memory held. CPU tensors pass for a GPU's, and autocast
+on the CPU can be given the rules of autocast on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mope_kernels import _triton
 from mope_kernels.impl import interpreting
 
 ARCH = "sm_90"
-# What launchers ask torch for the device, which is not there: torch.cuda.device, around a launch, changes it.
+# Replacements for the torch functions with which launchers query the missing device; torch.cuda.device changes it around a launch.
 ANSWERS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (torch.cuda, "_exchange_device", lambda index: 0),
     (torch.cuda, "_maybe_exchange_device", lambda index: 0),
@@ -42,11 +42,11 @@ DRIVER, AUTOCAST = (Path(__file__).with_name(name) for name in ("stand_in_driver
 
 @contextlib.contextmanager
 def stand_in_for_the_driver() -> Iterator[Callable[[], int]]:
-    """Let Triton launch on tensors of the CPU, for sm_90, and models run as on a GPU -> what counts the launches so far.
+    """Let Triton launch on CPU tensors, for sm_90, and models run as on a GPU -> a function that counts the launches so far.
 
     Raises:
-        RuntimeError: there is no C compiler; Triton's kernels are interpreted, which launches nothing; or there is a GPU, with a
-            driver library of that name.
+        RuntimeError: there is no C compiler; Triton's kernels are interpreted and launch nothing; or there is a GPU, whose driver
+            library has the same name.
     """
     if interpreting():
         raise RuntimeError("with TRITON_INTERPRET=1 nothing is launched: unset it")
@@ -57,7 +57,7 @@ def stand_in_for_the_driver() -> Iterator[Callable[[], int]]:
     count = library.stand_in_launches
     count.restype = ctypes.c_ulonglong
     with contextlib.ExitStack() as stack:
-        # Where Triton links its launchers.
+        # The folder where Triton links its launchers.
         stack.enter_context(mock.patch.dict(os.environ, {"TRITON_LIBCUDA_PATH": str(path.parent)}))
         stack.enter_context(_active_driver())
         for place, name, answer in ANSWERS:
@@ -75,7 +75,7 @@ def _active_driver() -> Iterator[None]:
     from triton.runtime import driver
 
     class Driver(CudaDriver):  # type: ignore[misc]
-        """Triton's, with answers of its own where it asks torch for the device."""
+        """Triton's driver with its own answers where Triton asks torch about the device."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -96,7 +96,7 @@ def _active_driver() -> Iterator[None]:
 
 
 def _padding(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's `_padding` as on a GPU, whose mask nobody may read, as nobody may while torch.compile traces."""
+    """Wrap a model's `_padding` to act as on a GPU, where masks are not read, just as when torch.compile traces."""
 
     @functools.wraps(method)
     def unread(*args: Any) -> Any:
@@ -112,7 +112,7 @@ def _padding(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def give_autocast_the_rules_of_a_gpu() -> None:
-    """Let autocast on the CPU compute LayerNorms and softmax in float32, for the rest of this process.
+    """Make autocast on the CPU compute LayerNorms and softmax in float32, for the rest of this process.
 
     Raises:
         RuntimeError: the C++ compiler is missing or fails.
@@ -127,12 +127,12 @@ def give_autocast_the_rules_of_a_gpu() -> None:
 
 
 def _compiled(source: Path, name: str, *compiler: str, libraries: Sequence[str] = ()) -> Path:
-    """The library of a source, compiled unless it is there."""
+    """Return the library compiled from a source. Compile it unless it exists."""
     target = rows.ROOT / "build" / "stand_in" / hashlib.sha256(source.read_bytes()).hexdigest()[:12] / name
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Put in place as a whole: other processes may be doing the same.
+    # Move it into place in one step, because other processes may compile it as well.
     part = target.with_name(f"{name}.{os.getpid()}")
     command = [*compiler, "-O2", "-shared", "-fPIC", str(source), "-o", str(part), *libraries]
     try:

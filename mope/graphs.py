@@ -20,12 +20,12 @@ _recording = threading.Lock()
 
 
 def recording() -> AbstractContextManager[bool]:
-    """While a graph is recorded."""
+    """Return the lock to hold while a graph is recorded."""
     return _recording
 
 
 def modules_of(function: Callable[..., Any], modules: Sequence[nn.Module] | None) -> tuple[nn.Module, ...]:
-    """Those that are named, else the function if it is a module or a partial of one."""
+    """Return the given modules; by default the function, if it is a module or a partial of one."""
     if modules is None:
         inner = function.func if isinstance(function, functools.partial) else function
         modules = [inner] if isinstance(inner, nn.Module) else []
@@ -33,11 +33,11 @@ def modules_of(function: Callable[..., Any], modules: Sequence[nn.Module] | None
 
 
 class NotRecordable(RuntimeError):
-    """What torch says of a call that cannot become a graph."""
+    """torch's message about a call that cannot become a graph."""
 
 
 class _CudaGraphs:
-    """What recorders ask of torch.cuda, so that tests can put something else in its place."""
+    """The part of torch.cuda that recorders use; tests replace it."""
 
     def __init__(self) -> None:
         self._pool: Any = None
@@ -60,12 +60,12 @@ class _CudaGraphs:
     def record(
         self, call: Callable[[], Any], warm_up: Callable[[], object] | None = None, times: int = WARM_UPS
     ) -> tuple[Callable[[], None], Any]:
-        """-> what replays the launches of `call`, and what `call` returned: the tensors that each replay writes.
+        """Record `call` -> a function that replays its launches, and the result of `call`: the tensors that each replay writes.
 
-        Before it, `warm_up` runs so many times; default: `call` itself.
+        First run `warm_up`, by default `call` itself, `times` times.
 
         Raises:
-            NotRecordable: `call` ran before and cannot be recorded.
+            NotRecordable: `call` ran in the warm-up, but cannot be recorded.
         """
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         # Graphs replay one after the other, so what is left over of one serves the next.
@@ -98,10 +98,10 @@ class _CudaGraphs:
 
 
 class Recorder:
-    """What all that records graphs has in common: they are bounded in number, released, and belong to a thread.
+    """The common part of everything that records graphs: limit their number, release them, and bind them to a thread.
 
     Args:
-        max_graphs: how many are kept; the least recently used one goes first.
+        max_graphs: the number of graphs to keep; the least recently used one is dropped first.
 
     Raises:
         ValueError: `max_graphs` is below 1.
@@ -117,16 +117,16 @@ class Recorder:
 
     @property
     def _name(self) -> str:
-        """How errors begin."""
+        """Return the prefix of errors."""
         return type(self).__name__
 
     @property
     def num_graphs(self) -> int:
-        """How many are kept now."""
+        """Return the number of graphs kept now."""
         return len(self._graphs)
 
     def release(self) -> None:
-        """Give up all graphs and their memory. Another call records anew."""
+        """Drop all graphs and their memory. The next call records again."""
         self._check_thread()
         self._graphs.clear()
         self._backend.release()
@@ -145,13 +145,13 @@ class Recorder:
             )
 
     def _keep(self, key: Hashable, graph: Any) -> None:
-        """Keep one more; the least recently used goes where they are too many."""
+        """Keep one more graph; if there are too many, drop the least recently used one."""
         self._graphs[key] = graph
         if len(self._graphs) > self.max_graphs:
             self._graphs.popitem(last=False)
 
     def _use(self, key: Hashable) -> Any:
-        """One that is kept, the most recently used from now on."""
+        """Return a kept graph and mark it as the most recently used one."""
         self._graphs.move_to_end(key)
         return self._graphs[key]
 
@@ -236,7 +236,7 @@ class CudaGraphRunner(Recorder):
     def _check(self, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
         """The tensors among the arguments."""
         if wrong := [name for name, value in inputs.items() if not (value is None or isinstance(value, Tensor))]:
-            raise ValueError(f"CudaGraphRunner: {', '.join(wrong)} must be tensors: give anything else by functools.partial")
+            raise ValueError(f"CudaGraphRunner: {', '.join(wrong)} must be tensors: pass anything else with functools.partial")
         tensors = {name: tensor for name, tensor in inputs.items() if tensor is not None}
         if len({tensor.device for tensor in tensors.values()}) > 1:
             found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())

@@ -42,7 +42,7 @@ class Arguments:
         self._hold(name, value, names, tuple(value.shape), integer, dtype)
 
     def rows(self, name: str, value: Tensor | None, axes: str, *, dtype: torch.dtype | None = None) -> None:
-        """Hold `value` (..., C) to two axes, "R C": however many there are in front of the last, R is the number of rows."""
+        """Check `value` (..., C) against two axes, "R C", where R counts the rows over all leading axes."""
         if value is None:
             return
         self._is_tensor(name, value)
@@ -53,7 +53,7 @@ class Arguments:
 
     def _is_tensor(self, name: str, value: Tensor) -> None:
         if not isinstance(value, Tensor):
-            # numpy's arrays and lists alike.
+            # For example a numpy array or a list.
             raise TypeError(f"{self.op}: {name} must be a tensor, got {type(value).__name__}: use torch.as_tensor({name})")
 
     def _hold(
@@ -114,13 +114,13 @@ class Arguments:
             raise self.error(f"{name} must be in [0, 1), got {value}")
 
     def may_read(self, value: Tensor) -> bool:
-        """Return whether values may be looked at: on CPU tensors, and with MOPE_DEBUG=1 on others, which makes the host wait."""
+        """Return whether values may be read: on the CPU always, elsewhere only with MOPE_DEBUG=1, which makes the host wait."""
         if torch.compiler.is_compiling() or _triton.recording():
             return False
         return _triton.device_of(value).type == "cpu" or debugging()
 
     def indices(self, name: str, value: Tensor, bound: int) -> None:
-        """Hold values to 0..bound-1, where they may be looked at."""
+        """Check that values are in 0..bound-1, if they may be read."""
         if value.numel() == 0 or not self.may_read(value):
             return
         lowest, highest = map(int, value.aminmax())
@@ -158,12 +158,12 @@ def last_dim_contiguous(tensor: Tensor) -> Tensor:
 
 
 def to_copy(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-    """Return which of the tensors `last_dim_contiguous` would copy; the same for all calls of a signature."""
+    """Return the positions of the tensors that `last_dim_contiguous` would copy. All calls of a signature have the same ones."""
     return tuple(i for i, t in enumerate(tensors) if t is not None and last_dim_contiguous(t) is not t)
 
 
 def copied(tensors: Sequence[Any], which: tuple[int, ...]) -> list[Any]:
-    """Return the tensors, some of them copied into contiguous ones."""
+    """Return the tensors, with contiguous copies at the positions `which`."""
     return [t.contiguous() if i in which else t for i, t in enumerate(tensors)]
 
 

@@ -1,4 +1,4 @@
-"""The two namespaces of raw ops, and how a raw op is defined, implemented and called. Imports torch only.
+"""The two namespaces of raw ops; defines, implements and calls them. Imports torch only.
 
 Each compiled implementation has a namespace, `mope_triton` and `mope_cpu`, with the same schemas and the same fakes; both
 follow from the specs of the ops (`spec.RawOp`). Triton launchers are registered by the op's own folder, C++ kernels by the
@@ -24,13 +24,13 @@ from .tape import Tape
 NAMESPACES = ("mope_triton", "mope_cpu")
 LIBRARIES = {namespace: Library(namespace, "DEF") for namespace in NAMESPACES}
 
-# Triton's launchers by the name of their raw op, to be called without torch's dispatcher.
+# Triton launchers by the name of their raw op, for calls that skip torch's dispatcher.
 _LAUNCHERS: dict[str, Callable[..., Any]] = {}
-# And the tapes of raw backwards, whose arguments a plan does not foresee.
+# Tapes of the raw backwards, whose arguments no plan can foresee.
 _tapes: dict[str, Callable[..., Any]] = {}
 
 Launcher = TypeVar("Launcher", bound=Callable[..., object])
-# The arguments of a raw op by name, and its `namespace`.
+# The arguments of a raw op by name, plus its `namespace`.
 Named = SimpleNamespace
 Fake = Callable[[Any], tuple[Tensor, ...]]
 Kernel = Callable[..., Any]
@@ -42,7 +42,7 @@ def empty_heads_last(query: Tensor, batch: int, heads: int, length: int, width: 
 
 
 def not_needed(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the empty tensor that stands for a gradient that was not asked for."""
+    """Return the empty tensor that a backward returns for a gradient that was not requested."""
     return like.new_empty(0, dtype=dtype)
 
 
@@ -50,9 +50,9 @@ def define(name: str, schema: str, fake: Fake) -> None:
     """Define a raw op in both namespaces.
 
     Args:
-        name: of the raw op.
+        name: the name of the raw op.
         schema: "(Tensor x, ...) -> (Tensor out, ...)", in the language of torch.library.
-        fake: called with the arguments by name and the `namespace`; returns uninitialised results.
+        fake: takes the arguments by name and the `namespace`; returns uninitialised results.
     """
     parsed = torch._C.parse_schema(f"{name}{schema}")
     names = [argument.name for argument in parsed.arguments]
@@ -84,7 +84,7 @@ def triton_kernel(name: str) -> Callable[[Launcher], Launcher]:
 
 
 class _Schema(NamedTuple):
-    """Of a raw op: how many tensors come first, and the kind of each number by its place."""
+    """The number of leading tensors of a raw op, and the kind of each number by its position."""
 
     tensors: int
     numbers: dict[int, type]
@@ -102,10 +102,10 @@ def _schema(name: str) -> _Schema:
 
 
 def _as_the_op(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """The launcher, called as torch's dispatcher would call it.
+    """Wrap the launcher so that it behaves as if torch's dispatcher called it.
 
-    Numbers are of the schema's kinds, which kernels are compiled for, there is no autocast, and results are no views to autograd,
-    which would refuse to change them in place.
+    Convert numbers to the schema's kinds, for which kernels are compiled, and turn autocast off. Also make sure that autograd
+    does not take results for views, which it would refuse to change in place.
     """
 
     @functools.wraps(launcher)
@@ -114,7 +114,7 @@ def _as_the_op(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
         for place, kind in _schema(name).numbers.items():
             if place < len(given) and type(given[place]) is not kind:
                 if kind is bool or type(given[place]) not in (bool, int):
-                    # It says what is wrong.
+                    # Call the op: it reports what is wrong.
                     return _overload("triton", name)(*args)
                 given[place] = kind(given[place])
         with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowADInplaceOrView():
@@ -129,7 +129,7 @@ def _overload(implementation: str, name: str) -> Callable[..., Any]:
 
 
 def forward_kernel(implementation: str, name: str, direct: bool) -> Callable[..., Any]:
-    """Return what runs a raw op: Triton's launcher itself with `direct`, which says that nothing has to see the op; else the op."""
+    """Return the callable for a raw op: Triton's launcher itself with `direct`, if nothing has to see the op; otherwise the op."""
     if torch.compiler.is_compiling():
         return getattr(getattr(torch.ops, f"mope_{implementation}"), name).default
     if not direct or implementation != "triton":
@@ -138,13 +138,13 @@ def forward_kernel(implementation: str, name: str, direct: bool) -> Callable[...
 
 
 def backward_kernel(implementation: str, name: str) -> Callable[..., Any]:
-    """Return what runs a raw backward. Modes may have changed since forward, so they are looked at."""
+    """Return the callable for a raw backward. Modes may have changed since forward, so check them again."""
     if torch.compiler.is_compiling():
         return getattr(getattr(torch.ops, f"mope_{implementation}"), name).default
     if implementation != "triton":
         return _overload(implementation, name)
     if _triton.recording():
-        # Launches that are written down are made by the launchers, on fake tensors too.
+        # While launches are recorded, the launchers make them, on fake tensors too.
         return _LAUNCHERS[name]
     if not plans.nothing_watches():
         return _overload(implementation, name)
@@ -152,7 +152,7 @@ def backward_kernel(implementation: str, name: str) -> Callable[..., Any]:
 
 
 class _Tapes(plans.Plans):
-    """The tapes of one raw op, by all of its arguments. Where there is no signature the op is called."""
+    """The tapes of one raw op, by all of its arguments. Calls without a signature go to the op."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -51,18 +51,18 @@ def on_amd() -> bool:
     return bool(torch.version.hip) if _target is None else _target.startswith("gfx")
 
 
-# While not None, the GPU that tensors of the CPU stand for.
+# The GPU that CPU tensors represent, or None.
 _stood_for: torch.device | None = None
 
 
 @contextlib.contextmanager
 def standing_in() -> Iterator[None]:
-    """Launch on tensors of the CPU as if they were a GPU's. For a stand-in of Triton's driver, which runs no kernel."""
+    """Launch on CPU tensors as if they were on a GPU. Used with a stand-in for Triton's driver, which runs no kernels."""
     global _stood_for
     from . import plans
 
     outer, _stood_for = _stood_for, torch.device("cuda", 0)
-    # Which implementation runs is another question now.
+    # Other implementations can run now.
     plans.forget()
     try:
         yield
@@ -72,7 +72,7 @@ def standing_in() -> Iterator[None]:
 
 
 def device_of(tensor: Tensor) -> torch.device:
-    """The device on which kernels would run on this tensor."""
+    """Return the device on which kernels would run for this tensor."""
     return tensor.device if _stood_for is None else _stood_for
 
 
@@ -92,7 +92,7 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
         _recorded.append((kernel, args, constants))
         return
     if programs == 0:
-        # Nothing to write on a tape either: the number follows from shapes.
+        # A tape needs no line for this either, because the number of programs follows from shapes.
         return
     from triton import JITFunction
 

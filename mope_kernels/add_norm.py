@@ -20,7 +20,7 @@ from .plans import Plan
 class AddNormFunction(torch.autograd.Function):
     """(implementation, kernel, eps, norm_dtype, x, update, weight, bias) -> total, normed.
 
-    Nothing but total and weight is kept for backward. Without update total is empty and has no gradient: it would repeat x.
+    Keep only total and weight for backward. Without update, total is empty and has no gradient, because it would repeat x.
     """
 
     @staticmethod

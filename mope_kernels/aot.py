@@ -90,7 +90,7 @@ class Report:
 
 
 def launch(spec: Spec, variant: Variant) -> None:
-    """Call an op by its Triton kernels, forward, and backward for the gradients that the variant wants."""
+    """Run the Triton kernels of an op: forward, then backward for the gradients that the variant wants."""
     tensors, options = spec.draw(variant.dtype, **variant.sizes)
     wanted = spec.leaves(tensors) if variant.wanted is None else [name for name in variant.wanted if tensors[name] is not None]
     leaves = [tensor.requires_grad_() for name in wanted if (tensor := tensors[name]) is not None]
@@ -102,7 +102,7 @@ def launch(spec: Spec, variant: Variant) -> None:
 
 
 def variants(short: bool = False) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yield (name, what launches it) for each variant that the specs of the ops declare."""
+    """Yield (name, function that launches it) for each variant that the specs of the ops declare."""
     for spec in SPECS.values():
         for variant in spec.variants(short):
             yield f"{spec.name} {variant.label}", functools.partial(launch, spec, variant)

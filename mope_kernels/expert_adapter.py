@@ -32,7 +32,7 @@ class _Options(NamedTuple):
 class ExpertAdapterFunction(torch.autograd.Function):
     """(implementation, kernel, options, whether to return the weights, x (T,d), parameters, seed) -> out, weights.
 
-    Only the inputs are kept for backward.
+    Keep only the inputs for backward.
     """
 
     @staticmethod
@@ -54,7 +54,7 @@ class ExpertAdapterFunction(torch.autograd.Function):
         # torch.compile gives zeros of the shape of what stands in for weights that nobody asked for.
         grad_out, grad_weights = grads[0], grads[1] if ctx.return_weights else None
         grad_out = torch.zeros_like(tensors[0]) if grad_out is None else last_dim_contiguous(grad_out)
-        # Behind the options, and without the seed, which has none.
+        # The tensors follow the options; the seed comes last and has no gradient.
         asked = dict(zip(GRADIENTS.names, ctx.needs_input_grad[4:-1], strict=True))
         found = backward_kernel(ctx.implementation, "expert_adapter_backward")(
             grad_out, grad_weights, *tensors, *ctx.options, GRADIENTS.needs(asked)
@@ -157,7 +157,7 @@ def _plan(direct: bool, x: Tensor, *given: Any) -> Plan:
         return lambda *tensors: run(*tensors, None)[0]
 
     def planned(x: Tensor, *parameters: Tensor | None) -> Any:
-        # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
+        # Make the seed a new tensor on the device: this does not sync, and a graph replay can be given a new one.
         seed = torch.randint(2**62, (1,), device=x.device) if dropout_p else None
         out, weights = run(last_dim_contiguous(x.reshape(-1, shape[-1])), *parameters, seed)
         if not return_weights:

@@ -61,7 +61,7 @@ class GeluMlpFunction(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(..., C) -> (N,C)."""
+    """Reshape (..., C) to (N,C)."""
     return last_dim_contiguous(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
 
 
@@ -140,7 +140,7 @@ def _plan(
     kernel = forward_kernel("triton", "gelu_mlp", direct)
     run: Plan
     if any_needs_gradient(x, weight1, bias1, weight2, bias2):
-        # The gradient of the last bias alone needs no h.
+        # h is not needed for the gradient of the last bias alone.
         run = partial(GeluMlpFunction.apply, kernel, way, any_needs_gradient(x, weight1, bias1, weight2))
     else:
 

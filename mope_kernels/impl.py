@@ -171,7 +171,7 @@ def triton_check(*tensors: Tensor) -> list[str]:
     if not HAS_TRITON:
         reasons.append("Triton is not installed (pip install triton)")
     if _triton.recording():
-        # What would be launched is written down, on whatever device the tensors are.
+        # Launches for a GPU are recorded, whatever device the tensors are on.
         device = "cuda"
     if device == "cpu" and not interpreting():
         reasons.append("Triton runs on GPUs, these tensors are on the CPU")

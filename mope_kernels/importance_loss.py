@@ -1,4 +1,4 @@
-"""The loss that keeps the loads of the experts even."""
+"""The loss that balances the loads of the experts."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ _IMPORTANCE_LOSS = Operation(
 
 
 def importance_loss(probs: Tensor, *, threshold: float = 0.1, impl: str = "auto") -> Tensor:
-    """How uneven the experts' loads are: CV^2 = var(I) / mean(I)^2 of I = sum over the batch of probs, unbiased variance.
+    """Return how uneven the experts' loads are: CV^2 = var(I) / mean(I)^2 with I = sum of probs over the batch, unbiased variance.
 
     Args:
-        probs: (B,K) softmax over all experts, `Routing.probs`; or (L,B,K), those of L blocks, in one launch.
-        threshold: a CV^2 up to this counts as even: the loss is 0 and so is its gradient. No device sync.
+        probs: (B,K) softmax over all experts, `Routing.probs`; or (L,B,K) for L blocks in one launch.
+        threshold: if CV^2 is at most this, the loads count as even, and the loss and its gradient are 0. No device sync.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
-        () or (L,), float32 (float64 for float64 probs). 0, with zero gradient, for K = 1 or B = 0.
+        () or (L,), float32 (float64 for float64 probs). 0 with zero gradient for K = 1 or B = 0.
 
     Raises:
         ValueError: `probs` is not floating point or has other axes, or `impl` cannot run.

@@ -83,7 +83,7 @@ def _plan(direct: bool, experts: Tensor, weights: Tensor, indices: Tensor, impl:
     as_given = implementation == "reference" or (indices.dtype == torch.int64 and not to_copy((experts, weights, indices)))
 
     def planned(experts: Tensor, weights: Tensor, indices: Tensor) -> Any:
-        # In every call: it looks at values.
+        # Check in every call, because this reads values.
         arguments.indices("indices", indices, bound)
         if not as_given:
             experts, weights, indices = map(last_dim_contiguous, (experts, weights, indices.long()))

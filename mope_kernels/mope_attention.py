@@ -55,7 +55,7 @@ class ExpertBank:
 
 
 class _Options(NamedTuple):
-    """Arguments of the raw op that are not tensors, in the order of its schema."""
+    """The arguments of the raw op that are not tensors, in schema order."""
 
     top_k: int
     temperature: float
@@ -68,7 +68,7 @@ class _Options(NamedTuple):
 class MoPEAttentionFunction(torch.autograd.Function):
     """(implementation, kernel, options, *tensors) -> out, probs, weights, indices.
 
-    The tensors are in the order of the raw op's schema.
+    The tensors are in schema order.
     """
 
     @staticmethod
@@ -245,7 +245,7 @@ def mope_attention(
 
 
 def _plan(direct: bool, *given: Any) -> Plan:
-    """Plan a call: the tensors of the raw op without its seed, task_ids, and the options."""
+    """Plan a call. `given` holds the tensors of the raw op without its seed, task_ids, and the options."""
     *tensors, task_ids, top_k, temperature, renormalize, eps, scale, dropout_p, impl = given
     named = dict(zip(TENSORS, tensors, strict=False))
     arguments = Arguments("mope_attention")
@@ -292,14 +292,14 @@ def _plan(direct: bool, *given: Any) -> Plan:
 
 
 def _by_kernel(implementation: str, direct: bool, options: _Options, needs_gradient: bool, copies: tuple[int, ...]) -> Plan:
-    """The tensors of the raw op without its seed, and task_ids -> out, probs, weights, indices."""
+    """Return the plan: the tensors of the raw op without its seed, and task_ids -> out, probs, weights, indices."""
     kernel = forward_kernel(implementation, "mope_attention", direct)
 
     def attend(*tensors: Tensor | None) -> Any:
         *inputs, lengths, task_ids = tensors
         laid_out = copied(inputs, copies) if copies else inputs
         lengths = kernel_lengths(lengths)
-        # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
+        # Make the seed a new tensor on the device: this does not sync, and a graph replay can be given a new one.
         seed = torch.randint(2**62, (1,), device=tensors[0].device) if options.dropout_p else None  # type: ignore[union-attr]
         if needs_gradient:
             return MoPEAttentionFunction.apply(implementation, kernel, options, *laid_out, lengths, seed)
@@ -311,7 +311,7 @@ def _by_kernel(implementation: str, direct: bool, options: _Options, needs_gradi
 
 
 def _mix_and_attend(*tensors: Tensor | None, **options: Any) -> Any:
-    """The same by the plain definition, with any attention."""
+    """Compute the same by the plain definition, with any attention."""
     *inputs, task_ids = tensors
     named: dict[str, Any] = dict(zip(TENSORS, inputs, strict=False))
     out, weights, indices, probs = reference.mope_attention(**named, **options, task_ids=task_ids)
@@ -321,7 +321,7 @@ def _mix_and_attend(*tensors: Tensor | None, **options: Any) -> Any:
 def _check(
     arguments: Arguments, named: dict[str, Tensor | None], task_ids: Tensor | None, top_k: int | None, temperature: float
 ) -> None:
-    """Hold the tensors to each other; `named` as the raw op names them."""
+    """Check the tensors against each other; `named` has the names of the raw op."""
     get: Any = named.get
     check_attention(arguments, get("query"), get("key"), get("value"), get("lengths"), 0.0)
     check_routing(arguments, get("logits"), get("noise"), top_k, temperature)

@@ -1,11 +1,11 @@
-"""What the public functions found out about a call, kept for the next call that looks the same.
+"""Plans: the results of checking a call, kept for later calls with the same signature.
 
-A call of an op is checked, an implementation is chosen, and layouts are looked at. All of that depends on the shapes, strides,
-dtypes, devices and alignment of the tensors, on which of them require a gradient, on the options, and on a few switches of
-torch: together the signature of the call. The first call with a signature makes a plan, a function of the tensors that does
-what is left to do; later calls run it at once. An op keeps MAX_PLANS of them.
+Calling an op checks the arguments, chooses an implementation and inspects layouts. All of that depends only on the signature of
+the call: the shapes, strides, dtypes, devices and alignment of the tensors, which of them require a gradient, the options, and a
+few switches of torch. The first call with a signature makes a plan, a function of the tensors that does the remaining work; later
+calls run it directly. An op keeps MAX_PLANS of them.
 
-There is no signature, and every call is checked anew, while something has to see the ops themselves: dispatch and function modes,
+A call has no signature, and is checked every time, while something has to see the ops themselves: dispatch and function modes,
 transforms of torch.func, forward mode, tracing, subclasses of Tensor.
 """
 
@@ -27,7 +27,7 @@ _TENSORS = frozenset((Tensor, nn.Parameter))
 _OPTIONS = frozenset((bool, int, float, str, type(None), torch.dtype))
 _ON_AMD = bool(torch.version.hip)
 _every_op: list[Plans] = []
-# Of what plans depend on, counted up by each `forget`, so that a plan made meanwhile is not kept.
+# Counts changes of the things that plans depend on. `forget` increments it, so that a plan begun before is not kept.
 _generation = 0
 _lock = threading.Lock()
 
@@ -35,7 +35,7 @@ Plan = Callable[..., Any]
 
 
 def nothing_watches() -> bool:
-    """Return whether kernels may be called past torch's dispatcher: no mode, transform or trace has to see the op."""
+    """Return whether kernels may be called without torch's dispatcher: no mode, transform or trace has to see the op."""
     return not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
@@ -47,25 +47,25 @@ def nothing_watches() -> bool:
 
 
 def signature(tensors: Iterable[Any], options: tuple[Any, ...]) -> Hashable | None:
-    """Return all that checks and choices read of a call, or None where a call has to be looked at each time.
+    """Return everything about a call that checks and choices depend on, or None if every such call must be checked.
 
-    Of an address two things count: whether it is a multiple of 16 bytes, which Triton compiles for, and where in its storage
-    a tensor begins, modulo 16 elements.
+    Two properties of an address count: whether it is a multiple of 16 bytes, for which Triton compiles, and the tensor's offset
+    into its storage modulo 16 elements.
     """
     return signature_of_arguments(tensors, options) if nothing_watches() else None
 
 
 def signature_of_arguments(tensors: Iterable[Any], options: tuple[Any, ...]) -> Hashable | None:
-    """Return the signature of arguments, None if a tensor is not a plain one, or an option no plain number, text or dtype."""
+    """Return the signature of arguments, or None unless tensors are plain tensors and options plain numbers, texts or dtypes."""
     kinds = tuple(map(type, options))
-    # A tensor in place of a number too: a signature says nothing of its value.
+    # A tensor passed as a number has no signature either, because a signature does not contain its value.
     if not _OPTIONS.issuperset(kinds):
         return None
-    # With the kinds: 2 == 2.0 and 1 == True, and not all of them are as good.
+    # Include the types: 2 == 2.0 and 1 == True, but an op may not accept both.
     key: list[Any] = [torch.is_grad_enabled(), _triton.target(), options, kinds]
     try:
         for t in tensors:
-            # No function for a tensor: half of what a small op costs is in here.
+            # Inlined: this loop takes half of the time of a small op, so it calls no function per tensor.
             if t is None:
                 key.append(None)
                 continue
@@ -73,20 +73,20 @@ def signature_of_arguments(tensors: Iterable[Any], options: tuple[Any, ...]) -> 
                 return None
             address = t.data_ptr()
             if not address and t.numel():
-                # A tensor without memory.
+                # A tensor without memory, such as a fake one.
                 return None
             key.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad, address & 15, t.storage_offset() & 15))
             if _ON_AMD:
-                # Kernels are compiled for addresses of 32 bits where storages are small.
+                # Kernels are compiled with 32-bit addresses if storages are small.
                 key.append(t.untyped_storage().nbytes() < 2**31)
     except RuntimeError:
-        # No strides, or no memory: a sparse tensor, say.
+        # The tensor has no strides or no memory, for example because it is sparse.
         return None
     return tuple(key)
 
 
 class Plans:
-    """The plans of one op by signature; the oldest goes when there are more than MAX_PLANS."""
+    """The plans of one op by signature. Beyond MAX_PLANS the oldest one is dropped."""
 
     def __init__(self) -> None:
         self._plans: dict[Hashable, Plan] = {}
@@ -102,7 +102,7 @@ class Plans:
         return self._plans.get(key)
 
     def put(self, key: Hashable, plan: Plan, generation: int) -> Plan:
-        """Keep a plan that was begun in this generation, unless what it depends on has changed since."""
+        """Keep a plan that was begun in this generation, unless the things it depends on have changed since."""
         with _lock:
             if generation == _generation:
                 if len(self._plans) >= MAX_PLANS and key not in self._plans:
@@ -111,16 +111,16 @@ class Plans:
         return plan
 
     def run(self, make: Callable[..., Plan], tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
-        """Run the plan of a call, made by `make(direct, *tensors, *options)` if there is none yet.
+        """Run the plan for a call. If there is none yet, make it with `make(direct, *tensors, *options)`.
 
-        `make` raises what is wrong with the call. `direct` tells it that kernels may be called past torch's dispatcher. The plan
-        gets the tensors.
+        `make` raises the errors for wrong arguments. `direct` tells it that it may call kernels without torch's dispatcher. The
+        plan is called with the tensors.
         """
         if torch.compiler.is_compiling():
             return make(False, *tensors, *options)(*tensors)
         key = signature(tensors, options)
         if key is None:
-            # Launches that are written down are made by the launchers, on fake tensors too.
+            # While launches are recorded, the launchers make them, on fake tensors too.
             return make(_triton.recording(), *tensors, *options)(*tensors)
         plan = self._plans.get(key)
         if plan is None:
@@ -130,7 +130,7 @@ class Plans:
 
 
 def forget() -> None:
-    """Forget the plans of all ops: after a change of what they depend on, as settings do."""
+    """Drop the plans of all ops, after a change of something that they depend on, such as the settings."""
     global _generation
     with _lock:
         _generation += 1
@@ -139,5 +139,5 @@ def forget() -> None:
 
 
 def generation() -> int:
-    """Return what `Plans.put` asks for, to be looked at before a plan is made."""
+    """Return the generation to pass to `Plans.put`. Read it before making the plan."""
     return _generation

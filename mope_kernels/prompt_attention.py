@@ -29,7 +29,7 @@ from .prompt_attention_details.spec import GRADIENTS, HEAD_DIMS
 
 
 class PromptAttentionFunction(torch.autograd.Function):
-    """(implementation, kernel, raw op, options, *tensors) -> out; the tensors in the order of the raw op's schema."""
+    """(implementation, kernel, raw op, options, *tensors) -> out. The tensors are in schema order."""
 
     @staticmethod
     def forward(
@@ -43,13 +43,13 @@ class PromptAttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only("prompt_attention")
-        # Behind implementation, direct, op and options. Those that can have a gradient come first among the tensors.
+        # The tensors follow implementation, direct, op and options. Those that can have a gradient come first.
         asked = dict(zip(GRADIENTS.names, ctx.needs_input_grad[4:], strict=False))
         found = backward_kernel(ctx.implementation, f"{ctx.op}_backward")(
             last_dim_contiguous(grads[0]), *ctx.saved_tensors, *ctx.options, GRADIENTS.needs(asked)
         )
         gradients = [grad if need else None for grad, need in zip(found, asked.values(), strict=True)]
-        # The others have none: lengths, attn_bias, offsets, seed.
+        # lengths, attn_bias, offsets and seed have no gradient.
         others = len(ctx.needs_input_grad) - 4 - len(gradients)
         return None, None, None, None, *gradients, *(None,) * others
 
@@ -142,7 +142,7 @@ def _check_packed(
 
 
 def _look_at_offsets(arguments: Arguments, offsets: Tensor, num_rows: int, max_length: int) -> None:
-    """Hold offsets to the rows that there are, where that costs no device sync."""
+    """Check offsets against the available rows, if that costs no device sync."""
     if not arguments.may_read(offsets):
         return
     bounds = offsets.tolist()
@@ -235,13 +235,13 @@ def _plan(direct: bool, *given: Any) -> Plan:
     num_rows, copies, packed = query.shape[2], to_copy(tensors), offsets is not None
     fitting = lengths is None or kernel_lengths(lengths) is lengths
     if fitting and not (copies or dropout_p or packed):
-        # The seed, which is none, has the place of the offsets.
+        # offsets comes last and is None. It serves as the seed, which is None too without dropout.
         return attend
 
     def planned(*given: Any) -> Tensor:
         lengths, attn_bias, offsets = given[5:]
         laid_out = copied(given[:5], copies)
-        # A tensor of its own, made on the device: no sync, and a graph replay can be given a new one.
+        # Make the seed a new tensor on the device: this does not sync, and a graph replay can be given a new one.
         seed = torch.randint(2**62, (1,), device=laid_out[0].device) if dropout_p else None
         if not packed:
             return attend(*laid_out, kernel_lengths(lengths), attn_bias, seed)
@@ -269,7 +269,7 @@ def _attend_by_autograd(
 
 
 def _pad_and_attend(arguments: Arguments, max_length: int, options: dict[str, Any], *tensors: Any) -> Tensor:
-    """Attend to packed items where no kernel takes them: pad them, attend, pack the result."""
+    """Attend to packed items without a kernel for them: pad them, attend, pack the result."""
     query, key, value, prompt_key, prompt_value, _, _, offsets = tensors
     _look_at_offsets(arguments, offsets, query.shape[2], max_length)
     num_rows = query.shape[2]

@@ -21,7 +21,7 @@ from .route import Routing, noise_gradient
 
 
 class _Options(NamedTuple):
-    """Arguments of the raw op that are not tensors, in the order of its schema."""
+    """The arguments of the raw op that are not tensors, in schema order."""
 
     num_replaced: int
     top_k: int
@@ -34,7 +34,7 @@ class _Options(NamedTuple):
 class PromptedNormFunction(torch.autograd.Function):
     """(implementation, kernel, options, *tensors) -> total, normed, probs, weights, indices.
 
-    The tensors are in the order of the raw op's schema.
+    The tensors are in schema order.
     """
 
     @staticmethod
@@ -109,7 +109,7 @@ _PROMPTED_NORM = Operation(
 def _check_router(
     arguments: Arguments, named: dict[str, Any], routing: tuple[Any, Any] | None, top_k: int | None, temperature: float
 ) -> None:
-    """Hold the tensors of a router to each other. Experts have either a router or a routing; without them there is neither."""
+    """Check the tensors of a router against each other. Experts need a router or a routing; without experts there is neither."""
     experts, noise = named["experts"], named["noise"]
     arguments.tensor("experts", experts, "K P C")
     arguments.both_or_neither("self_weight", named["self_weight"], "self_keys", named["self_keys"])
@@ -214,7 +214,7 @@ def prompted_norm(
 
 
 def _plan(direct: bool, *given: Any) -> Plan:
-    """Plan a call: the tensors of the raw op, and the options -> total, normed, and weights, indices and probs if it routes."""
+    """Plan a call: the tensors of the raw op, and options -> total, normed, and weights, indices and probs if it routes."""
     *tensors, num_replaced, top_k, temperature, renormalize, eps, norm_dtype, impl = given
     named = dict(zip(TENSORS, tensors, strict=True))
     x, update, experts = named["x"], named["update"], named["experts"]
@@ -247,7 +247,7 @@ def _plan(direct: bool, *given: Any) -> Plan:
     num_experts = experts.shape[0]
 
     def planned(*tensors: Any) -> Any:
-        # In every call: it looks at values.
+        # Check in every call, because this reads values.
         arguments.indices("routing.indices", tensors[-2], num_experts)
         return run(*tensors)
 
@@ -257,7 +257,7 @@ def _plan(direct: bool, *given: Any) -> Plan:
 def _by_definition(options: dict[str, Any], *tensors: Any) -> Any:
     named = dict(zip(TENSORS, tensors, strict=True))
     weights, indices = named.pop("routing_weights"), named.pop("routing_indices")
-    # (weights, indices, probs); the definition reads no probs of a routing given ready-made.
+    # (weights, indices, probs); the definition does not read the probs of a given routing.
     routing = None if weights is None else (weights, indices, weights)
     total, normed, found = reference.prompted_norm(**named, routing=routing, **options)
     return total, normed, None if routing is not None else found

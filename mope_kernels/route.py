@@ -40,7 +40,7 @@ def noise_gradient(grad_logits: Tensor, temperature: float, dtype: torch.dtype) 
 
 
 class _Options(NamedTuple):
-    """Arguments of the raw op that are not tensors, in the order of its schema."""
+    """The arguments of the raw op that are not tensors, in schema order."""
 
     top_k: int
     temperature: float

@@ -1,4 +1,4 @@
-"""Environment variables that the ops obey, read once: when an op first runs, and again by `reread_environment`."""
+"""Environment variables for the ops. They are read once, when an op first runs, and again by `reread_environment`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import plans
 
 
 class Settings(NamedTuple):
-    """impl: MOPE_IMPL, implementations in place of "auto"; debug: MOPE_DEBUG; autotune: MOPE_AUTOTUNE."""
+    """impl: MOPE_IMPL, the implementations to use for "auto"; debug: MOPE_DEBUG; autotune: MOPE_AUTOTUNE."""
 
     impl: str
     debug: bool
@@ -28,10 +28,10 @@ def _is_on(name: str) -> bool:
 
 
 def current() -> Settings:
-    """Return the settings, read from the environment by the first call."""
+    """Return the settings. The first call reads them from the environment."""
     global _settings
     if torch.compiler.is_compiling():
-        # What was read before would be compared in each call of what is compiled here.
+        # The compiled code would guard on cached settings and compare them in each call.
         return _read()
     found = _settings
     if found is None:
@@ -45,7 +45,7 @@ def _read() -> Settings:
 
 
 def reread_environment() -> None:
-    """Read MOPE_IMPL, MOPE_DEBUG and MOPE_AUTOTUNE again, after they changed in a running process."""
+    """Read MOPE_IMPL, MOPE_DEBUG and MOPE_AUTOTUNE again after a running process has changed them."""
     global _settings
     with _lock:
         _settings = None

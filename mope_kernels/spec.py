@@ -1,7 +1,7 @@
-"""The spec of an op: all of it that is no kernel, in one place, `<op>_details/spec.py`.
+"""The spec of an op, `<op>_details/spec.py`: everything about it except its kernels, in one place.
 
-From it follow the schemas and fakes of the raw ops, the bits that ask for gradients, the kernels compiled ahead of time, the
-inputs of the benchmarks, and the cases of the tests' contract.
+The schemas and fakes of the raw ops, the bits that request gradients, the kernels compiled ahead of time, the inputs of the
+benchmarks and the cases of the contract tests are all derived from it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mope_kernels
 
 from . import _ops
 
-# What an example is made of, by name: how many of what, and which options.
+# The sizes and options of an example, by name.
 Sizes = dict[str, Any]
 Tensors = dict[str, Tensor | None]
 Options = dict[str, Any]
@@ -28,10 +28,10 @@ Example = Callable[[torch.dtype, str, Sizes], tuple[Tensors, Options]]
 
 
 class Choose(Protocol):
-    """Chooses at random, or as a test wants."""
+    """Chooses values at random, or as a test decides."""
 
     def integers(self, low: int, high: int) -> int:
-        """Return one from low to high, both included."""
+        """Return an integer from low to high, both included."""
 
     def booleans(self) -> bool: ...
 
@@ -39,20 +39,20 @@ class Choose(Protocol):
         """Return one of the values."""
 
 
-# (what chooses, implementation) -> sizes as anybody may have them.
+# (chooser, implementation) -> sizes that a user may have.
 AnySizes = Callable[[Choose, str], Sizes]
 
-# How labels of variants name dtypes.
+# Names of dtypes in the labels of variants.
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 SPECS: dict[str, Spec] = {}
 
 
 class Gradients:
-    """The inputs of an op that its raw backward can give a gradient of, in the order of its results.
+    """The inputs whose gradients an op's raw backward can compute, in the order of its results.
 
-    The last argument of such a backward, `needs`, has bit i set where the i-th gradient is asked for. A gradient that is not
-    asked for comes back as an empty tensor of shape (0,).
+    The last argument of the raw backward, `needs`, has bit i set if the i-th gradient is requested. A gradient that was not
+    requested is returned as an empty tensor of shape (0,).
     """
 
     def __init__(self, *names: str) -> None:
@@ -60,7 +60,7 @@ class Gradients:
         self._bits = tuple((name, 1 << bit) for bit, name in enumerate(names))
 
     def needs(self, asked: Mapping[str, bool]) -> int:
-        """Return the bits of the gradients that are asked for."""
+        """Return the bits of the requested gradients."""
         needs = 0
         for name, bit in self._bits:
             if asked[name]:
@@ -68,16 +68,16 @@ class Gradients:
         return needs
 
     def asked(self, needs: int) -> set[str]:
-        """Return the names that the bits stand for."""
+        """Return the names of the gradients whose bits are set."""
         return {name for bit, name in enumerate(self.names) if needs >> bit & 1}
 
     @property
     def results(self) -> str:
-        """The results of the raw backward, as its schema names them."""
+        """Return the results of the raw backward in schema syntax."""
         return ", ".join(f"Tensor grad_{name}" for name in self.names)
 
     def fake(self, like: Callable[[Any, str], Tensor], absent: Callable[[Any, str], Tensor]) -> _ops.Fake:
-        """Return the fake of the raw backward. `like(arguments, name)` allocates a gradient, `absent` the empty one."""
+        """Return the fake of the raw backward. `like(arguments, name)` allocates a gradient, `absent` an empty one."""
 
         def fake(a: Any) -> tuple[Tensor, ...]:
             asked = self.asked(a.needs)
@@ -89,8 +89,8 @@ class Gradients:
 class RawOp(NamedTuple):
     """A raw op in both namespaces.
 
-    name: the op's, or that and "_backward".
-    arguments, results: their halves of the schema, in the language of torch.library. Tensors may have any strides as long as the
+    name: the op's name, or the op's name and "_backward".
+    arguments, results: the two halves of the schema, in the language of torch.library. Tensors may have any strides as long as the
         last dimension is contiguous.
     fake: (arguments by name, and `namespace`) -> uninitialised results.
     """
@@ -104,8 +104,8 @@ class RawOp(NamedTuple):
 class Variant(NamedTuple):
     """A call whose kernels are compiled ahead of time.
 
-    label: behind the op's name. wanted: the tensors whose gradients are asked for, None: all that have one; () is the
-    forward pass alone. incoming: the outputs that a gradient comes in for, None: all.
+    label: follows the op's name. wanted: the tensors whose gradients are requested, None: all that have one; () runs the
+    forward pass alone. incoming: the outputs that receive a gradient, None: all.
     """
 
     label: str
@@ -127,25 +127,25 @@ def _no_variants(short: bool) -> Iterable[Variant]:
 class Spec:
     """One op.
 
-    name: of the public function, which takes `impl`.
-    definition: (options, tensors) -> the outputs by the plain definition.
-    example: (dtype, device, sizes) -> fresh random tensors and options; sizes are `base`, some of them changed.
-    gradients: those of the raw backward; `also`: tensors whose gradient is made from that of another one, "noise": "logits".
+    name: the name of the public function, which takes `impl`.
+    definition: (options, tensors) -> outputs computed by the plain definition.
+    example: (dtype, device, sizes) -> fresh random tensors and options; sizes are `base` with changes.
+    gradients: those of the raw backward; `also`: tensors whose gradient is derived from another one, "noise": "logits".
     raw: the raw ops.
-    implementations: those beside the definition.
-    base: the sizes of an example; cases: changes of them on which accuracy is measured. any_sizes: draws changes of any kind.
-    varied: changes that together run each part of the code once; full: one in which as much as can be takes part.
-    of_items: how many items there are -> the changes that make so many.
+    implementations: those besides the definition.
+    base: the sizes of an example; cases: changes of them, for which accuracy is measured. any_sizes: draws arbitrary changes.
+    varied: changes that together run each part of the code once; full: one change that uses as many features as possible.
+    of_items: number of items -> the changes that make a batch of that many.
     arguments: (options, tensors) -> the arguments of the public function, by name.
-    outputs: (what the function returned, options) -> its floating point tensors that may have a gradient.
-    statistics: the outputs, by their place, that are in float32 (float64) whatever the dtype.
-    around: options -> a context in which the function is called, None: none.
-    per_item: the tensors whose first axis counts the items of a batch, which must not influence each other.
-    padded: the tensors that `lengths` hides a part of.
-    refused: other floating point tensors, which have no gradient: an error where they ask for one.
+    outputs: (result of the function, options) -> its floating point tensors that may have a gradient.
+    statistics: the indices of outputs that are float32 (float64) whatever the dtype.
+    around: options -> the context in which to call the function, None: no context.
+    per_item: the tensors whose first axis counts the items of a batch; items must not influence each other.
+    padded: the tensors that `lengths` partly hides.
+    refused: other floating point tensors, which have no gradient; requesting one is an error.
     shared_gradient: tensors whose gradient may be that of another one, computed once for both.
-    last_axes: of tensors, how many of the last axes belong together: no element of these may lie where another one does.
-    small: cases of few numbers, in which one draw says more about luck than about accuracy.
+    last_axes: by tensor, the number of last axes that belong together: their elements must not overlap in memory.
+    small: cases with so few numbers that a single draw shows luck rather than accuracy.
     variants: whether the list is short -> the calls whose kernels are compiled ahead of time.
     """
 
@@ -183,16 +183,16 @@ class Spec:
 
     @property
     def differentiable(self) -> tuple[str, ...]:
-        """The tensors that can have a gradient."""
+        """Return the tensors that can have a gradient."""
         return (*self.gradients.names, *self.also)
 
     @property
     def same_gradient(self) -> dict[str, str]:
-        """The tensors whose gradient costs nothing where that of another one is computed."""
+        """Return the tensors whose gradient costs nothing once another one's is computed."""
         return self.shared_gradient | self.also
 
     def draw(self, dtype: torch.dtype, device: str = "cpu", **changes: Any) -> tuple[Tensors, Options]:
-        """Return fresh random tensors and options to call the op with, sizes as in `base` but for the changes."""
+        """Return fresh random tensors and options to call the op with. Sizes are `base` with the changes."""
         if unknown := changes.keys() - self.base.keys():
             raise ValueError(f"{self.name}: no such sizes: {', '.join(sorted(unknown))}; there are {', '.join(self.base)}")
         return self.example(dtype, device, self.base | changes)
@@ -201,16 +201,16 @@ class Spec:
         """Call the op."""
         function = getattr(mope_kernels, self.name)
         if self.around is None:
-            # What is timed by calling this should have little beside it.
+            # Benchmarks time this call, so do little else here.
             return self.outputs(function(**self.arguments(options, tensors), impl=impl), options)
         with self.around(options):
             return self.outputs(function(**self.arguments(options, tensors), impl=impl), options)
 
     def explain(self, options: Options, tensors: Tensors) -> mope_kernels.Explanation:
-        """Say which implementation would run."""
+        """Return which implementation would run."""
         with nullcontext() if self.around is None else self.around(options):
             return mope_kernels.explain(self.name, **self.arguments(options, tensors))
 
     def leaves(self, tensors: Mapping[str, Any]) -> list[str]:
-        """Return the differentiable tensors that are there."""
+        """Return the names of the differentiable tensors that are present."""
         return [name for name in self.differentiable if tensors.get(name) is not None]

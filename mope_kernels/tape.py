@@ -1,13 +1,13 @@
-"""Tapes: what a launcher does for calls of one signature, written down in the first of them and replayed in later ones.
+"""Tapes: record what a launcher does in the first call of a signature, and replay it in later ones.
 
-A launcher is Python that allocates results, looks up blocks, computes strides and grids, and launches kernels through Triton's
-JIT, which looks at every argument again. For calls of one signature (see `plans`) all of that is the same each time but for the
-addresses. The first call runs the launcher and writes down what it does, as a straight-line Python function: allocations, the few
-operations of torch that a launcher leaves to it, and launches of compiled kernels, whose pointers are computed from the addresses
-of the arguments. Later calls run that function. Views that only kernels see are never made.
+A launcher is Python code that allocates results, looks up blocks, computes strides and grids, and launches kernels through
+Triton's JIT, which inspects every argument again. For calls of one signature (see `plans`) only the addresses change. The first
+call runs the launcher and records its work as a straight-line Python function: allocations, the few torch operations that a
+launcher uses, and launches of compiled kernels, whose pointers are computed from the addresses of the arguments. Later calls run
+that function. It never creates views that only kernels see.
 
-What cannot be written down keeps its launcher: one that reads a value on the host, or passes on a tensor that was neither given
-to it nor made by it. Launch hooks of Triton, and a current device other than that of the tensors, take the launcher too.
+Some launchers cannot be recorded: those that read a value on the host, or use a tensor that they neither received nor created.
+They run every time. The launcher also runs when Triton has launch hooks, or the current device is not that of the tensors.
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ _active = _Active()
 
 
 def recorder() -> Recorder | None:
-    """Return the recorder that writes down what this thread launches, if there is one."""
+    """Return the recorder that is recording this thread's launches, if any."""
     return _active.recorder
 
 
 class _Place(NamedTuple):
-    """Where a tensor lies: `bytes` behind the beginning of the tensor of the slot `root`, which is its own unless it is a view."""
+    """The place of a tensor: `bytes` after the start of the tensor in slot `root`, which is its own slot unless it is a view."""
 
     root: int
     bytes: int
 
 
 class _Refused(Exception):
-    """A launcher cannot be written down."""
+    """Raised if a launcher cannot be recorded."""
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down allocations, operations of torch and launches. `lines` is the body of the function so far.
+    """Records allocations, torch operations and launches. `lines` is the body of the function so far.
 
-    Slot i is the variable t<i> of the function. Slots of views get a variable only where an operation of torch, the interpreter
-    or the caller asks for the tensor.
+    Slot i is the variable t<i> of the function. A view gets a variable only if a torch operation, the interpreter or the caller
+    needs the tensor.
     """
 
     def __init__(self, args: Sequence[Any], share_empty: bool) -> None:
@@ -71,13 +71,13 @@ class Recorder(TorchDispatchMode):
         self.share_empty = share_empty
         self.lines: list[str] = []
         self.constants: dict[str, Any] = {"as_strided": torch.as_strided, "empty_strided": torch.empty_strided}
-        # Kept, so that no other tensor gets the id of one of these.
+        # Keep the tensors, so that no other tensor reuses their ids.
         self.tensors: list[Tensor] = []
         self.places: list[_Place] = []
         self.slots: dict[int, int] = {}
         self.named: set[int] = set()
         self.pointers: set[int] = set()
-        # Of slots that were allocated: the line. And which of them something asks for in their own layout.
+        # The line of each allocated slot; `asked` holds the slots whose own layout something needs.
         self.allocated: dict[int, int] = {}
         self.asked: set[int] = set()
         self.computes = False
@@ -101,13 +101,13 @@ class Recorder(TorchDispatchMode):
         return name
 
     def variable(self, tensor: Tensor) -> str:
-        """Return the variable of a tensor, after making it where it is a view that has none yet."""
+        """Return the variable of a tensor. If it is a view without one, add a line that creates the view."""
         slot = self.slots.get(id(tensor))
         if slot is None:
             raise _Refused("a tensor that was neither given nor made")
         if slot not in self.named:
             root, offset = self.places[slot]
-            # Relative to the root: its own offset into the storage differs from call to call.
+            # Relative to the root, whose own storage offset differs from call to call.
             sizes, strides = self.constant(tuple(tensor.shape)), self.constant(tuple(tensor.stride()))
             start = f"t{root}.storage_offset() + {offset // tensor.itemsize}"
             self.lines.append(f"t{slot} = as_strided(t{root}, {sizes}, {strides}, {start})")
@@ -116,7 +116,7 @@ class Recorder(TorchDispatchMode):
         return f"t{slot}"
 
     def pointer(self, tensor: Tensor) -> str:
-        """Return the address of a tensor, as an expression."""
+        """Return an expression for the address of a tensor."""
         slot = self.slots.get(id(tensor))
         if slot is None:
             raise _Refused("a tensor that was neither given nor made")
@@ -135,7 +135,7 @@ class Recorder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """See what this thread does inside. Entered as a context, a mode would also set flags of the whole process."""
+        """Watch this thread's operations. Entering the mode as a context would also set flags of the whole process."""
         _active.recorder = self
         _push_mode(self)
         try:
@@ -170,7 +170,7 @@ class Recorder(TorchDispatchMode):
         given_tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if not all(isinstance(o, Tensor) for o in outs):
             if not given_tensors:
-                # What follows from dtypes is the same in each call.
+                # The value follows from dtypes, so it is the same in each call.
                 return
             raise _Refused(f"{func} gives the host a value")
         if not func._schema.is_mutable and all(self._is_view(o, given_tensors) for o in outs):
@@ -195,7 +195,7 @@ class Recorder(TorchDispatchMode):
         return f"t{slot} = empty_strided({given[0]}, {given[1]}, dtype={given[2]}, device={given[3]})"
 
     def _result(self, tensor: Tensor) -> str:
-        """Return the variable of a result. Where it is a view of something allocated, that is laid out as the view instead."""
+        """Return the variable of a result. If it is a view of an allocation, allocate with the layout of the view instead."""
         slot = self.slots.get(id(tensor))
         if slot is not None and slot not in self.asked:
             root, offset = self.places[slot]
@@ -207,13 +207,13 @@ class Recorder(TorchDispatchMode):
         return self.variable(tensor)
 
     def _is_view(self, out: Tensor, given: Sequence[Tensor]) -> bool:
-        """Give a view of one of the given tensors a slot."""
+        """Return whether `out` is a view of one of the given tensors, and give it a slot if it is."""
         storage = out.untyped_storage()._cdata
         for base in given:
             slot = self.slots.get(id(base))
             if slot is not None and base.untyped_storage()._cdata == storage and base.dtype == out.dtype:
                 if id(out) not in self.slots and _laid_out_alike(out, base):
-                    # An alias, which `detach` and a `view` of the same shape make.
+                    # An alias, such as `detach` or a `view` of the same shape returns.
                     self.tensors.append(out)
                     self.places.append(self.places[slot])
                     self.slots[id(out)] = slot
@@ -225,7 +225,7 @@ class Recorder(TorchDispatchMode):
         return False
 
     def launch(self, kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any], *, interpreted: bool) -> None:
-        """Launch a kernel, and write that down; not what Triton, or its interpreter, has torch do for it."""
+        """Launch a kernel and record the launch, but not the torch operations that Triton or its interpreter runs for it."""
         self.launching = True
         try:
             compiled = kernel[(programs,)](*args, **constants)
@@ -239,13 +239,13 @@ class Recorder(TorchDispatchMode):
                 grid, options = self.constant(kernel[(programs,)]), self.constant(constants)
                 self.lines.append(f"{grid}({', '.join(arguments)}, **{options})")
             else:
-                # Constants of the kernel come behind the other arguments, in the order of its signature.
+                # The kernel's constants follow the other arguments, in the order of its signature.
                 if missing := [name for name in kernel.arg_names[len(args) :] if name not in constants]:
                     raise _Refused(f"{missing[0]} is left to its default")
                 others = [constants[name] for name in kernel.arg_names[len(args) :]]
                 arguments = [self.expression(a, self.pointer) for a in args] + [self.expression(a, self.pointer) for a in others]
                 run, function, packed = (self.constant(v) for v in (compiled.run, compiled.function, compiled.packed_metadata))
-                # Without it the kernel would be unloaded where Triton's own cache is cleared.
+                # Keep the kernel alive: Triton would unload it when its own cache is cleared.
                 self.constant(compiled)
                 head = f"{run}({programs}, 1, 1, stream, {function}, {packed}, None, None, None"
                 self.lines.append(f"{head}, {', '.join(arguments)})")
@@ -254,17 +254,17 @@ class Recorder(TorchDispatchMode):
             self.refusal = str(reason)
 
     def finish(self, args: Sequence[Any], result: Any, interpreted: bool, device: torch.device | None) -> Launcher:
-        """Return the function that was written down.
+        """Return the recorded function.
 
         Raises:
-            _Refused: it cannot be.
+            _Refused: the launcher cannot be recorded.
         """
         if self.refusal:
             raise _Refused(self.refusal)
         results = list(result) if isinstance(result, tuple | list) else [result]
         if not all(isinstance(r, Tensor) for r in results):
             raise _Refused("a result that is no tensor")
-        # What is a result as it was allocated stays so.
+        # Keep the layout of allocations that are returned as they are.
         self.asked |= {slot for r in results if (slot := self.slots.get(id(r))) in self.allocated}
         names = [self._result(r) for r in results]
         returned = ", ".join(names)
@@ -288,7 +288,7 @@ class Recorder(TorchDispatchMode):
             self.constants["without_autocast"] = torch._C._DisableAutocast
             body = ["with without_autocast():", *(f"    {line}" for line in body)]
         if any(self.places[int(name[1:])].root != int(name[1:]) for name in names):
-            # Autograd would not let a view be changed in place that was made where it does not look.
+            # Autograd would otherwise refuse in-place changes of a view that was created out of its sight.
             self.constants["below_autograd"] = torch._C._AutoDispatchBelowADInplaceOrView
             body = ["with below_autograd():", *(f"    {line}" for line in body)]
         source = "\n".join([f"def replay({parameters}):", *(f"    {line}" for line in body)])
@@ -318,7 +318,7 @@ def _laid_out_alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor fills a memory of as many numbers, in any order of its axes."""
+    """Return whether a tensor fills its memory without gaps, in any order of its axes."""
     steps = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1)
     expected = 1
     for stride, size in steps:
@@ -329,14 +329,14 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 class Elsewhere(Exception):
-    """A tape may not be replayed in this call: on another device, or under launch hooks."""
+    """Raised if a tape must not be replayed in this call, because of another device or launch hooks."""
 
 
 class Tape:
-    """A launcher, for calls of one signature. The first call writes it down.
+    """A launcher for calls of one signature. The first call records it.
 
-    share_empty: give tensors of shape (0,), which stand for what was not asked for, once for all calls. For launchers whose
-        results are looked at and dropped, as those of raw backwards are.
+    share_empty: return the same tensors of shape (0,), which stand for gradients not asked for, from every call. For launchers
+        whose results are inspected and dropped, such as those of raw backwards.
     """
 
     def __init__(self, launcher: Launcher, *, share_empty: bool = False) -> None:
@@ -359,7 +359,7 @@ class Tape:
 
         tensors = [a for a in args if isinstance(a, Tensor)]
         if len({id(t) for t in tensors}) != len(tensors):
-            # The same tensor twice would be one slot. Another call may have two.
+            # The same tensor twice would get one slot, but another call may pass two tensors.
             return self.launcher(*args)
         recorder = Recorder(args, self.share_empty)
         with recorder.watching():

@@ -19,7 +19,7 @@ from .window_prompt_attention_details.spec import GRADIENTS
 
 
 class _Options(NamedTuple):
-    """Arguments of the raw op that are not tensors, in the order of its schema."""
+    """The arguments of the raw op that are not tensors, in schema order."""
 
     num_prompts: int
     num_heads: int
@@ -30,7 +30,7 @@ class _Options(NamedTuple):
 
 
 class WindowPromptAttentionFunction(torch.autograd.Function):
-    """(implementation, kernel, options, qkv, position_bias) -> out. Nothing but the two tensors is kept for backward."""
+    """(implementation, kernel, options, qkv, position_bias) -> out. Keep only the two tensors for backward."""
 
     @staticmethod
     def forward(ctx: Any, implementation: str, kernel: Kernel, options: _Options, qkv: Tensor, position_bias: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_remembered() -> Iterator[None]:
-    """Forget the plans and settings that another test left: it may have put something else in the place of a check."""
+    """Drop the plans and settings of other tests, which may have replaced a check."""
     mope_kernels.reread_environment()
     yield
     mope_kernels.reread_environment()

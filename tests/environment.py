@@ -8,6 +8,6 @@ import mope_kernels
 
 
 def setenv(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """Set a variable, and let the ops read it."""
+    """Set a variable and make the ops read it."""
     monkeypatch.setenv(name, value)
     mope_kernels.reread_environment()

@@ -1,7 +1,7 @@
 """A stand-in for CUDA graphs without a GPU: a list of the operations below autograd, run again on the same tensors.
 
-Like a graph, it knows nothing of Python: what a recorded call read on the host, and which numbers stood in it, it repeats as they
-were. Recording leaves no trace in memory, a value that is read on the host ends it, and random numbers are drawn anew.
+Like a graph, it knows nothing of Python, so it repeats the numbers and the values that the recorded call read on the host. A
+recording leaves memory unchanged and fails if the host reads a value. Each replay draws new random numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mope.graphs import NotRecordable
 
-# What makes the host wait for a device.
+# Operations that make the host wait for a device.
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "item", "is_nonzero")
 
 
@@ -27,12 +27,12 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _place(tensor: Tensor) -> int:
-    # oneDNN's own layouts have none.
+    # Tensors in oneDNN's own layouts have no such address.
     return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
 
 
 class Tape(TorchDispatchMode):
-    """Records while it is entered. reads: whether the host may look at values, which a graph would not allow."""
+    """Records while it is entered. reads: whether the host may read values, which a graph would forbid."""
 
     def __init__(self, reads: bool = False) -> None:
         super().__init__()
@@ -54,8 +54,8 @@ class Tape(TorchDispatchMode):
         return out
 
     def _remember(self, func: Any, args: Any, kwargs: Any) -> None:
-        """What a tensor held that was there before the recording, and is written to."""
-        # Its schema does not say that it writes statistics.
+        """Save tensors from before the recording that this operation writes."""
+        # The schema of batch norm does not say that it writes statistics.
         silent = ("running_mean", "running_var") if func.overloadpacket.__name__ == "native_batch_norm" else ()
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         for argument in func._schema.arguments:
@@ -65,7 +65,7 @@ class Tape(TorchDispatchMode):
                         self._before.setdefault(tensor.data_ptr(), (tensor.detach(), tensor.detach().clone()))
 
     def undo(self) -> None:
-        """Bring back what the recording wrote over."""
+        """Restore everything that the recording overwrote."""
         with torch.no_grad():
             for tensor, value in self._before.values():
                 tensor.copy_(value)
@@ -78,12 +78,12 @@ class Tape(TorchDispatchMode):
                         before.copy_(now)
 
     def names(self) -> Counter[str]:
-        """How often each operation is on it."""
+        """Count the recorded operations by name."""
         return Counter(func.overloadpacket.__name__ for func, *_ in self.operations)
 
 
 class Tapes:
-    """In place of `mope.graphs._CudaGraphs`."""
+    """Replaces `mope.graphs._CudaGraphs`."""
 
     def __init__(self, reads: bool = False) -> None:
         self.reads = reads
@@ -110,7 +110,7 @@ class Tapes:
             raise NotRecordable(str(error)) from error
         finally:
             tape.undo()
-        # A recording computes nothing.
+        # A recording computes nothing, so its results hold no values.
         for tensor in _tensors(outputs):
             with torch.no_grad():
                 tensor.fill_(7)

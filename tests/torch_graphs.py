@@ -12,12 +12,12 @@ from torch.profiler import record_function
 
 from tests.tape import Tape
 
-# What a replay is called in a profile.
+# The name of a replay in a profile.
 REPLAY = "replay of a graph"
 
 
 class _Graph:
-    """Stands for a torch.cuda.CUDAGraph."""
+    """Replaces torch.cuda.CUDAGraph."""
 
     def __init__(self) -> None:
         self.tape = Tape(reads=True)
@@ -38,7 +38,7 @@ def _capture(graph: _Graph, **options: Any) -> Iterator[None]:
 
 @contextmanager
 def torch_graphs() -> Iterator[None]:
-    """Let `torch.cuda.make_graphed_callables` record tapes of what runs on the CPU."""
+    """Let `torch.cuda.make_graphed_callables` record tapes of operations on the CPU."""
     with (
         mock.patch.multiple(
             torch.cuda,

@@ -1,4 +1,4 @@
-"""What the benchmarks of attention have in common: their inputs, their opponents' ways, the pieces of their definitions."""
+"""Common parts of the benchmarks of attention: inputs, ways of the opponents, and the size of pieces of the definition."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .baselines import Attend, Unavailable
 from .problems import Way
 from .shapes import Attention
 
-# " compiled": under torch.compile, once for each shape. FlexAttention does not work otherwise.
+# " compiled": under torch.compile, once per shape. FlexAttention needs it.
 WAYS = ("ours", "released", "released compiled", "cat+sdpa", *baselines.BACKENDS, "cat+sdpa compiled", "flex", "xformers")
 
 
 def projected(shape: Attention, dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """Draw query, key and value as a fused projection leaves them, views of (B,L,3,H,D)."""
+    """Draw query, key and value as views of (B,L,3,H,D), as a fused projection returns them."""
     query, key, value = torch.randn(shape.batch, shape.tokens, 3, shape.heads, shape.width, dtype=dtype).permute(2, 0, 3, 1, 4)
     return {"query": query, "key": key, "value": value}
 
 
 def opponents(attention: Callable[[str], Attend], around: Callable[[Attend], Way], *kinds: str) -> dict[str, Way | str]:
-    """Return each kind of attention with what is `around` it, or the reason why it cannot run."""
+    """Return `around` applied to each kind of attention, or the reason why that kind cannot run."""
     ways: dict[str, Way | str] = {}
     for kind in kinds or baselines.KINDS:
         try:
@@ -34,12 +34,12 @@ def opponents(attention: Callable[[str], Attend], around: Callable[[Attend], Way
 
 
 def over_prompts(shape: Attention, tensors: dict[str, Tensor | None], training: bool) -> Callable[[str], Attend]:
-    """Return what makes an attention of a kind over all prompts and the tokens."""
+    """Return a function from a kind to its attention over all prompts and the tokens."""
     query = tensors["query"]
     assert query is not None
     return lambda kind: baselines.attention(kind, query, shape.tokens, shape.all_prompts, tensors["lengths"], training)
 
 
 def pieces(batch: int, scores: int) -> int:
-    """Return so many that the scores of one, in float64, take a gigabyte."""
+    """Return the number of pieces for which the scores of one piece take a gigabyte in float64."""
     return min(batch, -(-scores * 8 // 2**30))

@@ -1,4 +1,4 @@
-"""What a user would write instead of our attention, on the same tensors; other opponents stand in the modules of the ops.
+"""Opponents of our attention on the same tensors, as a user would write them. Other opponents are in the modules of the ops.
 
 *released* is the algorithm of the released systems, written plainly: experts are mixed for each item, then projected, put before
 the tokens, and attended with a softmax of its own. *cat+sdpa*, *flex* and *xformers* start from the same expert bank as ours,

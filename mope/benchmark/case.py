@@ -1,4 +1,4 @@
-"""What is timed of an op, and the cases of it."""
+"""The benchmark of an op, and its cases."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 if TYPE_CHECKING:
     from .problem import Problem
 
-# "cpu", "cuda", or "tiny", a look whether everything works.
+# "cpu", "cuda", or "tiny", a quick check that everything works.
 Where = str
 BENCHMARKS: dict[str, Benchmark] = {}
-# Behind a way whose call, forward and backward, is recorded as one CUDA graph: the optimizer is recorded too.
+# Suffix of a way that is recorded as one CUDA graph, forward and backward: the optimizer is recorded too.
 WITH_OPTIMIZER = " with AdamW"
 
 
@@ -27,19 +27,19 @@ def uses_graphs(way: str) -> bool:
 
 
 def is_graphed(way: str) -> bool:
-    """Whether a whole call, forward and backward, is recorded as one CUDA graph: ours by `mope.GraphedStep`, others as it is."""
+    """Return whether the call, forward and backward, is one CUDA graph: ours by `mope.GraphedStep`, others recorded directly."""
     return way.removesuffix(WITH_OPTIMIZER).endswith(" graphed")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op on one named shape. Its text says all of it and names the rows.
+    """One op on one named shape. Its text is complete and names the rows.
 
-    top_k: selected experts, None: all.
-    dtype: "float32" or "bfloat16"; None: what is usual on the device.
-    detailed: beside the ways too that few cases are measured in, such as each backend of torch's attention.
-    graphs: with and without CUDA graphs, of models.
-    later: measured after all others. Nothing is compiled for it.
+    top_k: the number of selected experts, None: all.
+    dtype: "float32" or "bfloat16"; None: the usual one on the device.
+    detailed: also measure the ways that few cases need, such as each backend of torch's attention.
+    graphs: for models, whether to measure with and without CUDA graphs.
+    later: measure it after all others, and do not compile anything for it.
     """
 
     op: str
@@ -68,23 +68,23 @@ class Case:
 
 
 def both(op: str, *shapes: str, top_k: int | None = None, later: bool = False) -> list[Case]:
-    """Return cases in inference and in training, in all ways."""
+    """Return cases for inference and training, with all ways."""
     return [Case(op, shape, training, top_k, detailed=True, later=later) for shape in shapes for training in (False, True)]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is timed of one op: a module of `mope.benchmark.ops` each.
+    """The benchmark of one op. Each is a module of `mope.benchmark.ops`.
 
-    op: its name. rank: orders the ops on pages; those without one come last.
+    op: the name of the op. rank: the position of the op on pages; those without one come last.
     ways: the names of the ways to compute it, ours first.
     build: (case, dtype) -> the problem, on torch's default device.
     shapes: by name. cases: for each place.
-    smoke: a case that is quick to compare with float64 on a GPU, with the widths of models; its dtype and pass do not count.
-    stage: the file of its rows, "ops", or "model" for what is made of ops and layers.
-    selects: whether the text of a case says how many experts are selected when it is all of them.
+    smoke: a case with the widths of models that can be compared with float64 quickly on a GPU; its dtype and pass are ignored.
+    stage: the file for its rows, "ops", or "model" for anything built from ops and layers.
+    selects: whether the text of a case gives the number of selected experts even if it is all of them.
     detailed: the ways that only cases with `detailed` have.
-    has: (case, way) -> whether the case is measured in that way.
+    has: (case, way) -> whether the case is measured that way.
     """
 
     op: str
@@ -100,6 +100,6 @@ class Benchmark:
     has: Callable[[Case, str], bool] = lambda case, way: True
 
     def register(self) -> Benchmark:
-        """Add it to BENCHMARKS."""
+        """Add the benchmark to BENCHMARKS."""
         BENCHMARKS[self.op] = self
         return self

@@ -1,4 +1,4 @@
-"""Which ops are timed on which shapes, and beside what: what the modules of `mope.benchmark.ops` say."""
+"""The cases to time: for each op its shapes and opponents, from the modules of `mope.benchmark.ops`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WAYS = {op: found.ways for op, found in BENCHMARKS.items()}
 
 def cases(op: str, where: str) -> list[Case]:
     """where: "cpu", "cuda" or "tiny"."""
-    # A CPU has one kernel for its attention, and no graphs.
+    # A CPU has a single kernel for attention, and no graphs.
     on_cpu = where == "cpu"
     found = BENCHMARKS[op].cases.get(where, [])
     return [dataclasses.replace(case, detailed=case.detailed and not on_cpu, graphs=case.graphs and not on_cpu) for case in found]

@@ -1,4 +1,4 @@
-"""Whole models, beside the released way and what one would write by hand.
+"""Whole models compared with the released way and with what a user would write by hand.
 
 Encoders stand in float32 under autocast, as they are trained. Ours has its frozen weights cast once. Dropout and noise are off, so
 that all compute the same, and the importance loss has no threshold, at which rounding would decide.

@@ -30,20 +30,20 @@ def base_of(way: str) -> str:
 
 
 def check_graphs() -> None:
-    """Raise Unavailable where there is no GPU."""
+    """Raise Unavailable without a GPU."""
     if not torch.cuda.is_available():
         raise Unavailable("without a GPU there are no graphs")
 
 
 def adamw(leaves: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """Return an optimizer that does all its work and changes nothing, so that results stay what they are."""
+    """Return an optimizer that does all its work but changes nothing (its rate is 0), so that results stay the same."""
     return torch.optim.AdamW(leaves, lr=0.0, fused=True, capturable=leaves[0].is_cuda)
 
 
 def stepped(
     function: Callable[..., Outputs], inputs: Inputs, trained: Sequence[str], gradients: tuple[Tensor, ...], optimizes: bool
 ) -> Callable[[], list[Tensor]]:
-    """Take a call, forward and backward, and with `optimizes` the optimizer through the library's own graphs for training.
+    """Run a call, forward and backward, and with `optimizes` the optimizer, through the library's own graphs for training.
 
     Raises:
         Unavailable: there is no GPU.
@@ -54,7 +54,7 @@ def stepped(
 
     def with_loss(**given: Tensor) -> dict[str, Any]:
         outputs = function(**given, **dict(zip(trained, leaves, strict=True)))
-        # What backward then brings to each output is what comes in for it.
+        # The backward of this loss passes each output the gradient given for it.
         loss = sum((o * g.to(o)).sum() for o, g in zip(outputs, gradients, strict=True))
         return {"loss": loss, "outputs": outputs}
 
@@ -74,7 +74,7 @@ def stepped(
 
 
 def optimized(once: Callable[[], list[Tensor]], leaves: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-    """Let a call that gives gradients, the last of its results, end with a step of the optimizer."""
+    """Add a step of the optimizer to a call whose last results are the gradients."""
     optimizer = adamw(leaves)
 
     def whole() -> list[Tensor]:
@@ -124,8 +124,8 @@ class Problem:
     pieces: by how many parts of the batch the definition is computed, for want of memory; only where items are apart.
     recorded: whether ours replays a CUDA graph.
     compiler: what torch.compile compiles with.
-    inputs_of: what a way is called with in place of the inputs of the same names.
-    per_item: the inputs that have one row for each item, asked for with `pieces`.
+    inputs_of: by way, inputs that replace those of the same names.
+    per_item: the inputs that have one row per item, needed with `pieces`.
     """
 
     inputs: Inputs

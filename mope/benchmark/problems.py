@@ -1,4 +1,4 @@
-"""The problems that are timed: of a case, and of an op's spec."""
+"""Builds the timed problems from cases and from the specs of ops."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .problem import Outputs, Problem
 from .shapes import Work
 
 TEMPERATURE = 0.1
-# A way to compute an op. The tensors of its spec come by name, and each takes those that it wants.
+# A way to compute an op. It is called with the tensors of the spec by name, and takes those it needs.
 Way = Callable[..., Any]
 
 
 def build(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """The problem of a case, with the same numbers every time. `dtype`: where the case does not say another."""
-    # They are made of what stands here.
+    """Return the problem of a case, with the same numbers every time. `dtype`: used if the case has none."""
+    # Import here, because the modules of the ops import this one.
     from .ops import BENCHMARKS
 
     torch.manual_seed(0)
@@ -32,9 +32,9 @@ def build(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
 
 
 class Example:
-    """An op with inputs that its spec draws, out of which a problem is made.
+    """An op and inputs drawn by its spec, from which a problem is made.
 
-    tensors, options: what the op is called with; to be changed before anything is made of them.
+    tensors, options: the arguments of the op. Change them before making anything else from them.
     """
 
     def __init__(self, op: str, case: Case, dtype: torch.dtype, **sizes: Any) -> None:
@@ -42,7 +42,7 @@ class Example:
         self.tensors, self.options = self.spec.draw(dtype, torch.get_default_device().type, **sizes)
 
     def ours(self, **changes: Any) -> Way:
-        """Return the op as a way, some of its options changed."""
+        """Return the op as a way, with some options changed."""
         spec, options = self.spec, self.options | changes
         return lambda **tensors: spec.run("auto", options, tensors)
 
@@ -64,15 +64,15 @@ class Example:
         ours: Way | None = None,
         definition: Way | None = None,
     ) -> Problem:
-        """Return the problem of the op beside its opponents.
+        """Return the problem of the op and its opponents.
 
         Args:
-            work: what the op must at least do.
-            opponents: by name, or why one cannot run. They compute the outputs that count.
+            work: the least that the op must do.
+            opponents: by name, functions or the reason why one cannot run. They return only the outputs that count.
             frozen: the tensors that get no gradient in training.
-            outputs: those of the spec that count, None: all.
+            outputs: the indices of the spec's outputs that count, None: all.
             pieces: as in `Problem`.
-            ours, definition: in place of the spec's, where more than the op is timed.
+            ours, definition: replace the spec's, if more than the op is timed.
         """
         spec, dtype = self.spec, self.dtype
         trained = tuple(name for name in spec.leaves(self.tensors) if name not in frozen) if self.training else ()
@@ -89,7 +89,7 @@ class Example:
             return run
 
         definition = that_count(definition or self.definition)
-        # Of the results, shapes and dtypes.
+        # Run on the meta device for the shapes and dtypes of the results.
         results = definition(**{n: None if t is None else t.detach().to("meta") for n, t in self.tensors.items()})
         explained = self.explanation
         way = explained.way.partition(":")[0]

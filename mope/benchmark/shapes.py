@@ -1,4 +1,4 @@
-"""The named shapes that several ops are timed on, and what an op must at least move and compute."""
+"""The named shapes on which several ops are timed, and the least that an op must move and compute."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ class Model:
     """A vision encoder, prompted, beside a BERT: B items of image^2 pixels and T tokens, K experts.
 
     hidden, layers: of the BERT, and of the ViT where there is no Swin Transformer.
-    embed, depths, window: of the Swin Transformer: width of the first stage, blocks of each, windows of window^2.
-    head: width of a head of the Swin Transformer, if a stage is not narrower.
-    prompts: static ones, and as many in each expert. ratio: width of the MLPs, in widths of the tokens.
+    embed, depths, window: of the Swin Transformer: width of the first stage, blocks per stage, windows of window^2.
+    head: width of a head of the Swin Transformer, unless a stage is narrower.
+    prompts: the number of static prompts, and of prompts per expert. ratio: width of the MLPs, as a multiple of the tokens'.
     """
 
     batch: int

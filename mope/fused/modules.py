@@ -17,12 +17,12 @@ def version(tensor: Tensor) -> int:
 
 def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Whether a module does what its class says and nothing else, so that reading its parameters is as good as calling it."""
-    # Asked about every module in every call, so no function is called that need not be.
+    # This runs for every module in every call, so it calls as few functions as possible.
     if type(module) is not kind or "forward" in module.__dict__:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    # A loop: `all` would make a generator. Most parameters are known by their class.
+    # A loop, because `all` would create a generator. The class of most parameters settles it.
     for p in module._parameters.values():  # noqa: SIM110
         if type(p) is not nn.Parameter and is_traceable_wrapper_subclass(p):
             return False

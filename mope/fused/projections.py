@@ -26,7 +26,7 @@ class _Rows(NamedTuple):
 
 
 class _Joined(NamedTuple):
-    """Layers that were found side by side: what they are joined to, their widths, and address and shape of each parameter."""
+    """Layers that were found side by side: their joined parameters, their widths, and address and shape of each parameter."""
 
     weight: Tensor
     bias: Tensor | None
@@ -36,7 +36,7 @@ class _Joined(NamedTuple):
 
 # Not attributes of the layers, since neither a copy nor a file may hold the weights twice.
 _ROWS: WeakKeyDictionary[nn.Module, _Rows] = WeakKeyDictionary()
-# By the first of the layers, and how many they are.
+# By the first of the layers and by their number.
 _FOUND: WeakKeyDictionary[nn.Module, dict[int, _Joined]] = WeakKeyDictionary()
 
 
@@ -147,7 +147,7 @@ def _place(parameter: Tensor | None) -> tuple[int, torch.Size] | None:
 
 
 def _are_where_they_were(modules: Sequence[nn.Module], found: _Joined) -> bool:
-    """Whether the layers are still plain, frozen and side by side."""
+    """Return whether the layers are still plain, frozen and side by side."""
     dtype = found.weight.dtype
     for module, places in zip(modules, found.places, strict=True):
         if not is_plain(module, nn.Linear):

@@ -36,12 +36,12 @@ def position_table(bias: Tensor, window_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockPrompts:
-    """The prompts that a block has of its own, each of which may be absent.
+    """The block's own prompts, each of which may be absent.
 
-    length: l, prompts of an expert.
+    length: l, the number of prompts per expert.
     num_experts: K, 0 for no dynamic prompts.
-    static_length: S, prompts that all images share. Default: `length`.
-    bound: prompts start as U(-bound, bound). Default: sqrt(3 / C).
+    static_length: S, the number of prompts that all images share. Default: `length`.
+    bound: prompts are initialised as U(-bound, bound). Default: sqrt(3 / C).
     """
 
     length: int = 0
@@ -63,8 +63,8 @@ class MoPESwinBlock(nn.Module):
         resolution: R, tokens on a side.
         window_size, shift: of the windows; R <= window_size gives one window and no shift.
         num_prompts: P, of every block of a stage.
-        mlp_ratio, eps: of the MLP's width, of the LayerNorms.
-        own: the prompts that take the place of those that arrive.
+        mlp_ratio, eps: the width of the MLP as a multiple of C; the eps of the LayerNorms.
+        own: the prompts that replace those that arrive.
         cross_dim: Cc, width of the complementary modality's feature; None: no router, routing is given.
         router: "multimodal" or "complementary"; None: no router, routing is given.
         router_options: self_width, cross_width, temperature, noise_std, router_embedding, renormalize, see `MultimodalRouter`.

@@ -72,7 +72,7 @@ class SwinOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class SwinSizes:
-    """The sizes of a Swin Transformer; `eps` is of the LayerNorms in and after the blocks."""
+    """The sizes of a Swin Transformer; `eps` is that of the LayerNorms in and after the blocks."""
 
     image_size: int = 224
     patch_size: int = 4
@@ -89,17 +89,17 @@ class SwinPrompts:
     """The prompts of an encoder.
 
     num_experts: K, 0 for no dynamic prompts.
-    length: l, prompts of an expert.
-    static_length: S, static prompts of a block. Default: `length`.
-    use_mapped: one prompt made by the mapper from psi, for all blocks of a stage.
+    length: l, the number of prompts per expert.
+    static_length: S, the number of static prompts per block. Default: `length`.
+    use_mapped: add a prompt that the mapper makes from psi, one for all blocks of a stage.
     mapper_hidden: width between psi and the mapped prompts, 0 for none.
     mapper_batchnorm, mapper_last_gelu: see `mapper_layers`.
-    bound: prompts start as U(-bound, bound). Default: sqrt(6 / (3 patch_size^2 + embed_dim)).
-    depth: "deep"; "shallow": static and mapped prompts stand in front of the first block and pass through all.
-    first_blocks: what the first block of each stage takes: "pass", the prompts that arrive; "own", prompts of its own, and then
-        the input has none; "either", its own where routing is given from outside, else those that arrive.
+    bound: prompts are initialised as U(-bound, bound). Default: sqrt(6 / (3 patch_size^2 + embed_dim)).
+    depth: "deep"; "shallow": put static and mapped prompts before the first block and pass them through all blocks.
+    first_blocks: the prompts of the first block of each stage: "pass", those that arrive; "own", its own, and then the input has
+        none; "either", its own if routing is given from outside, otherwise those that arrive.
     dropout: on the prompts of the input and on mapped prompts, in training.
-    drop_block_prompts: on static and dynamic prompts of the blocks as well.
+    drop_block_prompts: also on the static and dynamic prompts of the blocks.
     """
 
     num_experts: int = 4
@@ -125,7 +125,7 @@ class MoPESwinEncoder(nn.Module):
 
     Args:
         sizes: of the Swin Transformer.
-        prompts: which there are.
+        prompts: the prompts to add.
         cross_dim: Cc, width of psi; None: neither routers nor mapper.
         router_scope: "layer", a router for each block; "shared", one for all, which then sees psi only; "released", one for each,
             but one for the first two.
@@ -221,9 +221,9 @@ class MoPESwinEncoder(nn.Module):
 
     @classmethod
     def of(cls, **options: Any) -> Self:
-        """Make an encoder from the fields of `SwinSizes` and `SwinPrompts` and the other arguments, all by name.
+        """Make an encoder from keyword arguments: the fields of `SwinSizes` and `SwinPrompts`, and the other arguments.
 
-        Those of `SwinPrompts` that a model's configuration has are called as there: prompt_length, prompt_depth, prompt_dropout.
+        Fields of `SwinPrompts` that a model's configuration also has use its names: prompt_length, prompt_depth, prompt_dropout.
         """
         names = {"length": "prompt_length", "depth": "prompt_depth", "dropout": "prompt_dropout"}
         parts: list[Any] = []

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# How many lengths of texts a run chooses for itself at most, and the longest text where nothing says which.
+# The most lengths that a run chooses for itself, and the longest text if its length is unknown.
 LENGTHS, LONGEST = 8, 512
 
 
@@ -95,13 +95,13 @@ class Loader(DataLoader[Any]):
 
 
 class Buckets:
-    """A collate function whose texts are padded further, to one of few lengths, so that batches have few shapes.
+    """A collate function that pads texts to one of a few lengths, so that batches have few shapes.
 
     Args:
         collate: items -> tensors by name, texts (B,L) among them with their attention_mask.
-        lengths: ascending. A batch that is longer than all of them stays as it is.
-        values: what padding is, by the name of each tensor that is padded.
-        left: padding stands in front.
+        lengths: in ascending order. A batch longer than all of them is not padded.
+        values: the padding value of each tensor to pad, by its name.
+        left: whether to pad on the left.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Buckets:
         self.collate, self.lengths, self.values, self.left = collate, tuple(lengths), dict(values), left
 
     def __call__(self, items: list[Any]) -> dict[str, Tensor]:
-        """Items -> tensors by name."""
+        """Collate items into tensors by name, and pad the texts."""
         batch = self.collate(items)
         if "input_ids" not in batch:
             return batch
@@ -126,7 +126,7 @@ class Buckets:
 
 
 def length_buckets(longest: int | None) -> tuple[int, ...]:
-    """Multiples of a power of two up to the longest text, at most eight lengths, from the number of its tokens.
+    """Return at most eight lengths: multiples of a power of two up to the longest text, which is given in tokens.
 
     >>> length_buckets(40)
     (8, 16, 24, 32, 40)

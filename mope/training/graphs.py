@@ -21,11 +21,11 @@ from torch.utils import _pytree as pytree
 
 from mope.graphs import WARM_UPS, NotRecordable, Recorder, copy_of, fill, modules_of, recording, without_autocast_cache
 
-# Before DistributedDataParallel is recorded: it looks at its buckets again in the first steps, and torch asks for eleven.
+# DistributedDataParallel checks its buckets again in its first steps; torch asks for eleven steps before a recording.
 DISTRIBUTED_WARM_UPS = 11
-# NCCL's own watch over errors asks for events while a graph is recorded, which ends the recording.
+# NCCL's error watchdog queries events during a recording, which ends the recording.
 WATCH = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-# What of an attribute of a module can be compared at no cost: a number that a graph has in it.
+# Attributes of modules that are cheap to compare: numbers and texts, which a graph contains as constants.
 _PLAIN = (bool, int, float, str)
 
 
@@ -33,7 +33,7 @@ _PLAIN = (bool, int, float, str)
 class _Backward:
     """A forward and backward pass for tensors of given shapes.
 
-    reached: places of the parameters that get a gradient. inputs, replay: of the graph; None on the CPU.
+    reached: indices of the parameters that get a gradient. inputs, replay: those of the graph; None on the CPU.
     """
 
     outputs: Any
@@ -44,43 +44,44 @@ class _Backward:
 
 @dataclass
 class _Update:
-    """A step of the optimizer. norm: of the gradients before clipping."""
+    """A step of the optimizer. norm: the norm of the gradients before clipping."""
 
     replay: Callable[[], None]
     norm: Tensor | None
 
 
 class GraphedStep(Recorder):
-    """Calls `function(**tensors)` and the backward pass behind its loss through CUDA graphs, for training.
+    """Runs `function(**tensors)` and the backward pass of its loss through CUDA graphs, for training.
 
-    `loss = step(**batch)` stands for `loss = function(**batch); loss.backward()`: gradients come into `.grad` of the parameters,
-    written where there are none and added where there are some, so that a batch may come in several parts. `optimizer.step()` and
-    `optimizer.zero_grad()` stay as they are, or `step.update()` does both and clips before, in a graph of its own where the
-    optimizer can be captured (SGD, or `capturable=True`).
+    `loss = step(**batch)` replaces `loss = function(**batch); loss.backward()`. It writes the gradients into `.grad` of the
+    parameters, or adds them if there are some, so that a batch may come in several parts. `optimizer.step()` and
+    `optimizer.zero_grad()` stay as they are. `step.update()` does both, clips first, and uses a graph of its own if the optimizer
+    can be captured (SGD, or `capturable=True`).
 
-    The first call with tensors of given shapes and dtypes runs the function a few times and records what it launches; buffers,
-    gradients and random generators are then as they were before. Every later call copies its tensors (from the device or the host)
-    to where those of the recording lie, and launches all of it at once. Random numbers on the device are new in each call. Python
-    does not run again; so numbers in attributes of modules, modes, `requires_grad`, the places of parameters and buffers, and
-    `guard()` are compared in each call, and graphs recorded anew where one of them changed. After other changes (modules replaced,
+    The first call with tensors of given shapes and dtypes runs the function a few times, records its launches, and restores
+    buffers, gradients and random generators. Each later call copies its tensors (from the device or the host) to those of the
+    recording and replays all launches at once. Random numbers on the device are new in each call. Python does not run again, so
+    each call compares the numbers in attributes of modules, training modes, `requires_grad`, the addresses of parameters and
+    buffers, and `guard()`, and records new graphs if one of them has changed. After other changes (modules replaced,
     configurations changed in place) call `release`.
 
-    A step belongs to the thread that made it. On the CPU it calls the function as it is, under the same rules.
+    A step belongs to the thread that made it. On the CPU it calls the function directly, under the same rules.
 
     Args:
-        function: tensors by name -> the loss () or, in any nest of tuples, dicts and transformers' outputs, what has it as `loss`
+        function: tensors by name -> the loss () or a nest of tuples, dicts and transformers' outputs that has the loss as `loss`
             or first. It must not read values on the host.
-        modules: whose parameters train. Default: the function, if it is a module or a partial of one. With several processes a
-            `DistributedDataParallel`, made in a stream of its own as torch documents; it is warmed up eleven times.
-        optimizer: of `update`.
-        max_norm: largest norm of the gradient in `update`, None for any.
-        scaler: of fp16. The loss is multiplied by its scale in the graph; to look for overflows and change the scale
-            stays outside.
-        max_graphs: how many are kept; the least recently used one goes first. All of them share their scratch memory.
-        guard: what else the graphs hold fixed, as something that can be compared.
+        modules: the modules whose parameters are trained. Default: the function, if it is a module or a partial of one. For
+            several processes a `DistributedDataParallel`, made in a stream of its own as torch documents; it is warmed up eleven
+            times.
+        optimizer: the optimizer for `update`.
+        max_norm: the largest norm of the gradient in `update`; None does not clip.
+        scaler: the gradient scaler for fp16. The graph multiplies the loss by its scale; the scaler checks for overflows and
+            changes the scale outside the graph.
+        max_graphs: the number of graphs to keep; the least recently used one is dropped first. They share their scratch memory.
+        guard: returns whatever else the graphs depend on, as a value that can be compared.
 
     Raises:
-        ValueError: nothing to train, the optimizer trains other parameters, an argument is no tensor or asks for gradients, or
+        ValueError: nothing to train, the optimizer trains other parameters, an argument is not a tensor or requires gradients, or
             there is no loss.
         RuntimeError: called in another thread or without gradients; or the function cannot be recorded, and why.
 
@@ -104,7 +105,7 @@ class GraphedStep(Recorder):
         super().__init__(max_graphs)
         self.function, self.modules, self.guard = function, modules_of(function, modules), guard
         self.optimizer, self.max_norm, self.scaler = optimizer, max_norm, scaler
-        # Where each parameter's gradient lies for all graphs, from when it first gets one.
+        # The gradient tensor of each parameter, which all graphs share, from its first gradient on.
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._inputs: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
         self._state_of_last: object = None
@@ -114,10 +115,10 @@ class GraphedStep(Recorder):
         if optimizer is not None:
             own = set(self._parameters)
             if strange := sum(p.requires_grad and p not in own for group in optimizer.param_groups for p in group["params"]):
-                raise ValueError(f"GraphedStep: {strange} parameters of the optimizer are not among those of modules that train")
+                raise ValueError(f"GraphedStep: {strange} parameters of the optimizer are not among the trained ones of modules")
 
     def __call__(self, **inputs: Tensor | None) -> Any:
-        """What `function(**inputs)` returns, copied and without gradients; those of the parameters are in `.grad`."""
+        """Return a copy of `function(**inputs)` without gradients, and leave those of the parameters in their `.grad`."""
         self._check_thread()
         tensors = self._check(inputs)
         self._release_if_changed()
@@ -130,15 +131,16 @@ class GraphedStep(Recorder):
             backward: _Backward = self._use(key)
             outputs = self._run(backward, tensors, adds, check=not is_new)
         if is_new:
-            # What the function says once, it has said.
+            # Read the state again, because the first call of the function may have changed it.
             self._state_of_last = self._state()
         return outputs
 
     def update(self) -> Tensor | None:
-        """Clip, step and zero: the optimizer's step with the gradients that are there -> their norm (), None without `max_norm`.
+        """Clip, step the optimizer, and clear the gradients -> their norm before clipping (), or None without `max_norm`.
 
-        Recorded where nothing but the gradients changed since the last call: with learning rates that are floats and change in each
-        step it never is; let them be tensors on the device. With a scaler, or hooks of the optimizer, it never is.
+        The step is recorded if nothing but the gradients has changed since the last call. That never happens with learning rates
+        that are floats and change in each step; make them tensors on the device. It never happens with a scaler, or with hooks of
+        the optimizer, either.
 
         Raises:
             ValueError: there is no optimizer, or it cannot be captured.
@@ -152,7 +154,7 @@ class GraphedStep(Recorder):
             records = self._backend.records(self.device) and self.scaler is None and not any(hooks)
             if records and self.device.type == "cuda":
                 check_captures(self.optimizer)
-            # Gradients that did not come from here lie elsewhere.
+            # Gradients that this step did not compute have other addresses.
             self._place_gradients([i for i, p in enumerate(self._parameters) if p.grad is not None], adds=True)
             fixed = self._fixed_of_optimizer()
             if records and fixed == self._update_of_last and (self._captured is None or self._captured[0] != fixed):
@@ -164,7 +166,7 @@ class GraphedStep(Recorder):
                 norm = None if update.norm is None else update.norm.clone()
             else:
                 norm = self._step()
-                # A step may make the optimizer's state.
+                # A step may create the optimizer's state.
                 fixed = self._fixed_of_optimizer()
             self._update_of_last = fixed
             for parameter in self._parameters:
@@ -173,19 +175,19 @@ class GraphedStep(Recorder):
 
     @property
     def num_graphs(self) -> int:
-        """How many are kept now, that of the optimizer among them; on the CPU, how many there would be of steps."""
+        """Return the number of graphs kept, including the optimizer's; on the CPU, the number of step graphs a GPU would have."""
         return super().num_graphs + (self._captured is not None)
 
     def release(self) -> None:
-        """Give up all graphs and their memory. Another call records anew. Gradients that are there stay."""
+        """Drop all graphs and their memory. The next call records again. Existing gradients stay."""
         super().release()
         self._gradients = {p: place for p, place in self._gradients.items() if p.grad is place}
         self._captured = self._update_of_last = self._state_of_last = None
 
-    # What graphs hold fixed.
+    # The things that graphs depend on.
 
     def _look(self) -> None:
-        """Find out what the modules have: their parameters and buffers, and numbers that a graph would have in it."""
+        """Find the modules' parameters and buffers, and the numbers that a graph would contain as constants."""
         found = dict.fromkeys(m for top in self.modules for m in top.modules())
         self._parameters = [p for p in dict.fromkeys(p for m in found for p in m.parameters(recurse=False)) if p.requires_grad]
         if not self._parameters:
@@ -194,12 +196,12 @@ class GraphedStep(Recorder):
             raise ValueError(f"GraphedStep: all that trains must be on one device, found {', '.join(sorted(map(str, devices)))}")
         self.device = self._parameters[0].device
         self._distributed = [m for m in found if isinstance(m, DistributedDataParallel)]
-        # The dictionaries in which modules keep what is compared: to walk over the modules in each call would take long.
+        # Keep the modules' own dictionaries, because walking over the modules in each call would take long.
         self._tensors = [d for m in found for d in (m._parameters, m._buffers) if d]
         self._numbers: list[tuple[nn.Module, Callable[[Mapping[str, Any]], Any], tuple[str, ...]]] = []
         for module in found:
             names = tuple(name for name, value in vars(module).items() if type(value) in _PLAIN)
-            # Its own flags say how often it was called.
+            # Its own attributes count its calls.
             if not isinstance(module, DistributedDataParallel):
                 self._numbers.append((module, itemgetter(*names), names))
         self._configurations = [(vars(m), vars(m)["config"]) for m in found if "config" in vars(m)]
@@ -219,7 +221,7 @@ class GraphedStep(Recorder):
     def _numbers_now(self) -> list[Any]:
         try:
             return [of(vars(module)) for module, of, _ in self._numbers]
-        # An attribute is gone.
+        # An attribute was deleted.
         except KeyError:
             return []
 
@@ -230,7 +232,7 @@ class GraphedStep(Recorder):
             self.release()
         self._look()
         if self.scaler is not None:
-            # It makes its scale in the first call.
+            # The scaler creates its scale in the first call.
             self.scaler.scale(torch.zeros((), device=self.device))
         self._state_of_last = self._state()
 
@@ -241,7 +243,7 @@ class GraphedStep(Recorder):
         return shapes, adds, autocast, tuple(module.require_backward_grad_sync for module in self._distributed)
 
     def _fixed_of_optimizer(self) -> Hashable:
-        """Numbers of its groups, where its tensors lie, and which parameters have a gradient."""
+        """Return the numbers of its groups, the addresses of its tensors, and which parameters have a gradient."""
         assert self.optimizer is not None
 
         def fixed(value: Any) -> Any:
@@ -262,18 +264,18 @@ class GraphedStep(Recorder):
         return self._backend.on(self.device) if self._backend.records(self.device) else nullcontext()
 
     def _check(self, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        """The tensors among the arguments."""
+        """Return the tensors among the arguments."""
         if wrong := [name for name, value in inputs.items() if not (value is None or isinstance(value, Tensor))]:
-            raise ValueError(f"GraphedStep: {', '.join(wrong)} must be tensors: give anything else by functools.partial")
+            raise ValueError(f"GraphedStep: {', '.join(wrong)} must be tensors: pass anything else with functools.partial")
         tensors = {name: tensor for name, tensor in inputs.items() if tensor is not None}
         if wrong := [name for name, tensor in tensors.items() if tensor.requires_grad]:
-            raise ValueError(f"GraphedStep: {', '.join(wrong)} asks for gradients, which parameters of modules alone get: detach()")
+            raise ValueError(f"GraphedStep: {', '.join(wrong)} asks for gradients, which only parameters of modules get: detach()")
         if not torch.is_grad_enabled():
-            raise RuntimeError("GraphedStep: called where gradients are disabled: call the function itself, or under enable_grad()")
+            raise RuntimeError("GraphedStep: called where gradients are disabled: call the function itself, or use enable_grad()")
         return tensors
 
     def _run(self, backward: _Backward, tensors: dict[str, Tensor], adds: bool, check: bool) -> Any:
-        """Replay a graph; where there is none, call the function on the tensors that were given."""
+        """Replay a graph. If there is none, call the function on the given tensors."""
         if backward.replay is None or backward.inputs is None:
             with self._unchanged_on_the_host() if check else nullcontext():
                 outputs, backward.reached = self._compute(tensors, adds)
@@ -285,7 +287,7 @@ class GraphedStep(Recorder):
         return copy_of(backward.outputs)
 
     def _compute(self, tensors: dict[str, Tensor], adds: bool) -> tuple[Any, tuple[int, ...]]:
-        """Forward and backward -> outputs, and which parameters have a gradient."""
+        """Run forward and backward -> outputs, and the indices of the parameters that have a gradient."""
         if self._distributed:
             outputs = self._through_reducer(tensors, adds)
             return outputs, tuple(i for i, p in enumerate(self._parameters) if p.grad is not None)
@@ -296,7 +298,7 @@ class GraphedStep(Recorder):
         return outputs, reached
 
     def _differentiate(self, tensors: dict[str, Tensor]) -> tuple[Any, dict[int, Tensor]]:
-        """Outputs, and the gradient of each parameter that has one, by its place."""
+        """Return the outputs, and the gradients by the index of their parameter."""
         outputs = self.function(**tensors)
         found = torch.autograd.grad(self._scaled(_loss_of(outputs)), self._parameters, allow_unused=True)
         if any(gradient is not None and gradient.layout != torch.strided for gradient in found):
@@ -306,13 +308,13 @@ class GraphedStep(Recorder):
         return _detached(outputs), {i: gradient for i, gradient in enumerate(found) if gradient is not None}
 
     def _collect(self, found: list[Tensor], reached: Sequence[int], adds: bool) -> None:
-        """Put gradients where they belong, in few launches."""
+        """Write or add gradients to their place in `.grad`, in few launches."""
         places = [self._gradients[self._parameters[i]] for i in reached]
         if places:
             (torch._foreach_add_ if adds else torch._foreach_copy_)(places, found)
 
     def _through_reducer(self, tensors: dict[str, Tensor], adds: bool) -> Any:
-        """DistributedDataParallel averages what backward() adds up in `.grad`, after each parameter's last addition."""
+        """Run forward and `backward()`. DistributedDataParallel averages each `.grad` after the last addition to it."""
         self._place_gradients(range(len(self._parameters)), adds)
         if not adds:
             torch._foreach_zero_([self._gradients[p] for p in self._parameters])
@@ -330,7 +332,7 @@ class GraphedStep(Recorder):
         return scaled
 
     def _place_gradients(self, places: Sequence[int], adds: bool) -> None:
-        """Let `.grad` of these parameters lie where graphs expect it; with `adds` with the values that it has, 0 without any."""
+        """Point `.grad` of these parameters to the tensors that graphs write; with `adds`, keep its values, or 0 if it has none."""
         for parameter in (self._parameters[i] for i in places):
             place = self._gradients.get(parameter)
             if place is None:
@@ -344,7 +346,7 @@ class GraphedStep(Recorder):
             parameter.grad = place
 
     def _step(self) -> Tensor | None:
-        """What the optimizer does with the gradients -> their norm, if they are to be clipped."""
+        """Clip the gradients and step the optimizer -> their norm if they are clipped."""
         assert self.optimizer is not None
         norm = None
         if self.scaler is not None:
@@ -352,7 +354,7 @@ class GraphedStep(Recorder):
         if self.max_norm is not None:
             norm = nn.utils.clip_grad_norm_(self._parameters, self.max_norm)
         with warnings.catch_warnings():
-            # The first steps are not captured, on purpose.
+            # The first steps deliberately run without a graph.
             warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
             if self.scaler is None:
                 self.optimizer.step()
@@ -384,7 +386,7 @@ class GraphedStep(Recorder):
             else:
                 found = self._differentiate(static)[1]
                 reached = tuple(found)
-                # Its memory is no graph's own, and its kernels are there.
+                # Allocate the gradients outside the graph's memory, and load the kernels that collect them.
                 self._place_gradients(reached, adds=False)
                 self._collect(list(found.values()), reached, adds=False)
 
@@ -407,7 +409,7 @@ class GraphedStep(Recorder):
             raise RuntimeError(f"GraphedStep: the step cannot be recorded: {_why(error)}") from error.__cause__
 
     def _input(self, name: str, like: Tensor) -> Tensor:
-        """Where graphs read an input; those of the same shape share it."""
+        """Return the tensor that graphs read an input from. Inputs of the same name, shape and dtype share it."""
         key = (name, tuple(like.shape), like.dtype)
         static = self._inputs.get(key)
         if static is None:
@@ -416,7 +418,7 @@ class GraphedStep(Recorder):
 
     @contextmanager
     def _gradients_kept(self) -> Iterator[None]:
-        """Bring gradients back that warming up has overwritten."""
+        """Restore the gradients that warming up overwrites."""
         before = [p.grad for p in self._parameters]
         values = [None if gradient is None else gradient.clone() for gradient in before]
         try:
@@ -428,7 +430,7 @@ class GraphedStep(Recorder):
                     gradient.copy_(value)
 
     def _harmless(self, warm_up: Callable[[], None]) -> Callable[[], None]:
-        """Make `warm_up` leave buffers and random generators as they were."""
+        """Wrap `warm_up` so that it restores buffers and random generators."""
         buffers = list(dict.fromkeys(b for module in self.modules for b in module.buffers()))
 
         def harmless() -> None:
@@ -443,7 +445,7 @@ class GraphedStep(Recorder):
 
     @contextmanager
     def _unchanged_on_the_host(self) -> Iterator[None]:
-        """RuntimeError if a call changes something that a graph would not change again."""
+        """Raise a HostState error if a call changes something that a graph would not change again."""
         on_gpu = self.device.type == "cuda"
         numbers, generators = self._numbers_now(), _generators(on_gpu)
         yield
@@ -468,7 +470,7 @@ class HostState(RuntimeError):
 
 
 def check_captures(optimizer: torch.optim.Optimizer) -> None:
-    """ValueError where a step of an optimizer on a GPU cannot be captured. Those that do not say so are taken at their word."""
+    """Raise ValueError if a step of the optimizer cannot be captured on a GPU. Optimizers without `capturable` are trusted."""
     if not all(group.get("capturable", True) for group in optimizer.param_groups):
         raise ValueError(
             f"GraphedStep: {type(optimizer).__name__} cannot be captured: make it with capturable=True, or call its own step() "
@@ -477,7 +479,7 @@ def check_captures(optimizer: torch.optim.Optimizer) -> None:
 
 
 def objection_to(modules: Sequence[nn.Module]) -> str:
-    """Return why steps of these modules cannot be recorded, "" if nothing is known against it."""
+    """Return the reason why steps of these modules cannot be recorded, "" if none is known."""
     for top in modules:
         for name, module in top.named_modules():
             where = name or type(module).__name__
@@ -501,12 +503,12 @@ def objection_to(modules: Sequence[nn.Module]) -> str:
 
 
 def _is_own(hook: Any) -> bool:
-    """Whether a hook is one of this library's adapters, which compute with tensors and do nothing else."""
+    """Return whether a hook belongs to this library's adapters, which only compute with tensors."""
     return str(getattr(hook, "__module__", "")).partition(".")[0] == "mope"
 
 
 def _loss_of(outputs: Any) -> Tensor:
-    """The loss among what a function returned."""
+    """Find the loss in the function's result."""
     loss = outputs
     if isinstance(outputs, Mapping):
         loss = outputs.get("loss")
@@ -526,7 +528,7 @@ def _detached(outputs: Any) -> Any:
 
 
 def _generators(with_torch: bool) -> dict[str, Any]:
-    """The states of the host's random generators. On the CPU torch's own is that of the device."""
+    """Return the states of the host's random generators. On the CPU, torch's generator counts as the device's, so leave it out."""
     found: dict[str, Any] = {"Python's": random.getstate(), "NumPy's": pickle.dumps(np.random.get_state(legacy=False))}
     if with_torch:
         found["torch's on the CPU"] = torch.get_rng_state().numpy().tobytes()
@@ -534,7 +536,7 @@ def _generators(with_torch: bool) -> dict[str, Any]:
 
 
 def _why(error: BaseException) -> str:
-    """Return the cause of a failed recording and what to do, from what torch said."""
+    """Turn torch's message about a failed recording into a cause and a remedy."""
     said = str(error)
     if "capturable" in said:
         return "the optimizer cannot be captured: make it with capturable=True"

@@ -1,4 +1,4 @@
-"""How a run is carried out: what changes neither the model nor the recipe."""
+"""Options of a run that change neither the model nor the recipe."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ GRAPHS = ("auto", "on", "off")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a training run is carried out. Immutable; `replace` makes a changed copy.
+    """The options for carrying out a training run. Immutable; `replace` makes a changed copy.
 
     Args:
-        seed: of order, augmentation, dropout and router noise.
-        device: "auto", or a name that torch knows; "auto" is the only one for several processes on GPUs, which take one each.
-        num_workers: processes that load images.
+        seed: for order, augmentation, dropout and router noise.
+        device: "auto", or a device name of torch. Several processes on GPUs need "auto" and take one GPU each.
+        num_workers: the number of processes that load images.
         eval_batch_size: over all processes; None: that of training.
-        max_steps: stop after so many, None for the recipe's epochs. The learning rates follow the epochs.
-        save_steps: write a checkpoint every so many steps too, beside that after each epoch.
-        graphs: "on" takes forward and backward of each full batch through a CUDA graph (`GraphedStep`), and ends with an error
-            where that cannot be; on a CPU the same calls run without one. "auto": on a GPU, in one process, where nothing is
-            against it. "off", the default until graphs have run on a GPU, takes none.
+        max_steps: the number of steps after which to stop, None for the recipe's epochs. Learning rates follow the epochs.
+        save_steps: also write a checkpoint every so many steps, in addition to the one after each epoch.
+        graphs: "on" runs forward and backward of each full batch through a CUDA graph (`GraphedStep`), and raises an error if
+            that is impossible; on a CPU the same calls run without graphs. "auto" uses graphs on a GPU, in one process, if
+            nothing prevents it. "off" uses none; it is the default until graphs have run on a GPU.
         length_buckets: lengths, in tokens, to which the texts of a training batch are padded, so that batches have few shapes.
-            None: with graphs, multiples of a power of two up to the longest text that the encoder reads, at most eight; without,
-            none. Empty: these, also without graphs.
-        progress: show bars, and print what is done.
+            None: with graphs, multiples of a power of two up to the longest text that the encoder reads, at most eight;
+            without graphs, no lengths. Empty: those multiples, also without graphs.
+        progress: whether to show bars and print progress.
 
     Raises:
-        ValueError: names the value and what is allowed.
+        ValueError: an option has a value that is not allowed. The message names it and the allowed ones.
     """
 
     seed: int = 0
@@ -56,5 +56,5 @@ class RunOptions:
             object.__setattr__(self, "length_buckets", tuple(sorted(set(self.length_buckets))))
 
     def replace(self, **changes: Any) -> RunOptions:
-        """TypeError for what is no option."""
+        """Return a changed copy. Raise TypeError for names that are not options."""
         return dataclasses.replace(self, **changes)

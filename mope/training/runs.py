@@ -44,7 +44,7 @@ class TrainingRun:
             error where it does; "off" never.
         features: folder of the cache; default: in `out`.
         copy_backbones: put copies of the encoders into the saved model.
-        options: how the run is carried out; `changes` are fields of it (`seed=1, device="cpu"`). The seed is not that of the
+        options: how to carry out the run; `changes` are fields of it (`seed=1, device="cpu"`). The seed does not affect the
             weights, which are drawn when the model is made.
 
     Raises:

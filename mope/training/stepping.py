@@ -1,4 +1,4 @@
-"""Which steps of a trainer go through CUDA graphs."""
+"""Decides which steps of a trainer go through CUDA graphs."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from .graphs import GraphedStep, objection_to
 if TYPE_CHECKING:
     from .options import RunOptions
 
-# Named apart from what a model is given.
+# The name of this input; a model has no argument of that name.
 COUNT = "number of labels"
 
 
 class Stepping:
-    """Takes the parts of full batches through a `GraphedStep`, and leaves the others to the trainer.
+    """Runs the parts of full batches through a `GraphedStep`, and leaves the others to the trainer.
 
     Args:
         fusion: the model.
-        options: of the run.
-        batches: of training.
-        device: of the run.
-        processes: how many share a batch.
+        options: the options of the run.
+        batches: the training batches.
+        device: the device of the run.
+        processes: the number of processes that share a batch.
 
     Raises:
-        ValueError: graphs are to be "on", and something is against it.
+        ValueError: graphs are "on", but something prevents them.
     """
 
     def __init__(self, fusion: FusionModel, options: RunOptions, batches: Batches, device: torch.device, processes: int) -> None:
@@ -49,15 +49,15 @@ class Stepping:
             longest = None if fusion.tokenizer is None else max_tokens(fusion.tokenizer, fusion.backbone("text"))
             self.lengths = tuple(options.length_buckets or ()) or length_buckets(longest)
         self._fusion, self._sizes = fusion, part_sizes(batches)
-        # Written and added gradients are a graph each.
+        # Writing gradients and adding to them need a graph each.
         self._max_graphs = max(1, len(self._sizes)) * max(1, len(self.lengths or ())) * (1 if batches.parts == 1 else 2)
         self._step: GraphedStep | None = None
         self.parts = {"graphs": 0, "without": 0}
-        # The most that were kept at once.
+        # The largest number kept at any time.
         self.recorded = 0
 
     def padding(self, collate: Callable[[list[Any]], dict[str, Tensor]]) -> Callable[[list[Any]], dict[str, Tensor]]:
-        """`collate`, with texts padded to the lengths of this run."""
+        """Wrap `collate` so that it pads texts to the lengths of this run."""
         if self.lengths is None:
             return collate
         token = getattr(self._fusion.tokenizer, "pad_token_id", None) or 0
@@ -66,7 +66,7 @@ class Stepping:
         return Buckets(collate, self.lengths, values, left=self._fusion.config.padding_side == "left")
 
     def takes(self, inputs: dict[str, Tensor]) -> bool:
-        """Whether a part of a batch has a shape that comes again: not the last of an epoch, nor a text that is too long."""
+        """Return whether a part has a shape that recurs: it is not the last of an epoch, and its texts are not too long."""
         ids = inputs.get("input_ids")
         fits = len(inputs["labels"]) in self._sizes and (ids is None or self.lengths is None or ids.shape[1] in self.lengths)
         takes = fits and not self.why_not
@@ -83,11 +83,11 @@ class Stepping:
         scaler: Any,
         guard: Callable[[], object],
     ) -> Tensor | None:
-        """Forward and backward of a part -> its loss (), None where graphs were given up and the part is still to be done.
+        """Run forward and backward of a part -> its loss (), or None if graphs were given up and the part is still to be done.
 
         Args:
-            model: as the trainer has wrapped it. inputs: of it, with labels. count: labels of the whole batch.
-            loss: (model, inputs, count) -> (). scaler: of fp16, or None. guard: see `GraphedStep`.
+            model: wrapped by the trainer. inputs: the model's inputs with labels. count: number of labels in the whole batch.
+            loss: (model, inputs, count) -> (). scaler: for fp16, or None. guard: see `GraphedStep`.
         """
         if self._step is None:
 
@@ -112,24 +112,24 @@ class Stepping:
         return found
 
     def release(self) -> None:
-        """Give up all graphs."""
+        """Drop all graphs."""
         if self._step is not None:
             self._step.release()
         self._step = None
 
     def describe(self) -> dict[str, Any]:
-        """What results say about it: parts of batches that went through graphs and that did not, and the most graphs at once."""
+        """Return the part of the results about graphs: parts of batches with and without them, and the most graphs at once."""
         return {"parts": dict(self.parts), "kept": self.recorded} | ({"why_not": self.why_not} if self.why_not else {})
 
 
 def part_sizes(batches: Batches) -> Collection[int]:
-    """Items of the parts of a full batch that one process gets."""
+    """Return the sizes of one process's parts of a full batch."""
     mine = np.arange(batches.size)[batches.process :: batches.processes]
     return {len(part) for part in np.array_split(mine, batches.parts)} if len(batches.items) >= batches.size else set()  # type: ignore[arg-type]
 
 
 def _objection(fusion: FusionModel, wanted: str, device: torch.device, processes: int) -> str:
-    """Why steps do not go through graphs, "" if they do."""
+    """Return the reason why steps do not go through graphs, "" if they do."""
     if wanted == "auto" and device.type != "cuda":
         return f"there are no graphs on {device.type}"
     if wanted == "auto" and processes > 1:

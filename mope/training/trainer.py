@@ -91,11 +91,11 @@ class FusionTrainer(Trainer):
         out: folder for checkpoints and TensorBoard's files.
         collate: items -> arguments of the model, with labels.
         train_items, dev_items: items, without dev_items nothing is evaluated.
-        options: how the run is carried out; `changes` are fields of it.
+        options: how to carry out the run; `changes` are fields of it.
 
     Raises:
         ValueError: an option has a value that is not allowed, the batch cannot be split over the processes, the precision does not
-            run here, what trains has 16 bits, graphs were to be on and cannot be, or the model was to be sharded.
+            run here, parameters with 16 bits are trained, graphs are "on" but impossible, or the model was to be sharded.
     """
 
     def __init__(
@@ -188,8 +188,8 @@ class FusionTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with frozen weights as they are fastest: in 16 bits while it computes in 16 bits, which autocast would cast
-        in each step, and on the CPU in oneDNN's order. Graphs are given up at the end."""
+        """Train with the frozen weights in their fastest form: in 16 bits if the computation is in 16 bits, since autocast would
+        cast them in each step, and in oneDNN's order on the CPU. Drop the graphs at the end."""
         before = self.fusion.frozen_dtype
         self.fusion.cast_frozen(self.frozen_dtype or before)
         try:
@@ -202,7 +202,7 @@ class FusionTrainer(Trainer):
             self.fusion.cast_frozen(before)
 
     def _in_a_stream_of_its_own(self) -> Any:
-        """Where DistributedDataParallel is to be recorded, torch wants it made in another stream than the default one."""
+        """Return a context with a new stream if DistributedDataParallel is to be recorded; torch requires it to be made there."""
         if self.stepping.why_not or self.args.device.type != "cuda" or self.args.world_size == 1:
             return nullcontext()
         return torch.cuda.stream(torch.cuda.Stream(self.args.device))
@@ -241,7 +241,7 @@ class FusionTrainer(Trainer):
         return self.fusion.on_device(inputs) if self.args.world_size == 1 else super()._prepare_inputs(inputs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Forward and backward of a part of a batch, through a CUDA graph where it has one -> its loss ()."""
+        """Run forward and backward of a part of a batch, through a CUDA graph if it has one -> its loss ()."""
         if self.stepping.takes(inputs):
             model.train()
             loss = self.stepping(
@@ -272,7 +272,7 @@ class FusionTrainer(Trainer):
         return (loss, (logits,)) if return_outputs else loss
 
     def _loss(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None) -> tuple[Tensor, Tensor]:
-        """Loss and logits. Nothing in it may change from step to step but tensors: it goes into a graph."""
+        """Return loss and logits. It is recorded in a graph, so only tensors may change from step to step."""
         labels = inputs["labels"]
         logits, importance = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
         # A mean over parts of unequal size would weigh their items differently.

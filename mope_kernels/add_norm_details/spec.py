@@ -12,7 +12,7 @@ from mope_kernels import reference
 from mope_kernels._ops import not_needed
 from mope_kernels.spec import TYPES, Choose, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
 
-# x and update have the same gradient, so that of update is asked for only where its dtype is another.
+# x and update share a gradient. That of update is requested only if its dtype differs.
 GRADIENTS = Gradients("x", "update", "weight", "bias")
 
 
@@ -32,7 +32,7 @@ def _gradient(a: Any, name: str) -> Tensor:
 FORWARD = RawOp(
     "add_norm",
     "Tensor x, Tensor? update, Tensor? weight, Tensor? bias, float eps, ScalarType norm_dtype",
-    # total is empty without update: it would repeat x.
+    # Without update, total is empty, because it would repeat x.
     "Tensor total, Tensor normed",
     _fake,
 )
@@ -40,7 +40,7 @@ BACKWARD = RawOp(
     "add_norm_backward",
     "Tensor? grad_total, Tensor? grad_normed, Tensor total, Tensor? weight, float eps, ScalarType x_dtype, "
     "ScalarType update_dtype, int needs",
-    # Those of x and update in their dtypes, those of weight and bias (C,) in float32.
+    # Gradients of x and update have their dtypes; those of weight and bias (C,) are float32.
     GRADIENTS.results,
     GRADIENTS.fake(_gradient, lambda a, name: not_needed(a.total, torch.float32)),
 )
@@ -56,13 +56,13 @@ def _example(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Opt
 
 
 def _any_sizes(choose: Choose, impl: str) -> Sizes:
-    # Of few numbers the deviation may be next to nothing, and a gradient divides by it.
+    # With few numbers the deviation may be close to 0, and gradients divide by it.
     sizes = {"batch": choose.integers(0, 3), "rows": choose.integers(0, 20), "width": choose.integers(8, 300)}
     return sizes | {n: choose.booleans() for n in ("update", "affine")}
 
 
 def _variants(short: bool) -> Iterator[Variant]:
-    """Widths of Swin Transformers, one that is no power of two, a wide one. In float32 the widths alone."""
+    """Yield the widths of Swin Transformers, one that is not a power of two, and a wide one; in float32 only the widths."""
     frozen, sizes = ("x", "update"), {"batch": 64, "rows": 62}
     for dtype in (torch.bfloat16, torch.float32):
         for width in (128, 100, 512, 1024, 4096):

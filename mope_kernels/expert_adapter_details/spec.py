@@ -15,7 +15,7 @@ from mope_kernels.spec import TYPES, Choose, Gradients, Options, RawOp, Sizes, S
 PARAMETERS = ("down_weight", "down_bias", "up_weight", "up_bias", "router_weight", "router_bias")
 GRADIENTS = Gradients("x", *PARAMETERS)
 
-# x is (T,d). Parameters have one dtype, which need not be that of x.
+# x is (T,d). All parameters have the same dtype, which may differ from that of x.
 _INPUTS = (
     "Tensor x, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias, Tensor? router_weight, "
     "Tensor? router_bias, Tensor? seed, float temperature, bool is_gelu, float dropout_p"
@@ -27,7 +27,7 @@ def _results(a: Any) -> tuple[Tensor, Tensor]:
     return a.x.new_empty(a.x.shape), a.x.new_empty(shape, dtype=torch.float32)
 
 
-# With return_weights also the routing weights (T,E).
+# With return_weights, weights are the routing weights (T,E).
 FORWARD = RawOp("expert_adapter", f"{_INPUTS}, bool return_weights", "Tensor out, Tensor weights", _results)
 BACKWARD = RawOp(
     "expert_adapter_backward",
@@ -68,7 +68,7 @@ def _any_sizes(choose: Choose, impl: str) -> Sizes:
 
 
 def _variants(short: bool) -> Iterator[Variant]:
-    """The plain adapter, as experts=1, and routed ones; wide ones with everything that costs registers."""
+    """Yield the plain adapter, as experts=1, routed ones, and wide ones with every option that costs registers."""
     given: list[dict[str, Any]] = [{"experts": experts} for experts in (1, 3, 8)]
     wide = {"width": 770, "parameters": torch.float32, "gelu": True}
     given += [{"experts": e, "bottleneck": r, **wide, "dropout_p": 0.1} for e, r in ((3, 16), (1, 32), (7, 61), (8, 20))]

@@ -100,7 +100,7 @@ def gelu_mlp_backward(
 
     need = GRADIENTS.asked(needs)
     found = {}
-    # As the forward wrote it, unless somebody saved a copy.
+    # The forward writes it contiguously, but a saved-tensor hook may have changed that.
     hidden = hidden.contiguous()
     with torch.autocast(grad_out.device.type, enabled=False):
         if not need.isdisjoint({"x", "weight1", "bias1"}):

@@ -29,17 +29,17 @@ def _gradient(a: Any, name: str) -> Tensor:
     return a.hidden.new_empty(like.shape if name.startswith("weight") else like.shape[:1])
 
 
-# `way` is one of configs.gelu_mlp.WAYS, or "" for that of its table.
+# `way` is one of configs.gelu_mlp.WAYS, or "" for the one in its table.
 FORWARD = RawOp(
     "gelu_mlp",
     "Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, bool keep_hidden, str way=''",
-    # out (N,O); with keep_hidden also h (N,F), for backward.
+    # out (N,O); with keep_hidden also h (N,F) for backward.
     "Tensor out, Tensor hidden",
     _results,
 )
 BACKWARD = RawOp(
     "gelu_mlp_backward",
-    # x only where the gradient of weight1 is asked for
+    # x is needed only for the gradient of weight1.
     "Tensor grad_out, Tensor hidden, Tensor? x, Tensor weight1, Tensor weight2, int needs, str way=''",
     GRADIENTS.results,
     GRADIENTS.fake(_gradient, lambda a, name: not_needed(a.grad_out)),
@@ -61,7 +61,7 @@ def _arguments(options: Options, tensors: Tensors) -> dict[str, Any]:
 
 
 def _around(options: Options) -> AbstractContextManager[None]:
-    # Imported by now, and the package calls the function by the module's name.
+    # Import here: the module is loaded by now, and the package has a function of the same name.
     from mope_kernels.gelu_mlp import taking
 
     return taking(options["way"]) if "way" in options else nullcontext()
@@ -74,14 +74,14 @@ def _any_sizes(choose: Choose, impl: str) -> Sizes:
 
 def _variants(short: bool) -> Iterator[Variant]:
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    # Kernels without a product know of a width only whether it is a multiple of their blocks.
+    # Kernels without a product only depend on whether a width is a multiple of their blocks.
     for way, widths, usual in (("triton", (100, 128, 256, 512, 768, 1024), 128), ("cublas", (100, 1024), 1024)):
         for dtype, width in product(dtypes, widths):
             if short and dtype != torch.bfloat16 and width != usual:
                 continue
             sizes = {"batch": 64, "rows": 62, "width": width, "hidden": 4 * width, "out": width, "way": way}
             label = f"{TYPES[dtype]} C={width}" + (" way=cublas" if way == "cublas" else "")
-            # Without and with what backward needs.
+            # Without, and with, the tensors that backward needs.
             yield Variant(label, dtype, sizes, ())
             yield Variant(label, dtype, sizes, ("x",))
 

@@ -1,4 +1,4 @@
-"""Launchers of the importance loss's Triton kernels. Triton is imported by the first call."""
+"""Launchers of the importance loss's Triton kernels. The first call imports Triton."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def importance_loss(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 def importance_loss_backward(grad_loss: Tensor, load: Tensor, threshold: float) -> Tensor:
     from ._kernels import importance_backward
 
-    # As the forward wrote it, unless somebody saved a copy.
+    # The forward writes it contiguously, but a saved-tensor hook may have changed that.
     load = load.contiguous()
     blocks, num_experts = load.shape
     grad, block = torch.empty_like(load), next_power_of_2(num_experts)

@@ -22,7 +22,7 @@ FORWARD = RawOp(
 BACKWARD = RawOp(
     "importance_loss_backward",
     "Tensor grad_loss, Tensor load, float threshold",
-    # (L,K), the gradient that every row of a block's probs gets
+    # (L,K): the gradient of every row of a block's probs.
     GRADIENTS.results,
     lambda a: (a.load.new_empty(a.load.shape),),
 )
@@ -52,7 +52,7 @@ SPEC = Spec(
     gradients=GRADIENTS,
     raw=(FORWARD, BACKWARD),
     implementations=("cpu", "triton"),
-    # It looks at the batch as a whole, so no tensor has items.
+    # The op looks at the batch as a whole, so no tensor has items.
     base={"blocks": 2, "batch": 6, "experts": 4, "threshold": 0.0},
     cases={
         "even": {"batch": 40, "experts": 2},

@@ -30,7 +30,7 @@ BACKWARD = RawOp(
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """Copy to where `route` leaves its results. (A single row counts as contiguous, whatever its stride.)"""
+    """Copy into the strides that `route` returns. (A single row counts as contiguous, whatever its stride.)"""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

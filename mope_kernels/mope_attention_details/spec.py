@@ -28,7 +28,7 @@ from mope_kernels.spec import Choose, Gradients, Options, RawOp, Sizes, Spec, Te
 SHARED = ("bank_key", "bank_value", "gram", "key_offset", "value_offset", "static_key", "static_value")
 INSTANCE = ("instance_key", "instance_value")
 GRADIENTS = Gradients("query", "key", "value", "logits", *SHARED, *INSTANCE)
-# The tensors of the raw op, in the order of its schema. The gradient of the noise is made of that of the logits.
+# The tensors of the raw op, in schema order. The gradient of the noise is derived from that of the logits.
 TENSORS = ("query", "key", "value", "logits", "noise", *SHARED, *INSTANCE, "lengths", "seed")
 
 _INPUTS = (
@@ -45,8 +45,8 @@ def _gradient(a: Any, name: str) -> Tensor:
 
 FORWARD = RawOp(
     "mope_attention",
-    # With task_ids (B,), int64: bank_key and bank_value (T*K,H,P,D), gram (T,P,K,K), static_key and static_value (T,H,S,D); no
-    # backward.
+    # With task_ids (B,), int64, bank_key and bank_value are (T*K,H,P,D), gram is (T,P,K,K), static_key and static_value are
+    # (T,H,S,D), and there is no backward.
     f"{_INPUTS}, Tensor? task_ids=None",
     "Tensor out, Tensor lse, Tensor probs, Tensor weights, Tensor indices",
     lambda a: (*attention_results(a), *empty_routing(a.logits, a.top_k)),
@@ -55,16 +55,16 @@ BACKWARD = RawOp(
     "mope_attention_backward",
     "Tensor grad_out, Tensor? grad_probs, Tensor? grad_weights, Tensor out, Tensor lse, Tensor probs, Tensor weights, "
     f"Tensor indices, {_INPUTS}, int needs",
-    # In the dtypes of what they belong to, but for the logits: float32.
+    # Gradients have the dtypes of their inputs, but that of the logits is float32.
     GRADIENTS.results,
     GRADIENTS.fake(_gradient, lambda a, name: not_needed(a.query)),
 )
 
 
 def _bank(size: Sizes, device: str) -> Tensors:
-    """Bank and Gram matrix of the same centred experts, as in use: what the fold normalises then has unit variance.
+    """Make the bank and Gram matrix of the same centred experts, as a model does, so that the folded norm gives unit variance.
 
-    The projections are a permutation for the keys and none for the values.
+    The keys are projected by a permutation, and the values are not projected.
     """
     experts, prompts, heads, width, tasks = (size[n] for n in ("experts", "prompts", "heads", "width", "tasks"))
     centred = torch.randn(*([tasks] if tasks else []), experts, prompts, heads * width, device=device)
@@ -138,7 +138,7 @@ def _any_sizes(choose: Choose, impl: str) -> Sizes:
 
 
 def _variants(short: bool) -> Iterator[Variant]:
-    """As on the heads of a projection; `sizes` are static, instance and routed prompts."""
+    """Yield variants on the heads of a projection; `sizes` are the numbers of static, instance and routed prompts."""
     for dtype, head_dim, given, label in declared(_options_of, short, others=(32, 72, 128)):
         static, instance, routed = given.get("sizes", (6, 1, 6))
         tasks = given.get("tasks", 0)
@@ -161,7 +161,7 @@ def _variants(short: bool) -> Iterator[Variant]:
             "noise": False,
             "float32_logits": True,
         }
-        # No gradient flows through a batch of several tasks.
+        # A batch of several tasks has no gradients.
         yield Variant(label, dtype, sizes, () if tasks else None, (0,))
 
 

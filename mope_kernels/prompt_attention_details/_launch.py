@@ -122,7 +122,7 @@ def attention_backward(
     batch, num_prompts = len(prompt_key), prompt_key.shape[2]
     num_queries, num_keys = (query.shape[2], key.shape[2]) if offsets is None else (max_length, max_length)
     grad_out = aligned_rows(grad_out)
-    # As the forward wrote them, unless somebody saved copies.
+    # The forward writes them contiguously, but saved-tensor hooks may have changed that.
     out, lse = out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
     scores: dict[str, Any] = {"dropped": seed is not None, "biased": bias is not None, "is_causal": is_causal}
     found = {

@@ -1,4 +1,4 @@
-"""The spec of `prompt_attention`, and of its form for packed items."""
+"""The spec of `prompt_attention` and of its variant for packed items."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor pr
 _INPUTS = f"{_TENSORS}, Tensor? lengths, Tensor? attn_bias, Tensor? seed, bool is_causal, float scale, float dropout_p"
 _PACKED_INPUTS = f"{_TENSORS}, Tensor offsets, Tensor? seed, int max_length, bool is_causal, float scale, float dropout_p"
 
-# Logarithms of the sums of exponentials are for the backward of the same namespace only: natural in mope_cpu, to base 2 in
+# lse is only for the backward of the same namespace: the natural logarithm in mope_cpu, the logarithm to base 2 in
 # mope_triton.
 LSE_DTYPES = {"mope_triton": torch.float64, "mope_cpu": torch.float32}
 
 
 def attention_results(a: Any) -> tuple[Tensor, Tensor]:
-    """Allocate out (B,H,Lq,D), and lse (B,H,Lq) of the scaled scores, +inf where no key is visible."""
+    """Allocate out (B,H,Lq,D), and lse (B,H,Lq) of the scaled scores, which is +inf where no key is visible."""
     return empty_heads_last(a.query, *a.query.shape), a.query.new_empty(a.query.shape[:3], dtype=LSE_DTYPES[a.namespace])
 
 
@@ -38,7 +38,7 @@ def _packed(a: Any) -> tuple[Tensor, Tensor]:
 
 
 def attention_gradient(a: Any, name: str) -> Tensor:
-    """Allocate a gradient: those of query, key and value with heads last, as projections take them."""
+    """Allocate a gradient. Those of query, key and value are laid out heads last, as projections read them."""
     like = getattr(a, name)
     return empty_heads_last(like, *like.shape) if name in ("query", "key", "value") else like.new_empty(like.shape)
 
@@ -52,7 +52,7 @@ BACKWARD = RawOp(
     GRADIENTS.results,
     _gradients,
 )
-# Query, key and value are (1,H,T,D), item b in rows offsets[b] to offsets[b+1]; lse is (B,H,max_length).
+# Query, key and value are (1,H,T,D) with item b in rows offsets[b] to offsets[b+1]; lse is (B,H,max_length).
 PACKED = RawOp("packed_attention", _PACKED_INPUTS, "Tensor out, Tensor lse", _packed)
 PACKED_BACKWARD = RawOp(
     "packed_attention_backward",
@@ -63,7 +63,7 @@ PACKED_BACKWARD = RawOp(
 
 
 def draw_heads(*shape: int, dtype: torch.dtype, device: str, row: int | None) -> Tensor:
-    """Draw (...,H,L,D): in one piece, or, with `row`, a view of a projection (...,L,H,D) with rows at least so far apart."""
+    """Draw (...,H,L,D), contiguous, or with `row` as a view of a projection (...,L,H,D) whose rows are at least `row` apart."""
     if row is None:
         return torch.randn(shape, dtype=dtype, device=device)
     *outer, heads, length, width = shape
@@ -102,14 +102,14 @@ def _example(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Opt
 def declared(
     options: Callable[[torch.dtype], list[dict[str, Any]]], short: bool, usual: int = 64, others: tuple[int, ...] = ()
 ) -> Iterator[tuple[torch.dtype, int, dict[str, Any], str]]:
-    """Yield (dtype, head_dim, options, label): which options of an attention are compiled for a dtype and head_dim.
+    """Yield (dtype, head_dim, options, label) for each set of options that is compiled for a dtype and head_dim.
 
-    The options are none, each alone, and last all that cost registers together. The short list has all of them for bfloat16 and
-    the usual head_dim only, and the last for `others`.
+    The sets are no option, each option alone, and last all that cost registers together. The short list has all of them only
+    for bfloat16 and the usual head_dim, and the last one for `others`.
     """
     for dtype, head_dim in product((torch.bfloat16, torch.float16, torch.float32), HEAD_DIMS):
         every = options(dtype)
-        # float16 takes what bfloat16 takes, and other heads are padded to one of these.
+        # float16 supports the same options as bfloat16, and other heads are padded to one of these.
         alone = dtype != torch.float16 and head_dim in (16, 32, 64, 128)
         chosen = every if alone else [every[0], every[-1]]
         if short and head_dim == usual:
@@ -138,7 +138,7 @@ def any_head_dim(choose: Choose, impl: str) -> int:
 
 
 def any_lengths(choose: Choose, batch: int, keys: int) -> list[int]:
-    """Some of them beyond the end."""
+    """Draw lengths, some of them longer than the keys."""
     return [choose.integers(0, keys + 2) for _ in range(batch)]
 
 
@@ -153,7 +153,7 @@ def _any_sizes(choose: Choose, impl: str) -> Sizes:
         "queries": queries,
         "keys": keys,
         "width": any_head_dim(choose, impl),
-        # Without prompts an item may see nothing, which SDPA refuses.
+        # Without prompts an item may see no key, which SDPA refuses.
         "prompts": choose.integers(1 if impl == "sdpa" else 0, 20),
         "shared": choose.booleans(),
         "is_causal": is_causal,
@@ -164,7 +164,7 @@ def _any_sizes(choose: Choose, impl: str) -> Sizes:
 
 
 def _variants(short: bool) -> Iterator[Variant]:
-    """As on the heads of a projection, with prompts that the items share."""
+    """Yield variants on the heads of a projection, with prompts that the items share."""
     for dtype, head_dim, given, label in declared(_options_of, short, others=(32, 72, 128)):
         tokens, packed, bias = given.get("tokens", 197), given.get("packed", False), given.get("bias")
         yield Variant(

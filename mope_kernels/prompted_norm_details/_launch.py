@@ -168,7 +168,7 @@ def prompted_norm_backward(
     needs: int,
 ) -> tuple[Tensor, ...]:
     needed = GRADIENTS.asked(needs)
-    # As the forward wrote them, unless somebody saved copies.
+    # The forward writes them contiguously, but saved-tensor hooks may have changed that.
     total, experts = last_dim_contiguous(total), None if experts is None else last_dim_contiguous(experts)
     probs, weights, indices, pooled = (t.contiguous() for t in (probs, weights, indices, pooled))
     batch, num_out, width = total.shape

@@ -14,9 +14,9 @@ from mope_kernels._ops import not_needed
 from mope_kernels.spec import TYPES, Choose, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
 
 ROUTER = ("self_weight", "self_bias", "self_keys")
-# x and update have the same gradient, so that of update is asked for only where its dtype is another.
+# x and update share a gradient. That of update is requested only if its dtype differs.
 GRADIENTS = Gradients("x", "update", "weight", "bias", "static", "experts", "mapped", "cross_logits", *ROUTER, "routing_weights")
-# The tensors of the raw op, in the order of its schema. The gradient of the noise is made of that of the logits.
+# The tensors of the raw op, in schema order. The gradient of the noise is derived from that of the logits.
 TENSORS = (*GRADIENTS.names, "routing_indices", "noise")
 
 
@@ -59,20 +59,20 @@ FORWARD = RawOp(
     "Tensor? cross_logits, Tensor? self_weight, Tensor? self_bias, Tensor? self_keys, Tensor? routing_weights, "
     "Tensor? routing_indices, Tensor? noise, "
     "int num_replaced, int top_k, float temperature, bool renormalize, float eps, ScalarType norm_dtype, bool keep_pooled",
-    # pooled (B,C) float32, the mean over the rows that the router saw, empty where `keep_pooled` does not ask for it. Probs,
-    # weights and indices are empty where routing is given ready-made. Indices (B,K) in dense routing too: nothing else launches.
+    # pooled (B,C), float32, is the mean over the rows that the router saw, empty without `keep_pooled`. Probs, weights and
+    # indices are empty if a routing is given. Dense routing returns indices (B,K) too, so that no other kernel has to.
     "Tensor total, Tensor normed, Tensor probs, Tensor weights, Tensor indices, Tensor pooled",
     _results,
 )
 BACKWARD = RawOp(
     "prompted_norm_backward",
-    # With the sizes N of x, S of static and M of mapped. Weights and indices are those of a routing given ready-made, if one was.
+    # With the sizes N of x, S of static and M of mapped. Weights and indices are those of the given routing, if any.
     "Tensor? grad_total, Tensor? grad_normed, Tensor? grad_probs, Tensor? grad_weights, "
     "Tensor total, Tensor probs, Tensor weights, Tensor indices, Tensor pooled, Tensor? weight, Tensor? experts, "
     "Tensor? self_weight, Tensor? self_bias, Tensor? self_keys, "
     "int num_rows, int num_replaced, int num_static, int num_mapped, float temperature, bool renormalize, float eps, "
     "ScalarType x_dtype, ScalarType update_dtype, int needs",
-    # Those of x, update, experts and routing_weights in their dtypes, the others in float32.
+    # Gradients of x, update, experts and routing_weights have their dtypes; the others are float32.
     GRADIENTS.results,
     GRADIENTS.fake(_gradient, lambda a, name: not_needed(a.total, torch.float32)),
 )
@@ -93,7 +93,7 @@ def _example(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Opt
     tensors["experts"] = randn(experts, size["prompts"], width, dtype=of_prompts) if experts else None
     given, routed = size["routing"], experts > 0 and not size["routing"]
     sees_rows = routed and query > 0
-    # The router computes in float32 whatever the model does.
+    # The router computes in float32, whatever the dtype of the model.
     router = {
         "cross_logits": (batch, experts) if routed and size["cross"] else None,
         "self_weight": (query, width) if sees_rows else None,
@@ -112,7 +112,7 @@ def _example(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Opt
 
 
 def _arguments(options: Options, tensors: Tensors) -> dict[str, Any]:
-    """The tensors of a ready-made routing as the argument that they are of."""
+    """Combine the tensors of a given routing into the argument `routing`."""
     tensors = dict(tensors)
     weights, indices = tensors.pop("routing_weights"), tensors.pop("routing_indices")
     routing = None if weights is None or indices is None else mope_kernels.Routing(weights, indices, weights)
@@ -131,7 +131,7 @@ def _define(options: Options, tensors: Tensors) -> tuple[Tensor, ...]:
 
 def _any_sizes(choose: Choose, impl: str) -> Sizes:
     experts = choose.integers(0, 6)
-    # Without rows there is no mean.
+    # The mean needs at least one row.
     ranges = {"batch": (0, 3), "rows": (1, 20), "width": (8, 40), "static": (0, 3), "prompts": (0, 3), "mapped": (0, 2)}
     sizes: Sizes = {n: choose.integers(*r) for n, r in ranges.items()}
     sizes |= {n: choose.booleans() for n in ("update", "affine", "cross", "noise", "routing", "renormalize")}
@@ -145,7 +145,7 @@ def _any_sizes(choose: Choose, impl: str) -> Sizes:
 
 
 def _variants(short: bool) -> Iterator[Variant]:
-    """As in a stage of Swin-B, whose widths are 128 to 1024. Gradients of the tokens, the prompts, the router but for its keys."""
+    """Yield variants of stages of Swin-B (widths 128 to 1024), with gradients of tokens, prompts and router except its keys."""
     given: list[dict[str, Any]] = [{"width": width} for width in (128, 512, 1024)]
     given += [{"width": 512, "experts": 64, "top_k": 1}, {"width": 1024, "experts": 256}]
     given += [{"width": 512, "given": True}, {"width": 512, "residual": torch.float32}]
@@ -173,7 +173,7 @@ def _variants(short: bool) -> Iterator[Variant]:
             wanted: tuple[str, ...] = ("x", "update", "static", "experts", "mapped")
             wanted += ("routing_weights",) if ready_made else ("cross_logits", "self_weight", "self_bias")
             described = " ".join(f"{k}={TYPES.get(v, v)}" for k, v in options.items()).replace("width", "C")
-            # Of the routing the probabilities alone have one.
+            # Only the probabilities of a routing have a gradient.
             yield Variant(f"{TYPES[dtype]} {described}", dtype, sizes, wanted, (0, 1) if ready_made else (0, 1, 3))
 
 

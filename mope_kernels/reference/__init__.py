@@ -1,8 +1,8 @@
-"""Every op in plain PyTorch, a file each: the specification that each implementation is tested against.
+"""Every op in plain PyTorch, one file each: the specification against which each implementation is tested.
 
-Written to be checked against the papers and to run in float64; speed is no aim. Softmax, selection and
-statistics are computed in float32 (float64 for float64 input), matrix products in the input dtype. Autocast is
-switched off inside, so that an op gives what its arguments' dtypes say.
+It is written to be checked against the papers and to run in float64, not for speed. Softmax, selection and statistics are
+computed in float32 (float64 for float64 input), matrix products in the input dtype. Autocast is switched off inside, so that the
+results of an op only depend on the dtypes of its arguments.
 
 Sizes: B batch, H heads, L tokens (Lq queries, Lk keys), D width of a head, C width of the model, P prompts, K experts,
 k selected experts, S static prompts, M instance prompts, N rows, s width of a router's query.

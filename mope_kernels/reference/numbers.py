@@ -1,4 +1,4 @@
-"""What definitions have in common: the dtype of statistics, and autocast, which they switch off."""
+"""Common parts of the definitions: the dtype of statistics, and switching autocast off."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Result = TypeVar("Result")
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[object]:
-    """Computation in the dtypes of the arguments. The meta device knows no autocast, and needs nothing."""
-    # torch.amp.is_autocast_available would ask for any device, but torch 2.11 cannot compile a call of it.
+    """Compute in the dtypes of the arguments. The meta device has no autocast, so nothing changes there."""
+    # torch.amp.is_autocast_available would answer for any device, but torch 2.11 cannot compile a call of it.
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
@@ -31,5 +31,5 @@ def without_autocast(function: Callable[Params, Result]) -> Callable[Params, Res
 
 
 def statistics_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any of the tensors is float64, else float32."""
+    """Return float64 if any of the tensors is float64, otherwise float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

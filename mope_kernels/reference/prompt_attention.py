@@ -1,4 +1,4 @@
-"""The definition of `prompt_attention`, and how items are packed."""
+"""The definition of `prompt_attention`, and the packing of items."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pad_items(rows: Tensor, offsets: Tensor, max_length: int) -> Tensor:
     """Packed items, item b in rows offsets[b] to offsets[b+1], padded with zeros: (1,H,T,D), (B+1,) -> (B,H,max_length,D)."""
     place = offsets[:-1, None] + torch.arange(max_length, device=offsets.device)
     if rows.shape[2] == 0:
-        # Something to point at.
+        # Without rows, add one that the indices can point to.
         rows = F.pad(rows, (0, 0, 0, 1))
     padded = rows[0].transpose(0, 1)[place.clamp(max=rows.shape[2] - 1)]
     return padded.masked_fill((place >= offsets[1:, None])[..., None, None], 0.0).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The definition of `window_prompt_attention`, and how images are cut into windows."""
+"""The definition of `window_prompt_attention`, and the partition of images into windows."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def window_reverse(windows: Tensor, resolution: int, window_size: int, shift: in
 
 
 def shift_mask(resolution: int, window_size: int, shift: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What a shifted window adds to its scores: -100 between tokens of different regions of the image -> (nW, w*w, w*w)."""
+    """Mask for the scores of a shifted window: -100 between tokens of different regions of the image -> (nW, w*w, w*w)."""
     place = torch.arange(resolution, device=device)
-    # Bands of rows, and of columns, that only meet because of the shift. Counted, not looked up: nothing is copied from the host.
+    # Count the bands of rows and columns that only meet because of the shift, instead of copying a table from the host.
     band = (place >= resolution - window_size).long() + (place >= resolution - shift).long()
     region = rearrange(3 * band[:, None] + band[None, :], "y x -> 1 (y x) 1")
     region = rearrange(window_partition(region, resolution, window_size, 0), "1 w n 1 -> w n")

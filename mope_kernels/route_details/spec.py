@@ -15,7 +15,7 @@ GRADIENTS = Gradients("logits")
 
 
 def empty_routing(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate probs (B,K), weights and indices (B,k). In dense routing, `top_k` 0, the latter two have no columns."""
+    """Allocate probs (B,K), weights and indices (B,k). In dense routing, `top_k` 0, weights and indices have no columns."""
     batch = logits.shape[0]
     probs = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     return probs, probs.new_empty(batch, top_k), probs.new_empty(batch, top_k, dtype=torch.int64)
@@ -24,14 +24,14 @@ def empty_routing(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
 FORWARD = RawOp(
     "route",
     "Tensor logits, Tensor? noise, int top_k, float temperature, bool renormalize",
-    # Without columns weights and indices would repeat probs and arange.
+    # In dense routing weights and indices have no columns, because they would repeat probs and arange.
     "Tensor probs, Tensor weights, Tensor indices",
     lambda a: empty_routing(a.logits, a.top_k),
 )
 BACKWARD = RawOp(
     "route_backward",
     "Tensor? grad_probs, Tensor? grad_weights, Tensor probs, Tensor weights, Tensor indices, float temperature, bool renormalize",
-    # In the dtype of probs. The gradient of the noise is made of it.
+    # In the dtype of probs. The gradient of the noise is derived from it.
     GRADIENTS.results,
     lambda a: (a.probs.new_empty(a.probs.shape),),
 )

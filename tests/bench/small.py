@@ -1,4 +1,4 @@
-"""The benchmarks made small."""
+"""Small versions of the benchmarks."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from mope.benchmark.cases import Case, cases
 
 
 def tiny_cases(op: str, where: str) -> list[Case]:
-    """In place of `cases`: the small ones, in the ways of a CPU."""
+    """Replace `cases` by the small ones, with the ways of a CPU."""
     return [dataclasses.replace(case, detailed=False, graphs=False) for case in cases(op, "tiny")]

@@ -1,4 +1,4 @@
-"""Launches reach the stand-in for the driver and are counted, and so is what torch does; times are written down, not judged."""
+"""Launches reach the stand-in for the driver and are counted, as are torch's operations; times are recorded, but not judged."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_tensors_of_the_cpu_stand_for_a_gpus_only_meanwhile():
 
 @pytest.mark.parametrize("name", host_cases.OPS)
 def test_an_op_launches_what_bench_launches_counts(launches, name):
-    """Without gradients and with them, and its raw ops as many as it itself."""
+    """Check it without and with gradients; its raw ops launch as many kernels as the op itself."""
     calls = host.calls_of(name, host_cases.STUBBED, torch.float16)
     found = {}
     for way, call in calls.items():
@@ -91,7 +91,7 @@ def test_operations_are_counted_by_name_and_by_line():
         found.operations["aten.mm.default"] == 2 and found.operations["aten.cat.default"] == 1 and found.views["aten.t.default"] > 0
     )
     assert found.aten() == sum(found.operations.values()) == sum(found.calls.values())
-    # None of it is from a source of ours.
+    # None of these calls comes from our sources.
     assert {line for _, line in found.lines} <= {
         "the caller",
         *(f"backward of {node}Backward0" for node in ("Sum", "Mm", "Cat", "T")),
@@ -114,7 +114,7 @@ def test_arithmetic_is_of_the_same_calls_on_less():
     by_name = {call.function.overloadpacket.__name__: dispatched._smallest(call) for call in record.found.examples.values()}
     (parts, dim), (summed, dims) = by_name["cat"].arguments, by_name["sum"].arguments
     assert [part.shape for part in parts] == [(2, 2), (2, 2)] and dim == 1
-    # Dimensions are no sizes.
+    # Dimensions are not sizes.
     assert summed.shape == (2, 2) and dims == [0, 1]
     assert {key for key, _ in dispatched.by_call(record.found, 0.0)} == record.found.calls.keys()
 

@@ -1,4 +1,4 @@
-"""What training steps leave to the host is counted."""
+"""The work that training steps leave to the host is counted."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def test_each_way_leaves_what_it_leaves(capsys) -> None:
     for first, added in found.values():
         assert first == added
     replays, additions = ({way: getattr(first, name) for way, (first, _) in found.items()} for name in ("replays", "additions"))
-    # Where torch.compile breaks a graph, there are more.
+    # There are more if torch.compile breaks a graph.
     assert replays.pop("reduce-overhead") >= 2
     assert replays == {"none": 0, "make_graphed_callables": 2, "GraphedStep": 1}
     assert additions == dict.fromkeys(host_work.WAYS, trained) | {"GraphedStep": 0}
     operations = {way: first.operations for way, (first, _) in found.items()}
-    # Each input is copied to its place, and the loss, for which there is a new tensor, from its own.
+    # Copy each input to its place, and the loss out of its place into a new tensor.
     assert operations["GraphedStep"] == len(batch) + 2
     assert operations["GraphedStep"] < trained <= min(operations["reduce-overhead"], operations["make_graphed_callables"])
     assert max(operations["reduce-overhead"], operations["make_graphed_callables"]) < operations["none"]

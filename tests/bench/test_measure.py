@@ -48,7 +48,7 @@ def test_every_opponent_computes_the_op(case):
 @pytest.mark.parametrize("optimizer", ["", " with AdamW"])
 @pytest.mark.parametrize("way", ["ours graphed", "released without waiting graphed"])
 def test_steps_in_graphs_compute_the_op_again_and_again(way, optimizer, monkeypatch):
-    """On tapes of operations (tests/tape.py). The optimizer does all its work, and its learning rate is 0."""
+    """Steps run on tapes of operations (tests/tape.py). The optimizer does all its work with a learning rate of 0."""
     monkeypatch.setattr(problem_module, "check_graphs", lambda: None)
     monkeypatch.setattr("mope.graphs._CudaGraphs", lambda: Tapes(reads=True))
 
@@ -56,7 +56,7 @@ def test_steps_in_graphs_compute_the_op_again_and_again(way, optimizer, monkeypa
         replay, found = Tapes().record(once)
         return lambda: [replay(), *found][1:]
 
-    # No value is read in it.
+    # The step reads no value.
     monkeypatch.setattr(problem_module, "graphed", on_a_tape)
     problem = problems.build(Case("model", "tiny-swin", True), CPU, torch.float32)
     once = problem.prepare(way + optimizer)
@@ -304,7 +304,7 @@ def test_every_case_has_its_shape(where):
 
 
 def test_every_op_is_timed():
-    """As is what is made of ops and layers. A way that few cases have is one of the op's."""
+    """So is everything built from ops and layers. A way that few cases have belongs to the op."""
     assert {op for op, found in BENCHMARKS.items() if found.stage == "ops"} == SPECS.keys()
     for op, found in BENCHMARKS.items():
         assert found.ways[0] == "ours" and {*found.detailed} < {*found.ways}

@@ -1,4 +1,4 @@
-"""The ops as the contract sees them: their specs, and how a test runs for each of them."""
+"""The ops of the contract: their specs, and the decorators that run a test for each of them."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_bitwise_repeatable(op, impl):
 
 @every("cpu")
 def test_does_not_depend_on_the_number_of_threads(op, impl):
-    # So many that an adapter's sums are made in two chunks.
+    # Enough items for two chunks of an adapter's sums.
     tensors, options = op.draw(torch.float32, DEVICE[impl], **op.of_items(75))
     before, results = torch.get_num_threads(), []
     try:

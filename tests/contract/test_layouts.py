@@ -54,7 +54,7 @@ def test_a_placed_tensor_has_its_values_and_nothing_beside_them():
 
 
 def expandable(op: Op, name: str, tensor: Tensor) -> int:
-    """How many of the first axes may hold the same numbers."""
+    """Return the number of first axes along which the values may be the same."""
     return tensor.dim() - op.last_axes.get(name, 0) if tensor.is_floating_point() else 0
 
 

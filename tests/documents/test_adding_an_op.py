@@ -1,4 +1,4 @@
-"""docs/adding_an_op.md adds an op: with what stands there and nothing else, it is held to the contract and timed."""
+"""docs/adding_an_op.md is complete: the op that it adds passes the contract and is timed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "adding_an_op.md"
 OP = "mean_tokens"
 FOLDERS = ("mope_kernels", "mope", "bench", "tests")
 LEFT_OUT = shutil.ignore_patterns("*.so", "__pycache__", "results")
-# Tests that take every op from its spec, or from what is said of it; and all of the op's own.
+# Tests that take every op from its spec or check statements about it, and all tests of the op itself.
 OF_ANY_OP = (
     *("tests/contract", "tests/kernels/test_configs.py", "tests/bench/test_measure.py", "tests/test_docs.py"),
     *("tests/test_gpu_harness.py::test_everything_that_is_timed_is_timed_there", f"tests/kernels/test_{OP}.py"),
@@ -28,7 +28,7 @@ WHAT_COUNTS = f"{OP} or every_op or table_of_ops or public_op or is_timed"
 
 
 def files() -> dict[str, str]:
-    """By path, the blocks that begin with one."""
+    """Return the code blocks that begin with a path, by that path."""
     found = {}
     for block in page.blocks(PAGE.read_text()):
         if block.language == "python" and (named := re.match(r"# ([\w/]+\.py)\n", block.code)):
@@ -44,7 +44,7 @@ def add(path: Path, before: str, line: str) -> None:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository with the op in it."""
+    """Copy the repository and add the op."""
     root = tmp_path_factory.mktemp("tree")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, root / folder, ignore=LEFT_OUT)
@@ -67,7 +67,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(tree: Path, *command: str, **environment: str) -> str:
-    """What a command in the copy prints; it must succeed."""
+    """Return the output of a command that succeeds in the copy."""
     values = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "MOPE_", "TRITON_"))}
     values |= {"PYTHONPATH": str(tree), "MOPE_DISABLE_EXTENSION": "1", "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run([sys.executable, *command], cwd=tree, env=values, capture_output=True, text=True, check=False)
@@ -79,7 +79,7 @@ PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
 def test_the_page_shows_every_file(tree: Path) -> None:
-    """None is missing in its table, and none stands there that is not shown."""
+    """Its table lists exactly the files that it shows."""
     table = PAGE.read_text().partition("## 1.")[0]
     for path in files():
         assert path.replace(OP, "<op>") in table or "_details/_" in path, path
@@ -89,7 +89,7 @@ def test_the_page_shows_every_file(tree: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_the_op_is_held_to_the_contract(tree: Path) -> None:
-    """In Triton's interpreter, with what else is asked of every op."""
+    """Run the contract in Triton's interpreter, and the other tests for every op."""
     said = run(tree, *PYTEST, *OF_ANY_OP, "-k", WHAT_COUNTS, "-m", "not slow", TRITON_INTERPRET="1")
     passed = re.search(r"(\d+) passed", said)
     assert passed and int(passed[1]) > 60 and "failed" not in said, said

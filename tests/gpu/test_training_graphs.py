@@ -1,4 +1,4 @@
-"""GraphedStep where there are CUDA graphs; tests/training/test_graphs.py has what needs none."""
+"""GraphedStep on a GPU; tests/training/test_graphs.py has the tests that need no GPU."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def allocated() -> int:
 
 
 def close(one: Tensor, other: Tensor, half: bool = False) -> None:
-    """But for cuBLAS, which may take another algorithm."""
+    """Compare up to rounding, because cuBLAS may choose another algorithm."""
     torch.testing.assert_close(one, other, rtol=2e-2 if half else 1e-4, atol=2e-2 if half else 1e-5)
 
 
 def quiet(case: str) -> Any:
-    """Without random numbers, which a replay draws in another order than calls."""
+    """Make a model without random numbers, which a replay draws in another order than calls."""
     return make(case, noise_std=0.0, prompt_dropout=0.0).to(DEVICE).train()
 
 
 def train(model: Any, batches: list[dict[str, Tensor]], step: Callable[..., Any] | None) -> list[Tensor]:
-    """Losses of steps of two parts each; SGD, whose steps are no larger than gradients."""
+    """Return the losses of steps of two parts each; SGD, whose steps are no larger than gradients."""
     optimizer, losses = torch.optim.SGD(list(model.trainable_parameters()), lr=1e-2), []
     for _ in range(4):
         for batch in batches:
@@ -61,7 +61,7 @@ def train(model: Any, batches: list[dict[str, Tensor]], step: Callable[..., Any]
 @each
 @pytest.mark.parametrize("half", [False, True])
 def test_training_through_it_is_training_without(case: str, half: bool) -> None:
-    """Two shapes, two parts; frozen weights in 16 bits too."""
+    """Test two shapes in two parts, also with frozen weights in 16 bits."""
     model, batches = quiet(case), [on_gpu(case), on_gpu(case, 3)]
     model.cast_frozen(torch.bfloat16 if half else None)
     start = copy.deepcopy(model.state_dict())
@@ -69,7 +69,7 @@ def test_training_through_it_is_training_without(case: str, half: bool) -> None:
     model.load_state_dict(start)
     with GraphedStep(model) as step:
         found = train(model, batches, step)
-        # The first is written, the second added.
+        # The first part writes gradients, the second adds them.
         assert step.num_graphs == 2
     for one, other in zip(found, expected, strict=True):
         close(one, other, half)
@@ -86,7 +86,7 @@ def test_noise_and_dropout_are_new_in_each_replay_and_recording_draws_none(case:
         before = torch.cuda.get_rng_state()
         second = [step(**batch).loss for _ in range(3)]
         assert len({float(loss) for loss in (*first, *second)}) == 6
-        # The same numbers from the same state, and from the same seed in a recording of its own.
+        # The same state gives the same numbers, and so does the same seed in another recording.
         torch.cuda.set_rng_state(before)
         assert all(map(torch.equal, second, [step(**batch).loss for _ in range(3)]))
         step.release()
@@ -98,7 +98,7 @@ def test_noise_and_dropout_are_new_in_each_replay_and_recording_draws_none(case:
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        # A bias in front of a BatchNorm has no gradient but rounding, which AdamW takes for one.
+        # A bias before a BatchNorm has only rounding errors as its gradient, which AdamW would amplify.
         self.first, self.norm, self.last = nn.Linear(64, 64, bias=False), nn.BatchNorm1d(64), nn.Linear(64, 8)
 
     def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -112,7 +112,7 @@ def batch_of(items: int = 16) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=["foreach", "fused"])
 def test_the_optimizer_in_a_graph(options: dict[str, bool]) -> None:
-    """The step, the clipping and AdamW; a learning rate that is a tensor changes without another recording."""
+    """Test the step, clipping and AdamW. A learning rate that is a tensor changes without another recording."""
     module = Net().to(DEVICE)
     twin = copy.deepcopy(module)
     rate = torch.tensor(1e-3, device=DEVICE)
@@ -158,7 +158,7 @@ def test_fp16_with_the_scaler_outside() -> None:
             weights.append(module.last.weight.detach().clone())
         assert step.num_graphs == 1
     assert scales == [8, 16, 16, 8, 8, 16]
-    # A step whose gradients overflowed was skipped.
+    # The step whose gradients overflowed was skipped.
     assert torch.equal(weights[2], weights[3]) and not torch.equal(weights[3], weights[4])
 
 
@@ -199,7 +199,7 @@ def test_memory_is_bounded_and_given_back() -> None:
             step(**batch_of(items))
             module.zero_grad()
         assert step.num_graphs == 2
-        # The inputs of two graphs, gradients, and losses.
+        # Inputs of two graphs, gradients, and losses.
         trained = sum(p.nbytes for p in module.parameters())
         assert allocated() - before <= 2 * (1024 + 2048) * (64 * 4 + 8) + 2 * trained + 2**20
         step.release()
@@ -243,7 +243,7 @@ def test_a_compiled_model() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_run(tmp_path: Path, precision: str, parts: int) -> None:
-    """`mope train --graphs`, without random numbers."""
+    """Run `mope train --graphs` without random numbers."""
     splits = read_splits(write_data(tmp_path / "data"))
     recipe = Recipe(epochs=2, batch_size=6, vision_lr=1e-3, text_lr=1e-3, precision=precision, accumulation=parts)
     exact = {"noise_std": 0.0, "prompt_dropout": 0.0, "cross_prompt_length": 2}

@@ -1,4 +1,4 @@
-"""Launches of the variants that are compiled ahead of time, with other sizes where a test asks for them."""
+"""Launches the variants that are compiled ahead of time, with other sizes if a test passes them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mope_kernels.spec import SPECS
 
 
 def launch(op: str, label: str, wanted: tuple[str, ...] | None = None, **sizes: Any) -> None:
-    """Launch the variant of an op that has this label; `wanted`: gradients of these tensors instead of its own."""
+    """Launch the variant of an op with this label. `wanted`: gradients of these tensors instead of the variant's."""
     spec = SPECS[op]
-    # The last of a label has gradients, if any has.
+    # The last variant of a label has gradients, if any has.
     variant = [variant for variant in spec.variants(False) if variant.label == label][-1]
     if "lengths" in variant.sizes:
         batch, keys = (sizes.get(name, variant.sizes[name]) for name in ("batch", "keys"))
@@ -23,7 +23,7 @@ def launch(op: str, label: str, wanted: tuple[str, ...] | None = None, **sizes: 
 
 
 def launches(op: str, label: str, **changes: Any) -> list[Any]:
-    """Record what `launch` launches: (kernel, arguments, constants and options) each."""
+    """Record the launches of `launch`: (kernel, arguments, constants and options) each."""
     with FakeTensorMode(), record_launches() as found:
         launch(op, label, **changes)
     return found

@@ -46,7 +46,7 @@ def implementations(*names: str) -> pytest.MarkDecorator:
 
 
 def doubles(*shape: int) -> Tensor:
-    """A leaf for gradcheck."""
+    """Draw a leaf for gradcheck."""
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 

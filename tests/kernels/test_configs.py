@@ -77,7 +77,7 @@ def test_a_family_comes_before_the_default():
         configs.find("gelu_mlp", ("double",), CPU)
 
 
-# The first variant of each op, and what has other kernels.
+# The first variant of each op, and variants with other kernels.
 LAUNCHES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{op: (op, next(iter(spec.variants(False))).label, {}) for op, spec in SPECS.items()},
     "prompt_attention packed": ("prompt_attention", "bf16 D=64 packed=True", {}),

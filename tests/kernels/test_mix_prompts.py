@@ -36,7 +36,7 @@ def test_gradients_of_the_definition():
     ("batch", "experts", "selected", "prompts", "width"), [(35, 3, 2, 1, 8), (2, 40, 40, 2, 16), (2, 3, 2, 5, 300)]
 )
 def test_mixes_in_several_blocks(impl, batch, experts, selected, prompts, width):
-    """Several blocks of items, of selected experts, and of the elements of a prompt."""
+    """Test several blocks of items, of selected experts, and of the elements of a prompt."""
     tensors = {
         "experts": torch.randn(experts, prompts, width, device=DEVICE["triton"]),
         "weights": torch.rand(batch, selected, device=DEVICE["triton"]),

@@ -68,7 +68,7 @@ def test_bank_with_fold_is_the_layer_norm():
 OF_TASKS = ("bank_key", "bank_value", "gram", "static_key", "static_value")
 
 
-# Without gradients: no gradient flows through a batch of several tasks.
+# Without gradients, because a batch of several tasks has none.
 MANY_TASKS = dataclasses.replace(
     MOPE_ATTENTION,
     gradients=Gradients(),

@@ -1,4 +1,4 @@
-"""A call whose signature was seen gives what a first one gives, bits and errors, and whatever watches sees the op."""
+"""A call with a known signature returns the same bits and errors as a first call, and anything that watches sees the op."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COMPILED = ("cpu", "triton")
 
 
 def is_long(op: Op, impl: str) -> bool:
-    """Whether the interpreter takes long for an op. Those that are left have all that plans know."""
+    """Return whether an op is slow in the interpreter. The other ops exercise everything that plans check."""
     return impl == "triton" and op.name in INTERPRETED_FOR_LONG
 
 
@@ -50,13 +50,13 @@ def draws(op: Op, impl: str, **sizes: Any) -> tuple[Tensors, Options]:
 
 
 def run(op: Op, impl: str, options: Options, tensors: Tensors, **given: Any) -> dict[str, Tensor]:
-    """Outputs and gradients, with always the same dropout."""
+    """Return outputs and gradients, always with the same dropout."""
     torch.manual_seed(7)
     return run_with_gradients(op, impl, options, tensors, **given)
 
 
 def by_the_ops(op: Op, impl: str, options: Options, tensors: Tensors, **given: Any) -> dict[str, Tensor]:
-    """The same where a mode watches, so that no plan is kept, and no launcher called but by the op."""
+    """Return the same while a mode watches, so that no plan is kept and launchers only run through the op."""
     with Watch() as watch:
         found = run(op, impl, options, tensors, **given)
     assert impl not in COMPILED or any(name.startswith(f"mope_{impl}::") for name in watch.seen)
@@ -64,12 +64,12 @@ def by_the_ops(op: Op, impl: str, options: Options, tensors: Tensors, **given: A
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """What a call returns, or the kind and the text of its error."""
+    """Return the result of a call, or the type and the text of its error."""
     torch.manual_seed(7)
     try:
         return call()
     except Exception as error:
-        # Names of ragged sizes are counted up.
+        # PyTorch numbers the names of ragged sizes.
         return type(error), re.sub(r"\bj\d+", "j", str(error))
 
 
@@ -88,11 +88,11 @@ def of_plans(op: Op) -> plans.Plans:
     return _OPERATIONS[op.name].plans
 
 
-# Where tensors can lie, and what they can be, after a first call with other ones.
+# Other places and kinds of tensors, after a first call with usual ones.
 
 
 def of_one_memory(tensors: Tensors) -> Tensors:
-    """All one behind the other, as the parts of a projection are."""
+    """Put all tensors into one memory, one after the other, like the parts of a projection."""
     given = {n: t for n, t in tensors.items() if t is not None}
     found: Tensors = dict(tensors)
     for dtype in {t.dtype for t in given.values()}:
@@ -141,7 +141,7 @@ def test_tensors_elsewhere(op, impl):
 
 @every("reference", *COMPILED, slow=is_long)
 def test_a_signature_is_planned_once(op, impl):
-    """With other values too; and not again for what is beside it."""
+    """New values do not need a new plan; another alignment and another set of gradients do."""
     tensors, options = draws(op, impl)
     for _ in range(3):
         tensors = each(lambda t: shifted(t, 0))(draws(op, impl)[0])
@@ -151,7 +151,7 @@ def test_a_signature_is_planned_once(op, impl):
     assert len(of_plans(op)) == 2
     run(op, impl, options, tensors, wanted=[])
     assert len(of_plans(op)) == 3
-    # Of 4 bytes each, and at a multiple of 16, but not of 8 elements.
+    # With 4 bytes per element: at a multiple of 16 bytes, but not of 16 elements; then at a multiple of 16 elements, as at first.
     run(op, impl, options, each(lambda t: shifted(t, 4))(tensors))
     run(op, impl, options, each(lambda t: shifted(t, 16))(tensors))
     assert len(of_plans(op)) == 4
@@ -169,7 +169,7 @@ def test_other_gradients_are_asked_for(op, impl):
 
 
 class Functions:
-    """Which autograd Functions run."""
+    """Records which autograd Functions run."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.applied = 0
@@ -219,7 +219,7 @@ def test_dropout_is_drawn_in_each_call(op, impl):
 
 
 def spoiled(tensors: Tensors) -> Iterator[tuple[str, Tensors]]:
-    """The tensors with one of them wrong."""
+    """Yield the tensors with one of them changed to be wrong."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -306,7 +306,7 @@ def test_task_ids_and_a_ready_made_routing_are_looked_at_in_each_call():
 
 @every("reference", *COMPILED, among=(ROUTE, ADD_NORM, MOPE_ATTENTION), slow=is_long)
 def test_a_tensor_in_place_of_a_number_counts_by_its_value(op, impl):
-    """As before there were plans: its value is taken in each call."""
+    """Its value is read in each call, as without plans."""
     tensors, options = draws(op, impl)
     name = "eps" if op is ADD_NORM else "temperature"
     given = torch.zeros(())
@@ -319,7 +319,7 @@ def test_a_tensor_in_place_of_a_number_counts_by_its_value(op, impl):
 
 
 def test_options_of_other_kinds_have_plans_of_their_own():
-    """True == 1 == 1.0, and yet only one of them may be right."""
+    """True == 1 == 1.0, but an op may accept only one of them."""
     logits = torch.randn(2, 3)
     for good, bad in ((1, 1.0), (2, 2.0)):
         mope_kernels.route(logits, top_k=good, impl="reference")
@@ -330,7 +330,7 @@ def test_options_of_other_kinds_have_plans_of_their_own():
     assert len(of_plans(ROUTE)) == 6
 
 
-# What has to see the op
+# Modes, transforms and subclasses that have to see the op
 
 
 def raw_names(impl: str, op: Op) -> set[str]:
@@ -348,7 +348,7 @@ class WatchFunctions(TorchFunctionMode):
 
 
 class Wrapper(Tensor):
-    """A subclass around a tensor, which notes the ops."""
+    """A subclass that wraps a tensor and records the ops."""
 
     seen: list[str] = []  # noqa: RUF012
     inner: Tensor
@@ -369,7 +369,7 @@ class Wrapper(Tensor):
 
 
 class Noted(Tensor):
-    """A subclass with a memory of its own, which notes what it is given to."""
+    """A subclass with its own memory that records the functions it is passed to."""
 
     seen: list[Any] = []  # noqa: RUF012
 
@@ -394,7 +394,7 @@ def test_whatever_watches_sees_the_op_after_plans_were_kept(op, impl):
 
     with WatchFunctions() as functions:
         found = forward_and_backward(op, impl, options, inputs)
-    # Functions called by torch.autograd.grad are inside of one that it saw.
+    # The mode sees torch.autograd.grad, but not the functions that it calls.
     assert f"mope_{impl}::{op.name}" in {f.name() for f in functions.seen if isinstance(f, torch._ops.OpOverload)}
     assert_equal_outcomes(found, wanted)
 
@@ -409,23 +409,23 @@ def test_whatever_watches_sees_the_op_after_plans_were_kept(op, impl):
     op.run(impl, options, {n: t if t is None else t.as_subclass(Noted) for n, t in tensors.items()})
     assert f"mope_{impl}::{op.name}" in {f.name() for f in Noted.seen if isinstance(f, torch._ops.OpOverload)}
 
-    # FlopCounterMode counts what has a formula.
+    # FlopCounterMode only counts ops with a formula.
     formulas = {getattr(getattr(torch.ops, f"mope_{impl}"), name.split("::")[1]): lambda *a, **k: 1 for name in raw_names(impl, op)}
     with FlopCounterMode(display=False, custom_mapping=formulas) as flops:
         forward_and_backward(op, impl, options, require_gradients(tensors, leaves))
     counts = {str(name): count for name, count in flops.get_flop_counts()["Global"].items()}
     assert {name.replace("::", ".") for name in raw_names(impl, op)} <= counts.keys()
 
-    # Indices are looked at, and fake ones have no values.
+    # mix_prompts reads its indices, and fake ones have no values.
     if op is not MIX_PROMPTS:
         with FakeTensorMode() as mode:
             fakes = {n: t if t is None else mode.from_tensor(t) for n, t in inputs.items()}
             fake = forward_and_backward(op, impl, options, fakes)
         assert [(f.shape, f.dtype) for f in fake] == [(w.shape, w.dtype) for w in wanted]
-        # Fake tensors without their mode.
+        # Fake tensors outside their mode.
         assert len(fake) == len(forward_and_backward(op, impl, options, fakes))
 
-    # And nothing of all that is left.
+    # Nothing of this remains.
     assert_equal_outcomes(forward_and_backward(op, impl, options, require_gradients(tensors, leaves)), wanted)
 
 
@@ -444,13 +444,13 @@ def test_traces_hold_the_op_after_plans_were_kept(op, impl):
 
     def holds(graph: torch.fx.GraphModule) -> None:
         assert f"mope_{impl}.{op.name}.default" in {str(node.target) for node in graph.graph.nodes}
-        # What was written down is no constant.
+        # The trace does not contain the given tensors as constants.
         for given, expected in ((values, wanted), (others, of_others)):
             for one, other in zip(graph(*given), expected, strict=True):
                 assert torch.equal(one, other)
 
     for options_of_trace in ({}, {"pre_dispatch": True}, {"tracing_mode": "fake"}, {"tracing_mode": "symbolic"}):
-        # Its indices are looked at.
+        # mix_prompts reads its indices.
         if op is not MIX_PROMPTS:
             holds(make_fx(call, **options_of_trace)(*values))
 
@@ -469,7 +469,7 @@ def test_traces_hold_the_op_after_plans_were_kept(op, impl):
 
 @every("reference", *COMPILED, slow=is_long)
 def test_transforms_after_plans_were_kept_do_what_they_do_at_first(op, impl):
-    """Right, or an error that says why not."""
+    """They return the right result, or an error with the reason."""
     tensors, options = draws(op, impl)
     name = op.leaves(tensors)[0]
     x = tensors[name]
@@ -624,11 +624,11 @@ def test_a_change_in_place_between_forward_and_backward_is_refused():
                 normed.sum().backward()
 
 
-# Tensors that are no plain ones
+# Tensors that are not plain
 
 
 def conjugate(tensor: Tensor) -> Tensor:
-    """The same values, of which torch remembers only that they are negative."""
+    """Return the same values as a tensor that torch negates lazily."""
     return torch.complex(tensor, -tensor).conj().imag
 
 
@@ -646,7 +646,7 @@ def test_what_torch_remembers_as_negative_is(op, impl):
 
 @every("reference", *COMPILED, among=(ADD_NORM, ROUTE, MIX_PROMPTS))
 def test_tensors_without_memory_or_of_other_kinds(op, impl):
-    """Give what they give where no call went before."""
+    """They give the same outcome as without an earlier call."""
     tensors, options = draws(op, impl)
     name = op.leaves(tensors)[0]
     x = tensors[name]
@@ -708,7 +708,7 @@ def test_a_default_device_changes_nothing(op, impl):
 
 
 def test_plans_are_bounded_and_hold_no_tensor():
-    """Of 10,000 signatures."""
+    """Call with 10,000 signatures."""
 
     def call(count: int) -> StorageWeakRef:
         x = torch.empty(1 + count, 2)
@@ -817,7 +817,7 @@ def test_the_environment_is_read_once_and_when_asked(monkeypatch):
     for name, value in (("MOPE_IMPL", "quick"), ("MOPE_DEBUG", "1"), ("MOPE_AUTOTUNE", "1")):
         monkeypatch.setenv(name, value)
     assert settings.current() == settings.Settings("reference", False, False) and not _checks.debugging()
-    # Calls of another signature do not read it either.
+    # Calls with another signature do not read it either.
     mope_kernels.route(torch.randn(4, 3))
     mope_kernels.route(logits)
     mope_kernels.reread_environment()

@@ -243,7 +243,7 @@ def test_offsets_are_wide_where_32_bits_do_not_reach(rows, stride):
     def matrix(columns: int) -> Tensor:
         return torch.empty_strided((2, 3, rows, columns), (8, 16, stride, 1), device="meta")
 
-    # The largest offset is that of the last row's last column; 2^31 - 1 is the last that has 32 bits.
+    # The largest offset is that of the last row's last column; 2^31 - 1 is the largest that fits into 32 bits.
     columns = 2**31 - (rows - 1) * stride
     small = torch.empty(1, 1, 5, 16, device="meta")
     if columns > 0:
@@ -265,7 +265,7 @@ def test_rows_that_do_not_start_at_multiples_of_8_are_copied():
 @implementations("triton")
 @pytest.mark.parametrize("far", ["query", "key", "value", "prompt_key"])
 def test_rows_far_apart(impl, far):
-    """The third row starts 2^31 elements behind the first, in memory of which hardly a page is touched."""
+    """The third row starts 2^31 elements after the first, in memory of which hardly a page is touched."""
     device = DEVICE[impl]
     tensors = {
         name: torch.randn(1, 1, 3, 16, dtype=torch.float16) for name in ("query", "key", "value", "prompt_key", "prompt_value")
@@ -273,7 +273,7 @@ def test_rows_far_apart(impl, far):
     apart = torch.empty_strided((1, 1, 3, 16), (16, 16, 2**30, 1), dtype=torch.float16, device=device)
     spread = {name: apart.copy_(t) if name == far else t.to(device) for name, t in tensors.items()}
     if far == "prompt_key":
-        # Read with the strides of its partner, so that one must not be copied.
+        # It is read with the strides of its partner, which therefore must not be copied.
         spread["prompt_value"] = apart
         tensors["prompt_value"] = tensors["prompt_key"]
     for inputs in (tensors, spread):

@@ -1,4 +1,4 @@
-"""`prompted_norm`: its parts, many experts, what stays the same."""
+"""`prompted_norm`: its parts, many experts, and invariants."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_an_item_gives_the_same_in_any_batch(impl):
 
 
 def test_prompted_norm_is_its_parts():
-    """Against the modules that a user would put together."""
+    """Compare it with the modules that a user would combine."""
     x, update, static, experts, mapped = doubles(2, 6, 8), doubles(2, 6, 8), doubles(1, 8), doubles(3, 2, 8), doubles(2, 1, 8)
     cross, keys, projection, norm = doubles(2, 3), doubles(4, 3), torch.nn.Linear(8, 4).double(), torch.nn.LayerNorm(8).double()
     s = x + update

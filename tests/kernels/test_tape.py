@@ -1,4 +1,4 @@
-"""A replayed call does what the launcher does: the same results, the same launches with the same arguments."""
+"""A replayed call does the same as the launcher: the same results, and the same launches with the same arguments."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from tests.kernels.numerics import DEVICE
 ADD_NORM, GELU_MLP, MIX_PROMPTS, MOPE_ATTENTION, PROMPT_ATTENTION, ROUTE = (
     SPECS[name] for name in ("add_norm", "gelu_mlp", "mix_prompts", "mope_attention", "prompt_attention", "route")
 )
-# What Triton's interpreter takes long for.
+# Ops that are slow in Triton's interpreter.
 INTERPRETED_FOR_LONG = ("expert_adapter", "mope_attention", "prompt_attention", "prompted_norm", "window_prompt_attention")
-# What takes a way of its own through a launcher.
+# Changes that take another path through a launcher.
 OTHERS: dict[str, list[dict[str, Any]]] = {
     "add_norm": [{"update": False, "affine": False}],
     "expert_adapter": [{"experts": 1, "router": False, "dropout_p": 0.5}],
@@ -48,7 +48,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
 
 
 class Watch(TorchDispatchMode):
-    """Something that sees the ops, so that they are called; and which it saw."""
+    """A mode that records the ops it sees. While it watches, the ops themselves are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Watch(TorchDispatchMode):
 
 
 def run(op: Op, options: Options, tensors: Tensors, **given: Any) -> dict[str, Tensor]:
-    """Outputs and gradients, with always the same dropout."""
+    """Return outputs and gradients, always with the same dropout."""
     torch.manual_seed(7)
     return run_with_gradients(op, "triton", options, tensors, **given)
 
@@ -74,7 +74,7 @@ def by_the_ops(op: Op, options: Options, tensors: Tensors, **given: Any) -> dict
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each launcher runs, but for the calls of ops."""
+    """Count how often each launcher runs, apart from calls of ops."""
     counts: Counter[str] = Counter()
 
     def counting(name: str, launcher: Any) -> Any:
@@ -101,7 +101,7 @@ def is_long(op: Op, impl: str) -> bool:
 @every("triton")
 @pytest.mark.parametrize("other", [0, 1, 2])
 def test_a_launcher_runs_once(op, impl, other, launched):
-    """Forward and backward; every later call of the signature is replayed, and gives what the ops give."""
+    """Forward and backward: every later call of the signature is replayed and returns what the ops return."""
     changes = [{}, *OTHERS[op.name]]
     if other >= len(changes):
         pytest.skip("there is no such case")
@@ -114,7 +114,7 @@ def test_a_launcher_runs_once(op, impl, other, launched):
 
 @every("triton", slow=lambda op, impl: is_long(op, impl) and op is not PROMPT_ATTENTION)
 def test_results_are_as_those_of_the_op(op, impl):
-    """In dtype, layout and what autograd thinks of them: they may be changed in place."""
+    """They have the same layout and dtype, and autograd treats them alike, so they may be changed in place."""
     tensors, options = draws(op)
     for wanted in (op.leaves(tensors), []):
         inputs = require_gradients(tensors, wanted)
@@ -130,7 +130,7 @@ def test_results_are_as_those_of_the_op(op, impl):
 
 @every("triton", slow=lambda op, impl: is_long(op, impl) and op is not PROMPT_ATTENTION)
 def test_results_may_be_changed_in_place(op, impl):
-    """Where the op's may: not those that its backward reads."""
+    """A result may be changed in place if the op's may: its backward must not read it."""
     tensors, options = draws(op)
     name = op.leaves(tensors)[0]
 
@@ -160,7 +160,7 @@ def test_results_share_no_memory(op, impl):
 
 
 class Halve(TorchDispatchMode):
-    """Ends with an error of its own where a raw op is called."""
+    """Raises its own error when a raw op is called."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "mope_triton":
@@ -185,7 +185,7 @@ def test_a_mode_that_comes_between_forward_and_backward_sees_the_op(op, impl):
 
 
 def again(op: Op, options: Options, tensors: Tensors) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs that have gradients, and what of."""
+    """Return the outputs that require gradients, and the inputs that get them."""
     inputs = require_gradients(tensors, op.leaves(tensors))
     outputs = [o for o in op.run("triton", options, inputs) if o.requires_grad]
     return outputs, [inputs[n] for n in op.leaves(tensors)]
@@ -194,7 +194,7 @@ def again(op: Op, options: Options, tensors: Tensors) -> tuple[list[Tensor], lis
 @every("triton", slow=lambda op, impl: is_long(op, impl) and op.name != "prompted_norm")
 @pytest.mark.parametrize("first", [True, False])
 def test_autocast_is_not_written_down(op, impl, first):
-    """Nor does it change a call that was written down without it."""
+    """Autocast does not change a call that was recorded without it, either."""
     changes = {"way": "cublas"} if op.name == "gelu_mlp" else {}
     tensors, options = draws(op, **changes)
     wanted = by_the_ops(op, options, tensors)
@@ -217,7 +217,7 @@ def test_inference_mode_is_not_written_down(op, impl):
 
 
 def test_the_same_tensor_twice_and_two_tensors_triton(launched):
-    """One slot would do for the first, and must not for the second."""
+    """One slot is enough for the same tensor twice, but not for two tensors."""
     if not interpreting():
         pytest.skip("kernels are not interpreted")
     tensors, options = draws(PROMPT_ATTENTION)
@@ -234,7 +234,7 @@ def test_the_same_tensor_twice_and_two_tensors_triton(launched):
 
 @every("triton", slow=is_long)
 def test_tapes_keep_no_tensor(op, impl):
-    """Neither those of the call that was written down, nor what the launcher made."""
+    """They keep neither the tensors of the recorded call nor those that the launcher made."""
 
     def living() -> int:
         # Without those that hold nothing, which stand for gradients that were not asked for.
@@ -255,7 +255,7 @@ def test_tapes_keep_no_tensor(op, impl):
         assert living() == before
     finally:
         gc.enable()
-    # Triton's interpreter leaves storages in a cycle.
+    # Triton's interpreter leaves storages in a reference cycle.
     gc.collect()
     assert all(storage.expired() for storage in storages)
 
@@ -266,14 +266,14 @@ def test_tapes_are_bounded(op, impl, monkeypatch):
     tensors, options = draws(op)
     leaves = op.leaves(tensors)
     for count in range(5):
-        # A signature for each.
+        # Each offset has its own signature.
         run(op, options, {n: t if t is None else shifted(t, count) for n, t in tensors.items()}, wanted=leaves)
     assert len(_OPERATIONS[op.name].plans) == 3 and 1 <= len(_ops._tapes[f"{op.name}_backward"]) <= 3
 
 
 def shifted(tensor: Tensor, elements: int) -> Tensor:
-    """The same values, so many elements behind the beginning of their memory."""
-    # In the order of its axes, where it has no gaps.
+    """Return the same values at an offset of `elements` into their memory."""
+    # Keep the order of the axes if there are no gaps.
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     strides = tensor.stride() if last + 1 == tensor.numel() else torch.empty(tensor.shape, device="meta").stride()
     memory = tensor.new_empty(elements + tensor.numel())
@@ -281,7 +281,7 @@ def shifted(tensor: Tensor, elements: int) -> Tensor:
 
 
 def test_numbers_are_of_the_kinds_of_the_schema_triton():
-    """2 is no 2.0 to Triton, which compiles for the one or the other, and True is no 1."""
+    """Triton compiles separately for 2 and 2.0, and True is not 1."""
     if not interpreting():
         pytest.skip("kernels are not interpreted")
     from mope_kernels import add_norm, importance_loss, route
@@ -429,7 +429,7 @@ def test_an_error_in_a_launcher_leaves_nothing_behind():
 
 
 def test_threads_that_write_down_at_once_leave_no_flag_of_torch_behind():
-    """Contexts of modes set flags of the process, and threads would put them back in the wrong order."""
+    """Entering a mode sets flags of the process, and threads would reset them in the wrong order."""
     entered, left = threading.Barrier(2, timeout=60), threading.Event()
 
     def first(x: Tensor) -> Tensor:
@@ -446,7 +446,7 @@ def test_threads_that_write_down_at_once_leave_no_flag_of_torch_behind():
     def call(launcher: Any) -> None:
         found.append(recorded(launcher, torch.zeros(1))(torch.zeros(1)))
 
-    # Replays do not wait, and so each launcher runs once.
+    # Replays do not wait, so each launcher runs once.
     threads = [threading.Thread(target=call, args=(launcher,)) for launcher in (second, first)]
     for thread in threads:
         thread.start()
@@ -457,7 +457,7 @@ def test_threads_that_write_down_at_once_leave_no_flag_of_torch_behind():
     assert not torch.utils._python_dispatch.is_in_torch_dispatch_mode()
 
 
-# With the stand-in for the driver from here on: launches by Triton's own launchers.
+# From here on with the stand-in for the driver: Triton's own launchers launch.
 
 launching = [
     pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="the stand-in for the driver is compiled"),
@@ -473,10 +473,10 @@ def with_the_stand_in(test: Any) -> Any:
 
 
 class Launches:
-    """The launches that reach the driver, with pointers named by what they point into.
+    """Records the launches that reach the driver. Pointers are named by the tensor that they point into.
 
-    `given` are tensors by name. What launchers and tapes allocate is named by its number, what torch makes for them by its first
-    use in the call of a raw op.
+    `given` are tensors by name. Allocations of launchers and tapes are named by number, and tensors that torch makes for them by
+    their first use in a call of a raw op.
     """
 
     def __init__(self) -> None:
@@ -532,7 +532,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
 
     def allocation(self: tape.Recorder, index: int, layout: Tensor) -> str:
         if self.tensors[index] is layout:
-            # Numbers that torch may take for indices.
+            # Valid values if torch uses them as indices.
             launches.made.append(layout.zero_())
         return allocation_of(self, index, layout)
 
@@ -545,14 +545,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
 
 
 def on_a_gpu(op: Op, changes: dict[str, Any], seed: int, elements: int) -> tuple[Tensors, Options]:
-    """An example in float16 with each tensor so many elements behind the beginning of its memory."""
+    """Draw an example in float16 with each tensor at an offset of `elements` into its memory."""
     torch.manual_seed(seed)
     tensors, options = op.draw(torch.float16, "cpu", **changes)
     return {n: t if t is None else shifted(t, elements) for n, t in tensors.items()}, options
 
 
 def call(op: Op, options: Options, tensors: Tensors, launches: Launches) -> list[tuple[Any, ...]]:
-    """Forward and backward -> the launches."""
+    """Run forward and backward -> the launches."""
     inputs = require_gradients(tensors, op.leaves(tensors))
     launches.begin({n: t for n, t in inputs.items() if t is not None})
     outputs = [o for o in op.run("triton", options, inputs) if o.requires_grad]
@@ -570,10 +570,10 @@ CASES = [(op, changes) for op in SPECS.values() for changes in ({}, *OTHERS[op.n
 @pytest.mark.parametrize("elements", [0, 8, 3])
 @pytest.mark.parametrize(("op", "changes"), [pytest.param(op, changes, id=f"{op.name}-{changes}") for op, changes in CASES])
 def test_a_replay_launches_what_the_jit_launches(op, changes, elements, stand_in, launched):
-    """Kernel by kernel, pointer by pointer and number by number, for tensors elsewhere than those that were written down."""
+    """Compare kernels, pointers and numbers, for tensors at other addresses than the recorded ones."""
     call(op, *reversed(on_a_gpu(op, changes, 0, elements)), stand_in)
     assert set(launched.values()) == {1} and len(launched) == 2
-    # 16 elements more are the same signature.
+    # An offset of 16 more elements has the same signature.
     tensors, options = on_a_gpu(op, changes, 1, elements + 16)
     replayed = call(op, options, tensors, stand_in)
     assert set(launched.values()) == {1} and replayed
@@ -592,9 +592,9 @@ def test_an_address_of_another_alignment_is_written_down_anew(stand_in, launched
             _ops_of_add_norm(x)
         found.setdefault(x.data_ptr() % 16 == 0, []).append(stand_in.found[0][1])
     assert len(set(found[True])) == len(set(found[False])) == 1 and found[True][0] != found[False][0]
-    # 17 is as 1, and 16 as 0.
+    # Offset 17 equals 1 in its signature, and 16 equals 0.
     assert launched["add_norm"] == 4
-    # A memory need not begin at one either.
+    # The memory itself may be unaligned, too.
     memory = bytearray(512)
     first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 16
     for start in (first, first + 2):
@@ -641,7 +641,7 @@ def test_launch_hooks_see_launches_of_calls_that_were_written_down(stand_in, lau
 
 @with_the_stand_in
 def test_another_current_device_takes_the_launcher(stand_in, launched, monkeypatch):
-    """It makes that of the tensors the current one, and launches into its stream."""
+    """The launcher makes the device of the tensors current, and launches into its stream."""
     from triton.runtime import driver
 
     x = torch.ones(4, 24, dtype=torch.float16)
@@ -663,7 +663,7 @@ def test_another_current_device_takes_the_launcher(stand_in, launched, monkeypat
 
 @with_the_stand_in
 def test_kernels_of_a_tape_stay_loaded(stand_in, monkeypatch):
-    """Where Triton's own cache is cleared: it unloads what nobody holds."""
+    """When its own cache is cleared, Triton unloads kernels without other references."""
     from mope_kernels.add_norm_details._forward import add_norm_forward
 
     x, held = torch.ones(4, 24, dtype=torch.float16), []
@@ -694,7 +694,7 @@ def test_an_empty_batch_launches_nothing_and_needs_no_driver(stand_in, launched,
 
 @with_the_stand_in
 def test_many_threads_call_at_once(stand_in):
-    """The first calls race for one signature, and for one tape."""
+    """The first calls race for the same signature and the same tape."""
     tensors, options = ADD_NORM.draw(torch.float16, "cpu")
     ready, calls, each = threading.Barrier(8, timeout=60), 8, 5
     errors: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""Windows by hand, with a frozen position bias, as in use, and in the sizes of a Swin Transformer."""
+"""Windows by hand, with a frozen position bias as in use, and in the sizes of a Swin Transformer."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_what_a_cut_parts(impl, prompts, window, shift):
 def naive_window_attention(
     qkv: Tensor, bias: Tensor, prompts: int, heads: int, resolution: int, window: int, shift: int, owner: str
 ) -> Tensor:
-    """One token at a time, from the statement of the op."""
+    """Compute one token at a time, from the description of the op."""
     batch, _, width = qkv.shape
     width, per_side = width // 3, resolution // window
     size = width // heads
@@ -130,7 +130,7 @@ def test_window_attention_by_hand(owner, resolution, window, shift):
 
 
 def test_instances_mix_only_in_reference_order():
-    """The defect that `prompt_owner="reference"` keeps, and the default does not have."""
+    """`prompt_owner="reference"` keeps this defect, and the default does not have it."""
     qkv, bias = torch.randn(2, 3 + 16, 24), torch.randn(2, 4, 4)
     changed = qkv.clone()
     changed[1, :3] += 1.0

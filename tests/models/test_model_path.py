@@ -110,7 +110,7 @@ def test_the_host_never_waits(case: str, raw_ops: set[str]) -> None:
 @pytest.mark.parametrize("case", ["ViT by BERT, banks", "BERT by ViT", "Swin by BERT, released order"])
 @pytest.mark.parametrize("stand_in", [StandIn, partial(Tapes, reads=True)], ids=["called again", "operations again"])
 def test_serving_replays_graphs(case: str, stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """See tests/test_graphs.py and tests/tape.py for what stands in for CUDA graphs."""
+    """tests/test_graphs.py and tests/tape.py provide the stand-in for CUDA graphs."""
     monkeypatch.setattr("mope.graphs._CudaGraphs", stand_in)
     model = make(case).train()
     batches = {items: example(case, items)[0] for items in (2, 3)}

@@ -73,12 +73,12 @@ def test_training_is_that_of_one_process(folder: Path, results: list[dict[str, A
 
 
 def test_steps_through_graphs(folder: Path, results: list[dict[str, Any]]) -> None:
-    """DistributedDataParallel averages the gradients of a step; of several parts, in the last one."""
+    """DistributedDataParallel averages the gradients of a step; with several parts it does so in the last one."""
     assert_close(folder, "alone", "graphs")
     assert_close(folder, "parts", "graphs-parts")
     for found in results:
         assert found["graphs"]["graphs"]["parts"] == {"graphs": 6, "without": 2}
-        # A share of 3 items is one of 2 and one of 1, and the last one of 2 two of 1.
+        # A share of 3 items has parts of 2 and 1; the last share, of 2 items, has two parts of 1.
         assert found["graphs, parts"]["graphs"]["parts"] == {"graphs": 16, "without": 0}
 
 

@@ -1,4 +1,4 @@
-"""GraphedStep without a GPU: on the CPU it calls, and a tape of operations stands in for CUDA graphs (tests/tape.py)."""
+"""GraphedStep without a GPU: on the CPU it calls the function, and a tape of operations replaces CUDA graphs (tests/tape.py)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ both = pytest.mark.parametrize("recorded", [False, True], ids=["called", "record
 
 
 def graphed(function: Any, recorded: bool = True, reads: bool = False, **options: Any) -> tuple[GraphedStep, Any]:
-    """A step that calls, or one that records on tapes, and these."""
+    """Return a step that calls, or a step that records on tapes, together with the tapes."""
     step = GraphedStep(function, **options)
     if recorded:
         step._backend = Tapes(reads)  # type: ignore[assignment]
@@ -38,7 +38,7 @@ def graphed(function: Any, recorded: bool = True, reads: bool = False, **options
 
 
 class Net(nn.Module):
-    """Dropout, a BatchNorm, and parameters that get no gradient: frozen, and never read."""
+    """Dropout, a BatchNorm, and parameters without gradients: a frozen and an unused one."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def batch_of(items: int = 6) -> dict[str, Tensor]:
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
-    """Weights, buffers and gradients, bit for bit."""
+    """Return whether weights, buffers and gradients are equal bit for bit."""
     states = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     gradients = zip(one.parameters(), other.parameters(), strict=True)
     return all(map(torch.equal, *zip(*states, strict=True))) and all(
@@ -65,13 +65,13 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def adamw(module: nn.Module, **options: Any) -> torch.optim.AdamW:
-    """Fused, its step has no host in it on the CPU either."""
+    """Make a fused AdamW, whose step reads nothing on the host, not even on the CPU."""
     return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2, fused=True, **options)
 
 
 @both
 def test_training_through_it_is_training_without(recorded: bool) -> None:
-    """Losses, gradients, weights and statistics of two shapes, in one part and in three, with clipping."""
+    """Compare losses, gradients, weights and statistics for two shapes, in one part and in three, with clipping."""
     module = Net()
     twin = copy.deepcopy(module)
     step, backend = graphed(module, recorded)
@@ -89,7 +89,7 @@ def test_training_through_it_is_training_without(recorded: bool) -> None:
             optimizer.step()
             optimizer.zero_grad()
         assert same(module, twin)
-    # Two shapes, and one of them in both: written and added. The other is always added.
+    # One shape has a graph for written and one for added gradients; the other is always added.
     assert step.num_graphs == 3
     if recorded:
         assert (backend.recorded, backend.replayed, backend.warmed) == (3, 12, 9)
@@ -97,7 +97,7 @@ def test_training_through_it_is_training_without(recorded: bool) -> None:
 
 @both
 def test_gradients_that_are_there_are_added_to(recorded: bool) -> None:
-    """Zeros that zero_grad left, those of another backward pass, and None for what the loss does not reach."""
+    """Gradients may be zeros from zero_grad, those of another backward pass, or None if the loss does not reach the parameter."""
     module = Net()
     twin = copy.deepcopy(module)
     step, _ = graphed(module, recorded)
@@ -119,7 +119,7 @@ def test_gradients_that_are_there_are_added_to(recorded: bool) -> None:
 
 @both
 def test_the_optimizer_too(recorded: bool) -> None:
-    """Recorded from the second step on; anew where a number of it changed, which a graph would repeat as it was."""
+    """It is recorded from the second step on, and again after a change of its numbers, which a graph contains as constants."""
     module = Net()
     twin = copy.deepcopy(module)
     ours, theirs = adamw(module), adamw(twin)
@@ -138,13 +138,13 @@ def test_the_optimizer_too(recorded: bool) -> None:
         assert found is not None and torch.equal(found, norm)
         assert same(module, twin)
     if recorded:
-        # The step; the optimizer with either learning rate.
+        # One graph for the step, and one of the optimizer for each learning rate.
         assert (backend.recorded, backend.replayed, step.num_graphs) == (3, 8 + 3 + 3, 2)
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_learning_rates_that_change_in_each_step_are_recorded_if_they_are_tensors(as_tensor: bool) -> None:
-    """A float would be another graph in each step."""
+    """A float would need another graph in each step."""
     module = Net()
     twin = copy.deepcopy(module)
     pair = []
@@ -201,7 +201,7 @@ def test_an_optimizer_whose_state_was_loaded_is_recorded_anew() -> None:
 
 @both
 def test_fp16_with_the_scaler_outside(recorded: bool) -> None:
-    """The scale is read in the graph: it grows, and falls where a gradient overflows; such a step is skipped."""
+    """The graph reads the scale, which grows, and falls if a gradient overflows; such a step is skipped."""
     module = Net()
     twin = copy.deepcopy(module)
     ours, theirs = (torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2) for _ in range(2))
@@ -244,7 +244,7 @@ def test_random_numbers_are_new_in_each_replay_and_recording_draws_none() -> Non
 
 @pytest.fixture
 def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host looks at no mask, as if it lay on a device: padding is computed with and hidden."""
+    """Keep the host from reading masks, as on a GPU: padding is computed and hidden."""
     monkeypatch.setattr(Packing, "of", lambda *_: None)
 
 
@@ -252,7 +252,7 @@ STEPS = 3
 
 
 def train(model: Any, batches: list[dict[str, Tensor]], step: Callable[..., Any] | None, autocast: bool = False) -> list[Tensor]:
-    """Losses of a few steps with AdamW and two parts each; random numbers from the same seed."""
+    """Return the losses of a few steps with AdamW, in two parts each; random numbers have the same seed."""
     torch.manual_seed(0)
     optimizer, losses = torch.optim.AdamW(list(model.trainable_parameters()), lr=1e-2), []
     for _ in range(STEPS):
@@ -270,7 +270,7 @@ def train(model: Any, batches: list[dict[str, Tensor]], step: Callable[..., Any]
 
 
 def of_model(case: str) -> tuple[Any, list[dict[str, Tensor]]]:
-    """With noise and dropout; and two batches of other texts."""
+    """Make a model with noise and dropout, and two batches with different texts."""
     model = make(case, noise_std=0.5, prompt_dropout=0.2).train()
     batch, labels = example(case)
     other = {n: t.flip(0) for n, t in batch.items()}
@@ -281,18 +281,18 @@ def of_model(case: str) -> tuple[Any, list[dict[str, Tensor]]]:
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.usefixtures("on_a_device")
 def test_every_model(case: str, half: bool) -> None:
-    """Recorded, bit for bit what it is without: frozen weights in 16 bits too."""
+    """A recorded step equals one without graphs bit for bit, also with frozen weights in 16 bits."""
     model, batches = of_model(case)
     model.cast_frozen(torch.bfloat16 if half else None)
     start = copy.deepcopy(model.state_dict())
     expected, weights = train(model, batches, None), copy.deepcopy(model.state_dict())
     model.load_state_dict(start)
-    # What it looks at on the CPU are ids and labels out of range.
+    # On the CPU it reads ids and labels, to check their range.
     step, backend = graphed(model, reads=True)
     found = train(model, batches, step)
     assert all(map(torch.equal, found, expected))
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-    # Written, and added.
+    # One graph writes gradients, one adds them.
     assert backend.recorded == step.num_graphs == 2 and backend.replayed == 2 * STEPS
 
 
@@ -306,7 +306,7 @@ def test_encoders_that_train(finetuned: tuple[str, ...]) -> None:
     expected = train(model, batches, None, autocast=True)
     model.load_state_dict(start)
     step, backend = graphed(model, reads=True)
-    # In an autocast region of the caller weights are not kept between steps.
+    # Weights cast in the caller's autocast region are not kept between steps.
     found = train(model, batches, step, autocast=True)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
@@ -314,7 +314,7 @@ def test_encoders_that_train(finetuned: tuple[str, ...]) -> None:
 
 
 def test_modex() -> None:
-    """Its adapters are hooks of this library, and go."""
+    """Its adapters are hooks of this library, which are allowed."""
     model = modex.classifier().train()
     inputs = modex.inputs()
     labels = torch.zeros(len(inputs["input_ids"]), dtype=torch.long)
@@ -413,7 +413,7 @@ def test_what_moves_or_changes_is_recorded_anew() -> None:
     check(5)
     module.norm.eval()
     check(6)
-    # A schedule: numbers in attributes of modules.
+    # A schedule that changes numbers in attributes of modules.
     module.dropout.p = 0.7
     check(7)
     configured.config = object()
@@ -532,7 +532,7 @@ def test_an_optimizer_that_cannot_be_captured_is_refused() -> None:
         check_captures(torch.optim.AdamW(module.parameters()))
     check_captures(torch.optim.AdamW(module.parameters(), capturable=True))
     check_captures(torch.optim.SGD(module.parameters(), lr=0.1))
-    # One that reads its count of steps on the host.
+    # An optimizer that reads its step count on the host.
     step, _ = graphed(module, optimizer=torch.optim.AdamW(module.parameters()))
     step(**batch_of())
     step.update()
@@ -573,7 +573,7 @@ def test_it_is_a_name_of_the_package() -> None:
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process group of one; tests/training/test_distributed.py has two, which call."""
+    """Make a process group of one; tests/training/test_distributed.py calls with two processes."""
     monkeypatch.setenv(WATCH, "0")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
@@ -589,7 +589,7 @@ def without_unused() -> Net:
 @both
 @pytest.mark.usefixtures("one_process")
 def test_distributed_data_parallel(recorded: bool) -> None:
-    """Its averaging is recorded; parts under no_sync() are other graphs."""
+    """Its averaging is recorded; parts under no_sync() have other graphs."""
     module = without_unused()
     twin = copy.deepcopy(module)
     wrapped = DistributedDataParallel(module, broadcast_buffers=False)

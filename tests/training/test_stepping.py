@@ -1,4 +1,4 @@
-"""`mope train --graphs`: a run through graphs gives what the same run gives without, bit for bit."""
+"""`mope train --graphs`: a run through graphs gives the same results as without graphs, bit for bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tape import Tapes
 from tests.training.brightness import make_model, make_swin_model, read_splits, write_data, write_encoders
 
 RECIPE = Recipe(epochs=2, batch_size=6, vision_lr=2e-2, text_lr=1e-2, milestones=(1,), clip=0.1, label_smoothing=0.1)
-# Of 22 training examples the last batch has 4.
+# There are 22 training examples, so the last batch has 4.
 STEPS = 8
 QUIET: dict[str, Any] = {"device": "cpu", "progress": False, "seed": 3, "cache_features": "off"}
 RANDOM = {"noise_std": 0.1, "prompt_dropout": 0.2}
@@ -39,7 +39,7 @@ def splits(data: Path) -> dict[str, Split]:
 
 @pytest.fixture(params=["called", "recorded"])
 def tapes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Tapes]:
-    """Steps call the model, as on a CPU, or record tapes (tests/tape.py), as on a GPU: with padding computed and hidden there."""
+    """Let steps call the model, as on a CPU, or record tapes (tests/tape.py) with padding computed and hidden, as on a GPU."""
     made: list[Tapes] = []
     if request.param == "recorded":
 
@@ -58,7 +58,7 @@ def run_of(splits: dict[str, Split], out: Path, recipe: Recipe = RECIPE, make: A
 
 
 def outcome(run: TrainingRun) -> dict[str, Any]:
-    """Everything that training computed: weights, optimizer, losses and metrics."""
+    """Return everything that training computed: weights, optimizer, losses and metrics."""
     checkpoint = run.out / f"checkpoint-{run.trainer.state.global_step}"
     return {
         "weights": load_file(checkpoint / "model.safetensors"),
@@ -83,7 +83,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     [
         ({}, None),
         ({"accumulation": 2}, None),
-        # Parts of 2, 1 and 1 items in the last batch.
+        # The last batch has parts of 2, 1 and 1 items.
         ({"accumulation": 3, "clip": 0.0}, None),
         ({"precision": "bf16"}, None),
         ({"precision": "bf16", "accumulation": 2}, partial(make_swin_model, noise_std=0.1)),
@@ -100,7 +100,7 @@ def test_training_is_that_without_graphs(
     assert "graphs" not in plain.train()
     result = through.train()
     assert_same(outcome(plain), outcome(through))
-    # Full batches of each epoch, and the parts of the last one, some of which have the size of parts of full ones.
+    # Full batches of each epoch, and those parts of the last batch that have the size of parts of full ones.
     parts, taken = recipe.accumulation, result["graphs"]["parts"]
     assert sum(taken.values()) == STEPS * parts and taken["graphs"] == (2 * (3 * 3 + 1) if parts == 3 else 6 * parts)
     if tapes:
@@ -126,13 +126,13 @@ def test_resuming(splits: dict[str, Split], tmp_path: Path, tapes: list[Tapes]) 
     resumed = run_of(splits, tmp_path / "parts", graphs="on", resume=True)
     resumed.train()
     found, expected = outcome(resumed), outcome(whole)
-    # How often it is logged is no matter of training.
+    # The frequency of logging does not affect training.
     found["log"] = expected["log"]
     assert_same(expected, found)
 
 
 def test_fewer_tokens_than_lengths(splits: dict[str, Split], tmp_path: Path) -> None:
-    """A text that is longer than all lengths goes without a graph, and so does what nobody counts."""
+    """Texts that are longer than all lengths run without a graph."""
     run = run_of(splits, tmp_path / "out", graphs="on", length_buckets=(5,), max_steps=3)
     result = run.train()
     assert run.trainer.stepping.lengths == (5,)
@@ -166,7 +166,7 @@ def test_auto_on_a_gpu(splits: dict[str, Split]) -> None:
 def test_auto_goes_on_without_where_a_step_cannot_be_recorded(
     splits: dict[str, Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On tapes that allow no look at values, which a model takes at what lies on a CPU."""
+    """Use tapes that forbid reading values, which a model does with tensors on a CPU."""
     monkeypatch.setattr("mope.graphs._CudaGraphs", Tapes)
     run, plain = (run_of(splits, tmp_path / name, graphs=graphs, length_buckets=()) for name, graphs in (("a", "on"), ("b", "off")))
     run.trainer.stepping._may_give_up = True

@@ -1,7 +1,7 @@
-"""What torch's own ways to train through CUDA graphs do and do not do, for the table in docs/training.md.
+"""The behaviour of torch's own ways to train through CUDA graphs, for the table in docs/performance.md.
 
-`make_graphed_callables` runs here, on tapes of operations. What `mode="reduce-overhead"` does on a GPU cannot; what of it follows
-from torch.compile alone does.
+`make_graphed_callables` runs here on tapes of operations. `mode="reduce-overhead"` needs a GPU; only the parts of it that follow
+from torch.compile alone are tested.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CASE = "ViT by BERT, banks"
 
 
 class Positional(nn.Module):
-    """A model of this library for who gives tensors by their places, and wants the loss alone."""
+    """A model of this library with positional arguments that returns only the loss."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def test_a_step_of_one_part_is_right() -> None:
 
 
 def test_of_two_parts_the_first_is_lost() -> None:
-    """`.grad` is the memory of the graph, which the second replay writes before autograd adds it to itself."""
+    """`.grad` is the graph's memory, which the second replay overwrites before autograd adds it to itself."""
     model, batch = model_and_batch()
     twin = copy.deepcopy(model)
     step, other = graphed(Positional(model), batch), [t.flip(0) for t in batch[:-1]] + [(batch[-1] + 1) % 3]
@@ -120,7 +120,7 @@ def test_parameters_that_get_no_gradient_have_to_be_announced() -> None:
 
 
 def test_numbers_of_python_are_repeated_in_silence() -> None:
-    """A schedule of dropout, a layer whose mode changed."""
+    """Change the dropout rate and the mode of a layer."""
     module = nn.Sequential(nn.Linear(4, 256), nn.Dropout(0.0))
     step, x = graphed(module, [torch.randn(6, 4)]), torch.randn(6, 4)
     module[1].p = 0.9
@@ -142,7 +142,7 @@ def test_autocast_has_to_be_without_its_cache() -> None:
 
 
 def test_torch_compile_compiles_again_for_each_shape() -> None:
-    """With dynamic=False, as graphs want it."""
+    """Compile with dynamic=False, as graphs require."""
     compiled: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What is timed, a module for each op: its named shapes, its work, its opponents, its cases. A new module is found by itself."""
+"""The benchmarks, a module per op: named shapes, work, opponents, cases. A new module is found automatically."""
 
 from __future__ import annotations
 

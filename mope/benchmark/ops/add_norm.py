@@ -1,4 +1,4 @@
-"""`add_norm` beside a sum and torch's LayerNorm."""
+"""`add_norm` against a sum and torch's LayerNorm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mope.benchmark.shapes import MLP, Mlp, Work
 
 
 def work(shape: Mlp, element: int, training: bool) -> Work:
-    """It reads x and update, and writes their sum and its LayerNorm."""
+    """Return the work: read x and update, write their sum and its LayerNorm."""
     rows = shape.rows * shape.dim * element
     return Work.of(2 * rows, 2 * rows, 0.0, training)
 
@@ -24,7 +24,7 @@ def released(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> Outputs
 
 
 def build(case: Case, dtype: torch.dtype) -> Problem:
-    """The LayerNorm is frozen, as in a backbone."""
+    """Build the problem. The LayerNorm is frozen, as in a backbone."""
     shape = MLP[case.shape]
     example = Example("add_norm", case, dtype, batch=1, rows=shape.rows, width=shape.dim)
     return example.problem(work(shape, dtype.itemsize, case.training), {"released": released}, frozen=("weight", "bias"))

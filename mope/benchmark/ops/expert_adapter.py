@@ -1,4 +1,4 @@
-"""`expert_adapter` beside a linear layer for each expert, what a library composes, and two products written by hand."""
+"""`expert_adapter` against a linear layer per expert, a library's composition, and two products written by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mope.benchmark.shapes import Work
 
 @dataclass(frozen=True)
 class Adapter:
-    """T tokens of width C through a bottleneck, and back by E experts. With one expert there is no router."""
+    """T tokens of width C through a bottleneck and back through E experts. With one expert there is no router."""
 
     tokens: int
     experts: int = 3
@@ -33,7 +33,7 @@ SHAPES = {
 
 
 def work(shape: Adapter, element: int, training: bool) -> Work:
-    """Tokens in, tokens out; the parameters are nothing beside."""
+    """Return the work: read and write the tokens; the parameters are negligible."""
     numbers = shape.tokens * shape.dim * element
     routed = shape.experts if shape.experts > 1 else 0
     columns = shape.bottleneck + routed + shape.experts * shape.bottleneck
@@ -49,7 +49,7 @@ def released_adapter(
     router_weight: Tensor | None = None,
     router_bias: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer for each expert."""
+    """Apply one linear layer per expert."""
     hidden = F.relu(F.linear(x, down_weight, down_bias))
     ups = [F.linear(hidden, weight, bias) for weight, bias in zip(up_weight, up_bias, strict=True)]
     if router_weight is None:
@@ -69,7 +69,7 @@ def adapters_of_a_library(
     router_weight: Tensor | None = None,
     router_bias: Tensor | None = None,
 ) -> Tensor:
-    """As adapter libraries compose theirs: every expert a whole adapter of its own, and a weighted sum of what they give."""
+    """Compose adapters as libraries do: each expert is a whole adapter, and the result is their weighted sum."""
     changes = [F.linear(F.relu(F.linear(x, down_weight, down_bias)), *up) for up in zip(up_weight, up_bias, strict=True)]
     if router_weight is None:
         return x + changes[0]
@@ -86,7 +86,7 @@ def adapter_in_two_products(
     router_weight: Tensor | None = None,
     router_bias: Tensor | None = None,
 ) -> Tensor:
-    """What a careful user would write: down-projection and router in one product, all experts in another."""
+    """Compute it as a careful user would: down-projection and router in one product, all experts in another."""
     if router_weight is None or router_bias is None:
         return x + F.linear(F.relu(F.linear(x, down_weight, down_bias)), up_weight[0], up_bias[0])
     inner = F.linear(x, torch.cat([down_weight, router_weight]), torch.cat([down_bias, router_bias]))
@@ -97,7 +97,7 @@ def adapter_in_two_products(
 
 
 def build(case: Case, dtype: torch.dtype) -> Problem:
-    """With ReLU and temperature 10, as released."""
+    """Build the problem, with ReLU and temperature 10, as released."""
     shape = SHAPES[case.shape]
     sizes = {"width": shape.dim, "bottleneck": shape.bottleneck, "experts": shape.experts, "router": shape.experts > 1}
     options = {"activation": "relu", "temperature": 10.0, "return_weights": False}

@@ -1,4 +1,4 @@
-"""`gelu_mlp`, in each of its ways, beside two linear layers."""
+"""`gelu_mlp`, in each of its ways, against two linear layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mope_kernels.gelu_mlp import WAYS
 
 
 def work(shape: Mlp, element: int, training: bool) -> Work:
-    """Rows in, rows out, frozen weights in each pass; what is between the two products need not go to memory."""
+    """Return the work: rows in, rows out, frozen weights in each pass. The rows between the products need not go to memory."""
     rows, weights = shape.rows * shape.dim * element, 8 * shape.dim**2
     passes = 2 if training else 1
     return Work(Work.of(rows, rows, 0.0, training).bytes + passes * weights * element, passes * 2.0 * shape.rows * weights)
@@ -25,7 +25,7 @@ def released(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: 
 
 
 def build(case: Case, dtype: torch.dtype) -> Problem:
-    """Its weights are frozen, as in a backbone."""
+    """Build the problem. The weights are frozen, as in a backbone."""
     shape = MLP[case.shape]
     example = Example("gelu_mlp", case, dtype, batch=1, rows=shape.rows, width=shape.dim, hidden=4 * shape.dim, out=shape.dim)
     impl, ways = example.explanation.impl, dict[str, Way | str](released=released)
@@ -39,7 +39,7 @@ def _of(*names: str, later: bool = False) -> list[Case]:
     return both("gelu_mlp", *(f"swin-b-{name}" for name in names), later=later)
 
 
-# Each of the ways that the table of configurations chooses from.
+# The ways that the table of configurations chooses from.
 _EACH = tuple(f"ours {way}" for way in WAYS)
 BENCHMARK = Benchmark(
     "gelu_mlp",

@@ -1,4 +1,4 @@
-"""`importance_loss` of all routed blocks of a model at once; of one block it is timed with `route`."""
+"""`importance_loss` of all routed blocks of a model at once. A single block's is timed with `route`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHAPES = {
 
 
 def released_loss(probs: Tensor, threshold: float = 0.1) -> Tensor:
-    """Return the loss of (B,K), whose threshold the host looks at."""
+    """Return the loss of (B,K). The host reads the comparison with the threshold."""
     load = probs.sum(0)
     loss = (load.std() / load.mean()) ** 2
     return loss if loss > threshold else loss * 0
@@ -44,12 +44,12 @@ def branchless_loss(probs: Tensor, threshold: float = 0.1) -> Tensor:
 
 
 def work(shape: Loads, training: bool) -> Work:
-    """Probabilities in, one loss of each block out."""
+    """Return the work: read probabilities, write one loss per block."""
     return Work.of(shape.blocks * shape.batch * shape.experts * 4, shape.blocks * 4, 0.0, training)
 
 
 def build(case: Case, dtype: torch.dtype) -> Problem:
-    """Probabilities are float32 whatever the model is in. Without a threshold, at which rounding would decide."""
+    """Build the problem: probabilities are float32 for any model, and the threshold is 0, since rounding could decide another."""
     shape = SHAPES[case.shape]
     example = Example("importance_loss", case, torch.float32, **vars(shape), threshold=0.0)
 

@@ -1,4 +1,4 @@
-"""A prompted attention layer, projections included, beside the released way: prompts go through the layer with the tokens."""
+"""A prompted attention layer with its projections, against the released way: prompts go through the layer with the tokens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mope_kernels import explain, reference
 
 
 def work(shape: Attention, element: int, training: bool) -> Work:
-    """One prompted attention layer that serves, or trains prompts only: tokens in, tokens out, four frozen projections.
+    """Return the work of one prompted attention layer, in inference or prompt training: tokens, and four frozen projections.
 
-    Frozen weights are read in both passes and get no gradient. The projections of experts and static prompts are left out.
+    Both passes read the frozen weights, which get no gradient. Projecting experts and static prompts is left out.
     """
     attention = attention_work(shape, shape.experts, element, training)
     rows, weights = shape.batch * shape.tokens, 4 * shape.dim**2
@@ -34,7 +34,7 @@ def work(shape: Attention, element: int, training: bool) -> Work:
 
 
 def released_layer(layer: Any, x: Tensor, cross: Tensor, mapped: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """One prompted layer as released: prompts before the tokens through the whole layer, their own outputs cut off again.
+    """Run one prompted layer as released: put the prompts before the tokens, and cut their outputs off again.
 
     layer: norm (or None), query, key, value, output, heads, and prompts with router, static (S,C) and experts.prompts (K,P,C).
     """
@@ -58,7 +58,7 @@ def released_layer(layer: Any, x: Tensor, cross: Tensor, mapped: Tensor, lengths
 
 
 class Layer(nn.Module):
-    """The frozen modules of one layer, in `dtype`, and prompts and router around them, in float32 (float64)."""
+    """The frozen modules of one layer, in `dtype`, and its prompts and router in float32 (float64)."""
 
     def __init__(self, shape: Attention, dtype: torch.dtype, impl: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whole models, beside the released way, or what one would write by hand."""
+"""Whole models against the released way, or against what a user would write by hand."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ _SWIN = (
     "released without waiting graphed",
     f"released without waiting graphed{WITH_OPTIMIZER}",
 )
-# Models for each of which there is one opponent.
+# The opponents of Swin Transformers (True) and of other models.
 _OPPONENTS = {True: _SWIN, False: ("concatenated", "concatenated compiled")}
 
 
 def has(case: Case, way: str) -> bool:
-    """In inference ours replays graphs, and opponents mix all experts."""
+    """Return whether a case is measured this way. In inference ours replays graphs; opponents only mix all experts."""
     if way.startswith("ours"):
         recorded = ("ours graphed", f"ours graphed{WITH_OPTIMIZER}", "ours compiled+graphs")
         with_graphs = recorded if case.training else ("ours without graphs",)
         return way == "ours" or (case.graphs and way in with_graphs)
     if case.top_k or way not in _OPPONENTS["swin" in case.shape]:
         return False
-    # Without waiting but for graphs: only where one wants to know what the graphs do, in training.
+    # Measure these graphs only in training, because there the question is what they gain.
     if not case.training and (way == "released without waiting compiled" or is_graphed(way)):
         return False
     return case.graphs or not (uses_graphs(way) or is_graphed(way))
 
 
 def _on_cpu(batch: int, *dtypes: str | None, later: bool = False) -> list[Case]:
-    """Whole models on a CPU, where compilers take minutes for each; and in bfloat16, which some multiply twice as fast."""
+    """Return whole models on a CPU, where compilers take minutes each; also in bfloat16, which some CPUs multiply twice as fast."""
     return [Case("model", f"swin-b+bert-base-t32-b{batch}", dtype=dtype, later=later) for dtype in dtypes]
 
 

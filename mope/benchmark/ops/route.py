@@ -20,12 +20,12 @@ SHAPES = {"tiny": (4, 3), "b64-k4": (64, 4), "b64-k16": (64, 16), "b1024-k64": (
 
 
 def work(batch: int, experts: int, selected: int, training: bool) -> Work:
-    """Logits in; probabilities, weights and indices out, and one loss. The arithmetic is nothing beside the bytes."""
+    """Return the work: read logits; write probabilities, weights, indices and one loss. Arithmetic is negligible."""
     return Work.of(batch * experts * 4, batch * (experts * 4 + selected * 12) + 4, 0.0, training)
 
 
 def build(case: Case, dtype: torch.dtype) -> Problem:
-    """Logits are float32 whatever the model is in."""
+    """Build the problem. Logits are float32 for any model."""
     batch, experts = SHAPES[case.shape]
     sizes = {"batch": batch, "experts": experts, "top_k": case.top_k, "temperature": TEMPERATURE, "noise": False}
     example = Example("route", case, torch.float32, **sizes)

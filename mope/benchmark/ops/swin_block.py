@@ -1,6 +1,6 @@
-"""A routed block of a Swin Transformer, beside the released way and the same without waiting for the device.
+"""A routed block of a Swin Transformer against the released way, with and without waiting for the device.
 
-As in `mope.benchmark.models` it stands in float32 under autocast, and ours has its frozen weights cast once.
+It runs in float32 under autocast, like the models of `mope.benchmark.models`, and casts its frozen weights once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mope.models.precision import CastWeights
 
 
 def build(case: Case, dtype: torch.dtype) -> Problem:
-    """The released order of windows; P = 2l + 1."""
+    """Build the problem, with the released order of windows and P = 2l + 1."""
     shape = WINDOWS[case.shape]
     batch, length = shape.batch, shape.prompts // 2
 
@@ -52,7 +52,7 @@ def build(case: Case, dtype: torch.dtype) -> Problem:
     def ours(block: Any, x: Tensor, cross: Tensor, mapped: Tensor) -> Outputs:
         (logits,) = cross_logits([block.router.of_cross()], cross)
         x, update, _ = block.step(x, None, block.own_prompts(mapped=mapped, router=block.router, cross_logits=logits))
-        # In a model the next block's LayerNorm does it.
+        # In a model the next block's LayerNorm does this.
         return (x + update,)
 
     def released(block: Any, x: Tensor, cross: Tensor, mapped: Tensor) -> Outputs:

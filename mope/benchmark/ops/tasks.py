@@ -18,7 +18,7 @@ from mope.graphs import CudaGraphRunner
 from mope.models.precision import HALF
 from mope.serving.model import MultiTaskModel
 
-# Of a batch of the model, and how many tasks are loaded.
+# The batch of the model, and the number of loaded tasks.
 SHAPES = {
     "tiny-t2": (MODELS["tiny"], 2),
     "tiny-swin-t3": (MODELS["tiny-swin"], 3),
@@ -110,7 +110,7 @@ def _other_task(model: MoPEForClassification) -> MoPEForClassification:
     return other
 
 
-# Tasks are trained one by one.
+# Tasks are trained separately.
 BENCHMARK = Benchmark(
     "tasks",
     ways=("ours", "a model for each task"),

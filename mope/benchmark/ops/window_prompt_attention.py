@@ -1,4 +1,4 @@
-"""`window_prompt_attention` beside rolling, cutting, concatenation and the libraries' attention."""
+"""`window_prompt_attention` against rolling, cutting, concatenation and the libraries' attention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mope_kernels.reference import shift_mask, window_partition, window_reverse
 
 
 def work(shape: Windows, element: int, training: bool) -> Work:
-    """Projections in, outputs out, prompts once an image; the position bias is nothing beside."""
+    """Return the work: read projections, write outputs, prompts once per image; the position bias is negligible."""
     numbers = shape.batch * shape.rows * shape.dim * element
     windows = shape.batch * (shape.resolution // shape.window) ** 2
     # Prompts attend in every window.
@@ -29,7 +29,7 @@ def work(shape: Windows, element: int, training: bool) -> Work:
 
 
 def windows_of(qkv: Tensor, shape: Windows) -> Tensor:
-    """Rolled, cut into windows, and the image's prompts copied before the tokens of each: (3, B*nW, H, P + w*w, D)."""
+    """Roll, cut into windows, and copy the image's prompts before the tokens of each: (3, B*nW, H, P + w*w, D)."""
     prompts, tokens = qkv[:, : shape.prompts], qkv[:, shape.prompts :]
     windows = window_partition(tokens, shape.resolution, shape.window, shape.shift)
     rows = torch.cat([prompts[:, None].expand(-1, windows.shape[1], -1, -1), windows], dim=2)
@@ -37,19 +37,19 @@ def windows_of(qkv: Tensor, shape: Windows) -> Tensor:
 
 
 def image_of(windows: Tensor, shape: Windows) -> Tensor:
-    """Back again, prompts averaged over the windows: (B*nW, H, P + w*w, D) -> (B, P + R*R, C)."""
+    """Join the windows again and average the prompts over them: (B*nW, H, P + w*w, D) -> (B, P + R*R, C)."""
     rows = rearrange(windows, "(b w) h n d -> b w n (h d)", b=shape.batch)
     tokens = window_reverse(rows[:, :, shape.prompts :], shape.resolution, shape.window, shape.shift)
     return torch.cat([rows[:, :, : shape.prompts].mean(1), tokens], dim=1)
 
 
 def window_attention(kind: str, position_bias: Tensor, shape: Windows, training: bool) -> Attend:
-    """Attention in windows (B*nW, H, P + w*w, D), position bias and shift mask put together here and now.
+    """Return an attention in windows (B*nW, H, P + w*w, D). Combine position bias and shift mask once, here.
 
     kind: as in `baselines.attention`.
 
     Raises:
-        Unavailable: it cannot run on this device.
+        Unavailable: the attention cannot run on this device.
     """
     bias = position_bias[None]
     if shape.shift:
@@ -66,7 +66,7 @@ def window_attention(kind: str, position_bias: Tensor, shape: Windows, training:
             return own_softmax(query, key, value, bias).flatten(0, 1)
 
         return attend
-    # One for all windows where none is masked.
+    # One bias for all windows if none is masked.
     every, windows = aligned(bias), shape.batch * (shape.resolution // shape.window) ** 2
     if shape.shift:
         every = F.pad(bias, (0, -bias.shape[3] % 16)).repeat(shape.batch, 1, 1, 1)[..., : bias.shape[3]]
@@ -96,7 +96,7 @@ def _flex_windows(bias: Tensor, training: bool) -> Attend:
 
 
 def build(case: Case, dtype: torch.dtype) -> Problem:
-    """The position bias is frozen, as in every use."""
+    """Build the problem. The position bias is frozen, as it always is in use."""
     shape = WINDOWS[case.shape]
     sizes = {name: getattr(shape, name) for name in ("batch", "heads", "width", "prompts", "resolution", "shift")}
     example = Example("window_prompt_attention", case, dtype, **sizes, window_size=shape.window)
