@@ -1,8 +1,8 @@
-"""Tapes: record what a launcher does in the first call of a signature, and replay it in later ones.
+"""Tapes: record what a launcher does for a signature that comes often, and replay it in later calls.
 
 A launcher is Python code that allocates results, looks up blocks, computes strides and grids, and launches kernels through
-Triton's JIT, which inspects every argument again. For calls of one signature (see `plans`) only the addresses change. The first
-call runs the launcher and records its work as a straight-line Python function: allocations, the few torch operations that a
+Triton's JIT, which inspects every argument again. For calls of one signature (see `plans`) only the addresses change. After a
+number of calls the launcher's work is recorded as a straight-line Python function: allocations, the few torch operations that a
 launcher uses, and launches of compiled kernels, whose pointers are computed from the addresses of the arguments. Later calls run
 that function. It never creates views that only kernels see.
 
@@ -23,6 +23,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 Launcher = Callable[..., Any]
+
+# Recording costs as much as several calls of the launcher. Each batch of packed text has another number of tokens, and each layer of
+# a model calls an op once with it: such signatures are not worth recording.
+RECORD_AFTER = 16
 
 _aten = torch.ops.aten
 _ALLOCATIONS = frozenset(
@@ -333,7 +337,7 @@ class Elsewhere(Exception):
 
 
 class Tape:
-    """A launcher for calls of one signature. The first call records it.
+    """A launcher for calls of one signature. It is recorded after RECORD_AFTER calls.
 
     share_empty: return the same tensors of shape (0,), which stand for gradients not asked for, from every call. For launchers
         whose results are inspected and dropped, such as those of raw backwards.
@@ -342,6 +346,7 @@ class Tape:
     def __init__(self, launcher: Launcher, *, share_empty: bool = False) -> None:
         self.launcher, self.share_empty = launcher, share_empty
         self._replay: Launcher | None = None
+        self._calls = 0
         self.refusal = ""
 
     def __call__(self, *args: Any) -> Any:
@@ -350,7 +355,8 @@ class Tape:
                 return self._replay(*args)
             except Elsewhere:
                 return self.launcher(*args)
-        if self.refusal or _active.recorder is not None:
+        if self.refusal or self._calls < RECORD_AFTER or _active.recorder is not None:
+            self._calls += 1
             return self.launcher(*args)
         return self._record(args)
 

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 import mope_kernels
+from mope_kernels import tape
 from mope_kernels.impl import interpreting
 from tests.interpreter import leave_out_needless_work, take_loop_bounds_of_any_numpy
 
 torch.set_num_threads(1)
+# So that tests, which call an op a few times, replay what they record.
+tape.RECORD_AFTER = 0
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if interpreting():
     leave_out_needless_work()

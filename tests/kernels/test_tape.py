@@ -389,6 +389,21 @@ def test_other_options_are_written_down_anew(op, impl):
         assert_same(run(op, changed, tensors), by_the_ops(op, changed, tensors))
 
 
+def test_a_signature_is_recorded_once_it_has_come_often(monkeypatch):
+    monkeypatch.setattr(tape, "RECORD_AFTER", 3)
+    calls = []
+
+    def launcher(x: Tensor) -> Tensor:
+        calls.append(x)
+        return x.exp()
+
+    found, x = tape.Tape(launcher), torch.randn(3)
+    for number in range(8):
+        assert torch.equal(found(x), x.exp())
+        # Three calls, and the one that is recorded.
+        assert len(calls) == min(number + 1, 4) and (found._replay is not None) == (number >= 3)
+
+
 def test_memory_is_given_back_as_soon_as_it_was_used_last():
     """As in a launcher, whose functions end: here each tensor is gone before the next two are made."""
     alive, most = set[int](), 0
