@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mod
 
 Launcher = Callable[..., Any]
 
-# Recording costs as much as several calls of the launcher. Each batch of packed text has another number of tokens, and each layer of
-# a model calls an op once with it: such signatures are not worth recording.
+# Recording costs as much as several calls of the launcher. Each batch of packed text has another number of tokens, and each layer
+# of a model calls an op once with it: such signatures are not worth recording.
 RECORD_AFTER = 16
 
 _aten = torch.ops.aten
