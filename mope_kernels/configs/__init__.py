@@ -22,7 +22,7 @@ Key = tuple[str | int, ...]
 
 # How the entries of most tables were found.
 COMPILED = "compiled for sm_80, sm_90, sm_100 and gfx942, nothing spills; not timed"
-# Of entries that follow from what compiled code issues and moves, and from no clock.
+# The provenance of entries derived from the instructions and memory traffic of compiled code, not from timings.
 PREDICTED = "predicted, not measured"
 
 

@@ -68,7 +68,7 @@ class _Sizes(NamedTuple):
         if self.GROUPS > 1:
             return _HALF_OF_MANY
         forward, backward, products = _HALF
-        # What masks columns too has no registers left for as many rows: Triton 3.6 would spill on sm_90.
+        # Masking columns takes registers, so use fewer rows: Triton 3.6 would spill on sm_90.
         return forward, backward, products if self.D % products.columns == 0 else products._replace(rows=32)
 
     def constants(self, blocks: Blocks) -> dict[str, Any]:

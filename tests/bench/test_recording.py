@@ -51,7 +51,7 @@ def test_each_op_is_recorded_and_each_kernel_once(recorded):
 
 
 def test_each_way_of_ours_is_recorded():
-    """Of `gelu_mlp`: with the GELU in the product, and in a kernel of its own behind the library's."""
+    """Record both ways of `gelu_mlp`: the GELU inside the product, and in its own kernel after the library's product."""
     case = next(case for case in cases("gelu_mlp", "cuda") if case.training)
     found = {kernel.kernel for kernel in recording.of_cases([(case, BFLOAT16)], "sm_90").kernels}
     assert found >= {"gelu_forward", "gelu_gradient"} and len(found) == 4

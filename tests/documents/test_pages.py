@@ -28,7 +28,7 @@ from . import page, stand_ins
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = [path for path in PAGES if any(block.runs for block in page.blocks(path.read_text()))]
-# What takes longest of what is not on the README.
+# The slowest blocks outside the README.
 SLOW = ("demo.md", "training.md")
 
 
