@@ -53,7 +53,7 @@ def window_prompt_attention(size: Size, dtype: torch.dtype) -> Op:
     qkv = torch.randn(size.batch, size.rows, 3 * 16 * size.heads, dtype=dtype)
     bias = torch.randn(size.heads, size.window**2, size.window**2)
     options: dict[str, Any] = {"num_prompts": 2 * size.prompts + 1, "num_heads": size.heads, "resolution": size.resolution}
-    options |= {"window_size": size.window, "shift": size.window // 2, "prompt_owner": "reference"}
+    options |= {"window_size": size.window, "shift": size.window // 2, "prompt_owner": "released"}
     return Op(lambda: mope_kernels.window_prompt_attention(qkv, bias, **options), (qkv,))
 
 

@@ -36,9 +36,9 @@ from transformers import (
 import mope_kernels.impl
 from mope import MoPEConfig, MoPEForClassification
 from mope.benchmark.released import ReleasedBlock
+from mope.encoders.windowed import MoPESwinEncoder
 from mope.fused import BlockPrompts, MoPESwinBlock
 from mope.fused.router import cross_logits
-from mope.models.swin import MoPESwinEncoder
 from mope_kernels._triton import record_launches
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from mope.benchmark import rows
-from mope.models.modeling import MoPEForClassification
+from mope.fusion.model import MoPEForClassification
 from mope_kernels import _triton
 from mope_kernels.impl import interpreting
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from mope.lazy import lazily
 
 if TYPE_CHECKING:
+    from mope.backbones import register_backbone
+    from mope.fusion import MoPEConfig, MoPEForClassification
     from mope_kernels import __version__
 
     from .graphs import CudaGraphRunner
-    from .models import MoPEConfig, MoPEForClassification, register_backbone
-    from .reference.acceleration import accelerate
-    from .reference.encoder import load_reference_encoder
-    from .reference.loading import load_reference_checkpoint
+    from .released.acceleration import accelerate
+    from .released.encoder import load_released_encoder
+    from .released.loading import load_released_checkpoint
     from .serving import MoPEServer
     from .training.graphs import GraphedStep
 
@@ -28,20 +29,21 @@ __all__ = [
     "MoPEServer",
     "__version__",
     "accelerate",
-    "load_reference_checkpoint",
-    "load_reference_encoder",
+    "load_released_checkpoint",
+    "load_released_encoder",
     "register_backbone",
 ]
 
-_REFERENCE = ("accelerate", "load_reference_checkpoint", "load_reference_encoder")
+_RELEASED = ("accelerate", "load_released_checkpoint", "load_released_encoder")
 __getattr__ = lazily(
     __name__,
-    dict.fromkeys(__all__, ".models")
-    | dict.fromkeys(_REFERENCE, ".reference")
+    dict.fromkeys(__all__, ".fusion")
+    | dict.fromkeys(_RELEASED, ".released")
     | {
         "__version__": "mope_kernels",
         "CudaGraphRunner": ".graphs",
         "GraphedStep": ".training.graphs",
         "MoPEServer": ".serving",
+        "register_backbone": ".backbones",
     },
 )

@@ -78,7 +78,7 @@ def did_you_mean(word: str, names: Iterable[str], found: Sequence[str] = ()) -> 
 
 def _field(option: str) -> str:
     """The field of a configuration that somebody gives as an option of its own."""
-    from mope.models.configuration import MoPEConfig
+    from mope.fusion.config import MoPEConfig
     from mope.modex.configuration import ModeXConfig
 
     fields = [*MoPEConfig.__dataclass_fields__, *ModeXConfig.__dataclass_fields__]

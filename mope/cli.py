@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mope.arguments import Parser, ShowVersion, add_device, positive
 from mope.extras import missing
-from mope.reference.run import add_run
+from mope.released.run import add_run
 from mope.routes import add_routes
 from mope.training.commands import add_evaluate, add_train
 
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser("convert", help="a checkpoint of the released code as safetensors, without running what is in it")
     convert.add_argument("checkpoint", type=Path, metavar="CKPT", help="Lightning's .ckpt")
-    convert.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file to write, for mope.load_reference_checkpoint")
+    convert.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file to write, for mope.load_released_checkpoint")
     convert.set_defaults(command=_convert)
 
     info = commands.add_parser("info", help="versions, devices, which implementations run here and why the others do not")
@@ -119,13 +119,13 @@ def _demo(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from safetensors import SafetensorError
 
-    from mope.reference import read_reference_checkpoint
+    from mope.released import read_released_checkpoint
 
     if options.out.suffix != ".safetensors":
         print(f"mope convert: {options.out} must end in .safetensors", file=sys.stderr)
         return 1
     try:
-        checkpoint = read_reference_checkpoint(options.checkpoint)
+        checkpoint = read_released_checkpoint(options.checkpoint)
     except (FileNotFoundError, ValueError) as error:
         print(f"mope convert: {error}", file=sys.stderr)
         return 1

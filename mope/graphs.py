@@ -182,7 +182,7 @@ class CudaGraphRunner(Recorder):
             the host.
         max_graphs: how many are kept; the least recently used one goes first. All of them share their scratch memory.
         batch_sizes: round the batch, the first dimension of every tensor, up to the next of these by repeating the first item, and
-            cut the results. For functions that treat each item on its own: not with prompt_owner="reference".
+            cut the results. For functions that treat each item on its own: not with prompt_owner="released".
         modules: whose parameters and buffers the function reads. Default: the function, if it is a module or a partial of one.
         guard: what else the graphs hold fixed, as something that can be compared.
         copy_outputs: False: results are the memory that graphs write, and hold until the next call only.
@@ -260,9 +260,9 @@ class CudaGraphRunner(Recorder):
 
     def _check_owner(self) -> None:
         owners = {getattr(m, "prompt_owner", None) for module in self.modules for m in module.modules()}
-        if self.batch_sizes is not None and "reference" in owners:
+        if self.batch_sizes is not None and "released" in owners:
             raise ValueError(
-                "CudaGraphRunner: with prompt_owner='reference' the items of a batch influence each other, and none can be added: "
+                "CudaGraphRunner: with prompt_owner='released' the items of a batch influence each other, and none can be added: "
                 "leave batch_sizes out, or use prompt_owner='instance'"
             )
 

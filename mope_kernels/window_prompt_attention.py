@@ -62,7 +62,7 @@ def _cpu_check(qkv: Tensor, position_bias: Tensor, **_: Any) -> list[str]:
 
 _WINDOW_PROMPT_ATTENTION = Operation("window_prompt_attention", triton=_triton_check, cpu=_cpu_check, reference=reference_check)
 
-PROMPT_OWNERS = ("instance", "reference")
+PROMPT_OWNERS = ("instance", "released")
 
 
 def window_prompt_attention(
@@ -87,7 +87,7 @@ def window_prompt_attention(
         resolution: R, tokens on a side of the image.
         window_size: w; must divide R. R <= w: one window of R*R tokens, no shift, and position_bias is (H, R*R, R*R).
         shift: cyclic shift of the windows, 0 <= shift < w; tokens that it brings together from afar see each other with -100.
-        prompt_owner: "instance": a window uses the prompts of its own image. "reference": window i = b*nW + w uses those of
+        prompt_owner: "instance": a window uses the prompts of its own image. "released": window i = b*nW + w uses those of
             image i % B, as the released code does.
         impl: "auto", "triton", "cpu" or "reference".
 

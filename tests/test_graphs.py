@@ -247,8 +247,8 @@ def test_what_cannot_be_rounded_up_is_refused() -> None:
 
 def test_items_are_not_added_where_they_influence_others() -> None:
     module = nn.Sequential(nn.Identity())
-    module[0].prompt_owner = "reference"
-    with pytest.raises(ValueError, match="prompt_owner='reference'"):
+    module[0].prompt_owner = "released"
+    with pytest.raises(ValueError, match="prompt_owner='released'"):
         CudaGraphRunner(module, batch_sizes=(4,))
     # Without rounding up it is as good as any.
     run, _ = runner(module)
@@ -256,9 +256,9 @@ def test_items_are_not_added_where_they_influence_others() -> None:
     module[0].prompt_owner = "instance"
     run, _ = runner(module, batch_sizes=(4,))
     run(input=torch.ones(3))
-    module[0].prompt_owner = "reference"
+    module[0].prompt_owner = "released"
     run.release()
-    with pytest.raises(ValueError, match="prompt_owner='reference'"):
+    with pytest.raises(ValueError, match="prompt_owner='released'"):
         run(input=torch.ones(3))
 
 

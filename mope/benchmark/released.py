@@ -135,7 +135,7 @@ class ReleasedModel(nn.Module):
     """A fusion model of a Swin Transformer and a BERT, method "mope", with the weights of `model`.
 
     Args:
-        model: with `prompt_owner="reference"`, so that both compute the same.
+        model: with `prompt_owner="released"`, so that both compute the same.
         waits: see `ReleasedBlock`.
     """
 

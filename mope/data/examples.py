@@ -17,7 +17,7 @@ from .formats import Split
 from .preprocessing import Preprocessing
 
 if TYPE_CHECKING:
-    from mope.models.fusion import FusionModel
+    from mope.fusion.base import FusionModel
 
 
 class Examples(Dataset[dict[str, Any]]):

@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from mope.encoders.importance import is_distributed
 from mope.files import disk_error
-from mope.models.distributed import is_distributed
-from mope.models.saving import describe, original
+from mope.fusion.checkpoint import describe, original
 
 from .formats import Example, Split
 from .preprocessing import Preprocessing

@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessorPil
 from .formats import DataError, Example
 
 if TYPE_CHECKING:
-    from mope.models.fusion import FusionModel
+    from mope.fusion.base import FusionModel
 
 GREY = 128
 # Larger than any text: tokenizers that know no limit say 1e30.

@@ -18,7 +18,7 @@ from mope import MoPEConfig, MoPEForClassification
 from mope.demo.data import Digits, Examples, draw_examples, statements, to_pixel_values
 from mope.demo.pretrain import Backbones
 from mope.finite import LossWatch, NotFiniteError
-from mope.models.fusion import FusionModel
+from mope.fusion.base import FusionModel
 
 MOPE, MOPE_TOP_1 = "MoPE, dense", "MoPE, evaluated top-1"
 BASE = MoPEConfig(id2label=("no", "yes"), num_experts=8, prompt_length=6, static_length=4, router_cross_width=16, temperature=0.5)

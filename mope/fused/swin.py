@@ -68,7 +68,7 @@ class MoPESwinBlock(nn.Module):
         cross_dim: Cc, width of the complementary modality's feature; None: no router, routing is given.
         router: "multimodal" or "complementary"; None: no router, routing is given.
         router_options: self_width, cross_width, temperature, noise_std, router_embedding, renormalize, see `MultimodalRouter`.
-        prompt_owner: "instance", or "reference" for the released code's order of windows.
+        prompt_owner: "instance", or "released" for the released code's order of windows.
         impl: of the ops inside.
     """
 

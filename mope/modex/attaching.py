@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mope.checks import check_encoder, naming_memory
 from mope.fused.adapter import ExpertAdapter
-from mope.models.checks import check_encoder, naming_memory
 
 from .configuration import ModeXConfig
 from .saving import WEIGHTS, check_tensors, gather, read_tensors, write_tensors

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 import mope
+from mope.checks import Warnings, check_are_tensors, check_encoder, check_images, check_labels_of, check_texts
 from mope.fused.prepack import PrepackedLayers
-from mope.models.checks import Warnings, check_are_tensors, check_encoder, check_images, check_labels_of, check_texts
-from mope.models.fusion import FusionModel
-from mope.models.parts import task_loss
-from mope.models.precision import HALF, CastWeights
-from mope.models.printing import describe_output
-from mope.models.saving import CONFIG, DTYPES, WEIGHTS, read_tensors
-from mope.models.sources import find_source, source_of, source_record, warn_of_missing
+from mope.fusion.base import FusionModel
+from mope.fusion.checkpoint import CONFIG, DTYPES, WEIGHTS, read_tensors
+from mope.fusion.frozen import HALF, CastWeights
+from mope.fusion.heads import task_loss
+from mope.fusion.sources import find_source, source_of, source_record, warn_of_missing
+from mope.printing import describe_output
 
 from .albef import AlbefModel
 from .attaching import attach, expected_tensors
@@ -313,18 +313,18 @@ class ModeXForClassification(FusionModel):
         """The encoder's own tensors, as they were given."""
         return dict(self.encoder.state_dict()) if self.adapters is None else self.adapters.original_state_dict()
 
-    def save_pretrained(self, path: str | Path, backbones: str = "reference") -> None:
+    def save_pretrained(self, path: str | Path, backbones: str = "by_name") -> None:
         """Write config.json, model.safetensors (what trains), tokenizer/ and image_processor/ if the model has them.
 
         Args:
             path: of the folder; made if need be.
-            backbones: "reference" keeps name and fingerprint of the encoder, "copy" also the encoder as it was given, in encoder/.
+            backbones: "by_name" keeps name and fingerprint of the encoder, "copy" also the encoder as it was given, in encoder/.
 
         Raises:
             ValueError: `backbones` is neither; or more of the encoder trains than the adapters' configuration says.
         """
-        if backbones not in ("reference", "copy"):
-            raise ValueError(f"save_pretrained: backbones must be 'reference' or 'copy', got {backbones!r}")
+        if backbones not in ("by_name", "copy"):
+            raise ValueError(f"save_pretrained: backbones must be 'by_name' or 'copy', got {backbones!r}")
         named = {f"{ENCODER}.{name}" for name in ({} if self.adapters is None else self.adapters.state_dict())}
         if beside := [n for n in self.trained_state_dict() if n.startswith(f"{ENCODER}.") and n not in named]:
             raise ValueError(
@@ -335,7 +335,7 @@ class ModeXForClassification(FusionModel):
         folder.mkdir(parents=True, exist_ok=True)
         with self.weights_as_given():
             state = self._original_state()
-            if backbones == "reference":
+            if backbones == "by_name":
                 warn_of_missing("its encoder", self._source, "model")
             record = {"stored": backbones, **_describe(self.encoder, state), **source_record(self._source, folder)}
             if backbones == "copy":

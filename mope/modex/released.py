@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers import BertModel, BlipTextModel, BlipVisionModel, ViTModel
 
 from mope.fused import ExpertAdapter
-from mope.models.saving import LOADABLE
-from mope.reference.checkpoint import read_pickle, refuse_strangers, same
+from mope.fusion.checkpoint import LOADABLE
+from mope.released.checkpoint import read_pickle, refuse_strangers, same
 
 # The adapters of a layer stand in every module that uses them: the image's block, the text's layer and up to three modules in it.
 _ADAPTER = re.compile(r"(?:visual_encoder\.blocks|text_encoder\.encoder\.layer)\.(\d+)\.(?:\w+\.)*modex\.(\w+)\.(.+)")

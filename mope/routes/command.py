@@ -44,7 +44,7 @@ def add_routes(commands: Any) -> None:
         "--image-processor", metavar="NAME_OR_FOLDER", help='or "published", that of the published training (as saved)'
     )
     routes.add_argument(
-        "--mode", choices=("reference", "instance"), help="whose prompts a window of a Swin Transformer gets (as saved)"
+        "--mode", choices=("released", "instance"), help="whose prompts a window of a Swin Transformer gets (as saved)"
     )
     routes.set_defaults(command=_routes)
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import mope_kernels
+from mope.encoders.windowed import MoPESwinEncoder
 from mope.fused import MoPEAttention, MoPESwinBlock, Router
 from mope.fused.plain import add, add_norm
-from mope.models import MoPEConfig, MoPEForClassification
-from mope.models.modeling import REQUIRED, Padding
-from mope.models.parts import new_head
-from mope.models.saving import LOADABLE
-from mope.models.swin import MoPESwinEncoder
+from mope.fusion import MoPEConfig, MoPEForClassification
+from mope.fusion.checkpoint import LOADABLE
+from mope.fusion.heads import new_head
+from mope.fusion.model import REQUIRED, Padding
 from mope_kernels import Routing
 
 from .stacks import LayerPrompts, LayerStatic, StackedHead, StackedModule, StackedRouter, TaskStack

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mope.backbones import base_model
+from mope.fusion import MoPEConfig
+from mope.fusion.checkpoint import WEIGHTS, check_backbone, describe, load_backbone, read_config, read_tensors
 from mope.graphs import CudaGraphRunner
-from mope.models import MoPEConfig
-from mope.models.backbones import base_model
-from mope.models.printing import ranked
-from mope.models.saving import WEIGHTS, check_backbone, describe, load_backbone, read_config, read_tensors
+from mope.printing import ranked
 
 from .model import MultiTaskModel
 
@@ -373,7 +373,7 @@ def _check_served(asker: str, config: MoPEConfig) -> None:
     """Whether such a task can be served at all."""
     reasons = {
         f"method is {config.method!r}, and only 'mope' is served": config.method != "mope",
-        "prompt_owner is 'reference', in which items of a batch reach each other": config.prompt_owner != "instance",
+        "prompt_owner is 'released', in which items of a batch reach each other": config.prompt_owner != "instance",
         "padding_side is 'left', and only padding on the right is served": config.padding_side != "right",
         f"finetuned names {', '.join(config.finetuned)}, and encoders are shared by all tasks": bool(config.finetuned),
     }

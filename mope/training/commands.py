@@ -42,7 +42,7 @@ def add_train(commands: Any) -> None:
     kind.add_argument("--method", metavar="NAME", help="a fusion method (mope)")
     kind.add_argument("--preset", metavar="NAME", help="a published configuration, such as mope-v4 or cpt; of modex, albef or blip")
     kind.add_argument("--from-checkpoint", type=Path, metavar="PATH", help="start from a saved model or a released .ckpt")
-    model.add_argument("--mode", choices=("reference", "instance"), help="whose prompts a window of a Swin Transformer gets")
+    model.add_argument("--mode", choices=("released", "instance"), help="whose prompts a window of a Swin Transformer gets")
     model.add_argument(
         "--set",
         nargs="+",
@@ -110,7 +110,7 @@ def add_evaluate(commands: Any) -> None:
     evaluate.add_argument("model", type=Path, metavar="MODEL", help="a folder that save_pretrained wrote, or a released .ckpt")
     _add_data(evaluate)
     evaluate.add_argument("--split", choices=("train", "dev", "test"), default="test", help="(test)")
-    evaluate.add_argument("--mode", choices=("reference", "instance"), help="whose prompts a window of a Swin Transformer gets")
+    evaluate.add_argument("--mode", choices=("released", "instance"), help="whose prompts a window of a Swin Transformer gets")
     evaluate.add_argument("--compare-modes", action="store_true", help="in both modes, at each of --batch-sizes")
     evaluate.add_argument(
         "--batch-sizes", type=positive, nargs="+", metavar="N", help="one row for each (32; with --compare-modes 1 8 32)"
@@ -178,9 +178,9 @@ def _train(options: argparse.Namespace) -> int:
         return _fail("train", problem)
     from safetensors import SafetensorError
 
+    from mope.checks import first_line, is_out_of_memory
     from mope.data import DataError
     from mope.finite import NotFiniteError
-    from mope.models.checks import first_line, is_out_of_memory
 
     from .jobs import TrainingJob
 

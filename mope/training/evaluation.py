@@ -13,14 +13,14 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from mope.data import Collator, Examples, Split
+from mope.encoders.importance import is_distributed
 from mope.fused import MoPESwinBlock
-from mope.models.distributed import is_distributed
-from mope.models.fusion import FusionModel
+from mope.fusion.base import FusionModel
 
 from .batches import Batches, Loader
 from .metrics import Counts
 
-MODES = ("reference", "instance")
+MODES = ("released", "instance")
 
 
 def evaluate(
@@ -41,7 +41,7 @@ def evaluate(
         model: with tokenizer and image processor.
         split: of the same classes.
         batch_size: over all processes.
-        mode: "reference" or "instance", of a Swin Transformer: whose prompts a window gets. None: as the model has it.
+        mode: "released" or "instance", of a Swin Transformer: whose prompts a window gets. None: as the model has it.
         features: a `FeatureCache` of the split.
         num_workers: processes that load images.
         progress: show a bar.
@@ -118,7 +118,7 @@ def prompt_owner(model: FusionModel, mode: str | None) -> Iterator[None]:
 
 
 def set_prompt_owner(model: FusionModel, mode: str) -> None:
-    """Put a model over a Swin Transformer into "reference" or "instance" mode.
+    """Put a model over a Swin Transformer into "released" or "instance" mode.
 
     Raises:
         ValueError: the mode is unknown, or the model has no windows.

@@ -16,7 +16,7 @@ from mope.data import Examples, Split, read_split
 from mope.data.formats import SPLITS, NoLabelsError
 from mope.devices import find_device
 from mope.finite import NotFiniteError, infinite
-from mope.models.fusion import FusionModel
+from mope.fusion.base import FusionModel
 
 from . import report
 from .evaluation import MODES, evaluate, prompt_owner

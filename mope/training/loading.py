@@ -19,12 +19,12 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mope import MoPEConfig, MoPEForClassification
 from mope.arguments import did_you_mean
+from mope.backbones import architecture_for, swin_model_from_checkpoint
 from mope.data import Split, published_image_processor
-from mope.models import PRESETS, swin_model_from_checkpoint
-from mope.models.backbones import architecture_for
-from mope.models.configuration import METHODS
-from mope.models.fusion import FusionModel
-from mope.models.saving import CONFIG
+from mope.fusion import PRESETS
+from mope.fusion.base import FusionModel
+from mope.fusion.checkpoint import CONFIG
+from mope.fusion.config import METHODS
 from mope.modex import AlbefModel, ModeXConfig, ModeXForClassification
 from mope.modex.modeling import SYSTEM, encoder_class
 
@@ -198,7 +198,7 @@ def open_model(
         path: a folder, a `.ckpt`, or the `.safetensors` that `mope convert` made of one. The folder of a run has its model in
             `model`.
         sources: names or folders of the "vision" and "text" encoders. A folder knows its own, a checkpoint needs them.
-        mode: "reference" or "instance"; None: that of training.
+        mode: "released" or "instance"; None: that of training.
         tokenizer, image_processor: as in `new_model`; default: those in the folder. A checkpoint was trained with the published
             image processor and the tokenizer of its text encoder.
         format: of the data, on which the published image processor depends.
@@ -216,9 +216,9 @@ def open_model(
                 f"{path} holds no encoders: give those that it was trained with, "
                 + " and ".join(f"--{modality} NAME_OR_FOLDER" for modality in missing)
             )
-        from mope import load_reference_checkpoint
+        from mope import load_released_checkpoint
 
-        model = load_reference_checkpoint(path, **backbones, mode=mode or "reference")
+        model = load_released_checkpoint(path, **backbones, mode=mode or "released")
         set_processors(model, {"text": tokenizer or sources["text"], "vision": image_processor or PUBLISHED}, format)
         return model
     try:

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from mope.data import Collator, DataError, Examples, FeatureCache, RandAugment, Split, cached_features
+from mope.encoders.importance import is_distributed
 from mope.files import write_text
 from mope.finite import NotFiniteError, infinite
-from mope.models.distributed import is_distributed
-from mope.models.fusion import FusionModel
+from mope.fusion.base import FusionModel
 
 from .evaluation import evaluate
 from .options import RunOptions
@@ -174,7 +174,7 @@ class TrainingRun:
                         "encoders overflow on"
                     )
             if self._is_first_process():
-                self.model.save_pretrained(self.out / "model", backbones="copy" if self.copy_backbones else "reference")
+                self.model.save_pretrained(self.out / "model", backbones="copy" if self.copy_backbones else "by_name")
             _wait_for_all()
         if caches:
             results["features"] = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mope.data.preprocessing import max_tokens
-from mope.models.fusion import FusionModel
+from mope.fusion.base import FusionModel
 
 from .batches import Batches, Buckets, length_buckets
 from .graphs import GraphedStep, objection_to

@@ -24,8 +24,8 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from mope.devices import find_device
 from mope.files import disk_error
 from mope.finite import LossWatch, NotFiniteError, infinite
-from mope.models.fusion import FusionModel
-from mope.models.saving import WEIGHTS
+from mope.fusion.base import FusionModel
+from mope.fusion.checkpoint import WEIGHTS
 
 from .batches import Batches, Loader
 from .evaluation import measure

@@ -56,7 +56,7 @@ def _any_sizes(choose: Choose, impl: str) -> Sizes:
         "heads": choose.integers(1, 1 if few else 3),
         "width": any_head_dim(choose, impl),
         "prompts": choose.integers(0, 20),
-        "prompt_owner": choose.sampled("instance", "reference"),
+        "prompt_owner": choose.sampled("instance", "released"),
         "window_size": window_size,
         "resolution": per_side * window_size,
         "shift": choose.integers(0, window_size - 1),
@@ -94,7 +94,7 @@ SPEC = Spec(
     },
     cases={
         "shifted": {},
-        "the released order": {"prompt_owner": "reference", "batch": 3},
+        "the released order": {"prompt_owner": "released", "batch": 3},
         "one window": {"heads": 2, "resolution": 2, "shift": 0},
         "smaller than a window": {"resolution": 3, "window_size": 5, "shift": 2},
         "no prompts, not shifted": {"prompts": 0, "shift": 0},
@@ -106,6 +106,6 @@ SPEC = Spec(
         "empty batch": {"batch": 0},
     },
     any_sizes=_any_sizes,
-    varied=({}, {"prompt_owner": "reference", "resolution": 2, "shift": 0}),
+    varied=({}, {"prompt_owner": "released", "resolution": 2, "shift": 0}),
     variants=_variants,
 ).register()

@@ -15,7 +15,7 @@ from mope import MoPEForClassification
 from mope.demo import digit_model
 from mope.demo.data import load_digits, statements, to_pixel_values
 from mope.demo.export import export
-from mope.models.fusion import AutoImageProcessor
+from mope.fusion.base import AutoImageProcessor
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
-from mope.models.swin_weights import swin_state_dict
+from mope.backbones.swin_weights import swin_state_dict
 from mope.modex import AlbefConfig
 from tests.modex.released_state import ALBEF, released_state
-from tests.reference.test_released_checkpoint import BERT, GOLDEN, SWIN, checkpoint
-from tests.reference.test_run import FILES
+from tests.released.test_released_checkpoint import BERT, GOLDEN, SWIN, checkpoint
+from tests.released.test_run import FILES
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 SWIN_B = "microsoft/swin-base-patch4-window7-224-in22k"

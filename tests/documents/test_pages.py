@@ -21,7 +21,7 @@ import mope.modex
 from mope import cli
 from mope.benchmark import run as benchmark
 from tests.bench.small import tiny_cases
-from tests.reference.stand_in_swin import PromptedSwin, VisionClassifier
+from tests.released.stand_in_swin import PromptedSwin, VisionClassifier
 
 from . import page, stand_ins
 

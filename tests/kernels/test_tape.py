@@ -43,7 +43,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "route": [{"top_k": None, "noise": False}],
     "mope_attention": [{"top_k": 2, "renormalize": True, "lengths": [4, 9], "dropout_p": 0.5}, {"static": 0, "instance": 0}],
     "prompted_norm": [{"top_k": 2}, {"routing": True}],
-    "window_prompt_attention": [{"prompt_owner": "reference"}],
+    "window_prompt_attention": [{"prompt_owner": "released"}],
 }
 
 

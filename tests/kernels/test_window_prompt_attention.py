@@ -117,7 +117,7 @@ def naive_window_attention(
     return out
 
 
-@pytest.mark.parametrize("owner", ["instance", "reference"])
+@pytest.mark.parametrize("owner", ["instance", "released"])
 @pytest.mark.parametrize(("resolution", "window", "shift"), [(4, 2, 0), (4, 2, 1), (6, 3, 1), (3, 3, 0)])
 def test_window_attention_by_hand(owner, resolution, window, shift):
     qkv = torch.randn(3, 2 + resolution**2, 3 * 8, dtype=torch.float64)
@@ -130,7 +130,7 @@ def test_window_attention_by_hand(owner, resolution, window, shift):
 
 
 def test_instances_mix_only_in_reference_order():
-    """`prompt_owner="reference"` keeps this defect, and the default does not have it."""
+    """`prompt_owner="released"` keeps this defect, and the default does not have it."""
     qkv, bias = torch.randn(2, 3 + 16, 24), torch.randn(2, 4, 4)
     changed = qkv.clone()
     changed[1, :3] += 1.0
@@ -141,7 +141,7 @@ def test_instances_mix_only_in_reference_order():
 
 
 def test_gradients_of_the_definition():
-    for owner in ("instance", "reference"):
+    for owner in ("instance", "released"):
         assert torch.autograd.gradcheck(
             lambda qkv, bias, owner=owner: reference.window_prompt_attention(
                 qkv, bias, num_prompts=1, num_heads=1, resolution=4, window_size=2, shift=1, prompt_owner=owner

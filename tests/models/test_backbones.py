@@ -10,8 +10,16 @@ from torch import nn
 
 import mope
 from mope import MoPEConfig, MoPEForClassification
-from mope.models import PromptedLayer, attach
-from mope.models.backbones import _ADAPTERS, BackboneAdapter, BertAdapter, ViTAdapter, original_state_dict
+from mope.backbones import (
+    BackboneAdapter,
+    BertAdapter,
+    PromptedLayer,
+    ViTAdapter,
+    attach,
+    known,
+    original_state_dict,
+    unregister_backbone,
+)
 
 from .tiny import SIZES, TEXT, TEXTS, VISION, backbone, fusion, inputs
 
@@ -169,7 +177,7 @@ def test_an_incomplete_adapter_is_refused_by_name() -> None:
 
     with pytest.raises(TypeError, match=r"Incomplete.*attention.*embed.*finish"):
         mope.register_backbone("incomplete", Incomplete)
-    assert "incomplete" not in _ADAPTERS
+    assert "incomplete" not in known()
 
 
 def test_a_new_architecture() -> None:
@@ -183,7 +191,7 @@ def test_a_new_architecture() -> None:
     electra = transformers.ElectraModel(config).double().eval()
     batch = inputs()
     expected = electra(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, 0]
-    before = dict(_ADAPTERS)
+    before = known()
     try:
         mope.register_backbone("electra", ElectraAdapter)
         model = MoPEForClassification(MoPEConfig(num_labels=3, num_experts=4), vision=backbone("vit"), text=electra).double()
@@ -192,12 +200,12 @@ def test_a_new_architecture() -> None:
         torch.testing.assert_close(features, expected, rtol=1e-12, atol=1e-12)
         assert model(**batch).logits.shape == (5, 3)
     finally:
-        _ADAPTERS.clear()
-        _ADAPTERS.update(before)
+        for model_type in known().keys() - before.keys():
+            unregister_backbone(model_type)
 
 
 def test_fingerprints_do_not_depend_on_what_a_version_calls_a_tensor() -> None:
-    adapter = _ADAPTERS["dinov2"]
+    adapter = known()["dinov2"]
     for old, new in {
         "encoder.layer.0.attention.attention.query.weight": "encoder.layer.0.attention.q_proj.weight",
         "encoder.layer.0.attention.attention.key.bias": "encoder.layer.0.attention.k_proj.bias",

@@ -45,12 +45,12 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "head": ("linear", "mlp"),
     "prompt_dropout": (0.0, 0.1),
     "drop_block_prompts": (False, True),
-    "prompt_owner": ("instance", "instance", "reference"),
+    "prompt_owner": ("instance", "instance", "released"),
     "importance_noise": (True, False),
 }
 # What cannot be, and says so.
 REFUSED = (
-    "prompt_owner='reference' is an order of windows, which only a SwinModel has",
+    "prompt_owner='released' is an order of windows, which only a SwinModel has",
     "prompt_depth='shallow' has static and mapped prompts only",
     "blind_prompts needs prompt_depth='shallow'",
     "blind_prompts is not supported with a SwinModel as the main encoder",

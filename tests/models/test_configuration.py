@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mope import MoPEConfig
-from mope.models import PRESETS
+from mope.fusion import PRESETS
 
 
 def test_json_round_trip() -> None:
@@ -113,7 +113,7 @@ def test_configs_do_not_change() -> None:
         ({"prompt_dropout": 1.0}, "prompt_dropout must be in"),
         ({"router_self_width": 0, "router_cross_width": 0}, "would see nothing"),
         ({"method": "static_mapped", "use_mapped": False}, "image_only"),
-        ({"prompt_owner": "window"}, "prompt_owner must be one of 'instance', 'reference'"),
+        ({"prompt_owner": "window"}, "prompt_owner must be one of 'instance', 'released'"),
         ({"padding_side": "both"}, "padding_side must be one of"),
         ({"router": "text"}, "router must be one of 'multimodal', 'complementary'"),
         ({"router_scope": "stage"}, "router_scope must be one of 'layer', 'shared', 'released'"),

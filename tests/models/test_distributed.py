@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import mope_kernels
-from mope.models.distributed import importance
+from mope.encoders.importance import importance
 
 BLOCKS, BATCH, EXPERTS = 3, 7, 4
 # Unequal, and one process without any.

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import mope_kernels
 from mope import MoPEForClassification
-from mope.models.backbones import PromptedLayer
-from mope.models.feed_forward import add_then_norm
+from mope.backbones import PromptedLayer
+from mope.backbones.feed_forward import add_then_norm
 
 from .tiny import TEXTS, VISION, fusion, inputs
 

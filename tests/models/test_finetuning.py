@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from mope import MoPEConfig, MoPEForClassification
-from mope.models import swin_model_from_checkpoint
-from mope.models.swin_weights import swin_state_dict, transformers_state_dict
+from mope.backbones import swin_model_from_checkpoint
+from mope.backbones.swin_weights import swin_state_dict, transformers_state_dict
 
 from . import tiny
 from .test_methods import LABELS, build, inputs, small

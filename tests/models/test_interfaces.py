@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from mope import MoPEForClassification
-from mope.models.backbones import ViTAdapter
-from mope.models.exporting import InferenceModel
+from mope.backbones import ViTAdapter
+from mope.fusion.export import InferenceModel
 
 from . import test_swin_classification as with_swin
 from .tiny import fusion, inputs

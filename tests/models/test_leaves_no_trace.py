@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mope import MoPEConfig, MoPEForClassification, accelerate
 from mope.fused.prepack import Prepacked, PrepackedLayers
-from mope.models.precision import CastWeights
+from mope.fusion.frozen import CastWeights
 from mope.modex import Adapters, ModeXConfig, ModeXForClassification, attach
 from mope.serving import MoPEServer
 from tests.modex.tiny import CONFIGS, MODELS
-from tests.reference.test_accelerate import small_encoder
+from tests.released.test_accelerate import small_encoder
 from tests.serving.made import SIZES, backbones, saved, task
 
 from .test_swin_classification import swin
@@ -113,7 +113,7 @@ def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("no memory is left")
         return original(*args, **kwargs)
 
-    import mope.models.modeling as module
+    import mope.fusion.model as module
 
     original = module.MoPEAttention
     with monkeypatch.context() as patch, pytest.raises(MemoryError, match=r"num_experts=4; take less, .* no memory is left"):
@@ -186,7 +186,7 @@ def test_a_dtype_that_fails_leaves_the_one_before(monkeypatch: pytest.MonkeyPatc
     before = {name: t.clone() for name, t in model.state_dict().items()}
     model.cast_frozen(torch.bfloat16)
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr("mope.models.modeling.CastWeights", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr("mope.fusion.model.CastWeights", lambda *_: (_ for _ in ()).throw(MemoryError()))
         model.cast_frozen(torch.float16)
     assert model.frozen_dtype is None
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
@@ -216,7 +216,7 @@ def test_a_live_model(accelerated: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     if accelerated:
         accelerate(model, mode="instance")
     before = state_of(model)
-    from mope.reference import acceleration
+    from mope.released import acceleration
 
     replaced: list[nn.Module] = []
 
@@ -248,7 +248,7 @@ def test_a_server_whose_last_step_fails(monkeypatch: pytest.MonkeyPatch) -> None
     encoders = backbones(dtype=torch.float32)
     before = [state_of(encoder) for encoder in encoders.values()]
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr("mope.models.modeling.PrepackedLayers", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr("mope.fusion.model.PrepackedLayers", lambda *_: (_ for _ in ()).throw(MemoryError()))
         MoPEServer(**encoders, config=MoPEConfig(**SIZES, num_labels=3))
     assert [state_of(encoder) for encoder in encoders.values()] == before
 

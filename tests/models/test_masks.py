@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mope import MoPEForClassification
-from mope.models.exporting import InferenceModel
+from mope.fusion.export import InferenceModel
 
 from .test_swin import NothingOnTheHost
 from .tiny import TEXTS, fusion, inputs

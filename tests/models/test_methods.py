@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel
 
 from mope import MoPEConfig, MoPEForClassification
-from mope.models import PRESETS
+from mope.fusion import PRESETS
 
 from . import tiny
 from .test_swin import NothingOnTheHost
@@ -114,7 +114,7 @@ ROUTED = {
     "of psi, shared": {"preset": "mope", "router_scope": "shared", "router_self_width": 0},
     "complementary, layer": {"preset": "cpt"},
     "complementary, shared": {"preset": "instruct_moe_t2v", "router_scope": "shared"},
-    "complementary, released": {"preset": "instruct_moe_t2v", "prompt_owner": "reference"},
+    "complementary, released": {"preset": "instruct_moe_t2v", "prompt_owner": "released"},
     "dynamic alone": {"preset": "cpt", "static_length": 0, "use_mapped": False},
     "text first": {"preset": "instruct_moe_v2t"},
     "text first, shared": {"preset": "mope_v2t", "router_scope": "shared"},
@@ -150,7 +150,7 @@ def test_a_router_shared_by_layers_may_see_their_tokens() -> None:
         build(small("mope", router_scope="shared"))
 
 
-@pytest.mark.parametrize("owner", ["reference", "instance"])
+@pytest.mark.parametrize("owner", ["released", "instance"])
 @pytest.mark.parametrize(("scope", "count"), [("released", 3), ("layer", 4)])
 def test_the_complementary_router_as_released(scope: str, count: int, owner: str) -> None:
     """The released code's formulas, written plainly; given its weights, the encoder is held to released numbers elsewhere."""

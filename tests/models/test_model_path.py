@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mope
 from mope import MoPEForClassification
-from mope.models.exporting import InferenceModel
-from mope.models.modeling import MoPEOutput
+from mope.fusion.export import InferenceModel
+from mope.fusion.model import MoPEOutput
 from mope.training.evaluation import set_prompt_owner
 from mope_kernels.impl import Operation
 from tests.environment import setenv
@@ -35,7 +35,7 @@ CASES: dict[str, tuple[bool, dict[str, Any]]] = {
     "BERT by ViT": (False, {"main": "text"}),
     "BERT by ViT, padding anywhere": (False, {"main": "text", "padding_side": "left"}),
     "Swin by BERT": (True, {}),
-    "Swin by BERT, released order": (True, {"prompt_owner": "reference"}),
+    "Swin by BERT, released order": (True, {"prompt_owner": "released"}),
     "BERT by Swin": (True, {"main": "text"}),
     "both, concatenated": (False, {"method": "late_concat", "problem_type": "multi_label"}),
 }
@@ -148,14 +148,14 @@ def test_serving_rounds_batches_up(case: str, monkeypatch: pytest.MonkeyPatch) -
 def test_serving_in_the_released_order_adds_no_items(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mope.graphs._CudaGraphs", StandIn)
     model = make("Swin by BERT, released order")
-    with pytest.raises(ValueError, match="prompt_owner='reference'"), model.serving(graphs=True, batch_sizes=(4,)):
+    with pytest.raises(ValueError, match="prompt_owner='released'"), model.serving(graphs=True, batch_sizes=(4,)):
         pass
     model = make("Swin by BERT")
     batch, _ = example("Swin by BERT")
     with model.serving(graphs=True, batch_sizes=(4,)) as predict:
         predict(**batch)
-        set_prompt_owner(model, "reference")
-        with pytest.raises(ValueError, match="prompt_owner='reference'"):
+        set_prompt_owner(model, "released")
+        with pytest.raises(ValueError, match="prompt_owner='released'"):
             predict(**batch)
 
 

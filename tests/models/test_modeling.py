@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mope_kernels
 from mope import MoPEConfig, MoPEForClassification
-from mope.models import PromptedLayer
+from mope.backbones import PromptedLayer
 
 from . import test_swin_classification
 from .tiny import TEXTS, VISION, Plain, backbone, fusion, inputs
@@ -209,7 +209,7 @@ def test_noise_may_be_all_that_is_learned(vision: str, checkpointing: bool, monk
     step = [torch.randn_like(n) for n in noise]
 
     def loss(noise: list[torch.Tensor]) -> torch.Tensor:
-        monkeypatch.setattr("mope.models.modeling.sample_noise", lambda *_, **__: noise)
+        monkeypatch.setattr("mope.fusion.model.sample_noise", lambda *_, **__: noise)
         return model(**batch).logits.square().sum()
 
     leaves = [n.clone().requires_grad_() for n in noise]

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mope import MoPEForClassification
+from mope.backbones import BackboneAdapter
 from mope.fused import Packing
-from mope.models.backbones import BackboneAdapter
 
 from .tiny import LENGTHS, TEXTS, fusion, inputs
 
@@ -61,7 +61,7 @@ def test_checkpointing_and_serving_are_packed_as_well(monkeypatch: pytest.Monkey
     parameters, labels = list(model.trainable_parameters()), torch.tensor([0, 1, 2, 0, 1])
     expected = torch.autograd.grad(model.eval()(**batch, labels=labels).loss, parameters)
     model.train().gradient_checkpointing_enable()
-    monkeypatch.setattr("mope.models.modeling.sample_noise", lambda routers, *_, **__: [None] * len(routers))
+    monkeypatch.setattr("mope.fusion.model.sample_noise", lambda routers, *_, **__: [None] * len(routers))
     for one, other in zip(torch.autograd.grad(model(**batch, labels=labels).loss, parameters), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
     logits = model.eval()(**batch).logits

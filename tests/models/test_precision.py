@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mope import MoPEForClassification
-from mope.models.precision import CAST
-from mope.models.saving import describe, original
+from mope.fusion.checkpoint import describe, original
+from mope.fusion.frozen import CAST
 
 from . import test_swin_classification as with_swin
 from .tiny import backbone, fusion, inputs

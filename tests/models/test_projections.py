@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mope import MoPEForClassification
-from mope.models.backbones import original_state_dict
+from mope.backbones import original_state_dict
 
 from .tiny import TEXTS, VISION, backbone, fusion, inputs
 

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mope import MoPEConfig, MoPEForClassification
-from mope.models.saving import describe
+from mope.fusion.checkpoint import describe
 
 from .tiny import BACKBONES, backbone, fusion, inputs
 
@@ -226,7 +226,7 @@ def test_a_class_name_from_a_file_is_looked_up_among_models_only(saved: Path) ->
 
 def test_wrong_options_of_save_pretrained(tmp_path: Path) -> None:
     model = fusion()
-    with pytest.raises(ValueError, match="'reference' or 'copy'"):
+    with pytest.raises(ValueError, match="'by_name' or 'copy'"):
         model.save_pretrained(tmp_path, backbones="link")
     with pytest.raises(ValueError, match="dtype"):
         model.save_pretrained(tmp_path, dtype=torch.float16)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, SwinConfig, SwinForImageClassification, SwinModel
 
 from mope import MoPEConfig, MoPEForClassification
+from mope.backbones import attach
+from mope.encoders.windowed import MoPESwinEncoder, encoder_for, swin_state_dict
 from mope.fused import MoPESwinBlock
-from mope.models import attach
-from mope.models.saving import describe
-from mope.models.swin import MoPESwinEncoder, encoder_for, swin_state_dict
-from mope.reference import load_reference_encoder
+from mope.fusion.checkpoint import describe
+from mope.released import load_released_encoder
 
 from .test_swin import NothingOnTheHost
 from .tiny import backbone
@@ -65,7 +65,7 @@ def given(model: MoPEForClassification, batch: dict[str, Tensor]) -> dict[str, T
 RUNNING = [
     {},
     {"router_embedding": "learned"},
-    {"prompt_owner": "reference"},
+    {"prompt_owner": "released"},
     {"static_length": 0},
     {"use_mapped": False},
     {"static_length": 0, "use_mapped": False},
@@ -76,7 +76,7 @@ RUNNING = [
     {"method": "static_mapped"},
     {"method": "static_mapped", "static_length": 0},
     {"method": "late_concat", "static_length": 0},
-    {"method": "late_concat", "static_length": 2, "prompt_owner": "reference"},
+    {"method": "late_concat", "static_length": 2, "prompt_owner": "released"},
     {"method": "image_only", "static_length": 0},
     {"method": "image_only", "static_length": 2},
     {"main": "text"},
@@ -166,13 +166,13 @@ def test_is_the_published_composition() -> None:
 GOLDEN = Path(__file__).parents[1] / "data" / "swin.safetensors"
 
 
-@pytest.mark.parametrize(("case", "owner"), [("b3", "reference"), ("b1", "reference"), ("b1", "instance")])
+@pytest.mark.parametrize(("case", "owner"), [("b3", "released"), ("b1", "released"), ("b1", "instance")])
 def test_matches_the_released_code(case: str, owner: str) -> None:
     """Its weights in a SwinModel, its prompts in what the config makes of one; its numbers, in float64 on random weights."""
     numbers = load_file(GOLDEN)
     with safe_open(GOLDEN, "pt") as file:
         sizes = json.loads(file.metadata()["cfg"])
-    released = load_reference_encoder(
+    released = load_released_encoder(
         {n.removeprefix("sd."): t.double() if t.is_floating_point() else t for n, t in numbers.items() if n.startswith("sd.")},
         num_heads=sizes["num_heads"],
     )
@@ -199,7 +199,7 @@ def test_matches_the_released_code(case: str, owner: str) -> None:
     torch.testing.assert_close(output.importance_loss, numbers[f"{case}.importance"][0], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("owner", ["instance", "reference"])
+@pytest.mark.parametrize("owner", ["instance", "released"])
 def test_the_host_never_waits(owner: str) -> None:
     """From images and texts to gradients: see the trap in test_swin.py."""
     with torch.device("meta"):
@@ -214,14 +214,14 @@ def test_the_host_never_waits(owner: str) -> None:
 
 def test_options_reach_every_block() -> None:
     options = {"temperature": 0.7, "noise_std": 0.2, "renormalize": True, "router_self_width": 3, "router_cross_width": 5}
-    model = fusion(**options, prompt_init_bound=1e-3, prompt_dropout=0.2, router_embedding="learned", prompt_owner="reference")
+    model = fusion(**options, prompt_init_bound=1e-3, prompt_dropout=0.2, router_embedding="learned", prompt_owner="released")
     routers = [block.router for stage in model.vision.blocks() for block in stage[1:]]
     assert len(routers) == 2
     for router in routers:
         assert (router.temperature, router.noise_std, router.renormalize) == (0.7, 0.2, True)
         assert (router.self_projection.out_features, router.cross_projection.out_features) == (3, 5)
         assert isinstance(router.expert_embedding, nn.Parameter)
-    assert {block.prompt_owner for stage in model.vision.blocks() for block in stage} == {"reference"}
+    assert {block.prompt_owner for stage in model.vision.blocks() for block in stage} == {"released"}
     assert model.vision.prompt_dropout.p == 0.2
     assert model.vision.input_prompts.abs().max() <= 1e-3 and model.cross_blocks[0].static.abs().max() <= 1e-3
     assert all(r.weights.shape == (BATCH, 2) for r in fusion(eval_top_k=2).eval()(**inputs()).routing)
@@ -270,14 +270,14 @@ def test_the_weights_come_back_as_they_were() -> None:
 
 def test_reference_round_trip_and_another_swin(tmp_path: Path) -> None:
     vision, text, batch = swin(), backbone("bert"), inputs()
-    config = MoPEConfig.preset("mope-v1", num_labels=3, prompt_owner="reference")
+    config = MoPEConfig.preset("mope-v1", num_labels=3, prompt_owner="released")
     model = MoPEForClassification(config, vision=vision, text=text).double().eval()
     model.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     expected = model(**batch).logits
     model.detach()
     loaded = MoPEForClassification.from_pretrained(tmp_path, vision=vision, text=text)
-    assert loaded.config.prompt_owner == "reference"
+    assert loaded.config.prompt_owner == "released"
     torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-12, atol=1e-12)
     loaded.detach()
     with torch.no_grad():
@@ -295,7 +295,7 @@ def test_smaller_copies_are_cast_back(dtype: torch.dtype, tmp_path: Path) -> Non
         assert torch.equal(loaded.vision.state_dict()[name], model.vision.state_dict()[name].to(dtype).float()), name
 
 
-@pytest.mark.parametrize("owner", ["instance", "reference"])
+@pytest.mark.parametrize("owner", ["instance", "released"])
 def test_items_influence_each_other_in_the_released_order_only(owner: str) -> None:
     model, batch = fusion(prompt_owner=owner).eval(), inputs()
     before = model(**batch).logits
@@ -402,9 +402,9 @@ def test_what_a_swin_or_another_backbone_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="prompted_layers is not supported with a SwinModel"):
         fusion(prompted_layers=[1])
     with pytest.raises(ValueError, match="only a SwinModel has"):
-        MoPEForClassification(MoPEConfig(num_labels=2, prompt_owner="reference"), vision=backbone("vit"), text=backbone("bert"))
+        MoPEForClassification(MoPEConfig(num_labels=2, prompt_owner="released"), vision=backbone("vit"), text=backbone("bert"))
     with pytest.raises(ValueError, match="only a SwinModel has"):
-        MoPEForClassification(MoPEConfig(num_labels=2, method="text_only", prompt_owner="reference"), text=backbone("bert"))
+        MoPEForClassification(MoPEConfig(num_labels=2, method="text_only", prompt_owner="released"), text=backbone("bert"))
     with pytest.raises(ValueError, match="text was given SwinModel, a vision model"):
         MoPEForClassification(MoPEConfig(num_labels=2), vision=swin(), text=swin())
     with pytest.raises(ValueError, match="vision was given a MoPESwinEncoder"):

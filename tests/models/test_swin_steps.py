@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from mope.encoders.windowed import MoPESwinEncoder
 from mope.fused import BlockPrompts, MoPESwinBlock, MultimodalRouter
 from mope.fused.plain import add_norm, gelu_mlp
 from mope.fused.router import ComplementaryRouter, Router, cross_logits, sample_noise
 from mope.fused.swin import MergeNeighbours
-from mope.models.swin import MoPESwinEncoder
 from tests.environment import setenv
 from tests.kernels.numerics import DEVICE, implementations
 
@@ -73,7 +73,7 @@ def assert_same(found: Results, wanted: Results, tolerance: float = 1e-10) -> No
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "published": ({}, {}),
-    "the released order, top-2": ({"prompt_owner": "reference", "renormalize": True}, {"top_k": 2}),
+    "the released order, top-2": ({"prompt_owner": "released", "renormalize": True}, {"top_k": 2}),
     "psi only": ({"router": "complementary"}, {}),
     "tokens only": ({"cross_width": 0}, {}),
     "one router for all": ({"router": "complementary", "router_scope": "shared"}, {"top_k": 2}),

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from mope.backbones import attach as attach_prompts
 from mope.fused.adapter import ExpertAdapter
-from mope.models import attach as attach_prompts
 from mope.modex import Adapters, ModeXConfig, attach
 
 from .tiny import BATCH, CONFIGS, MODELS, TOKENS, attached, inputs, model, output, recompute, shake

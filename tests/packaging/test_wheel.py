@@ -196,9 +196,8 @@ def test_one_wheel_is_all_that_is_installed(native_wheel, python, tmp_path):
     assert run(command, "--version", cwd=elsewhere, **environment) == f"mope {mope_kernels.__version__}\n"
     said = run(command, "info", cwd=elsewhere, **environment)
     assert torch in said and str(installed) in said
-    every = (
-        "import importlib, pkgutil, mope.models, mope.serving, mope.modex, mope.data, mope.fused, mope_kernels.aot, mope.reference"
-    )
+    parts = ("fusion", "encoders", "backbones", "serving", "modex", "data", "fused", "released")
+    every = f"import mope_kernels.aot, {', '.join(f'mope.{part}' for part in parts)}"
     run(clean, "-c", every, cwd=elsewhere, **environment)
     without = subprocess.run([command, "demo"], cwd=elsewhere, env={**os.environ, **environment}, capture_output=True, text=True)
     assert without.returncode == 1 and " is needed: pip install accelerate pillow " in without.stderr

@@ -64,7 +64,7 @@ def test_digits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     [
         (["--block", "layer 9"], "no routed block 'layer 9': there are 'layer 0'"),
         (["--data", "nowhere"], "nowhere"),
-        (["--mode", "reference"], "Swin"),
+        (["--mode", "released"], "Swin"),
         (["--vision", "{data}/text"], "text encoder"),
     ],
 )

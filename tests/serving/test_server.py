@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mope import MoPEConfig, MoPEServer
 from mope.fused.prepack import available
-from mope.models.saving import CONFIG, WEIGHTS
+from mope.fusion.checkpoint import CONFIG, WEIGHTS
 from mope.serving.server import Prediction
 from tests.test_graphs import StandIn
 
@@ -189,7 +189,7 @@ DAMAGED: dict[str, Callable[[Path], None]] = {
     r"numbers that are not finite, in blocks\.1\.static": with_nan,
     r"no readable safetensors file": cut_short,
     r"method is 'static_mapped', and only 'mope' is served": configured(method="static_mapped"),
-    r"prompt_owner is 'reference'": configured(prompt_owner="reference"),
+    r"prompt_owner is 'released'": configured(prompt_owner="released"),
     r"padding_side is 'left'": configured(padding_side="left"),
     r"finetuned names text": configured(finetuned=["text"]),
     r"task 'three': eval_top_k is 2, and None in the tasks of this server": configured(eval_top_k=2),

@@ -90,9 +90,9 @@ def test_modes_differ_within_a_batch_only(data: Path) -> None:
         for parameter in model.trainable_parameters():
             parameter.mul_(10)
     rows = {(row["batch_size"], row["mode"]): row["loss"] for row in compare_modes(model, splits["dev"], (1, 4))}
-    assert rows[1, "reference"] == pytest.approx(rows[1, "instance"], rel=1e-5)
+    assert rows[1, "released"] == pytest.approx(rows[1, "instance"], rel=1e-5)
     assert rows[4, "instance"] == pytest.approx(rows[1, "instance"], rel=1e-5)
-    assert rows[4, "reference"] != pytest.approx(rows[4, "instance"], rel=1e-5)
+    assert rows[4, "released"] != pytest.approx(rows[4, "instance"], rel=1e-5)
     assert model.config.prompt_owner == "instance"
     with pytest.raises(ValueError, match="mode must be one of"):
         evaluate(model, splits["dev"], mode="both")
@@ -101,13 +101,13 @@ def test_modes_differ_within_a_batch_only(data: Path) -> None:
 def test_a_model_without_windows_has_no_modes(data: Path) -> None:
     splits = read_splits(data)
     with pytest.raises(ValueError, match="only a Swin Transformer has"):
-        evaluate(make_model(splits), splits["dev"], mode="reference")
+        evaluate(make_model(splits), splits["dev"], mode="released")
 
 
 @pytest.fixture(scope="module")
 def swin_folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("swin")
-    make_swin_model(read_splits(data), prompt_owner="reference").save_pretrained(folder, backbones="copy")
+    make_swin_model(read_splits(data), prompt_owner="released").save_pretrained(folder, backbones="copy")
     return folder
 
 
@@ -117,16 +117,16 @@ def test_evaluate_command(data: Path, swin_folder: Path, tmp_path: Path, capsys:
     text = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert [(row["batch_size"], row["mode"]) for row in results["rows"]] == [
-        (1, "reference"),
+        (1, "released"),
         (1, "instance"),
-        (3, "reference"),
+        (3, "released"),
         (3, "instance"),
     ]
     assert results["examples"] == 9
     assert results["command"].startswith(f"mope evaluate {swin_folder} --data {data} ") and results["date"] and results["commit"]
     assert (tmp_path / "results.md").read_text() in text
     row = results["rows"][2]
-    assert f"| 3 | reference | {100 * row['accuracy']:.2f} | {row['loss']:.4f} |" in text
+    assert f"| 3 | released | {100 * row['accuracy']:.2f} | {row['loss']:.4f} |" in text
     # In the mode that it was saved in, unless another one is asked for.
     for mode, expected in (([], row), (["--mode", "instance"], results["rows"][3])):
         assert cli.main([*command, "--split", "dev", "--batch-sizes", "3", *mode]) == 0

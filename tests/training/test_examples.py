@@ -213,7 +213,7 @@ def test_published_preprocessing(tmp_path: Path) -> None:
         wanted = (np.array(part) / 255 - PUBLISHED_MEAN) / PUBLISHED_STD
         np.testing.assert_allclose(found, wanted.transpose(2, 0, 1), atol=1e-5)
     published_image_processor().save_pretrained(tmp_path)
-    from mope.models.fusion import AutoImageProcessor
+    from mope.fusion.base import AutoImageProcessor
 
     again = AutoImageProcessor.from_pretrained(tmp_path)
     assert again.to_dict() == published_image_processor().to_dict()

@@ -24,14 +24,14 @@ from transformers import BertConfig, BertModel, SwinConfig, SwinModel, TrainerCa
 
 from mope import MoPEForClassification, cli
 from mope.data import FORMATS, Collator, Examples, Split
-from mope.models import PRESETS
+from mope.fusion import PRESETS
 from mope.training import RECIPES, FusionTrainer, Recipe, TrainingRun, evaluate
 from mope.training.batches import Batches
 from mope.training.loading import load_backbone, make_config, new_model, open_model
 from mope.training.trainer import last_checkpoint, parameters_by_modality, take_device
 from tests.models.tiny import backbone
-from tests.reference.test_released_checkpoint import BERT, GOLDEN, SWIN, checkpoint
-from tests.reference.test_released_checkpoint import load as load_released
+from tests.released.test_released_checkpoint import BERT, GOLDEN, SWIN, checkpoint
+from tests.released.test_released_checkpoint import load as load_released
 from tests.training.brightness import image_processor, make_model, read_splits, tokenizer, write_data, write_encoders
 
 FAST = Recipe(epochs=3, batch_size=6, vision_lr=2e-2, text_lr=1e-2, milestones=(2,))
@@ -591,7 +591,7 @@ def test_train_command_stops_and_resumes(data: Path, encoders: Path, tmp_path: P
         (["--vision", "nowhere/at/all"], "vision encoder nowhere/at/all"),
         (["--text", "{encoders}/vision"], "a vit model is a vision encoder"),
         (["--tokenizer", "{encoders}/vision"], "--tokenizer"),
-        (["--mode", "reference"], "Swin"),
+        (["--mode", "released"], "Swin"),
         (["--epochs", "0"], "epochs must be an integer of at least 1"),
         (["--resume"], "no run to resume"),
         (["--format", "food101"], 'lacks the key "img"'),
@@ -719,8 +719,8 @@ def test_a_released_checkpoint_moves_to_the_correct_mode(
     rows = json.loads((tmp_path / "modes" / "results.json").read_text())["rows"]
     loss = {(row["mode"], row["batch_size"]): row["loss"] for row in rows}
     assert loss["instance", 3] == pytest.approx(loss["instance", 1], rel=1e-5)
-    assert loss["reference", 1] == pytest.approx(loss["instance", 1], rel=1e-5)
-    assert loss["reference", 3] != pytest.approx(loss["instance", 1], rel=1e-5)
+    assert loss["released", 1] == pytest.approx(loss["instance", 1], rel=1e-5)
+    assert loss["released", 3] != pytest.approx(loss["instance", 1], rel=1e-5)
 
     out = tmp_path / "out"
     start = ["--from-checkpoint", str(checkpoint("mope")), "--mode", "instance", "--batch-size", "5", "--epochs", "1"]

@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mope import cli
+from mope.backbones import PromptedLayer
 from mope.data import Collator, Examples
-from mope.models import PromptedLayer
 from mope.training import Recipe, TrainingRun, evaluate
 from tests.training.brightness import make_model, make_swin_model, read_splits
 
@@ -82,7 +82,7 @@ def main(folder: Path) -> None:
     model = make_model(splits, **EXACT)
     results["several labels"] = {str(size): evaluate(model, splits["dev"], batch_size=size) for size in (1, 4, 9, 100)}
 
-    swin = make_swin_model(read_splits(data), prompt_owner="reference")
+    swin = make_swin_model(read_splits(data), prompt_owner="released")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         TrainingRun(swin, read_splits(data), RECIPE.replace(epochs=1), folder / "reference", **QUIET).train()

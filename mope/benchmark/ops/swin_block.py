@@ -20,7 +20,7 @@ from mope.benchmark.shapes import WINDOWS
 from mope.fused import BlockPrompts, MoPESwinBlock
 from mope.fused.router import cross_logits
 from mope.fused.swin import position_bias
-from mope.models.precision import CastWeights
+from mope.fusion.frozen import CastWeights
 
 
 def build(case: Case, dtype: torch.dtype) -> Problem:
@@ -40,7 +40,7 @@ def build(case: Case, dtype: torch.dtype) -> Problem:
             own=BlockPrompts(length, 4),
             cross_dim=768,
             noise_std=0.0,
-            prompt_owner="reference",
+            prompt_owner="released",
             impl=impl,
         )
         assert block.position_bias is not None

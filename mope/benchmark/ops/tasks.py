@@ -14,8 +14,8 @@ from mope.benchmark import models
 from mope.benchmark.case import Benchmark, Case
 from mope.benchmark.problem import Outputs, Problem
 from mope.benchmark.shapes import MODELS, Model
+from mope.fusion.frozen import HALF
 from mope.graphs import CudaGraphRunner
-from mope.models.precision import HALF
 from mope.serving.model import MultiTaskModel
 
 # The batch of the model, and the number of loaded tasks.

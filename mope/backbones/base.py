@@ -1,0 +1,109 @@
+"""How prompts get into a transformers model: one small adapter class for each architecture.
+
+An adapter says where the layers are, which modules make up a layer's attention, and what a block does after it. It has no
+state; modules that are no plain layers are called, and their weights never touched. `attach` replaces layers by `PromptedLayer`,
+which runs only when it is given prompts; `Attachment.detach` puts the same modules back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from mope.fused import FrozenAttention
+
+
+class Architecture:
+    """What has to be known of any architecture, however its prompts get in: which models are the same."""
+
+    modality: ClassVar[str]
+    # Parameters under these names play no part here: not fingerprinted, not copied; `load_options` keeps them from being made.
+    unused: ClassVar[tuple[str, ...]] = ()
+    # Parameters that no input given here reaches, so that fine-tuning leaves them out, beside those of `unused`.
+    unreached: ClassVar[tuple[str, ...]] = ()
+    load_options: ClassVar[dict[str, Any]] = {}
+    # What else, beside the weights, says which function the model computes.
+    identity: ClassVar[tuple[str, ...]] = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "hidden_act",
+        "layer_norm_eps",
+    )
+
+    def hidden_size(self, model: Any) -> int:
+        """C."""
+        return model.config.hidden_size
+
+    def stable_name(self, name: str) -> str:
+        """The name under which a tensor goes into the fingerprint, where versions of transformers name it differently."""
+        return name
+
+    def stable_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What goes into the fingerprint, from the names and tensors of `original_state_dict`."""
+        return {self.stable_name(name): tensor for name, tensor in state.items()}
+
+    def objections(self, config: Any) -> list[str]:
+        """Why a model with this config cannot be prompted here."""
+        found = []
+        if getattr(config, "is_decoder", False):
+            found.append("is_decoder=True: causal attention and its cache are not supported, use the encoder")
+        if getattr(config, "add_cross_attention", False):
+            found.append("add_cross_attention=True: blocks with cross-attention are not supported")
+        position = getattr(config, "position_embedding_type", None) or "absolute"
+        if position != "absolute":
+            found.append(f"position_embedding_type={position!r}: only absolute positions are supported")
+        if getattr(config, "output_attentions", False):
+            found.append("output_attentions=True: the fused attention never forms the attention matrix")
+        return found
+
+
+class BackboneAdapter(Architecture, ABC):
+    """How prompts get into the layers of an architecture. Subclass it and `register_backbone` the class.
+
+    A block has to be: attention over its (normalised) input with separate query, key and value projections, all tokens attending
+    to all, then anything. The model's feature is that of its first token. A class without one of the abstract methods cannot be
+    registered.
+    """
+
+    @abstractmethod
+    def layers(self, model: Any) -> nn.ModuleList:
+        """The blocks, in order."""
+
+    @abstractmethod
+    def embed(self, model: Any, inputs: dict[str, Any], token_mask: Tensor | None) -> Tensor:
+        """What goes into the first block, from `pixel_values` or `input_ids` and its companions -> (B,L,C).
+
+        `interpolate_pos_encoding` is among them where it is asked for, and only if the class says `interpolates`.
+        `token_mask` (B,L) bool is given where padding may stand anywhere, so that positions can be counted without it.
+        """
+
+    @abstractmethod
+    def attention(self, layer: Any) -> FrozenAttention:
+        """The modules of the block's attention."""
+
+    @abstractmethod
+    def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
+        """The block from its attention on: input of the block (B,L,C), output projection (B,L,C) -> output of the block (B,L,C)."""
+
+    def is_row_wise(self, model: Any) -> bool:
+        """Whether `finish` makes of each row what it makes of it alone, so that rows may be left out and put anywhere."""
+        return False
+
+    def normalize(self, model: Any, features: Tensor) -> Tensor:
+        """What the model does to its features after the last block: (..., C) -> (..., C)."""
+        return features
+
+
+class VisionAdapter(BackboneAdapter):
+    """`interpolates` says whether `embed` takes images of other sizes, with `interpolate_pos_encoding`."""
+
+    modality = "vision"
+    interpolates = False
+    identity = (*BackboneAdapter.identity, "image_size", "patch_size", "num_channels")
+
+
+def interpolating(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: inputs[name] for name in ("interpolate_pos_encoding",) if name in inputs}

@@ -1,0 +1,72 @@
+"""Which architectures are known."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .base import Architecture, BackboneAdapter
+
+_ADAPTERS: dict[str, Architecture] = {}
+
+
+def register_backbone(model_type: str, adapter_class: type[Architecture]) -> None:
+    """Teach the library the architecture whose config says `model_type`. A second registration replaces the first.
+
+    Raises:
+        TypeError: `adapter_class` leaves abstract methods of `BackboneAdapter` out; the message names them.
+    """
+    _ADAPTERS[model_type] = adapter_class()
+
+
+def unregister_backbone(model_type: str) -> None:
+    """Forget an architecture that `register_backbone` taught; one that is not known is no error."""
+    _ADAPTERS.pop(model_type, None)
+
+
+def architecture_for(model_type: str | None) -> Architecture:
+    """What is registered for an architecture; ValueError if nothing is."""
+    if model_type not in _ADAPTERS:
+        raise ValueError(
+            f"model_type {model_type!r} is not known; known are {', '.join(sorted(_ADAPTERS))}. Write a subclass of "
+            "mope.backbones.BackboneAdapter (about 30 lines) and call mope.register_backbone(model_type, YourAdapter)."
+        )
+    return _ADAPTERS[model_type]
+
+
+def find_architecture(backbone: nn.Module, modality: str | None = None) -> Architecture:
+    """What is known of a backbone.
+
+    Raises:
+        ValueError: its architecture is unknown, it is of the other modality, or its config cannot be honoured.
+    """
+    config = getattr(backbone, "config", None)
+    name = type(backbone).__name__
+    try:
+        architecture = architecture_for(getattr(config, "model_type", None))
+    except ValueError as error:
+        # A model of both, such as CLIP's.
+        part = f"{modality}_model"
+        if modality is not None and isinstance(getattr(backbone, part, None), nn.Module):
+            raise ValueError(f"{name} holds encoders of both modalities: give its {modality} encoder, model.{part}") from None
+        raise ValueError(f"{name}: {error}") from None
+    if modality not in (None, architecture.modality):
+        raise ValueError(f"{modality} was given {name}, a {architecture.modality} model")
+    if objections := architecture.objections(config):
+        raise ValueError(f"{name} cannot be prompted: {'; '.join(objections)}")
+    return architecture
+
+
+def find_adapter(backbone: nn.Module, modality: str | None = None) -> BackboneAdapter:
+    """The adapter of a backbone that is prompted layer by layer; ValueError as in `find_architecture`, or if it is not."""
+    adapter = find_architecture(backbone, modality)
+    if not isinstance(adapter, BackboneAdapter):
+        raise ValueError(
+            f"{type(backbone).__name__} is not prompted layer by layer: give the model of transformers itself, without wrappers, "
+            "to MoPEForClassification"
+        )
+    return adapter
+
+
+def known() -> dict[str, Architecture]:
+    """Return the registered architectures by the `model_type` of their configs."""
+    return dict(_ADAPTERS)

@@ -1,0 +1,521 @@
+"""A Swin Transformer whose stages hold prompts, routed block by block."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import SwinConfig, SwinModel
+
+from mope.backbones.registry import find_architecture
+from mope.backbones.swin_weights import swin_state_dict, transformers_state_dict
+from mope.encoders.importance import importance as mean_importance
+from mope.fused.mapper import mapper_layers
+from mope.fused.modules import is_plain
+from mope.fused.plain import add, add_norm
+from mope.fused.prompts import PromptExperts
+from mope.fused.router import Router, cross_logits, make_router, sample_noise
+from mope.fused.swin import BlockPrompts, MoPESwinBlock, PromptedPatchMerging, position_bias, position_table
+from mope_kernels import Routing
+
+
+class SwinOutput(NamedTuple):
+    """What the encoder returns.
+
+    features: (B, C), the mean over prompts and tokens of the last stage.
+    importance_loss: () mean over the routed blocks, 0 if none is or if it was not asked for.
+    routing: of every routed block, in order.
+    """
+
+    features: Tensor
+    importance_loss: Tensor
+    routing: tuple[Routing, ...]
+
+
+@dataclass(frozen=True)
+class SwinSizes:
+    """The sizes of a Swin Transformer; `eps` is that of the LayerNorms in and after the blocks."""
+
+    image_size: int = 224
+    patch_size: int = 4
+    embed_dim: int = 128
+    depths: Sequence[int] = (2, 2, 18, 2)
+    num_heads: Sequence[int] = (4, 8, 16, 32)
+    window_size: int = 7
+    mlp_ratio: float = 4.0
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class SwinPrompts:
+    """The prompts of an encoder.
+
+    num_experts: K, 0 for no dynamic prompts.
+    length: l, the number of prompts per expert.
+    static_length: S, the number of static prompts per block. Default: `length`.
+    use_mapped: add a prompt that the mapper makes from psi, one for all blocks of a stage.
+    mapper_hidden: width between psi and the mapped prompts, 0 for none.
+    mapper_batchnorm, mapper_last_gelu: see `mapper_layers`.
+    bound: prompts are initialised as U(-bound, bound). Default: sqrt(6 / (3 patch_size^2 + embed_dim)).
+    depth: "deep"; "shallow": put static and mapped prompts before the first block and pass them through all blocks.
+    first_blocks: the prompts of the first block of each stage: "pass", those that arrive; "own", its own, and then the input has
+        none; "either", its own if routing is given from outside, otherwise those that arrive.
+    dropout: on the prompts of the input and on mapped prompts, in training.
+    drop_block_prompts: also on the static and dynamic prompts of the blocks.
+    """
+
+    num_experts: int = 4
+    length: int = 6
+    static_length: int | None = None
+    use_mapped: bool = True
+    mapper_hidden: int = 384
+    mapper_batchnorm: bool = True
+    mapper_last_gelu: bool = True
+    bound: float | None = None
+    depth: str = "deep"
+    first_blocks: str = "pass"
+    dropout: float = 0.1
+    drop_block_prompts: bool = False
+
+
+class MoPESwinEncoder(nn.Module):
+    """A frozen Swin Transformer with P prompts beside its tokens in every block.
+
+    The prompts of the input pass through the first block of each stage; every later block replaces them by its own, as its router
+    says: [static; dynamic; mapped], P = S + l + 1. Each of the three may be absent; without any it is the Swin Transformer, and
+    with static prompts alone it is VPT. (MoPE, arXiv 2403.10568, the published configuration.)
+
+    Args:
+        sizes: of the Swin Transformer.
+        prompts: the prompts to add.
+        cross_dim: Cc, width of psi; None: neither routers nor mapper.
+        router_scope: "layer", a router for each block; "shared", one for all, which then sees psi only; "released", one for each,
+            but one for the first two.
+        importance_threshold: see `mope_kernels.importance_loss`.
+        router, impl, block_options: see `MoPESwinBlock`: self_width, cross_width, temperature, noise_std, router_embedding,
+            renormalize, prompt_owner.
+
+    `config` is that of the transformers model that the weights came from, if they did.
+    """
+
+    config: SwinConfig | None = None
+
+    def __init__(
+        self,
+        sizes: SwinSizes | None = None,
+        prompts: SwinPrompts | None = None,
+        *,
+        cross_dim: int | None = 768,
+        router: str = "multimodal",
+        router_scope: str = "layer",
+        importance_threshold: float = 0.1,
+        impl: str = "auto",
+        **block_options: Any,
+    ) -> None:
+        super().__init__()
+        sizes, prompts = sizes or SwinSizes(), prompts or SwinPrompts()
+        image_size, patch_size, embed_dim = sizes.image_size, sizes.patch_size, sizes.embed_dim
+        depths, num_heads, window_size, eps = sizes.depths, sizes.num_heads, sizes.window_size, sizes.eps
+        length, mapper_hidden, first_blocks, bound = prompts.length, prompts.mapper_hidden, prompts.first_blocks, prompts.bound
+        static_length = length if prompts.static_length is None else prompts.static_length
+        deep, use_mapped = prompts.depth == "deep", prompts.use_mapped and cross_dim is not None
+        num_experts = prompts.num_experts if deep else 0
+        self.num_prompts = static_length + length * (num_experts > 0) + use_mapped
+        self.image_size, self.importance_threshold, self.impl = image_size, importance_threshold, impl
+        self.deep, self.own_first = deep, deep and first_blocks == "own"
+        self.drop_block_prompts = prompts.drop_block_prompts
+        self.patch_embed = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+        self.patch_norm = nn.LayerNorm(embed_dim)
+        bound = (6 / (3 * patch_size**2 + embed_dim)) ** 0.5 if bound is None else bound
+        self.input_prompts: nn.Parameter | None = None
+        # A mapped prompt joins the shallow ones in each call.
+        at_input = 0 if self.own_first else self.num_prompts if deep else static_length
+        if at_input:
+            self.input_prompts = nn.Parameter(torch.empty(at_input, embed_dim).uniform_(-bound, bound))
+        self.prompt_dropout = nn.Dropout(prompts.dropout)
+        self.use_mapped = use_mapped
+        self.mapper: nn.Sequential | None = None
+        if use_mapped and cross_dim is not None and mapper_hidden:
+            self.mapper = mapper_layers(cross_dim, mapper_hidden, batchnorm=prompts.mapper_batchnorm)
+        shared = router_scope == "shared"
+        self.pairs_first = router_scope == "released" and self.own_first and depths[0] > 1
+        of_router = {name: value for name, value in block_options.items() if name != "prompt_owner"}
+        self.router = make_router(router if shared else None, embed_dim, cross_dim, num_experts, impl=impl, **of_router)
+        if self.router is not None and self.router.sees_tokens:
+            raise ValueError(
+                "a router shared by all blocks of a Swin Transformer cannot see their tokens, whose width changes from stage to "
+                "stage: set router='complementary' or router_self_width=0, or router_scope='layer'"
+            )
+        own = BlockPrompts(length, num_experts, static_length, bound)
+        none = BlockPrompts(bound=bound)
+        self.stage_mappers, self.stages, self.merges = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for stage, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
+            dim, resolution = embed_dim * 2**stage, image_size // patch_size // 2**stage
+            if use_mapped and cross_dim is not None and (deep or not stage):
+                self.stage_mappers.append(mapper_layers(mapper_hidden or cross_dim, dim, gelu=prompts.mapper_last_gelu))
+            blocks = nn.ModuleList()
+            for i in range(depth):
+                first = not i and not self.own_first
+                routes = not shared and not first and not (self.pairs_first and not stage and not i)
+                blocks.append(
+                    MoPESwinBlock(
+                        dim,
+                        heads,
+                        resolution,
+                        window_size=window_size,
+                        shift=window_size // 2 * (i % 2),
+                        num_prompts=self.num_prompts,
+                        mlp_ratio=sizes.mlp_ratio,
+                        eps=eps,
+                        own=none if not deep or (first and first_blocks != "either") else own,
+                        cross_dim=cross_dim,
+                        router=router if routes else None,
+                        impl=impl,
+                        **block_options,
+                    )
+                )
+            self.stages.append(blocks)
+            if stage < len(depths) - 1:
+                self.merges.append(PromptedPatchMerging(dim, resolution, self.num_prompts, impl=impl))
+        self.norm = nn.LayerNorm(embed_dim * 2 ** (len(depths) - 1), eps=eps)
+        for module in self.swin_modules():
+            module.requires_grad_(False)
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """Make an encoder from keyword arguments: the fields of `SwinSizes` and `SwinPrompts`, and the other arguments.
+
+        Fields of `SwinPrompts` that a model's configuration also has use its names: prompt_length, prompt_depth, prompt_dropout.
+        """
+        names = {"length": "prompt_length", "depth": "prompt_depth", "dropout": "prompt_dropout"}
+        parts: list[Any] = []
+        for kind in (SwinSizes, SwinPrompts):
+            named = {field.name: names.get(field.name, field.name) for field in dataclasses.fields(kind)}
+            parts.append(kind(**{field: options.pop(name) for field, name in named.items() if name in options}))
+        return cls(*parts, **options)
+
+    def swin_modules(self) -> list[nn.Module]:
+        """The Swin Transformer itself, but for the position bias of its blocks."""
+        of_blocks = [module for stage in self.blocks() for block in stage for module in block.swin_modules()]
+        return [self.patch_embed, self.patch_norm, *of_blocks, *self.merges, self.norm]
+
+    def finetune(self) -> None:
+        """Train the Swin Transformer itself too, position bias included. Its dropout and stochastic depth stay left out."""
+        for module in self.swin_modules():
+            module.requires_grad_(True)
+        for stage in self.blocks():
+            for block in stage:
+                block.finetune()
+
+    def blocks(self) -> list[list[MoPESwinBlock]]:
+        """The blocks of each stage."""
+        stages: Any = self.stages
+        return [list(stage) for stage in stages]
+
+    def routers(self) -> list[list[Router | None]]:
+        """The router of each block of each stage, None where nothing is routed. Blocks may share one."""
+        return self._routers_of(self.blocks())
+
+    def _routers_of(self, stages: list[list[MoPESwinBlock]]) -> list[list[Router | None]]:
+        shared = self.router
+        found = [[None if block.experts is None else shared or block.router for block in blocks] for blocks in stages]
+        if self.pairs_first:
+            found[0][0] = found[0][1]
+        return found
+
+    def routed_blocks(self) -> dict[str, Router]:
+        """Blocks with a router, by name, in the order of `SwinOutput.routing`; stages and blocks count from 0."""
+        found = {}
+        for stage, routers in enumerate(self.routers()):
+            for i, router in enumerate(routers):
+                if router is not None:
+                    found[f"stage {stage}, block {i}"] = router
+        return found
+
+    def swin_tensors(self) -> set[str]:
+        """Names in the state dict of what belongs to the Swin Transformer itself."""
+        return {name for _, name, _ in self._original_names()}
+
+    def load_swin(self, source: nn.Module | Mapping[str, Tensor]) -> None:
+        """Take the weights of a transformers `SwinModel` or of an original Swin checkpoint (see `swin_state_dict`).
+
+        Raises:
+            ValueError: tensors are missing, unknown or of another shape; the message names them.
+        """
+        state = swin_state_dict(source)
+        own = self.state_dict(keep_vars=True)
+        wrong, taken = [], set()
+        for name, _, shape in self._original_names():
+            if name not in state:
+                wrong.append(f"{name} is missing")
+                continue
+            taken.add(name)
+            if tuple(state[name].shape) != shape:
+                wrong.append(f"{name} is {tuple(state[name].shape)}, expected {shape}")
+        wrong += [f"{name} is unknown" for name in state.keys() - taken]
+        if wrong:
+            raise ValueError("load_swin: " + "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+        with torch.no_grad():
+            for name, target, _ in self._original_names():
+                value = state[name]
+                if target.endswith(".position_bias"):
+                    value = position_bias(value, int((own[target].shape[-1]) ** 0.5))
+                own[target].copy_(value)
+
+    def _original_names(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """(the original name, the name here, the original shape) of every tensor of the Swin Transformer."""
+        modules = {"patch_embed.proj": "patch_embed", "patch_embed.norm": "patch_norm", "norm": "norm"}
+        tables: list[tuple[str, str, tuple[int, ...]]] = []
+        for s, stage in enumerate(self.blocks()):
+            for i, block in enumerate(stage):
+                original, here = f"layers.{s}.blocks.{i}", f"stages.{s}.{i}"
+                modules |= {f"{original}.{name}": f"{here}.{name}" for name in ("norm1", "norm2")}
+                modules |= {f"{original}.attn.{name}": f"{here}.{name}" for name in ("qkv", "proj")}
+                modules |= {f"{original}.mlp.fc1": f"{here}.mlp.0", f"{original}.mlp.fc2": f"{here}.mlp.2"}
+                shape = ((2 * block.window_size - 1) ** 2, block.num_heads)
+                bias = f"{here}.position_bias" if block.position_table is None else f"{here}.position_table"
+                tables.append((f"{original}.attn.relative_position_bias_table", bias, shape))
+            if s < len(self.merges):
+                modules |= {f"layers.{s}.downsample.{name}": f"merges.{s}.{name}" for name in ("norm", "reduction")}
+        found = [
+            (f"{original}.{name}", f"{here}.{name}", tuple(tensor.shape))
+            for original, here in modules.items()
+            for name, tensor in self.get_submodule(here).named_parameters()
+        ]
+        return found + tables
+
+    def swin_model(self) -> tuple[SwinModel, dict[str, Tensor]]:
+        """The transformers model that the weights came from, on the meta device, and its state dict with the weights of here.
+
+        Raises:
+            ValueError: the weights came from somewhere else, so that there is no `config`.
+        """
+        if self.config is None:
+            raise ValueError("MoPESwinEncoder: there is no transformers config: make it with encoder_for(model)")
+        with torch.device("meta"):
+            model = SwinModel(self.config, add_pooling_layer=False)
+        own, original = self.state_dict(), {}
+        for name, here, _ in self._original_names():
+            tensor = own[here]
+            is_looked_up = here.endswith(".position_bias")
+            original[name] = position_table(tensor, int(tensor.shape[-1] ** 0.5)) if is_looked_up else tensor
+        state = transformers_state_dict(model, original)
+        nn.Module.to(model, self.patch_embed.weight.dtype)
+        return model, state
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Images (B, 3, image_size, image_size) -> tokens (B, R*R, embed_dim)."""
+        size, shape = self.image_size, tuple(pixel_values.shape)
+        if shape[1:] != (3, size, size):
+            raise ValueError(f"MoPESwinEncoder: pixel_values must be (B, 3, {size}, {size}), got {shape}")
+        return self.patch_norm(rearrange(self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)), "b c y x -> b (y x) c"))
+
+    def mapped_prompts(self, mapper_input: Tensor) -> list[Tensor]:
+        """The mapped prompt of each stage, (B, 1, C_s), from what the shared part of the mapper gives, (B, mapper_hidden).
+
+        One product for all stages, where their mappers are plain.
+        """
+        mappers: Any = self.stage_mappers
+        first = [mapper[0] for mapper in mappers if is_plain(mapper, nn.Sequential) and is_plain(mapper[0], nn.Linear)]
+        behind = [list(mapper)[1:] for mapper in mappers]
+        alike = len(first) == len(mappers) and len(set(map(len, behind))) == 1
+        if not alike or any(not is_plain(layer, nn.GELU) for layers in behind for layer in layers):
+            return [self.prompt_dropout(mapper(mapper_input))[:, None] for mapper in mappers]
+        mapped = F.linear(mapper_input, torch.cat([m.weight for m in first]), torch.cat([m.bias for m in first]))
+        for layer in behind[0]:
+            mapped = layer(mapped)
+        parts = self.prompt_dropout(mapped).split([m.out_features for m in first], dim=1)
+        return [part[:, None] for part in parts]
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        cross: Tensor | None = None,
+        *,
+        mapper_input: Tensor | None = None,
+        route_weights: Tensor | None = None,
+        noise: Sequence[Tensor | None] | None = None,
+        router_noise: bool = False,
+        top_k: int | None = None,
+        checkpointing: bool = False,
+        importance: bool = True,
+    ) -> SwinOutput:
+        """Encode images.
+
+        Args:
+            pixel_values: (B, 3, image_size, image_size).
+            cross: psi (B, Cc), for routers and mapper.
+            mapper_input: (B, mapper_hidden), in place of the shared part of the mapper.
+            route_weights: (B, L, K) given routing weights, one row for each block in order; where the first stage's blocks share
+                a row, L is one less than there are blocks (the released text-only router). Every block then takes its own prompts.
+            noise: (B, K) for each routed block. Default: drawn here, in training.
+            router_noise: draw noise outside training too.
+            top_k: experts for each item, None for all.
+            checkpointing: recompute blocks in the backward pass; routing and noise are not drawn again.
+            importance: whether to compute the importance loss.
+
+        Raises:
+            ValueError: images of another size, `cross` is missing, or `route_weights` has another shape.
+        """
+        x = self.embed(pixel_values)
+        mapped = self._mapped(cross, mapper_input)
+        if self.input_prompts is not None:
+            # Each image drops others.
+            x = torch.cat([self.prompt_dropout(self.input_prompts.expand(x.shape[0], -1, -1)).to(x.dtype), x], dim=1)
+        if self.use_mapped and not self.deep:
+            x = torch.cat([mapped[0].to(x.dtype), x], dim=1)
+        rows = None if route_weights is None else self._rows(route_weights)
+        stages = self.blocks()
+        routers_of = self._routers_of(stages)
+        of_blocks = [router for routers in routers_of for router in routers if router is not None]
+        if noise is None:
+            noise = sample_noise(of_blocks, x.shape[0], always=router_noise)
+        noise_of_block = iter(noise)
+        of_cross = self._cross_logits(of_blocks, cross) if rows is None else {}
+        step = _checkpointed_step if checkpointing and torch.is_grad_enabled() else _step
+        dropping = self.drop_block_prompts and self.prompt_dropout.training
+        # What the last block leaves to be added.
+        update: Tensor | None = None
+        # A router that sees psi only decides once for all its blocks.
+        decided: dict[int, Routing] = {}
+        routed: list[Routing] = []
+        for stage, (blocks, routers) in enumerate(zip(stages, routers_of, strict=True)):
+            for i, (block, router) in enumerate(zip(blocks, routers, strict=True)):
+                # Prompts that something is done to between mixing and use are made apart.
+                apart = dropping or not (block.experts is None or is_plain(block.experts, PromptExperts))
+                routing: Routing | None = None
+                deciding: dict[str, Any] = {}
+                if rows is not None:
+                    routing = next(rows)
+                elif router is not None:
+                    if cross is None:
+                        raise ValueError("MoPESwinEncoder: the routers need cross")
+                    drawn, routing = next(noise_of_block), decided.get(id(router))
+                    if routing is None and id(router) in of_cross and not apart:
+                        deciding = {"router": router, "cross_logits": of_cross[id(router)], "noise": drawn, "top_k": top_k}
+                    elif routing is None:
+                        x, update = add(x, update), None
+                        routing = block.route(x, cross, drawn, top_k, router=router)
+                own = None
+                if self.deep and self.num_prompts and (i or self.own_first or routing is not None or deciding):
+                    of_stage = mapped[stage] if mapped else None
+                    if apart:
+                        dropout = self.prompt_dropout if dropping else None
+                        x, update = block.with_prompts(add(x, update), routing, of_stage, dropout=dropout), None
+                    else:
+                        own = block.own_prompts(routing, of_stage, **deciding)
+                x, update, found = step(block, x, update, own)
+                if rows is None and router is not None:
+                    routing = routing or found
+                    assert routing is not None
+                    if not router.sees_tokens:
+                        decided[id(router)] = routing
+                    routed.append(routing)
+            if stage < len(self.merges):
+                x, update = self.merges[stage](add(x, update)), None
+        _, normed = add_norm(x, update, self.norm, impl=self.impl)
+        features = normed.mean(1)
+        if not (importance and routed):
+            return SwinOutput(features, features.new_zeros(()), tuple(routed))
+        probs = [routing.probs for routing in distinct(routed)]
+        return SwinOutput(features, mean_importance(probs, threshold=self.importance_threshold, impl=self.impl), tuple(routed))
+
+    def _cross_logits(self, routers: Sequence[Router], cross: Tensor | None) -> dict[int, Tensor]:
+        """psi's part of the logits of each router that need not be called for it, by the router's id."""
+        if cross is None:
+            return {}
+        found = {id(router): router.of_cross() for router in routers}
+        parts = {key: part for key, part in found.items() if part is not None}
+        return dict(zip(parts, cross_logits(list(parts.values()), cross), strict=True))
+
+    def _mapped(self, cross: Tensor | None, mapper_input: Tensor | None) -> list[Tensor]:
+        """The mapped prompts of the stages that have one."""
+        if not self.use_mapped:
+            return []
+        if mapper_input is None:
+            if cross is None:
+                raise ValueError("MoPESwinEncoder: needs cross, or mapper_input and route_weights")
+            mapper_input = cross.to(next(self.stage_mappers.parameters()).dtype)
+            mapper_input = mapper_input if self.mapper is None else self.mapper(mapper_input)
+        return self.mapped_prompts(mapper_input)
+
+    def _rows(self, route_weights: Tensor) -> Iterator[Routing]:
+        """Dense routing of each block."""
+        count = sum(map(len, self.blocks()))
+        if route_weights.shape[1] == count - 1:
+            route_weights = torch.cat([route_weights[:, :1], route_weights], dim=1)
+        if route_weights.shape[1] != count:
+            raise ValueError(
+                f"route_weights must have a row for each of {count} blocks, or one less, got {tuple(route_weights.shape)}"
+            )
+        every = torch.arange(route_weights.shape[2], device=route_weights.device).expand_as(route_weights[:, 0])
+        return (Routing(row, every, row) for row in route_weights.unbind(1))
+
+
+def _step(
+    block: MoPESwinBlock, x: Tensor, update: Tensor | None, own: dict[str, Any] | None
+) -> tuple[Tensor, Tensor | None, Routing | None]:
+    """`MoPESwinBlock.step`; a block that something is hooked to is called instead, on what it adds up to."""
+    if is_plain(block, MoPESwinBlock):
+        return block.step(x, update, own)
+    x, routing = block.add_up(x, update, own)
+    return block(x), None, routing
+
+
+def _checkpointed_step(
+    block: MoPESwinBlock, x: Tensor, update: Tensor | None, own: dict[str, Any] | None
+) -> tuple[Tensor, Tensor | None, Routing | None]:
+    """Keeps one tensor: what is left to be added is added at once."""
+
+    def whole(x: Tensor) -> tuple[Tensor, Routing | None]:
+        x, update, routing = _step(block, x, None, own)
+        return add(x, update), routing
+
+    x, routing = checkpoint(whole, add(x, update), use_reentrant=False)
+    return x, None, routing
+
+
+def distinct(routing: Sequence[Routing]) -> list[Routing]:
+    """Each decision once, where blocks share one."""
+    return list({id(r): r for r in routing}.values())
+
+
+def encoder_for(model: SwinModel, **options: Any) -> MoPESwinEncoder:
+    """A prompted encoder of the sizes of a transformers `SwinModel`, with copies of its weights in their dtype, on its device.
+
+    The model itself is not changed, and nothing is shared with it. Its dropout and stochastic depth are left out.
+
+    Raises:
+        ValueError: its config asks for what the encoder does not have; the message names it.
+    """
+    find_architecture(model, "vision")
+    config: Any = model.config
+    encoder = MoPESwinEncoder.of(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.embed_dim,
+        depths=config.depths,
+        num_heads=config.num_heads,
+        window_size=config.window_size,
+        mlp_ratio=config.mlp_ratio,
+        eps=config.layer_norm_eps,
+        **options,
+    )
+    encoder.config = copy.deepcopy(config)
+    encoder.to(model.device)
+    for module in encoder.swin_modules():
+        module.to(model.dtype)
+    for stage in encoder.blocks():
+        for block in stage:
+            assert block.position_bias is not None
+            block.position_bias = block.position_bias.to(model.dtype)
+    encoder.load_swin(model)
+    return encoder

@@ -1,0 +1,324 @@
+"""The configuration of a fusion model."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mope
+from mope.checks import check_labels_of
+from mope.fused.router import ROUTERS
+from mope.fusion.presets import PRESETS
+from mope_kernels.impl import names_in
+
+METHODS = ("mope", "static_mapped", "late_concat", "ensemble", "image_only", "text_only")
+# Not fields of `MoPEConfig`, but part of a saved file.
+EXTRA_KEYS = ("mope_version", "backbones")
+
+
+@dataclass(frozen=True)
+class MoPEConfig:
+    """What a `MoPEForClassification` is made of. Immutable; `replace` makes a changed copy.
+
+    Args:
+        method: "mope" (static, mapped and dynamic prompts), "static_mapped" (no experts), "late_concat" (both features side by
+            side), "ensemble" (a head on each feature, mean of the logits), "image_only", "text_only".
+        main: the modality that is prompted and classified, "vision" or "text"; the other one is complementary.
+            Given by the method for image_only and text_only.
+        num_labels, id2label: number of classes and their names, a sequence of names or {index: name}. One follows from the other.
+        problem_type: "single_label" (labels (B,) integers, cross-entropy) or "multi_label" (labels (B,num_labels) of 0 and 1,
+            a sigmoid for each class).
+        num_experts: K prompt experts in each prompted layer.
+        prompt_length: P dynamic prompts, the length of an expert.
+        static_length: S prompts that all instances share, in each prompted layer of the main encoder. Default: 4 with the
+            methods mope and static_mapped, else 0; more than 0 there is deep visual (or text) prompt tuning.
+        use_mapped: one prompt made by the mapper from the complementary feature; always on in static_mapped.
+        prompt_depth: "deep", prompts of its own for each layer; "shallow", static and mapped prompts in front of the first layer,
+            which pass through all layers with the tokens (not with the method mope).
+        blind_prompts: shallow static prompts see each other only.
+        cross_prompt_length: static prompts in every layer of the complementary encoder, 0 for none.
+        prompted_layers: which layers of the main encoder are prompted, None for all; negative indices count from the last. A Swin
+            Transformer is prompted in all.
+        prompt_first_blocks: in a Swin Transformer give the first block of each stage prompts of its own too, instead of those that
+            arrive there; the input then has none. In other encoders every layer has its own anyway.
+        finetuned: encoders whose weights train as well, of "vision" and "text".
+        train_top_k, eval_top_k: selected experts in training and evaluation, None for all. Training with 1 leaves the router
+            almost without a gradient.
+        renormalize: divide the weights of the selected experts by their sum.
+        router: "multimodal", softmax(q K / temperature + noise) with q = [W_self pool(x); W_cross psi]; or "complementary",
+            softmax((W psi + b) / temperature + noise).
+        router_scope: "layer", a router for each prompted layer; "shared", one for all, which cannot see the tokens of a Swin
+            Transformer; "released", one for each, but one for the first two blocks of a Swin Transformer if both are prompted.
+        temperature, noise_std: of the router; noise only in training. noise_std=None: 1 / num_experts^2.
+        router_self_width, router_cross_width: widths of the two parts of the router's query; `router_self_width=0` routes by
+            the complementary modality only.
+        router_embedding: K, "frozen" or "learned".
+        mapper_hidden: hidden width of the mapper, which all layers share; in a Swin Transformer all layers of a stage, and the
+            hidden layer all stages. 0: one linear map, and none where psi is as wide as the tokens.
+        mapper_batchnorm: a BatchNorm in front of the hidden GELU. It keeps its first statistics and so is an affine map.
+        mapper_last_gelu: a GELU on the mapped prompt. Both default to what was published: yes in a Swin Transformer, else no.
+        head: "linear" or "mlp" (one hidden layer of `head_hidden`, GELU).
+        prompt_init_bound: prompts start as U(-bound, bound). Default: sqrt(3 / C) in pre-LN encoders,
+            sqrt(6 / (3 patch_size^2 + embed_dim)) in a Swin Transformer, else 0.3.
+        prompt_dropout: on the prompts in training; in a Swin Transformer on those of the input and on mapped ones,
+            with drop_block_prompts also on the blocks' own.
+        prompt_owner: whose prompts a window of a Swin Transformer attends: "instance", those of its own image; "released", those
+            of the released code's order, in which items of a batch reach each other.
+        importance_weight, importance_threshold: weight of the importance loss in the loss, and the CV^2 up to which it is 0.
+        importance_noise: whether the importance loss sees the router's noise.
+        padding_side: of the tokenizer. Both take any attention mask. "right" is fast (lengths), and puts tokens in front of padding
+            first where it stands elsewhere; "left" hides padding by a mask.
+        impl: of the ops: "auto", the name of an implementation, or several with commas between them, tried in that order.
+
+    Raises:
+        ValueError: names the value and what is allowed.
+    """
+
+    method: str = "mope"
+    main: str = "vision"
+    num_labels: int = 0
+    id2label: Mapping[int, str] | Sequence[str] | None = None
+    problem_type: str = "single_label"
+    num_experts: int = 16
+    prompt_length: int = 6
+    static_length: int | None = None
+    use_mapped: bool = True
+    prompt_depth: str = "deep"
+    blind_prompts: bool = False
+    cross_prompt_length: int = 0
+    prompted_layers: Sequence[int] | None = None
+    prompt_first_blocks: bool = False
+    finetuned: Sequence[str] = ()
+    train_top_k: int | None = None
+    eval_top_k: int | None = None
+    renormalize: bool = False
+    router: str = "multimodal"
+    router_scope: str = "layer"
+    temperature: float = 0.1
+    noise_std: float | None = 1 / 256
+    router_self_width: int = 2
+    router_cross_width: int = 8
+    router_embedding: str = "frozen"
+    mapper_hidden: int = 128
+    mapper_batchnorm: bool | None = None
+    mapper_last_gelu: bool | None = None
+    head: str = "linear"
+    head_hidden: int = 256
+    prompt_init_bound: float | None = None
+    prompt_dropout: float = 0.0
+    drop_block_prompts: bool = False
+    prompt_owner: str = "instance"
+    importance_weight: float = 0.01
+    importance_threshold: float = 0.1
+    importance_noise: bool = True
+    padding_side: str = "right"
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._resolve()
+        for name, allowed in {
+            "method": METHODS,
+            "main": ("vision", "text"),
+            "problem_type": ("single_label", "multi_label"),
+            "prompt_depth": ("deep", "shallow"),
+            "router": ROUTERS,
+            "router_scope": ("layer", "shared", "released"),
+            "router_embedding": ("frozen", "learned"),
+            "head": ("linear", "mlp"),
+            "prompt_owner": ("instance", "released"),
+            "padding_side": ("right", "left"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"MoPEConfig: {name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        if not isinstance(self.impl, str):
+            raise ValueError(f"MoPEConfig: impl must be a name, or several with commas between them, got {self.impl!r}")
+        names_in(self.impl, "MoPEConfig")
+        for name, lowest in {
+            "num_labels": 1,
+            "num_experts": 1,
+            "prompt_length": 1,
+            "static_length": 0,
+            "cross_prompt_length": 0,
+            "router_self_width": 0,
+            "router_cross_width": 0,
+            "mapper_hidden": 0,
+            "head_hidden": 1,
+        }.items():
+            value = getattr(self, name)
+            if not _is_integer(value) or value < lowest:
+                raise ValueError(f"MoPEConfig: {name} must be an integer of at least {lowest}, got {value!r}")
+        for name in ("train_top_k", "eval_top_k"):
+            value = getattr(self, name)
+            if value is not None and not (_is_integer(value) and 1 <= value <= self.num_experts):
+                raise ValueError(
+                    f"MoPEConfig: {name} must be None (all) or between 1 and num_experts={self.num_experts}, got {value!r}"
+                )
+        for name in ("noise_std", "importance_weight", "importance_threshold"):
+            if not (_is_number(value := getattr(self, name)) and value >= 0):
+                raise ValueError(f"MoPEConfig: {name} must be 0 or more, got {value!r}")
+        for name in ("temperature", "prompt_init_bound"):
+            value = getattr(self, name)
+            if not (value is None and name == "prompt_init_bound") and not (_is_number(value) and value > 0):
+                raise ValueError(f"MoPEConfig: {name} must be positive, got {value!r}")
+        if not (_is_number(self.prompt_dropout) and 0 <= self.prompt_dropout < 1):
+            raise ValueError(f"MoPEConfig: prompt_dropout must be in [0, 1), got {self.prompt_dropout!r}")
+        for name in ("use_mapped", "blind_prompts", "prompt_first_blocks", "renormalize", "drop_block_prompts", "importance_noise"):
+            # "False" would be true.
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"MoPEConfig: {name} must be True or False, got {value!r}")
+        for name in ("mapper_batchnorm", "mapper_last_gelu"):
+            if not isinstance(value := getattr(self, name), bool | None):
+                raise ValueError(f"MoPEConfig: {name} must be True, False or None, got {value!r}")
+        if self.router == "multimodal" and self.router_self_width + self.router_cross_width == 0:
+            raise ValueError("MoPEConfig: router_self_width and router_cross_width are both 0: the router would see nothing")
+        if self.method == "static_mapped" and not self.use_mapped:
+            raise ValueError(
+                "MoPEConfig: static_mapped without the mapped prompt has nothing of the other modality; "
+                "for static prompts alone use method='image_only' or 'text_only' with static_length"
+            )
+        check_labels_of(self, "MoPEConfig")
+        self._check_depth()
+        if strangers := [m for m in self.finetuned if m not in self.modalities]:
+            raise ValueError(
+                f"MoPEConfig: finetuned names {', '.join(map(repr, strangers))}, "
+                f"but method {self.method!r} works on {' and '.join(self.modalities)}"
+            )
+
+    def _check_types(self) -> None:
+        """Where another type would be taken for something else: "no" for true, "text" for its letters."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("bool", "bool | None") and not (isinstance(value, bool) or (value is None and field.type != "bool")):
+                raise ValueError(f"MoPEConfig: {field.name} must be true or false, got {value!r}")
+        if isinstance(self.finetuned, str) or not isinstance(self.finetuned, Sequence):
+            raise ValueError(f"MoPEConfig: finetuned must be a sequence, such as ['text'], got {self.finetuned!r}")
+        layers = self.prompted_layers
+        if layers is not None and not (isinstance(layers, Sequence) and layers and all(map(_is_integer, layers))):
+            raise ValueError(f"MoPEConfig: prompted_layers must be integers, at least one, or None for all layers, got {layers!r}")
+
+    def _check_depth(self) -> None:
+        """What prompts in front of the first layer alone cannot be."""
+        if self.prompt_depth == "shallow":
+            if self.method == "mope":
+                raise ValueError(
+                    "MoPEConfig: prompt_depth='shallow' has static and mapped prompts only, since experts are routed layer by "
+                    "layer: set prompt_depth='deep', or method='static_mapped'"
+                )
+            if self.prompted_layers is not None:
+                raise ValueError(
+                    "MoPEConfig: prompted_layers says which layers have prompts of their own, and with prompt_depth='shallow' "
+                    "none has: leave it None"
+                )
+        elif self.blind_prompts:
+            raise ValueError(
+                "MoPEConfig: blind_prompts needs prompt_depth='shallow': deep prompts ask nothing, so they see nothing anyway"
+            )
+
+    def _resolve(self) -> None:
+        """Fill in what follows from other fields, so that a saved config says all."""
+
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        if self.method in ("image_only", "text_only"):
+            put("main", "vision" if self.method == "image_only" else "text")
+        if self.static_length is None:
+            put("static_length", 4 if self.method in ("mope", "static_mapped") else 0)
+        if self.noise_std is None:
+            put("noise_std", 1 / self.num_experts**2 if _is_integer(self.num_experts) and self.num_experts > 0 else 0.0)
+        for name in ("finetuned", "prompted_layers"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence | None):
+                raise ValueError(f"MoPEConfig: {name} must be a list, got {value!r}")
+        put("finetuned", tuple(self.finetuned or ()))
+        if self.prompted_layers is not None:
+            put("prompted_layers", tuple(self.prompted_layers))
+        names = self.id2label
+        if names is not None:
+            names = {int(k): v for k, v in names.items()} if isinstance(names, Mapping) else dict(enumerate(names))
+            if not self.num_labels:
+                put("num_labels", len(names))
+            if len(names) != self.num_labels or sorted(names) != list(range(self.num_labels)):
+                raise ValueError(f"MoPEConfig: id2label must name 0..{self.num_labels - 1}, its keys are {sorted(names)}")
+        elif not self.num_labels:
+            raise ValueError("MoPEConfig: give num_labels or id2label")
+        else:
+            names = {i: f"LABEL_{i}" for i in range(self.num_labels)}
+        put("id2label", names)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        assert isinstance(self.id2label, Mapping)
+        return {name: i for i, name in self.id2label.items()}
+
+    @property
+    def complementary(self) -> str | None:
+        """The other modality than `main`, where the method has one."""
+        if self.method in ("image_only", "text_only"):
+            return None
+        return "text" if self.main == "vision" else "vision"
+
+    @property
+    def experts(self) -> int:
+        """num_experts where the method has any, else 0."""
+        return self.num_experts if self.method == "mope" else 0
+
+    @property
+    def maps(self) -> bool:
+        """Whether there is a mapped prompt."""
+        return self.method in ("mope", "static_mapped") and self.use_mapped
+
+    @property
+    def prompts_main(self) -> bool:
+        """Whether the main encoder has any prompts."""
+        return self.method in ("mope", "static_mapped") or bool(self.static_length)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The encoders that the model needs, the main one first."""
+        return (self.main, self.complementary) if self.complementary else (self.main,)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> MoPEConfig:
+        """A published configuration, or a method of the released code by its name there; see `mope.fusion.presets.PRESETS`.
+
+        >>> MoPEConfig.preset("mope-v4", num_labels=23, problem_type="multi_label", num_experts=16)
+
+        Raises:
+            ValueError: there is no such preset, or `changes` do not fit.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"MoPEConfig: preset must be one of {', '.join(map(repr, PRESETS))}, got {name!r}")
+        return cls(**{**PRESETS[name], **changes})
+
+    def replace(self, **changes: Any) -> MoPEConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold, with the version of this library; `from_dict` reads them back."""
+        return {"mope_version": mope.__version__, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MoPEConfig:
+        """Unknown keys are warned about by name and left out."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - fields - set(EXTRA_KEYS))
+        if unknown:
+            version = values.get("mope_version", "unknown")
+            warnings.warn(
+                f"MoPEConfig: ignoring unknown keys {', '.join(unknown)} (saved by version {version}, this is {mope.__version__})",
+                stacklevel=2,
+            )
+        return cls(**{name: value for name, value in values.items() if name in fields})
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

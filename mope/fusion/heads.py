@@ -1,0 +1,122 @@
+"""What a configuration adds to the encoders, each part from `MoPEConfig` and widths alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import SwinModel
+
+from mope.checks import check_labels
+from mope.encoders.windowed import MoPESwinEncoder, encoder_for
+from mope.fused import InputPrompts
+from mope.fused.attention import default_bound
+from mope.fused.mapper import mapper_layers
+from mope.fusion.config import MoPEConfig
+
+
+def router_options(config: MoPEConfig) -> dict[str, Any]:
+    """See `mope.fused.router.make_router`."""
+    return {
+        "self_width": config.router_self_width,
+        "cross_width": config.router_cross_width,
+        "temperature": config.temperature,
+        "noise_std": config.noise_std,
+        "router_embedding": config.router_embedding,
+        "renormalize": config.renormalize,
+    }
+
+
+def new_swin(config: MoPEConfig, model: SwinModel, cross_dim: int | None) -> MoPESwinEncoder:
+    """A copy of `model` that holds prompts, and routers and mapper where it is the main encoder.
+
+    Raises:
+        ValueError: the config asks for something that a Swin Transformer does not have.
+    """
+    of_both: dict[str, Any] = {
+        "bound": config.prompt_init_bound,
+        "first_blocks": "own" if config.prompt_first_blocks else "pass",
+        "prompt_dropout": config.prompt_dropout,
+        "drop_block_prompts": config.drop_block_prompts,
+        "prompt_owner": config.prompt_owner,
+        "impl": config.impl,
+    }
+    if config.main != "vision":
+        encoder = encoder_for(model, cross_dim=None, num_experts=0, static_length=config.cross_prompt_length, **of_both)
+    else:
+        if config.prompted_layers is not None:
+            raise ValueError(
+                "prompted_layers is not supported with a SwinModel, whose prompts pass from layer to layer: leave it None, for all"
+            )
+        if config.blind_prompts:
+            raise ValueError(
+                "blind_prompts is not supported with a SwinModel as the main encoder, whose windows let prompts see all tokens: "
+                "set main='text', or give a ViT as vision"
+            )
+        fuses = config.method in ("mope", "static_mapped") and config.prompt_depth == "deep"
+        if fuses and not config.prompt_first_blocks and 1 in model.config.depths:
+            raise ValueError(
+                f"a stage of this SwinModel has one block only (depths={list(model.config.depths)}), which passes on the prompts "
+                "that arrive: nothing of the other modality reaches it: set prompt_first_blocks=True"
+            )
+        encoder = encoder_for(
+            model,
+            cross_dim=cross_dim,
+            num_experts=config.experts,
+            prompt_length=config.prompt_length,
+            static_length=config.static_length,
+            use_mapped=config.maps,
+            mapper_hidden=config.mapper_hidden,
+            mapper_batchnorm=config.mapper_batchnorm is not False,
+            mapper_last_gelu=config.mapper_last_gelu is not False,
+            prompt_depth=config.prompt_depth,
+            router=config.router,
+            router_scope=config.router_scope,
+            **router_options(config),
+            **of_both,
+        )
+    if "vision" in config.finetuned:
+        encoder.finetune()
+    return encoder
+
+
+def new_mapper(config: MoPEConfig, cross_dim: int, dim: int) -> nn.Module:
+    """psi (B, cross_dim) -> the mapped prompt of all layers (B, dim)."""
+    gelu, hidden = bool(config.mapper_last_gelu), config.mapper_hidden
+    if hidden:
+        shared = mapper_layers(cross_dim, hidden, batchnorm=bool(config.mapper_batchnorm))
+        return nn.Sequential(*shared, *mapper_layers(hidden, dim, gelu=gelu))
+    return nn.Identity() if cross_dim == dim else mapper_layers(cross_dim, dim, gelu=gelu)
+
+
+def new_input_prompts(config: MoPEConfig, norm: nn.Module | None, dim: int) -> InputPrompts:
+    """Shallow prompts in front of tokens of width `dim`; `norm` stands in front of the first layer's attention."""
+    assert config.static_length is not None
+    bound = config.prompt_init_bound or default_bound(norm, dim)
+    return InputPrompts(config.static_length, dim, bound=bound, dropout=config.prompt_dropout, blind=config.blind_prompts)
+
+
+def new_head(config: MoPEConfig, width: int) -> nn.Sequential:
+    """Features (B, width) -> logits (B, num_labels)."""
+    if config.head == "linear":
+        return nn.Sequential(nn.Linear(width, config.num_labels))
+    return nn.Sequential(nn.Linear(width, config.head_hidden), nn.GELU(), nn.Linear(config.head_hidden, config.num_labels))
+
+
+def task_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    """Logits (B,num_labels) and labels (B,), or (B,num_labels) with problem_type "multi_label" -> ().
+
+    Raises:
+        ValueError: labels are of another shape or kind, or there are none; or, where they are on the CPU, no such classes.
+    """
+    expected = logits.shape if problem_type == "multi_label" else logits.shape[:1]
+    # Of labels (B,num_labels) cross_entropy would take numbers for probabilities of classes.
+    if labels.shape != expected:
+        raise ValueError(f"labels must be {tuple(expected)} with problem_type={problem_type!r}, got {tuple(labels.shape)}")
+    check_labels(labels, logits.shape[-1], problem_type)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if problem_type == "multi_label":
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    return F.cross_entropy(logits, labels.long())
