@@ -15,7 +15,7 @@ from mope import MoPEForClassification
 from mope.demo import digit_model
 from mope.demo.data import load_digits, statements, to_pixel_values
 from mope.demo.export import export
-from mope.fusion.base import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
 @pytest.fixture(scope="module")
