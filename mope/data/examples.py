@@ -64,10 +64,9 @@ class Examples(Dataset[dict[str, Any]]):
             self._epoch.share_memory_()
 
     def _check_features(self, features: FeatureCache, model: FusionModel) -> None:
-        if features.modality != model.config.complementary:
-            raise ValueError(
-                f"features of the {features.modality} encoder were given: {model.config.complementary} is complementary"
-            )
+        if (features.modality,) != model.config.complementary:
+            others = ", ".join(model.config.complementary)
+            raise ValueError(f"features of the {features.modality} encoder were given: {others or 'none'} is complementary")
         if not features.belong_to(self.split):
             raise ValueError(f"features of another split were given: these are {len(self.split)} examples of {self.split.name}")
         if model.trains(features.modality):

@@ -121,9 +121,11 @@ def cached_features(
     Raises:
         ValueError: the method has no complementary encoder, or training changes what it computes.
     """
-    modality = model.config.complementary
-    if modality is None:
+    if not model.config.complementary:
         raise ValueError(f"method {model.config.method!r} has no complementary encoder whose features could be kept")
+    if len(model.config.complementary) > 1:
+        raise ValueError(f"features of one complementary encoder can be kept, these are {', '.join(model.config.complementary)}")
+    (modality,) = model.config.complementary
     if model.trains(modality):
         raise ValueError(f"the {modality} encoder is trained, or prompts in it: its features change with every step")
     start = time.perf_counter()
@@ -289,7 +291,9 @@ def _encode(model: MoPEForClassification, loader: DataLoader[dict[str, Any]]) ->
     model.eval()
     try:
         # A bar, on a terminal only.
-        for batch in tqdm(loader, f"features of the {model.config.complementary} encoder", disable=_rank()[0] > 0 or None):
+        for batch in tqdm(
+            loader, f"features of the {', '.join(model.config.complementary)} encoder", disable=_rank()[0] > 0 or None
+        ):
             inputs: dict[str, Any] = model.on_device(batch)
             with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
                 psi = model.encode_complementary(**inputs)

@@ -237,11 +237,11 @@ class TrainingRun:
             )
 
     def _caches_features(self, wanted: str) -> bool:
-        modality = self.model.config.complementary
+        others = self.model.config.complementary
         if wanted == "off":
             return False
-        against = ""
-        if modality is None:
+        against, modality = "", others[0] if others else ""
+        if not others:
             against = f"method {self.model.config.method!r} has no complementary encoder"
         elif self.model.trains(modality):
             against = f"training changes what the {modality} encoder says"
