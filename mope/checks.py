@@ -6,7 +6,7 @@ Values are looked at where a tensor is on the CPU, which nobody waits for, and n
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,35 +30,18 @@ def check_labels_of(config: Any, where: str) -> None:
         )
 
 
-class Warnings:
+class Doubts:
     """Inputs that run and are seldom meant. Each is said once for a model."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
 
-    def of_inputs(self, inputs: dict[str, Tensor], attention_mask: Tensor | None, padding_token: int | None) -> None:
-        """Pixels that are not floating point, and texts with padding and without an attention mask."""
-        if torch.compiler.is_compiling():
-            return
-        pixels, ids = inputs.get("pixel_values"), inputs.get("input_ids")
-        if pixels is not None and not pixels.is_floating_point():
-            self._say(
-                f"pixel_values are {pixels.dtype}, as if no image processor had made them: encoders were trained on normalised "
-                "floating point pixels, and see something else: model.image_processor(images, return_tensors='pt')"
-            )
-        # As transformers, which looks at both ends.
-        if attention_mask is not None or ids is None or padding_token is None or not (is_readable(ids) and ids.numel()):
-            return
-        if bool(ids[:, [0, -1]].eq(padding_token).any()):
-            self._say(
-                "input_ids hold the padding token, and no attention_mask was given: padding is read like words: give the "
-                "attention_mask that the tokenizer makes"
-            )
-
-    def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            warnings.warn(text, stacklevel=6)
+    def say(self, texts: Iterable[str]) -> None:
+        """Warn of each that was not said before; never while code is compiled."""
+        for text in () if torch.compiler.is_compiling() else texts:
+            if text not in self._said:
+                self._said.add(text)
+                warnings.warn(text, stacklevel=6)
 
 
 def is_readable(tensor: Tensor) -> bool:
@@ -71,75 +54,16 @@ def is_readable(tensor: Tensor) -> bool:
     )
 
 
-def check_are_tensors(**given: Any) -> None:
-    """TypeError where something is no tensor."""
+def check_are_tensors(
+    given: Mapping[str, Any], not_a_tensor: Callable[[str, object], str | None] = lambda name, value: None
+) -> None:
+    """TypeError where something is no tensor; `not_a_tensor` may know better what to do about it."""
     for name, value in given.items():
         if value is None or isinstance(value, Tensor):
             continue
         kind = type(value).__name__
-        if name in ("input_ids", "attention_mask") and _is_text(value):
-            raise TypeError(
-                f"{name} must be a tensor of numbers (B,L), got text: tokenize it first, "
-                "model.tokenizer(texts, padding=True, return_tensors='pt')"
-            )
         fix = f"torch.from_numpy({name})" if kind == "ndarray" else f"torch.tensor({name})"
-        if name == "pixel_values":
-            fix = f"{fix}, or model.image_processor(images, return_tensors='pt') for images"
-        raise TypeError(f"{name} must be a tensor, got {kind}: {fix}")
-
-
-def check_images(pixel_values: Tensor | None) -> None:
-    """ValueError where pixels are no batch of images."""
-    if pixel_values is not None and pixel_values.dim() != 4:
-        raise ValueError(
-            f"pixel_values must be (B,channels,height,width), got {tuple(pixel_values.shape)}"
-            + (": give one image as a batch, pixel_values[None]" if pixel_values.dim() == 3 else "")
-        )
-
-
-def check_texts(encoder: Any, input_ids: Tensor | None, *, given_positions: bool = False, **others: Tensor | None) -> None:
-    """ValueError where ids, and what stands beside them, are not what a text encoder can read.
-
-    Args:
-        encoder: the transformers model.
-        input_ids: (B,L).
-        given_positions: whether the encoder is told where its tokens stand.
-        others: attention_mask, token_type_ids, position_ids: in the shape of `input_ids`, positions also (1,L).
-    """
-    if input_ids is None or torch.compiler.is_compiling():
-        return
-    if input_ids.dim() != 2:
-        hint = ": give one text as a batch, input_ids[None]" if input_ids.dim() == 1 else ""
-        raise ValueError(f"input_ids must be (B,L), got {tuple(input_ids.shape)}{hint}")
-    shape = tuple(input_ids.shape)
-    if shape[1] == 0:
-        raise ValueError(f"input_ids hold no tokens, got {shape}: a text has at least its special tokens")
-    for name, tensor in {"input_ids": input_ids, **others}.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape and not (name == "position_ids" and tuple(tensor.shape) == (1, shape[1])):
-            raise ValueError(f"{name} must be {shape}, as input_ids is, got {tuple(tensor.shape)}")
-        if name != "attention_mask" and (tensor.is_floating_point() or tensor.dtype == torch.bool):
-            raise ValueError(f"{name} must be integers, got {tensor.dtype}: use {name}.long()")
-    config = encoder.config
-    embedding = encoder.get_input_embeddings() if hasattr(encoder, "get_input_embeddings") else None
-    _check_range("input_ids", input_ids, getattr(embedding, "num_embeddings", None), "ids of the encoder's vocabulary")
-    _check_range("token_type_ids", others.get("token_type_ids"), getattr(config, "type_vocab_size", None), "types of the encoder")
-    positions = getattr(config, "max_position_embeddings", None)
-    _check_range("position_ids", others.get("position_ids"), positions, "positions of the encoder")
-    if positions is None or given_positions:
-        return
-    # RoBERTa counts positions from the number after the padding token's, and only of what is no padding.
-    padding = getattr(getattr(encoder, "embeddings", None), "padding_idx", None)
-    length = shape[1]
-    if padding is not None:
-        positions -= padding + 1
-        length = int((input_ids != padding).sum(-1).max()) if is_readable(input_ids) and shape[0] else 0
-    if length > positions:
-        raise ValueError(
-            f"a text has {length} tokens, and the encoder {positions} positions: cut it, "
-            f"model.tokenizer(..., truncation=True, max_length={positions})"
-        )
+        raise TypeError(f"{name} {not_a_tensor(name, value) or f'must be a tensor, got {kind}: {fix}'}")
 
 
 def check_labels(labels: Tensor, num_labels: int, problem_type: str) -> None:
@@ -219,17 +143,3 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _is_text(value: Any) -> bool:
-    while isinstance(value, list | tuple) and value:
-        value = value[0]
-    return isinstance(value, str)
-
-
-def _check_range(name: str, ids: Tensor | None, size: int | None, what: str) -> None:
-    if ids is None or size is None or not is_readable(ids) or not ids.numel():
-        return
-    lowest, highest = map(int, ids.aminmax())
-    if lowest < 0 or highest >= size:
-        raise ValueError(f"{name} must lie in 0..{size - 1}, the {what}, got values from {lowest} to {highest}")

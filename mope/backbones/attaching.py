@@ -63,15 +63,15 @@ class PromptedLayer(nn.Module):
         self.layer, self.adapter = layer, adapter
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, prompts: MoPEAttention | None = None, **inputs: Any
+        self, hidden_states: Tensor, *args: Any, prompts: MoPEAttention | None = None, context: Any = None, **inputs: Any
     ) -> tuple[Tensor, Routing | None]:
-        """(B,L,C) -> (B,L,C) and the routing; `inputs` are the other arguments of `prompts`."""
+        """(B,L,C) -> (B,L,C) and the routing; `context` is that of the adapter, `inputs` are the other arguments of `prompts`."""
         if prompts is None:
             raise RuntimeError(
                 "this backbone has prompts attached and was called by itself, which would skip them: call the fusion model, "
                 "or detach() the prompts first"
             )
-        attention_output, routing = prompts(hidden_states, frozen=self.adapter.attention(self.layer), **inputs)
+        attention_output, routing = prompts(hidden_states, frozen=self.adapter.attend(self.layer, context), **inputs)
         return self.adapter.finish(self.layer, hidden_states, attention_output), routing
 
 

@@ -8,11 +8,16 @@ which runs only when it is given prompts; `Attachment.detach` puts the same modu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from mope.fused import FrozenAttention
+from mope.fused.padding import Padding
+
+INTERPOLATE = "interpolate_pos_encoding"
 
 
 class Architecture:
@@ -64,8 +69,8 @@ class BackboneAdapter(Architecture, ABC):
     """How prompts get into the layers of an architecture. Subclass it and `register_backbone` the class.
 
     A block has to be: attention over its (normalised) input with separate query, key and value projections, all tokens attending
-    to all, then anything. The model's feature is that of its first token. A class without one of the abstract methods cannot be
-    registered.
+    to all, then anything. Between projections and scores there may be norms and rotations of queries and keys (`prepare`), and
+    beside the scores a bias (`attention_bias`). A class without one of the abstract methods cannot be registered.
     """
 
     @abstractmethod
@@ -74,9 +79,9 @@ class BackboneAdapter(Architecture, ABC):
 
     @abstractmethod
     def embed(self, model: Any, inputs: dict[str, Any], token_mask: Tensor | None) -> Tensor:
-        """What goes into the first block, from `pixel_values` or `input_ids` and its companions -> (B,L,C).
+        """What goes into the first block, from the inputs of the modality under the encoder's own names -> (B,L,C).
 
-        `interpolate_pos_encoding` is among them where it is asked for, and only if the class says `interpolates`.
+        The modality's flags are among them where they are asked for, and only if the adapter `takes` them.
         `token_mask` (B,L) bool is given where padding may stand anywhere, so that positions can be counted without it.
         """
 
@@ -88,6 +93,53 @@ class BackboneAdapter(Architecture, ABC):
     def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
         """The block from its attention on: input of the block (B,L,C), output projection (B,L,C) -> output of the block (B,L,C)."""
 
+    @abstractmethod
+    def pool(self, model: Any, hidden_states: Tensor, padding: Padding) -> Tensor:
+        """Return the model's feature (B,C) from its tokens (B,L,C) after the last block, before `normalize`.
+
+        Nothing is said by default, since the first token of a model without a class token is its first patch:
+        `padding.first_tokens(hidden_states)`, or `padding.mean_of_tokens(hidden_states)`.
+        """
+
+    def takes(self, flag: str) -> bool:
+        """Return whether `embed` knows a flag of the modality, by its name."""
+        return False
+
+    def token_mask(self, model: Any, mask: Tensor) -> Tensor:
+        """Return the mask of tokens (B,L) from that of the input, where embedding changes the length."""
+        return mask
+
+    def context(self, model: Any, tokens: Tensor, padding: Padding) -> Any:
+        """Return what the blocks need beside their tokens, such as rotations and relative biases, computed once in a forward.
+
+        `tokens` (B,L,C) is what `embed` gave. None: nothing.
+        """
+        return None
+
+    def prepare(self, layer: Any, query: Tensor, key: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        """Change queries and keys (B,H,L,D) of tokens between projection and scores: rotary positions, norms."""
+        return query, key
+
+    def prepare_prompts(self, layer: Any, key: Tensor) -> Tensor:
+        """Change keys (B,H,P,D) of prompts, which have no position, as `prepare` changes those of tokens: norms."""
+        return key
+
+    def attention_bias(self, layer: Any, context: Any) -> Tensor | None:
+        """Return what is added to the scores of tokens, broadcastable to (B,H,L,L), None for nothing."""
+        return None
+
+    def attend(self, layer: Any, context: Any = None) -> FrozenAttention:
+        """Return `attention` with what stands between projections and scores."""
+        attention, own = self.attention(layer), type(self)
+        between: dict[str, Any] = {}
+        if own.prepare is not BackboneAdapter.prepare:
+            between["prepare"] = partial(self.prepare, layer, context=context)
+        if own.prepare_prompts is not BackboneAdapter.prepare_prompts:
+            between["prepare_prompts"] = partial(self.prepare_prompts, layer)
+        if own.attention_bias is not BackboneAdapter.attention_bias:
+            between["bias"] = self.attention_bias(layer, context)
+        return replace(attention, **between) if between else attention
+
     def is_row_wise(self, model: Any) -> bool:
         """Whether `finish` makes of each row what it makes of it alone, so that rows may be left out and put anywhere."""
         return False
@@ -98,12 +150,19 @@ class BackboneAdapter(Architecture, ABC):
 
 
 class VisionAdapter(BackboneAdapter):
-    """`interpolates` says whether `embed` takes images of other sizes, with `interpolate_pos_encoding`."""
+    """An encoder of images whose feature is that of its class token.
+
+    `interpolates` says whether `embed` takes images of other sizes, with `interpolate_pos_encoding`.
+    """
 
     modality = "vision"
     interpolates = False
     identity = (*BackboneAdapter.identity, "image_size", "patch_size", "num_channels")
 
+    def takes(self, flag: str) -> bool:
+        """Return whether `embed` interpolates, if it is that."""
+        return flag == INTERPOLATE and self.interpolates
+
 
 def interpolating(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: inputs[name] for name in ("interpolate_pos_encoding",) if name in inputs}
+    return {name: inputs[name] for name in (INTERPOLATE,) if name in inputs}

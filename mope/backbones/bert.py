@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import apply_chunking_to_forward
 
 from mope.fused import FrozenAttention
+from mope.fused.padding import Padding
 
 from .base import BackboneAdapter
 from .feed_forward import add_then_norm, is_untouched, linear_gelu_linear
@@ -49,6 +50,10 @@ class BertAdapter(BackboneAdapter):
             return layer.feed_forward_chunk(hidden_states)
         update = linear_gelu_linear(hidden_states, intermediate.dense, intermediate.intermediate_act_fn, output.dense)
         return add_then_norm(hidden_states, output.dropout(update), output.LayerNorm)
+
+    def pool(self, model: Any, hidden_states: Tensor, padding: Padding) -> Tensor:
+        """Return the class token's."""
+        return padding.first_tokens(hidden_states)
 
     def is_row_wise(self, model: Any) -> bool:
         # Chunks ask for a number of rows that they divide.

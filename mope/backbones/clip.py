@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mope.fused import FrozenAttention
+from mope.fused.padding import Padding
 
 from .base import VisionAdapter, interpolating
 from .feed_forward import norm_and_mlp
@@ -29,6 +30,10 @@ class CLIPVisionAdapter(VisionAdapter):
     def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
         hidden_states, update = norm_and_mlp(hidden_states, attention_output, layer.layer_norm2, layer.mlp)
         return hidden_states + update
+
+    def pool(self, model: Any, hidden_states: Tensor, padding: Padding) -> Tensor:
+        """Return the class token's."""
+        return padding.first_tokens(hidden_states)
 
     def normalize(self, model: Any, features: Tensor) -> Tensor:
         return model.post_layernorm(features)

@@ -33,32 +33,37 @@ def architecture_for(model_type: str | None) -> Architecture:
     return _ADAPTERS[model_type]
 
 
-def find_architecture(backbone: nn.Module, modality: str | None = None) -> Architecture:
+def find_architecture(backbone: nn.Module, modality: str | None = None, name: str | None = None) -> Architecture:
     """What is known of a backbone.
 
+    Args:
+        backbone: the model.
+        modality: that it has to be of, None for any.
+        name: of the backbone in errors; default: the modality.
+
     Raises:
-        ValueError: its architecture is unknown, it is of the other modality, or its config cannot be honoured.
+        ValueError: its architecture is unknown, it is of another modality, or its config cannot be honoured.
     """
     config = getattr(backbone, "config", None)
-    name = type(backbone).__name__
+    kind = type(backbone).__name__
     try:
         architecture = architecture_for(getattr(config, "model_type", None))
     except ValueError as error:
         # A model of both, such as CLIP's.
         part = f"{modality}_model"
         if modality is not None and isinstance(getattr(backbone, part, None), nn.Module):
-            raise ValueError(f"{name} holds encoders of both modalities: give its {modality} encoder, model.{part}") from None
-        raise ValueError(f"{name}: {error}") from None
+            raise ValueError(f"{kind} holds encoders of both modalities: give its {modality} encoder, model.{part}") from None
+        raise ValueError(f"{kind}: {error}") from None
     if modality not in (None, architecture.modality):
-        raise ValueError(f"{modality} was given {name}, a {architecture.modality} model")
+        raise ValueError(f"{name or modality} was given {kind}, a {architecture.modality} model")
     if objections := architecture.objections(config):
-        raise ValueError(f"{name} cannot be prompted: {'; '.join(objections)}")
+        raise ValueError(f"{kind} cannot be prompted: {'; '.join(objections)}")
     return architecture
 
 
-def find_adapter(backbone: nn.Module, modality: str | None = None) -> BackboneAdapter:
+def find_adapter(backbone: nn.Module, modality: str | None = None, name: str | None = None) -> BackboneAdapter:
     """The adapter of a backbone that is prompted layer by layer; ValueError as in `find_architecture`, or if it is not."""
-    adapter = find_architecture(backbone, modality)
+    adapter = find_architecture(backbone, modality, name)
     if not isinstance(adapter, BackboneAdapter):
         raise ValueError(
             f"{type(backbone).__name__} is not prompted layer by layer: give the model of transformers itself, without wrappers, "

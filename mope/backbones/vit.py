@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mope.fused import FrozenAttention
+from mope.fused.padding import Padding
 
 from .base import VisionAdapter, interpolating
 from .feed_forward import norm_and_mlp
@@ -31,6 +32,10 @@ class ViTAdapter(VisionAdapter):
     def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
         hidden_states, update = norm_and_mlp(hidden_states, layer.dropout(attention_output), layer.layernorm_after, layer.mlp)
         return layer.dropout(update) + hidden_states
+
+    def pool(self, model: Any, hidden_states: Tensor, padding: Padding) -> Tensor:
+        """Return the class token's."""
+        return padding.first_tokens(hidden_states)
 
     def normalize(self, model: Any, features: Tensor) -> Tensor:
         return model.layernorm(features)
@@ -59,6 +64,10 @@ class Dinov2Adapter(VisionAdapter):
         attention_output = layer.drop_path(layer.layer_scale1(attention_output))
         hidden_states, update = norm_and_mlp(hidden_states, attention_output, layer.norm2, layer.mlp)
         return layer.drop_path(layer.layer_scale2(update)) + hidden_states
+
+    def pool(self, model: Any, hidden_states: Tensor, padding: Padding) -> Tensor:
+        """Return the class token's."""
+        return padding.first_tokens(hidden_states)
 
     def normalize(self, model: Any, features: Tensor) -> Tensor:
         return model.layernorm(features)

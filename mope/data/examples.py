@@ -73,7 +73,7 @@ class Examples(Dataset[dict[str, Any]]):
     def _check_features(self, features: FeatureCache, model: FusionModel) -> None:
         complementary = complementary_of(model.config)
         if features.modalities != complementary:
-            raise ValueError(f"{features.of} were given: {' and '.join(complementary) or 'nothing'} is complementary")
+            raise ValueError(f"{features.of} were given: {' and '.join(complementary) or 'none'} is complementary")
         if not features.belong_to(self.split):
             raise ValueError(f"features of another split were given: these are {len(self.split)} examples of {self.split.name}")
         if any(model.trains(name) for name in complementary):

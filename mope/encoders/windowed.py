@@ -20,6 +20,7 @@ from mope.backbones.swin_weights import swin_state_dict, transformers_state_dict
 from mope.encoders.importance import importance as mean_importance
 from mope.fused.mapper import mapper_layers
 from mope.fused.modules import is_plain
+from mope.fused.padding import Padding
 from mope.fused.plain import add, add_norm
 from mope.fused.prompts import PromptExperts
 from mope.fused.router import Router, cross_logits, make_router, sample_noise
@@ -222,10 +223,7 @@ class MoPESwinEncoder(nn.Module):
 
     def routers(self) -> list[list[Router | None]]:
         """The router of each block of each stage, None where nothing is routed. Blocks may share one."""
-        return self._routers_of(self.blocks())
-
-    def _routers_of(self, stages: list[list[MoPESwinBlock]]) -> list[list[Router | None]]:
-        shared = self.router
+        shared, stages = self.router, self.blocks()
         found = [[None if block.experts is None else shared or block.router for block in blocks] for blocks in stages]
         if self.pairs_first:
             found[0][0] = found[0][1]
@@ -311,12 +309,12 @@ class MoPESwinEncoder(nn.Module):
         nn.Module.to(model, self.patch_embed.weight.dtype)
         return model, state
 
-    def embed(self, pixel_values: Tensor) -> Tensor:
+    def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, image_size, image_size) -> tokens (B, R*R, embed_dim)."""
-        size, shape = self.image_size, tuple(pixel_values.shape)
+        size, shape = self.image_size, tuple(images.shape)
         if shape[1:] != (3, size, size):
-            raise ValueError(f"MoPESwinEncoder: pixel_values must be (B, 3, {size}, {size}), got {shape}")
-        return self.patch_norm(rearrange(self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)), "b c y x -> b (y x) c"))
+            raise ValueError(f"MoPESwinEncoder: images must be (B, 3, {size}, {size}), got {shape}")
+        return self.patch_norm(rearrange(self.patch_embed(images.to(self.patch_embed.weight.dtype)), "b c y x -> b (y x) c"))
 
     def mapped_prompts(self, mapper_input: Tensor) -> list[Tensor]:
         """The mapped prompt of each stage, (B, 1, C_s), from what the shared part of the mapper gives, (B, mapper_hidden).
@@ -337,7 +335,7 @@ class MoPESwinEncoder(nn.Module):
 
     def forward(
         self,
-        pixel_values: Tensor,
+        images: Tensor,
         cross: Tensor | None = None,
         *,
         mapper_input: Tensor | None = None,
@@ -351,7 +349,7 @@ class MoPESwinEncoder(nn.Module):
         """Encode images.
 
         Args:
-            pixel_values: (B, 3, image_size, image_size).
+            images: (B, 3, image_size, image_size).
             cross: psi (B, Cc), for routers and mapper.
             mapper_input: (B, mapper_hidden), in place of the shared part of the mapper.
             route_weights: (B, L, K) given routing weights, one row for each block in order; where the first stage's blocks share
@@ -365,70 +363,47 @@ class MoPESwinEncoder(nn.Module):
         Raises:
             ValueError: images of another size, `cross` is missing, or `route_weights` has another shape.
         """
-        x = self.embed(pixel_values)
-        mapped = self._mapped(cross, mapper_input)
-        if self.input_prompts is not None:
-            # Each image drops others.
-            x = torch.cat([self.prompt_dropout(self.input_prompts.expand(x.shape[0], -1, -1)).to(x.dtype), x], dim=1)
-        if self.use_mapped and not self.deep:
-            x = torch.cat([mapped[0].to(x.dtype), x], dim=1)
-        rows = None if route_weights is None else self._rows(route_weights)
-        stages = self.blocks()
-        routers_of = self._routers_of(stages)
-        of_blocks = [router for routers in routers_of for router in routers if router is not None]
-        if noise is None:
-            noise = sample_noise(of_blocks, x.shape[0], always=router_noise)
-        noise_of_block = iter(noise)
-        of_cross = self._cross_logits(of_blocks, cross) if rows is None else {}
+        prompts = TrainedWindowPrompts(
+            self,
+            len(images),
+            cross,
+            mapped=self.mapped(cross, mapper_input),
+            rows=None if route_weights is None else self._rows(route_weights),
+            noise=noise,
+            router_noise=router_noise,
+            top_k=top_k,
+        )
+        features, routed = self.encode(images, prompts, checkpointing=checkpointing)
+        if not (importance and routed):
+            return SwinOutput(features, features.new_zeros(()), routed)
+        probs = [routing.probs for routing in distinct(routed)]
+        return SwinOutput(features, mean_importance(probs, threshold=self.importance_threshold, impl=self.impl), routed)
+
+    def encode(self, images: Tensor, prompts: WindowPrompts, *, checkpointing: bool = False) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Encode images (B, 3, image_size, image_size) with prompts from anywhere -> their features (B, C), and what was routed.
+
+        `checkpointing` recomputes blocks in the backward pass; what `prompts` drew and routed is not drawn again.
+        """
+        x = self.embed(images)
+        if at_input := prompts.of_input(x):
+            x = torch.cat([*at_input, x], dim=1)
         step = _checkpointed_step if checkpointing and torch.is_grad_enabled() else _step
-        dropping = self.drop_block_prompts and self.prompt_dropout.training
         # What the last block leaves to be added.
         update: Tensor | None = None
-        # A router that sees psi only decides once for all its blocks.
-        decided: dict[int, Routing] = {}
         routed: list[Routing] = []
-        for stage, (blocks, routers) in enumerate(zip(stages, routers_of, strict=True)):
+        for stage, (blocks, routers) in enumerate(zip(self.blocks(), prompts.routers, strict=True)):
             for i, (block, router) in enumerate(zip(blocks, routers, strict=True)):
-                # Prompts that something is done to between mixing and use are made apart.
-                apart = dropping or not (block.experts is None or is_plain(block.experts, PromptExperts))
-                routing: Routing | None = None
-                deciding: dict[str, Any] = {}
-                if rows is not None:
-                    routing = next(rows)
-                elif router is not None:
-                    if cross is None:
-                        raise ValueError("MoPESwinEncoder: the routers need cross")
-                    drawn, routing = next(noise_of_block), decided.get(id(router))
-                    if routing is None and id(router) in of_cross and not apart:
-                        deciding = {"router": router, "cross_logits": of_cross[id(router)], "noise": drawn, "top_k": top_k}
-                    elif routing is None:
-                        x, update = add(x, update), None
-                        routing = block.route(x, cross, drawn, top_k, router=router)
-                own = None
-                if self.deep and self.num_prompts and (i or self.own_first or routing is not None or deciding):
-                    of_stage = mapped[stage] if mapped else None
-                    if apart:
-                        dropout = self.prompt_dropout if dropping else None
-                        x, update = block.with_prompts(add(x, update), routing, of_stage, dropout=dropout), None
-                    else:
-                        own = block.own_prompts(routing, of_stage, **deciding)
+                x, update, own, routing = prompts.of_block((stage, i), block, router, x, update)
                 x, update, found = step(block, x, update, own)
-                if rows is None and router is not None:
-                    routing = routing or found
-                    assert routing is not None
-                    if not router.sees_tokens:
-                        decided[id(router)] = routing
+                routing = prompts.decide(router, routing or found)
+                if routing is not None:
                     routed.append(routing)
             if stage < len(self.merges):
                 x, update = self.merges[stage](add(x, update)), None
         _, normed = add_norm(x, update, self.norm, impl=self.impl)
-        features = normed.mean(1)
-        if not (importance and routed):
-            return SwinOutput(features, features.new_zeros(()), tuple(routed))
-        probs = [routing.probs for routing in distinct(routed)]
-        return SwinOutput(features, mean_importance(probs, threshold=self.importance_threshold, impl=self.impl), tuple(routed))
+        return normed.mean(1), tuple(routed)
 
-    def _cross_logits(self, routers: Sequence[Router], cross: Tensor | None) -> dict[int, Tensor]:
+    def cross_logits(self, routers: Sequence[Router], cross: Tensor | None) -> dict[int, Tensor]:
         """psi's part of the logits of each router that need not be called for it, by the router's id."""
         if cross is None:
             return {}
@@ -436,7 +411,7 @@ class MoPESwinEncoder(nn.Module):
         parts = {key: part for key, part in found.items() if part is not None}
         return dict(zip(parts, cross_logits(list(parts.values()), cross), strict=True))
 
-    def _mapped(self, cross: Tensor | None, mapper_input: Tensor | None) -> list[Tensor]:
+    def mapped(self, cross: Tensor | None, mapper_input: Tensor | None = None) -> list[Tensor]:
         """The mapped prompts of the stages that have one."""
         if not self.use_mapped:
             return []
@@ -458,6 +433,139 @@ class MoPESwinEncoder(nn.Module):
             )
         every = torch.arange(route_weights.shape[2], device=route_weights.device).expand_as(route_weights[:, 0])
         return (Routing(row, every, row) for row in route_weights.unbind(1))
+
+
+class WindowedEncoder:
+    """A frozen encoder that is prompted in windows: as `LayerwiseEncoder`, with `WindowPrompts`.
+
+    Args:
+        backbone: which holds prompts and routers as well.
+        checkpointing: recompute blocks in the backward pass.
+    """
+
+    def __init__(self, backbone: MoPESwinEncoder, *, checkpointing: bool = False) -> None:
+        self.backbone, self.checkpointing = backbone, checkpointing
+
+    def refusal(self, flag: str) -> str | None:
+        """Return why the encoder does not take a flag of its modality."""
+        return "the windows of a Swin Transformer fit images of one size, and it has no encoding of positions to interpolate"
+
+    def encode(self, inputs: Mapping[str, Any], padding: Padding, prompts: WindowPrompts) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Encode images -> their features (B,C), and the routing of each routed block."""
+        (images,) = inputs.values()
+        return self.backbone.encode(images, prompts, checkpointing=self.checkpointing)
+
+
+class WindowPrompts:
+    """Where `MoPESwinEncoder.encode` gets its prompts from. Subclasses say what they are for each block."""
+
+    # The router of each block of each stage, None where nothing is routed.
+    routers: list[list[Router | None]]
+
+    def of_input(self, tokens: Tensor) -> list[Tensor]:
+        """Return prompts (B,N,C) to put in front of the tokens (B,L,C), in order."""
+        raise NotImplementedError
+
+    def of_block(
+        self, place: tuple[int, int], block: MoPESwinBlock, router: Router | None, x: Tensor, update: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, dict[str, Any] | None, Routing | None]:
+        """Return x and update, with prompts of the block's own in them or as arguments of `MoPESwinBlock.step`, and its routing.
+
+        `place` is (stage, block). Arguments of None keep the prompts that arrive. The routing is None where the block decides it.
+        """
+        raise NotImplementedError
+
+    def decide(self, router: Router | None, routing: Routing | None) -> Routing | None:
+        """Take the routing of a block -> what the encoder returns of it, None for nothing."""
+        raise NotImplementedError
+
+
+class TrainedWindowPrompts(WindowPrompts):
+    """The prompts that an encoder holds itself, as they train.
+
+    Args:
+        encoder: which holds them.
+        batch: B.
+        cross: psi (B,Cc), for routers.
+        mapped: the mapped prompt of each stage, of `MoPESwinEncoder.mapped`.
+        rows: given routing of each block; nothing is routed then.
+        noise: (B,K) for each routed block; default: drawn here in training, with `router_noise` always.
+        top_k: experts of each item, None for all.
+    """
+
+    def __init__(
+        self,
+        encoder: MoPESwinEncoder,
+        batch: int,
+        cross: Tensor | None = None,
+        *,
+        mapped: Sequence[Tensor] = (),
+        rows: Iterator[Routing] | None = None,
+        noise: Sequence[Tensor | None] | None = None,
+        router_noise: bool = False,
+        top_k: int | None = None,
+    ) -> None:
+        self.encoder, self.cross, self.mapped, self.top_k, self._rows = encoder, cross, mapped, top_k, rows
+        self.routers = encoder.routers()
+        of_blocks = [router for routers in self.routers for router in routers if router is not None]
+        self._noise = self._noises(of_blocks, batch, router_noise) if noise is None else iter(noise)
+        self._of_cross = encoder.cross_logits(of_blocks, cross) if rows is None else {}
+        self._dropping = encoder.drop_block_prompts and encoder.prompt_dropout.training
+        # A router that sees psi only decides once for all its blocks.
+        self._decided: dict[int, Routing] = {}
+
+    @staticmethod
+    def _noises(routers: Sequence[Router], batch: int, always: bool) -> Iterator[Tensor | None]:
+        """Draw noise when the first block asks for it, after the dropout of what stands in front of it."""
+        yield from sample_noise(routers, batch, always=always)
+
+    def of_input(self, tokens: Tensor) -> list[Tensor]:
+        """Return shallow mapped prompts, and those of the input, of which each image drops others."""
+        encoder, found = self.encoder, []
+        if encoder.use_mapped and not encoder.deep:
+            found.append(self.mapped[0].to(tokens.dtype))
+        if encoder.input_prompts is not None:
+            found.append(encoder.prompt_dropout(encoder.input_prompts.expand(tokens.shape[0], -1, -1)).to(tokens.dtype))
+        return found
+
+    def of_block(
+        self, place: tuple[int, int], block: MoPESwinBlock, router: Router | None, x: Tensor, update: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, dict[str, Any] | None, Routing | None]:
+        """Return the block's static, mapped and routed prompts."""
+        encoder, (stage, i) = self.encoder, place
+        # Prompts that something is done to between mixing and use are made apart.
+        apart = self._dropping or not (block.experts is None or is_plain(block.experts, PromptExperts))
+        routing: Routing | None = None
+        deciding: dict[str, Any] = {}
+        if self._rows is not None:
+            routing = next(self._rows)
+        elif router is not None:
+            if self.cross is None:
+                raise ValueError("MoPESwinEncoder: the routers need cross")
+            drawn, routing = next(self._noise), self._decided.get(id(router))
+            if routing is None and id(router) in self._of_cross and not apart:
+                deciding = {"router": router, "cross_logits": self._of_cross[id(router)], "noise": drawn, "top_k": self.top_k}
+            elif routing is None:
+                x, update = add(x, update), None
+                routing = block.route(x, self.cross, drawn, self.top_k, router=router)
+        own = None
+        if encoder.deep and encoder.num_prompts and (i or encoder.own_first or routing is not None or deciding):
+            of_stage = self.mapped[stage] if self.mapped else None
+            if apart:
+                dropout = encoder.prompt_dropout if self._dropping else None
+                x, update = block.with_prompts(add(x, update), routing, of_stage, dropout=dropout), None
+            else:
+                own = block.own_prompts(routing, of_stage, **deciding)
+        return x, update, own, routing
+
+    def decide(self, router: Router | None, routing: Routing | None) -> Routing | None:
+        """Keep what holds for all blocks of a router."""
+        if self._rows is not None or router is None:
+            return None
+        assert routing is not None
+        if not router.sees_tokens:
+            self._decided[id(router)] = routing
+        return routing
 
 
 def _step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,9 @@ class FrozenAttention:
     num_heads: H.
     norm: the LayerNorm between the block input and the projections (pre-LN blocks), None in post-LN blocks.
     scale: of the scores; D^-0.5 if None.
+    prepare: changes queries and keys (B,H,L,D) of tokens between projection and scores: rotary positions, norms.
+    prepare_prompts: changes keys of prompts (B,H,P,D), which have no position: norms. Experts cannot be projected into a bank then.
+    bias: added to the scores of tokens, broadcastable to (B,H,L,L).
     """
 
     query: nn.Module
@@ -40,6 +44,14 @@ class FrozenAttention:
     num_heads: int
     norm: nn.Module | None = None
     scale: float | None = None
+    prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    prepare_prompts: Callable[[Tensor], Tensor] | None = None
+    bias: Tensor | None = None
+
+    @property
+    def can_bank(self) -> bool:
+        """Whether prompts can be projected before they are mixed: up to the scores their keys are affine, but for a LayerNorm."""
+        return self.prepare_prompts is None and (self.norm is None or isinstance(self.norm, nn.LayerNorm))
 
     def normalize(self, x: Tensor) -> Tensor:
         return x if self.norm is None else self.norm(x)
@@ -53,14 +65,18 @@ class FrozenAttention:
         separate_linear((self.query, self.key, self.value))
 
     def keys_and_values(self, normalized: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,L,C) -> (B,H,L,D) twice."""
-        key, value = call_linear((self.key, self.value), normalized)
-        return split_heads(key, self.num_heads), split_heads(value, self.num_heads)
+        """Of prompts, (B,L,C) -> (B,H,L,D) twice."""
+        keys, value = call_linear((self.key, self.value), normalized)
+        key = split_heads(keys, self.num_heads)
+        return key if self.prepare_prompts is None else self.prepare_prompts(key), split_heads(value, self.num_heads)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Block input (B,L,C) -> query, key, value, each (B,H,L,D)."""
-        query, key, value = call_linear((self.query, self.key, self.value), self.normalize(x))
-        return split_heads(query, self.num_heads), split_heads(key, self.num_heads), split_heads(value, self.num_heads)
+        queries, keys, values = call_linear((self.query, self.key, self.value), self.normalize(x))
+        query, key = split_heads(queries, self.num_heads), split_heads(keys, self.num_heads)
+        if self.prepare is not None:
+            query, key = self.prepare(query, key)
+        return query, key, split_heads(values, self.num_heads)
 
     def merge(self, heads: Tensor) -> Tensor:
         """(B,H,L,D) -> (B,L,C), before the residual of the layer."""
@@ -80,7 +96,11 @@ class FrozenAttention:
             )
             return self.merge(out)
         mask = None if token_mask is None else token_mask[:, None, None] if token_mask.ndim == 2 else token_mask[:, None]
-        return self.merge(F.scaled_dot_product_attention(*self.project(x), attn_mask=mask, scale=self.scale))
+        query, key, value = self.project(x)
+        if self.bias is not None:
+            bias = self.bias.to(query.dtype)
+            mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
+        return self.merge(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale))
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +199,8 @@ class MoPEAttention(nn.Module):
             In the shape of x, the attention's output projection before the residual; and the `Routing` (None without experts).
         """
         frozen, router = frozen or self.frozen, router or self.router
+        if frozen.bias is not None:
+            attn_bias = frozen.bias.to(x.dtype) if attn_bias is None else attn_bias + frozen.bias
         if bank is not None:
             self._check_bank(bank)
         if self.experts is None:
@@ -227,6 +249,8 @@ class MoPEAttention(nn.Module):
             ValueError: there are no experts.
         """
         frozen = frozen or self.frozen
+        if frozen.prepare_prompts is not None:
+            raise TypeError("MoPEAttention: this layer changes the keys of prompts after they are projected, so it has no bank")
         if self.experts is None:
             raise ValueError("MoPEAttention: a bank holds projected experts, and this layer has none (num_experts=0)")
         projected = project_prompts(self.experts.prompts, self.static, frozen.key, frozen.value, frozen.norm, frozen.num_heads)
@@ -235,7 +259,7 @@ class MoPEAttention(nn.Module):
     def _bank_pays(self, frozen: FrozenAttention, batch: int, bank: PromptBank | None) -> bool:
         """Whether to take the one-pass op: its bank has K*P rows to project, prompts mixed before the projection B*P."""
         assert self.experts is not None
-        if self._drops_prompts or not (frozen.norm is None or isinstance(frozen.norm, nn.LayerNorm)):
+        if self._drops_prompts or not frozen.can_bank:
             return False
         # An implementation that is asked for by name is one of the one-pass op.
         return bank is not None or self.impl not in ("auto", "reference") or len(self.experts.prompts) <= batch

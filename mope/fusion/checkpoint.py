@@ -48,13 +48,6 @@ class SavedModel(FusionModel):
     def added_state_dict(self) -> dict[str, Tensor]:
         """All but the encoders, by name."""
 
-    def modality_of(self, parameter: str) -> str:
-        """The encoder in or around which a parameter stands; head, mapper and whatever joins the two belong to the main one."""
-        complementary = self.config.complementary
-        if complementary and parameter.startswith(("cross_blocks.", f"{complementary}.")):
-            return complementary
-        return self.config.main
-
     def fingerprints(self) -> dict[str, str]:
         """Of each encoder as it was given, "trained" for one that trains."""
         with self.weights_as_given():
@@ -111,13 +104,13 @@ class SavedModel(FusionModel):
         return {"stored": kept, **describe(backbone, state), **source_record(source, folder)}
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, vision: nn.Module | None = None, text: nn.Module | None = None) -> Self:
+    def from_pretrained(cls, path: str | Path, **given: nn.Module | None) -> Self:
         """Read a checkpoint; the model comes back in evaluation mode.
 
         Args:
             path: a folder that `save_pretrained` wrote.
-            vision, text: the backbones it was trained with, fine-tuned ones with the weights that they have now. Those not
-                given are loaded: from the copies in the folder, else by the name that they had.
+            given: `vision=`, `text=` and so on, the backbones it was trained with, fine-tuned ones with the weights that they have
+                now. Those not given are loaded: from the copies in the folder, else by the name that they had.
 
         Raises:
             FileNotFoundError: there is no checkpoint, or a backbone without a copy was loaded from nowhere.
@@ -127,9 +120,9 @@ class SavedModel(FusionModel):
         """
         folder = Path(path)
         config, records = read_config(folder)
-        backbones = {"vision": vision, "text": text}
+        backbones = dict(given)
         for modality in config.modalities:
-            backbone = backbones[modality] or load_backbone(folder, modality, records[modality])
+            backbone = given.get(modality) or load_backbone(folder, modality, records[modality])
             check_backbone(modality, records[modality], describe(base_model(backbone)))
             backbones[modality] = backbone
         tensors = read_tensors(folder / WEIGHTS)

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
+
 import mope
+from mope import modalities
 from mope.checks import check_labels_of
 from mope.fused.router import ROUTERS
 from mope.fusion.presets import PRESETS
+from mope.modalities import Slot
 from mope_kernels.impl import names_in
 
-METHODS = ("mope", "static_mapped", "late_concat", "ensemble", "image_only", "text_only")
+METHODS = ("mope", "static_mapped", "late_concat", "ensemble", "image_only", "text_only", "main_only")
+# Methods of the main encoder alone, with the modality that they set; None: the one that the configuration says.
+ALONE = {"image_only": "vision", "text_only": "text", "main_only": None}
+COMBINE = ("concat", "sum")
 # Not fields of `MoPEConfig`, but part of a saved file.
 EXTRA_KEYS = ("mope_version", "backbones")
 
@@ -25,9 +33,14 @@ class MoPEConfig:
 
     Args:
         method: "mope" (static, mapped and dynamic prompts), "static_mapped" (no experts), "late_concat" (both features side by
-            side), "ensemble" (a head on each feature, mean of the logits), "image_only", "text_only".
-        main: the modality that is prompted and classified, "vision" or "text"; the other one is complementary.
-            Given by the method for image_only and text_only.
+            side), "ensemble" (a head on each feature, mean of the logits), "main_only", "image_only", "text_only".
+        main: the modality that is prompted and classified: "vision", "text", or another that is registered, see
+            `mope.modalities`. Given by the method for image_only and text_only.
+        complementary: the other modalities, any number, whose encoders run first. Default: the text of any model but a text model,
+            whose complementary modality is the image; none for main_only, image_only and text_only.
+        combine: what psi is of the features of several complementary encoders: "concat", side by side, or "sum".
+        named: further names of modalities, such as {"hypothesis": "text"}, for `main` and `complementary`. Each has an encoder of
+            its own under that name, whose inputs have the name as a prefix: `hypothesis_input_ids`.
         num_labels, id2label: number of classes and their names, a sequence of names or {index: name}. One follows from the other.
         problem_type: "single_label" (labels (B,) integers, cross-entropy) or "multi_label" (labels (B,num_labels) of 0 and 1,
             a sigmoid for each class).
@@ -44,7 +57,7 @@ class MoPEConfig:
             Transformer is prompted in all.
         prompt_first_blocks: in a Swin Transformer give the first block of each stage prompts of its own too, instead of those that
             arrive there; the input then has none. In other encoders every layer has its own anyway.
-        finetuned: encoders whose weights train as well, of "vision" and "text".
+        finetuned: encoders whose weights train as well, of `modalities`.
         train_top_k, eval_top_k: selected experts in training and evaluation, None for all. Training with 1 leaves the router
             almost without a gradient.
         renormalize: divide the weights of the selected experts by their sum.
@@ -56,6 +69,7 @@ class MoPEConfig:
         router_self_width, router_cross_width: widths of the two parts of the router's query; `router_self_width=0` routes by
             the complementary modality only.
         router_embedding: K, "frozen" or "learned".
+        mapper_each: a mapper and a mapped prompt for each complementary modality, instead of one from all of psi.
         mapper_hidden: hidden width of the mapper, which all layers share; in a Swin Transformer all layers of a stage, and the
             hidden layer all stages. 0: one linear map, and none where psi is as wide as the tokens.
         mapper_batchnorm: a BatchNorm in front of the hidden GELU. It keeps its first statistics and so is an affine map.
@@ -79,6 +93,9 @@ class MoPEConfig:
 
     method: str = "mope"
     main: str = "vision"
+    complementary: Sequence[str] | None = None
+    combine: str = "concat"
+    named: Mapping[str, str] | None = None
     num_labels: int = 0
     id2label: Mapping[int, str] | Sequence[str] | None = None
     problem_type: str = "single_label"
@@ -102,6 +119,7 @@ class MoPEConfig:
     router_self_width: int = 2
     router_cross_width: int = 8
     router_embedding: str = "frozen"
+    mapper_each: bool = False
     mapper_hidden: int = 128
     mapper_batchnorm: bool | None = None
     mapper_last_gelu: bool | None = None
@@ -122,7 +140,7 @@ class MoPEConfig:
         self._resolve()
         for name, allowed in {
             "method": METHODS,
-            "main": ("vision", "text"),
+            "combine": COMBINE,
             "problem_type": ("single_label", "multi_label"),
             "prompt_depth": ("deep", "shallow"),
             "router": ROUTERS,
@@ -175,6 +193,10 @@ class MoPEConfig:
                 raise ValueError(f"MoPEConfig: {name} must be True, False or None, got {value!r}")
         if self.router == "multimodal" and self.router_self_width + self.router_cross_width == 0:
             raise ValueError("MoPEConfig: router_self_width and router_cross_width are both 0: the router would see nothing")
+        if self.mapper_each and self.combine != "concat":
+            raise ValueError(
+                "MoPEConfig: mapper_each reads the features one by one, which combine='sum' adds: set combine='concat'"
+            )
         if self.method == "static_mapped" and not self.use_mapped:
             raise ValueError(
                 "MoPEConfig: static_mapped without the mapped prompt has nothing of the other modality; "
@@ -224,8 +246,9 @@ class MoPEConfig:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        if self.method in ("image_only", "text_only"):
-            put("main", "vision" if self.method == "image_only" else "text")
+        if self.method in ALONE:
+            put("main", ALONE[self.method] or self.main)
+        self._resolve_modalities(put)
         if self.static_length is None:
             put("static_length", 4 if self.method in ("mope", "static_mapped") else 0)
         if self.noise_std is None:
@@ -250,17 +273,50 @@ class MoPEConfig:
             names = {i: f"LABEL_{i}" for i in range(self.num_labels)}
         put("id2label", names)
 
+    def _resolve_modalities(self, put: Callable[[str, object], None]) -> None:
+        """Fill in what main, complementary and named leave open, and check that they fit each other."""
+        named = {} if self.named is None else self.named
+        if not isinstance(named, Mapping) or not all(isinstance(n, str) and n.isidentifier() for n in named):
+            raise ValueError(f"MoPEConfig: named must map identifiers to modalities, got {named!r}")
+        put("named", dict(named))
+        if taken := sorted(name for name in named if name in modalities.known() or hasattr(torch.nn.Module, name)):
+            raise ValueError(f"MoPEConfig: named cannot give {', '.join(taken)} another meaning: take other names")
+        others: Any = self.complementary
+        if self.method in ALONE:
+            if others:
+                raise ValueError(f"MoPEConfig: method {self.method!r} has no complementary encoder, got {list(others)}")
+            others = ()
+        elif others is None:
+            others = ("vision",) if self.main == "text" else ("text",)
+        if isinstance(others, str) or not isinstance(others, Sequence):
+            raise ValueError(f"MoPEConfig: complementary must be a sequence, such as ['text'], got {others!r}")
+        put("complementary", tuple(others))
+        if not others and self.method not in ALONE:
+            raise ValueError(f"MoPEConfig: method {self.method!r} needs a complementary modality; 'main_only' needs none")
+        if len(set(self.modalities)) < len(self.modalities):
+            raise ValueError(
+                f"MoPEConfig: main and complementary name {', '.join(self.modalities)}, one of them twice: "
+                "give a second one a name of its own, named={'second': 'vision'}"
+            )
+        if unused := sorted(set(named) - set(self.modalities)):
+            raise ValueError(f"MoPEConfig: named says what {', '.join(unused)} is, which main and complementary do not name")
+        try:
+            batches = [name for slot in self.slots.values() for name in (*slot.names, *slot.flags)]
+        except ValueError as error:
+            raise ValueError(f"MoPEConfig: {error}") from error
+        if len(set(batches)) < len(batches):
+            raise ValueError(f"MoPEConfig: two inputs would have one name in a batch, of {', '.join(batches)}: take other names")
+
+    @cached_property
+    def slots(self) -> dict[str, Slot]:
+        """The modalities by their names in the model, the main one first."""
+        assert self.named is not None
+        return {name: Slot(name, modalities.find_modality(self.named.get(name, name))) for name in self.modalities}
+
     @property
     def label2id(self) -> dict[str, int]:
         assert isinstance(self.id2label, Mapping)
         return {name: i for i, name in self.id2label.items()}
-
-    @property
-    def complementary(self) -> str | None:
-        """The other modality than `main`, where the method has one."""
-        if self.method in ("image_only", "text_only"):
-            return None
-        return "text" if self.main == "vision" else "vision"
 
     @property
     def experts(self) -> int:
@@ -280,7 +336,7 @@ class MoPEConfig:
     @property
     def modalities(self) -> tuple[str, ...]:
         """The encoders that the model needs, the main one first."""
-        return (self.main, self.complementary) if self.complementary else (self.main,)
+        return (self.main, *(self.complementary or ()))
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MoPEConfig:
@@ -296,6 +352,14 @@ class MoPEConfig:
         return cls(**{**PRESETS[name], **changes})
 
     def replace(self, **changes: Any) -> MoPEConfig:
+        """Return a changed copy. Complementary modalities that only followed from method and main follow from the new ones."""
+        if changes.keys() & {"method", "main"} and "complementary" not in changes:
+            method, followed = changes.get("method", self.method), ((), ("text",), ("vision",))
+            if method in ALONE or self.method in ALONE or self.complementary in followed:
+                changes["complementary"] = None
+            if method in ALONE:
+                main = ALONE[method] or changes.get("main", self.main)
+                changes.setdefault("named", {name: kind for name, kind in (self.named or {}).items() if name == main})
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

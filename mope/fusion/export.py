@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from mope.encoders.windowed import MoPESwinEncoder
 from mope.fusion.model import MoPEForClassification
+from mope.fusion.signature import sign_forward
 
 
 class InferenceModel(nn.Module):
@@ -36,23 +39,10 @@ class InferenceModel(nn.Module):
         with torch.no_grad():
             is_swin = isinstance(model.backbone(model.config.main), MoPESwinEncoder)
             self.banks = None if is_swin else model.build_banks()
+        sign_forward(self, [name for slot in model.slots.values() for name in slot.names])
 
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def forward(self, **inputs: Any) -> dict[str, Tensor]:
         """What `MoPEForClassification.forward` takes -> "logits" (B,num_labels) and "features" (B,C)."""
-        output = self.model(
-            pixel_values=pixel_values,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            banks=self.banks,
-            interpolate_pos_encoding=self.interpolate_pos_encoding,
-        )
+        flags = {"interpolate_pos_encoding": True} if self.interpolate_pos_encoding else {}
+        output = self.model(**inputs, **flags, banks=self.banks)
         return {"logits": output.logits, "features": output.features}

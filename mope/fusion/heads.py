@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ def router_options(config: MoPEConfig) -> dict[str, Any]:
     }
 
 
-def new_swin(config: MoPEConfig, model: SwinModel, cross_dim: int | None) -> MoPESwinEncoder:
-    """A copy of `model` that holds prompts, and routers and mapper where it is the main encoder.
+def new_swin(config: MoPEConfig, name: str, model: SwinModel, cross_dim: int | None) -> MoPESwinEncoder:
+    """A copy of `model`, the encoder of that name, that holds prompts, and routers and mapper where it is the main encoder.
 
     Raises:
         ValueError: the config asks for something that a Swin Transformer does not have.
@@ -43,13 +44,15 @@ def new_swin(config: MoPEConfig, model: SwinModel, cross_dim: int | None) -> MoP
         "prompt_owner": config.prompt_owner,
         "impl": config.impl,
     }
-    if config.main != "vision":
+    if config.main != name:
         encoder = encoder_for(model, cross_dim=None, num_experts=0, static_length=config.cross_prompt_length, **of_both)
     else:
         if config.prompted_layers is not None:
             raise ValueError(
                 "prompted_layers is not supported with a SwinModel, whose prompts pass from layer to layer: leave it None, for all"
             )
+        if config.maps and config.mapper_each:
+            raise ValueError("mapper_each is not supported with a SwinModel as the main encoder: set it to False, or give a ViT")
         if config.blind_prompts:
             raise ValueError(
                 "blind_prompts is not supported with a SwinModel as the main encoder, whose windows let prompts see all tokens: "
@@ -77,13 +80,28 @@ def new_swin(config: MoPEConfig, model: SwinModel, cross_dim: int | None) -> MoP
             **router_options(config),
             **of_both,
         )
-    if "vision" in config.finetuned:
+    if name in config.finetuned:
         encoder.finetune()
     return encoder
 
 
-def new_mapper(config: MoPEConfig, cross_dim: int, dim: int) -> nn.Module:
-    """psi (B, cross_dim) -> the mapped prompt of all layers (B, dim)."""
+class MapperOfEach(nn.ModuleList):
+    """A mapper for each complementary modality: psi (B, sum of widths) -> their mapped prompts (B, M, C)."""
+
+    def __init__(self, mappers: Iterable[nn.Module], widths: Sequence[int]) -> None:
+        super().__init__(mappers)
+        self.widths = list(widths)
+
+    def forward(self, psi: Tensor) -> Tensor:
+        """Map each part of psi by its own mapper."""
+        return torch.stack([mapper(part) for mapper, part in zip(self, psi.split(self.widths, -1), strict=True)], dim=1)
+
+
+def new_mapper(config: MoPEConfig, widths: Sequence[int], dim: int) -> nn.Module:
+    """psi (B, sum of widths) -> the mapped prompt of all layers (B, dim), or one for each width (B, M, dim)."""
+    if len(widths) > 1:
+        return MapperOfEach([new_mapper(config, [width], dim) for width in widths], widths)
+    (cross_dim,) = widths
     gelu, hidden = bool(config.mapper_last_gelu), config.mapper_hidden
     if hidden:
         shared = mapper_layers(cross_dim, hidden, batchnorm=bool(config.mapper_batchnorm))

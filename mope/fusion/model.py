@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -15,20 +15,25 @@ from torch.utils.checkpoint import checkpoint
 from transformers import SwinModel
 from transformers.utils.generic import ModelOutput
 
-from mope.backbones import Attachment, BackboneAdapter, PromptedLayer, attach, base_model, find_adapter, find_architecture
-from mope.checks import Warnings, check_are_tensors, check_encoder, check_images, check_texts, naming_memory
+from mope.arguments import did_you_mean
+from mope.backbones import Attachment, attach, base_model, find_adapter, find_architecture
+from mope.checks import Doubts, check_are_tensors, check_encoder, naming_memory
 from mope.encoders.importance import importance, is_distributed, warn_of_local_batches
-from mope.encoders.windowed import MoPESwinEncoder, distinct
-from mope.fused import FrozenAttention, InputPrompts, MoPEAttention, Packing, PromptBank, Router
+from mope.encoders.layerwise import LayerwiseEncoder, TrainedPrompts, as_prompts
+from mope.encoders.windowed import MoPESwinEncoder, TrainedWindowPrompts, WindowedEncoder, distinct
+from mope.fused import FrozenAttention, InputPrompts, MoPEAttention, PromptBank, Router
 from mope.fused.modules import version
+from mope.fused.padding import Padding
 from mope.fused.prepack import PrepackedLayers
 from mope.fused.router import make_router, sample_noise, without_noise
 from mope.fusion.checkpoint import SavedModel
 from mope.fusion.config import MoPEConfig
 from mope.fusion.frozen import HALF, CastWeights
 from mope.fusion.heads import new_head, new_input_prompts, new_mapper, new_swin, router_options, task_loss
+from mope.fusion.signature import sign_forward
 from mope.fusion.sources import source_of
 from mope.graphs import CudaGraphRunner
+from mope.modalities import Slot, known
 from mope.printing import describe_output
 from mope_kernels import Routing
 
@@ -39,8 +44,18 @@ NO_BANKS = (
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# The input that an encoder cannot do without.
-REQUIRED = {"vision": "pixel_values", "text": "input_ids"}
+
+class EncoderInputs(NamedTuple):
+    """What one encoder reads: tensors and flags by the names that it knows, and where its padding is."""
+
+    given: dict[str, Any]
+    padding: Padding
+
+    @property
+    def batch(self) -> int:
+        """B. torch.export fixes what len() gives."""
+        size: int = next(iter(self.given.values())).shape[0]
+        return size
 
 
 @dataclass
@@ -64,36 +79,6 @@ class MoPEOutput(ModelOutput):
         return describe_output(self)
 
 
-class Padding(NamedTuple):
-    """Where the padding of a text batch is: `lengths` (B,) for right padding, `token_mask` (B,L) bool for any; or nowhere.
-
-    `packing`, where the host knows it, to do without. `order` (B,L) int64: where each token came from, of texts that `tokens_first`
-    has to put in order for `lengths` to be true.
-    """
-
-    lengths: Tensor | None = None
-    token_mask: Tensor | None = None
-    packing: Packing | None = None
-    order: Tensor | None = None
-
-    def tokens_first(self, of_tokens: Tensor) -> Tensor:
-        """(B,L), or (1,L) for all items -> (B,L), tokens in front of padding and in the order that they had."""
-        return of_tokens if self.order is None else of_tokens.expand_as(self.order).gather(1, self.order)
-
-    def as_mask(self, num_tokens: int) -> Any:
-        """(B,L) bool, None without padding."""
-        if self.lengths is None:
-            return self.token_mask
-        return torch.arange(num_tokens, device=self.lengths.device) < self.lengths[:, None]
-
-    def first_tokens(self, hidden_states: Tensor) -> Tensor:
-        """(B,L,C) -> (B,C), each item's first token that is no padding."""
-        if self.token_mask is None:
-            return hidden_states[:, 0]
-        first = self.token_mask.int().argmax(-1)
-        return hidden_states[torch.arange(first.shape[0], device=first.device), first]
-
-
 def in_frozen_dtype(
     method: Callable[Concatenate[MoPEForClassification, P], R],
 ) -> Callable[Concatenate[MoPEForClassification, P], R]:
@@ -110,68 +95,65 @@ def in_frozen_dtype(
 
 
 class MoPEForClassification(SavedModel):
-    """Classifies image-text pairs with frozen encoders; prompts, routers, mapper and head are trained.
+    """Classifies items of several modalities with frozen encoders; prompts, routers, mapper and head are trained.
 
-    The complementary encoder runs first. The feature of its first token, psi (B,Cc), goes to the routers and the mapper,
+    The complementary encoders run first. Their features, psi (B,Cc), side by side or summed, go to the routers and the mapper,
     Linear(Cc, mapper_hidden) -> GELU -> Linear(mapper_hidden, C): one mapped prompt for all layers, which each layer projects
-    with its own keys and values. The main encoder runs with its prompts, and the head reads its first token. What else there is,
+    with its own keys and values. The main encoder runs with its prompts, and the head reads its feature. What else there is,
     `MoPEConfig` says; with `finetuned` the weights of the encoders train as well, in place, in training mode but without the
     dropout of attention probabilities.
 
     The backbones are frozen, prompted and kept in eval mode from construction to `detach`. Prompts stand in `blocks` (main
     encoder) and `cross_blocks` (complementary encoder), one `MoPEAttention` for each prompted layer.
 
-    A `SwinModel` is copied into a `MoPESwinEncoder`, which stands in `vision` and holds prompts, routers and mapper of its own; its
-    feature is the mean over prompts and tokens. The model that was given is not changed, nothing is shared with it, and
+    Encoders stand under the names of their modalities, `vision`, `text`, and what they read is given by the names that the modality
+    has in a batch; `inspect.signature(model.forward)` lists them.
+
+    A `SwinModel` is copied into a `MoPESwinEncoder`, which stands in its place and holds prompts, routers and mapper of its own;
+    its feature is the mean over prompts and tokens. The model that was given is not changed, nothing is shared with it, and
     it may be deleted; `detach` has nothing to give back. As MoPE was published: vision a Swin Transformer, text a BERT,
     `MoPEConfig.preset("mope-v4")`.
 
     Args:
         config: what to build.
-        vision, text: transformers models of a known architecture (see `register_backbone`), those that the method needs.
+        backbones: `vision=`, `text=` and so on: a transformers model of a known architecture (see `register_backbone`) for each of
+            `config.modalities`.
 
     Raises:
+        TypeError: a keyword names no modality.
         ValueError: a backbone is missing, superfluous, of the wrong modality, prompted already, or cannot be prompted; or the
             config asks for something that this backbone does not have.
     """
 
-    def __init__(self, config: MoPEConfig, *, vision: nn.Module | None = None, text: nn.Module | None = None) -> None:
+    def __init__(self, config: MoPEConfig, **backbones: nn.Module | None) -> None:
         super().__init__()
-        for modality, backbone in (("vision", vision), ("text", text)):
-            if (backbone is not None) != (modality in config.modalities):
-                raise ValueError(
-                    f"method {config.method!r} works on {' and '.join(config.modalities)}: "
-                    f"{modality} must {'not ' if backbone is not None else ''}be given"
-                )
-            if backbone is not None:
-                check_encoder(backbone, modality)
-        if isinstance(vision, MoPESwinEncoder):
-            raise ValueError("vision was given a MoPESwinEncoder, which holds the prompts of another model: give a SwinModel")
-        self.config = config
-        self.vision: nn.Module | None = None if vision is None else base_model(vision)
-        self.text: nn.Module | None = None if text is None else base_model(text)
+        self._check_backbones(config, backbones)
+        self.config, self.slots = config, config.slots
+        for name in dict.fromkeys((*known(), *config.modalities)):
+            backbone = backbones.get(name)
+            setattr(self, name, None if backbone is None else base_model(backbone))
         self._sources = {m: source_of(self.backbone(m)) for m in config.modalities}
-        main, other = config.main, config.complementary
-        self._widths = {m: find_architecture(self.backbone(m), m).hidden_size(self.backbone(m)) for m in config.modalities}
-        dim, cross_dim = self._widths[main], self._widths[other] if other else None
-        if isinstance(self.vision, SwinModel):
-            with naming_memory(_what_is_added(config)):
-                self.vision = new_swin(config, self.vision, cross_dim)
-        elif config.prompt_owner != "instance":
+        kinds = {name: slot.modality.name for name, slot in self.slots.items()}
+        self.widths = {m: find_architecture(self.backbone(m), kinds[m], m).hidden_size(self.backbone(m)) for m in config.modalities}
+        dim, cross_dim = self.widths[config.main], self._cross_dim()
+        for name in config.modalities:
+            if isinstance(model := self.backbone(name), SwinModel):
+                with naming_memory(_what_is_added(config)):
+                    setattr(self, name, new_swin(config, name, model, cross_dim))
+        if config.prompt_owner != "instance" and not any(self._is_swin(m) for m in config.modalities):
             raise ValueError(
                 f"prompt_owner={config.prompt_owner!r} is an order of windows, which only a SwinModel has: "
                 "set it to 'instance', or give a SwinModel as vision"
             )
-        # By modality, of the backbones that are prompted layer by layer.
-        self._adapters = {m: find_adapter(self.backbone(m), m) for m in config.modalities if not self._is_swin(m)}
+        # By slot, of the backbones that are prompted layer by layer.
+        self._adapters = {m: find_adapter(self.backbone(m), kinds[m], m) for m in config.modalities if not self._is_swin(m)}
         self._checkpointing = False
         self._cast: CastWeights | None = None
         self._warned_top_k = self._warned_local = False
-        self._warnings = Warnings()
+        self._doubts = Doubts()
 
-        layers = {main: config.prompted_layers if config.prompts_main and config.prompt_depth == "deep" else ()}
-        if other:
-            layers[other] = None if config.cross_prompt_length else ()
+        layers = {config.main: config.prompted_layers if config.prompts_main and config.prompt_depth == "deep" else ()}
+        layers |= {m: None if config.cross_prompt_length else () for m in config.modalities[1:]}
         self._layers = {m: () if self._is_swin(m) else self._existing_layers(m, wanted) for m, wanted in layers.items()}
         self._attachments: dict[str, Attachment] = {}
         try:
@@ -183,11 +165,49 @@ class MoPEForClassification(SavedModel):
         except BaseException:
             self.detach()
             raise
+        self._sign_forward()
+
+    @staticmethod
+    def _check_backbones(config: MoPEConfig, backbones: Mapping[str, nn.Module | None]) -> None:
+        """Hold the encoders that are given to those that the configuration asks for."""
+        every = dict.fromkeys((*known(), *config.modalities))
+        if strangers := [name for name in backbones if name not in every]:
+            hint = did_you_mean(strangers[0], every)
+            raise TypeError(f"MoPEForClassification got {', '.join(strangers)}, which name no modality{hint and '; ' + hint}")
+        for name in every:
+            backbone = backbones.get(name)
+            if (backbone is not None) != (name in config.modalities):
+                raise ValueError(
+                    f"method {config.method!r} works on {' and '.join(config.modalities)}: "
+                    f"{name} must {'not ' if backbone is not None else ''}be given"
+                )
+            if backbone is not None:
+                check_encoder(backbone, name)
+            if isinstance(backbone, MoPESwinEncoder):
+                raise ValueError(f"{name} was given a MoPESwinEncoder, which holds the prompts of another model: give a SwinModel")
+
+    def _cross_dim(self) -> int | None:
+        """Cc, width of psi; None without complementary encoders."""
+        widths = {m: self.widths[m] for m in self.config.modalities[1:]}
+        if not widths:
+            return None
+        if self.config.combine == "concat":
+            return sum(widths.values())
+        if len(set(widths.values())) > 1:
+            found = ", ".join(f"{width} of {name}" for name, width in widths.items())
+            raise ValueError(f"combine='sum' adds features of one width, these are {found}: set combine='concat'")
+        return next(iter(widths.values()))
+
+    def _sign_forward(self) -> None:
+        """Let the signature of `forward` list the inputs, and keep which slot each belongs to, others of the registry included."""
+        slots = self.slots.values()
+        sign_forward(self, [name for slot in slots for name in slot.names], [flag for slot in slots for flag in slot.flags])
+        others = [Slot(name, modality) for name, modality in known().items() if name not in self.slots]
+        self._slot_of = {name: slot for slot in (*others, *slots) for name in (*slot.names, *slot.flags)}
 
     def _add_parts(self, dim: int, cross_dim: int | None) -> None:
-        """What trains: `dim` and `cross_dim` are the widths of the main and the complementary encoder."""
+        """What trains: `dim` and `cross_dim` are the widths of the main encoder and of psi."""
         config, (main, *others) = self.config, self.config.modalities
-        other = others[0] if others else None
         # A Swin Transformer holds its own.
         layerwise = main in self._adapters
         self.router: Router | None = None
@@ -202,7 +222,8 @@ class MoPEForClassification(SavedModel):
             router=None if self.router else config.router,
             **router_options(config),
         )
-        self.cross_blocks = self._prompts_for(other, static_length=config.cross_prompt_length) if other else nn.ModuleList()
+        of_others = [self._prompts_for(m, static_length=config.cross_prompt_length) for m in others]
+        self.cross_blocks = nn.ModuleList(block for blocks in of_others for block in blocks)
         self.input_prompts: InputPrompts | None = None
         if config.prompts_main and config.prompt_depth == "shallow" and layerwise:
             adapter = self._adapters[main]
@@ -210,16 +231,23 @@ class MoPEForClassification(SavedModel):
             self.input_prompts = new_input_prompts(config, adapter.attention(first_layer).norm, dim)
         self.mapper: nn.Module | None = None
         if cross_dim is not None and config.maps and layerwise:
-            self.mapper = new_mapper(config, cross_dim, dim)
+            self.mapper = new_mapper(config, [self.widths[m] for m in others] if config.mapper_each else [cross_dim], dim)
         self.head = new_head(config, dim + (cross_dim or 0) if config.method == "late_concat" else dim)
         self.cross_head: nn.Sequential | None = None
         if cross_dim is not None and config.method == "ensemble":
             self.cross_head = new_head(config, cross_dim)
 
     def backbone(self, modality: str) -> nn.Module:
-        """The "vision" or "text" encoder."""
+        """The encoder of a modality, by its name in the model."""
         backbone: nn.Module = getattr(self, modality)
         return backbone
+
+    def encoder(self, modality: str, *, checkpointing: bool = False) -> LayerwiseEncoder | WindowedEncoder:
+        """Return what encodes a modality: `encode(inputs, padding, prompts)`; `checkpointing` recomputes layers in backward."""
+        backbone = self.backbone(modality)
+        if isinstance(backbone, MoPESwinEncoder):
+            return WindowedEncoder(backbone, checkpointing=checkpointing)
+        return LayerwiseEncoder(backbone, self._adapters[modality], run=_checkpointed if checkpointing else None)
 
     def _is_swin(self, modality: str) -> bool:
         return isinstance(self.backbone(modality), MoPESwinEncoder)
@@ -235,8 +263,8 @@ class MoPEForClassification(SavedModel):
     def _prompts_for(self, modality: str, **options: Any) -> nn.ModuleList:
         return nn.ModuleList(
             MoPEAttention(
-                self._frozen(modality, i),
-                self._widths[modality],
+                self.frozen_attention(modality, i),
+                self.widths[modality],
                 bound=self.config.prompt_init_bound,
                 prompt_dropout=self.config.prompt_dropout,
                 impl=self.config.impl,
@@ -245,26 +273,47 @@ class MoPEForClassification(SavedModel):
             for i in self._layers[modality]
         )
 
-    def _prompts_of(self, modality: str) -> dict[int, MoPEAttention]:
-        """The prompts of each prompted layer."""
-        blocks: Any = self.blocks if modality == self.config.main else self.cross_blocks
-        return dict(zip(self._layers[modality], blocks, strict=True))
+    def prompts_of(self, modality: str) -> dict[int, MoPEAttention]:
+        """The prompts of each prompted layer of an encoder, by the layer's index; {} of one that is prompted in windows."""
+        layers = self._layers[modality]
+        if modality == self.config.main:
+            blocks: Any = self.blocks
+        else:
+            start = sum(len(self._layers[m]) for m in self._before(modality))
+            blocks = list(self.cross_blocks)[start : start + len(layers)]
+        return dict(zip(layers, blocks, strict=True))
 
-    def _frozen(self, modality: str, layer: int) -> FrozenAttention:
+    def _before(self, modality: str) -> Sequence[str]:
+        """The complementary encoders in front of one."""
+        others = self.config.modalities[1:]
+        return others[: others.index(modality)]
+
+    def modality_of(self, parameter: str) -> str:
+        """The encoder in or around which a parameter stands; head, mapper and whatever joins them belong to the main one."""
+        main, *others = self.config.modalities
+        part, _, rest = parameter.partition(".")
+        if part == "cross_blocks":
+            of_blocks = [m for m in others for _ in self._layers[m]]
+            return of_blocks[int(rest.partition(".")[0])]
+        return part if part in others else main
+
+    def frozen_attention(self, modality: str, layer: int) -> FrozenAttention:
+        """The attention of a prompted layer."""
         block: Any = self._adapters[modality].layers(self.backbone(modality))[layer]
-        return self._adapters[modality].attention(block.layer)
+        return self._adapters[modality].attend(block.layer)
 
     @property
     def device(self) -> torch.device:
         return next(self.backbone(self.config.main).parameters()).device
 
     def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch on the device of the model, but for the attention mask, which stays where it is.
+        """A batch on the device of the model, but for attention masks, which stay where they are.
 
         Of a mask on the CPU the host reads which rows of a BERT are padding, and leaves them out; it waits for nothing. From one
         on a GPU it would have to wait, and padding is computed with and hidden from attention.
         """
-        return {n: t if n == "attention_mask" else t.to(self.device, non_blocking=True) for n, t in batch.items()}
+        masks = {slot.mask for slot in self.slots.values()}
+        return {n: t if n in masks else t.to(self.device, non_blocking=True) for n, t in batch.items()}
 
     @property
     def attached(self) -> bool:
@@ -308,6 +357,7 @@ class MoPEForClassification(SavedModel):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, and of what was pickled."""
         super().__setstate__(state)
+        self._sign_forward()
         self._join_projections()
 
     def _join_projections(self) -> None:
@@ -383,13 +433,13 @@ class MoPEForClassification(SavedModel):
 
     def routed_blocks(self) -> tuple[str, ...]:
         """Names of the blocks whose routing `forward` returns, in its order; layers, stages and blocks count from 0."""
-        return tuple(self._routers())
+        return tuple(self.routers())
 
-    def _routers(self) -> dict[str, Router]:
+    def routers(self) -> dict[str, Router]:
         """The router of each routed block, which blocks may share."""
         if isinstance(encoder := self.backbone(self.config.main), MoPESwinEncoder):
             return encoder.routed_blocks()
-        routers = {f"layer {i}": prompts.router or self.router for i, prompts in self._prompts_of(self.config.main).items()}
+        routers = {f"layer {i}": prompts.router or self.router for i, prompts in self.prompts_of(self.config.main).items()}
         return {name: router for name, router in routers.items() if router is not None}
 
     def trains(self, modality: str) -> bool:
@@ -397,9 +447,10 @@ class MoPEForClassification(SavedModel):
 
         Where it is False for the complementary encoder, `encode_complementary` gives the same in every epoch.
         """
-        main = (self.blocks, self.input_prompts, self.router)
-        modules = (*(main if modality == self.config.main else (self.cross_blocks,)), self.backbone(modality))
-        return any(p.requires_grad for module in modules if module is not None for p in module.parameters())
+        own: tuple[nn.Module | None, ...] = (self.blocks, self.input_prompts, self.router)
+        if modality != self.config.main:
+            own = tuple(self.prompts_of(modality).values())
+        return any(p.requires_grad for module in (*own, self.backbone(modality)) if module is not None for p in module.parameters())
 
     def trained_state_dict(self) -> dict[str, Tensor]:
         """All that is not frozen: what was added to the encoders, and the encoders that train."""
@@ -413,7 +464,7 @@ class MoPEForClassification(SavedModel):
         left_out: tuple[str, ...] = ()
         for modality in modalities:
             if isinstance(encoder := self.backbone(modality), MoPESwinEncoder):
-                left_out += tuple(f"vision.{name}" for name in encoder.swin_tensors())
+                left_out += tuple(f"{modality}.{name}" for name in encoder.swin_tensors())
             else:
                 left_out += (f"{modality}.",)
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(left_out)}
@@ -430,35 +481,31 @@ class MoPEForClassification(SavedModel):
     @in_frozen_dtype
     def forward(
         self,
+        /,
         *,
-        pixel_values: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         cross_features: Tensor | None = None,
         banks: Sequence[PromptBank | None] | None = None,
         router_noise: bool = False,
-        interpolate_pos_encoding: bool = False,
         output_attentions: bool = False,
+        **inputs: Any,
     ) -> MoPEOutput:
         """Classify a batch.
 
         Args:
-            pixel_values: (B,channels,height,width), as the vision backbone wants them.
-            input_ids, attention_mask, token_type_ids, position_ids: (B,L) integer, as the text backbone wants them. The mask may be
+            inputs: what the encoders read, by the names that the modalities have in a batch. Of images: pixel_values
+                (B,channels,height,width), as the backbone wants them, and interpolate_pos_encoding=True to take images of another
+                size than the encoder's, as transformers does: its encoding of positions is interpolated (not in a Swin
+                Transformer). Of texts: input_ids, attention_mask, token_type_ids, position_ids, (B,L) integer. The mask may be
                 on the CPU whatever the device: nothing is then computed for padding (see `on_device`).
             labels: (B,) integer, or (B,num_labels) of 0 and 1 with problem_type "multi_label".
-            cross_features: (B,Cc) of `encode_complementary`. The complementary encoder then does not run, and needs no inputs.
+            cross_features: (B,Cc) of `encode_complementary`. The complementary encoders then do not run, and need no inputs.
             banks: of `build_banks`, to project the prompts once for many batches.
             router_noise: add router noise in evaluation too.
-            interpolate_pos_encoding: take images of another size than the vision encoder's, as transformers does: its encoding of
-                positions is interpolated. Not in a Swin Transformer.
             output_attentions: refused.
 
         Raises:
-            TypeError: an input is no tensor.
+            TypeError: an input is no tensor, or has a name that no modality knows.
             ValueError: an input is missing or has another number of items; something has another shape; ids or labels that are on
                 the CPU lie outside of what there is; a text is longer than its encoder has positions; a bank is stale; attention
                 matrices are asked for; or positions cannot be interpolated.
@@ -469,33 +516,20 @@ class MoPEForClassification(SavedModel):
                 "output_attentions=True: the fused attention never forms the attention matrix, so it cannot be returned"
             )
         config = self.config
-        check_are_tensors(labels=labels, cross_features=cross_features)
-        inputs, padding = self._inputs(
-            pixel_values, input_ids, attention_mask, token_type_ids, position_ids, interpolate_pos_encoding
-        )
-        self._check_given(inputs, config.modalities if cross_features is None else (config.main,))
+        check_are_tensors({"labels": labels, "cross_features": cross_features})
+        read = self.read(inputs, config.modalities if cross_features is None else (config.main,))
         self._warn()
 
-        # torch.export fixes what len() gives.
-        batch = inputs[config.main][REQUIRED[config.main]].shape[0]
+        batch = read[config.main].batch
         psi = mapped = None
         if cross_features is not None:
-            psi = self._check_cross_features(cross_features, batch)
+            psi = self.check_cross_features(cross_features, batch)
         elif config.complementary:
-            psi, _ = self._encode(config.complementary, inputs, padding)
+            psi = self._encode_complementary(read)
         if self.mapper is not None and psi is not None:
-            mapped = self.mapper(psi.to(_dtype(self.mapper, psi.dtype)))[:, None]
-        noise = sample_noise(list(self._routers().values()), batch, always=router_noise)
-        features, routing = self._encode(
-            config.main,
-            inputs,
-            padding,
-            cross=psi,
-            mapped=mapped,
-            noise=noise,
-            top_k=config.train_top_k if self.training else config.eval_top_k,
-            banks=banks,
-        )
+            mapped = as_prompts(self.mapper(psi.to(_dtype(self.mapper, psi.dtype))))
+        noise = sample_noise(list(self.routers().values()), batch, always=router_noise)
+        features, routing = self._encode_main(read[config.main], psi, mapped, noise, banks)
         logits, features = self._classify(features, psi)
 
         unevenness = self._importance(routing, noise) if routing and (self.training or labels is not None) else None
@@ -505,93 +539,115 @@ class MoPEForClassification(SavedModel):
         return MoPEOutput(loss, logits, unevenness, routing or None, features)
 
     @in_frozen_dtype
-    def encode_complementary(
-        self,
-        *,
-        pixel_values: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
-    ) -> Tensor:
-        """psi (B,Cc), the feature of the complementary encoder, from what `forward` takes; the main encoder's part is ignored.
+    def encode_complementary(self, /, **inputs: Any) -> Tensor:
+        """psi (B,Cc), the features of the complementary encoders, from what `forward` takes; the main encoder's part is ignored.
 
         `forward(..., cross_features=psi)` then runs the main encoder alone, which saves time in every epoch but the first where the
-        complementary encoder trains nothing (`trains`).
+        complementary encoders train nothing (`trains`).
 
         Raises:
             ValueError: the method has no complementary encoder, or its input is missing.
         """
-        other = self.config.complementary
-        if other is None:
+        if not self.config.complementary:
             raise ValueError(f"method {self.config.method!r} has no complementary encoder")
-        inputs, padding = self._inputs(
-            pixel_values, input_ids, attention_mask, token_type_ids, position_ids, interpolate_pos_encoding
-        )
-        self._check_given(inputs, (other,))
-        return self._encode(other, inputs, padding)[0]
+        return self._encode_complementary(self.read(inputs, self.config.modalities[1:]))
 
-    def _inputs(
-        self,
-        pixel_values: Tensor | None,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        interpolate_pos_encoding: bool = False,
-    ) -> tuple[dict[str, dict[str, Any]], dict[str, Padding]]:
-        """What each encoder reads, and where its padding is."""
-        beside = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
-        check_are_tensors(pixel_values=pixel_values, input_ids=input_ids, **beside)
-        check_images(pixel_values)
-        if self.text is not None:
-            check_texts(self.text, input_ids, given_positions=position_ids is not None, **beside)
-        if interpolate_pos_encoding:
-            self._check_interpolates()
-        if attention_mask is not None and input_ids is not None and attention_mask.shape != input_ids.shape:
-            expected, found = tuple(input_ids.shape), tuple(attention_mask.shape)
-            raise ValueError(f"attention_mask must be {expected}, as input_ids is, got {found}")
-        given: dict[str, dict[str, Any]] = {
-            "vision": {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding or None},
-            "text": {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids},
-        }
-        inputs = {m: {name: value for name, value in of.items() if value is not None} for m, of in given.items()}
-        text: Any = self.text
-        seen = {name: value for of in inputs.values() for name, value in of.items() if isinstance(value, Tensor)}
-        self._warnings.of_inputs(seen, attention_mask, None if text is None else getattr(text.config, "pad_token_id", None))
-        padding = self._padding(attention_mask)
-        inputs["text"] = {name: padding.tokens_first(tensor) for name, tensor in inputs["text"].items()}
-        return inputs, {"vision": Padding(), "text": padding}
+    def combine(self, features: Sequence[Tensor]) -> Tensor:
+        """Combine the features of the complementary encoders, in the order of the configuration -> psi (B,Cc)."""
+        if len(features) == 1:
+            return features[0]
+        if self.config.combine == "sum":
+            return torch.stack([each.to(features[0].dtype) for each in features]).sum(0)
+        return torch.cat(list(features), dim=-1)
 
-    def _check_interpolates(self) -> None:
-        why = ""
-        if "vision" not in self.config.modalities:
-            why = f"method {self.config.method!r} has no vision encoder"
-        elif self._is_swin("vision"):
-            why = "the windows of a Swin Transformer fit images of one size, and it has no encoding of positions to interpolate"
-        elif not getattr(self._adapters["vision"], "interpolates", False):
-            name = type(self._adapters["vision"]).__name__
-            why = f"{name} does not say that its embed takes it (interpolates = True)"
-        if why:
-            raise ValueError(f"interpolate_pos_encoding: {why}")
+    def read(self, given: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, EncoderInputs]:
+        """Sort what a batch holds by encoder, and check it. `wanted` names the encoders that have to run.
 
-    def _check_given(self, inputs: dict[str, dict[str, Tensor]], modalities: Sequence[str]) -> None:
-        for modality in modalities:
-            if REQUIRED[modality] not in inputs[modality]:
+        Raises:
+            TypeError: an input is no tensor, or has a name that no modality knows.
+            ValueError: an input is missing, does not fit its encoder or the others.
+        """
+        self._check_names(given)
+        own = {name: slot.own(given) for name, slot in self.slots.items()}
+        for name, slot in self.slots.items():
+            _check(slot, self.backbone(name), own[name])
+        flags = self._flags(given)
+        if not torch.compiler.is_compiling():
+            self._doubts.say(d for name, slot in self.slots.items() for d in slot.modality.doubts(self.backbone(name), own[name]))
+        found = {name: self._inputs_of(name, own[name], flags[name]) for name in self.slots}
+        self._check_given(found, wanted)
+        return found
+
+    def _check_names(self, given: Mapping[str, Any]) -> None:
+        """Hold names and types of inputs to what there is. Those of modalities that the model lacks are left alone."""
+        for name, value in given.items():
+            slot = self._slot_of.get(name)
+            if slot is None:
+                hint = did_you_mean(name, self._slot_of)
+                raise TypeError(f"{type(self).__name__}: no encoder reads {name}{hint and '; ' + hint}")
+            if value is None or value is False:
+                continue
+            if name not in slot.flags:
+                check_are_tensors({name: value}, slot.modality.not_a_tensor)
+            elif slot.name not in self.slots:
+                raise ValueError(f"{name}: method {self.config.method!r} has no {slot.name} encoder")
+
+    def _flags(self, given: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
+        """The flags that are set, by encoder, under the names that `embed` gets."""
+        found: dict[str, dict[str, bool]] = {}
+        for name, slot in self.slots.items():
+            found[name] = {own: True for flag, own in slot.flags.items() if given.get(flag)}
+            for flag in found[name]:
+                self.check_takes(name, flag)
+        return found
+
+    def check_takes(self, modality: str, flag: str) -> None:
+        """ValueError, with the reason, where an encoder does not take a flag of its modality."""
+        if (why := self.encoder(modality).refusal(flag)) is not None:
+            raise ValueError(f"{flag}: {why}")
+
+    def check_flag(self, flag: str) -> None:
+        """ValueError, with the reason, where no encoder takes a flag."""
+        takers = [name for name, slot in self.slots.items() if flag in slot.modality.flags]
+        if not takers:
+            kind = next((name for name, modality in known().items() if flag in modality.flags), "such")
+            raise ValueError(f"{flag}: method {self.config.method!r} has no {kind} encoder")
+        for name in takers:
+            self.check_takes(name, flag)
+
+    def _inputs_of(self, name: str, own: dict[str, Tensor], flags: dict[str, bool]) -> EncoderInputs:
+        modality = self.slots[name].modality
+        mask = own.get(modality.mask) if modality.mask is not None else None
+        inputs = {of_encoder: own[of_batch] for of_batch, of_encoder in modality.inputs.items() if of_batch in own}
+        if mask is None:
+            return EncoderInputs({**inputs, **flags}, Padding())
+        if name in self._adapters:
+            mask = self._adapters[name].token_mask(self.backbone(name), mask)
+        per_token = modality.input_per_token
+        padding = Padding.of(mask, self.device, left=self.config.padding_side == "left", can_reorder=per_token)
+        if per_token:
+            inputs = {each: padding.tokens_first(tensor) for each, tensor in inputs.items()}
+        return EncoderInputs({**inputs, **flags}, padding)
+
+    def _check_given(self, inputs: Mapping[str, EncoderInputs], modalities: Sequence[str]) -> None:
+        slots = self.slots
+        for name in modalities:
+            modality = slots[name].modality
+            if modality.inputs[modality.required] not in inputs[name].given:
                 works_on = " and ".join(self.config.modalities)
-                raise ValueError(f"method {self.config.method!r} works on {works_on}: {REQUIRED[modality]} must be given")
-        sizes = [inputs[modality][REQUIRED[modality]].shape[0] for modality in modalities]
-        if sizes[0] != sizes[-1]:
-            found = ", ".join(f"{size} in {REQUIRED[modality]}" for size, modality in zip(sizes, modalities, strict=True))
+                raise ValueError(f"method {self.config.method!r} works on {works_on}: {slots[name].required} must be given")
+        sizes = [inputs[name].batch for name in modalities]
+        if any(size != sizes[0] for size in sizes):
+            found = ", ".join(f"{size} in {slots[name].required}" for size, name in zip(sizes, modalities, strict=True))
             raise ValueError(f"all inputs must hold the same number of items, got {found}")
 
-    def _check_cross_features(self, psi: Tensor, batch: int) -> Tensor:
-        other = self.config.complementary
-        if other is None:
+    def check_cross_features(self, psi: Tensor, batch: int) -> Tensor:
+        """Hold a given psi to (B,Cc)."""
+        width = self._cross_dim()
+        if width is None:
             raise ValueError(f"method {self.config.method!r} has no complementary encoder: cross_features must not be given")
-        if tuple(psi.shape) != (batch, self._widths[other]):
-            raise ValueError(f"cross_features must be {(batch, self._widths[other])}, got {tuple(psi.shape)}")
+        if tuple(psi.shape) != (batch, width):
+            raise ValueError(f"cross_features must be {(batch, width)}, got {tuple(psi.shape)}")
         return psi
 
     def _classify(self, features: Tensor, psi: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -629,137 +685,74 @@ class MoPEForClassification(SavedModel):
                 stacklevel=6,
             )
 
-    def _padding(self, attention_mask: Tensor | None) -> Padding:
-        """(B,L), 1 for tokens and 0 for padding. No value is read on an accelerator: the host would wait for it."""
-        if attention_mask is None:
-            return Padding()
-        mask, device, order = attention_mask.bool(), self.device, None
-        is_readable = mask.device.type == "cpu" and not torch.compiler.is_compiling()
-        if self.config.padding_side == "left":
-            packing = Packing.of(mask, device) if is_readable else None
-            return Padding(token_mask=mask.to(device, non_blocking=True), packing=packing)
-        lengths = mask.sum(-1)
-        # Attention and routers do not see an order of tokens, only their positions, which are counted after this. Where nobody may
-        # look whether there is anything to put in order, it costs a sort of B*L bytes and a gather for each input, once for all
-        # layers; with padding on the right it changes nothing.
-        if not is_readable or (mask[:, 1:] & ~mask[:, :-1]).any():
-            order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
-            mask = mask if not is_readable else mask.gather(1, order)
-            order = order.to(device, non_blocking=True)
-        packing = Packing.of(mask, device) if is_readable else None
-        return Padding(lengths.to(device, non_blocking=True), packing=packing, order=order)
+    def _encode_complementary(self, read: Mapping[str, EncoderInputs]) -> Tensor:
+        return self.combine([self._encode(m, read[m]) for m in self.config.modalities[1:]])
 
-    def _encode(
+    def _encode(self, modality: str, inputs: EncoderInputs) -> Tensor:
+        """Run a complementary encoder with its static prompts -> its feature (B,C)."""
+        with torch.set_grad_enabled(self._needs_graph(modality, *inputs.given.values())):
+            encoder = self._ready_encoder(modality)
+            if isinstance(encoder, WindowedEncoder):
+                return encoder.encode(*inputs, TrainedWindowPrompts(encoder.backbone, inputs.batch))[0]
+            return encoder.encode(*inputs, TrainedPrompts(self.prompts_of(modality)))[0]
+
+    def _encode_main(
         self,
-        modality: str,
-        inputs: dict[str, dict[str, Tensor]],
-        padding: dict[str, Padding],
-        *,
-        cross: Tensor | None = None,
-        mapped: Tensor | None = None,
-        noise: Sequence[Tensor | None] = (),
-        top_k: int | None = None,
-        banks: Sequence[PromptBank | None] | None = None,
-    ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """Run one encoder with its prompts -> its feature (B,C), and the routing of each block.
-
-        The feature is the normalised one of the first token, that of a Swin Transformer the mean over prompts and tokens.
-        """
-        if self._is_swin(modality):
-            return self._encode_swin(inputs, cross, noise, top_k, banks)
-        if modality not in self._attachments:
-            raise RuntimeError(f"the prompts of the {modality} backbone were detached and would be skipped: call attach() first")
-        backbone, adapter, where = self.backbone(modality), self._adapters[modality], padding[modality]
-        blocks = self._prompts_of(modality)
-        if banks is not None and len(banks) != len(blocks):
-            raise ValueError(f"banks must hold one entry for each of the {len(blocks)} prompted layers, got {len(banks)}")
-        bank_of = dict(zip(blocks, banks or [None] * len(blocks), strict=True))
-        layers = adapter.layers(backbone)
-        found = [i for i, layer in enumerate(layers) if isinstance(layer, PromptedLayer)]
-        if found != list(blocks):
-            raise RuntimeError(
-                f"layers {list(blocks)} of the {modality} backbone were prompted and layers {found} are: "
-                "others were put in their place after attach(), and prompts would be skipped"
-            )
-
-        routing: list[Routing] = []
-        # Drawn outside of what gradient checkpointing runs twice.
-        noise_of_layer = iter(noise)
-        with torch.set_grad_enabled(self._needs_graph(modality, cross, mapped, *noise, *inputs[modality].values())):
-            tokens = adapter.embed(backbone, inputs[modality], where.token_mask)
-            hidden_states, packing, mask = tokens, None, None
-            if modality == self.config.main and self.input_prompts is not None:
-                hidden_states = self.input_prompts(tokens, mapped)
-                mask = self.input_prompts.visible(where.as_mask(tokens.shape[1]), hidden_states)
-            elif where.packing is not None and adapter.is_row_wise(backbone):
-                packing, where = where.packing, Padding()
-                hidden_states = packing.pack(tokens)
-            else:
-                mask = where.as_mask(tokens.shape[1])
-            for i, layer in enumerate(layers):
-                if i not in blocks:
-                    hidden_states = self._run(_plain_layer, hidden_states, adapter=adapter, block=layer, mask=mask, packing=packing)
-                    continue
-                hidden_states, routed = self._run(
-                    layer,
-                    hidden_states,
-                    prompts=blocks[i],
-                    cross=cross,
-                    mapped=mapped,
-                    lengths=where.lengths,
-                    token_mask=where.token_mask,
-                    packing=packing,
-                    noise=None if blocks[i].experts is None else next(noise_of_layer),
-                    top_k=top_k,
-                    bank=bank_of[i],
-                    router=self.router,
-                )
-                if routed is not None:
-                    routing.append(routed)
-            if packing is None:
-                first = where.first_tokens(hidden_states[:, -tokens.shape[1] :])
-            else:
-                first = packing.first_tokens(hidden_states)
-            return adapter.normalize(backbone, first), tuple(routing)
-
-    def _encode_swin(
-        self,
-        inputs: dict[str, dict[str, Tensor]],
+        inputs: EncoderInputs,
         cross: Tensor | None,
+        mapped: Tensor | None,
         noise: Sequence[Tensor | None],
-        top_k: int | None,
         banks: Sequence[PromptBank | None] | None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        if banks is not None:
-            raise ValueError(NO_BANKS)
-        encoder: Any = self.vision
-        with torch.set_grad_enabled(self._needs_graph("vision", cross, *noise, *inputs["vision"].values())):
-            output = encoder(
-                **inputs["vision"],
+        """Run the main encoder with its prompts -> its feature (B,C), and the routing of each routed block."""
+        config, top_k = self.config, self.config.train_top_k if self.training else self.config.eval_top_k
+        with torch.set_grad_enabled(self._needs_graph(config.main, cross, mapped, *noise, *inputs.given.values())):
+            encoder = self._ready_encoder(config.main)
+            if isinstance(encoder, WindowedEncoder):
+                if banks is not None:
+                    raise ValueError(NO_BANKS)
+                swin = encoder.backbone
+                windows = TrainedWindowPrompts(swin, inputs.batch, cross, mapped=swin.mapped(cross), noise=noise, top_k=top_k)
+                return encoder.encode(*inputs, windows)
+            prompts = TrainedPrompts(
+                self.prompts_of(config.main),
                 cross=cross,
+                mapped=mapped,
                 noise=noise,
                 top_k=top_k,
-                checkpointing=self._checkpointing and self.training,
-                importance=False,
+                banks=banks,
+                router=self.router,
+                input_prompts=self.input_prompts,
             )
-        return output.features, output.routing
+            return encoder.encode(*inputs, prompts)
+
+    def _ready_encoder(self, modality: str) -> LayerwiseEncoder | WindowedEncoder:
+        """The encoder; RuntimeError where its prompts would be skipped."""
+        encoder = self.encoder(modality, checkpointing=self._checkpointing and self.training and torch.is_grad_enabled())
+        if isinstance(encoder, WindowedEncoder):
+            return encoder
+        if modality not in self._attachments:
+            raise RuntimeError(f"the prompts of the {modality} backbone were detached and would be skipped: call attach() first")
+        wanted, found = list(self._layers[modality]), encoder.prompted()
+        if found != wanted:
+            raise RuntimeError(
+                f"layers {wanted} of the {modality} backbone were prompted and layers {found} are: "
+                "others were put in their place after attach(), and prompts would be skipped"
+            )
+        return encoder
 
     def _needs_graph(self, modality: str, *given: Any) -> bool:
         """Whether anything in an encoder, or given to it, asks for gradients."""
         asked = any(isinstance(value, Tensor) and value.requires_grad for value in given)
         return torch.is_grad_enabled() and (asked or self.trains(modality))
 
-    def _run(self, layer: Callable[..., Any], hidden_states: Tensor, **inputs: Any) -> Any:
-        if self._checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, hidden_states, use_reentrant=False, **inputs)
-        return layer(hidden_states, **inputs)
-
     @in_frozen_dtype
     def build_banks(self) -> tuple[PromptBank | None, ...]:
         """Project the experts of each prompted layer once, for many calls of `forward(..., banks=banks)`.
 
         Differentiable where gradients are enabled. A bank refuses to run after its prompts have changed; build new ones as well
-        after a change to the backbone's own weights. None for a layer without experts.
+        after a change to the backbone's own weights. None for a layer without experts, and for one that changes the keys of prompts
+        after they are projected.
 
         Raises:
             ValueError: the main encoder is a Swin Transformer.
@@ -767,9 +760,10 @@ class MoPEForClassification(SavedModel):
         main = self.config.main
         if self._is_swin(main):
             raise ValueError(NO_BANKS)
+        frozen = {i: self.frozen_attention(main, i) for i in self.prompts_of(main)}
         return tuple(
-            None if block.experts is None else block.build_bank(self._frozen(main, i))
-            for i, block in self._prompts_of(main).items()
+            None if block.experts is None or not frozen[i].can_bank else block.build_bank(frozen[i])
+            for i, block in self.prompts_of(main).items()
         )
 
     @contextmanager
@@ -801,7 +795,7 @@ class MoPEForClassification(SavedModel):
             with torch.no_grad(), self.prepacked() if prepack else nullcontext():
                 options: dict[str, Any] = {} if self._is_swin(self.config.main) else {"banks": self.build_banks()}
                 if interpolate_pos_encoding:
-                    self._check_interpolates()
+                    self.check_flag("interpolate_pos_encoding")
                     options["interpolate_pos_encoding"] = True
                 predict = partial(self, **options) if options else self
                 if not graphs:
@@ -825,11 +819,19 @@ def _what_is_added(config: MoPEConfig) -> str:
     return f"what MoPEConfig adds to the encoders with {lengths}; take less, num_experts first"
 
 
-def _plain_layer(
-    hidden_states: Tensor, *, adapter: BackboneAdapter, block: nn.Module, mask: Tensor | None, packing: Packing | None
-) -> Tensor:
-    """A layer without prompts of its own: (B,L,C) -> (B,L,C)."""
-    return adapter.finish(block, hidden_states, adapter.attention(block).plain(hidden_states, mask, packing))
+def _check(slot: Slot, encoder: nn.Module, own: Mapping[str, Tensor]) -> None:
+    """`Modality.check`, which knows the inputs by the modality's own names."""
+    if not slot.prefix:
+        slot.modality.check(encoder, own)
+        return
+    try:
+        slot.modality.check(encoder, own)
+    except ValueError as error:
+        raise ValueError(f"{slot.name}: {error}") from error
+
+
+def _checkpointed(layer: Callable[..., Any], hidden_states: Tensor, **inputs: Any) -> Any:
+    return checkpoint(layer, hidden_states, use_reentrant=False, **inputs)
 
 
 def _dtype(module: nn.Module, without: torch.dtype = torch.float32) -> torch.dtype:

@@ -6,8 +6,7 @@ Nothing here, in `text` or in `vision` imports torch before it is needed: the co
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -150,40 +149,38 @@ class Slot:
     Args:
         name: in the model: the keyword of the encoder, and the prefix of the inputs if it is not the modality's own name.
         modality: what it is.
+
+    prefix: what stands in front of the modality's names in a batch.
+    inputs: name in a batch -> name that the encoder knows.
+    mask: name in a batch of the attention mask, None if there is no padding.
+    flags: name in a call -> name that `embed` gets, of switches.
+    names: of all tensors in a batch.
     """
 
     name: str
     modality: Modality
 
+    # What follows, computed once: a call of a model reads it.
+    prefix: str = field(init=False)
+    inputs: Mapping[str, str] = field(init=False)
+    mask: str | None = field(init=False)
+    flags: Mapping[str, str] = field(init=False)
+    names: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        modality = self.modality
+        prefix = "" if self.name == modality.name else f"{self.name}_"
+        inputs = {f"{prefix}{name}": own for name, own in modality.inputs.items()}
+        mask = None if modality.mask is None else f"{prefix}{modality.mask}"
+        flags = {f"{prefix}{name}": name for name in modality.flags}
+        names = (*inputs, *(() if mask is None else (mask,)))
+        for name, value in dict(prefix=prefix, inputs=inputs, mask=mask, flags=flags, names=names).items():
+            object.__setattr__(self, name, value)
+
     @property
-    def prefix(self) -> str:
-        """What stands in front of the modality's names in a batch."""
-        return "" if self.name == self.modality.name else f"{self.name}_"
-
-    @cached_property
-    def inputs(self) -> dict[str, str]:
-        """Name in a batch -> name that the encoder knows."""
-        return {f"{self.prefix}{name}": own for name, own in self.modality.inputs.items()}
-
-    @cached_property
     def required(self) -> str:
         """Name in a batch of the input that the encoder cannot do without."""
         return f"{self.prefix}{self.modality.required}"
-
-    @cached_property
-    def mask(self) -> str | None:
-        """Name in a batch of the attention mask, None if there is no padding."""
-        return None if self.modality.mask is None else f"{self.prefix}{self.modality.mask}"
-
-    @cached_property
-    def flags(self) -> dict[str, str]:
-        """Name in a call -> name that `embed` gets, of switches."""
-        return {f"{self.prefix}{name}": name for name in self.modality.flags}
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """All tensors of this slot by their names in a batch."""
-        return (*self.inputs, *(() if self.mask is None else (self.mask,)))
 
     @property
     def column(self) -> str:
@@ -198,7 +195,7 @@ class Slot:
     def own(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a batch holds of this slot, under the modality's own names; what is None is left out."""
         start = len(self.prefix)
-        return {name[start:]: given[name] for name in self.names if given.get(name) is not None}
+        return {name[start:]: given[name] for name in self.names if name in given and given[name] is not None}
 
 
 _MODALITIES: dict[str, Modality] = {}

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 import mope
-from mope.checks import Warnings, check_are_tensors, check_encoder, check_images, check_labels_of, check_texts
+from mope.checks import Doubts, check_are_tensors, check_encoder, check_labels_of
 from mope.fused.prepack import PrepackedLayers
 from mope.fusion.base import FusionModel
 from mope.fusion.checkpoint import CONFIG, DTYPES, WEIGHTS, read_tensors
 from mope.fusion.frozen import HALF, CastWeights
 from mope.fusion.heads import task_loss
 from mope.fusion.sources import find_source, source_of, source_record, warn_of_missing
+from mope.modalities import Slot, find_modality
 from mope.printing import describe_output
 
 from .albef import AlbefModel
@@ -72,7 +73,7 @@ class ClassifierConfig:
     method: ClassVar[str] = SYSTEM
     modalities: ClassVar[tuple[str, ...]] = ("vision", "text")
     main: ClassVar[str] = "text"
-    complementary: ClassVar[str | None] = None
+    complementary: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         names = self.id2label
@@ -163,7 +164,7 @@ class ModeXForClassification(FusionModel):
         self._source = source_of(model)
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._cast: CastWeights | None = None
-        self._warnings = Warnings()
+        self._doubts = Doubts()
         self.adapters = None if config is None else attach(model, config)
         try:
             for name, parameter in model.named_parameters():
@@ -285,13 +286,18 @@ class ModeXForClassification(FusionModel):
         """
         if self.adapters is not None and not self.adapters.attached:
             raise RuntimeError("the adapters of this model were detached: make a new model")
-        of_text: dict[str, Any] = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        check_are_tensors(pixel_values=pixel_values, input_ids=input_ids, labels=labels, **of_text)
-        text = self.backbone("text")
-        check_images(pixel_values)
-        check_texts(text, input_ids, **of_text)
-        given = {"pixel_values": pixel_values, "input_ids": input_ids}
-        self._warnings.of_inputs(given, attention_mask, getattr(text.config, "pad_token_id", None))
+        given = {
+            "pixel_values": pixel_values,
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+        }
+        check_are_tensors({"labels": labels})
+        for name in ("vision", "text"):
+            slot, encoder = Slot(name, find_modality(name)), self.backbone(name)
+            check_are_tensors({n: given.get(n) for n in slot.names}, slot.modality.not_a_tensor)
+            slot.modality.check(encoder, own := slot.own(given))
+            self._doubts.say(slot.modality.doubts(encoder, own))
         if len(pixel_values) != len(input_ids):
             raise ValueError(f"as many texts as images are needed, got {len(input_ids)} and {len(pixel_values)}")
         dtype = self.frozen_dtype

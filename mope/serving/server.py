@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from mope.backbones import base_model
+from mope.checks import check_encoder
 from mope.fusion import MoPEConfig
 from mope.fusion.checkpoint import WEIGHTS, check_backbone, describe, load_backbone, read_config, read_tensors
 from mope.graphs import CudaGraphRunner
+from mope.modalities import known
 from mope.printing import ranked
 
 from .model import MultiTaskModel
@@ -86,7 +88,8 @@ class MoPEServer:
     The backbones are prompted in place, as by `MoPEForClassification`, and given back by `close`.
 
     Args:
-        vision, text: the backbones that the tasks were trained with. Those not given come from the folder of the first task.
+        backbones: `vision=`, `text=` and so on, which the tasks were trained with. Those not given come from the folder of the
+            first task.
         config: what the tasks have in common. Default: that of the first task.
         capacity: how many tasks there may be at a time.
         max_labels: the most labels that a task may have. None: as many as the largest task has, and a task with more than any
@@ -109,8 +112,6 @@ class MoPEServer:
     def __init__(
         self,
         *,
-        vision: nn.Module | None = None,
-        text: nn.Module | None = None,
         config: MoPEConfig | None = None,
         capacity: int = 16,
         max_labels: int | None = None,
@@ -121,6 +122,7 @@ class MoPEServer:
         max_graphs: int = 8,
         batch_sizes: Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
+        **backbones: nn.Module | None,
     ) -> None:
         for name, value in {"capacity": capacity, "max_labels": max_labels}.items():
             if value is not None and value < 1:
@@ -131,7 +133,12 @@ class MoPEServer:
         if self._graph_options is not None:
             # Wrong options are an error now, not in the first call.
             CudaGraphRunner(self.forward, **self._graph_options)
-        self._backbones = {"vision": vision, "text": text}
+        for name, backbone in backbones.items():
+            if name not in known() and not isinstance(backbone, nn.Module):
+                raise TypeError(f"MoPEServer got an unknown argument {name}")
+            if backbone is not None:
+                check_encoder(backbone, name)
+        self._backbones = backbones
         self._tasks: dict[str, _Task] = {}
         self._model: MultiTaskModel | None = None
         # What `describe` says of each backbone.
@@ -142,9 +149,10 @@ class MoPEServer:
         self._open = ExitStack()
         if config is not None:
             _check_served("MoPEServer", config)
-            if vision is None or text is None:
-                raise ValueError("MoPEServer: config says how to prompt the backbones: give vision and text as well")
-            self._start(config, {"vision": vision, "text": text})
+            if any(backbones.get(name) is None for name in config.modalities):
+                needed = " and ".join(sorted(config.modalities, reverse=True))
+                raise ValueError(f"MoPEServer: config says how to prompt the backbones: give {needed} as well")
+            self._start(config, {name: backbone for name, backbone in backbones.items() if backbone is not None})
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -165,8 +173,10 @@ class MoPEServer:
         loaded = f"{len(tasks)} of {self.capacity} slots: {', '.join(tasks)}" if tasks else f"0 of {self.capacity} slots"
         if model is None:
             return f"MoPEServer({loaded})"
-        encoders = " and ".join(f"{m} {type(model.backbone(m)).__name__}" for m in ("vision", "text"))
-        dtype = model.frozen_dtype or next(model.backbone(model.config.main).parameters()).dtype
+        encoders = " and ".join(
+            f"{m} {type(model.task.backbone(m)).__name__}" for m in sorted(model.config.modalities, reverse=True)
+        )
+        dtype = model.task.frozen_dtype or next(model.task.backbone(model.config.main).parameters()).dtype
         return f"MoPEServer({loaded}; {encoders}; {str(dtype).removeprefix('torch.')} on {model.device})"
 
     def load(self, task: str, path: str | Path, *, replace: bool = False) -> None:
@@ -192,7 +202,7 @@ class MoPEServer:
             self._check_free(task, replace)
             is_first = self._model is None
             if is_first:
-                found = {m: given or load_backbone(folder, m, records[m]) for m, given in self._backbones.items()}
+                found = {m: self._backbones.get(m) or load_backbone(folder, m, records[m]) for m in config.modalities}
                 self._start(config, found, records)
             model = self._running()
             try:
@@ -282,17 +292,16 @@ class MoPEServer:
         try:
             model = MultiTaskModel(
                 config,
-                vision=backbones["vision"].to(self.device),
-                text=backbones["text"].to(self.device),
+                {name: backbone.to(self.device) for name, backbone in backbones.items()},
                 capacity=self.capacity,
                 max_labels=self.max_labels or config.num_labels,
                 dtype=self.dtype,
             )
-            self._open.callback(model.detach)
+            self._open.callback(model.task.detach)
             if self.interpolate_pos_encoding:
-                model._check_interpolates()
+                model.task.check_flag("interpolate_pos_encoding")
             if self.prepack:
-                self._open.enter_context(model.prepacked())
+                self._open.enter_context(model.task.prepacked())
             self._model = model
         # The next call starts anew, with backbones as they were.
         except BaseException:

@@ -100,7 +100,7 @@ class StackedRouter(StackedModule):
         return self(task_ids, cross) if pooled is None else self(task_ids, cross, pooled)
 
 
-class LayerPrompts(TaskStack):
+class StackedPrompts(TaskStack):
     """Static prompts and experts of one layer, projected when a task is loaded: see `MoPEAttention.build_bank`.
 
     Args:
@@ -134,8 +134,10 @@ class LayerPrompts(TaskStack):
         lengths: Tensor | None,
         packing: Packing | None,
         top_k: int | None,
+        token_mask: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """As `MoPEAttention`, with the task (B,) of each item: the output in the shape of x, and the routing among its experts."""
+        _refuse_mask(token_mask)
         instance_key = instance_value = None
         if mapped is not None:
             instance_key, instance_value = frozen.keys_and_values(frozen.normalize(mapped.to(x.dtype)))
@@ -197,8 +199,10 @@ class LayerStatic(TaskStack):
         task_ids: Tensor,
         lengths: Tensor | None,
         packing: Packing | None,
+        token_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """As `MoPEAttention`, with the task (B,) of each item: the output in the shape of x."""
+        _refuse_mask(token_mask)
         out = mope_kernels.prompt_attention(
             *frozen.project(x),
             *frozen.keys_and_values(frozen.normalize(self["static"][task_ids].to(x.dtype))),
@@ -209,6 +213,11 @@ class LayerStatic(TaskStack):
             impl=self.impl,
         )
         return frozen.merge(out), None
+
+
+def _refuse_mask(token_mask: Tensor | None) -> None:
+    if token_mask is not None:
+        raise ValueError("only padding on the right is served: put what is no padding first in each item")
 
 
 class _Logits(nn.Module):

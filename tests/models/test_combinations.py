@@ -100,4 +100,5 @@ def test_any_combination_trains_or_says_why_not(drawn: dict[str, Any], vision: s
 
 def psi_alone(model: MoPEForClassification) -> tuple[str, ...]:
     """The encoder that psi comes from."""
-    return (f"{model.config.complementary}.",) if model.config.method == "mope" and not model.config.use_mapped else ()
+    unmapped = model.config.method == "mope" and not model.config.use_mapped
+    return tuple(f"{name}." for name in model.config.complementary) if unmapped else ()

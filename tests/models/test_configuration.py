@@ -87,7 +87,7 @@ def test_configs_do_not_change() -> None:
         ({"num_labels": 3, "id2label": ["a"]}, "id2label must name 0..2"),
         ({"id2label": {1: "a", 2: "b"}}, "id2label must name 0..1"),
         ({"method": "cross_attention"}, "method must be one of 'mope'"),
-        ({"main": "audio"}, "main must be one of 'vision', 'text'"),
+        ({"main": "audio"}, "modality 'audio' is not known; known are 'text', 'vision'"),
         ({"head": "deep"}, "head must be one of"),
         ({"num_experts": 0}, "num_experts must be an integer of at least 1"),
         ({"static_length": 1.5}, "static_length must be an integer"),

@@ -24,9 +24,9 @@ def test_features_computed_before_give_the_same(options: dict[str, Any], swin: b
     batch = with_swin.inputs() if swin else inputs()
     expected = model(**batch).logits
     psi = model.encode_complementary(**batch)
-    assert psi.shape == (len(expected), model._widths[model.config.complementary])
+    assert psi.shape == (len(expected), model.widths[model.config.complementary[0]])
     of_main = {n: t for n, t in batch.items() if (n == "pixel_values") == (model.config.main == "vision")}
-    complementary = model.backbone(model.config.complementary)
+    complementary = model.backbone(model.config.complementary[0])
     complementary.register_forward_pre_hook(lambda *_: pytest.fail("the complementary encoder ran"))
     for module in complementary.modules():
         module.register_forward_pre_hook(lambda *_: pytest.fail("the complementary encoder ran"))
@@ -118,7 +118,7 @@ def test_features_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("main", ["vision", "text"])
 def test_trains_where_prompts_or_weights_do(make: Any, main: str) -> None:
     model: MoPEForClassification = make(main=main, cross_prompt_length=0)
-    other = model.config.complementary
+    (other,) = model.config.complementary
     assert model.trains(main) and not model.trains(other)
     assert not make(method="late_concat", static_length=0, main=main).trains(main)
     model = make(main=main, cross_prompt_length=2)

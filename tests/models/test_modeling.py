@@ -204,7 +204,7 @@ def test_noise_may_be_all_that_is_learned(vision: str, checkpointing: bool, monk
     model = fused(prompt_dropout=0.0, importance_weight=0.0, temperature=1.0).requires_grad_(False)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    places = len(model._routers())
+    places = len(model.routers())
     noise = [torch.randn(len(batch["input_ids"]), model.config.num_experts, dtype=torch.float64) for _ in range(places)]
     step = [torch.randn_like(n) for n in noise]
 

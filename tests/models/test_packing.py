@@ -10,6 +10,7 @@ from torch import Tensor
 from mope import MoPEForClassification
 from mope.backbones import BackboneAdapter
 from mope.fused import Packing
+from mope.fused.padding import Padding
 
 from .tiny import LENGTHS, TEXTS, fusion, inputs
 
@@ -91,15 +92,15 @@ def test_layers_that_look_at_more_than_one_row_are_not_packed(monkeypatch: pytes
     model.text.config.chunk_size_feed_forward = 1
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-9, atol=1e-12)
     # Nothing is known of other architectures.
-    assert BackboneAdapter.is_row_wise(model._adapters["vision"], model.vision) is False
+    assert BackboneAdapter.is_row_wise(model.encoder("vision").adapter, model.vision) is False
 
 
 def test_a_mask_is_read_only_where_nobody_waits_and_nothing_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, mask = fusion(), inputs()["attention_mask"]
-    assert model._padding(mask).packing is not None
-    assert fusion().to("meta")._padding(mask.to("meta")).packing is None
+    mask, device = inputs()["attention_mask"], torch.device("cpu")
+    assert Padding.of(mask, device).packing is not None
+    assert Padding.of(mask.to("meta"), torch.device("meta")).packing is None
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert model._padding(mask).packing is None
+    assert Padding.of(mask, device).packing is None
 
 
 def test_rows_return_to_their_places() -> None:
@@ -121,6 +122,6 @@ def test_the_mask_stays_on_the_host() -> None:
     }
     # Where it has to be used as it is, it follows.
     model = fusion(main="text", method="static_mapped", prompt_depth="shallow").to("meta")
-    assert model._padding(batch["attention_mask"]).lengths.is_meta
+    assert model.read(moved, ["text"])["text"].padding.lengths.is_meta
     with torch.no_grad():
         assert model(**moved).logits.is_meta

@@ -152,7 +152,7 @@ def test_is_the_published_composition() -> None:
     """psi is the prompted BERT's first token, the head reads the mean over prompts and tokens, and the loss adds the importance."""
     model, batch, labels = fusion(importance_threshold=0.0, importance_weight=0.5).eval(), inputs(), torch.tensor([0, 1, 2, 0])
     output = model(**batch, labels=labels)
-    psi, _ = model._encode("text", {"text": {"input_ids": batch["input_ids"]}}, {"text": model._padding(batch["attention_mask"])})
+    psi = model.encode_complementary(**batch)
     encoded = model.vision(batch["pixel_values"], psi)
     torch.testing.assert_close(output.features, encoded.features, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(output.logits, model.head[0](encoded.features), rtol=1e-12, atol=1e-12)
@@ -411,7 +411,7 @@ def test_what_a_swin_or_another_backbone_does_not_have_is_refused() -> None:
         MoPEForClassification(MoPEConfig(num_labels=2, method="image_only"), vision=encoder_for(swin()))
     with pytest.raises(ValueError, match="SwinModel is not prompted layer by layer"):
         attach(swin())
-    with pytest.raises(ValueError, match=r"pixel_values must be \(B, 3, 56, 56\), got \(4, 3, 58, 58\)"):
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, 56, 56\), got \(4, 3, 58, 58\)"):
         fusion()(**{**inputs(), "pixel_values": torch.zeros(BATCH, 3, 58, 58)})
 
 

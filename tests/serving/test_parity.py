@@ -119,7 +119,7 @@ def test_the_host_never_waits(case: str, raw_ops: set[str]) -> None:
     with torch.device("meta"):
         encoders = backbones(*options.pop("encoders", ("vit", "bert")), dtype=torch.float32)
         config = MoPEConfig(**{**SIZES, "num_labels": 3, **options})
-        model = MultiTaskModel(config, **encoders, capacity=4, max_labels=5)
+        model = MultiTaskModel(config, encoders, capacity=4, max_labels=5)
         batch = {name: tensor.to("meta") for name, tensor in inputs(encoders).items()}
         with NothingOnTheHost():
             logits = model.classify(torch.empty(len(batch["input_ids"]), dtype=torch.int64), **batch)

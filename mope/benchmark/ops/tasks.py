@@ -44,7 +44,7 @@ def build(case: Case, dtype: torch.dtype) -> Problem:
 
     ours = MultiTaskModel(
         config,
-        **{name: backbone.to(device) for name, backbone in models.new_backbones(shape).items()},
+        {name: backbone.to(device) for name, backbone in models.new_backbones(shape).items()},
         capacity=loaded,
         max_labels=config.num_labels,
         dtype=dtype if half else None,
@@ -87,12 +87,12 @@ def build(case: Case, dtype: torch.dtype) -> Problem:
         return (torch.cat(found)[order],)
 
     calls = {task: of_model(model) for task, model in of_task.items()}
-    together, vision = in_graphs(ours.classify), cast(Any, ours.vision)
+    together, vision = in_graphs(ours.classify), cast(Any, ours.task.vision)
     return Problem(
         inputs,
         {"ours": lambda **tensors: (together(task_ids=task_ids, **tensors),), "a model for each task": one_after_the_other},
         definition,
-        models.windows_run_by(vision.blocks()[0][0], dtype) if shape.depths else models.layers_run_by(ours),
+        models.windows_run_by(vision.blocks()[0][0], dtype) if shape.depths else models.layers_run_by(ours.task),
         None,
         dtype,
         recorded=device.type == "cuda",

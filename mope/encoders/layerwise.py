@@ -1,0 +1,166 @@
+"""One encode for all that runs an encoder layer by layer: a model, a server of many tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from mope.backbones import BackboneAdapter, PromptedLayer
+from mope.fused import InputPrompts, MoPEAttention, Packing, PromptBank, Router
+from mope.fused.padding import Padding
+from mope_kernels import Routing
+
+Run = Callable[..., Any]
+
+
+class LayerPrompts:
+    """Where a `LayerwiseEncoder` gets its prompts from. This one has none.
+
+    >>> feature, routing = encoder.encode(inputs, padding, LayerPrompts())
+    """
+
+    def of_input(self, tokens: Tensor, padding: Padding) -> tuple[Tensor, Tensor | None] | None:
+        """Return rows with prompts in front of the tokens (B,L,C), and which of them attention sees; None without prompts there."""
+        return None
+
+    def of_layer(self, index: int) -> dict[str, Any] | None:
+        """Return what a prompted layer gets beside its tokens, `prompts` among it; None if this layer is not prompted."""
+        return None
+
+
+class TrainedPrompts(LayerPrompts):
+    """The prompts of one task, as they train.
+
+    Args:
+        blocks: the prompts of each prompted layer, by its index.
+        cross, mapped: psi (B,Cc), and mapped prompts (B,M,C), for all layers.
+        noise: (B,K) for each routed layer, in order. It is drawn outside of what gradient checkpointing runs twice.
+        top_k: experts of each item, None for all.
+        banks: for each prompted layer, of `MoPEAttention.build_bank`.
+        router: the one that layers share.
+        input_prompts: in front of the first layer.
+
+    Raises:
+        ValueError: there are more or fewer banks than prompted layers.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[int, MoPEAttention],
+        *,
+        cross: Tensor | None = None,
+        mapped: Tensor | None = None,
+        noise: Sequence[Tensor | None] = (),
+        top_k: int | None = None,
+        banks: Sequence[PromptBank | None] | None = None,
+        router: Router | None = None,
+        input_prompts: InputPrompts | None = None,
+    ) -> None:
+        if banks is not None and len(banks) != len(blocks):
+            raise ValueError(f"banks must hold one entry for each of the {len(blocks)} prompted layers, got {len(banks)}")
+        self.blocks, self.cross, self.mapped, self.top_k, self.router = blocks, cross, mapped, top_k, router
+        self.input_prompts = input_prompts
+        self._noise: Iterator[Tensor | None] = iter(noise)
+        self._banks = dict(zip(blocks, banks or [None] * len(blocks), strict=True))
+
+    def of_input(self, tokens: Tensor, padding: Padding) -> tuple[Tensor, Tensor | None] | None:
+        """Return shallow prompts in front of the tokens."""
+        if self.input_prompts is None:
+            return None
+        rows = self.input_prompts(tokens, self.mapped)
+        return rows, self.input_prompts.visible(padding.as_mask(tokens.shape[1]), rows)
+
+    def of_layer(self, index: int) -> dict[str, Any] | None:
+        """Return the arguments of `MoPEAttention`."""
+        block = self.blocks.get(index)
+        if block is None:
+            return None
+        return {
+            "prompts": block,
+            "cross": self.cross,
+            "mapped": self.mapped,
+            "noise": None if block.experts is None else next(self._noise),
+            "top_k": self.top_k,
+            "bank": self._banks[index],
+            "router": self.router,
+        }
+
+
+class LayerwiseEncoder:
+    """A frozen encoder whose layers are prompted one by one.
+
+    Args:
+        backbone: the model, with `PromptedLayer`s where it is prompted.
+        adapter: of its architecture.
+        run: calls a layer; what checkpoints gradients is another one.
+    """
+
+    def __init__(self, backbone: nn.Module, adapter: BackboneAdapter, *, run: Run | None = None) -> None:
+        self.backbone, self.adapter, self._run = backbone, adapter, run or _call
+
+    def refusal(self, flag: str) -> str | None:
+        """Return why the encoder does not take a flag of its modality, None if it does."""
+        if self.adapter.takes(flag):
+            return None
+        return f"{type(self.adapter).__name__} does not say that its embed takes it (interpolates = True)"
+
+    def encode(self, inputs: Mapping[str, Any], padding: Padding, prompts: LayerPrompts) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Encode inputs, by the names that the encoder knows -> its feature (B,C), and the routing of each routed layer."""
+        backbone, adapter, run = self.backbone, self.adapter, self._run
+        tokens = adapter.embed(backbone, dict(inputs), padding.token_mask)
+        context = adapter.context(backbone, tokens, padding)
+        packing, mask = padding.packing, None
+        if (at_input := prompts.of_input(tokens, padding)) is not None:
+            hidden_states, mask = at_input
+            packing = None
+        elif packing is not None and context is None and adapter.is_row_wise(backbone):
+            hidden_states, padding = packing.pack(tokens), Padding(packing=packing)
+        else:
+            hidden_states, mask, packing = tokens, padding.as_mask(tokens.shape[1]), None
+        if packing is None:
+            padding = padding.without_packing()
+        routing: list[Routing] = []
+        for i, layer in enumerate(adapter.layers(backbone)):
+            given = prompts.of_layer(i)
+            if given is None:
+                hidden_states = run(
+                    _plain_layer, hidden_states, adapter=adapter, block=layer, mask=mask, packing=packing, context=context
+                )
+                continue
+            hidden_states, routed = run(
+                layer,
+                hidden_states,
+                lengths=padding.lengths,
+                token_mask=padding.token_mask,
+                packing=packing,
+                context=context,
+                **given,
+            )
+            if routed is not None:
+                routing.append(routed)
+        if at_input is not None:
+            hidden_states = hidden_states[:, -tokens.shape[1] :]
+        feature = adapter.pool(backbone, hidden_states, padding)
+        return adapter.normalize(backbone, feature), tuple(routing)
+
+    def prompted(self) -> list[int]:
+        """Return which layers are prompted."""
+        return [i for i, layer in enumerate(self.adapter.layers(self.backbone)) if isinstance(layer, PromptedLayer)]
+
+
+def _call(layer: Callable[..., Any], hidden_states: Tensor, **inputs: Any) -> Any:
+    return layer(hidden_states, **inputs)
+
+
+def _plain_layer(
+    hidden_states: Tensor, *, adapter: BackboneAdapter, block: nn.Module, mask: Tensor | None, packing: Packing | None, context: Any
+) -> Tensor:
+    """A layer without prompts of its own: (B,L,C) -> (B,L,C)."""
+    return adapter.finish(block, hidden_states, adapter.attend(block, context).plain(hidden_states, mask, packing))
+
+
+def as_prompts(mapped: Tensor) -> Tensor:
+    """What a mapper gives, one prompt (B,C) or several (B,M,C) -> (B,M,C)."""
+    return mapped[:, None] if mapped.dim() == 2 else mapped
