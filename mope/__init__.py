@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 from mope.lazy import lazily
 
+# Teaches training the files and the order of windows of the released code; imports nothing that takes time.
+from .released import opening as _opening  # noqa: F401
+
 if TYPE_CHECKING:
     from mope.backbones import register_backbone
     from mope.fusion import MoPEConfig, MoPEForClassification

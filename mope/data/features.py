@@ -113,9 +113,9 @@ def cached_features(
     """psi of every example of a split, from the cache in `folder` where it has it, else computed now and put there.
 
     A feature is kept under what it was made of: the text, or path, size and time of change of the image file, of all that is
-    complementary; the weights of the encoders; tokenizer or image processor, and the versions of the libraries behind them. Whatever of it changes, the features
-    concerned are computed anew, and no others. (The bytes of images are not read: that would take as long as training reads them. A
-    changed image whose size and time of change are the old ones goes unnoticed.)
+    complementary; the weights of the encoders; tokenizer or image processor, and the versions of the libraries behind them.
+    Whatever of it changes, the features concerned are computed anew, and no others. (The bytes of images are not read: that would
+    take as long as training reads them. A changed image whose size and time of change are the old ones goes unnoticed.)
 
     Under torch.distributed every process computes a part; all have to call this.
 

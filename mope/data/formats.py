@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mope.modalities import DataError, Slot, Source, find_modality
+from mope.modalities import DataError, Slot, Source, find_modality, slots_of
 from mope.modalities.reading import SHOWN, is_key, listed, shown
 
 SPLITS = {"train": ("train.jsonl",), "dev": ("dev.jsonl", "val.jsonl"), "test": ("test.jsonl",)}
@@ -103,6 +103,12 @@ class Split:
 def slots_named(wanted: Iterable[str | Slot]) -> tuple[Slot, ...]:
     """Return slots as they are, and one for each name of a modality. ValueError where there is no such modality."""
     return tuple(each if isinstance(each, Slot) else Slot(each, find_modality(each)) for each in wanted)
+
+
+def slots_to_read(config: Any) -> tuple[Slot, ...] | None:
+    """Return the `modalities` of `read_split` for the model of a configuration: None, text and image, where it reads no others."""
+    slots = slots_of(config)
+    return tuple(slots.values()) if set(slots) - set(READ) else None
 
 
 class _Format(NamedTuple):

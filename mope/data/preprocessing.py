@@ -64,7 +64,7 @@ class Preprocessing:
         Raises:
             DataError: items do not fit together, such as images of different sizes.
         """
-        batch = {}
+        batch: dict[str, Tensor] = {}
         for slot, reader in self._readers:
             # Not where features take its place.
             if slot.required in items[0]:

@@ -43,6 +43,8 @@ class Modality:
     column: ClassVar[str | None] = None
     # Attribute of a model, and folder in a saved one, with what makes inputs of raw items; None: none is needed.
     processor: ClassVar[str | None] = None
+    # What the command line says of its option beside "from the hub or a folder".
+    processor_hint: ClassVar[str] = ""
     # Whether readers pass raw items through the augmentation of `mope.data.Examples`.
     augments: ClassVar[bool] = False
     # Several items, in messages.

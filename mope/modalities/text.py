@@ -163,9 +163,9 @@ class Texts(Reader):
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return `input_ids`, `attention_mask`, `token_type_ids` (B,L) int64."""
-        ones = [{"attention_mask": [1] * len(item["input_ids"])} for item in items]
-        rows = [{"input_ids": item["input_ids"]} | one | item for item, one in zip(items, ones, strict=True)]
-        return {name: self._pad([row[name] for row in rows], self._padding.values[name]) for name in rows[0]}
+        rows = {name: [item[name] for item in items] for name in items[0]}
+        rows["attention_mask"] = [[1] * len(ids) for ids in rows["input_ids"]]
+        return {name: self._pad(rows[name], value) for name, value in self._padding.values.items() if name in rows}
 
     def digest(self) -> Any:
         """Return the state of the tokenizer, and how texts are cut and padded."""

@@ -29,6 +29,7 @@ class Vision(Modality):
     flags = ("interpolate_pos_encoding",)
     column = "image"
     processor = "image_processor"
+    processor_hint = '"published": that of the published training'
     augments = True
     plural = "images"
 
@@ -90,7 +91,7 @@ class Vision(Modality):
 
     def identity(self, raw: Path | None) -> str | None:
         """Return the name of the file."""
-        return raw and raw.name
+        return None if raw is None else raw.name
 
     def text_of(self, raw: Path | None) -> None:
         """Return nothing: an image has no words."""

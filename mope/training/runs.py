@@ -20,9 +20,9 @@ from mope.finite import NotFiniteError, infinite
 from mope.fusion.base import FusionModel
 from mope.modalities import complementary_of, slots_of
 
+from .encoders import processor_options
 from .evaluation import evaluate
 from .options import RunOptions
-from .names import option_of
 from .recipe import Recipe
 from .trainer import FusionTrainer, last_checkpoint, read_state
 
@@ -115,8 +115,8 @@ class TrainingRun:
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             first = repr(self.splits["train"].examples[0].id)
             given = ", ".join([first, *filter(None, (slot.modality.describe(slot.own(batch)) for slot in slots))])
-            processors = sorted({slot.processor.replace("_", " ") for slot in slots if slot.processor})
-            advice = f". Name the {' and the '.join(processors)} of these encoders ({', '.join(map(option_of, processors))})"
+            processors = processor_options(slots)
+            advice = f". Name the {' and the '.join(processors)} of these encoders ({', '.join(processors.values())})"
             raise ValueError(
                 f"the first training example, {given}, does not go through the model: {error}{advice if processors else ''}"
             ) from error
