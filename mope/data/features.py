@@ -292,7 +292,7 @@ def _encode(model: MoPEForClassification, loader: DataLoader[dict[str, Any]]) ->
     try:
         # A bar, on a terminal only.
         for batch in tqdm(
-            loader, f"features of the {', '.join(model.config.complementary)} encoder", disable=_rank()[0] > 0 or None
+            loader, f"features of the {', '.join(model.config.modalities[1:])} encoder", disable=_rank()[0] > 0 or None
         ):
             inputs: dict[str, Any] = model.on_device(batch)
             with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
