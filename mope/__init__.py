@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mope_kernels import __version__
 
     from .graphs import CudaGraphRunner
+    from .modalities import register_modality
     from .released.acceleration import accelerate
     from .released.encoder import load_released_encoder
     from .released.loading import load_released_checkpoint
@@ -35,6 +36,7 @@ __all__ = [
     "load_released_checkpoint",
     "load_released_encoder",
     "register_backbone",
+    "register_modality",
 ]
 
 _RELEASED = ("accelerate", "load_released_checkpoint", "load_released_encoder")
@@ -48,5 +50,6 @@ __getattr__ = lazily(
         "GraphedStep": ".training.graphs",
         "MoPEServer": ".serving",
         "register_backbone": ".backbones",
+        "register_modality": ".modalities",
     },
 )

@@ -38,6 +38,9 @@ class Architecture:
         "layer_norm_eps",
     )
 
+    # The class of the model, where it is not one of transformers' own: a checkpoint names it, and cannot import it.
+    model_class: ClassVar[Any] = None
+
     def hidden_size(self, model: Any) -> int:
         """C."""
         return model.config.hidden_size
@@ -128,15 +131,24 @@ class BackboneAdapter(Architecture, ABC):
         """Return what is added to the scores of tokens, broadcastable to (B,H,L,L), None for nothing."""
         return None
 
+    @property
+    def adds_bias(self) -> bool:
+        """Whether scores get a bias."""
+        return type(self).attention_bias is not BackboneAdapter.attention_bias
+
+    def attend_to_prompts(self, layer: Any) -> FrozenAttention:
+        """Return `attention` as it is for prompts, whatever the tokens are."""
+        if type(self).prepare_prompts is BackboneAdapter.prepare_prompts:
+            return self.attention(layer)
+        return replace(self.attention(layer), prepare_prompts=partial(self.prepare_prompts, layer))
+
     def attend(self, layer: Any, context: Any = None) -> FrozenAttention:
         """Return `attention` with what stands between projections and scores."""
-        attention, own = self.attention(layer), type(self)
+        attention = self.attend_to_prompts(layer)
         between: dict[str, Any] = {}
-        if own.prepare is not BackboneAdapter.prepare:
+        if type(self).prepare is not BackboneAdapter.prepare:
             between["prepare"] = partial(self.prepare, layer, context=context)
-        if own.prepare_prompts is not BackboneAdapter.prepare_prompts:
-            between["prepare_prompts"] = partial(self.prepare_prompts, layer)
-        if own.attention_bias is not BackboneAdapter.attention_bias:
+        if self.adds_bias:
             between["bias"] = self.attention_bias(layer, context)
         return replace(attention, **between) if between else attention
 

@@ -201,7 +201,8 @@ def load_backbone(folder: Path, modality: str, record: dict[str, Any]) -> nn.Mod
     source, is_local = str(folder / modality), True
     if record["stored"] != "copy":
         source, is_local = find_source(folder, record, f"its {modality} backbone, a {class_name}", ask)
-    backbone_class = getattr(transformers, class_name, None)
+    architecture = architecture_for(record["model_type"])
+    backbone_class = architecture.model_class or getattr(transformers, class_name, None)
     if not (isinstance(backbone_class, type) and issubclass(backbone_class, transformers.PreTrainedModel)):
         raise ValueError(f"the {modality} backbone is a {class_name}, which transformers does not have: {ask}")
     try:
@@ -210,7 +211,7 @@ def load_backbone(folder: Path, modality: str, record: dict[str, Any]) -> nn.Mod
             dtype=getattr(torch, record["dtype"]),
             local_files_only=is_local,
             use_safetensors=True,
-            **architecture_for(record["model_type"]).load_options,
+            **architecture.load_options,
         )
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"cannot load the {modality} backbone, a {class_name}, from {source} ({error}): {ask}") from error

@@ -298,9 +298,9 @@ class MoPEForClassification(SavedModel):
         return part if part in others else main
 
     def frozen_attention(self, modality: str, layer: int) -> FrozenAttention:
-        """The attention of a prompted layer."""
+        """The attention of a prompted layer, as it is for prompts."""
         block: Any = self._adapters[modality].layers(self.backbone(modality))[layer]
-        return self._adapters[modality].attend(block.layer)
+        return self._adapters[modality].attend_to_prompts(block.layer)
 
     @property
     def device(self) -> torch.device:

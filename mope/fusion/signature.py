@@ -59,5 +59,5 @@ def _reduce(model: Any, protocol: Any) -> Any:
     return _new, (base,), *base.__reduce_ex__(model, protocol)[2:]
 
 
-def _new(kind: type) -> Any:
+def _new(kind: Any) -> Any:
     return kind.__new__(kind)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import mope_kernels
-from mope.encoders.layerwise import LayerPrompts, as_prompts
+from mope.encoders.layerwise import LayerPrompts, LayerwiseEncoder, as_prompts
 from mope.encoders.windowed import MoPESwinEncoder, WindowedEncoder, WindowPrompts
 from mope.fused import MoPEAttention, MoPESwinBlock, Router
 from mope.fused.plain import add
@@ -182,8 +182,10 @@ class MultiTaskModel(nn.Module):
         self.stacked_head = StackedHead(self._head, max_labels, capacity)
 
     def _layer_stack(self, modality: str, layer: int, prompts: MoPEAttention) -> TaskStack:
-        task, frozen = self.task, self.task.frozen_attention(modality, layer)
-        if frozen.bias is not None or (modality == task.config.main and not frozen.can_bank):
+        task, encoder = self.task, self.task.encoder(modality)
+        assert isinstance(encoder, LayerwiseEncoder)
+        can_bank = modality != task.config.main or task.frozen_attention(modality, layer).can_bank
+        if encoder.adapter.adds_bias or not can_bank:
             raise ValueError(
                 f"the {modality} encoder cannot be served for many tasks: its layers add a bias to scores, or change the keys of "
                 "prompts after they are projected: serve each task by model.serving()"

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import mope
+from bench import same_logits
 from mope.demo import digit_model, plain, report
 from mope.demo.data import load_digits
 from mope.demo.pretrain import Backbones, build_image_processor, build_text, build_tokenizer, build_vision, freeze
@@ -144,6 +146,12 @@ def test_router_gets_a_gradient_unless_one_expert_is_chosen(digits: mope.MoPEFor
 
 def test_committed_model_is_small() -> None:
     assert sum(file.stat().st_size for file in digit_model().rglob("*")) <= 1_000_000
+
+
+def test_committed_model_computes_what_it_did(tmp_path: Path) -> None:
+    """`python -m bench.same_logits COMMIT` compares two commits bit for bit; these were computed on one machine, hence 1e-5."""
+    found = same_logits.run(ROOT, tmp_path / "now.safetensors")["logits"]
+    torch.testing.assert_close(found, load_file(ROOT / "tests" / "data" / "digit_logits.safetensors")["logits"], rtol=0, atol=1e-5)
 
 
 def test_committed_model_answers_held_out_questions(digits: mope.MoPEForClassification) -> None:
