@@ -168,7 +168,8 @@ class TrainingJob:
         if stepping.is_on:
             slots = slots_of(config)
             lengths = "".join(
-                f", {slots[name].modality.plural} padded to {', '.join(map(str, of))} tokens" for name, of in stepping.lengths.items()
+                f", {slots[name].modality.plural} padded to {', '.join(map(str, of))} tokens"
+                for name, of in stepping.lengths.items()
             )
             where = (
                 "through CUDA graphs" if run.trainer.args.device.type == "cuda" else "as through CUDA graphs, without any on a CPU"

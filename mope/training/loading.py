@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, BertModel, PreTrainedConfig, ViT
 from mope import MoPEConfig, MoPEForClassification
 from mope.arguments import did_you_mean
 from mope.backbones import architecture_for, swin_model_from_checkpoint
+from mope.backbones import known as architectures
 from mope.data import Split
 from mope.data.formats import slots_to_read
 from mope.fusion import PRESETS
@@ -76,14 +77,14 @@ def load_backbone(source: str, modality: str, name: str | None = None) -> nn.Mod
     try:
         if modality in _FROM_FILE and Path(source).is_file():
             return _FROM_FILE[modality](source)
-        config: Any = AutoConfig.from_pretrained(source)
-        if (part := _PART_OF.get((modality, config.model_type))) is not None:
+        model_type = _model_type(source)
+        if (part := _PART_OF.get((modality, model_type))) is not None:
             loader, load_options = getattr(transformers, part), {}
         else:
-            architecture = architecture_for(config.model_type)
+            architecture = architecture_for(model_type)
             if architecture.modality != modality:
-                raise ValueError(f"a {config.model_type} model is a {architecture.modality} encoder")
-            loader, load_options = AutoModel, architecture.load_options
+                raise ValueError(f"a {model_type} model is a {architecture.modality} encoder")
+            loader, load_options = architecture.model_class or AutoModel, architecture.load_options
         with _quiet():
             backbone, found = loader.from_pretrained(source, output_loading_info=True, **load_options)
         # transformers would fill them with random numbers, and frozen they would stay so.
@@ -92,6 +93,17 @@ def load_backbone(source: str, modality: str, name: str | None = None) -> nn.Mod
         return backbone
     except (OSError, ValueError) as error:
         raise ValueError(f"{name or modality} encoder {source}: {error}") from error
+
+
+def _model_type(source: str) -> str:
+    """What the configuration says that an encoder is. Of a class that transformers does not have only its file is read."""
+    values, _ = PreTrainedConfig.get_config_dict(source)
+    found = architectures().get(str(values.get("model_type")))
+    if found is not None and found.model_class is not None:
+        return str(values["model_type"])
+    config: Any = AutoConfig.from_pretrained(source)
+    name: str = config.model_type
+    return name
 
 
 def new_model(
@@ -237,12 +249,13 @@ def open_model(
         return _open_modex(path, sources, mode, processors, format)
     if (opener := opener_for(path.suffix)) is not None:
         return opener(path, sources, mode=mode, processors=processors, format=format)
-    given = {name: source for name, source in sources.items() if source}
+    slots: Mapping[str, Slot] = {}
     try:
-        backbones = _load_all(read_config(path)[0].slots, given) if given else {}
-        model = MoPEForClassification.from_pretrained(path, **backbones)
+        slots = read_config(path)[0].slots
+        model = MoPEForClassification.from_pretrained(path, **_load_all(slots, sources))
     except (FileNotFoundError, ValueError) as error:
-        hint = " (on the command line --vision and --text)" if "from_pretrained(..." in str(error) else ""
+        options = " and ".join(map(encoder_option, slots))
+        hint = f" (on the command line {options})" if "from_pretrained(..." in str(error) else ""
         raise ValueError(f"{error}{hint}") from error
     set_processors(model, {}, processors, format)
     if mode is not None and mode != model.config.prompt_owner:
