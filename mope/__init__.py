@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING
 
 from mope.lazy import lazily
 
-# Teaches training the files and the order of windows of the released code; imports nothing that takes time.
-from .released import opening as _opening  # noqa: F401
-
 if TYPE_CHECKING:
     from mope.backbones import register_backbone
     from mope.fusion import MoPEConfig, MoPEForClassification
@@ -38,6 +35,9 @@ __all__ = [
     "register_backbone",
     "register_modality",
 ]
+
+# Modules that teach training kinds of files and modes, imported when it first asks: see `mope.training.extensions`.
+EXTENSIONS = ("mope.released.opening",)
 
 _RELEASED = ("accelerate", "load_released_checkpoint", "load_released_encoder")
 __getattr__ = lazily(

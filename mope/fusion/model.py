@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import SwinModel
 from transformers.utils.generic import ModelOutput
 
-from mope.arguments import did_you_mean
 from mope.backbones import Attachment, attach, base_model, find_adapter, find_architecture
 from mope.checks import Doubts, check_are_tensors, check_encoder, naming_memory
 from mope.encoders.importance import importance, is_distributed, warn_of_local_batches
@@ -33,6 +32,7 @@ from mope.fusion.heads import new_head, new_input_prompts, new_mapper, new_swin,
 from mope.fusion.signature import sign_forward
 from mope.fusion.sources import source_of
 from mope.graphs import CudaGraphRunner
+from mope.hints import did_you_mean
 from mope.modalities import Slot, known
 from mope.printing import describe_output
 from mope_kernels import Routing

@@ -5,9 +5,13 @@ Nothing here imports torch: the command line has options for it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
+
+import mope
 
 if TYPE_CHECKING:
     from mope.fusion.base import FusionModel
@@ -26,8 +30,16 @@ def register_opener(suffix: str, opener: Callable[..., FusionModel]) -> None:
     _OPENERS[suffix] = opener
 
 
+@cache
+def _load() -> None:
+    """Import what registers something. By name: nothing here depends on it."""
+    for name in mope.EXTENSIONS:
+        importlib.import_module(name)
+
+
 def opener_for(suffix: str) -> Callable[..., FusionModel] | None:
     """Return what opens files of a suffix, None if nobody has registered it."""
+    _load()
     return _OPENERS.get(suffix)
 
 
@@ -44,6 +56,7 @@ def register_modes(names: Iterable[str], set_mode: Callable[[Any, str], str]) ->
 
 def modes() -> tuple[str, ...]:
     """Return the names of the registered modes."""
+    _load()
     return tuple(_MODES)
 
 
@@ -53,7 +66,7 @@ def set_mode(model: FusionModel, mode: str) -> str:
     Raises:
         ValueError: the mode is unknown, or the model has none.
     """
-    if mode not in _MODES:
+    if mode not in modes():
         raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
     return _MODES[mode](model, mode)
 

@@ -15,7 +15,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, BertModel, PreTrainedConfig, ViTModel
 
 from mope import MoPEConfig, MoPEForClassification
-from mope.arguments import did_you_mean
 from mope.backbones import architecture_for, swin_model_from_checkpoint
 from mope.backbones import known as architectures
 from mope.data import Split
@@ -24,6 +23,7 @@ from mope.fusion import PRESETS
 from mope.fusion.base import FusionModel
 from mope.fusion.checkpoint import CONFIG, read_config
 from mope.fusion.config import METHODS
+from mope.hints import did_you_mean
 from mope.modalities import Slot, known, slots_of
 from mope.modalities.vision import PUBLISHED
 from mope.modex import AlbefModel, ModeXConfig, ModeXForClassification
