@@ -23,7 +23,7 @@ from mope.data import Split, published_image_processor
 from mope.fusion import PRESETS
 from mope.fusion.base import FusionModel
 from mope.fusion.checkpoint import CONFIG
-from mope.fusion.config import METHODS
+from mope.fusion.methods import METHODS
 from mope.hints import did_you_mean
 from mope.modex import AlbefModel, ModeXConfig, ModeXForClassification
 from mope.modex.modeling import SYSTEM, encoder_class
