@@ -232,9 +232,9 @@ class MoPEForClassification(SavedModel):
         self.mapper: nn.Module | None = None
         if cross_dim is not None and config.maps and layerwise:
             self.mapper = new_mapper(config, [self.widths[m] for m in others] if config.mapper_each else [cross_dim], dim)
-        self.head = new_head(config, dim + (cross_dim or 0) if config.method == "late_concat" else dim)
+        self.head = new_head(config, dim + (cross_dim or 0) if config.fusion.head == "concat" else dim)
         self.cross_head: nn.Sequential | None = None
-        if cross_dim is not None and config.method == "ensemble":
+        if cross_dim is not None and config.fusion.head == "mean":
             self.cross_head = new_head(config, cross_dim)
 
     def backbone(self, modality: str) -> nn.Module:
@@ -652,7 +652,7 @@ class MoPEForClassification(SavedModel):
 
     def _classify(self, features: Tensor, psi: Tensor | None) -> tuple[Tensor, Tensor]:
         """Features of both encoders, (B,C) and (B,Cc) -> logits (B,num_labels), and the features that they were made from."""
-        if self.config.method not in ("late_concat", "ensemble") or psi is None:
+        if psi is None or self.config.fusion.head == "main":
             return self.head(features.to(_dtype(self.head))), features
         both = torch.cat([features, psi.to(features.dtype)], dim=-1)
         if self.cross_head is None:

@@ -26,7 +26,7 @@ class Modality:
 
     A model takes its encoder under the modality's name, `MoPEForClassification(config, audio=encoder)`, and what the encoder reads
     under the names of `inputs`. A modality may occur several times in a model; the inputs of one that has another name are
-    prefixed by it, `hypothesis_input_ids`, see `Slot`.
+    prefixed by it and an underscore, see `Slot`.
     """
 
     name: ClassVar[str]

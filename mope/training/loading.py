@@ -22,7 +22,7 @@ from mope.data.formats import slots_to_read
 from mope.fusion import PRESETS
 from mope.fusion.base import FusionModel
 from mope.fusion.checkpoint import CONFIG, read_config
-from mope.fusion.config import METHODS
+from mope.fusion.methods import METHODS
 from mope.hints import did_you_mean
 from mope.modalities import Slot, known, slots_of
 from mope.modalities.vision import PUBLISHED
