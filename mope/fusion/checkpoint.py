@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from mope.backbones import architecture_for, base_model, find_architecture, original_state_dict, wrapped_by_peft
 from mope.encoders.windowed import MoPESwinEncoder
-from mope.fusion.base import PROCESSORS as PROCESSORS
 from mope.fusion.base import FusionModel
 from mope.fusion.config import MoPEConfig
 from mope.fusion.sources import find_source, source_of, source_record, warn_of_missing
