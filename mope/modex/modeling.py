@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -19,10 +19,8 @@ from transformers.utils.generic import ModelOutput
 
 import mope
 from mope.checks import Doubts, check_are_tensors, check_encoder, check_labels_of
-from mope.fused.prepack import PrepackedLayers
-from mope.fusion.base import FusionModel
+from mope.fusion.base import FusionModel, in_frozen_dtype
 from mope.fusion.checkpoint import CONFIG, DTYPES, WEIGHTS, read_tensors
-from mope.fusion.frozen import HALF, CastWeights
 from mope.fusion.heads import task_loss
 from mope.fusion.sources import find_source, source_of, source_record, warn_of_missing
 from mope.modalities import Slot, find_modality
@@ -163,7 +161,6 @@ class ModeXForClassification(FusionModel):
         self.encoder: Any = model
         self._source = source_of(model)
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._cast: CastWeights | None = None
         self._doubts = Doubts()
         self.adapters = None if config is None else attach(model, config)
         try:
@@ -187,21 +184,9 @@ class ModeXForClassification(FusionModel):
         """The part to which a parameter belongs; the head and what fuses belong to the text."""
         return "vision" if parameter.startswith(f"{ENCODER}.{self._parts['vision']}.") else "text"
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.encoder.parameters()).device
-
-    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch on the device of the model."""
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-
-    def trains(self, modality: str) -> bool:
-        """Whether anything in a part of the encoder trains."""
-        return any(p.requires_grad for p in self.backbone(modality).parameters())
-
-    def trained_state_dict(self) -> dict[str, Tensor]:
-        """All that trains, by name."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+    def frozen_modules(self) -> list[nn.Module]:
+        """Return the encoder."""
+        return [self.encoder]
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute layers in the backward pass instead of keeping their activations."""
@@ -210,41 +195,6 @@ class ModeXForClassification(FusionModel):
         enable({"use_reentrant": False})
         # Asked for by transformers, needed by reentrant checkpointing alone, and an error in BLIP, which adds in place to them.
         self.encoder.disable_input_require_grads()
-
-    @property
-    def frozen_dtype(self) -> torch.dtype | None:
-        """What `cast_frozen` was given."""
-        return None if self._cast is None else self._cast.dtype
-
-    def cast_frozen(self, dtype: torch.dtype | None) -> None:
-        """Keep frozen linear and convolution weights in 16 bits and compute under autocast of that dtype; None brings them back.
-
-        Raises:
-            ValueError: another dtype; or cast weights were changed since.
-        """
-        if dtype not in (None, *HALF):
-            raise ValueError(f"cast_frozen: dtype must be torch.float16, torch.bfloat16 or None, got {dtype}")
-        if dtype == self.frozen_dtype:
-            return
-        if self._cast is not None:
-            self._cast.undo()
-            self._cast = None
-        if dtype is not None:
-            self._cast = CastWeights([self.encoder], dtype)
-
-    @contextmanager
-    def prepacked(self) -> Iterator[None]:
-        """For a while frozen linear layers on the CPU keep copies of their weights in the order that oneDNN multiplies fastest."""
-        layers = PrepackedLayers([self.encoder]) if self.device.type == "cpu" else None
-        try:
-            yield
-        finally:
-            if layers is not None:
-                layers.undo()
-
-    def weights_as_given(self) -> AbstractContextManager[None]:
-        """For a while the encoder has the weights that it had before `cast_frozen`, in the memory of the host."""
-        return nullcontext() if self._cast is None else self._cast.as_before()
 
     def detach(self) -> None:
         """Give the encoder back as it was: no adapters, its LayerNorms and `requires_grad`. The model does not run any more."""
@@ -260,8 +210,10 @@ class ModeXForClassification(FusionModel):
             raise ValueError("this model has no adapters, and so no routes")
         return self.adapters.routes()
 
+    @in_frozen_dtype
     def forward(
         self,
+        /,
         *,
         pixel_values: Tensor,
         input_ids: Tensor,
@@ -300,13 +252,11 @@ class ModeXForClassification(FusionModel):
             self._doubts.say(slot.modality.doubts(encoder, own))
         if len(pixel_values) != len(input_ids):
             raise ValueError(f"as many texts as images are needed, got {len(input_ids)} and {len(pixel_values)}")
-        dtype = self.frozen_dtype
-        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype):
-            fuse = _FUSE[type(self.encoder).__name__]
-            states = fuse(self.encoder, pixel_values, input_ids, attention_mask, token_type_ids, interpolate_pos_encoding)
-            first = 0 if attention_mask is None else attention_mask.int().argmax(-1)
-            features = states[torch.arange(len(states), device=states.device), first]
-            logits = self.head(features.to(next(self.head.parameters()).dtype))
+        fuse = _FUSE[type(self.encoder).__name__]
+        states = fuse(self.encoder, pixel_values, input_ids, attention_mask, token_type_ids, interpolate_pos_encoding)
+        first = 0 if attention_mask is None else attention_mask.int().argmax(-1)
+        features = states[torch.arange(len(states), device=states.device), first]
+        logits = self.head(features.to(next(self.head.parameters()).dtype))
         loss = None if labels is None else task_loss(logits, labels, self.config.problem_type)
         return ModeXOutput(loss, logits, features)
 

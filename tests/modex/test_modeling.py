@@ -307,6 +307,17 @@ def test_16_bits_and_oneDNN_change_little_and_are_undone() -> None:
         model.cast_frozen(torch.float64)
 
 
+def test_another_dtype_is_refused_while_weights_are_cast() -> None:
+    """What was rounded would not come back."""
+    model = classifier().float()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    model.cast_frozen(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"call cast_frozen\(None\) before another dtype"):
+        model.double()
+    model.to("cpu").cast_frozen(None)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_gradient_checkpointing_changes_no_gradient(kind: str) -> None:
     found = []
