@@ -18,6 +18,15 @@ from transformers import AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mope.fused.prepack import PrepackedLayers
+from mope.fusion.checkpoint import (
+    WEIGHTS,
+    GivenEncoder,
+    check_options_of_saving,
+    describe,
+    keep_encoder,
+    write_config,
+    write_tensors,
+)
 from mope.fusion.frozen import HALF, CastWeights
 
 PROCESSORS: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
@@ -72,16 +81,27 @@ class FusionModel(nn.Module, ABC):
         """Do what is needed after frozen weights got another place in memory: nothing, unless a subclass knows better."""
 
     @abstractmethod
-    def fingerprints(self) -> dict[str, str]:
-        """What the encoders were when they were given."""
+    def given_encoders(self) -> dict[str, GivenEncoder]:
+        """Return each encoder as it was given, by the name of its record."""
+
+    @abstractmethod
+    def saved_state_dict(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds beside the encoders, by name."""
+
+    @abstractmethod
+    def load_saved(self, tensors: dict[str, Tensor], file: Path) -> None:
+        """Take `saved_state_dict` from the tensors of a file. Where one is missing or does not fit, ValueError and no change."""
+
+    def records_in_config(self, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Return what config.json says of the encoders, from the record of each."""
+        return records
+
+    def check_savable(self) -> None:
+        """Raise ValueError where something would be lost: never, unless a subclass knows better."""
 
     @abstractmethod
     def gradient_checkpointing_enable(self) -> None:
         """Recompute layers in the backward pass instead of keeping their activations."""
-
-    @abstractmethod
-    def save_pretrained(self, path: str | Path, backbones: str = "by_name") -> None:
-        """Write a checkpoint, with names and fingerprints of the encoders or copies ("copy") of them."""
 
     @abstractmethod
     def detach(self) -> None:
@@ -167,6 +187,48 @@ class FusionModel(nn.Module, ABC):
         super()._apply(fn, recurse)
         self.frozen_weights_moved()
         return self
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of each encoder as it was given, "trained" for one that trains."""
+        with self.weights_as_given():
+            return {
+                name: "trained" if given.trains else describe(given.encoder, given.state)["fingerprint"]
+                for name, given in self.given_encoders().items()
+            }
+
+    def save_pretrained(self, path: str | Path, backbones: str = "by_name", dtype: torch.dtype | None = None) -> None:
+        """Write a checkpoint: config.json, model.safetensors, tokenizer/ and image_processor/ if the model has them.
+
+        Args:
+            path: of the folder; made if need be.
+            backbones: "by_name" keeps the encoders' names and fingerprints, "copy" the encoders themselves too, as they were given.
+                One that was fine-tuned is copied in any case, as it is.
+            dtype: of the copies' files; they are cast back when they are loaded. None: as they are.
+
+        Raises:
+            ValueError: `backbones` is neither, `dtype` is given without copies, an encoder cannot be copied, or something that
+                trains would be lost.
+        """
+        check_options_of_saving(backbones, dtype)
+        self.check_savable()
+        folder, records = Path(path), {}
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.weights_as_given():
+            for name, given in self.given_encoders().items():
+                records[name] = keep_encoder(given, folder, backbones, dtype)
+        self.save_processors(folder)
+        write_tensors(self.saved_state_dict(), folder / WEIGHTS)
+        write_config(folder, {**self.config.to_dict(), **self.records_in_config(records)})
+
+    def restored(self, tensors: dict[str, Tensor], folder: Path) -> Self:
+        """Return this new model in evaluation mode, with what a checkpoint holds; where that does not fit, its encoders go back."""
+        try:
+            self.load_saved(tensors, folder / WEIGHTS)
+        except BaseException:
+            self.detach()
+            raise
+        self.find_processors(folder)
+        return self.eval()
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """What an optimizer should be given."""

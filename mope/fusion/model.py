@@ -26,9 +26,9 @@ from mope.fused.modules import version
 from mope.fused.padding import Padding
 from mope.fused.router import make_router, sample_noise, without_noise
 from mope.fusion.base import in_frozen_dtype
-from mope.fusion.checkpoint import SavedModel
 from mope.fusion.config import MoPEConfig
 from mope.fusion.heads import new_head, new_input_prompts, new_mapper, new_swin, router_options, task_loss
+from mope.fusion.saving import SavedModel
 from mope.fusion.signature import sign_forward
 from mope.fusion.sources import source_of
 from mope.graphs import CudaGraphRunner

@@ -19,14 +19,14 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mope import MoPEConfig, MoPEForClassification
 from mope.arguments import did_you_mean
-from mope.backbones import architecture_for, swin_model_from_checkpoint
+from mope.backbones import architecture_for, fused_class, swin_model_from_checkpoint
 from mope.data import Split, published_image_processor
 from mope.fusion import PRESETS
 from mope.fusion.base import FusionModel
 from mope.fusion.checkpoint import CONFIG
 from mope.fusion.config import METHODS
 from mope.modex import AlbefModel, ModeXConfig, ModeXForClassification
-from mope.modex.modeling import SYSTEM, encoder_class
+from mope.modex.modeling import SYSTEM
 
 from .evaluation import set_prompt_owner
 
@@ -166,7 +166,7 @@ def load_fused(source: str) -> nn.Module:
         names = values.get("architectures")
         name = str(names[0]) if isinstance(names, list) and names else "model that does not say its class"
         with _quiet():
-            loaded: tuple[nn.Module, Any] = encoder_class(name).from_pretrained(source, output_loading_info=True)
+            loaded: tuple[nn.Module, Any] = fused_class(name).from_pretrained(source, output_loading_info=True)
         if missing := loaded[1]["missing_keys"]:
             raise ValueError(f"the weights lack {', '.join(sorted(missing)[:5])}")
         return loaded[0]

@@ -332,3 +332,13 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str) -> None:
         found.append([p.grad for p in model.trainable_parameters()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_smaller_copies_are_cast_back(tmp_path: Path) -> None:
+    model = classifier().float()
+    model.save_pretrained(tmp_path, backbones="copy", dtype=torch.float16)
+    stored = load_file(tmp_path / "encoder" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.float16}
+    loaded = ModeXForClassification.from_pretrained(tmp_path)
+    weight = loaded.encoder.text.encoder.layer[0].output.dense.weight
+    assert torch.equal(weight, model.encoder.text.encoder.layer[0].output.dense.weight.half().float())
