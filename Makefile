@@ -57,6 +57,7 @@ test-newest:
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 # The short list of kernels, for the GPU that most have: no spills, and they fit.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
+
+from mope.hints import did_you_mean
 
 # Names that other tools have for our options.
 _ELSEWHERE = {
@@ -68,12 +69,6 @@ class Parser(argparse.ArgumentParser):
             assert action.choices is not None
             hint = did_you_mean(str(value), [str(choice) for choice in action.choices])
             raise argparse.ArgumentError(action, f"{error.message}{hint and '; ' + hint}") from None
-
-
-def did_you_mean(word: str, names: Iterable[str], found: Sequence[str] = ()) -> str:
-    """Ask for what `word` may have meant; empty if nothing is like it. `found` are names that are known to be meant."""
-    close = list(found) or difflib.get_close_matches(word, list(names), 2, cutoff=0.7)
-    return f"did you mean {' or '.join(close)}?" if close else ""
 
 
 def _field(option: str) -> str:

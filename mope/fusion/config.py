@@ -15,13 +15,11 @@ import mope
 from mope import modalities
 from mope.checks import check_labels_of
 from mope.fused.router import ROUTERS
+from mope.fusion.methods import METHODS, Method
 from mope.fusion.presets import PRESETS
 from mope.modalities import Slot
 from mope_kernels.impl import names_in
 
-METHODS = ("mope", "static_mapped", "late_concat", "ensemble", "image_only", "text_only", "main_only")
-# Methods of the main encoder alone, with the modality that they set; None: the one that the configuration says.
-ALONE = {"image_only": "vision", "text_only": "text", "main_only": None}
 COMBINE = ("concat", "sum")
 # Not fields of `MoPEConfig`, but part of a saved file.
 EXTRA_KEYS = ("mope_version", "backbones")
@@ -139,7 +137,6 @@ class MoPEConfig:
         self._check_types()
         self._resolve()
         for name, allowed in {
-            "method": METHODS,
             "combine": COMBINE,
             "problem_type": ("single_label", "multi_label"),
             "prompt_depth": ("deep", "shallow"),
@@ -197,9 +194,9 @@ class MoPEConfig:
             raise ValueError(
                 "MoPEConfig: mapper_each reads the features one by one, which combine='sum' adds: set combine='concat'"
             )
-        if self.method == "static_mapped" and not self.use_mapped:
+        if self.fusion.maps == "always" and not self.use_mapped:
             raise ValueError(
-                "MoPEConfig: static_mapped without the mapped prompt has nothing of the other modality; "
+                f"MoPEConfig: {self.method} without the mapped prompt has nothing of the other modality; "
                 "for static prompts alone use method='image_only' or 'text_only' with static_length"
             )
         check_labels_of(self, "MoPEConfig")
@@ -209,6 +206,13 @@ class MoPEConfig:
                 f"MoPEConfig: finetuned names {', '.join(map(repr, strangers))}, "
                 f"but method {self.method!r} works on {' and '.join(self.modalities)}"
             )
+
+    @property
+    def fusion(self) -> Method:
+        """What the method does."""
+        if self.method not in METHODS:
+            raise ValueError(f"MoPEConfig: method must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}")
+        return METHODS[self.method]
 
     def _check_types(self) -> None:
         """Where another type would be taken for something else: "no" for true, "text" for its letters."""
@@ -225,7 +229,7 @@ class MoPEConfig:
     def _check_depth(self) -> None:
         """What prompts in front of the first layer alone cannot be."""
         if self.prompt_depth == "shallow":
-            if self.method == "mope":
+            if self.fusion.routes:
                 raise ValueError(
                     "MoPEConfig: prompt_depth='shallow' has static and mapped prompts only, since experts are routed layer by "
                     "layer: set prompt_depth='deep', or method='static_mapped'"
@@ -246,11 +250,10 @@ class MoPEConfig:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        if self.method in ALONE:
-            put("main", ALONE[self.method] or self.main)
+        put("main", self.fusion.main or self.main)
         self._resolve_modalities(put)
         if self.static_length is None:
-            put("static_length", 4 if self.method in ("mope", "static_mapped") else 0)
+            put("static_length", self.fusion.static_length)
         if self.noise_std is None:
             put("noise_std", 1 / self.num_experts**2 if _is_integer(self.num_experts) and self.num_experts > 0 else 0.0)
         for name in ("finetuned", "prompted_layers"):
@@ -282,7 +285,7 @@ class MoPEConfig:
         if taken := sorted(name for name in named if name in modalities.known() or hasattr(torch.nn.Module, name)):
             raise ValueError(f"MoPEConfig: named cannot give {', '.join(taken)} another meaning: take other names")
         others: Any = self.complementary
-        if self.method in ALONE:
+        if not self.fusion.complementary:
             if others:
                 raise ValueError(f"MoPEConfig: method {self.method!r} has no complementary encoder, got {list(others)}")
             others = ()
@@ -291,7 +294,7 @@ class MoPEConfig:
         if isinstance(others, str) or not isinstance(others, Sequence):
             raise ValueError(f"MoPEConfig: complementary must be a sequence, such as ['text'], got {others!r}")
         put("complementary", tuple(others))
-        if not others and self.method not in ALONE:
+        if not others and self.fusion.complementary:
             raise ValueError(f"MoPEConfig: method {self.method!r} needs a complementary modality; 'main_only' needs none")
         if len(set(self.modalities)) < len(self.modalities):
             raise ValueError(
@@ -321,17 +324,17 @@ class MoPEConfig:
     @property
     def experts(self) -> int:
         """num_experts where the method has any, else 0."""
-        return self.num_experts if self.method == "mope" else 0
+        return self.num_experts if self.fusion.routes else 0
 
     @property
     def maps(self) -> bool:
         """Whether there is a mapped prompt."""
-        return self.method in ("mope", "static_mapped") and self.use_mapped
+        return self.fusion.maps != "never" and self.use_mapped
 
     @property
     def prompts_main(self) -> bool:
         """Whether the main encoder has any prompts."""
-        return self.method in ("mope", "static_mapped") or bool(self.static_length)
+        return self.fusion.prompts or bool(self.static_length)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -354,11 +357,11 @@ class MoPEConfig:
     def replace(self, **changes: Any) -> MoPEConfig:
         """Return a changed copy. Complementary modalities that only followed from method and main follow from the new ones."""
         if changes.keys() & {"method", "main"} and "complementary" not in changes:
-            method, followed = changes.get("method", self.method), ((), ("text",), ("vision",))
-            if method in ALONE or self.method in ALONE or self.complementary in followed:
+            method = METHODS.get(changes.get("method", self.method), self.fusion)
+            if not method.complementary or self.complementary in ((), ("text",), ("vision",)):
                 changes["complementary"] = None
-            if method in ALONE:
-                main = ALONE[method] or changes.get("main", self.main)
+            if not method.complementary:
+                main = method.main or changes.get("main", self.main)
                 changes.setdefault("named", {name: kind for name, kind in (self.named or {}).items() if name == main})
         return dataclasses.replace(self, **changes)
 

@@ -58,7 +58,7 @@ def new_swin(config: MoPEConfig, name: str, model: SwinModel, cross_dim: int | N
                 "blind_prompts is not supported with a SwinModel as the main encoder, whose windows let prompts see all tokens: "
                 "set main='text', or give a ViT as vision"
             )
-        fuses = config.method in ("mope", "static_mapped") and config.prompt_depth == "deep"
+        fuses = config.fusion.maps != "never" and config.prompt_depth == "deep"
         if fuses and not config.prompt_first_blocks and 1 in model.config.depths:
             raise ValueError(
                 f"a stage of this SwinModel has one block only (depths={list(model.config.depths)}), which passes on the prompts "

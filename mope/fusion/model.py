@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import SwinModel
 from transformers.utils.generic import ModelOutput
 
-from mope.arguments import did_you_mean
 from mope.backbones import Attachment, attach, base_model, find_adapter, find_architecture
 from mope.checks import Doubts, check_are_tensors, check_encoder, naming_memory
 from mope.encoders.importance import importance, is_distributed, warn_of_local_batches
@@ -32,6 +31,7 @@ from mope.fusion.saving import SavedModel
 from mope.fusion.signature import sign_forward
 from mope.fusion.sources import source_of
 from mope.graphs import CudaGraphRunner
+from mope.hints import did_you_mean
 from mope.modalities import Slot, known
 from mope.printing import describe_output
 from mope_kernels import Routing
@@ -212,9 +212,9 @@ class MoPEForClassification(SavedModel):
         self.mapper: nn.Module | None = None
         if cross_dim is not None and config.maps and layerwise:
             self.mapper = new_mapper(config, [self.widths[m] for m in others] if config.mapper_each else [cross_dim], dim)
-        self.head = new_head(config, dim + (cross_dim or 0) if config.method == "late_concat" else dim)
+        self.head = new_head(config, dim + (cross_dim or 0) if config.fusion.head == "concat" else dim)
         self.cross_head: nn.Sequential | None = None
-        if cross_dim is not None and config.method == "ensemble":
+        if cross_dim is not None and config.fusion.head == "mean":
             self.cross_head = new_head(config, cross_dim)
 
     def backbone(self, modality: str) -> nn.Module:
@@ -565,7 +565,7 @@ class MoPEForClassification(SavedModel):
 
     def _classify(self, features: Tensor, psi: Tensor | None) -> tuple[Tensor, Tensor]:
         """Features of both encoders, (B,C) and (B,Cc) -> logits (B,num_labels), and the features that they were made from."""
-        if self.config.method not in ("late_concat", "ensemble") or psi is None:
+        if psi is None or self.config.fusion.head == "main":
             return self.head(features.to(_dtype(self.head))), features
         both = torch.cat([features, psi.to(features.dtype)], dim=-1)
         if self.cross_head is None:

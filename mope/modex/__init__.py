@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from .attaching import Adapters, attach
     from .configuration import ModeXConfig
     from .modeling import ModeXForClassification
-    from .released import load_released_state_dict
 
 __all__ = [
     "Adapters",
@@ -23,7 +22,6 @@ __all__ = [
     "ModeXConfig",
     "ModeXForClassification",
     "attach",
-    "load_released_state_dict",
 ]
 
 __getattr__ = lazily(
@@ -35,6 +33,5 @@ __getattr__ = lazily(
         "ModeXConfig": ".configuration",
         "ModeXForClassification": ".modeling",
         "attach": ".attaching",
-        "load_released_state_dict": ".released",
     },
 )

@@ -11,16 +11,18 @@ from mope.lazy import lazily
 
 if TYPE_CHECKING:
     from .acceleration import Acceleration, accelerate
-    from .checkpoint import ReferenceCheckpoint, read_released_checkpoint
+    from .checkpoint import ReleasedCheckpoint, read_released_checkpoint
     from .encoder import load_released_encoder
     from .loading import load_released_checkpoint
+    from .modex import load_released_state_dict
 
 __all__ = [
     "Acceleration",
-    "ReferenceCheckpoint",
+    "ReleasedCheckpoint",
     "accelerate",
     "load_released_checkpoint",
     "load_released_encoder",
+    "load_released_state_dict",
     "read_released_checkpoint",
 ]
 
@@ -29,9 +31,10 @@ __getattr__ = lazily(
     {
         "Acceleration": ".acceleration",
         "accelerate": ".acceleration",
-        "ReferenceCheckpoint": ".checkpoint",
+        "ReleasedCheckpoint": ".checkpoint",
         "load_released_checkpoint": ".loading",
         "load_released_encoder": ".encoder",
+        "load_released_state_dict": ".modex",
         "read_released_checkpoint": ".checkpoint",
     },
 )

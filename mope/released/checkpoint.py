@@ -26,7 +26,7 @@ _OBSOLETE = re.compile(r"\.position_ids$")
 
 
 @dataclass(frozen=True, eq=False)
-class ReferenceCheckpoint:
+class ReleasedCheckpoint:
     """What a checkpoint of the released code holds.
 
     options: of the training script, what of it JSON can hold.
@@ -49,8 +49,8 @@ class ReferenceCheckpoint:
         save_file(tensors, path, metadata={"options": json.dumps(self.options)})
 
 
-def read_released_checkpoint(path: str | Path) -> ReferenceCheckpoint:
-    """Read a Lightning `.ckpt` of the released code, or what `ReferenceCheckpoint.save` made of one.
+def read_released_checkpoint(path: str | Path) -> ReleasedCheckpoint:
+    """Read a Lightning `.ckpt` of the released code, or what `ReleasedCheckpoint.save` made of one.
 
     A `.ckpt` is a pickle. It is read with `weights_only=True` and an allow-list of one class, argparse.Namespace: nothing in it is
     executed. Tensors that are no part of the classifiers are left out with a warning that names them, and so are named those that
@@ -88,7 +88,7 @@ def read_released_checkpoint(path: str | Path) -> ReferenceCheckpoint:
         warnings.warn(f"{path}: {len(unknown)} unknown tensors are left out: {', '.join(unknown[:8])}", stacklevel=2)
     if diverged := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         warnings.warn(f"{path}: {len(diverged)} tensors hold NaN or infinity: {', '.join(diverged[:8])}", stacklevel=2)
-    return ReferenceCheckpoint(options, tensors)
+    return ReleasedCheckpoint(options, tensors)
 
 
 def _read_lightning(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:

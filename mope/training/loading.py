@@ -18,13 +18,13 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel, PreTra
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mope import MoPEConfig, MoPEForClassification
-from mope.arguments import did_you_mean
 from mope.backbones import architecture_for, fused_class, swin_model_from_checkpoint
 from mope.data import Split, published_image_processor
 from mope.fusion import PRESETS
 from mope.fusion.base import FusionModel
 from mope.fusion.checkpoint import CONFIG
-from mope.fusion.config import METHODS
+from mope.fusion.methods import METHODS
+from mope.hints import did_you_mean
 from mope.modex import AlbefModel, ModeXConfig, ModeXForClassification
 from mope.modex.modeling import SYSTEM
 

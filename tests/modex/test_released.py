@@ -19,8 +19,8 @@ from mope.modex import (
     ModeXConfig,
     ModeXForClassification,
     attach,
-    load_released_state_dict,
 )
+from mope.released import load_released_state_dict
 
 from .released_state import (
     ALBEF,
