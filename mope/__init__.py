@@ -36,6 +36,9 @@ __all__ = [
     "register_modality",
 ]
 
+# Modules that teach training kinds of files and modes, imported when it first asks: see `mope.training.extensions`.
+EXTENSIONS = ("mope.released.opening",)
+
 _RELEASED = ("accelerate", "load_released_checkpoint", "load_released_encoder")
 __getattr__ = lazily(
     __name__,

@@ -193,7 +193,7 @@ class CudaGraphRunner(Recorder):
         RuntimeError: called in another thread, gradients are asked for, or the function cannot be recorded.
 
     >>> with torch.no_grad(), CudaGraphRunner(model) as run:
-    ...     logits = run(pixel_values=pixel_values, input_ids=input_ids).logits
+    ...     logits = run(**batch).logits
     """
 
     def __init__(

@@ -1,10 +1,12 @@
 """A user's own data: files on disk, examples, batches, cached features."""
 
+from mope.modalities import DataError
+from mope.modalities.vision import published_image_processor
+
 from .augment import RandAugment
 from .examples import Collator, Examples, check_classes
 from .features import FeatureCache, cached_features
-from .formats import FORMATS, DataError, Example, Split, read_split
-from .preprocessing import published_image_processor
+from .formats import FORMATS, Example, Split, read_split
 
 __all__ = [
     "FORMATS",

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mope.modalities import complementary_of, slots_of
+
 from .augment import RandAugment
-from .features import FeatureCache
+from .features import FeatureCache, encoders
 from .formats import Split
 from .preprocessing import Preprocessing
 
@@ -21,9 +23,9 @@ if TYPE_CHECKING:
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """What a model reads of each example of a split: a dict of `labels`, `pixel_values`, `input_ids`, `cross_features`.
+    """What a model reads of each example of a split: a dict of `labels`, what its encoders are given, and `cross_features`.
 
-    It holds nothing of the model but its tokenizer and image processor. What augmentation does to an image follows from
+    It holds nothing of the model but its processors (tokenizer, image processor). What augmentation does to an image follows from
     `seed`, the epoch (`set_epoch`, which accelerate's data loaders and so transformers' Trainer call) and the example, not from
     the number of workers or from where a run was resumed.
 
@@ -32,12 +34,12 @@ class Examples(Dataset[dict[str, Any]]):
         model: whose encoders it is for.
         training: allow augmentation.
         augment: distort images in training: a `RandAugment`, or True for the default one.
-        features: of `cached_features` for this split, in place of the input of the complementary encoder.
+        features: of `cached_features` for this split, in place of the input of the complementary encoders.
         seed: of the augmentation.
 
     Raises:
         ValueError: classes or problem type of the data are not those of the model, the model has no tokenizer or image processor,
-            or the features are not for this.
+            the split was read without something that the model reads, or the features are not for this.
     """
 
     def __init__(
@@ -55,8 +57,13 @@ class Examples(Dataset[dict[str, Any]]):
         self._augment = (augment if isinstance(augment, RandAugment) else RandAugment()) if training and augment else None
         modalities: Sequence[str] = model.config.modalities
         if features is not None:
-            modalities = [m for m in modalities if m != features.modality]
+            modalities = [m for m in modalities if m not in features.modalities]
             self._check_features(features, model)
+        if lacking := [m for m in modalities if m not in {slot.name for slot in split.slots}]:
+            raise ValueError(
+                f"the {split.name} data has no {', '.join(lacking)}: read it with read_split(..., "
+                f"modalities={list(model.config.modalities)})"
+            )
         self._preprocessing = Preprocessing(model, modalities)
         # Shared, so that workers that live through several epochs see it change.
         self._epoch = torch.zeros((), dtype=torch.int64)
@@ -64,15 +71,16 @@ class Examples(Dataset[dict[str, Any]]):
             self._epoch.share_memory_()
 
     def _check_features(self, features: FeatureCache, model: FusionModel) -> None:
-        if (features.modality,) != model.config.complementary:
-            others = ", ".join(model.config.complementary)
-            raise ValueError(f"features of the {features.modality} encoder were given: {others or 'none'} is complementary")
+        complementary = complementary_of(model.config)
+        if features.modalities != complementary:
+            raise ValueError(f"{features.of} were given: {' and '.join(complementary) or 'none'} is complementary")
         if not features.belong_to(self.split):
             raise ValueError(f"features of another split were given: these are {len(self.split)} examples of {self.split.name}")
-        if model.trains(features.modality):
-            raise ValueError(f"features change while the {features.modality} encoder trains: leave features out")
-        if self._augment and features.modality == "vision":
-            raise ValueError("features of images do not change with augmentation: leave features or augment out")
+        if any(model.trains(name) for name in complementary):
+            raise ValueError(f"features change while the {encoders(complementary)} trains: leave features out")
+        modalities = [slot.modality for name, slot in slots_of(model.config).items() if name in complementary]
+        if self._augment and (augmented := [modality.plural for modality in modalities if modality.augments]):
+            raise ValueError(f"features of {augmented[0]} do not change with augmentation: leave features or augment out")
 
     def __len__(self) -> int:
         return len(self.split)

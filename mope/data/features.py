@@ -1,4 +1,4 @@
-"""Features of the complementary encoder, computed once.
+"""Features of the complementary encoders, computed once.
 
     FOLDER/<digest of model and preprocessing>/
       <random>.features.npy     (n,Cc) float32, read through a memory map
@@ -11,6 +11,7 @@ parts of their own, at worst the same features twice.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 import uuid
@@ -31,6 +32,7 @@ from tqdm.auto import tqdm
 from mope.encoders.importance import is_distributed
 from mope.files import disk_error
 from mope.fusion.checkpoint import describe, original
+from mope.modalities import Slot, complementary_of, slots_of
 
 from .formats import Example, Split
 from .preprocessing import Preprocessing
@@ -47,7 +49,7 @@ PART = 4096
 class FeatureCache:
     """psi of every example of a split: `cache[i]` is (Cc,) float32, out of memory-mapped files.
 
-    modality: of the encoder, "vision" or "text".
+    modalities: names of the encoders in the model, such as ("text",).
     computed: how many features were computed now; the others were there. In a distributed run by this process.
     seconds: what that took, and looking up the others.
     seconds_per_epoch: what the encoder took for all examples of the split when their features were computed.
@@ -55,7 +57,7 @@ class FeatureCache:
 
     def __init__(
         self,
-        modality: str,
+        modalities: tuple[str, ...],
         split: Split,
         files: Sequence[Path],
         places: NDArray[np.int64],
@@ -64,7 +66,7 @@ class FeatureCache:
         seconds: float,
         seconds_per_epoch: float,
     ) -> None:
-        self.modality, self.computed = modality, computed
+        self.modalities, self.computed = modalities, computed
         self.seconds, self.seconds_per_epoch = seconds, seconds_per_epoch
         self._examples = _digest_of(split)
         # places (N,2): number of the file, and the row in it.
@@ -92,10 +94,15 @@ class FeatureCache:
         """Seconds that a run of so many epochs need not spend, less those spent on the cache."""
         return epochs * self.seconds_per_epoch - self.seconds
 
+    @property
+    def of(self) -> str:
+        """What these are, in words."""
+        return f"features of the {encoders(self.modalities)}"
+
     def describe(self, epochs: float) -> str:
         """One line about time spent and saved."""
         return (
-            f"features of the {self.modality} encoder: {self.computed} computed for {len(self)} examples in {self.seconds:.1f} s; "
+            f"{self.of}: {self.computed} computed for {len(self)} examples in {self.seconds:.1f} s; "
             f"{epochs:g} epochs without it save {self.saved(epochs):.1f} s"
         )
 
@@ -105,10 +112,10 @@ def cached_features(
 ) -> FeatureCache:
     """psi of every example of a split, from the cache in `folder` where it has it, else computed now and put there.
 
-    A feature is kept under what it was made of: the text, or path, size and time of change of the image file; the weights of the
-    encoder; tokenizer or image processor, and the versions of the libraries behind them. Whatever of it changes, the features
-    concerned are computed anew, and no others. (The bytes of images are not read: that would take as long as training reads them. A
-    changed image whose size and time of change are the old ones goes unnoticed.)
+    A feature is kept under what it was made of: the text, or path, size and time of change of the image file, of all that is
+    complementary; the weights of the encoders; tokenizer or image processor, and the versions of the libraries behind them.
+    Whatever of it changes, the features concerned are computed anew, and no others. (The bytes of images are not read: that would
+    take as long as training reads them. A changed image whose size and time of change are the old ones goes unnoticed.)
 
     Under torch.distributed every process computes a part; all have to call this.
 
@@ -121,24 +128,22 @@ def cached_features(
     Raises:
         ValueError: the method has no complementary encoder, or training changes what it computes.
     """
-    if not model.config.complementary:
+    modalities = complementary_of(model.config)
+    if not modalities:
         raise ValueError(f"method {model.config.method!r} has no complementary encoder whose features could be kept")
-    if len(model.config.complementary) > 1:
-        raise ValueError(f"features of one complementary encoder can be kept, these are {', '.join(model.config.complementary)}")
-    (modality,) = model.config.complementary
-    if model.trains(modality):
-        raise ValueError(f"the {modality} encoder is trained, or prompts in it: its features change with every step")
+    if trained := [name for name in modalities if model.trains(name)]:
+        raise ValueError(f"the {trained[0]} encoder is trained, or prompts in it: its features change with every step")
     start = time.perf_counter()
-    preprocessing = Preprocessing(model, (modality,))
-    digest = hashlib.sha256(f"{_fingerprint(model, modality)} {preprocessing.digest()}".encode()).hexdigest()
+    slots = [slots_of(model.config)[name] for name in modalities]
+    preprocessing = Preprocessing(model, modalities)
+    digest = hashlib.sha256(f"{_fingerprint(model, modalities)} {preprocessing.digest()}".encode()).hexdigest()
     place = Path(folder) / digest[:32]
     place.mkdir(parents=True, exist_ok=True)
-    keys = [_key(example, modality) for example in split.examples]
+    keys = [_key(example, slots) for example in split.examples]
     parts = _Parts(place)
     missing = _missing(keys, split.examples, parts)
-    if modality == "text":
-        # Texts of one length beside each other: little padding.
-        missing.sort(key=lambda item: len(item[1].text))
+    # Texts of one length beside each other: little padding.
+    missing.sort(key=lambda item: sum(slot.modality.size(item[1].inputs[slot.name]) for slot in slots))
     rank, world = _rank()
     # All look before one writes, so that all see the same ones missing.
     _wait_for_all()
@@ -152,7 +157,7 @@ def cached_features(
         parts = _Parts(place) if rest else parts
     found = [parts.places[key] for key in keys]
     return FeatureCache(
-        modality,
+        modalities,
         split,
         parts.files,
         np.array([(number, row) for number, row, _ in found], np.int64).reshape(-1, 2),
@@ -162,34 +167,45 @@ def cached_features(
     )
 
 
-def _fingerprint(model: MoPEForClassification, modality: str) -> str:
-    """Of all that psi depends on besides its input: the encoder, and prompts in it, which may be there and frozen."""
-    with model.weights_as_given():
-        record = describe(*original(model.backbone(modality)))
-    digest = hashlib.sha256(record["fingerprint"].encode())
+def encoders(names: Sequence[str]) -> str:
+    """Return "text encoder", or "audio and text encoders"."""
+    return f"{' and '.join(names)} encoder{'s' if len(names) > 1 else ''}"
+
+
+def _fingerprint(model: MoPEForClassification, modalities: Sequence[str]) -> str:
+    """Of all that psi depends on besides its input: the encoders, and prompts in them, which may be there and frozen."""
+    digest = hashlib.sha256()
+    for name in modalities:
+        with model.weights_as_given():
+            record = describe(*original(model.backbone(name)))
+        digest.update(f"{name} {record['fingerprint']}".encode())
+    if len(modalities) > 1:
+        digest.update(str(getattr(model.config, "combine", None)).encode())
     if model.frozen_dtype is not None:
         digest.update(str(model.frozen_dtype).encode())
+    own = ("cross_blocks.", *(f"{name}." for name in modalities))
     for name, tensor in sorted(model.trained_state_dict().items()):
-        if name.startswith(("cross_blocks.", f"{modality}.")):
+        if name.startswith(own):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _key(example: Example, modality: str) -> bytes:
-    if modality == "text":
-        source = example.text
-    elif example.image is None:
-        source = ""
-    else:
-        stat = example.image.stat()
-        source = f"{os.path.abspath(example.image)}\n{stat.st_size} {stat.st_mtime_ns}"
-    return hashlib.sha256(source.encode(errors="surrogateescape")).digest()[:KEY_BYTES]
+def _key(example: Example, slots: Sequence[Slot]) -> bytes:
+    sources = [slot.modality.key(example.inputs[slot.name]) for slot in slots]
+    source = sources[0] if len(sources) == 1 else json.dumps(sources)
+    return _digest(source).digest()[:KEY_BYTES]
 
 
 def _digest_of(split: Split) -> str:
-    lines = "\n".join(f"{example.id}\t{example.image}\t{example.text}" for example in split.examples)
-    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()
+    names = [slot.name for slot in split.slots]
+    lines = ("\t".join([example.id, *(str(example.inputs[name]) for name in names)]) for example in split.examples)
+    return _digest("\n".join(lines)).hexdigest()
+
+
+def _digest(text: str) -> Any:
+    """Names of files may hold bytes that are no characters."""
+    return hashlib.sha256(text.encode(errors="surrogatepass"))
 
 
 def _missing(keys: Sequence[bytes], examples: Sequence[Example], parts: _Parts) -> list[tuple[bytes, Example]]:
@@ -245,7 +261,7 @@ def _write(file: Path, array: NDArray[Any]) -> None:
 
 
 class _Inputs(Dataset[dict[str, Any]]):
-    """What the complementary encoder reads."""
+    """What the complementary encoders read."""
 
     def __init__(self, examples: Sequence[Example], preprocessing: Preprocessing) -> None:
         self._examples, self._preprocessing = examples, preprocessing
@@ -291,9 +307,7 @@ def _encode(model: MoPEForClassification, loader: DataLoader[dict[str, Any]]) ->
     model.eval()
     try:
         # A bar, on a terminal only.
-        for batch in tqdm(
-            loader, f"features of the {', '.join(model.config.modalities[1:])} encoder", disable=_rank()[0] > 0 or None
-        ):
+        for batch in tqdm(loader, f"features of the {encoders(complementary_of(model.config))}", disable=_rank()[0] > 0 or None):
             inputs: dict[str, Any] = model.on_device(batch)
             with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
                 psi = model.encode_complementary(**inputs)

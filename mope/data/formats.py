@@ -5,6 +5,8 @@
     snli-ve     {"gold_label", "sentence2", "Flickr30K_ID"}           images in Flickr30K/flickr30k_images/<id>.jpg
     jsonl       {"label" | "labels": [...], "text", "image"}
 
+Text and image are what is read unless other modalities are asked for, which stand under keys of their own.
+
 Everything is read and checked at once, so that training does not stop in its third hour at a line that was always wrong.
 """
 
@@ -15,24 +17,23 @@ import dataclasses
 import difflib
 import filecmp
 import json
-import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mope.modalities import DataError, Slot, Source, find_modality, slots_of
+from mope.modalities.reading import SHOWN, is_key, listed, shown
+
 SPLITS = {"train": ("train.jsonl",), "dev": ("dev.jsonl", "val.jsonl"), "test": ("test.jsonl",)}
 LABELS = "labels.txt"
-# How many problems an error shows.
-SHOWN = 10
-
-
-class DataError(ValueError):
-    """Data that cannot be used: names file, line and what to do."""
+# What is read unless it is said.
+READ = ("text", "vision")
 
 
 class NoLabelsError(DataError):
@@ -41,14 +42,15 @@ class NoLabelsError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A text, an image and the indices of their classes: exactly one with problem type "single_label".
+    """Raw items, and the indices of their classes: exactly one with problem type "single_label".
 
-    Where `image` is None, a grey one stands in its place.
+    `inputs` holds the raw item of each modality by its name in the model: under "text" a text, under "vision" the path of an image,
+    or None for a grey one in its place.
     """
 
     id: str
-    text: str
-    image: Path | None
+    # Not part of the hash: raw items may be lists.
+    inputs: Mapping[str, Any] = dataclasses.field(hash=False)
     labels: tuple[int, ...]
 
 
@@ -56,13 +58,19 @@ class Example:
 class Split:
     """Examples of one split. `names` are those of the classes, in the order of their indices.
 
-    `problem_type` is "single_label" or "multi_label", as in `MoPEConfig`.
+    `problem_type` is "single_label" or "multi_label", as in `MoPEConfig`. `slots` says what the raw items are; by default each has
+    the name of its modality.
     """
 
     name: str
     examples: tuple[Example, ...]
     names: tuple[str, ...]
     problem_type: str
+    slots: tuple[Slot, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.slots:
+            object.__setattr__(self, "slots", slots_named(self.examples[0].inputs if self.examples else READ))
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -88,28 +96,56 @@ class Split:
                 counts.update(labels)
                 taken.append(i)
         if few := [f"{name!r} ({counts[i]})" for i, name in enumerate(self.names) if counts[i] < shots]:
-            warnings.warn(f"{self.name}: fewer than {shots} examples of {_listed(few)}: all are taken", stacklevel=2)
+            warnings.warn(f"{self.name}: fewer than {shots} examples of {listed(few)}: all are taken", stacklevel=2)
         return dataclasses.replace(self, examples=tuple(self.examples[i] for i in sorted(taken)))
 
 
+def slots_named(wanted: Iterable[str | Slot]) -> tuple[Slot, ...]:
+    """Return slots as they are, and one for each name of a modality. ValueError where there is no such modality."""
+    return tuple(each if isinstance(each, Slot) else Slot(each, find_modality(each)) for each in wanted)
+
+
+def slots_to_read(config: Any) -> tuple[Slot, ...] | None:
+    """Return the `modalities` of `read_split` for the model of a configuration: None, text and image, where it reads no others."""
+    slots = slots_of(config)
+    return tuple(slots.values()) if set(slots) - set(READ) else None
+
+
 class _Format(NamedTuple):
-    """Under which keys a format has what. With two keys for labels, the first line decides."""
+    """Under which keys a format has what. With two keys for labels, the first line decides.
+
+    keys: of raw items by their names in a model; the others stand under the key that their modality says. templates: what a value
+    of such a key is to become, "{}" the value itself.
+    """
 
     id: str
-    text: str
-    image: str
     single: str | None
     multi: str | None
-    image_path: str = "{}"
+    keys: Mapping[str, str] = MappingProxyType({})
+    templates: Mapping[str, str] = MappingProxyType({})
 
 
+_IMG = {"vision": "img"}
 _FORMATS = {
-    "food101": _Format("id", "text", "img", "label", None),
-    "mm-imdb": _Format("id", "text", "img", None, "label"),
-    "snli-ve": _Format("pairID", "sentence2", "Flickr30K_ID", "gold_label", None, "Flickr30K/flickr30k_images/{}.jpg"),
-    "jsonl": _Format("id", "text", "image", "label", "labels"),
+    "food101": _Format("id", "label", None, _IMG),
+    "mm-imdb": _Format("id", None, "label", _IMG),
+    "snli-ve": _Format(
+        "pairID",
+        "gold_label",
+        None,
+        {"text": "sentence2", "vision": "Flickr30K_ID"},
+        {"vision": "Flickr30K/flickr30k_images/{}.jpg"},
+    ),
+    "jsonl": _Format("id", "label", "labels"),
 }
 FORMATS = tuple(_FORMATS)
+
+
+class _Columns(NamedTuple):
+    """Where the lines of a split have ids, labels and the raw items of each slot."""
+
+    format: _Format
+    items: tuple[tuple[Slot, Source], ...]
 
 
 class _Row(NamedTuple):
@@ -117,12 +153,11 @@ class _Row(NamedTuple):
 
     line: int
     id: str
-    text: str
-    image: str | None
+    items: dict[str, Any]
     labels: Sequence[str | int]
 
 
-class _Problem(Exception):
+class _Problem(ValueError):
     """What is wrong with a line."""
 
 
@@ -152,6 +187,7 @@ def read_split(
     *,
     names: Sequence[str] | None = None,
     on_missing_image: str = "error",
+    modalities: Iterable[str | Slot] | None = None,
 ) -> Split:
     """Read and check one split.
 
@@ -164,11 +200,13 @@ def read_split(
             names in train.jsonl, or "0", "1", ... up to the highest index there.
         on_missing_image: an image that is named but not there is an "error", or "grey" takes its place, with a warning. An image
             that is null or "" is grey in any case.
+        modalities: what to read of each line: names of modalities, or the slots of a model, `model.config.slots.values()`. Default:
+            text and image. A key is that of the format, else that of the modality, else the name in the model.
 
     Raises:
         DataError: a file is missing, empty or ambiguous, or lines of it cannot be used; the first ten are listed as file:line. It
             is a `NoLabelsError` where no line has a label.
-        ValueError: there is no such format, split or `on_missing_image`.
+        ValueError: there is no such format, split, `on_missing_image` or modality.
 
     Ids that stand in several lines are warned about.
     """
@@ -181,25 +219,37 @@ def read_split(
             raise ValueError(f"read_split: {what} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     place = Path(folder)
     file = _find(place, split)
-    rows, multi, problems, labelled = _read(file, _FORMATS[format])
+    slots = slots_named(READ if modalities is None else modalities)
+    columns = _columns(_FORMATS[format], slots, place, on_missing_image)
+    rows, multi, problems, labelled = _read(file, columns)
     if names is None:
         names = _read_names(place / LABELS)
     if names is None:
-        names = _names_in(file, rows) if split == "train" else _training_names(place, format)
+        names = _names_in(file, rows) if split == "train" else _training_names(place, columns)
     labels = _Labels(names)
-    images = _Images(place, _FORMATS[format], grey=on_missing_image == "grey")
+    finders = {slot.name: slot.modality.finder(source) for slot, source in columns.items}
     examples = []
     for row in rows:
         try:
-            examples.append(Example(row.id, row.text, images.find(row.image), labels.find(row.labels)))
-        except _Problem as problem:
+            inputs = {name: finder.find(row.items[name]) for name, finder in finders.items()}
+            examples.append(Example(row.id, inputs, labels.find(row.labels)))
+        except ValueError as problem:
             problems.add(row.line, problem)
     problems.raise_if_any(DataError if labelled else NoLabelsError)
     if not examples:
         raise DataError(f"{file} holds no examples: write one JSON object in each line")
     _warn_of_duplicates(file, rows)
-    images.warn(file)
-    return Split(split, tuple(examples), tuple(names), "multi_label" if multi else "single_label")
+    for finder in finders.values():
+        finder.warn(file)
+    return Split(split, tuple(examples), tuple(names), "multi_label" if multi else "single_label", slots)
+
+
+def _columns(format: _Format, slots: Sequence[Slot], folder: Path, on_missing: str) -> _Columns:
+    sources = []
+    for slot in slots:
+        key, template = format.keys.get(slot.name, slot.column), format.templates.get(slot.name, "{}")
+        sources.append((slot, Source(key, folder, template, on_missing)))
+    return _Columns(format, tuple(sources))
 
 
 def _find(folder: Path, split: str) -> Path:
@@ -215,9 +265,9 @@ def _find(folder: Path, split: str) -> Path:
     return found[0]
 
 
-def _read(file: Path, format: _Format) -> tuple[list[_Row], bool, _Problems, bool]:
+def _read(file: Path, columns: _Columns) -> tuple[list[_Row], bool, _Problems, bool]:
     """Every line of a file, whether its examples have several labels, what is wrong with it so far, and whether any has a label."""
-    rows, problems, labelled = [], _Problems(file), False
+    rows, problems, labelled, format = [], _Problems(file), False, columns.format
     # None: the first readable line decides.
     multi = None if format.single and format.multi else format.multi is not None
     with file.open("rb") as lines:
@@ -232,8 +282,8 @@ def _read(file: Path, format: _Format) -> tuple[list[_Row], bool, _Problems, boo
                 labelled |= any(record.get(key) not in (None, "") for key in (format.single, format.multi) if key)
                 if multi is None and (format.single in record or format.multi in record):
                     multi = format.multi in record
-                rows.append(_row(number, record, format, bool(multi)))
-            except _Problem as problem:
+                rows.append(_row(number, record, columns, bool(multi)))
+            except ValueError as problem:
                 problems.add(number, problem)
     return rows, bool(multi), problems, labelled
 
@@ -251,38 +301,33 @@ def _parse(line: bytes) -> dict[str, Any]:
         # Brackets in brackets without end, or a number of more than 4300 digits.
         raise _Problem(f"not JSON that can be read ({error})") from None
     if not isinstance(record, dict):
-        raise _Problem(f"must be a JSON object with keys, got {_shown(record)}")
+        raise _Problem(f"must be a JSON object with keys, got {shown(record)}")
     return record
 
 
-def _row(number: int, record: dict[str, Any], format: _Format, multi: bool) -> _Row:
+def _row(number: int, record: dict[str, Any], columns: _Columns, multi: bool) -> _Row:
+    format, items = columns
     label = (format.multi if multi else format.single) or ""
     other = format.single if multi else format.multi
     if other in record:
         raise _Problem(f'"{other}": the first line has "{label}", and all lines must have the same one of the two')
-    if missing := [key for key in (format.text, format.image, label) if key not in record]:
+    if missing := [key for key in (*(source.key for _, source in items), label) if key not in record]:
         raise _Problem(f"lacks the key {_quoted(missing)}; its keys are {_quoted(record) or 'none'}")
-    identity, text, image = record.get(format.id), record[format.text], record[format.image]
+    identity = record.get(format.id)
     if identity is None:
         identity = f"line {number}"
-    if not _is_key(identity):
-        raise _Problem(f'"{format.id}" must be a text or an integer, got {_shown(identity)}')
-    if not isinstance(text, str):
-        raise _Problem(f'"{format.text}" must be a text, got {_shown(text)}')
-    if not (image is None or isinstance(image, str) or (format.image_path != "{}" and _is_key(image))):
-        raise _Problem(f'"{format.image}" must be the path of an image, or null for none, got {_shown(image)}')
+    if not is_key(identity):
+        raise _Problem(f'"{format.id}" must be a text or an integer, got {shown(identity)}')
+    parsed = {slot.name: slot.modality.parse(record[source.key], source) for slot, source in items}
     labels = record[label] if multi else [record[label]]
-    if not isinstance(labels, list) or not all(_is_key(value) for value in labels):
+    if not isinstance(labels, list) or not all(is_key(value) for value in labels):
         what = "a list of names or indices of classes" if multi else "the name of a class or its index"
-        raise _Problem(f'"{label}" must be {what}, got {_shown(record[label])}')
-    for key, value in ((format.id, identity), (format.text, text), (format.image, image), *((label, name) for name in labels)):
+        raise _Problem(f'"{label}" must be {what}, got {shown(record[label])}')
+    values = ((source.key, record[source.key]) for _, source in items)
+    for key, value in ((format.id, identity), *values, *((label, name) for name in labels)):
         if isinstance(value, str) and not _encodable(value):
             raise _Problem(f'"{key}" holds half of a character (a lone surrogate such as \\ud83d): no tokenizer or file has that')
-    return _Row(number, str(identity), text, None if image in (None, "") else format.image_path.format(image), labels)
-
-
-def _is_key(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))
+    return _Row(number, str(identity), parsed, labels)
 
 
 def _encodable(text: str) -> bool:
@@ -304,7 +349,7 @@ def _read_names(file: Path) -> tuple[str, ...] | None:
     if not names:
         raise DataError(f"{file} is empty: write the name of a class in each line, or remove it")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(f"{file} has {_listed([repr(name) for name in twice])} more than once")
+        raise DataError(f"{file} has {listed([repr(name) for name in twice])} more than once")
     return tuple(names)
 
 
@@ -329,11 +374,11 @@ def _names_in(file: Path, rows: Sequence[_Row]) -> tuple[str, ...]:
     return tuple(map(str, range(max(numbers) + 1)))
 
 
-def _training_names(folder: Path, format: str) -> tuple[str, ...]:
+def _training_names(folder: Path, columns: _Columns) -> tuple[str, ...]:
     if not (folder / "train.jsonl").is_file():
         raise DataError(f"{folder} has neither {LABELS} nor train.jsonl: the classes have their names from one of them")
     file = _find(folder, "train")
-    rows, _, problems, _ = _read(file, _FORMATS[format])
+    rows, _, problems, _ = _read(file, columns)
     problems.raise_if_any()
     return _names_in(file, rows)
 
@@ -367,60 +412,7 @@ class _Labels:
         if self._unknown > SHOWN:
             return ""
         close = difflib.get_close_matches(label, self._names, 1)
-        return f": did you mean {close[0]!r}?" if close else f": the classes are {_listed([repr(name) for name in self._names])}"
-
-
-class _Images:
-    """Files of images. Folders are listed, and not every file asked for: that is much faster over a network."""
-
-    def __init__(self, folder: Path, format: _Format, *, grey: bool) -> None:
-        self._folder, self._key, self._grey = folder, format.image, grey
-        self._inside = os.path.join(os.path.abspath(folder), "")
-        self._files: dict[str, set[str]] = {}
-        self._found: dict[str, Path | None] = {}
-        self._missing: list[str] = []
-
-    def find(self, name: str | None) -> Path | None:
-        if name is None:
-            return None
-        if name not in self._found:
-            self._found[name] = self._look(name)
-        return self._found[name]
-
-    def _look(self, name: str) -> Path | None:
-        path = os.path.normpath(name)
-        path = path.removeprefix(self._inside)
-        if os.path.isabs(path) or path.split(os.sep, 1)[0] == os.pardir:
-            raise _Problem(
-                f'"{self._key}" leaves the folder of the data ({_shown(name)}): put a link to the images into {self._folder}'
-            )
-        path = os.path.join(self._folder, path)
-        if self._exists(path):
-            return Path(path)
-        if not self._grey:
-            raise _Problem(f"no image {path}: put it there, or take grey ones in place of missing ones (on_missing_image='grey')")
-        self._missing.append(path)
-        return None
-
-    def _exists(self, path: str) -> bool:
-        folder, name = os.path.split(path)
-        if folder not in self._files:
-            self._files[folder] = _files_in(folder)
-        # Asked for itself where the list lacks it: there are file systems to which A.jpg is a.jpg.
-        return name in self._files[folder] or os.path.isfile(path)
-
-    def warn(self, file: Path) -> None:
-        if self._missing:
-            count = f"{len(self._missing)} of {len(self._found)}"
-            warnings.warn(f"{file}: {count} images are missing, grey ones replace them: {_listed(self._missing)}", stacklevel=3)
-
-
-def _files_in(folder: str) -> set[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
-    except OSError:
-        return set()
+        return f": did you mean {close[0]!r}?" if close else f": the classes are {listed([repr(name) for name in self._names])}"
 
 
 def _warn_of_duplicates(file: Path, rows: Sequence[_Row]) -> None:
@@ -429,17 +421,8 @@ def _warn_of_duplicates(file: Path, rows: Sequence[_Row]) -> None:
         f"{row.id!r} (lines {first} and {row.line})" for row in rows if (first := lines.setdefault(row.id, row.line)) != row.line
     ]
     if twice:
-        warnings.warn(f"{file}: {len(twice)} of its lines repeat an id: {_listed(twice)}", stacklevel=3)
-
-
-def _listed(items: Sequence[str]) -> str:
-    return ", ".join(items[:SHOWN]) + (f", and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
+        warnings.warn(f"{file}: {len(twice)} of its lines repeat an id: {listed(twice)}", stacklevel=3)
 
 
 def _quoted(keys: Iterable[str]) -> str:
     return ", ".join(f'"{key}"' for key in keys)
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode()
-    return text if len(text) <= 60 else f"{text[:57]}..."

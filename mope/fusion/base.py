@@ -12,10 +12,6 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
-
-# From where it is defined: in transformers 5.17 the top level name asks for torchvision, which it does not need.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mope.fused.prepack import PrepackedLayers
 from mope.fusion.checkpoint import (
@@ -28,8 +24,7 @@ from mope.fusion.checkpoint import (
     write_tensors,
 )
 from mope.fusion.frozen import HALF, CastWeights
-
-PROCESSORS: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
+from mope.modalities import Modality, known, slots_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -241,14 +236,7 @@ class FusionModel(nn.Module, ABC):
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
-        expected = self.config.padding_side
-        side = getattr(tokenizer, "padding_side", expected)
-        if side != expected:
-            raise ValueError(
-                f"this tokenizer pads on the {side}, the config says padding_side={expected!r}: "
-                f"set tokenizer.padding_side = {expected!r}, or padding_side={side!r} in {type(self.config).__name__}"
-            )
-        self._processors["tokenizer"] = tokenizer
+        self._set_processor("tokenizer", tokenizer)
 
     @property
     def image_processor(self) -> Any:
@@ -257,12 +245,44 @@ class FusionModel(nn.Module, ABC):
 
     @image_processor.setter
     def image_processor(self, image_processor: Any) -> None:
-        self._processors["image_processor"] = image_processor
+        self._set_processor("image_processor", image_processor)
+
+    def processor(self, name: str) -> Any:
+        """What makes inputs of raw items for an encoder, by the encoder's name in the model; None if nobody has set it.
+
+        Several encoders of a modality share what was set for the modality, such as `tokenizer`, but for those with their own.
+        """
+        slot = slots_of(self.config)[name]
+        if slot.processor is None:
+            return None
+        own = self._processor(slot.processor)
+        return self._processor(slot.modality.processor or "") if own is None else own
+
+    def set_processor(self, name: str, processor: Any) -> None:
+        """Set what makes inputs of raw items for an encoder, by the encoder's name in the model.
+
+        Raises:
+            ValueError: its modality needs none, or it does not fit the configuration.
+        """
+        slot = slots_of(self.config)[name]
+        if slot.processor is None:
+            raise ValueError(f"{name} needs no processor: modality {slot.modality.name!r} names none")
+        self._set_processor(slot.processor, processor)
+
+    def _set_processor(self, name: str, processor: Any) -> None:
+        self._processor_kinds()[name].check_processor(processor, self.config)
+        self._processors[name] = processor
+
+    def _processor_kinds(self) -> dict[str, Modality]:
+        """The modality of each name that a processor may have here."""
+        own = {slot.processor: slot.modality for slot in slots_of(self.config).values() if slot.processor is not None}
+        return {modality.processor: modality for modality in known().values() if modality.processor is not None} | own
 
     def _processor(self, name: str) -> Any:
         processor = self._processors.get(name)
         if isinstance(processor, Path):
-            processor = PROCESSORS[name].from_pretrained(processor, local_files_only=True, trust_remote_code=False)
+            load = self._processor_kinds()[name].load_processor
+            processor = load(processor, config=self.config, local_files_only=True, trust_remote_code=False)
             self._processors[name] = processor
         return processor
 
@@ -276,4 +296,4 @@ class FusionModel(nn.Module, ABC):
 
     def find_processors(self, folder: Path) -> None:
         """Take those that `save_processors` wrote, when they are first used."""
-        self._processors = {name: folder / name for name in PROCESSORS if (folder / name).is_dir()}
+        self._processors = {name: folder / name for name in self._processor_kinds() if (folder / name).is_dir()}

@@ -1,16 +1,28 @@
-"""The modalities that are known: how a batch names what an encoder reads, and where its padding is."""
+"""The modalities that are known: what a batch names, how raw items are read, and how both are checked.
+
+Nothing here, in `text` or in `vision` imports torch before it is needed: the command line has options for each modality.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from .reading import Finder, Padding, Reader, Source, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Characters that pages show of an item.
+LONGEST_TEXT = 160
 
 
 class Modality:
     """One kind of input. Subclass it and `register_modality` an instance; all but `name` and `inputs` has a default.
+
+    By default a raw item is numbers in a line of data, which become a float32 tensor; batches are stacked.
 
     A model takes its encoder under the modality's name, `MoPEForClassification(config, audio=encoder)`, and what the encoder reads
     under the names of `inputs`. A modality may occur several times in a model; the inputs of one that has another name are
@@ -27,6 +39,17 @@ class Modality:
     # Switches of `embed`, by name in a call of the model; an adapter says with `takes` which ones it knows.
     flags: ClassVar[tuple[str, ...]] = ()
 
+    # Key of the raw items in lines of "jsonl" data; None: the modality's name.
+    column: ClassVar[str | None] = None
+    # Attribute of a model, and folder in a saved one, with what makes inputs of raw items; None: none is needed.
+    processor: ClassVar[str | None] = None
+    # What the command line says of its option beside "from the hub or a folder".
+    processor_hint: ClassVar[str] = ""
+    # Whether readers pass raw items through the augmentation of `mope.data.Examples`.
+    augments: ClassVar[bool] = False
+    # Several items, in messages.
+    plural: ClassVar[str] = "items"
+
     @property
     def required(self) -> str:
         """Name of the input that an encoder cannot do without."""
@@ -42,6 +65,83 @@ class Modality:
     def not_a_tensor(self, name: str, value: object) -> str | None:
         """Return what is wrong with an input that is no tensor, and the fix, None for the general advice."""
         return None
+
+    def parse(self, value: Any, source: Source) -> Any:
+        """Return what a value of a line says, nothing looked up yet. Raise ValueError where it is wrong."""
+        import torch
+
+        try:
+            torch.tensor(value, dtype=torch.float32)
+        except (OverflowError, RuntimeError, TypeError, ValueError):
+            raise ValueError(f'"{source.key}" must be numbers, or lists of them of one length, got {shown(value)}') from None
+        return value
+
+    def finder(self, source: Source) -> Finder:
+        """Return what makes raw items of what `parse` returned, for all lines of a split."""
+        return Finder()
+
+    def reader(self, encoder: Any, processor: Any, config: Any) -> Reader:
+        """Return what makes inputs of raw items; it keeps nothing of the encoder but numbers.
+
+        Args:
+            encoder: of the model.
+            processor: what the model holds under the name of `processor`, never None if there is such a name.
+            config: of the model.
+
+        Raises:
+            ValueError: the processor does not do.
+            ModuleNotFoundError: a package is missing.
+        """
+        return Reader(self, processor)
+
+    def padding(self, encoder: Any, processor: Any, config: Any) -> Padding | None:
+        """Return how batches may be padded further; None: they may not. `processor` may be None."""
+        if self.mask is None or not self.input_per_token:
+            return None
+        return Padding(dict.fromkeys((*self.inputs, self.mask), 0))
+
+    def load_processor(self, source: str | Path, encoder: Any = None, config: Any = None, format: str = "", **options: Any) -> Any:
+        """Return the processor in a folder or on the hub.
+
+        Args:
+            source: name or folder.
+            encoder, config: of the model that gets it, and
+            format: of the data, where they are known.
+            options: of `from_pretrained`.
+
+        Raises:
+            OSError, ValueError: it cannot be loaded.
+        """
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(source, **options)
+
+    def check_processor(self, processor: Any, config: Any) -> None:
+        """Raise ValueError where a processor does not fit the configuration of a model."""
+
+    def key(self, raw: Any) -> str:
+        """Return what the features of an item are kept under: it changes whenever the item does."""
+        return repr(raw)
+
+    def identity(self, raw: Any) -> Any:
+        """Return what JSON can hold, and a resumed run compares: the item, wherever its files lie now."""
+        return raw
+
+    def size(self, raw: Any) -> int:
+        """Return what items are sorted by, so that a batch needs little padding."""
+        return 0
+
+    def text_of(self, raw: Any) -> str | None:
+        """Return the words of an item, or whatever a page may show; None: there is nothing to read."""
+        return str(raw)[:LONGEST_TEXT]
+
+    def picture_of(self, raw: Any) -> Path | None:
+        """Return the image file that shows an item, None if there is none."""
+        return None
+
+    def describe(self, given: Mapping[str, Tensor]) -> str | None:
+        """Return what to say of the inputs of one item, by the modality's own names, that do not go through a model."""
+        return f"its {self.name} {tuple(given[self.required].shape[1:])}" if self.required in given else None
 
 
 @dataclass(frozen=True)
@@ -83,6 +183,16 @@ class Slot:
     def required(self) -> str:
         """Name in a batch of the input that the encoder cannot do without."""
         return f"{self.prefix}{self.modality.required}"
+
+    @property
+    def column(self) -> str:
+        """Key of the raw items in lines of "jsonl" data."""
+        return (self.modality.column or self.name) if self.name == self.modality.name else self.name
+
+    @property
+    def processor(self) -> str | None:
+        """Name of its processor in a model; without one of that name the modality's serves."""
+        return None if self.modality.processor is None else f"{self.prefix}{self.modality.processor}"
 
     def own(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a batch holds of this slot, under the modality's own names; what is None is left out."""
@@ -130,6 +240,17 @@ def find_modality(name: str) -> Modality:
             "or say what it is, MoPEConfig(named={...})"
         )
     return _MODALITIES[name]
+
+
+def slots_of(config: Any) -> dict[str, Slot]:
+    """Return the modalities of the model of a configuration by their names in it."""
+    slots: dict[str, Slot] | None = getattr(config, "slots", None)
+    return {name: Slot(name, find_modality(name)) for name in config.modalities} if slots is None else slots
+
+
+def complementary_of(config: Any) -> tuple[str, ...]:
+    """Return the names of those slots whose encoders run first; () where there are none."""
+    return tuple(name for name in config.modalities if name != config.main) if config.complementary else ()
 
 
 def known() -> dict[str, Modality]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from mope.checks import is_readable
-
+from .reading import Padding, Reader, Source, shown
 from .registry import Modality, register_modality
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Larger than any text: tokenizers that know no limit say 1e30.
+NO_LIMIT = 2**31
 
 
 class Text(Modality):
@@ -20,9 +24,16 @@ class Text(Modality):
     inputs = {name: name for name in ("input_ids", "token_type_ids", "position_ids")}  # noqa: RUF012
     mask = "attention_mask"
     input_per_token = True
+    column = "text"
+    processor = "tokenizer"
+    plural = "texts"
 
     def check(self, encoder: Any, given: Mapping[str, Tensor]) -> None:
         """Raise ValueError where ids, and what stands beside them, are not what a text encoder can read."""
+        import torch
+
+        from mope.checks import is_readable
+
         others = {name: given.get(name) for name in ("attention_mask", "token_type_ids", "position_ids")}
         input_ids, given_positions = given.get("input_ids"), others["position_ids"] is not None
         if input_ids is None or torch.compiler.is_compiling():
@@ -64,6 +75,8 @@ class Text(Modality):
 
     def doubts(self, encoder: Any, given: Mapping[str, Tensor]) -> Iterator[str]:
         """Yield what to say of texts with padding and without an attention mask."""
+        from mope.checks import is_readable
+
         ids, padding_token = given.get("input_ids"), getattr(encoder.config, "pad_token_id", None)
         # As transformers, which looks at both ends.
         if "attention_mask" in given or ids is None or padding_token is None or not (is_readable(ids) and ids.numel()):
@@ -83,6 +96,109 @@ class Text(Modality):
             "model.tokenizer(texts, padding=True, return_tensors='pt')"
         )
 
+    def parse(self, value: Any, source: Source) -> str:
+        """Return a text. Raise ValueError where it is none."""
+        if not isinstance(value, str):
+            raise ValueError(f'"{source.key}" must be a text, got {shown(value)}')
+        return value
+
+    def reader(self, encoder: Any, processor: Any, config: Any) -> Texts:
+        """Return a tokenizer with what it needs to know. Raise ValueError where it has no padding token."""
+        if processor.pad_token_id is None:
+            raise ValueError("the tokenizer has no padding token: set model.tokenizer.pad_token")
+        return Texts(self, processor, self.padding(encoder, processor, config))
+
+    def padding(self, encoder: Any, processor: Any, config: Any) -> Padding:
+        """Return the padding of the tokenizer; zeros without one."""
+        token, kind = (getattr(processor, name, None) or 0 for name in ("pad_token_id", "pad_token_type_id"))
+        values = {"input_ids": token, "attention_mask": 0, "token_type_ids": kind}
+        longest = None if processor is None else max_tokens(processor, encoder)
+        return Padding(values, longest, left=config.padding_side == "left")
+
+    def load_processor(self, source: str | Path, encoder: Any = None, config: Any = None, format: str = "", **options: Any) -> Any:
+        """Return the tokenizer in a folder or on the hub, padding as the configuration says."""
+        from transformers import AutoTokenizer
+
+        side = {} if config is None else {"padding_side": config.padding_side}
+        return AutoTokenizer.from_pretrained(source, **side, **options)
+
+    def check_processor(self, processor: Any, config: Any) -> None:
+        """Raise ValueError where a tokenizer pads on the other side."""
+        expected = config.padding_side
+        side = getattr(processor, "padding_side", expected)
+        if side != expected:
+            raise ValueError(
+                f"this tokenizer pads on the {side}, the config says padding_side={expected!r}: "
+                f"set tokenizer.padding_side = {expected!r}, or padding_side={side!r} in {type(config).__name__}"
+            )
+
+    def key(self, raw: str) -> str:
+        """Return the text."""
+        return raw
+
+    def size(self, raw: str) -> int:
+        """Return its length in characters."""
+        return len(raw)
+
+    def text_of(self, raw: str) -> str:
+        """Return the text."""
+        return raw
+
+    def describe(self, given: Mapping[str, Tensor]) -> None:
+        """Return nothing: the message says which example it is."""
+
+
+class Texts(Reader):
+    """Texts through a tokenizer, cut to what the encoder takes."""
+
+    def __init__(self, modality: Modality, processor: Any, padding: Padding) -> None:
+        super().__init__(modality, processor)
+        self._padding = padding
+
+    def __call__(self, raw: str, *, augment: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+        """Return `input_ids` and, if the tokenizer has them, `token_type_ids`, as lists."""
+        longest = self._padding.longest
+        encoded = self.processor(raw, truncation=longest is not None, max_length=longest)
+        return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return `input_ids`, `attention_mask`, `token_type_ids` (B,L) int64."""
+        rows = {name: [item[name] for item in items] for name in items[0]}
+        rows["attention_mask"] = [[1] * len(ids) for ids in rows["input_ids"]]
+        return {name: self._pad(rows[name], value) for name, value in self._padding.values.items() if name in rows}
+
+    def digest(self) -> Any:
+        """Return the state of the tokenizer, and how texts are cut and padded."""
+        return [_tokenizer_state(self.processor), self._padding.longest, self._padding.left]
+
+    def _pad(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
+        import torch
+
+        length = max(map(len, rows))
+        padding = [[value] * (length - len(row)) for row in rows]
+        return torch.tensor([[*p, *row] if self._padding.left else [*row, *p] for row, p in zip(rows, padding, strict=True)])
+
+
+def max_tokens(tokenizer: Any, text: Any) -> int | None:
+    """How long a text may be, with its special tokens; None: as long as it likes."""
+    limits = [tokenizer.model_max_length]
+    config: Any = text.config
+    if (positions := getattr(config, "max_position_embeddings", None)) is not None:
+        # RoBERTa counts positions from the number after the padding token's.
+        first = getattr(getattr(text, "embeddings", None), "padding_idx", None)
+        limits.append(positions if first is None else positions - first - 1)
+    limit = min(limits)
+    return limit if limit < NO_LIMIT else None
+
+
+def _tokenizer_state(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return [type(tokenizer).__name__, tokenizer.get_vocab(), repr(tokenizer.init_kwargs)]
+    state = json.loads(backend.to_str())
+    # These two remember the last call.
+    return {name: value for name, value in state.items() if name not in ("truncation", "padding")}
+
 
 def _is_text(value: Any) -> bool:
     while isinstance(value, list | tuple) and value:
@@ -91,6 +207,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _check_range(name: str, ids: Tensor | None, size: int | None, what: str) -> None:
+    from mope.checks import is_readable
+
     if ids is None or size is None or not is_readable(ids) or not ids.numel():
         return
     lowest, highest = map(int, ids.aminmax())

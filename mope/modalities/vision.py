@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from .reading import Finder, Reader, Source, UnreadableError, is_key, listed, shown
 from .registry import Modality, register_modality
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import CLIPImageProcessorPil
+
+# The source of an image processor that is not a file: that of the published training.
+PUBLISHED = "published"
+PUBLISHED_MEAN, PUBLISHED_STD = (0.46777044, 0.44531429, 0.40661017), (0.12221994, 0.12145835, 0.14380469)
+GREY = 128
 
 
 class Vision(Modality):
@@ -16,6 +27,11 @@ class Vision(Modality):
     name = "vision"
     inputs = {"pixel_values": "pixel_values"}  # noqa: RUF012
     flags = ("interpolate_pos_encoding",)
+    column = "image"
+    processor = "image_processor"
+    processor_hint = '"published": that of the published training'
+    augments = True
+    plural = "images"
 
     def check(self, encoder: Any, given: Mapping[str, Tensor]) -> None:
         """Raise ValueError where pixels are no batch of images."""
@@ -40,6 +56,208 @@ class Vision(Modality):
         kind = type(value).__name__
         fix = f"torch.from_numpy({name})" if kind == "ndarray" else f"torch.tensor({name})"
         return f"must be a tensor, got {kind}: {fix}, or model.image_processor(images, return_tensors='pt') for images"
+
+    def parse(self, value: Any, source: Source) -> str | None:
+        """Return the path of an image, None for none. Raise ValueError where it is no path."""
+        if not (value is None or isinstance(value, str) or (source.template != "{}" and is_key(value))):
+            raise ValueError(f'"{source.key}" must be the path of an image, or null for none, got {shown(value)}')
+        return None if value in (None, "") else source.template.format(value)
+
+    def finder(self, source: Source) -> Finder:
+        """Return what looks for the files of images in the folder of the data."""
+        return ImageFiles(source)
+
+    def reader(self, encoder: Any, processor: Any, config: Any) -> Images:
+        """Return an image processor with what it needs to know of the encoder."""
+        _require_pillow()
+        return Images(self, processor, encoder.config)
+
+    def load_processor(self, source: str | Path, encoder: Any = None, config: Any = None, format: str = "", **options: Any) -> Any:
+        """Return the image processor in a folder or on the hub; "published": that of the published training."""
+        # From where it is defined: in transformers 5.17 the top level name asks for torchvision, which it does not need.
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+        if source == PUBLISHED:
+            size = encoder.config.image_size
+            return published_image_processor(size if isinstance(size, int) else size[0], format=format)
+        return AutoImageProcessor.from_pretrained(source, **options)
+
+    def key(self, raw: Path | None) -> str:
+        """Return path, size and time of change of the file."""
+        if raw is None:
+            return ""
+        stat = raw.stat()
+        return f"{os.path.abspath(raw)}\n{stat.st_size} {stat.st_mtime_ns}"
+
+    def identity(self, raw: Path | None) -> str | None:
+        """Return the name of the file."""
+        return None if raw is None else raw.name
+
+    def text_of(self, raw: Path | None) -> None:
+        """Return nothing: an image has no words."""
+
+    def picture_of(self, raw: Path | None) -> Path | None:
+        """Return the file."""
+        return raw
+
+    def describe(self, given: Mapping[str, Tensor]) -> str | None:
+        """Return the size of an image after the image processor."""
+        pixels = given.get("pixel_values")
+        return None if pixels is None else f"its image {tuple(pixels.shape[1:])} after the image processor"
+
+
+def published_image_processor(size: int = 224, *, format: str = "food101") -> CLIPImageProcessorPil:
+    """The preprocessing with which MoPE was published: 256 pixels, the 224 in the middle, mean and deviation of the released code.
+
+    Args:
+        size: of the images that the encoder reads; before the crop they are 8/7 of it.
+        format: of the data. MM-IMDB and SNLI-VE are squeezed into a square, the others keep their proportions and lose more at the
+            crop.
+    """
+    from transformers import CLIPImageProcessorPil
+
+    before = round(size * 8 / 7)
+    squeezed = format in ("mm-imdb", "snli-ve")
+    return CLIPImageProcessorPil(
+        size={"height": before, "width": before} if squeezed else {"shortest_edge": before},
+        resample=2,
+        crop_size={"height": size, "width": size},
+        image_mean=list(PUBLISHED_MEAN),
+        image_std=list(PUBLISHED_STD),
+    )
+
+
+class Images(Reader):
+    """Images through an image processor. Where an item is None, a grey image stands in its place."""
+
+    def __init__(self, modality: Modality, processor: Any, config: Any) -> None:
+        super().__init__(modality, processor)
+        self._mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+        size = getattr(config, "image_size", None) or 224
+        self._grey_size = (size, size) if isinstance(size, int) else tuple(reversed(size))
+
+    def __call__(self, raw: Path | None, *, augment: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+        """Return `pixel_values` (channels,height,width) float32. `augment` gets and gives a PIL image."""
+        image = self._read(raw)
+        return {"pixel_values": self._pixel_values(augment(image) if augment else image)}
+
+    def of_different_shapes(self, name: str, shapes: Sequence[tuple[int, ...]]) -> str:
+        """Return what to do about images of different sizes."""
+        return (
+            f"the image processor gives images of different sizes, {', '.join(map(str, shapes))}: "
+            "let it resize or crop them to that of the vision backbone"
+        )
+
+    def digest(self) -> Any:
+        """Return the state of the image processor, and what an image is converted to."""
+        import PIL
+
+        return [PIL.__version__, super().digest(), self._mode, self._grey_size]
+
+    def _read(self, path: Path | None) -> Any:
+        from PIL import Image
+
+        if path is None:
+            return Image.new("RGB", self._grey_size, (GREY,) * 3).convert(self._mode)
+        try:
+            with Image.open(path) as image:
+                return with_8_bits(image).convert(self._mode)
+        # A broken file makes decoders raise anything; in a worker none of it would say which file.
+        except Exception as error:
+            raise UnreadableError(f"{path}, the image", error) from error
+
+    def _pixel_values(self, image: Any) -> Tensor:
+        import numpy as np
+
+        if self._mode == "L":
+            processed = self.processor(image, return_tensors="pt")
+        else:
+            # The layout is said, for an image that is 3 pixels high would pass for one with channels first. With it goes an array:
+            # of a PIL image, transformers' processors with torchvision and those without take it to mean different things.
+            processed = self.processor(np.array(image), return_tensors="pt", input_data_format="channels_last")
+        pixels: Tensor = processed["pixel_values"][0]
+        return pixels.float()
+
+
+def with_8_bits(image: Any) -> Any:
+    """A PIL image with 16 or more bits in a pixel -> the 8 that count the most; any other image as it is.
+
+    Pillow would cut off what is above 255, so that nearly all of such an image is white.
+
+    Raises:
+        ValueError: nothing says which value is white.
+    """
+    import numpy as np
+    from PIL import Image
+
+    # Older versions of Pillow open a PNG file of 16 bits as "I".
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"which of its values is white is not known (mode {image.mode}): save it with 8 or 16 bits")
+    return image
+
+
+def _require_pillow() -> None:
+    try:
+        import PIL  # noqa: F401
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("reading images needs Pillow: pip install pillow") from None
+
+
+class ImageFiles(Finder):
+    """Files of images. Folders are listed, and not every file asked for: that is much faster over a network."""
+
+    def __init__(self, source: Source) -> None:
+        self._folder, self._key, self._grey = source.folder, source.key, source.on_missing == "grey"
+        self._inside = os.path.join(os.path.abspath(source.folder), "")
+        self._files: dict[str, set[str]] = {}
+        self._found: dict[str, Path | None] = {}
+        self._missing: list[str] = []
+
+    def find(self, parsed: str | None) -> Path | None:
+        """Return the file, None for none. Raise ValueError where it is missing, or outside the folder."""
+        if parsed is None:
+            return None
+        if parsed not in self._found:
+            self._found[parsed] = self._look(parsed)
+        return self._found[parsed]
+
+    def _look(self, name: str) -> Path | None:
+        path = os.path.normpath(name)
+        path = path.removeprefix(self._inside)
+        if os.path.isabs(path) or path.split(os.sep, 1)[0] == os.pardir:
+            raise ValueError(
+                f'"{self._key}" leaves the folder of the data ({shown(name)}): put a link to the images into {self._folder}'
+            )
+        path = os.path.join(self._folder, path)
+        if self._exists(path):
+            return Path(path)
+        if not self._grey:
+            raise ValueError(f"no image {path}: put it there, or take grey ones in place of missing ones (on_missing_image='grey')")
+        self._missing.append(path)
+        return None
+
+    def _exists(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in self._files:
+            self._files[folder] = _files_in(folder)
+        # Asked for itself where the list lacks it: there are file systems to which A.jpg is a.jpg.
+        return name in self._files[folder] or os.path.isfile(path)
+
+    def warn(self, file: Path) -> None:
+        """Warn of images that are missing."""
+        if self._missing:
+            count = f"{len(self._missing)} of {len(self._found)}"
+            warnings.warn(f"{file}: {count} images are missing, grey ones replace them: {listed(self._missing)}", stacklevel=3)
+
+
+def _files_in(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except OSError:
+        return set()
 
 
 register_modality(Vision())

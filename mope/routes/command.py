@@ -9,6 +9,8 @@ from typing import Any
 
 from mope.arguments import add_device, count, positive
 from mope.extras import missing
+from mope.training.encoders import add_encoders
+from mope.training.extensions import modes
 from mope.training.recipe import RECIPES
 
 SPLITS = ("train", "dev", "test")
@@ -38,14 +40,8 @@ def add_routes(commands: Any) -> None:
     routes.add_argument("--num-workers", type=count, default=0, metavar="N", help="processes that load images (0: this one does)")
     add_device(routes)
     routes.add_argument("--on-missing-image", default="error", choices=("error", "grey"), help="(error)")
-    for name, what in (("vision", "vision encoder"), ("text", "text encoder"), ("tokenizer", "tokenizer")):
-        routes.add_argument(f"--{name}", metavar="NAME_OR_FOLDER", help=f"{what}, from the hub or a folder (as saved)")
-    routes.add_argument(
-        "--image-processor", metavar="NAME_OR_FOLDER", help='or "published", that of the published training (as saved)'
-    )
-    routes.add_argument(
-        "--mode", choices=("released", "instance"), help="whose prompts a window of a Swin Transformer gets (as saved)"
-    )
+    add_encoders(routes, " (as saved)")
+    routes.add_argument("--mode", choices=modes(), help="whose prompts a window of a Swin Transformer gets (as saved)")
     routes.set_defaults(command=_routes)
 
 
@@ -67,7 +63,9 @@ def _run(options: argparse.Namespace) -> None:
 
     from mope import MoPEForClassification
     from mope.data import Collator, Examples, read_split
+    from mope.data.formats import slots_to_read
     from mope.devices import find_device
+    from mope.training.encoders import processors_of, sources_of
     from mope.training.loading import adopt_classes, open_model
 
     from .page import write_html
@@ -78,10 +76,9 @@ def _run(options: argparse.Namespace) -> None:
     device = find_device(options.device)
     model = open_model(
         options.model,
-        {"vision": options.vision, "text": options.text},
+        sources_of(options),
         mode=options.mode,
-        tokenizer=options.tokenizer,
-        image_processor=options.image_processor,
+        processors=processors_of(options),
         format=options.format,
     ).to(device)
     if not isinstance(model, MoPEForClassification):
@@ -90,7 +87,12 @@ def _run(options: argparse.Namespace) -> None:
         )
     blocks = _numbers(options.block, routed_blocks(model))
     split = read_split(
-        options.data, options.format, options.split, names=_class_names(model.config), on_missing_image=options.on_missing_image
+        options.data,
+        options.format,
+        options.split,
+        names=_class_names(model.config),
+        on_missing_image=options.on_missing_image,
+        modalities=slots_to_read(model.config),
     )
     adopt_classes(model, split)
     loader = DataLoader(Examples(split, model), options.batch_size, collate_fn=Collator(model), num_workers=options.num_workers)

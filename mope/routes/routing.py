@@ -91,8 +91,8 @@ def collect(
         blocks,
         tuple(split.names),
         tuple(example.id for example in examples),
-        tuple(example.text for example in examples),
-        tuple(example.image for example in examples),
+        tuple(_texts(split)),
+        tuple(_pictures(split)),
         labels,
         predictions,
         probabilities,
@@ -109,6 +109,26 @@ def routed_blocks(model: MoPEForClassification) -> tuple[str, ...]:
     if not blocks:
         raise ValueError(f"this model routes nothing (method {model.config.method!r}): there are no experts to show")
     return blocks
+
+
+def _texts(split: Split) -> list[str]:
+    """The words of each example: of the first modality that is text, else of the first that a page can show as such."""
+    first = split.examples[0].inputs
+    found = [slot for slot in split.slots if slot.modality.text_of(first[slot.name]) is not None]
+    # The sort is stable, and False comes first.
+    found.sort(key=lambda slot: not isinstance(first[slot.name], str))
+    if not found:
+        return [""] * len(split)
+    return [found[0].modality.text_of(example.inputs[found[0].name]) or "" for example in split.examples]
+
+
+def _pictures(split: Split) -> list[Path | None]:
+    """The picture of each example, of the first modality of which there are any."""
+    for slot in split.slots:
+        pictures = [slot.modality.picture_of(example.inputs[slot.name]) for example in split.examples]
+        if any(pictures):
+            return pictures
+    return [None] * len(split)
 
 
 def _same(given: Tensor, labels: NDArray[np.bool_]) -> bool:

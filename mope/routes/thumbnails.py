@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mope.data.preprocessing import with_8_bits
+from mope.modalities.vision import with_8_bits
 
 SIZE, GAP = 96, 8
 # In place of no image, as the models see it.

@@ -95,10 +95,10 @@ class Loader(DataLoader[Any]):
 
 
 class Buckets:
-    """A collate function that pads texts to one of a few lengths, so that batches have few shapes.
+    """A collate function that pads the items of a modality to one of a few lengths, so that batches have few shapes.
 
     Args:
-        collate: items -> tensors by name, texts (B,L) among them with their attention_mask.
+        collate: items -> tensors by name, those of the modality (B,L) or (B,L,...) with their mask among them.
         lengths: in ascending order. A batch longer than all of them is not padded.
         values: the padding value of each tensor to pad, by its name.
         left: whether to pad on the left.
@@ -115,14 +115,18 @@ class Buckets:
         self.collate, self.lengths, self.values, self.left = collate, tuple(lengths), dict(values), left
 
     def __call__(self, items: list[Any]) -> dict[str, Tensor]:
-        """Collate items into tensors by name, and pad the texts."""
+        """Collate items into tensors by name, and pad those of the modality."""
         batch = self.collate(items)
-        if "input_ids" not in batch:
+        found = {name: batch[name] for name in self.values if name in batch}
+        if not found:
             return batch
-        length = batch["input_ids"].shape[1]
+        length = next(iter(found.values())).shape[1]
         more = next((each for each in self.lengths if each >= length), length) - length
         padding = (more, 0) if self.left else (0, more)
-        return batch | {name: F.pad(batch[name], padding, value=value) for name, value in self.values.items() if name in batch}
+        # From the last dimension on; tokens are the second.
+        return batch | {
+            name: F.pad(tensor, (0, 0) * (tensor.dim() - 2) + padding, value=self.values[name]) for name, tensor in found.items()
+        }
 
 
 def length_buckets(longest: int | None) -> tuple[int, ...]:

@@ -12,6 +12,8 @@ from typing import Any
 from mope.arguments import add_device, count, positive
 from mope.extras import missing
 
+from .encoders import add_encoders
+from .extensions import modes
 from .options import GRAPHS
 from .recipe import METRICS, PRECISIONS, RECIPES, Recipe
 
@@ -42,7 +44,7 @@ def add_train(commands: Any) -> None:
     kind.add_argument("--method", metavar="NAME", help="a fusion method (mope)")
     kind.add_argument("--preset", metavar="NAME", help="a published configuration, such as mope-v4 or cpt; of modex, albef or blip")
     kind.add_argument("--from-checkpoint", type=Path, metavar="PATH", help="start from a saved model or a released .ckpt")
-    model.add_argument("--mode", choices=("released", "instance"), help="whose prompts a window of a Swin Transformer gets")
+    model.add_argument("--mode", choices=modes(), help="whose prompts a window of a Swin Transformer gets")
     model.add_argument(
         "--set",
         nargs="+",
@@ -52,14 +54,14 @@ def add_train(commands: Any) -> None:
         metavar="FIELD=VALUE",
         help="fields of MoPEConfig, with modex of ModeXConfig: --set num_experts=16",
     )
-    _add_encoders(model)
+    add_encoders(model)
     model.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory")
     model.add_argument("--copy-backbones", action="store_true", help="put copies of the encoders into the saved model")
 
     recipe = train.add_argument_group("recipe", "default: what was published for the format")
     for name in ("epochs", "batch_size", "accumulation", "augment"):
         recipe.add_argument(_flag(name), type=int, metavar="N", help=_RECIPE_HELP[name])
-    for name in ("vision_lr", "text_lr", "weight_decay", "gamma", "clip", "label_smoothing"):
+    for name in ("vision_lr", "text_lr", "other_lr", "weight_decay", "gamma", "clip", "label_smoothing"):
         recipe.add_argument(_flag(name), type=float, metavar="X", help=_RECIPE_HELP[name])
     recipe.add_argument("--milestones", type=int, nargs="*", metavar="EPOCH", help=_RECIPE_HELP["milestones"])
     recipe.add_argument("--precision", choices=PRECISIONS, help=_RECIPE_HELP["precision"])
@@ -110,13 +112,13 @@ def add_evaluate(commands: Any) -> None:
     evaluate.add_argument("model", type=Path, metavar="MODEL", help="a folder that save_pretrained wrote, or a released .ckpt")
     _add_data(evaluate)
     evaluate.add_argument("--split", choices=("train", "dev", "test"), default="test", help="(test)")
-    evaluate.add_argument("--mode", choices=("released", "instance"), help="whose prompts a window of a Swin Transformer gets")
+    evaluate.add_argument("--mode", choices=modes(), help="whose prompts a window of a Swin Transformer gets")
     evaluate.add_argument("--compare-modes", action="store_true", help="in both modes, at each of --batch-sizes")
     evaluate.add_argument(
         "--batch-sizes", type=positive, nargs="+", metavar="N", help="one row for each (32; with --compare-modes 1 8 32)"
     )
     evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="for results.json and results.md")
-    _add_encoders(evaluate)
+    add_encoders(evaluate)
     _add_machine(evaluate)
     evaluate.set_defaults(command=_evaluate)
 
@@ -128,6 +130,7 @@ _RECIPE_HELP = {
     "augment": "magnitude (1 to 30) of RandAugment on training images, 0 for none",
     "vision_lr": "learning rate in and around the vision encoder",
     "text_lr": "learning rate in and around the text encoder",
+    "other_lr": "learning rate in and around encoders of other modalities",
     "weight_decay": "of everything trained",
     "milestones": "epochs after which learning rates fall",
     "gamma": "factor by which they fall",
@@ -143,14 +146,6 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="holds train.jsonl, dev.jsonl, test.jsonl, ...")
     parser.add_argument("--format", choices=tuple(RECIPES), default="jsonl", help="of the data (jsonl)")
     parser.add_argument("--on-missing-image", choices=("error", "grey"), default="error", help="(error)")
-
-
-def _add_encoders(parser: Any) -> None:
-    for name, what in (("vision", "vision encoder"), ("text", "text encoder"), ("tokenizer", "tokenizer")):
-        parser.add_argument(f"--{name}", metavar="NAME_OR_FOLDER", help=f"{what}, from the hub or a folder")
-    parser.add_argument(
-        "--image-processor", metavar="NAME_OR_FOLDER", help='image processor; "published": that of the published training'
-    )
 
 
 def _add_machine(parser: Any) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,13 +14,11 @@ from tqdm.auto import tqdm
 
 from mope.data import Collator, Examples, Split
 from mope.encoders.importance import is_distributed
-from mope.fused import MoPESwinBlock
 from mope.fusion.base import FusionModel
 
 from .batches import Batches, Loader
+from .extensions import in_mode, modes
 from .metrics import Counts
-
-MODES = ("released", "instance")
 
 
 def evaluate(
@@ -41,7 +39,8 @@ def evaluate(
         model: with tokenizer and image processor.
         split: of the same classes.
         batch_size: over all processes.
-        mode: "released" or "instance", of a Swin Transformer: whose prompts a window gets. None: as the model has it.
+        mode: one that is registered, see `mope.training.extensions`: "released" or "instance", of a Swin Transformer, whose prompts
+            a window gets. None: as the model has it.
         features: a `FeatureCache` of the split.
         num_workers: processes that load images.
         progress: show a bar.
@@ -49,7 +48,7 @@ def evaluate(
     Raises:
         ValueError: the classes are others than the model's, or the model has no mode.
     """
-    with prompt_owner(model, mode):
+    with in_mode(model, mode):
         items = Examples(split, model, features=features)
         return measure(
             model, items, Collator(model), batch_size=batch_size, num_workers=num_workers, title=split.name if progress else None
@@ -89,7 +88,7 @@ def measure(
 def compare_modes(
     model: FusionModel, split: Split, batch_sizes: Sequence[int] = (1, 8, 32), **options: Any
 ) -> list[dict[str, Any]]:
-    """Metrics in both modes at several batch sizes: one dict for each, with "batch_size" and "mode".
+    """Metrics in each mode at several batch sizes: one dict for each, with "batch_size" and "mode".
 
     In the released order of windows the prompts of an image reach others of its batch: there the metric depends on the batch size.
 
@@ -99,37 +98,5 @@ def compare_modes(
     return [
         {"batch_size": size, "mode": mode, **evaluate(model, split, batch_size=size, mode=mode, **options)}
         for size in batch_sizes
-        for mode in MODES
+        for mode in modes()
     ]
-
-
-@contextmanager
-def prompt_owner(model: FusionModel, mode: str | None) -> Iterator[None]:
-    """`set_prompt_owner` for a while; None changes nothing."""
-    if mode is None:
-        yield
-        return
-    before = getattr(model.config, "prompt_owner", mode)
-    set_prompt_owner(model, mode)
-    try:
-        yield
-    finally:
-        set_prompt_owner(model, before)
-
-
-def set_prompt_owner(model: FusionModel, mode: str) -> None:
-    """Put a model over a Swin Transformer into "released" or "instance" mode.
-
-    Raises:
-        ValueError: the mode is unknown, or the model has no windows.
-    """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    blocks = [module for module in model.modules() if isinstance(module, MoPESwinBlock)]
-    if not blocks:
-        raise ValueError(
-            "modes are two orders of windows, which only a Swin Transformer has: each item of this model uses its own prompts"
-        )
-    model.config = model.config.replace(prompt_owner=mode)
-    for block in blocks:
-        block.prompt_owner = mode

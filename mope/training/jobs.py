@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ from accelerate import PartialState
 
 from mope import environment
 from mope.data import Examples, Split, read_split
-from mope.data.formats import SPLITS, NoLabelsError
+from mope.data.formats import SPLITS, NoLabelsError, slots_to_read
 from mope.devices import find_device
 from mope.finite import NotFiniteError, infinite
 from mope.fusion.base import FusionModel
+from mope.modalities import Slot, slots_of
 
 from . import report
-from .evaluation import MODES, evaluate, prompt_owner
-from .loading import adopt_classes, make_config, new_model, new_modex_model, open_model
+from .encoders import processors_of, sources_of
+from .evaluation import evaluate
+from .extensions import in_mode, modes
+from .loading import adopt_classes, make_config, new_model, new_modex_model, open_model, slots_in
 from .options import RunOptions
 from .recipe import RECIPES, Recipe
 from .runs import TrainingRun
@@ -130,8 +134,8 @@ class TrainingJob:
         return bool(self.options.system == "modex")
 
     def _make_model(self, train: Split) -> FusionModel:
-        options, sources = self.options, {"vision": self.options.vision, "text": self.options.text}
-        processors = {"tokenizer": options.tokenizer, "image_processor": options.image_processor, "format": options.format}
+        options, sources = self.options, sources_of(self.options)
+        processors: dict[str, Any] = {"processors": processors_of(options), "format": options.format}
         if options.from_checkpoint is not None:
             if options.set:
                 raise ValueError("--set changes a new model, and --from-checkpoint brings its own configuration")
@@ -145,7 +149,7 @@ class TrainingJob:
             return model
         if self._is_modex:
             return new_modex_model(
-                train, model=options.model, **sources, preset=options.preset, fields=dict(options.set), **processors
+                train, model=options.model, sources=sources, preset=options.preset, fields=dict(options.set), **processors
             )
         fields = dict(options.set) | ({"prompt_owner": options.mode} if options.mode else {})
         config = make_config(options.preset or options.method or "mope", train, **fields)
@@ -162,7 +166,11 @@ class TrainingJob:
         )
         stepping = run.trainer.stepping
         if stepping.is_on:
-            lengths = "" if stepping.lengths is None else f", texts padded to {', '.join(map(str, stepping.lengths))} tokens"
+            slots = slots_of(config)
+            lengths = "".join(
+                f", {slots[name].modality.plural} padded to {', '.join(map(str, of))} tokens"
+                for name, of in stepping.lengths.items()
+            )
             where = (
                 "through CUDA graphs" if run.trainer.args.device.type == "cuda" else "as through CUDA graphs, without any on a CPU"
             )
@@ -200,17 +208,16 @@ class EvaluationJob:
         self.batch_sizes = options.batch_sizes or ([1, 8, 32] if options.compare_modes else [32])
         self.model = open_model(
             options.model,
-            {"vision": options.vision, "text": options.text},
+            sources_of(options),
             mode=options.mode,
-            tokenizer=options.tokenizer,
-            image_processor=options.image_processor,
+            processors=processors_of(options),
             format=options.format,
         )
         self.split = _read_split(options, self.model)
         adopt_classes(self.model, self.split)
         if options.compare_modes:
             # Says why not, where there is one mode only.
-            with prompt_owner(self.model, "instance"):
+            with in_mode(self.model, modes()[0]):
                 pass
         self.model.to(self.device)
         # Holds classes, tokenizer and image processor to what is needed.
@@ -222,10 +229,10 @@ class EvaluationJob:
 
     def evaluate(self) -> list[dict[str, Any]]:
         """A dict for each row of the printed table."""
-        modes = MODES if self.options.compare_modes else (None,)
+        wanted = modes() if self.options.compare_modes else (None,)
         rows = []
         for size in self.batch_sizes:
-            for mode in modes:
+            for mode in wanted:
                 metrics = evaluate(
                     self.model, self.split, batch_size=size, mode=mode, num_workers=self.options.num_workers, progress=True
                 )
@@ -252,7 +259,9 @@ class EvaluationJob:
 
 def _read_splits(options: argparse.Namespace) -> dict[str, Split]:
     """train, and those of dev and test that are there; not a test split without labels, as many are published."""
-    read = partial(read_split, options.data, options.format, on_missing_image=options.on_missing_image)
+    read = partial(
+        read_split, options.data, options.format, on_missing_image=options.on_missing_image, modalities=_slots_to_train(options)
+    )
     splits = {"train": read("train")}
     for name in ("dev", "test"):
         if any((options.data / file).is_file() for file in SPLITS[name]):
@@ -263,6 +272,19 @@ def _read_splits(options: argparse.Namespace) -> dict[str, Split]:
                 if name == "dev":
                     raise
     return splits
+
+
+def _slots_to_train(options: argparse.Namespace) -> tuple[Slot, ...] | None:
+    """What the model to train reads of the data, before the data says its classes; None for text and image."""
+    if options.system == "modex":
+        return None
+    # What is wrong with it is said where the model is made.
+    with suppress(OSError, TypeError, ValueError):
+        if options.from_checkpoint is not None:
+            return slots_in(options.from_checkpoint)
+        fields = {name: value for name, value in options.set if name in ("main", "complementary", "named")}
+        return slots_to_read(make_config(options.preset or options.method or "mope", None, **fields))
+    return None
 
 
 # What goes with one system only, by its name among the options.
@@ -298,7 +320,14 @@ def _read_split(options: argparse.Namespace, model: FusionModel) -> Split:
     assert config.id2label is not None
     names = [config.id2label[i] for i in range(config.num_labels)]
     known = None if names == [f"LABEL_{i}" for i in range(config.num_labels)] else names
-    return read_split(options.data, options.format, options.split, names=known, on_missing_image=options.on_missing_image)
+    return read_split(
+        options.data,
+        options.format,
+        options.split,
+        names=known,
+        on_missing_image=options.on_missing_image,
+        modalities=slots_to_read(config),
+    )
 
 
 def _how(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:

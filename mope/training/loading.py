@@ -1,4 +1,4 @@
-"""Models from what a command line names: backbones, saved models, checkpoints of the released code."""
+"""Models from what a command line names: backbones, saved models, files that others have taught."""
 
 from __future__ import annotations
 
@@ -12,36 +12,41 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel, PreTrainedConfig, ViTModel
-
-# From where it is defined: in transformers 5.17 the top level name asks for torchvision, which it does not need.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import AutoConfig, AutoModel, BertModel, PreTrainedConfig, ViTModel
 
 from mope import MoPEConfig, MoPEForClassification
 from mope.backbones import architecture_for, fused_class, swin_model_from_checkpoint
-from mope.data import Split, published_image_processor
+from mope.backbones import known as architectures
+from mope.data import Split
+from mope.data.formats import slots_to_read
 from mope.fusion import PRESETS
 from mope.fusion.base import FusionModel
 from mope.fusion.checkpoint import CONFIG
 from mope.fusion.methods import METHODS
+from mope.fusion.saving import read_config
 from mope.hints import did_you_mean
+from mope.modalities import Slot, known, slots_of
+from mope.modalities.vision import PUBLISHED
 from mope.modex import AlbefModel, ModeXConfig, ModeXForClassification
 from mope.modex.modeling import SYSTEM
 
-from .evaluation import set_prompt_owner
+from .encoders import encoder_option, processor_options
+from .extensions import opener_for, set_mode
 
-PUBLISHED = "published"
-# Models that hold an encoder of each modality.
-_VISION_OF = {"clip": "CLIPVisionModel"}
+# Models that hold an encoder of each modality: by modality and model_type the class of that encoder.
+_PART_OF = {("vision", "clip"): "CLIPVisionModel"}
+# What a file that is no folder is, by modality.
+_FROM_FILE = {"vision": swin_model_from_checkpoint}
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
-def make_config(method: str, split: Split, **fields: Any) -> MoPEConfig:
-    """The configuration of a published method, or preset, for the classes of a split.
+def make_config(method: str, split: Split | None, **fields: Any) -> MoPEConfig:
+    """The configuration of a published method, or preset, for the classes of a split; None: for two classes without names.
 
     Raises:
         ValueError: there is no such method or field, or a value is wrong.
     """
-    own: dict[str, Any] = {"id2label": split.names, "problem_type": split.problem_type}
+    own: dict[str, Any] = {"num_labels": 2} if split is None else {"id2label": split.names, "problem_type": split.problem_type}
     _refuse_unknown(fields, MoPEConfig)
     if method not in (names := dict.fromkeys((*PRESETS, *METHODS))):
         hint = did_you_mean(method, names)
@@ -59,23 +64,28 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[MoPEConfig | ModeXCo
         raise ValueError("; ".join([f"{config.__name__} has no {', '.join(wrong)}", *hints, f"it has {', '.join(known)}"]))
 
 
-def load_backbone(source: str, modality: str) -> nn.Module:
-    """A "vision" or "text" encoder from the hub or a folder; a file is an original Swin checkpoint.
+def load_backbone(source: str, modality: str, name: str | None = None) -> nn.Module:
+    """An encoder of a modality from the hub or a folder; of images, a file is an original Swin checkpoint.
+
+    Args:
+        source: name, folder or file.
+        modality: of the encoder.
+        name: of the encoder in errors; default: the modality.
 
     Raises:
-        ValueError: it cannot be loaded, is of the other modality, or of an architecture that is not known here.
+        ValueError: it cannot be loaded, is of another modality, or of an architecture that is not known here.
     """
     try:
-        if modality == "vision" and Path(source).is_file():
-            return swin_model_from_checkpoint(source)
-        config: Any = AutoConfig.from_pretrained(source)
-        if modality == "vision" and config.model_type in _VISION_OF:
-            loader, load_options = getattr(transformers, _VISION_OF[config.model_type]), {}
+        if modality in _FROM_FILE and Path(source).is_file():
+            return _FROM_FILE[modality](source)
+        model_type = _model_type(source)
+        if (part := _PART_OF.get((modality, model_type))) is not None:
+            loader, load_options = getattr(transformers, part), {}
         else:
-            architecture = architecture_for(config.model_type)
+            architecture = architecture_for(model_type)
             if architecture.modality != modality:
-                raise ValueError(f"a {config.model_type} model is a {architecture.modality} encoder")
-            loader, load_options = AutoModel, architecture.load_options
+                raise ValueError(f"a {model_type} model is a {architecture.modality} encoder")
+            loader, load_options = architecture.model_class or AutoModel, architecture.load_options
         with _quiet():
             backbone, found = loader.from_pretrained(source, output_loading_info=True, **load_options)
         # transformers would fill them with random numbers, and frozen they would stay so.
@@ -83,53 +93,81 @@ def load_backbone(source: str, modality: str) -> nn.Module:
             raise ValueError(f"the weights lack {', '.join(sorted(found['missing_keys'])[:5])}")
         return backbone
     except (OSError, ValueError) as error:
-        raise ValueError(f"{modality} encoder {source}: {error}") from error
+        raise ValueError(f"{name or modality} encoder {source}: {error}") from error
+
+
+def _model_type(source: str) -> str:
+    """What the configuration says that an encoder is. Of a class that transformers does not have only its file is read."""
+    values, _ = PreTrainedConfig.get_config_dict(source)
+    found = architectures().get(str(values.get("model_type")))
+    if found is not None and found.model_class is not None:
+        return str(values["model_type"])
+    config: Any = AutoConfig.from_pretrained(source)
+    name: str = config.model_type
+    return name
 
 
 def new_model(
     config: MoPEConfig,
-    sources: dict[str, str | None],
+    sources: Mapping[str, str | None],
     *,
-    tokenizer: str | None = None,
-    image_processor: str | None = None,
+    processors: Mapping[str, str | None] = _NONE,
     format: str = "food101",
 ) -> MoPEForClassification:
-    """An untrained model over the encoders that its method needs, with tokenizer and image processor.
+    """An untrained model over the encoders that its method needs, with tokenizer, image processor and their like.
 
     Args:
         config: what to build.
-        sources: name or folder of the "vision" and the "text" encoder.
-        tokenizer, image_processor: name or folder; default: those of the encoders. `image_processor="published"`: that of the
-            published training.
+        sources: name or folder of each encoder, by its name in the model, such as "vision" and "text".
+        processors: name or folder, by their own names, "tokenizer", "image_processor", or by those of encoders in the model;
+            default: those of the encoders. "published" as image processor: that of the published training.
         format: of the data, on which that depends.
 
     Raises:
         ValueError: something cannot be loaded, or a source is missing.
     """
-    if missing := [modality for modality in config.modalities if not sources.get(modality)]:
-        raise ValueError(f"method {config.method!r} needs " + " and ".join(f"--{modality} NAME_OR_FOLDER" for modality in missing))
-    given = {modality: source for modality in config.modalities if (source := sources[modality])}
-    backbones: dict[str, Any] = {modality: load_backbone(source, modality) for modality, source in given.items()}
-    for modality in config.finetuned:
+    if missing := [name for name in config.modalities if not sources.get(name)]:
+        raise ValueError(f"method {config.method!r} needs " + " and ".join(_wanted(name) for name in missing))
+    _refuse_strangers(config.slots, sources)
+    given = {name: source for name in config.modalities if (source := sources[name])}
+    backbones = _load_all(config.slots, given)
+    for name in config.finetuned:
         # Many are stored in 16 bits, in which training loses most updates.
-        nn.Module.to(backbones[modality], torch.float32)
+        nn.Module.to(backbones[name], torch.float32)
     model = MoPEForClassification(config, **backbones)
-    vision = given.get("vision")
-    own = PUBLISHED if vision is not None and Path(vision).is_file() else vision
-    set_processors(model, {"text": tokenizer or given.get("text"), "vision": image_processor or own}, format)
+    # A file holds no processor.
+    own = {name: PUBLISHED if Path(source).is_file() else source for name, source in given.items()}
+    set_processors(model, own, processors, format)
     return model
+
+
+def _wanted(name: str) -> str:
+    option = encoder_option(name)
+    return f"{option}NAME_OR_FOLDER" if option.endswith("=") else f"{option} NAME_OR_FOLDER"
+
+
+def _load_all(slots: Mapping[str, Slot], sources: Mapping[str, str | None]) -> dict[str, Any]:
+    """The encoders that have a source. Of a modality that the model lacks too: it is the model that says so."""
+    _refuse_strangers(slots, sources)
+    kinds = {name: modality.name for name, modality in known().items()} | {name: s.modality.name for name, s in slots.items()}
+    return {name: load_backbone(source, kinds[name], name) for name, source in sources.items() if source}
+
+
+def _refuse_strangers(slots: Mapping[str, Slot], sources: Mapping[str, str | None]) -> None:
+    """ValueError where a source names neither an encoder of the model nor a modality."""
+    if strangers := sorted(name for name, source in sources.items() if source and name not in {*slots, *known()}):
+        wrong = ", ".join(f"{encoder_option(name)}..." for name in strangers)
+        raise ValueError(f"{wrong}: the encoders of the model are {', '.join(slots)}")
 
 
 def new_modex_model(
     split: Split,
     *,
     model: str | None = None,
-    vision: str | None = None,
-    text: str | None = None,
+    sources: Mapping[str, str | None] = _NONE,
     preset: str | None = None,
-    fields: Mapping[str, Any] = MappingProxyType({}),
-    tokenizer: str | None = None,
-    image_processor: str | None = None,
+    fields: Mapping[str, Any] = _NONE,
+    processors: Mapping[str, str | None] = _NONE,
     format: str = "food101",
 ) -> ModeXForClassification:
     """An untrained ModeX model for the classes of a split, with tokenizer and image processor.
@@ -137,14 +175,16 @@ def new_modex_model(
     Args:
         split: the data.
         model: name or folder of a fused model, or
-        vision, text: of a ViT and a BERT, whose upper half gets cross-attention that is new, and trains with the adapters.
+        sources: those of a ViT, "vision", and a BERT, "text", whose upper half gets cross-attention that is new, and trains with
+            the adapters.
         preset, fields: of `ModeXConfig`. Default: the published placement for the kind of model.
-        tokenizer, image_processor: name or folder; default: those of the model or the encoders.
+        processors: as in `new_model`; default: those of the model or the encoders.
         format: of the data, on which the published image processor depends.
 
     Raises:
         ValueError: something cannot be loaded, or does not fit.
     """
+    vision, text = sources.get("vision"), sources.get("text")
     if bool(model) == bool(vision or text) or bool(vision) != bool(text):
         raise ValueError("--system modex needs --model NAME_OR_FOLDER of a fused model, or both --vision and --text")
     _refuse_unknown(fields, ModeXConfig)
@@ -155,7 +195,7 @@ def new_modex_model(
     new: dict[str, Any] = {} if model else {"trained": ("text.encoder.layer.*.crossattention",)}
     config = ModeXConfig.preset(preset or ("albef" if albef else "blip"), **layers, **{**new, **fields})
     built = ModeXForClassification(fused, config, id2label=split.names, problem_type=split.problem_type)
-    set_processors(built, {"text": tokenizer or text or model, "vision": image_processor or vision or model}, format)
+    set_processors(built, {"text": text or model, "vision": vision or model}, processors, format)
     return built
 
 
@@ -185,22 +225,21 @@ def _join(vision: str, text: str) -> AlbefModel:
 
 def open_model(
     path: str | Path,
-    sources: dict[str, str | None],
+    sources: Mapping[str, str | None],
     *,
     mode: str | None = None,
-    tokenizer: str | None = None,
-    image_processor: str | None = None,
+    processors: Mapping[str, str | None] = _NONE,
     format: str = "food101",
 ) -> FusionModel:
-    """A trained model: a folder of `save_pretrained`, or a checkpoint of the released code.
+    """A trained model: a folder of `save_pretrained`, or a file of a kind that is registered, see `mope.training.extensions`.
 
     Args:
-        path: a folder, a `.ckpt`, or the `.safetensors` that `mope convert` made of one. The folder of a run has its model in
-            `model`.
-        sources: names or folders of the "vision" and "text" encoders. A folder knows its own, a checkpoint needs them.
-        mode: "released" or "instance"; None: that of training.
-        tokenizer, image_processor: as in `new_model`; default: those in the folder. A checkpoint was trained with the published
-            image processor and the tokenizer of its text encoder.
+        path: a folder or a file. The folder of a run has its model in `model`.
+        sources: names or folders of encoders by their names in the model. A folder knows its own; a `.ckpt` of the released code,
+            or the `.safetensors` that `mope convert` made of one, needs them.
+        mode: one that is registered, "released" or "instance"; None: that of training.
+        processors: as in `new_model`; default: those in the folder. A checkpoint of the released code was trained with the
+            published image processor and the tokenizer of its text encoder.
         format: of the data, on which the published image processor depends.
 
     Raises:
@@ -208,28 +247,27 @@ def open_model(
     """
     path = _model_of(Path(path))
     if is_modex(path):
-        return _open_modex(path, sources, mode, tokenizer, image_processor, format)
-    backbones: dict[str, Any] = {m: load_backbone(source, m) for m, source in sources.items() if source}
-    if path.suffix in (".ckpt", ".safetensors"):
-        if missing := [modality for modality in ("vision", "text") if modality not in backbones]:
-            raise ValueError(
-                f"{path} holds no encoders: give those that it was trained with, "
-                + " and ".join(f"--{modality} NAME_OR_FOLDER" for modality in missing)
-            )
-        from mope import load_released_checkpoint
-
-        model = load_released_checkpoint(path, **backbones, mode=mode or "released")
-        set_processors(model, {"text": tokenizer or sources["text"], "vision": image_processor or PUBLISHED}, format)
-        return model
+        return _open_modex(path, sources, mode, processors, format)
+    if (opener := opener_for(path.suffix)) is not None:
+        return opener(path, sources, mode=mode, processors=processors, format=format)
+    slots: Mapping[str, Slot] = {}
     try:
-        model = MoPEForClassification.from_pretrained(path, **backbones)
+        slots = read_config(path)[0].slots
+        model = MoPEForClassification.from_pretrained(path, **_load_all(slots, sources))
     except (FileNotFoundError, ValueError) as error:
-        hint = " (on the command line --vision and --text)" if "from_pretrained(..." in str(error) else ""
+        options = " and ".join(map(encoder_option, slots))
+        hint = f" (on the command line {options})" if "from_pretrained(..." in str(error) else ""
         raise ValueError(f"{error}{hint}") from error
-    set_processors(model, {"text": tokenizer, "vision": image_processor}, format)
+    set_processors(model, {}, processors, format)
     if mode is not None and mode != model.config.prompt_owner:
-        set_prompt_owner(model, mode)
+        set_mode(model, mode)
     return model
+
+
+def slots_in(path: str | Path) -> tuple[Slot, ...] | None:
+    """What a trained model reads, the `modalities` of `read_split`; None for text and image. ValueError where it is not known."""
+    path = _model_of(Path(path))
+    return slots_to_read(read_config(path)[0]) if path.is_dir() and not is_modex(path) else None
 
 
 def _model_of(path: Path) -> Path:
@@ -252,7 +290,7 @@ def is_modex(path: Path) -> bool:
 
 
 def _open_modex(
-    path: Path, sources: dict[str, str | None], mode: str | None, tokenizer: str | None, image_processor: str | None, format: str
+    path: Path, sources: Mapping[str, str | None], mode: str | None, processors: Mapping[str, str | None], format: str
 ) -> ModeXForClassification:
     if given := [f"--{name}" for name, value in {**sources, "mode": mode}.items() if value]:
         raise ValueError(f"{path} is a ModeX model, which takes no {', '.join(given)}")
@@ -260,7 +298,7 @@ def _open_modex(
         model = ModeXForClassification.from_pretrained(path)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(str(error)) from error
-    set_processors(model, {"text": tokenizer, "vision": image_processor}, format)
+    set_processors(model, {}, processors, format)
     return model
 
 
@@ -277,28 +315,36 @@ def adopt_classes(model: FusionModel, split: Split) -> None:
         model.config = config.replace(id2label=split.names, problem_type=split.problem_type)
 
 
-def set_processors(model: FusionModel, sources: dict[str, str | None], format: str) -> None:
-    """Give a model tokenizer ("text") and image processor ("vision") from the hub or a folder; None changes nothing.
+def set_processors(
+    model: FusionModel, sources: Mapping[str, str | None], processors: Mapping[str, str | None] = _NONE, format: str = ""
+) -> None:
+    """Give a model tokenizer, image processor and their like from the hub or a folder; None changes nothing.
 
-    `format` is that of the data, on which the published image processor depends.
+    Args:
+        model: that gets them.
+        sources: by the names of encoders, where processors are taken from unless
+        processors: says something else, by their own names, "tokenizer", or by those of encoders.
+        format: of the data, on which the published image processor depends.
+
+    Raises:
+        ValueError: one cannot be loaded, or does not fit.
     """
-    loaders: dict[str, Any] = {"text": AutoTokenizer, "vision": AutoImageProcessor}
-    for modality, source in sources.items():
-        if source is None or modality not in model.config.modalities:
+    for name, slot in slots_of(model.config).items():
+        kind = slot.modality.processor
+        if kind is None:
             continue
-        kind = "tokenizer" if modality == "text" else "image processor"
+        source = processors.get(name) or processors.get(kind) or sources.get(name)
+        if source is None:
+            continue
         try:
             # transformers warns of model types that it does not know, such as that of a fused model.
             with _quiet():
-                if modality == "vision" and source == PUBLISHED:
-                    model.image_processor = published_image_processor(_image_size(model), format=format)
-                elif modality == "vision":
-                    model.image_processor = loaders[modality].from_pretrained(source)
-                else:
-                    model.tokenizer = loaders[modality].from_pretrained(source, padding_side=model.config.padding_side)
+                processor = slot.modality.load_processor(source, model.backbone(name), model.config, format)
+            model.set_processor(name, processor)
         except (OSError, ValueError) as error:
+            ((_, option),) = processor_options([slot]).items()
             raise ValueError(
-                f"no {kind} could be loaded from {source}: {error}. Name another one, --{kind.replace(' ', '-')}"
+                f"no {kind.replace('_', ' ')} could be loaded from {source}: {error}. Name another one, {option}"
             ) from error
 
 
@@ -311,9 +357,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         transformers.utils.logging.set_verbosity(before)
-
-
-def _image_size(model: FusionModel) -> int:
-    config: Any = model.backbone("vision").config
-    size = config.image_size
-    return size if isinstance(size, int) else size[0]

@@ -23,7 +23,8 @@ class Recipe:
         batch_size: items of one optimizer step, over all processes and accumulated batches.
         accumulation: in how many parts a process goes through its share of a batch; more need less memory. The importance loss is
             the mean over the parts.
-        vision_lr, text_lr: of what is trained in and around the two encoders; mapper and head belong to the main one.
+        vision_lr, text_lr: of what is trained in and around encoders of images and texts; mapper and head belong to the main one.
+        other_lr: of what is trained in and around encoders of any other modality.
         weight_decay: of everything trained.
         milestones: epochs after which the learning rates are multiplied by gamma.
         gamma: see milestones.
@@ -44,6 +45,7 @@ class Recipe:
     accumulation: int = 1
     vision_lr: float = 4e-4
     text_lr: float = 5e-4
+    other_lr: float = 4e-4
     weight_decay: float = 1e-3
     milestones: Sequence[int] = (3, 6)
     gamma: float = 0.4
@@ -59,7 +61,7 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Recipe: {name} must be an integer of at least 1, got {value!r}")
-        for name in ("vision_lr", "text_lr", "weight_decay", "clip"):
+        for name in ("vision_lr", "text_lr", "other_lr", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"Recipe: {name} must be 0 or more, and finite, got {getattr(self, name)}")
         if not 0 < self.gamma <= 1:
@@ -75,6 +77,16 @@ class Recipe:
 
     def replace(self, **changes: Any) -> Recipe:
         return dataclasses.replace(self, **changes)
+
+    @staticmethod
+    def rate_of(modality: str) -> str:
+        """Return the name of the field with the learning rate of a modality."""
+        return f"{modality}_lr" if f"{modality}_lr" in Recipe.__dataclass_fields__ else "other_lr"
+
+    def learning_rate(self, modality: str) -> float:
+        """Return the learning rate in and around encoders of a modality, by its name."""
+        rate: float = getattr(self, self.rate_of(modality))
+        return rate
 
     def for_problem(self, problem_type: str) -> Recipe:
         """The same with a metric; ValueError if a field does not go with "single_label" or "multi_label"."""

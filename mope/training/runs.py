@@ -18,7 +18,9 @@ from mope.encoders.importance import is_distributed
 from mope.files import write_text
 from mope.finite import NotFiniteError, infinite
 from mope.fusion.base import FusionModel
+from mope.modalities import complementary_of, slots_of
 
+from .encoders import processor_options
 from .evaluation import evaluate
 from .options import RunOptions
 from .recipe import Recipe
@@ -40,7 +42,7 @@ class TrainingRun:
         recipe: how; its metric may be left open.
         out: folder, new or of a run to resume.
         resume: continue from the last checkpoint in `out`, or from the given one.
-        cache_features: "auto" computes what the complementary encoder says once, where training does not change it; "on" raises an
+        cache_features: "auto" computes what the complementary encoders say once, where training does not change it; "on" raises an
             error where it does; "off" never.
         features: folder of the cache; default: in `out`.
         copy_backbones: put copies of the encoders into the saved model.
@@ -99,23 +101,24 @@ class TrainingRun:
         """ValueError where what tokenizer and image processor give does not go through the encoders: now, and not at step 1."""
         model, was_training = self.model, self.model.training
         items = self._examples("train")
-        pixels: Any = None
+        slots = slots_of(model.config).values()
+        batch: dict[str, Any] = {}
         model.eval()
         try:
             # The run draws the random numbers that it would draw without this.
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 batch = model.on_device(Collator(model)([items[0]]))
-                pixels = batch.get("pixel_values")
                 model(**batch)
         # Files that cannot be read say so themselves.
         except DataError:
             raise
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             first = repr(self.splits["train"].examples[0].id)
-            given = "" if pixels is None else f", its image {tuple(pixels.shape[1:])} after the image processor"
+            given = ", ".join([first, *filter(None, (slot.modality.describe(slot.own(batch)) for slot in slots))])
+            processors = processor_options(slots)
+            advice = f". Name the {' and the '.join(processors)} of these encoders ({', '.join(processors.values())})"
             raise ValueError(
-                f"the first training example, {first}{given}, does not go through the model: {error}. "
-                "Name the image processor and the tokenizer of these encoders (--image-processor, --tokenizer)"
+                f"the first training example, {given}, does not go through the model: {error}{advice if processors else ''}"
             ) from error
         finally:
             model.train(was_training)
@@ -237,16 +240,18 @@ class TrainingRun:
             )
 
     def _caches_features(self, wanted: str) -> bool:
-        others = self.model.config.complementary
         if wanted == "off":
             return False
-        against, modality = "", others[0] if others else ""
-        if not others:
+        names, slots = complementary_of(self.model.config), slots_of(self.model.config)
+        trained = [name for name in names if self.model.trains(name)]
+        augmented = [slots[name].modality.plural for name in names if slots[name].modality.augments]
+        against = ""
+        if not names:
             against = f"method {self.model.config.method!r} has no complementary encoder"
-        elif self.model.trains(modality):
-            against = f"training changes what the {modality} encoder says"
-        elif modality == "vision" and self.recipe.augment:
-            against = "images are augmented"
+        elif trained:
+            against = f"training changes what the {trained[0]} encoder says"
+        elif augmented and self.recipe.augment:
+            against = f"{augmented[0]} are augmented"
         if wanted == "on" and against:
             raise ValueError(f"features cannot be cached: {against}")
         return not against
@@ -292,7 +297,8 @@ def train(model: FusionModel, splits: Mapping[str, Split], recipe: Recipe, out: 
 def _description(split: Split) -> dict[str, Any]:
     digest = hashlib.sha256()
     for example in split.examples:
-        digest.update(json.dumps([example.id, example.text, example.image and example.image.name, example.labels]).encode())
+        items = [slot.modality.identity(example.inputs[slot.name]) for slot in split.slots]
+        digest.update(json.dumps([example.id, *items, example.labels]).encode())
     return {"examples": len(split), "sha256": digest.hexdigest()}
 
 

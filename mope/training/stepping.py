@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mope.data.preprocessing import max_tokens
 from mope.fusion.base import FusionModel
+from mope.modalities import Padding, slots_of
 
 from .batches import Batches, Buckets, length_buckets
 from .graphs import GraphedStep, objection_to
@@ -43,32 +44,39 @@ class Stepping:
             raise ValueError(f"graphs='on': {self.why_not}. With graphs='auto' it trains without")
         self.is_on = not self.why_not
         self._may_give_up = options.graphs == "auto"
-        reads_text = "text" in fusion.config.modalities
-        self.lengths: tuple[int, ...] | None = None
-        if reads_text and (options.length_buckets is not None or not self.why_not):
-            longest = None if fusion.tokenizer is None else max_tokens(fusion.tokenizer, fusion.backbone("text"))
-            self.lengths = tuple(options.length_buckets or ()) or length_buckets(longest)
-        self._fusion, self._sizes = fusion, part_sizes(batches)
+        # By the name of an encoder whose items differ in length.
+        self._padding: dict[str, Padding] = {}
+        self.lengths: dict[str, tuple[int, ...]] = {}
+        self._slots = slots_of(fusion.config)
+        if options.length_buckets is not None or not self.why_not:
+            for name, slot in self._slots.items():
+                padding = slot.modality.padding(fusion.backbone(name), fusion.processor(name), fusion.config)
+                if padding is not None:
+                    self._padding[name] = padding
+                    self.lengths[name] = tuple(options.length_buckets or ()) or length_buckets(padding.longest)
+        self._sizes = part_sizes(batches)
         # Writing gradients and adding to them need a graph each.
-        self._max_graphs = max(1, len(self._sizes)) * max(1, len(self.lengths or ())) * (1 if batches.parts == 1 else 2)
+        shapes = max(1, len(self._sizes)) * math.prod(len(lengths) for lengths in self.lengths.values())
+        self._max_graphs = shapes * (1 if batches.parts == 1 else 2)
         self._step: GraphedStep | None = None
         self.parts = {"graphs": 0, "without": 0}
         # The largest number kept at any time.
         self.recorded = 0
 
     def padding(self, collate: Callable[[list[Any]], dict[str, Tensor]]) -> Callable[[list[Any]], dict[str, Tensor]]:
-        """Wrap `collate` so that it pads texts to the lengths of this run."""
-        if self.lengths is None:
-            return collate
-        token = getattr(self._fusion.tokenizer, "pad_token_id", None) or 0
-        kind = getattr(self._fusion.tokenizer, "pad_token_type_id", None) or 0
-        values = {"input_ids": token, "attention_mask": 0, "token_type_ids": kind}
-        return Buckets(collate, self.lengths, values, left=self._fusion.config.padding_side == "left")
+        """Wrap `collate` so that it pads texts, and what else differs in length, to the lengths of this run."""
+        for name, lengths in self.lengths.items():
+            slot, padding = self._slots[name], self._padding[name]
+            values = {f"{slot.prefix}{own}": value for own, value in padding.values.items()}
+            collate = Buckets(collate, lengths, values, left=padding.left)
+        return collate
 
     def takes(self, inputs: dict[str, Tensor]) -> bool:
         """Return whether a part has a shape that recurs: it is not the last of an epoch, and its texts are not too long."""
-        ids = inputs.get("input_ids")
-        fits = len(inputs["labels"]) in self._sizes and (ids is None or self.lengths is None or ids.shape[1] in self.lengths)
+        fits = len(inputs["labels"]) in self._sizes
+        for name, lengths in self.lengths.items():
+            tokens = inputs.get(self._slots[name].required)
+            fits = fits and (tokens is None or tokens.shape[1] in lengths)
         takes = fits and not self.why_not
         self.parts["graphs" if takes else "without"] += 1
         return takes

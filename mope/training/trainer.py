@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mope.files import disk_error
 from mope.finite import LossWatch, NotFiniteError, infinite
 from mope.fusion.base import FusionModel
 from mope.fusion.checkpoint import WEIGHTS
+from mope.modalities import slots_of
 
 from .batches import Batches, Loader
 from .evaluation import measure
@@ -214,10 +216,10 @@ class FusionTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a learning rate for each encoder."""
         if self.optimizer is None:
-            rates = {"vision": self.recipe.vision_lr, "text": self.recipe.text_lr}
+            slots = slots_of(self.fusion.config)
             groups = [
-                {"params": parameters, "lr": rates[modality]}
-                for modality, parameters in parameters_by_modality(self.fusion).items()
+                {"params": parameters, "lr": self.recipe.learning_rate(slots[name].modality.name)}
+                for name, parameters in parameters_by_modality(self.fusion).items()
             ]
             # Fused, a step of fp16 asks on the device whether gradients overflowed; else the host waits for the answer.
             on_gpu = self.args.device.type == "cuda"
@@ -315,9 +317,9 @@ class FusionTrainer(Trainer):
     def _advice(self, step: int | None = None) -> str:
         """What to do about it; `step`: default the last one."""
         step = self.state.global_step if step is None else step
-        rates = " and ".join(
-            f"--{modality}-lr {rate:g}" for modality, rate in (("vision", self.recipe.vision_lr), ("text", self.recipe.text_lr))
-        )
+        own = {self.recipe.rate_of(slot.modality.name) for slot in slots_of(self.fusion.config).values()}
+        names = [field.name for field in fields(self.recipe) if field.name in own]
+        rates = " and ".join(f"--{name.replace('_', '-')} {getattr(self.recipe, name):g}" for name in names)
         dtype = self.frozen_dtype
         precision = "" if dtype is None else f", or compute in float32 (--precision fp32, not {str(dtype).removeprefix('torch.')})"
         first = "; at the first step the data and the encoders' weights may not be finite themselves" if step == 1 else ""

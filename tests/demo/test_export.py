@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mope import MoPEForClassification
 from mope.demo import digit_model
 from mope.demo.data import load_digits, statements, to_pixel_values
 from mope.demo.export import export
-from mope.fusion.base import AutoImageProcessor
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import mope
 from mope import MoPEForClassification
 from mope.fusion.export import InferenceModel
 from mope.fusion.model import MoPEOutput
-from mope.training.evaluation import set_prompt_owner
+from mope.released.windows import set_prompt_owner
 from mope_kernels.impl import Operation
 from tests.environment import setenv
 

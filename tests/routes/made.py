@@ -48,5 +48,5 @@ def pictures(folder: Path, count: int) -> tuple[Path, ...]:
 
 def split(count: int, *, names: tuple[str, ...], problem_type: str = "single_label") -> Split:
     """Labels go round."""
-    examples = tuple(Example(f"id{i}", f"text {i}", None, (i % len(names),)) for i in range(count))
+    examples = tuple(Example(f"id{i}", {"text": f"text {i}", "vision": None}, (i % len(names),)) for i in range(count))
     return Split("test", examples, names, problem_type)

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 from mope import MoPEForClassification
 from mope.data import Collator, DataError, Example, Examples, RandAugment, Split, published_image_processor
 from mope.data.augment import LEVELS, OPERATIONS
-from mope.data.preprocessing import PUBLISHED_MEAN, PUBLISHED_STD, Preprocessing, with_8_bits
+from mope.data.preprocessing import Preprocessing
+from mope.modalities.vision import PUBLISHED_MEAN, PUBLISHED_STD, with_8_bits
 from tests.models.tiny import fusion
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d")
@@ -58,7 +59,7 @@ def split(tmp_path: Path) -> Split:
     for i, text in enumerate(TEXTS):
         path = tmp_path / f"{i}.png"
         Image.fromarray(rng.integers(0, 256, (9 + i, 12, 3), dtype=np.uint8)).save(path)
-        examples.append(Example(str(i), text, path if i != 2 else None, (i % 3,)))
+        examples.append(Example(str(i), {"text": text, "vision": path if i != 2 else None}, (i % 3,)))
     return Split("train", tuple(examples), ("x", "y", "z"), "single_label")
 
 
@@ -90,8 +91,8 @@ def test_only_what_the_method_reads_is_prepared(split: Split, method: str, names
     model = model_of(method=method)
     if method == "text_only":
         for example in split.examples:
-            if example.image:
-                example.image.unlink()
+            if example.inputs["vision"]:
+                example.inputs["vision"].unlink()
     batch = batch_of(split, model)
     assert set(batch) - {"attention_mask", "token_type_ids"} == {*names, "labels"}
     assert model(**batch).logits.shape == (4, 3)
@@ -105,7 +106,7 @@ def test_padding_on_the_left(split: Split) -> None:
 
 def test_several_labels_become_rows_of_zeros_and_ones(split: Split) -> None:
     labels = ((0, 2), (), (1,), (0, 1, 2))
-    examples = tuple(Example(e.id, e.text, e.image, of) for e, of in zip(split.examples, labels, strict=True))
+    examples = tuple(Example(e.id, e.inputs, of) for e, of in zip(split.examples, labels, strict=True))
     model = model_of(problem_type="multi_label")
     batch = batch_of(Split("train", examples, split.names, "multi_label"), model)
     assert batch["labels"].dtype == torch.float32
@@ -118,7 +119,7 @@ def test_texts_are_cut_to_what_the_encoder_takes(split: Split, text: str, longes
     """Both have 16 positions; RoBERTa's first is number 2."""
     model = model_of(text=text, method="text_only")
     model.tokenizer.pad_token = "[UNK]"
-    long = Split("train", (Example("0", "a " * 100, None, (0,)),), split.names, "single_label")
+    long = Split("train", (Example("0", {"text": "a " * 100}, (0,)),), split.names, "single_label")
     batch = batch_of(long, model)
     assert batch["input_ids"].shape == (1, longest)
     assert batch["input_ids"][0, -1] == WORDS.index("[SEP]")
@@ -134,7 +135,7 @@ def test_a_shorter_limit_of_the_tokenizer_counts(split: Split) -> None:
 def test_images_go_through_the_image_processor(split: Split) -> None:
     model = model_of(method="image_only")
     batch = batch_of(split, model)
-    path = split.examples[0].image
+    path = split.examples[0].inputs["vision"]
     assert path is not None
     grey = Image.open(path).convert("L").resize((8, 8), Image.Resampling.BILINEAR)
     torch.testing.assert_close(batch["pixel_values"][0, 0], torch.from_numpy(np.array(grey) / 127.5 - 1).float(), rtol=0, atol=1e-6)
@@ -149,14 +150,14 @@ def test_images_of_few_rows_are_not_taken_for_channels(tmp_path: Path, height: i
     model.vision.config.num_channels = 3  # type: ignore[union-attr]
     model.image_processor = published_image_processor(8)
     Image.new("RGB", (5, height), (255, 0, 0)).save(tmp_path / "thin.png")
-    example = Example("0", "", tmp_path / "thin.png", (0,))
+    example = Example("0", {"vision": tmp_path / "thin.png"}, (0,))
     pixels = Preprocessing(model, ["vision"])(example)["pixel_values"]
     wanted = (torch.tensor([1.0, 0, 0]) - torch.tensor(PUBLISHED_MEAN)) / torch.tensor(PUBLISHED_STD)
     torch.testing.assert_close(pixels, wanted[:, None, None].expand(3, 8, 8))
 
 
 def test_image_processors_get_what_all_of_them_understand(split: Split) -> None:
-    """An array and the place of its channels, or a grey PIL image: see `Preprocessing._pixel_values`."""
+    """An array and the place of its channels, or a grey PIL image: see `mope.modalities.vision.Images`."""
     given: list[tuple[Any, dict[str, Any]]] = []
 
     class Processor:
@@ -181,7 +182,7 @@ def test_images_of_every_mode_can_be_read(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("image.tiff" if mode == "CMYK" else "image.png")
     Image.new(mode, (10, 10)).save(path)
     model = model_of(method="image_only")
-    assert Preprocessing(model, ["vision"])(Example("0", "", path, (0,)))["pixel_values"].shape == (1, 8, 8)
+    assert Preprocessing(model, ["vision"])(Example("0", {"vision": path}, (0,)))["pixel_values"].shape == (1, 8, 8)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
@@ -200,7 +201,7 @@ def test_images_without_a_known_white_are_refused(tmp_path: Path, mode: str) -> 
     path = tmp_path / "image.tiff"
     Image.new(mode, (10, 10)).save(path)
     with pytest.raises(DataError, match=f"image.tiff.*which of its values is white is not known .mode {mode}."):
-        Preprocessing(model_of(method="image_only"), ["vision"])(Example("0", "", path, (0,)))
+        Preprocessing(model_of(method="image_only"), ["vision"])(Example("0", {"vision": path}, (0,)))
 
 
 def test_published_preprocessing(tmp_path: Path) -> None:
@@ -213,7 +214,7 @@ def test_published_preprocessing(tmp_path: Path) -> None:
         wanted = (np.array(part) / 255 - PUBLISHED_MEAN) / PUBLISHED_STD
         np.testing.assert_allclose(found, wanted.transpose(2, 0, 1), atol=1e-5)
     published_image_processor().save_pretrained(tmp_path)
-    from mope.fusion.base import AutoImageProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     again = AutoImageProcessor.from_pretrained(tmp_path)
     assert again.to_dict() == published_image_processor().to_dict()
@@ -223,7 +224,7 @@ def test_published_preprocessing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content, workers", [(b"", 0), (b"no image", 1), ("half", 0)], ids=["empty", "text, worker", "half"])
 def test_an_unreadable_image_is_named(split: Split, content: bytes | str, workers: int) -> None:
     """In the middle of an epoch, also out of another process."""
-    path = split.examples[1].image
+    path = split.examples[1].inputs["vision"]
     assert path is not None
     path.write_bytes(path.read_bytes()[:100] if content == "half" else content)  # type: ignore[arg-type]
     model = model_of(method="image_only")
@@ -234,7 +235,7 @@ def test_an_unreadable_image_is_named(split: Split, content: bytes | str, worker
 
 def test_an_image_too_large_to_be_true_is_named(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(DataError, match=rf"{split.examples[0].image}.*decompression bomb"):
+    with pytest.raises(DataError, match=rf"{split.examples[0].inputs['vision']}.*decompression bomb"):
         Examples(split, model_of(method="image_only"))[0]
 
 

@@ -38,7 +38,10 @@ def split(tmp_path: Path) -> Split:
     for path in paths:
         Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)  # type: ignore[arg-type]
     images = [*paths, paths[0], None]
-    examples = [Example(str(i), text, image, (i % 3,)) for i, (text, image) in enumerate(zip(TEXTS, images, strict=True))]
+    examples = [
+        Example(str(i), {"text": text, "vision": image}, (i % 3,))
+        for i, (text, image) in enumerate(zip(TEXTS, images, strict=True))
+    ]
     return Split("train", tuple(examples), ("x", "y", "z"), "single_label")
 
 
@@ -130,7 +133,7 @@ def test_a_changed_text_recomputes_itself(split: Split, tmp_path: Path, counted:
     cached_features(model, split, tmp_path / "cache")
     counted.clear()
     examples = list(split.examples)
-    examples[1] = dataclasses.replace(examples[1], text="d d")
+    examples[1] = dataclasses.replace(examples[1], inputs={**examples[1].inputs, "text": "d d"})
     changed = dataclasses.replace(split, examples=tuple(examples))
     cache = cached_features(model, changed, tmp_path / "cache")
     assert counted == [1] and cache.computed == 1
@@ -142,7 +145,7 @@ def test_a_changed_image_recomputes_itself(split: Split, tmp_path: Path, counted
     model = model_of(main="text")
     cached_features(model, split, tmp_path / "cache")
     counted.clear()
-    path = split.examples[1].image
+    path = split.examples[1].inputs["vision"]
     assert path is not None
     stat = path.stat()
     Image.fromarray(np.full((8, 9 if what == "size" else 8), 200, np.uint8)).save(path)
@@ -393,7 +396,7 @@ def test_the_page_about_data_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyP
         Image.new("L", (8, 8)).save(image)
         (data / "train.jsonl").write_text(line)
         split = read_split("data", format, "train")
-        assert split.examples[0].image == image.relative_to(tmp_path)
+        assert split.examples[0].inputs["vision"] == image.relative_to(tmp_path)
         assert split.problem_type == {"one": "single_label", "several": "multi_label"}[classes]
 
     (data / "labels.txt").write_text("apple_pie\nwaffles\n")

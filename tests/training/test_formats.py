@@ -73,9 +73,9 @@ def test_formats(folder: Path, format: str, names: tuple[str, ...], problem_type
     assert (split.name, split.names, split.problem_type, len(split)) == ("train", names, problem_type, 2)
     assert [e.labels for e in split.examples] == labels
     texts = [line["sentence2" if format == "snli-ve" else "text"] for line in GOOD[format]]
-    assert [e.text for e in split.examples] == texts
+    assert [e.inputs["text"] for e in split.examples] == texts
     paths = {"snli-ve": [IMAGES[2]] * 2, "mm-imdb": [IMAGES[0], None]}.get(format, list(IMAGES[:2]))
-    assert [e.image for e in split.examples] == [path and folder / path for path in paths]
+    assert [e.inputs["vision"] for e in split.examples] == [path and folder / path for path in paths]
 
 
 def test_every_format_is_tested() -> None:
@@ -110,7 +110,7 @@ def test_several_labels_in_plain_jsonl(folder: Path) -> None:
     write(folder, lines)
     split = read_split(folder, "jsonl", "train")
     assert split.problem_type == "multi_label"
-    assert [(e.labels, e.image) for e in split.examples] == [((0, 1), None), ((), None)]
+    assert [(e.labels, e.inputs["vision"]) for e in split.examples] == [((0, 1), None), ((), None)]
 
 
 def test_labels_file_gives_names_and_order(folder: Path) -> None:
@@ -167,7 +167,7 @@ def test_files_of_other_systems(folder: Path) -> None:
     write_first = json.dumps(example()).encode()
     (folder / "test.jsonl").write_bytes("\ufeff".encode() + write_first)
     split = read_split(folder, "jsonl", "train")
-    assert split.names == ("cat",) and [e.text for e in split.examples] == ["crème brûlée"]
+    assert split.names == ("cat",) and [e.inputs["text"] for e in split.examples] == ["crème brûlée"]
     assert len(read_split(folder, "jsonl", "test")) == 1
 
 
@@ -240,7 +240,7 @@ def test_any_file_gives_examples_or_says_why_not(folder: Path, format: str, line
             assert str(file) in str(error) and str(error).encode()
         else:
             assert all(set(e.labels) <= set(range(len(split.names))) for e in split.examples)
-            assert "".join([*split.names, *(e.text for e in split.examples)]).encode() is not None
+            assert "".join([*split.names, *(e.inputs["text"] for e in split.examples)]).encode() is not None
 
 
 def test_all_bad_lines_in_one_error(folder: Path) -> None:
@@ -315,7 +315,7 @@ def test_missing_images_may_be_grey(folder: Path) -> None:
     file = write(folder, [example(), example(image="images/none.jpg"), example(image="nowhere/a.jpg")])
     with pytest.warns(UserWarning, match=rf"{file}: 2 of 3 images are missing, grey ones replace them: .*none\.jpg, .*nowhere"):
         split = read_split(folder, "jsonl", "train", on_missing_image="grey")
-    assert [e.image for e in split.examples] == [folder / "images/a.jpg", None, None]
+    assert [e.inputs["vision"] for e in split.examples] == [folder / "images/a.jpg", None, None]
 
 
 def test_where_images_may_be(folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +329,9 @@ def test_where_images_may_be(folder: Path, tmp_path_factory: pytest.TempPathFact
     for place in (folder, Path(".")):
         monkeypatch.chdir(folder)
         split = read_split(place, "jsonl", "train")
-        assert [e.image for e in split.examples] == [place / p for p in ("images/a.jpg", "linked/c.jpg", "c.jpg", "images/b.jpg")]
+        assert [e.inputs["vision"] for e in split.examples] == [
+            place / p for p in ("images/a.jpg", "linked/c.jpg", "c.jpg", "images/b.jpg")
+        ]
 
 
 def test_file_systems_that_do_not_tell_cases_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +339,7 @@ def test_file_systems_that_do_not_tell_cases_apart(folder: Path, monkeypatch: py
     isfile = os.path.isfile
     monkeypatch.setattr(os.path, "isfile", lambda path: isfile(str(path).lower()))
     write(folder, [example(image="images/A.JPG")])
-    assert read_split(folder, "jsonl", "train").examples[0].image == folder / "images/A.JPG"
+    assert read_split(folder, "jsonl", "train").examples[0].inputs["vision"] == folder / "images/A.JPG"
 
 
 def test_repeated_ids_are_warned_about(folder: Path) -> None:
@@ -347,7 +349,7 @@ def test_repeated_ids_are_warned_about(folder: Path) -> None:
 
 
 def split_of(*labels: Sequence[int], classes: int = 3) -> Split:
-    examples = tuple(Example(str(i), "", None, tuple(of)) for i, of in enumerate(labels))
+    examples = tuple(Example(str(i), {"text": "", "vision": None}, tuple(of)) for i, of in enumerate(labels))
     multi = any(len(of) != 1 for of in labels)
     return Split("train", examples, tuple("abcdefgh"[:classes]), "multi_label" if multi else "single_label")
 

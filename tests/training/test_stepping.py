@@ -135,13 +135,13 @@ def test_fewer_tokens_than_lengths(splits: dict[str, Split], tmp_path: Path) -> 
     """Texts that are longer than all lengths run without a graph."""
     run = run_of(splits, tmp_path / "out", graphs="on", length_buckets=(5,), max_steps=3)
     result = run.train()
-    assert run.trainer.stepping.lengths == (5,)
+    assert run.trainer.stepping.lengths == {"text": (5,)}
     assert result["graphs"]["parts"] == {"graphs": 0, "without": 3}
 
 
 def test_auto_is_off_on_a_cpu(splits: dict[str, Split], tmp_path: Path) -> None:
     run = run_of(splits, tmp_path / "out", max_steps=1, graphs="auto")
-    assert run.trainer.stepping.why_not == "there are no graphs on cpu" and run.trainer.stepping.lengths is None
+    assert run.trainer.stepping.why_not == "there are no graphs on cpu" and run.trainer.stepping.lengths == {}
     assert "graphs" not in run.train()
 
 
@@ -153,7 +153,7 @@ def stepping_on_a_gpu(model: Any, processes: int = 1, graphs: str = "auto") -> S
 def test_auto_on_a_gpu(splits: dict[str, Split]) -> None:
     model = make_model(splits)
     stepping = stepping_on_a_gpu(model)
-    assert stepping.is_on and stepping.lengths == (2, 4, 6, 8, 10, 12, 14, 16)
+    assert stepping.is_on and stepping.lengths == {"text": (2, 4, 6, 8, 10, 12, 14, 16)}
     assert stepping_on_a_gpu(model, graphs="off").why_not == "graphs are off"
     assert "2 processes" in stepping_on_a_gpu(model, processes=2).why_not
     assert stepping_on_a_gpu(model, processes=2, graphs="on").is_on

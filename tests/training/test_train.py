@@ -231,7 +231,7 @@ def test_cached_features_change_nothing(splits: dict[str, Split], tmp_path: Path
     for name, tensor in weights(whole, 12).items():
         torch.testing.assert_close(weights(run, 12)[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
     if cache == "on":
-        assert result["features"]["train"]["computed"] == len({e.text for e in splits["train"].examples})
+        assert result["features"]["train"]["computed"] == len({e.inputs["text"] for e in splits["train"].examples})
 
 
 def test_several_labels_are_chosen_by_f1(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""Teaches training what users of the released code have: its checkpoints, and its order of windows.
+
+Importing this imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mope.training.extensions import register_modes, register_opener
+
+if TYPE_CHECKING:
+    from mope.fusion.base import FusionModel
+
+
+def _open(
+    path: Path, sources: Mapping[str, str | None], *, mode: str | None, processors: Mapping[str, str | None], format: str
+) -> FusionModel:
+    """A `.ckpt`, or the `.safetensors` that `mope convert` made of one.
+
+    It was trained with the published image processor and the tokenizer of its text encoder.
+    """
+    from mope.modalities.vision import PUBLISHED
+    from mope.training.loading import load_backbone, set_processors
+
+    from .loading import load_released_checkpoint
+
+    backbones: dict[str, Any] = {name: load_backbone(source, name) for name, source in sources.items() if source}
+    if missing := [name for name in ("vision", "text") if name not in backbones]:
+        raise ValueError(
+            f"{path} holds no encoders: give those that it was trained with, "
+            + " and ".join(f"--{name} NAME_OR_FOLDER" for name in missing)
+        )
+    model = load_released_checkpoint(path, **backbones, mode=mode or "released")
+    set_processors(model, {"text": sources["text"], "vision": PUBLISHED}, processors, format)
+    return model
+
+
+def _set_mode(model: Any, mode: str) -> str:
+    from .windows import set_prompt_owner
+
+    return set_prompt_owner(model, mode)
+
+
+for _suffix in (".ckpt", ".safetensors"):
+    register_opener(_suffix, _open)
+register_modes(("released", "instance"), _set_mode)
