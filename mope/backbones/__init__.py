@@ -1,10 +1,11 @@
 """How prompts get into the encoders of transformers: an adapter for each architecture, in a file for each family."""
 
-from . import bert, clip, swin, vit
+from . import bert, blip, clip, swin, vit
 from .attaching import Attachment, PromptedLayer, attach, base_model, original_state_dict, wrapped_by_peft
 from .base import Architecture, BackboneAdapter, VisionAdapter
 from .bert import BertAdapter, RobertaAdapter
 from .clip import CLIPVisionAdapter
+from .fused import FusedEncoder, find_fused, fused_class, known_fused, register_fused
 from .registry import architecture_for, find_adapter, find_architecture, known, register_backbone, unregister_backbone
 from .swin import SwinArchitecture
 from .swin_weights import swin_model_from_checkpoint, swin_state_dict, transformers_state_dict
@@ -17,6 +18,7 @@ __all__ = [
     "BertAdapter",
     "CLIPVisionAdapter",
     "Dinov2Adapter",
+    "FusedEncoder",
     "PromptedLayer",
     "RobertaAdapter",
     "SwinArchitecture",
@@ -26,12 +28,17 @@ __all__ = [
     "attach",
     "base_model",
     "bert",
+    "blip",
     "clip",
     "find_adapter",
     "find_architecture",
+    "find_fused",
+    "fused_class",
     "known",
+    "known_fused",
     "original_state_dict",
     "register_backbone",
+    "register_fused",
     "swin",
     "swin_model_from_checkpoint",
     "swin_state_dict",

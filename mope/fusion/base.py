@@ -4,15 +4,44 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from mope.fused.prepack import PrepackedLayers
+from mope.fusion.checkpoint import (
+    WEIGHTS,
+    GivenEncoder,
+    check_options_of_saving,
+    describe,
+    keep_encoder,
+    write_config,
+    write_tensors,
+)
+from mope.fusion.frozen import HALF, CastWeights
 from mope.modalities import Modality, known, slots_of
+
+P = ParamSpec("P")
+R = TypeVar("R")
+M = TypeVar("M", bound="FusionModel")
+
+
+def in_frozen_dtype(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
+    """Under autocast of the dtype that `cast_frozen` was given, if it was."""
+
+    @wraps(method)
+    def run(model: M, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if model.frozen_dtype is None:
+            return method(model, *args, **kwargs)
+        with torch.autocast(model.device.type, dtype=model.frozen_dtype):
+            return method(model, *args, **kwargs)
+
+    return run
 
 
 class FusionModel(nn.Module, ABC):
@@ -29,6 +58,7 @@ class FusionModel(nn.Module, ABC):
         super().__init__()
         # A processor, or the folder to load it from when it is first used.
         self._processors: dict[str, Any] = {}
+        self._cast: CastWeights | None = None
 
     @abstractmethod
     def backbone(self, modality: str) -> nn.Module:
@@ -39,53 +69,161 @@ class FusionModel(nn.Module, ABC):
         """The encoder in or around which a parameter stands, by the parameter's name."""
 
     @abstractmethod
-    def fingerprints(self) -> dict[str, str]:
-        """What the encoders were when they were given."""
+    def frozen_modules(self) -> Iterable[nn.Module]:
+        """Return the modules whose frozen weights may be cast and packed, without what was added to them."""
+
+    def frozen_weights_moved(self) -> None:
+        """Do what is needed after frozen weights got another place in memory: nothing, unless a subclass knows better."""
 
     @abstractmethod
-    def trains(self, modality: str) -> bool:
-        """Whether training changes what an encoder says."""
+    def given_encoders(self) -> dict[str, GivenEncoder]:
+        """Return each encoder as it was given, by the name of its record."""
 
     @abstractmethod
-    def trained_state_dict(self) -> dict[str, Tensor]:
-        """All that training changes."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device: ...
+    def saved_state_dict(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds beside the encoders, by name."""
 
     @abstractmethod
-    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch where the model wants it."""
+    def load_saved(self, tensors: dict[str, Tensor], file: Path) -> None:
+        """Take `saved_state_dict` from the tensors of a file. Where one is missing or does not fit, ValueError and no change."""
 
-    @property
-    @abstractmethod
-    def frozen_dtype(self) -> torch.dtype | None:
-        """What `cast_frozen` was given."""
+    def records_in_config(self, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Return what config.json says of the encoders, from the record of each."""
+        return records
 
-    @abstractmethod
-    def cast_frozen(self, dtype: torch.dtype | None) -> None:
-        """Keep frozen weights in 16 bits and compute under autocast of that dtype; None: bring them back."""
-
-    @abstractmethod
-    def weights_as_given(self) -> AbstractContextManager[None]:
-        """For a while the encoders have the weights that they were given."""
-
-    @abstractmethod
-    def prepacked(self) -> AbstractContextManager[None]:
-        """For a while frozen linear layers on the CPU keep copies of their weights in the order that oneDNN multiplies fastest."""
+    def check_savable(self) -> None:
+        """Raise ValueError where something would be lost: never, unless a subclass knows better."""
 
     @abstractmethod
     def gradient_checkpointing_enable(self) -> None:
         """Recompute layers in the backward pass instead of keeping their activations."""
 
     @abstractmethod
-    def save_pretrained(self, path: str | Path, backbones: str = "by_name") -> None:
-        """Write a checkpoint, with names and fingerprints of the encoders or copies ("copy") of them."""
-
-    @abstractmethod
     def detach(self) -> None:
         """Give the encoders back as they were."""
+
+    def trains(self, modality: str) -> bool:
+        """Whether training changes what an encoder says."""
+        return any(p.requires_grad for p in self.backbone(modality).parameters())
+
+    def trained_state_dict(self) -> dict[str, Tensor]:
+        """All that training changes, by name."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    @property
+    def device(self) -> torch.device:
+        """That of the main encoder."""
+        return next(self.backbone(self.config.main).parameters()).device
+
+    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch where the model wants it: on its device."""
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    @property
+    def frozen_dtype(self) -> torch.dtype | None:
+        """What `cast_frozen` was given."""
+        return None if self._cast is None else self._cast.dtype
+
+    def cast_frozen(self, dtype: torch.dtype | None) -> None:
+        """Keep frozen weights of linear and convolution layers in 16 bits, and compute under autocast of that dtype from now on.
+
+        The same numbers, bit for bit, as `torch.autocast` of that dtype around the model, which casts these weights in every
+        forward. What trains stays as it is, fine-tuned encoders too. An accelerator then holds half as many bytes of them: the
+        weights as they were go to the memory of the host (on the CPU they stay there beside those in 16 bits). They are what
+        `save_pretrained` writes and fingerprints are of, and `detach` brings them back.
+
+        Args:
+            dtype: torch.bfloat16 or torch.float16; None: bring the weights back, and compute in their dtype again.
+
+        Raises:
+            ValueError: another dtype; or cast weights were changed since, so that there is nothing to bring back.
+        """
+        if dtype not in (None, *HALF):
+            raise ValueError(f"cast_frozen: dtype must be torch.float16, torch.bfloat16 or None, got {dtype}")
+        if dtype == self.frozen_dtype:
+            return
+        try:
+            if self._cast is not None:
+                self._cast.undo()
+                self._cast = None
+            if dtype is not None:
+                self._cast = CastWeights(self.frozen_modules(), dtype)
+        finally:
+            self.frozen_weights_moved()
+
+    @contextmanager
+    def prepacked(self) -> Iterator[None]:
+        """For a while frozen linear layers on the CPU keep copies of their weights in the order that oneDNN multiplies fastest.
+
+        The same results but for the order of sums. The copies take as much memory again as the weights (twice as much in training,
+        where gradients pass through), in float32 and bfloat16; other dtypes and devices are left alone.
+        """
+        layers = PrepackedLayers(self.frozen_modules()) if self.device.type == "cpu" else None
+        try:
+            yield
+        finally:
+            if layers is not None:
+                layers.undo()
+
+    @contextmanager
+    def weights_as_given(self) -> Iterator[None]:
+        """For a while the encoders have the weights that they had before `cast_frozen`, in the memory of the host."""
+        with nullcontext() if self._cast is None else self._cast.as_before():
+            yield
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`to`, `half`, `cuda` and their like.
+
+        Raises:
+            ValueError: another dtype is asked for than that of `cast_frozen`, from which what was rounded would not come back.
+        """
+        if (dtype := self.frozen_dtype) is not None and fn(torch.empty(0, dtype=dtype, device=self.device)).dtype != dtype:
+            raise ValueError(f"the frozen weights are in {dtype} by cast_frozen: call cast_frozen(None) before another dtype")
+        super()._apply(fn, recurse)
+        self.frozen_weights_moved()
+        return self
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of each encoder as it was given, "trained" for one that trains."""
+        with self.weights_as_given():
+            return {
+                name: "trained" if given.trains else describe(given.encoder, given.state)["fingerprint"]
+                for name, given in self.given_encoders().items()
+            }
+
+    def save_pretrained(self, path: str | Path, backbones: str = "by_name", dtype: torch.dtype | None = None) -> None:
+        """Write a checkpoint: config.json, model.safetensors, tokenizer/ and image_processor/ if the model has them.
+
+        Args:
+            path: of the folder; made if need be.
+            backbones: "by_name" keeps the encoders' names and fingerprints, "copy" the encoders themselves too, as they were given.
+                One that was fine-tuned is copied in any case, as it is.
+            dtype: of the copies' files; they are cast back when they are loaded. None: as they are.
+
+        Raises:
+            ValueError: `backbones` is neither, `dtype` is given without copies, an encoder cannot be copied, or something that
+                trains would be lost.
+        """
+        check_options_of_saving(backbones, dtype)
+        self.check_savable()
+        folder, records = Path(path), {}
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.weights_as_given():
+            for name, given in self.given_encoders().items():
+                records[name] = keep_encoder(given, folder, backbones, dtype)
+        self.save_processors(folder)
+        write_tensors(self.saved_state_dict(), folder / WEIGHTS)
+        write_config(folder, {**self.config.to_dict(), **self.records_in_config(records)})
+
+    def restored(self, tensors: dict[str, Tensor], folder: Path) -> Self:
+        """Return this new model in evaluation mode, with what a checkpoint holds; where that does not fit, its encoders go back."""
+        try:
+            self.load_saved(tensors, folder / WEIGHTS)
+        except BaseException:
+            self.detach()
+            raise
+        self.find_processors(folder)
+        return self.eval()
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """What an optimizer should be given."""

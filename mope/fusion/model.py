@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial, wraps
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,11 @@ from mope.encoders.windowed import MoPESwinEncoder, TrainedWindowPrompts, Window
 from mope.fused import FrozenAttention, InputPrompts, MoPEAttention, PromptBank, Router
 from mope.fused.modules import version
 from mope.fused.padding import Padding
-from mope.fused.prepack import PrepackedLayers
 from mope.fused.router import make_router, sample_noise, without_noise
-from mope.fusion.checkpoint import SavedModel
+from mope.fusion.base import in_frozen_dtype
 from mope.fusion.config import MoPEConfig
-from mope.fusion.frozen import HALF, CastWeights
 from mope.fusion.heads import new_head, new_input_prompts, new_mapper, new_swin, router_options, task_loss
+from mope.fusion.saving import SavedModel
 from mope.fusion.signature import sign_forward
 from mope.fusion.sources import source_of
 from mope.graphs import CudaGraphRunner
@@ -40,9 +39,6 @@ from mope_kernels import Routing
 NO_BANKS = (
     "a Swin Transformer has no banks: its prompts pass through every part of a block, not only as keys and values: leave banks out"
 )
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class EncoderInputs(NamedTuple):
@@ -77,21 +73,6 @@ class MoPEOutput(ModelOutput):
 
     def __repr__(self) -> str:
         return describe_output(self)
-
-
-def in_frozen_dtype(
-    method: Callable[Concatenate[MoPEForClassification, P], R],
-) -> Callable[Concatenate[MoPEForClassification, P], R]:
-    """Under autocast of the dtype that `cast_frozen` was given, if it was."""
-
-    @wraps(method)
-    def run(model: MoPEForClassification, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if model.frozen_dtype is None:
-            return method(model, *args, **kwargs)
-        with torch.autocast(model.device.type, dtype=model.frozen_dtype):
-            return method(model, *args, **kwargs)
-
-    return run
 
 
 class MoPEForClassification(SavedModel):
@@ -148,7 +129,6 @@ class MoPEForClassification(SavedModel):
         # By slot, of the backbones that are prompted layer by layer.
         self._adapters = {m: find_adapter(self.backbone(m), kinds[m], m) for m in config.modalities if not self._is_swin(m)}
         self._checkpointing = False
-        self._cast: CastWeights | None = None
         self._warned_top_k = self._warned_local = False
         self._doubts = Doubts()
 
@@ -302,10 +282,6 @@ class MoPEForClassification(SavedModel):
         block: Any = self._adapters[modality].layers(self.backbone(modality))[layer]
         return self._adapters[modality].attend_to_prompts(block.layer)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.backbone(self.config.main).parameters()).device
-
     def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch on the device of the model, but for attention masks, which stay where they are.
 
@@ -342,86 +318,23 @@ class MoPEForClassification(SavedModel):
         while self._attachments:
             self._attachments.popitem()[1].detach()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoPEForClassification:
-        """`to`, `half`, `cuda` and their like: parameters that lay side by side do so again.
-
-        Raises:
-            ValueError: another dtype is asked for than that of `cast_frozen`, from which what was rounded would not come back.
-        """
-        if (dtype := self.frozen_dtype) is not None and fn(torch.empty(0, dtype=dtype, device=self.device)).dtype != dtype:
-            raise ValueError(f"the frozen weights are in {dtype} by cast_frozen: call cast_frozen(None) before another dtype")
-        super()._apply(fn, recurse)
-        self._join_projections()
-        return self
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, and of what was pickled."""
         super().__setstate__(state)
         self._sign_forward()
-        self._join_projections()
+        self.frozen_weights_moved()
 
-    def _join_projections(self) -> None:
+    def frozen_weights_moved(self) -> None:
+        """Let projections lie side by side again."""
         for attachment in self._attachments.values():
             attachment.join_projections()
 
-    @property
-    def frozen_dtype(self) -> torch.dtype | None:
-        """What `cast_frozen` was given."""
-        return None if self._cast is None else self._cast.dtype
-
-    def cast_frozen(self, dtype: torch.dtype | None) -> None:
-        """Keep frozen weights of linear and convolution layers in 16 bits, and compute under autocast of that dtype from now on.
-
-        The same numbers, bit for bit, as `torch.autocast` of that dtype around the model, which casts these weights in every
-        forward. What trains stays as it is, fine-tuned encoders too. An accelerator then holds half as many bytes of them: the
-        weights as they were go to the memory of the host (on the CPU they stay there beside those in 16 bits). They are what
-        `save_pretrained` writes and fingerprints are of, and `detach` brings them back.
-
-        Args:
-            dtype: torch.bfloat16 or torch.float16; None: bring the weights back, and compute in their dtype again.
-
-        Raises:
-            ValueError: another dtype; or cast weights were changed since, so that there is nothing to bring back.
-        """
-        if dtype not in (None, *HALF):
-            raise ValueError(f"cast_frozen: dtype must be torch.float16, torch.bfloat16 or None, got {dtype}")
-        if dtype == self.frozen_dtype:
-            return
-        try:
-            if self._cast is not None:
-                self._cast.undo()
-                self._cast = None
-            if dtype is not None:
-                self._cast = CastWeights(self._frozen_parts(), dtype)
-        finally:
-            self._join_projections()
-
-    def _frozen_parts(self) -> Iterator[nn.Module]:
+    def frozen_modules(self) -> Iterator[nn.Module]:
         """The encoders that do not train, without what was added to them."""
         for modality in self.config.modalities:
             encoder = self.backbone(modality)
             if modality not in self.config.finetuned:
                 yield from encoder.swin_modules() if isinstance(encoder, MoPESwinEncoder) else [encoder]
-
-    @contextmanager
-    def prepacked(self) -> Iterator[None]:
-        """For a while frozen linear layers on the CPU keep copies of their weights in the order that oneDNN multiplies fastest.
-
-        The same results but for the order of sums. The copies take as much memory again as the weights (twice as much in training,
-        where gradients pass through), in float32 and bfloat16; other dtypes and devices are left alone.
-        """
-        layers = PrepackedLayers(self._frozen_parts()) if self.device.type == "cpu" else None
-        try:
-            yield
-        finally:
-            if layers is not None:
-                layers.undo()
-
-    @contextmanager
-    def weights_as_given(self) -> Iterator[None]:
-        """For a while the encoders have the weights that they had before `cast_frozen`, in the memory of the host."""
-        with nullcontext() if self._cast is None else self._cast.as_before():
-            yield
 
     def train(self, mode: bool = True) -> MoPEForClassification:
         """Training mode of prompts, routers, mapper, head and encoders that train; frozen ones stay in eval mode."""

@@ -59,5 +59,5 @@ def warn_of_missing(what: str, source: str, argument: str) -> None:
     warnings.warn(
         f"this checkpoint does not hold {what}: to load it one needs {needed}, or gives it as "
         f"from_pretrained(..., {argument}=...). Save with backbones='copy' to keep it in the checkpoint",
-        stacklevel=3,
+        stacklevel=4,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -12,6 +13,8 @@ from transformers import BertConfig, BertModel, PreTrainedConfig, PreTrainedMode
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.utils.generic import ModelOutput
+
+from mope.backbones import FusedEncoder, register_fused
 
 
 class AlbefConfig(PreTrainedConfig):
@@ -187,3 +190,13 @@ def _fusion_layer(config: BertConfig, index: int, vision_width: int) -> BertLaye
     if vision_width != config.hidden_size:
         cross.key, cross.value = (nn.Linear(vision_width, cross.all_head_size) for _ in range(2))
     return layer
+
+
+def _call(model: AlbefModel, inputs: Mapping[str, Mapping[str, Any]]) -> Tensor:
+    """Images and texts -> the fused text (B, T, C)."""
+    states = model(**inputs["vision"], **inputs["text"]).last_hidden_state
+    assert isinstance(states, Tensor)
+    return states
+
+
+register_fused("AlbefModel", FusedEncoder({"vision": "vision", "text": "text"}, _call, model_class=AlbefModel))

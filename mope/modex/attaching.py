@@ -17,13 +17,15 @@ from torch.utils.hooks import RemovableHandle
 
 from mope.checks import check_encoder, naming_memory
 from mope.fused.adapter import ExpertAdapter
+from mope.fusion.checkpoint import read_tensors, write_tensors
 
 from .configuration import ModeXConfig
-from .saving import WEIGHTS, check_tensors, gather, read_tensors, write_tensors
+from .saving import WEIGHTS, check_tensors, gather
 from .sites import Layout, Plan, Site, find_sites, has_cross, layout_of, own_parameters, trained_modules
 
 # Of the model that was attached to: its `Adapters`.
 _OWNER = "_modex_adapters"
+_NO_FILE = "give a folder that save_pretrained of the adapters wrote"
 _T = TypeVar("_T")
 
 
@@ -276,7 +278,7 @@ class Adapters:
             ValueError: the configuration or the tensors do not fit the model, which then is as it was.
         """
         file = Path(folder) / WEIGHTS
-        config, tensors = ModeXConfig.from_pretrained(folder), read_tensors(file)
+        config, tensors = ModeXConfig.from_pretrained(folder), read_tensors(file, _NO_FILE)
         model = _without_wrapper(model)
         expected = expected_tensors(model, config)
         try:

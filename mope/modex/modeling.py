@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-import transformers
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 import mope
+from mope.backbones import FusedEncoder, find_fused, known_fused
 from mope.checks import Doubts, check_are_tensors, check_encoder, check_labels_of
-from mope.fused.prepack import PrepackedLayers
-from mope.fusion.base import FusionModel
-from mope.fusion.checkpoint import CONFIG, DTYPES, WEIGHTS, read_tensors
-from mope.fusion.frozen import HALF, CastWeights
+from mope.fusion.base import FusionModel, in_frozen_dtype
+from mope.fusion.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    GivenEncoder,
+    Place,
+    check_record,
+    check_same_encoder,
+    describe,
+    load_encoder,
+    read_tensors,
+    read_values,
+)
 from mope.fusion.heads import task_loss
-from mope.fusion.sources import find_source, source_of, source_record, warn_of_missing
+from mope.fusion.sources import source_of
 from mope.modalities import Slot, find_modality
 from mope.printing import describe_output
 
-from .albef import AlbefModel
+# For the class of fused models that it registers.
+from . import albef as albef
 from .attaching import attach, expected_tensors
 from .configuration import ModeXConfig
 from .saving import check_tensors
 
 # In config.json, and the folder of a copy.
 SYSTEM, ENCODER = "modex", "encoder"
-# The part of BLIP for VQA that writes answers: nothing in it is called, so nothing in it trains.
-_UNREAD = "text_decoder."
-_UNTOLD = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+_PLACE = Place(ENCODER, "model")
 PROBLEMS, SIDES = ("single_label", "multi_label"), ("right", "left")
 
 
@@ -159,16 +163,15 @@ class ModeXForClassification(FusionModel):
             raise ValueError(f"ModeXForClassification: num_labels is {num_labels}, id2label names {len(names)}")
         self.config = ClassifierConfig(config, names, problem_type, padding_side)
         check_encoder(model, "model")
-        self._parts = _parts(model)
+        self._fused = _fused(model)
         self.encoder: Any = model
         self._source = source_of(model)
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._cast: CastWeights | None = None
         self._doubts = Doubts()
         self.adapters = None if config is None else attach(model, config)
         try:
             for name, parameter in model.named_parameters():
-                if self.adapters is None or name.startswith(_UNREAD):
+                if self.adapters is None or name.startswith(self._fused.unread):
                     parameter.requires_grad_(False)
             width = self.backbone("text").config.hidden_size
             self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, len(names))).to(self.device)
@@ -181,27 +184,15 @@ class ModeXForClassification(FusionModel):
 
     def backbone(self, modality: str) -> Any:
         """The "vision" or "text" part of the encoder."""
-        return getattr(self.encoder, self._parts[modality])
+        return getattr(self.encoder, self._fused.parts[modality])
 
     def modality_of(self, parameter: str) -> str:
         """The part to which a parameter belongs; the head and what fuses belong to the text."""
-        return "vision" if parameter.startswith(f"{ENCODER}.{self._parts['vision']}.") else "text"
+        return "vision" if parameter.startswith(f"{ENCODER}.{self._fused.parts['vision']}.") else "text"
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.encoder.parameters()).device
-
-    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch on the device of the model."""
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-
-    def trains(self, modality: str) -> bool:
-        """Whether anything in a part of the encoder trains."""
-        return any(p.requires_grad for p in self.backbone(modality).parameters())
-
-    def trained_state_dict(self) -> dict[str, Tensor]:
-        """All that trains, by name."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+    def frozen_modules(self) -> list[nn.Module]:
+        """Return the encoder."""
+        return [self.encoder]
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute layers in the backward pass instead of keeping their activations."""
@@ -210,41 +201,6 @@ class ModeXForClassification(FusionModel):
         enable({"use_reentrant": False})
         # Asked for by transformers, needed by reentrant checkpointing alone, and an error in BLIP, which adds in place to them.
         self.encoder.disable_input_require_grads()
-
-    @property
-    def frozen_dtype(self) -> torch.dtype | None:
-        """What `cast_frozen` was given."""
-        return None if self._cast is None else self._cast.dtype
-
-    def cast_frozen(self, dtype: torch.dtype | None) -> None:
-        """Keep frozen linear and convolution weights in 16 bits and compute under autocast of that dtype; None brings them back.
-
-        Raises:
-            ValueError: another dtype; or cast weights were changed since.
-        """
-        if dtype not in (None, *HALF):
-            raise ValueError(f"cast_frozen: dtype must be torch.float16, torch.bfloat16 or None, got {dtype}")
-        if dtype == self.frozen_dtype:
-            return
-        if self._cast is not None:
-            self._cast.undo()
-            self._cast = None
-        if dtype is not None:
-            self._cast = CastWeights([self.encoder], dtype)
-
-    @contextmanager
-    def prepacked(self) -> Iterator[None]:
-        """For a while frozen linear layers on the CPU keep copies of their weights in the order that oneDNN multiplies fastest."""
-        layers = PrepackedLayers([self.encoder]) if self.device.type == "cpu" else None
-        try:
-            yield
-        finally:
-            if layers is not None:
-                layers.undo()
-
-    def weights_as_given(self) -> AbstractContextManager[None]:
-        """For a while the encoder has the weights that it had before `cast_frozen`, in the memory of the host."""
-        return nullcontext() if self._cast is None else self._cast.as_before()
 
     def detach(self) -> None:
         """Give the encoder back as it was: no adapters, its LayerNorms and `requires_grad`. The model does not run any more."""
@@ -260,8 +216,10 @@ class ModeXForClassification(FusionModel):
             raise ValueError("this model has no adapters, and so no routes")
         return self.adapters.routes()
 
+    @in_frozen_dtype
     def forward(
         self,
+        /,
         *,
         pixel_values: Tensor,
         input_ids: Tensor,
@@ -300,56 +258,32 @@ class ModeXForClassification(FusionModel):
             self._doubts.say(slot.modality.doubts(encoder, own))
         if len(pixel_values) != len(input_ids):
             raise ValueError(f"as many texts as images are needed, got {len(input_ids)} and {len(pixel_values)}")
-        dtype = self.frozen_dtype
-        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype):
-            fuse = _FUSE[type(self.encoder).__name__]
-            states = fuse(self.encoder, pixel_values, input_ids, attention_mask, token_type_ids, interpolate_pos_encoding)
-            first = 0 if attention_mask is None else attention_mask.int().argmax(-1)
-            features = states[torch.arange(len(states), device=states.device), first]
-            logits = self.head(features.to(next(self.head.parameters()).dtype))
+        images = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
+        texts = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        states = self._fused.fuse(self.encoder, {"vision": images, "text": texts})
+        first = 0 if attention_mask is None else attention_mask.int().argmax(-1)
+        features = states[torch.arange(len(states), device=states.device), first]
+        logits = self.head(features.to(next(self.head.parameters()).dtype))
         loss = None if labels is None else task_loss(logits, labels, self.config.problem_type)
         return ModeXOutput(loss, logits, features)
 
-    def fingerprints(self) -> dict[str, str]:
-        """Of the encoder as it was given."""
-        with self.weights_as_given():
-            return {ENCODER: _describe(self.encoder, self._original_state())["fingerprint"]}
+    def given_encoders(self) -> dict[str, GivenEncoder]:
+        """Return the encoder as it was given."""
+        state = self.encoder.state_dict() if self.adapters is None else self.adapters.original_state_dict()
+        return {ENCODER: GivenEncoder(self.encoder, state, self._source, _PLACE)}
 
-    def _original_state(self) -> dict[str, Tensor]:
-        """The encoder's own tensors, as they were given."""
-        return dict(self.encoder.state_dict()) if self.adapters is None else self.adapters.original_state_dict()
+    def saved_state_dict(self) -> dict[str, Tensor]:
+        """Return `trained_state_dict`."""
+        return self.trained_state_dict()
 
-    def save_pretrained(self, path: str | Path, backbones: str = "by_name") -> None:
-        """Write config.json, model.safetensors (what trains), tokenizer/ and image_processor/ if the model has them.
-
-        Args:
-            path: of the folder; made if need be.
-            backbones: "by_name" keeps name and fingerprint of the encoder, "copy" also the encoder as it was given, in encoder/.
-
-        Raises:
-            ValueError: `backbones` is neither; or more of the encoder trains than the adapters' configuration says.
-        """
-        if backbones not in ("by_name", "copy"):
-            raise ValueError(f"save_pretrained: backbones must be 'by_name' or 'copy', got {backbones!r}")
+    def check_savable(self) -> None:
+        """Raise ValueError where more of the encoder trains than the adapters' configuration says."""
         named = {f"{ENCODER}.{name}" for name in ({} if self.adapters is None else self.adapters.state_dict())}
         if beside := [n for n in self.trained_state_dict() if n.startswith(f"{ENCODER}.") and n not in named]:
             raise ValueError(
                 f"{len(beside)} parameters train that the configuration does not name, {beside[0]} among them, and a copy of the "
                 "encoder as it was given would lack them: name their modules in `trained` of ModeXConfig"
             )
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        with self.weights_as_given():
-            state = self._original_state()
-            if backbones == "by_name":
-                warn_of_missing("its encoder", self._source, "model")
-            record = {"stored": backbones, **_describe(self.encoder, state), **source_record(self._source, folder)}
-            if backbones == "copy":
-                self.encoder.save_pretrained(folder / ENCODER, state_dict=dict(state))
-        self.save_processors(folder)
-        save_file({name: t.contiguous() for name, t in self.trained_state_dict().items()}, folder / WEIGHTS, {"format": "pt"})
-        # Last, so that a folder with a config is complete.
-        (folder / CONFIG).write_text(json.dumps({**self.config.to_dict(), ENCODER: record}, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, model: nn.Module | None = None) -> Self:
@@ -367,18 +301,13 @@ class ModeXForClassification(FusionModel):
         config, record = read_config(folder)
         weights = folder / WEIGHTS
         tensors = read_tensors(weights)
-        encoder: Any = _load(folder, record) if model is None else model
+        encoder: Any = load_encoder(folder, _PLACE, record) if model is None else model
         # All that can be told before anything is made, of which a damaged configuration may ask for any amount.
-        _parts(encoder)
+        fused = _fused(encoder)
         expected = {} if config.adapters is None else expected_tensors(encoder, config.adapters)
-        found = _describe(encoder, encoder.state_dict())
-        if found["fingerprint"] != record["fingerprint"]:
-            wanted, got = (
-                f"{r['class']} {r['source'] or '(no name)'}, {r['dtype']}, {r['fingerprint'][:12]}" for r in (record, found)
-            )
-            raise ValueError(f"this model was trained with another encoder: {wanted}; got {got}")
+        check_same_encoder(_PLACE.what, record, describe(encoder))
         of_encoder = {name.removeprefix(f"{ENCODER}."): t for name, t in tensors.items() if name.startswith(f"{ENCODER}.")}
-        _check(of_encoder, {name: t for name, t in expected.items() if not name.startswith(_UNREAD)}, weights)
+        _check(of_encoder, {name: t for name, t in expected.items() if not name.startswith(fused.unread)}, weights)
         built = cls(
             encoder,
             config.adapters,
@@ -386,38 +315,15 @@ class ModeXForClassification(FusionModel):
             problem_type=config.problem_type,
             padding_side=config.padding_side,
         )
-        try:
-            built._load_trained(tensors, weights)
-        except BaseException:
-            built.detach()
-            raise
-        built.find_processors(folder)
-        return built.eval()
+        return built.restored(tensors, folder)
 
     @torch.no_grad()
-    def _load_trained(self, tensors: Mapping[str, Tensor], file: Path) -> None:
+    def load_saved(self, tensors: dict[str, Tensor], file: Path) -> None:
         """Take what trained from the tensors of a file."""
         own = self.trained_state_dict()
         _check(tensors, own, file)
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
-
-
-def _describe(encoder: Any, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Class, source, dtype and fingerprint of an encoder whose own tensors are these."""
-    # What of a config no shape of a tensor tells.
-    untold = [[getattr(encoder.config, part).to_dict().get(name) for name in _UNTOLD] for part in ("vision_config", "text_config")]
-    digest = hashlib.sha256(json.dumps([type(encoder).__name__, *untold], default=str).encode())
-    for name, tensor in sorted(state.items(), key=itemgetter(0)):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return {
-        "class": type(encoder).__name__,
-        "source": source_of(encoder),
-        "dtype": str(next(t.dtype for t in state.values() if t.is_floating_point())).removeprefix("torch."),
-        "fingerprint": digest.hexdigest(),
-    }
 
 
 def _check(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path) -> None:
@@ -427,94 +333,22 @@ def _check(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path)
         raise ValueError(f"{file} does not fit the encoder: {error}") from error
 
 
-def _fuse_albef(
-    model: AlbefModel,
-    pixel_values: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    token_type_ids: Tensor | None,
-    interpolate: bool,
-) -> Tensor:
-    states = model(pixel_values, input_ids, attention_mask, token_type_ids, interpolate).last_hidden_state
-    assert isinstance(states, Tensor)
-    return states
-
-
-def _fuse_blip(
-    model: Any,
-    pixel_values: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    token_type_ids: Tensor | None,
-    interpolate: bool,
-) -> Tensor:
-    image = model.vision_model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate).last_hidden_state
-    visible = torch.ones(image.shape[:2], dtype=torch.long, device=image.device)
-    states: Tensor = model.text_encoder(
-        input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image, encoder_attention_mask=visible
-    ).last_hidden_state
-    return states
-
-
-# By the model's class: (model, pixel_values, input_ids, attention_mask, token_type_ids, interpolate_pos_encoding) -> the fused text
-# (B,L,C).
-_FUSE: dict[str, Callable[..., Tensor]] = {
-    "AlbefModel": _fuse_albef,
-    "BlipForImageTextRetrieval": _fuse_blip,
-    "BlipForQuestionAnswering": _fuse_blip,
-}
-
-
-def _parts(model: nn.Module) -> dict[str, str]:
-    """The names of the two parts of an encoder."""
-    name = type(model).__name__
-    if name not in _FUSE:
-        raise ValueError(f"ModeXForClassification: the model must be {', '.join(_FUSE)}, got {name}")
-    if name == "AlbefModel":
-        return {"vision": "vision", "text": "text"}
-    return {"vision": "vision_model", "text": "text_encoder"}
-
-
-def encoder_class(name: str) -> Any:
-    """The class of a model that can be fused. ValueError where it cannot."""
-    if name not in _FUSE:
-        raise ValueError(f"a {name} is no fused encoder that is known here: {', '.join(_FUSE)}")
-    return AlbefModel if name == "AlbefModel" else getattr(transformers, name)
-
-
 def read_config(folder: Path) -> tuple[ClassifierConfig, dict[str, str]]:
     """The configuration in a checkpoint, and the record of its encoder."""
-    file = folder / CONFIG
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{folder} is no checkpoint: it has no {CONFIG}. from_pretrained takes a folder that save_pretrained wrote"
-        )
-    try:
-        values = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not readable JSON: {error}") from error
+    file, values = folder / CONFIG, read_values(folder)
     if not isinstance(values, dict) or values.get("system") != SYSTEM:
         raise ValueError(f"{file} is not that of a ModeXForClassification")
-    record = values.get(ENCODER)
-    fields = ("stored", "class", "source", "dtype", "fingerprint")
-    if not isinstance(record, dict) or not all(isinstance(record.get(f), str) for f in fields) or record["dtype"] not in DTYPES:
-        raise ValueError(f"{file}: the record of the encoder must hold {', '.join(fields)}, with a dtype of {DTYPES}")
+    record: Any = values.get(ENCODER)
+    check_record(file, _PLACE.what, record, ("stored", "class", "source", "dtype", "fingerprint"))
     try:
         return ClassifierConfig.from_dict(values), record
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _load(folder: Path, record: Mapping[str, str]) -> nn.Module:
-    ask = "give it as from_pretrained(..., model=...)"
-    source, is_local = str(folder / ENCODER), True
-    if record["stored"] != "copy":
-        source, is_local = find_source(folder, record, f"its encoder, a {record['class']}", ask)
-    try:
-        model: nn.Module = encoder_class(record["class"]).from_pretrained(
-            source, dtype=getattr(torch, record["dtype"]), local_files_only=is_local, use_safetensors=True
-        )
-        return model
-    # A damaged folder makes transformers raise almost anything.
-    except Exception as error:
-        raise ValueError(f"cannot load the encoder, a {record['class']}, from {source} ({error}): {ask}") from error
+def _fused(model: nn.Module) -> FusedEncoder:
+    """What is known of a fused model. ValueError of other models."""
+    if (found := find_fused(model)) is None:
+        names = ", ".join(sorted(known_fused()))
+        raise ValueError(f"ModeXForClassification: the model must be {names}, got {type(model).__name__}")
+    return found

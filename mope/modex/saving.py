@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from mope.fusion.checkpoint import compare_tensors
 
 WEIGHTS = "modex.safetensors"
 
@@ -21,27 +19,16 @@ def gather(tensor: Tensor) -> Tensor:
     return tensor if whole is None else whole()
 
 
-def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: give a folder that save_pretrained of the adapters wrote")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no readable safetensors file: {error}") from error
-
-
 def check_tensors(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """ValueError where tensors differ in names or shapes from those that they shall replace, or are not of floating point."""
-    wrong = [f"{name} is missing" for name in own if name not in given]
-    wrong += [f"{name} is unknown" for name in given if name not in own]
+    found = compare_tensors(given, own)
+    unfit = {*found.of_shape, *found.of_dtype}
+    wrong = [f"{name} is missing" for name in found.missing]
+    wrong += [f"{name} is unknown" for name in found.unknown]
     wrong += [
         f"{name} is {tuple(given[name].shape)} {given[name].dtype}, expected {tuple(tensor.shape)}"
         for name, tensor in own.items()
-        if name in given and not (given[name].shape == tensor.shape and torch.is_floating_point(given[name]))
+        if name in unfit
     ]
     if wrong:
         raise ValueError("; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""))

@@ -217,7 +217,7 @@ class MultiTaskModel(nn.Module):
         # A damaged file may ask for more labels than there is memory for.
         with torch.device("meta"):
             task.head = new_head(config, task.widths[config.main]).to(self.added_dtype)
-        task.load_added(self._in_added_dtype(tensors), file)
+        task.load_saved(self._in_added_dtype(tensors), file)
         broken = [name for name, tensor in task.added_state_dict().items() if not tensor.isfinite().all()]
         if broken:
             raise ValueError(f"{file} holds numbers that are not finite, in {', '.join(broken)}")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from mope.backbones import base_model
 from mope.checks import check_encoder
 from mope.fusion import MoPEConfig
-from mope.fusion.checkpoint import WEIGHTS, check_backbone, describe, load_backbone, read_config, read_tensors
+from mope.fusion.checkpoint import WEIGHTS, check_same_encoder, describe, read_tensors
+from mope.fusion.saving import load_backbone, read_config
 from mope.graphs import CudaGraphRunner
 from mope.modalities import known
 from mope.printing import ranked
@@ -287,7 +288,7 @@ class MoPEServer:
     def _start(self, config: MoPEConfig, backbones: dict[str, nn.Module], records: _Records | None = None) -> None:
         self._described = {modality: describe(base_model(backbone)) for modality, backbone in backbones.items()}
         for modality, record in (records or {}).items():
-            check_backbone(modality, record, self._described[modality])
+            check_same_encoder(f"{modality} backbone", record, self._described[modality])
         where = {backbone: next(backbone.parameters()).device for backbone in backbones.values()}
         try:
             model = MultiTaskModel(
@@ -327,7 +328,7 @@ class MoPEServer:
     def _check_fits(self, task: str, config: MoPEConfig, records: _Records, model: MultiTaskModel) -> None:
         """Whether a task can stand beside those that are there."""
         for modality, record in records.items():
-            check_backbone(modality, record, self._described[modality])
+            check_same_encoder(f"{modality} backbone", record, self._described[modality])
         differing = [
             f"{name} is {theirs!r}, and {ours!r} in the tasks of this server"
             for name, theirs in dataclasses.asdict(config).items()

@@ -15,19 +15,20 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, BertModel, PreTrainedConfig, ViTModel
 
 from mope import MoPEConfig, MoPEForClassification
-from mope.backbones import architecture_for, swin_model_from_checkpoint
+from mope.backbones import architecture_for, fused_class, swin_model_from_checkpoint
 from mope.backbones import known as architectures
 from mope.data import Split
 from mope.data.formats import slots_to_read
 from mope.fusion import PRESETS
 from mope.fusion.base import FusionModel
-from mope.fusion.checkpoint import CONFIG, read_config
+from mope.fusion.checkpoint import CONFIG
 from mope.fusion.methods import METHODS
+from mope.fusion.saving import read_config
 from mope.hints import did_you_mean
 from mope.modalities import Slot, known, slots_of
 from mope.modalities.vision import PUBLISHED
 from mope.modex import AlbefModel, ModeXConfig, ModeXForClassification
-from mope.modex.modeling import SYSTEM, encoder_class
+from mope.modex.modeling import SYSTEM
 
 from .encoders import encoder_option, processor_options
 from .extensions import opener_for, set_mode
@@ -205,7 +206,7 @@ def load_fused(source: str) -> nn.Module:
         names = values.get("architectures")
         name = str(names[0]) if isinstance(names, list) and names else "model that does not say its class"
         with _quiet():
-            loaded: tuple[nn.Module, Any] = encoder_class(name).from_pretrained(source, output_loading_info=True)
+            loaded: tuple[nn.Module, Any] = fused_class(name).from_pretrained(source, output_loading_info=True)
         if missing := loaded[1]["missing_keys"]:
             raise ValueError(f"the weights lack {', '.join(sorted(missing)[:5])}")
         return loaded[0]

@@ -186,7 +186,7 @@ def test_a_dtype_that_fails_leaves_the_one_before(monkeypatch: pytest.MonkeyPatc
     before = {name: t.clone() for name, t in model.state_dict().items()}
     model.cast_frozen(torch.bfloat16)
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr("mope.fusion.model.CastWeights", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr("mope.fusion.base.CastWeights", lambda *_: (_ for _ in ()).throw(MemoryError()))
         model.cast_frozen(torch.float16)
     assert model.frozen_dtype is None
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
@@ -248,7 +248,7 @@ def test_a_server_whose_last_step_fails(monkeypatch: pytest.MonkeyPatch) -> None
     encoders = backbones(dtype=torch.float32)
     before = [state_of(encoder) for encoder in encoders.values()]
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr("mope.fusion.model.PrepackedLayers", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr("mope.fusion.base.PrepackedLayers", lambda *_: (_ for _ in ()).throw(MemoryError()))
         MoPEServer(**encoders, config=MoPEConfig(**SIZES, num_labels=3))
     assert [state_of(encoder) for encoder in encoders.values()] == before
 

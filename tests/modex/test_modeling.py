@@ -307,6 +307,17 @@ def test_16_bits_and_oneDNN_change_little_and_are_undone() -> None:
         model.cast_frozen(torch.float64)
 
 
+def test_another_dtype_is_refused_while_weights_are_cast() -> None:
+    """What was rounded would not come back."""
+    model = classifier().float()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    model.cast_frozen(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"call cast_frozen\(None\) before another dtype"):
+        model.double()
+    model.to("cpu").cast_frozen(None)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_gradient_checkpointing_changes_no_gradient(kind: str) -> None:
     found = []
@@ -321,3 +332,13 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str) -> None:
         found.append([p.grad for p in model.trainable_parameters()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_smaller_copies_are_cast_back(tmp_path: Path) -> None:
+    model = classifier().float()
+    model.save_pretrained(tmp_path, backbones="copy", dtype=torch.float16)
+    stored = load_file(tmp_path / "encoder" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.float16}
+    loaded = ModeXForClassification.from_pretrained(tmp_path)
+    weight = loaded.encoder.text.encoder.layer[0].output.dense.weight
+    assert torch.equal(weight, model.encoder.text.encoder.layer[0].output.dense.weight.half().float())

@@ -1,0 +1,137 @@
+"""Files of a MoPE model: `save_pretrained` and `from_pretrained`."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from mope.backbones import base_model
+from mope.fusion.base import FusionModel
+from mope.fusion.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    GivenEncoder,
+    Place,
+    check_record,
+    check_same_encoder,
+    compare_tensors,
+    describe,
+    load_encoder,
+    original,
+    read_tensors,
+    read_values,
+)
+from mope.fusion.config import MoPEConfig
+
+# Of a backbone in config.json.
+RECORD = ("stored", "class", "model_type", "source", "dtype", "fingerprint")
+
+
+class SavedModel(FusionModel):
+    """`save_pretrained` and `from_pretrained` of a MoPE model."""
+
+    config: MoPEConfig
+    # Where each encoder came from.
+    _sources: dict[str, str]
+
+    @abstractmethod
+    def added_state_dict(self) -> dict[str, Tensor]:
+        """All but the encoders, by name."""
+
+    def saved_state_dict(self) -> dict[str, Tensor]:
+        """Return `added_state_dict`: encoders that train are copied."""
+        return self.added_state_dict()
+
+    def given_encoders(self) -> dict[str, GivenEncoder]:
+        """Return each encoder as it was given, by modality."""
+        return {
+            m: GivenEncoder(*original(self.backbone(m)), self._sources[m], _place(m), trains=m in self.config.finetuned)
+            for m in self.config.modalities
+        }
+
+    def records_in_config(self, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Put all records under one name."""
+        return {"backbones": records}
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **given: nn.Module | None) -> Self:
+        """Read a checkpoint; the model comes back in evaluation mode.
+
+        Args:
+            path: a folder that `save_pretrained` wrote.
+            given: `vision=`, `text=` and so on, the backbones it was trained with, fine-tuned ones with the weights that they have
+                now. Those not given are loaded: from the copies in the folder, else by the name that they had.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint, or a backbone without a copy was loaded from nowhere.
+            ValueError: a backbone is another one than in training, a file is corrupt, tensors are missing or have other shapes.
+
+        Unknown keys and tensors are warned about by name.
+        """
+        folder = Path(path)
+        config, records = read_config(folder)
+        backbones = dict(given)
+        for modality in config.modalities:
+            backbone = given.get(modality) or load_backbone(folder, modality, records[modality])
+            check_same_encoder(f"{modality} backbone", records[modality], describe(base_model(backbone)))
+            backbones[modality] = backbone
+        tensors = read_tensors(folder / WEIGHTS)
+
+        build: Any = cls
+        model: Self = build(config, **backbones)
+        return model.restored(tensors, folder)
+
+    def load_saved(self, tensors: dict[str, Tensor], file: Path) -> None:
+        """Take all but the encoders from the tensors of a file. Where one is missing or does not fit, ValueError and no change."""
+        expected = self.added_state_dict()
+        found = compare_tensors(tensors, expected)
+        if found.missing:
+            raise ValueError(f"{file} lacks {', '.join(sorted(found.missing))}")
+        wrong = [
+            f"{name} is {tuple(tensors[name].shape)}, the config says {tuple(expected[name].shape)}" for name in found.of_shape
+        ]
+        wrong += [
+            f"{name} is {tensors[name].dtype}, expected {'floating point' if t.is_floating_point() else t.dtype}"
+            for name, t in ((name, expected[name]) for name in found.of_dtype)
+        ]
+        if wrong:
+            raise ValueError(f"{file}: {'; '.join(wrong)}")
+        if found.unknown:
+            warnings.warn(f"{file}: ignoring unknown tensors {', '.join(sorted(found.unknown))}", stacklevel=4)
+        # Copied out of the file's mapping, in which tensors are not aligned.
+        device = next(self.backbone(self.config.main).parameters()).device
+        on_device = {name: tensors[name].to(device, copy=True) for name in expected}
+        self.load_state_dict(on_device, strict=False, assign=True)
+
+
+def _place(modality: str) -> Place:
+    return Place(modality, modality, f"{modality} backbone", f"{modality} encoder")
+
+
+def load_backbone(folder: Path, modality: str, record: dict[str, Any]) -> nn.Module:
+    """The encoder of a modality that a checkpoint in `folder` has this record of, see `load_encoder`."""
+    return load_encoder(folder, _place(modality), record)
+
+
+def read_config(folder: Path) -> tuple[MoPEConfig, dict[str, dict[str, Any]]]:
+    """The configuration in a checkpoint, and the record of each backbone that it needs."""
+    file, values = folder / CONFIG, read_values(folder)
+    if not isinstance(values, dict) or not isinstance(values.get("backbones"), dict):
+        raise ValueError(f"{file} is no MoPEConfig with records of its backbones")
+    for modality, record in values["backbones"].items():
+        check_record(file, f"{modality} backbone", record, RECORD)
+    # Else a damaged number of labels would make as many names.
+    if values.get("id2label") is None:
+        raise ValueError(f"{file} lacks id2label, the names of the labels")
+    try:
+        config = MoPEConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    for modality in config.modalities:
+        if modality not in values["backbones"]:
+            raise ValueError(f"{file} has no record of the {modality} backbone")
+    return config, {modality: values["backbones"][modality] for modality in config.modalities}
