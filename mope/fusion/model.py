@@ -34,6 +34,7 @@ from mope.graphs import CudaGraphRunner
 from mope.hints import did_you_mean
 from mope.modalities import Slot, known
 from mope.printing import describe_output
+from mope.registering import register_model
 from mope_kernels import Routing
 
 NO_BANKS = (
@@ -740,3 +741,6 @@ def _checkpointed(layer: Callable[..., Any], hidden_states: Tensor, **inputs: An
 def _dtype(module: nn.Module, without: torch.dtype = torch.float32) -> torch.dtype:
     """Of its parameters, `without` where it has none."""
     return next((p.dtype for p in module.parameters()), without)
+
+
+register_model(MoPEForClassification)

@@ -32,6 +32,7 @@ from mope.fusion.hub import folder_of
 from mope.fusion.sources import source_of
 from mope.modalities import Slot, find_modality
 from mope.printing import describe_output
+from mope.registering import register_model
 
 # For the class of fused models that it registers.
 from . import albef as albef
@@ -295,3 +296,6 @@ def _fused(model: nn.Module) -> FusedEncoder:
         names = ", ".join(sorted(known_fused()))
         raise ValueError(f"ModeXForClassification: the model must be {names}, got {type(model).__name__}")
     return found
+
+
+register_model(ModeXForClassification)
