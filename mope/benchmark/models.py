@@ -70,7 +70,7 @@ def layers_run_by(model: MoPEForClassification) -> str:
     return ", ".join(sorted({answer.impl or "" for answer in plain.explain_ops(model).values()}))
 
 
-def new_config(shape: shapes.Model, case: Case, impl: str = "auto", prompt_owner: str = "reference") -> MoPEConfig:
+def new_config(shape: shapes.Model, case: Case, impl: str = "auto", prompt_owner: str = "released") -> MoPEConfig:
     """As published where there is a Swin Transformer, which alone has a `prompt_owner`."""
     options: dict[str, Any] = {"num_labels": LABELS, "num_experts": shape.experts, "noise_std": 0.0}
     options |= {"static_length": shape.prompts, "prompt_length": shape.prompts}
