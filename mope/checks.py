@@ -20,6 +20,21 @@ from mope.fused.prepack import differentiates_otherwise
 IGNORED = -100
 
 
+def is_number(value: object) -> bool:
+    """Whether something is a number: truth values are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_integer(value: object) -> bool:
+    """Whether something is a whole number: truth values are none."""
+    return isinstance(value, int) and is_number(value)
+
+
+def is_index(value: object) -> bool:
+    """Whether something counts from 0."""
+    return isinstance(value, int) and is_integer(value) and value >= 0
+
+
 def check_labels_of(config: Any, where: str) -> None:
     """ValueError where there is one class and every item has one: its cross-entropy is 0 whatever the model says."""
     if config.num_labels == 1 and config.problem_type == "single_label":

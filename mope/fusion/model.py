@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 
 from mope.backbones import Attachment, attach, base_model, find_adapter, find_architecture
 from mope.checks import Doubts, check_are_tensors, check_encoder, naming_memory
-from mope.encoders.importance import importance, is_distributed, warn_of_local_batches
+from mope.encoders.importance import importance, warn_of_local_batches
 from mope.encoders.layerwise import LayerwiseEncoder, TrainedPrompts, as_prompts
 from mope.encoders.windowed import MoPESwinEncoder, TrainedWindowPrompts, WindowedEncoder, distinct
 from mope.fused import FrozenAttention, InputPrompts, MoPEAttention, PromptBank, Router
@@ -34,6 +34,7 @@ from mope.graphs import CudaGraphRunner
 from mope.hints import did_you_mean
 from mope.modalities import Slot, known
 from mope.printing import describe_output
+from mope.processes import is_distributed
 from mope_kernels import Routing
 
 NO_BANKS = (

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mope
+from mope.checks import is_index, is_number
 from mope_kernels.expert_adapter import ACTIVATIONS
 from mope_kernels.impl import names_in
 
@@ -83,7 +84,7 @@ class ModeXConfig:
         if useless := [kind for kind in self.layers if kind not in self.sites]:
             raise ValueError(f"ModeXConfig: layers names {', '.join(useless)}, which sites does not")
         for kind, layers in self.layers.items():
-            if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers or not all(map(_is_index, layers)):
+            if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers or not all(map(is_index, layers)):
                 raise ValueError(f"ModeXConfig: layers of {kind} must be integers from 0 on, at least one, got {layers!r}")
         object.__setattr__(self, "layers", {kind: tuple(layers) for kind, layers in self.layers.items()})
         patterns: Any = self.trained
@@ -91,11 +92,11 @@ class ModeXConfig:
             raise ValueError(f"ModeXConfig: trained must be a list of patterns, got {self.trained!r}")
         object.__setattr__(self, "trained", tuple(self.trained))
         for name, lowest in {"bottleneck": 1, "num_experts": 2}.items():
-            if not _is_index(value := getattr(self, name)) or value < lowest:
+            if not is_index(value := getattr(self, name)) or value < lowest:
                 raise ValueError(f"ModeXConfig: {name} must be an integer of at least {lowest}, got {value!r}")
-        if not (_is_number(self.temperature) and self.temperature > 0):
+        if not (is_number(self.temperature) and self.temperature > 0):
             raise ValueError(f"ModeXConfig: temperature must be positive, got {self.temperature!r}")
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"ModeXConfig: dropout must be in [0, 1), got {self.dropout!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"ModeXConfig: activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
@@ -117,7 +118,7 @@ class ModeXConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"ModeXConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        if not _is_index(fusion_layer):
+        if not is_index(fusion_layer):
             raise ValueError(f"ModeXConfig: fusion_layer must be an integer from 0 on, got {fusion_layer!r}")
         sites = dict(PRESETS[name])
         if name == "albef" and not fusion_layer:
@@ -168,11 +169,3 @@ class ModeXConfig:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from error
-
-
-def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
