@@ -56,7 +56,7 @@ class Doubts:
         for text in () if torch.compiler.is_compiling() else texts:
             if text not in self._said:
                 self._said.add(text)
-                warnings.warn(text, stacklevel=6)
+                warnings.warn(text, stacklevel=7)
 
 
 def is_readable(tensor: Tensor) -> bool:

@@ -38,6 +38,7 @@ def embed_apart(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 _FUSED = FusedEncoder(
     {"vision": "vision_model", "text": "text_encoder"},
     fuse,
+    refused=("position_ids",),
     # The part of BLIP for VQA that writes answers: nothing in it is called.
     unread=("text_decoder.",),
 )
