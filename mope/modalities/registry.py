@@ -26,7 +26,7 @@ class Modality:
 
     A model takes its encoder under the modality's name, `MoPEForClassification(config, audio=encoder)`, and what the encoder reads
     under the names of `inputs`. A modality may occur several times in a model; the inputs of one that has another name are
-    prefixed by it, `hypothesis_input_ids`, see `Slot`.
+    prefixed by it and an underscore, see `Slot`.
     """
 
     name: ClassVar[str]
@@ -207,7 +207,8 @@ def register_modality(modality: Modality) -> None:
     """Teach the library a modality. A second registration of a name replaces the first.
 
     Raises:
-        ValueError: it names no input, its name is no identifier, or one of its inputs names that of another modality.
+        ValueError: it names no input, its name is no identifier, or an input or the processor has the name of that of another
+            modality.
     """
     if not modality.name.isidentifier() or not modality.inputs:
         raise ValueError(
@@ -219,6 +220,8 @@ def register_modality(modality: Modality) -> None:
             raise ValueError(
                 f"modality {modality.name!r}: {', '.join(sorted(map(str, clash)))} already name inputs of {other.name!r}"
             )
+        if other.name != modality.name and modality.processor is not None and modality.processor == other.processor:
+            raise ValueError(f"modality {modality.name!r}: {modality.processor} is already the processor of {other.name!r}")
     _MODALITIES[modality.name] = modality
 
 

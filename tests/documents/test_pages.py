@@ -20,6 +20,7 @@ import mope.demo.export
 import mope.modex
 from mope import cli
 from mope.benchmark import run as benchmark
+from mope.modalities import registry
 from tests.bench.small import tiny_cases
 from tests.released.stand_in_swin import PromptedSwin, VisionClassifier
 
@@ -43,6 +44,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder, but for the files that pages suppose; what would take minutes is made short."""
     monkeypatch.chdir(tmp_path)
+    # What a page registers ends with it.
+    monkeypatch.setattr(registry, "_MODALITIES", dict(registry.known()))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
     monkeypatch.setenv("HF_HUB_CACHE", str(hub))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

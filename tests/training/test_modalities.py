@@ -184,6 +184,24 @@ def test_a_processor_makes_inputs(data: Path, monkeypatch: pytest.MonkeyPatch) -
         model.set_processor("text", tokenizer_on_the_left())
 
 
+def test_a_processor_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(made_up.Series, "processor", "tokenizer")
+    with pytest.raises(ValueError, match="modality 'series': tokenizer is already the processor of 'text'"):
+        made_up.register()
+
+
+def test_a_processor_is_saved_with_the_model(tmp_path: Path) -> None:
+    model = build(main="text", complementary=("caption",), named={"caption": "text"})
+    own = tokenizer()
+    own.add_tokens(["dusk"])
+    model.set_processor("caption", own)
+    model.save_pretrained(tmp_path, backbones="copy")
+    again = MoPEForClassification.from_pretrained(tmp_path)
+    assert (tmp_path / "caption_tokenizer").is_dir()
+    assert "dusk" in again.processor("caption").get_vocab() and "dusk" not in again.processor("text").get_vocab()
+    assert again.processor("text") is again.tokenizer
+
+
 def tokenizer_on_the_left() -> Any:
     made = tokenizer()
     made.padding_side = "left"
