@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mope.lazy import lazily
+from mope.registering import register_with_transformers
 
 if TYPE_CHECKING:
     from mope.backbones import register_backbone
@@ -53,3 +54,5 @@ __getattr__ = lazily(
         "register_modality": ".modalities",
     },
 )
+
+register_with_transformers()

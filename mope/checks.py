@@ -35,6 +35,20 @@ def is_index(value: object) -> bool:
     return isinstance(value, int) and is_integer(value) and value >= 0
 
 
+# transformers' names -> ours.
+PROBLEMS = {"single_label_classification": "single_label", "multi_label_classification": "multi_label"}
+
+
+def problem_type_of(value: Any, where: str) -> str:
+    """Return "single_label" or "multi_label", of these or of the names that transformers has for them; ValueError for others."""
+    name = PROBLEMS.get(value, value) if isinstance(value, str) else value
+    if name not in PROBLEMS.values():
+        more = ": numbers (regression) are not supported" if value == "regression" else ""
+        raise ValueError(f"{where}: problem_type must be one of 'single_label', 'multi_label', got {value!r}{more}")
+    assert isinstance(name, str)
+    return name
+
+
 def check_labels_of(config: Any, where: str) -> None:
     """ValueError where there is one class and every item has one: its cross-entropy is 0 whatever the model says."""
     if config.num_labels == 1 and config.problem_type == "single_label":

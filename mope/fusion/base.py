@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mope.fused.prepack import PrepackedLayers
+from mope.fusion.card import write_card
 from mope.fusion.checkpoint import (
     WEIGHTS,
     GivenEncoder,
@@ -24,11 +27,17 @@ from mope.fusion.checkpoint import (
     write_tensors,
 )
 from mope.fusion.frozen import HALF, CastWeights
+from mope.fusion.hub import push
+from mope.fusion.protocol import ModelConfig
 from mope.modalities import Modality, known, slots_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
 M = TypeVar("M", bound="FusionModel")
+
+
+# Not None, which transformers' Trainer gives.
+NOT_GIVEN: Any = object()
 
 
 def in_frozen_dtype(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
@@ -44,8 +53,12 @@ def in_frozen_dtype(method: Callable[Concatenate[M, P], R]) -> Callable[Concaten
     return run
 
 
-class FusionModel(nn.Module, ABC):
-    """Classifies image-text pairs; tokenizer and image processor travel with it.
+class FusionModel(PreTrainedModel, ABC):
+    """Classifies items of several modalities; what makes inputs of raw items travels with it.
+
+    A model of transformers' kind, which its Trainer, Auto classes and tools take as one of their own. What transformers' own models
+    build from a configuration alone, this one builds around encoders that are given: `PreTrainedModel.__init__`, which would choose
+    attention kernels and draw weights, is not called.
 
     Its `config` says `method`, `modalities`, the `main` and the `complementary` one (or None), the classes (`num_labels`,
     `id2label`, `problem_type`) and `padding_side`. It is called with what `mope.data.Collator` makes; the output has `logits`
@@ -54,8 +67,27 @@ class FusionModel(nn.Module, ABC):
 
     config: Any
 
+    # Of transformers: the loss is the mean over a batch, whatever else is in it.
+    accepts_loss_kwargs = False
+    supports_gradient_checkpointing = True
+    base_model_prefix = ""
+    _no_split_modules = []  # type: ignore[assignment]  # noqa: RUF012 - as transformers declares it
+
+    # The class of `config`; transformers reads it as `config_class`.
+    configuration: ClassVar[type[ModelConfig] | None] = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # transformers takes it from the annotation of `config`, which here is a string, or of another class.
+        cls.config_class = cls.configuration  # type: ignore[assignment]
+
     def __init__(self) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        # What the card of a saved model says of data and results.
+        self.card_data: dict[str, Any] = {}
+        # Of transformers, for what it says once.
+        self.warnings_issued: dict[str, bool] = {}
+        self._checkpointing = False
         # A processor, or the folder to load it from when it is first used.
         self._processors: dict[str, Any] = {}
         self._cast: CastWeights | None = None
@@ -94,9 +126,49 @@ class FusionModel(nn.Module, ABC):
     def check_savable(self) -> None:
         """Raise ValueError where something would be lost: never, unless a subclass knows better."""
 
-    @abstractmethod
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute layers in the backward pass instead of keeping their activations."""
+    def recompute(self, on: bool) -> None:
+        """Do what a subclass needs where gradient checkpointing is switched on or off."""
+
+    def gradient_checkpointing_enable(  # type: ignore[override]
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, **options: Any
+    ) -> None:
+        """Recompute layers in the backward pass instead of keeping their activations, with the same noise and routing.
+
+        Raises:
+            ValueError: reentrant checkpointing is asked for, or only some layers are to be recomputed.
+        """
+        name = "gradient checkpointing"
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(f"{name} with use_reentrant=True is not supported: prompts are keyword arguments")
+        if every_n_layers != 1 or any(options.values()):
+            more = {"every_n_layers": every_n_layers, **options}
+            given = ", ".join(f"{key}={value!r}" for key, value in more.items())
+            raise ValueError(f"{name} recomputes each layer by itself here, and takes no {given}")
+        self._checkpointing = True
+        self.recompute(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self._checkpointing = False
+        self.recompute(False)
+
+    def activation_checkpointing_enable(  # type: ignore[override]
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """`gradient_checkpointing_enable` by its name in newer versions of transformers."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    def activation_checkpointing_disable(self) -> None:
+        """`gradient_checkpointing_disable` by its name in newer versions of transformers."""
+        self.gradient_checkpointing_disable()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether layers are recomputed in the backward pass."""
+        return self._checkpointing
+
+    # The name in newer versions of transformers.
+    is_activation_checkpointing = is_gradient_checkpointing
 
     @abstractmethod
     def detach(self) -> None:
@@ -191,7 +263,17 @@ class FusionModel(nn.Module, ABC):
                 for name, given in self.given_encoders().items()
             }
 
-    def save_pretrained(self, path: str | Path, backbones: str = "by_name", dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self,
+        path: str | Path,
+        backbones: str = "by_name",
+        dtype: torch.dtype | None = None,
+        *,
+        state_dict: Any = NOT_GIVEN,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
         """Write a checkpoint: config.json, model.safetensors, tokenizer/ and image_processor/ if the model has them.
 
         Args:
@@ -199,6 +281,12 @@ class FusionModel(nn.Module, ABC):
             backbones: "by_name" keeps the encoders' names and fingerprints, "copy" the encoders themselves too, as they were given.
                 One that was fine-tuned is copied in any case, as it is.
             dtype: of the copies' files; they are cast back when they are loaded. None: as they are.
+            state_dict: of the whole model, gathered from all processes, or None for the model's own, as transformers' Trainer gives
+                it for a checkpoint. Where it is given, all that trains is in model.safetensors, fine-tuned encoders too, so that
+                Trainer can resume from it.
+            is_main_process: whether this process writes.
+            push_to_hub, options: see `push_to_hub`; `repo_id`: default the name of the folder. Other options of transformers, such
+                as max_shard_size, have nothing to act on.
 
         Raises:
             ValueError: `backbones` is neither, `dtype` is given without copies, an encoder cannot be copied, or something that
@@ -206,14 +294,73 @@ class FusionModel(nn.Module, ABC):
         """
         check_options_of_saving(backbones, dtype)
         self.check_savable()
+        if not is_main_process:
+            return
         folder, records = Path(path), {}
         folder.mkdir(parents=True, exist_ok=True)
         with self.weights_as_given():
             for name, given in self.given_encoders().items():
                 records[name] = keep_encoder(given, folder, backbones, dtype)
         self.save_processors(folder)
-        write_tensors(self.saved_state_dict(), folder / WEIGHTS)
+        tensors = self.saved_state_dict()
+        if state_dict is not NOT_GIVEN:
+            tensors = {name: (state_dict or {}).get(name, tensor) for name, tensor in self.trained_state_dict().items()}
+        write_tensors(tensors, folder / WEIGHTS)
+        write_card(folder, self, records)
         write_config(folder, {**self.config.to_dict(), **self.records_in_config(records)})
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        backbones: str = "by_name",
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+    ) -> Any:
+        """Save the model and upload it to the hub, as `save_pretrained` writes it -> what huggingface_hub says of the commit.
+
+        Args:
+            repo_id: "organisation/name"; made if need be.
+            backbones: see `save_pretrained`.
+            private, token, revision, commit_message: of the hub; a revision that is not there becomes a branch.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, backbones)
+            return push(Path(folder), repo_id, private=private, token=token, revision=revision, message=commit_message)
+
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:  # type: ignore[override]
+        """What checkpoints lack, so that transformers' Trainer does not miss it when it resumes."""
+        return set(self.state_dict()) - set(self.trained_state_dict())
+
+    def tie_weights(self, *_: Any, **__: Any) -> None:
+        """Do nothing: no weights are tied that the encoders do not tie themselves."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Move or cast as any module."""
+        nn.Module.to(self, *args, **kwargs)
+        return self
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Return how many numbers the parameters hold."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, of how many."""
+        trained, all_of_them = self.num_parameters(only_trainable=True), self.num_parameters()
+        print(f"trainable params: {trained:,} || all params: {all_of_them:,} || trainable%: {100 * trained / all_of_them:.4f}")
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """That of the main encoder."""
+        return next(p.dtype for p in self.backbone(self.config.main).parameters() if p.is_floating_point())
+
+    @property
+    def main_input_name(self) -> str:  # type: ignore[override]
+        """The input that the main encoder cannot do without."""
+        return slots_of(self.config)[self.config.main].required
 
     def restored(self, tensors: dict[str, Tensor], folder: Path) -> Self:
         """Return this new model in evaluation mode, with what a checkpoint holds; where that does not fit, its encoders go back."""

@@ -7,26 +7,30 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 import mope
 from mope import modalities
-from mope.checks import check_labels_of
+from mope.checks import check_labels_of, problem_type_of
 from mope.fused.router import ROUTERS
 from mope.fusion.methods import METHODS, Method
 from mope.fusion.presets import PRESETS
+from mope.fusion.protocol import ModelConfig, split_unused, with_fields_named
 from mope.modalities import Slot
 from mope_kernels.impl import names_in
 
 COMBINE = ("concat", "sum")
 # Not fields of `MoPEConfig`, but part of a saved file.
-EXTRA_KEYS = ("mope_version", "backbones")
+EXTRA_KEYS = ("mope_version", "backbones", "model_type", "architectures", "transformers_version")
+# Of files that were written when these had other names.
+RENAMED = {("prompt_owner", "reference"): "released"}
 
 
-@dataclass(frozen=True)
-class MoPEConfig:
+@with_fields_named
+@dataclass
+class MoPEConfig(ModelConfig):
     """What a `MoPEForClassification` is made of. Immutable; `replace` makes a changed copy.
 
     Args:
@@ -41,7 +45,7 @@ class MoPEConfig:
             its own under that name, whose inputs have the name as a prefix: `hypothesis_input_ids`.
         num_labels, id2label: number of classes and their names, a sequence of names or {index: name}. One follows from the other.
         problem_type: "single_label" (labels (B,) integers, cross-entropy) or "multi_label" (labels (B,num_labels) of 0 and 1,
-            a sigmoid for each class).
+            a sigmoid for each class); transformers' names "single_label_classification", "multi_label_classification" do too.
         num_experts: K prompt experts in each prompted layer.
         prompt_length: P dynamic prompts, the length of an expert.
         static_length: S prompts that all instances share, in each prompted layer of the main encoder. Default: 4 with the
@@ -88,6 +92,8 @@ class MoPEConfig:
     Raises:
         ValueError: names the value and what is allowed.
     """
+
+    model_type: ClassVar[str] = "mope"
 
     method: str = "mope"
     main: str = "vision"
@@ -138,7 +144,6 @@ class MoPEConfig:
         self._resolve()
         for name, allowed in {
             "combine": COMBINE,
-            "problem_type": ("single_label", "multi_label"),
             "prompt_depth": ("deep", "shallow"),
             "router": ROUTERS,
             "router_scope": ("layer", "shared", "released"),
@@ -206,6 +211,7 @@ class MoPEConfig:
                 f"MoPEConfig: finetuned names {', '.join(map(repr, strangers))}, "
                 f"but method {self.method!r} works on {' and '.join(self.modalities)}"
             )
+        self._freeze()
 
     @property
     def fusion(self) -> Method:
@@ -261,6 +267,7 @@ class MoPEConfig:
             if isinstance(value, str) or not isinstance(value, Sequence | None):
                 raise ValueError(f"MoPEConfig: {name} must be a list, got {value!r}")
         put("finetuned", tuple(self.finetuned or ()))
+        put("problem_type", problem_type_of(self.problem_type, "MoPEConfig"))
         if self.prompted_layers is not None:
             put("prompted_layers", tuple(self.prompted_layers))
         names = self.id2label
@@ -367,11 +374,15 @@ class MoPEConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold, with the version of this library; `from_dict` reads them back."""
-        return {"mope_version": mope.__version__, **dataclasses.asdict(self)}
+        kind = {"model_type": self.model_type, "architectures": ["MoPEForClassification"]}
+        return {"mope_version": mope.__version__, **kind, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> MoPEConfig:
-        """Unknown keys are warned about by name and left out."""
+    def from_dict(cls, values: Mapping[str, Any], **options: Any) -> Any:
+        """Return the configuration that a dictionary holds. Unknown keys are warned about by name and left out.
+
+        `options` are those of transformers' `AutoConfig`.
+        """
         fields = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - fields - set(EXTRA_KEYS))
         if unknown:
@@ -380,7 +391,12 @@ class MoPEConfig:
                 f"MoPEConfig: ignoring unknown keys {', '.join(unknown)} (saved by version {version}, this is {mope.__version__})",
                 stacklevel=2,
             )
-        return cls(**{name: value for name, value in values.items() if name in fields})
+        known = {name: _renamed(name, value) for name, value in values.items() if name in fields}
+        return split_unused(options, cls(**known))
+
+
+def _renamed(name: str, value: Any) -> Any:
+    return RENAMED.get((name, value), value) if isinstance(value, str) else value
 
 
 def _is_integer(value: object) -> bool:

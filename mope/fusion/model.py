@@ -129,7 +129,6 @@ class MoPEForClassification(SavedModel):
             )
         # By slot, of the backbones that are prompted layer by layer.
         self._adapters = {m: find_adapter(self.backbone(m), kinds[m], m) for m in config.modalities if not self._is_swin(m)}
-        self._checkpointing = False
         self._warned_top_k = self._warned_local = False
 
         layers = {config.main: config.prompted_layers if config.prompts_main and config.prompt_depth == "deep" else ()}
@@ -375,15 +374,6 @@ class MoPEForClassification(SavedModel):
             else:
                 left_out += (f"{modality}.",)
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(left_out)}
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute prompted blocks in the backward pass instead of keeping their activations, with the same noise and routing."""
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError("gradient checkpointing with use_reentrant=True is not supported: prompts are keyword arguments")
-        self._checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        self._checkpointing = False
 
     @in_frozen_dtype
     def forward(

@@ -26,6 +26,7 @@ from mope.fusion.checkpoint import (
     read_values,
 )
 from mope.fusion.config import MoPEConfig
+from mope.fusion.hub import folder_of
 
 # Of a backbone in config.json.
 RECORD = ("stored", "class", "model_type", "source", "dtype", "fingerprint")
@@ -35,6 +36,7 @@ class SavedModel(FusionModel):
     """`save_pretrained` and `from_pretrained` of a MoPE model."""
 
     config: MoPEConfig
+    configuration = MoPEConfig
     # Where each encoder came from.
     _sources: dict[str, str]
 
@@ -58,11 +60,12 @@ class SavedModel(FusionModel):
         return {"backbones": records}
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **given: nn.Module | None) -> Self:
+    def from_pretrained(cls, path: str | Path, **given: Any) -> Self:  # type: ignore[override]
         """Read a checkpoint; the model comes back in evaluation mode.
 
         Args:
-            path: a folder that `save_pretrained` wrote.
+            path: a folder that `save_pretrained` wrote, or a name on the hub, with revision=, token=, cache_dir=,
+                local_files_only= and force_download= as transformers has them.
             given: `vision=`, `text=` and so on, the backbones it was trained with, fine-tuned ones with the weights that they have
                 now. Those not given are loaded: from the copies in the folder, else by the name that they had.
 
@@ -72,7 +75,7 @@ class SavedModel(FusionModel):
 
         Unknown keys and tensors are warned about by name.
         """
-        folder = Path(path)
+        folder = folder_of(path, given)
         config, records = read_config(folder)
         backbones = dict(given)
         for modality in config.modalities:
@@ -100,7 +103,8 @@ class SavedModel(FusionModel):
         ]
         if wrong:
             raise ValueError(f"{file}: {'; '.join(wrong)}")
-        if found.unknown:
+        # Fine-tuned encoders are in checkpoints of transformers' Trainer a second time.
+        if set(found.unknown) - self.trained_state_dict().keys():
             warnings.warn(f"{file}: ignoring unknown tensors {', '.join(sorted(found.unknown))}", stacklevel=4)
         # Copied out of the file's mapping, in which tensors are not aligned.
         device = next(self.backbone(self.config.main).parameters()).device

@@ -7,14 +7,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mope
-from mope.checks import is_index, is_number
+from mope.checks import check_labels_of, is_index, is_number, problem_type_of
+from mope.fusion.protocol import ModelConfig, split_unused, with_fields_named
 from mope_kernels.expert_adapter import ACTIVATIONS
 from mope_kernels.impl import names_in
 
 CONFIG = "modex_config.json"
+# In config.json of a classifier.
+SYSTEM = "modex"
+SIDES = ("right", "left")
 # The kinds of site, by their published names: after attention and after the feed-forward part of an image layer, of a text layer,
 # and of a text layer that attends to an image as well.
 KINDS = ("visual_msa", "visual_ffn", "textual_msa", "textual_ffn", "cross_msa", "cross_ffn")
@@ -169,3 +173,76 @@ class ModeXConfig:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from error
+
+
+@with_fields_named
+@dataclass
+class ClassifierConfig(ModelConfig):
+    """What a `ModeXForClassification` is, beside its encoder.
+
+    Args:
+        adapters: of the encoder; None: it has none.
+        id2label: names of the classes.
+        problem_type: "single_label" (labels (B,) integers) or "multi_label" (labels (B,num_labels) of 0 and 1).
+        padding_side: of the tokenizer.
+    """
+
+    adapters: ModeXConfig | None
+    id2label: Mapping[int, str]
+    problem_type: str = "single_label"
+    padding_side: str = "right"
+
+    model_type: ClassVar[str] = SYSTEM
+    # What training asks of any fusion model.
+    method: ClassVar[str] = SYSTEM
+    modalities: ClassVar[tuple[str, ...]] = ("vision", "text")
+    main: ClassVar[str] = "text"
+    complementary: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        names = self.id2label
+        if not names or sorted(names) != list(range(len(names))) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"id2label must name the classes 0, 1, ..., got {names!r}")
+        self.problem_type = problem_type_of(self.problem_type, "ModeXForClassification")
+        if self.padding_side not in SIDES:
+            raise ValueError(f"padding_side must be {' or '.join(map(repr, SIDES))}, got {self.padding_side!r}")
+        check_labels_of(self, "ModeXForClassification")
+        self._freeze()
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    def replace(self, **changes: Any) -> ClassifierConfig:
+        """With `id2label` also as a sequence of names."""
+        if not isinstance(names := changes.get("id2label", {}), Mapping):
+            changes["id2label"] = dict(enumerate(names))
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """Indices of the classes by name."""
+        return {name: i for i, name in self.id2label.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold; `from_dict` reads them back."""
+        names = {str(i): name for i, name in self.id2label.items()}
+        kind = {"model_type": self.model_type, "architectures": ["ModeXForClassification"], "system": SYSTEM}
+        return {"mope_version": mope.__version__, **kind, **dataclasses.asdict(self), "id2label": names}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **options: Any) -> Any:
+        """ValueError where something is missing or does not fit. `options` are those of transformers' `AutoConfig`."""
+        try:
+            adapters = values["adapters"]
+            found = cls(
+                None if adapters is None else ModeXConfig.from_dict(adapters),
+                {int(i): name for i, name in values["id2label"].items()},
+                values["problem_type"],
+                values["padding_side"],
+            )
+            return split_unused(options, found)
+        except KeyError as error:
+            raise ValueError(f"{error} is missing") from error
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"values of the wrong kind ({error})") from error

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-import mope
 from mope.backbones import FusedEncoder, find_fused, known_fused
-from mope.checks import check_are_tensors, check_encoder, check_labels_of
+from mope.checks import check_are_tensors, check_encoder
 from mope.fusion.base import FusionModel, in_frozen_dtype
 from mope.fusion.checkpoint import (
     CONFIG,
@@ -29,6 +28,7 @@ from mope.fusion.checkpoint import (
     read_values,
 )
 from mope.fusion.heads import task_loss
+from mope.fusion.hub import folder_of
 from mope.fusion.inputs import InputChecks, as_encoder_knows
 from mope.fusion.sources import source_of
 from mope.modalities import slots_of
@@ -37,13 +37,12 @@ from mope.printing import describe_output
 # For the class of fused models that it registers.
 from . import albef as albef
 from .attaching import attach, expected_tensors
-from .configuration import ModeXConfig
+from .configuration import SYSTEM, ClassifierConfig, ModeXConfig
 from .saving import check_tensors
 
 # In config.json, and the folder of a copy.
-SYSTEM, ENCODER = "modex", "encoder"
+ENCODER = "encoder"
 _PLACE = Place(ENCODER, "model")
-PROBLEMS, SIDES = ("single_label", "multi_label"), ("right", "left")
 
 
 @dataclass
@@ -56,69 +55,6 @@ class ModeXOutput(ModelOutput):
 
     def __repr__(self) -> str:
         return describe_output(self)
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """What a `ModeXForClassification` is, beside its encoder.
-
-    Args:
-        adapters: of the encoder; None: it has none.
-        id2label: names of the classes.
-        problem_type: "single_label" (labels (B,) integers) or "multi_label" (labels (B,num_labels) of 0 and 1).
-        padding_side: of the tokenizer.
-    """
-
-    adapters: ModeXConfig | None
-    id2label: Mapping[int, str]
-    problem_type: str = "single_label"
-    padding_side: str = "right"
-
-    # What training asks of any fusion model.
-    method: ClassVar[str] = SYSTEM
-    modalities: ClassVar[tuple[str, ...]] = ("vision", "text")
-    main: ClassVar[str] = "text"
-    complementary: ClassVar[tuple[str, ...]] = ()
-
-    def __post_init__(self) -> None:
-        names = self.id2label
-        if not names or sorted(names) != list(range(len(names))) or not all(isinstance(name, str) for name in names.values()):
-            raise ValueError(f"id2label must name the classes 0, 1, ..., got {names!r}")
-        for name, allowed in (("problem_type", PROBLEMS), ("padding_side", SIDES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
-        check_labels_of(self, "ModeXForClassification")
-
-    @property
-    def num_labels(self) -> int:
-        return len(self.id2label)
-
-    def replace(self, **changes: Any) -> ClassifierConfig:
-        """With `id2label` also as a sequence of names."""
-        if not isinstance(names := changes.get("id2label", {}), Mapping):
-            changes["id2label"] = dict(enumerate(names))
-        return ClassifierConfig(**{**vars(self), **changes})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; `from_dict` reads them back."""
-        names = {str(i): name for i, name in self.id2label.items()}
-        return {"mope_version": mope.__version__, "system": SYSTEM, **asdict(self), "id2label": names}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ClassifierConfig:
-        """ValueError where something is missing or does not fit."""
-        try:
-            adapters = values["adapters"]
-            return cls(
-                None if adapters is None else ModeXConfig.from_dict(adapters),
-                {int(i): name for i, name in values["id2label"].items()},
-                values["problem_type"],
-                values["padding_side"],
-            )
-        except KeyError as error:
-            raise ValueError(f"{error} is missing") from error
-        except (AttributeError, TypeError) as error:
-            raise ValueError(f"values of the wrong kind ({error})") from error
 
 
 class ModeXForClassification(FusionModel):
@@ -141,6 +77,8 @@ class ModeXForClassification(FusionModel):
     """
 
     config: ClassifierConfig
+
+    configuration = ClassifierConfig
 
     def __init__(
         self,
@@ -197,11 +135,13 @@ class ModeXForClassification(FusionModel):
         """Return the encoder."""
         return [self.encoder]
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute layers in the backward pass instead of keeping their activations."""
+    def recompute(self, on: bool) -> None:
+        """Let the encoder recompute its layers in the backward pass, or not."""
         # transformers 6 will know the first name only, older versions the second.
-        enable = getattr(self.encoder, "activation_checkpointing_enable", None) or self.encoder.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        what = "enable" if on else "disable"
+        change = getattr(self.encoder, f"activation_checkpointing_{what}", None)
+        change = change or getattr(self.encoder, f"gradient_checkpointing_{what}")
+        change(*([{"use_reentrant": False}] if on else []))
         # Asked for by transformers, needed by reentrant checkpointing alone, and an error in BLIP, which adds in place to them.
         self.encoder.disable_input_require_grads()
 
@@ -276,18 +216,21 @@ class ModeXForClassification(FusionModel):
             )
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, model: nn.Module | None = None) -> Self:
+    def from_pretrained(cls, path: str | Path, *, model: nn.Module | None = None, **options: Any) -> Self:  # type: ignore[override]
         """Read what `save_pretrained` wrote; the model comes back in evaluation mode.
 
         Args:
-            path: of the folder.
+            path: of the folder, or a name on the hub, with `options` that transformers has for it: revision, token, cache_dir,
+                local_files_only, force_download.
             model: the encoder that it was trained on. Default: the copy in the folder, else by the name that it had.
 
         Raises:
             FileNotFoundError: there is no checkpoint, or an encoder without a copy came from nowhere.
             ValueError: the encoder is another one than in training, or a file is damaged or does not fit.
         """
-        folder = Path(path)
+        folder = folder_of(path, options)
+        if options:
+            raise TypeError(f"ModeXForClassification.from_pretrained got unknown arguments {', '.join(options)}")
         config, record = read_config(folder)
         weights = folder / WEIGHTS
         tensors = read_tensors(weights)

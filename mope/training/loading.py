@@ -28,7 +28,7 @@ from mope.hints import did_you_mean
 from mope.modalities import Slot, known, slots_of
 from mope.modalities.vision import PUBLISHED
 from mope.modex import AlbefModel, ModeXConfig, ModeXForClassification
-from mope.modex.modeling import SYSTEM
+from mope.modex.configuration import SYSTEM
 
 from .encoders import encoder_option, processor_options
 from .extensions import opener_for, set_mode

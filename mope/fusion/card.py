@@ -1,0 +1,77 @@
+"""The card of a saved model: README.md, as the hub shows it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CARD = "README.md"
+# Classes by name, up to so many.
+SHOWN = 20
+
+
+def write_card(folder: Path, model: Any, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write what somebody who finds the folder has to know: what the model is, trained on what, how good, and how to load it.
+
+    Args:
+        folder: of the checkpoint. A card that somebody wrote there is left alone.
+        model: which is saved.
+        records: of its encoders, by name, as config.json has them.
+    """
+    file = folder / CARD
+    if file.exists() and MARK not in file.read_text(errors="replace"):
+        return
+    file.write_text("\n".join(_lines(model, records)) + "\n")
+
+
+MARK = "<!-- written by mope on saving: remove this line to keep what you change -->"
+
+
+def _lines(model: Any, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    config, kind = model.config, type(model).__name__
+    tags = ["mope", config.model_type, *sorted({slot.modality.name for slot in _slots(model)})]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    others = " and ".join(config.complementary)
+    lines = ["---", "library_name: mope", "tags:", *(f"- {tag}" for tag in tags), "---", MARK, "", f"# {kind}", ""]
+    lines += [f"Method `{config.method}`, main modality {config.main}{others and f', complementary {others}'}."]
+    lines += [f"{trained:,} parameters train; the encoders {'are frozen' if not _trains(model) else 'train in part'}.", ""]
+    lines += ["| encoder | class | from | dtype | fingerprint |", "|---|---|---|---|---|"]
+    for name, record in records.items():
+        where = _line(record["source"]) or ("copied here" if record["stored"] == "copy" else "no name")
+        lines += [f"| {name} | {record['class']} | {where} | {record['dtype']} | `{record['fingerprint'][:16]}` |"]
+    names = [_line(config.id2label[i]) for i in range(config.num_labels)]
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    lines += ["", f"{config.num_labels} classes ({config.problem_type}): {', '.join(names[:SHOWN])}{more}.", ""]
+    if model.card_data:
+        lines += ["## Data and results", "", "```json", json.dumps(model.card_data, indent=2, default=str), "```", ""]
+    else:
+        lines += ["Nothing is recorded of the data that it was trained on, nor of its accuracy.", ""]
+    given = "".join(f", {name}={name}" for name, record in records.items() if record["stored"] != "copy" and not record["source"])
+    package = type(model).__module__.rpartition(".")[0]
+    return [
+        *lines,
+        "## Loading",
+        "",
+        "```python",
+        f"from {package} import {kind}",
+        "",
+        f'model = {kind}.from_pretrained("."{given})',
+        "```",
+    ]
+
+
+def _slots(model: Any) -> list[Any]:
+    from mope.modalities import slots_of
+
+    return list(slots_of(model.config).values())
+
+
+def _trains(model: Any) -> bool:
+    return any(given.trains for given in model.given_encoders().values())
+
+
+def _line(text: str) -> str:
+    """As one cell of a table."""
+    return " ".join(str(text).split()).replace("|", "\\|")

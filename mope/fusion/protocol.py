@@ -1,0 +1,117 @@
+"""What transformers asks of a configuration, for configurations that are not its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from mope.hints import did_you_mean
+
+C = TypeVar("C", bound=type)
+# What transformers writes into the configuration of a model, beside names with an underscore.
+WRITTEN = frozenset(
+    {
+        *("architectures", "auto_map", "bos_token_id", "custom_pipelines", "decoder_start_token_id", "distributed_config", "dtype"),
+        *("eos_token_id", "name_or_path", "output_attentions", "output_hidden_states", "pad_token_id", "quantization_config"),
+        *("return_dict", "sep_token_id", "torch_dtype", "transformers_version", "use_cache"),
+    }
+)
+
+
+class ModelConfig:
+    """Base of configurations that transformers' Trainer, its callbacks and the Auto classes take.
+
+    transformers' own base class takes any keyword, lets any field be changed after a model was built from it, and turns every read
+    of an attribute into two calls of Python. Here a field is checked once and stays: assigning one raises, `replace` makes a
+    changed copy. What transformers writes (`WRITTEN`) is kept beside the fields, and is no part of what is compared or saved.
+    """
+
+    model_type: ClassVar[str]
+    # Trainer takes these parts of an output for no predictions.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["importance_loss", "routing", "features"]
+    # What transformers reads of any configuration.
+    sub_configs: ClassVar[dict[str, Any]] = {}
+    name_or_path = ""
+    architectures: Any = None
+    distributed_config: Any = None
+    dtype: Any = None
+    is_encoder_decoder = False
+    output_attentions = False
+    output_hidden_states = False
+    pad_token_id: Any = None
+    quantization_config: Any = None
+    return_dict = True
+    tie_word_embeddings = False
+    use_cache = False
+    _attn_implementation = "sdpa"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        fields = self.__dataclass_fields__  # type: ignore[attr-defined]
+        if not self.__dict__.get("_complete") or name in WRITTEN or name.startswith("_"):
+            object.__setattr__(self, name, value)
+            return
+        kind = type(self).__name__
+        if name in fields:
+            raise dataclasses.FrozenInstanceError(
+                f"{name} of a {kind} cannot be changed, since models were built from it: make another one, replace({name}=...)"
+            )
+        hint = did_you_mean(name, fields)
+        raise AttributeError(f"{kind} has no field {name}{hint and '; ' + hint}")
+
+    def _freeze(self) -> None:
+        """End the construction: from here on fields stay as they are."""
+        object.__setattr__(self, "_complete", True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that JSON can hold."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **options: Any) -> Any:
+        """Return the configuration that `to_dict` gave; `options` are those of transformers."""
+        raise NotImplementedError
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return `to_dict`: what equals a default is said as well."""
+        return self.to_dict()
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Return `to_dict` as JSON, as loggers ask for it."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def get_text_config(self, *_: Any, **__: Any) -> Any:
+        """Return the configuration itself: the encoders have theirs."""
+        return self
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+        """Write config.json into a folder. A checkpoint of a model has more in it: `model.save_pretrained`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "config.json").write_text(self.to_json_string())
+
+
+def with_fields_named(kind: C) -> C:
+    """Let the constructor of a dataclass say which field an unknown keyword may have meant."""
+    made: Callable[..., None] = kind.__init__  # type: ignore[misc]
+    fields = kind.__dataclass_fields__  # type: ignore[attr-defined]
+
+    @wraps(made)
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        if unknown := [name for name in values if name not in fields]:
+            hint = did_you_mean(unknown[0], fields)
+            raise TypeError(f"{kind.__name__} has no field {', '.join(unknown)}{hint and '; ' + hint}")
+        made(self, *args, **values)
+
+    kind.__init__ = __init__  # type: ignore[misc]
+    return kind
+
+
+def split_unused(options: dict[str, Any], config: Any) -> Any:
+    """Return the configuration; with `return_unused_kwargs`, as `AutoConfig` asks, also the options, which it does not use."""
+    wanted = options.pop("return_unused_kwargs", False)
+    config.name_or_path = options.pop("name_or_path", "")
+    options.pop("_from_auto", None)
+    return (config, options) if wanted else config

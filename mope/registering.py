@@ -1,0 +1,77 @@
+"""Tell transformers' Auto classes of this library's models, when they are imported: `import mope` itself imports neither.
+
+>>> import mope
+>>> from transformers import AutoModel
+>>> model = AutoModel.from_pretrained("runs/food/model")
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+CONFIGURATIONS = "transformers.models.auto.configuration_auto"
+MODELS = "transformers.models.auto.modeling_auto"
+
+
+def _register_configurations(module: Any) -> None:
+    # Both modules need no transformers, which is being imported.
+    for path, name in (("mope.fusion.config", "MoPEConfig"), ("mope.modex.configuration", "ClassifierConfig")):
+        kind = getattr(importlib.import_module(path), name)
+        module.AutoConfig.register(kind.model_type, kind, exist_ok=True)
+
+
+def _register_models(module: Any) -> None:
+    for path, name in (("mope.fusion.model", "MoPEForClassification"), ("mope.modex.modeling", "ModeXForClassification")):
+        kind = getattr(importlib.import_module(path), name)
+        for auto in (module.AutoModel, module.AutoModelForSequenceClassification):
+            auto.register(kind.config_class, kind, exist_ok=True)
+
+
+_AFTER: dict[str, Callable[[Any], None]] = {CONFIGURATIONS: _register_configurations, MODELS: _register_models}
+
+
+class _Watch(MetaPathFinder):
+    """Finds nothing itself: lets something be done once after one module was imported."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Then(spec.loader, _AFTER[fullname])
+        return spec
+
+
+class _Then(Loader):
+    """A module's own loader, and then something else."""
+
+    def __init__(self, loader: Loader, then: Callable[[Any], None]) -> None:
+        self.loader, self.then = loader, then
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        self.then(module)
+
+
+def register_with_transformers() -> None:
+    """Register now what transformers has imported, and the rest as soon as it is."""
+    for name, register in _AFTER.items():
+        if name in sys.modules:
+            register(sys.modules[name])
+        elif not any(isinstance(finder, _Watch) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Watch(name))

@@ -1,0 +1,297 @@
+"""Plain `Trainer`, the Auto classes and the hub take models of this library as those of transformers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+from mope import MoPEConfig, MoPEForClassification
+from mope.fusion.base import FusionModel
+from mope.modex import ModeXForClassification
+from tests.modex.test_modeling import classifier
+
+from . import tiny
+
+ITEMS, BATCH = 16, 8
+
+
+def mope_model(**options: Any) -> MoPEForClassification:
+    torch.manual_seed(0)
+    return without_dropout(tiny.fusion(dtype=torch.float32, noise_std=0.0, importance_weight=0.0, **options))
+
+
+def modex_model() -> ModeXForClassification:
+    torch.manual_seed(0)
+    return without_dropout(classifier().float())
+
+
+def without_dropout(model: Any) -> Any:
+    """Whose results two runs can be held to each other by."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+MODELS: dict[str, Any] = {"mope": mope_model, "modex": modex_model}
+
+
+def items_for(model: FusionModel) -> list[dict[str, Any]]:
+    """As a data set may hold them: with columns that no model reads."""
+    generator = torch.Generator().manual_seed(1)
+    vision: Any = model.backbone("vision").config
+    pixels = torch.randn(ITEMS, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
+    ids = torch.randint(2, 20, (ITEMS, 6), generator=generator)
+    rows = zip(pixels, ids, strict=True)
+    labels = [i % model.config.num_labels for i in range(ITEMS)]
+    return [
+        {"pixel_values": p, "input_ids": t, "attention_mask": torch.ones_like(t), "labels": labels[i], "comment": i}
+        for i, (p, t) in enumerate(rows)
+    ]
+
+
+def trainer_for(model: FusionModel, folder: Path, callbacks: Any = None, **options: Any) -> Trainer:
+    given: dict[str, Any] = {
+        "per_device_train_batch_size": BATCH,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+        "save_strategy": "no",
+    }
+    return Trainer(
+        model,
+        TrainingArguments(str(folder), **{**given, **options}),
+        train_dataset=items_for(model),  # type: ignore[arg-type]
+        eval_dataset=items_for(model),  # type: ignore[arg-type]
+        compute_metrics=lambda found: {"accuracy": float((np.argmax(found.predictions, -1) == found.label_ids).mean())},
+        callbacks=callbacks,
+    )
+
+
+def trained(model: FusionModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.trained_state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_trains_evaluates_and_predicts_with_the_defaults(kind: str, tmp_path: Path) -> None:
+    model = MODELS[kind]()
+    before, seen = trained(model), []
+
+    class Logger(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            seen.append(logs)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            # As loggers that send a configuration away.
+            assert json.loads(model.config.to_json_string())["model_type"] == kind
+
+    trainer = trainer_for(model, tmp_path, [Logger()], logging_steps=1)
+    assert trainer.label_names == ["labels"] and not trainer.model_accepts_loss_kwargs
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] < loss and 0 <= metrics["eval_accuracy"] <= 1
+    assert any("loss" in each for each in seen)
+    changed = [name for name, tensor in trained(model).items() if not torch.equal(tensor, before[name])]
+    assert len(changed) > len(before) / 2
+    found = trainer.predict(items_for(model))  # type: ignore[arg-type]
+    assert isinstance(found.predictions, np.ndarray) and found.predictions.shape == (ITEMS, model.config.num_labels)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_parts_of_a_batch_are_the_batch(kind: str, tmp_path: Path) -> None:
+    found = []
+    for size, parts in ((8, 1), (2, 4)):
+        model = MODELS[kind]()
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts, "optim": "sgd", "num_train_epochs": 1}
+        trainer_for(model, tmp_path, **options).train()
+        found.append(trained(model))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradient_checkpointing_changes_no_gradient(kind: str, tmp_path: Path) -> None:
+    found = []
+    for on in (False, True):
+        model = MODELS[kind]()
+        trainer_for(model, tmp_path, gradient_checkpointing=on, num_train_epochs=1).train()
+        assert model.is_gradient_checkpointing == on
+        found.append(trained(model))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    with pytest.raises(ValueError, match="every_n_layers=2"):
+        MODELS[kind]().gradient_checkpointing_enable(None, every_n_layers=2)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("mope", {}), ("mope", {"finetuned": ("text",)}), ("modex", {})], ids=str)
+def test_a_run_is_resumed_and_the_best_is_loaded(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    each_epoch = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True, "num_train_epochs": 3}
+    whole = MODELS[kind](**options)
+    trainer_for(whole, tmp_path / "whole", **each_epoch).train()
+    expected = trained(whole)
+
+    half = MODELS[kind](**options)
+
+    class Stop(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = True
+
+    trainer_for(half, tmp_path / "half", [Stop()], **{**each_epoch, "load_best_model_at_end": False}).train()
+    again = MODELS[kind](**options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = trainer_for(again, tmp_path / "half", **each_epoch)
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+    for name, tensor in trained(again).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    checkpoint = tmp_path / "half" / "checkpoint-2"
+    frozen = sum(t.numel() for t in again.state_dict().values()) - sum(t.numel() for t in trained(again).values())
+    assert frozen > 0 and (checkpoint / "config.json").is_file()
+    from safetensors.torch import load_file
+
+    assert load_file(checkpoint / "model.safetensors").keys() == trained(again).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mope"])
+def test_compiled(kind: str, tmp_path: Path) -> None:
+    model, plain = MODELS[kind](), MODELS[kind]()
+    trainer_for(model, tmp_path, torch_compile=True, torch_compile_backend="aot_eager", num_train_epochs=1).train()
+    trainer_for(plain, tmp_path, num_train_epochs=1).train()
+    for name, tensor in trained(plain).items():
+        torch.testing.assert_close(trained(model)[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_auto_classes(kind: str, tmp_path: Path) -> None:
+    model = MODELS[kind]().eval()
+    model.save_pretrained(tmp_path, backbones="copy")
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is type(model.config) and config == model.config
+    batch = {
+        name: torch.stack([item[name] for item in items_for(model)]) for name in ("pixel_values", "input_ids", "attention_mask")
+    }
+    expected = model(**batch).logits
+    for auto in (AutoModel, AutoModelForSequenceClassification):
+        loaded = auto.from_pretrained(tmp_path)
+        assert isinstance(loaded, type(model).__mro__[1] if kind == "mope" else type(model))
+        torch.testing.assert_close(loaded(**batch).logits, expected)
+    # A process of its own, that imports this library before transformers, and after it.
+    for imports in ("import mope; from transformers import AutoModel", "from transformers import AutoModel; import mope"):
+        program = f"{imports}; print(type(AutoModel.from_pretrained({str(tmp_path)!r})).__name__)"
+        said = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True).stdout
+        assert said.split()[-1] == type(model).__name__
+    said = subprocess.run([sys.executable, "-c", "import mope, sys; print('torch' in sys.modules)"], capture_output=True, text=True)
+    assert said.stdout == "False\n"
+
+
+def test_fields_stay_as_they_are_and_transformers_may_write_its_own() -> None:
+    config = MoPEConfig(id2label=["no", "yes"])
+    with pytest.raises(AttributeError, match=r"num_experts of a MoPEConfig cannot be changed.*replace\(num_experts=\.\.\.\)"):
+        config.num_experts = 3
+    with pytest.raises(AttributeError, match=r"has no field num_expert; did you mean num_experts"):
+        config.num_expert = 3  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match=r"MoPEConfig has no field num_expert; did you mean num_experts"):
+        MoPEConfig(num_labels=2, num_expert=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="did you mean num_experts"):
+        config.replace(num_expert=3)
+    config.use_cache = False
+    assert config == MoPEConfig(id2label=["no", "yes"]) and "use_cache" not in config.to_dict()
+    assert config.id2label == {0: "no", 1: "yes"} and config.label2id == {"no": 0, "yes": 1}
+    for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert twin == config
+        with pytest.raises(AttributeError, match="cannot be changed"):
+            twin.main = "text"
+
+
+def test_names_of_problem_types() -> None:
+    assert MoPEConfig(num_labels=2, problem_type="multi_label_classification").problem_type == "multi_label"
+    assert MoPEConfig(num_labels=2, problem_type="single_label_classification") == MoPEConfig(num_labels=2)
+    with pytest.raises(ValueError, match=r"problem_type must be .* got 'regression': numbers \(regression\) are not supported"):
+        MoPEConfig(num_labels=2, problem_type="regression")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_hub(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder for each revision stands in for the hub."""
+    hub, asked = tmp_path / "hub", []
+
+    class Api:
+        def __init__(self, token: str | None = None) -> None:
+            asked.append(token)
+
+        def create_repo(self, repo_id: str, private: bool | None = None, exist_ok: bool = False) -> Any:
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
+            assert exist_ok
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, revision: str | None, commit_message: str) -> str:
+            target = hub / repo_id / (revision or "main")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(folder_path, target)
+            return commit_message
+
+    def snapshot_download(repo_id: str, *, allow_patterns: list[str], revision: str | None = None, token: str | None = None) -> str:
+        assert "*.safetensors" in allow_patterns and not any(p.endswith((".py", ".bin", "*")) for p in allow_patterns)
+        asked.append(token)
+        return str(hub / repo_id / (revision or "main"))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    model = MODELS[kind]().eval()
+    assert model.push_to_hub("org/name", backbones="copy", revision="v1", token="secret", commit_message="first") == "first"
+    loaded = type(model).from_pretrained("org/name", revision="v1", token="secret")
+    assert trained(loaded).keys() == trained(model).keys() and asked == ["secret", "secret"]
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        type(model).from_pretrained("org/name")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_card_says_what_it_is(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = MODELS[kind]()
+    model.card_data = {"data": "digits", "test": {"accuracy": 0.9}}
+    model.save_pretrained(tmp_path, backbones="copy")
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: mope\ntags:\n- mope\n") and '"accuracy": 0.9' in card
+    assert all(print_[:16] in card for print_ in model.fingerprints().values())
+    assert f'{type(model).__name__}.from_pretrained(".")' in card
+    # What somebody wrote stays.
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path, backbones="copy")
+    assert (tmp_path / "README.md").read_text() == "mine"
+    model.print_trainable_parameters()
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"trainable params: {count:,} || all params: " in capsys.readouterr().out
+
+
+def test_a_folder_of_an_earlier_version_opens(tmp_path: Path) -> None:
+    model = mope_model().eval()
+    model.save_pretrained(tmp_path, backbones="copy")
+    values = json.loads((tmp_path / "config.json").read_text())
+    for added in ("model_type", "architectures", "complementary", "combine", "named", "mapper_each"):
+        del values[added]
+    for record in values["backbones"].values():
+        record["stored"] = "copy"
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert MoPEForClassification.from_pretrained(tmp_path).config == model.config
+    values["prompt_owner"] = "reference"
+    assert MoPEConfig.from_dict(values).prompt_owner == "released"
