@@ -20,6 +20,21 @@ from mope.fused.prepack import differentiates_otherwise
 IGNORED = -100
 
 
+def is_number(value: object) -> bool:
+    """Whether something is a number: truth values are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_integer(value: object) -> bool:
+    """Whether something is a whole number: truth values are none."""
+    return isinstance(value, int) and is_number(value)
+
+
+def is_index(value: object) -> bool:
+    """Whether something counts from 0."""
+    return isinstance(value, int) and is_integer(value) and value >= 0
+
+
 # transformers' names -> ours.
 PROBLEMS = {"single_label_classification": "single_label", "multi_label_classification": "multi_label"}
 
@@ -55,7 +70,7 @@ class Doubts:
         for text in () if torch.compiler.is_compiling() else texts:
             if text not in self._said:
                 self._said.add(text)
-                warnings.warn(text, stacklevel=6)
+                warnings.warn(text, stacklevel=7)
 
 
 def is_readable(tensor: Tensor) -> bool:

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mope.processes import is_distributed
+
 
 class NotFiniteError(ArithmeticError):
     """A loss, a weight or a metric is NaN or infinite."""
@@ -35,7 +37,7 @@ class LossWatch:
         if self._first is None:
             return None
         found = self._first
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if is_distributed():
             found = torch.where(found == 0, torch.iinfo(torch.int64).max, found)
             dist.all_reduce(found, dist.ReduceOp.MIN)
             found = torch.where(found == torch.iinfo(torch.int64).max, 0, found)

@@ -13,7 +13,13 @@ from mope.fused.padding import Padding
 
 from .base import BackboneAdapter
 from .feed_forward import add_then_norm, is_untouched, linear_gelu_linear
+from .layouts import Layout, register_layout
 from .registry import register_backbone
+
+# After dropout and before the sum is normalised.
+POST_NORM = Layout(
+    "textual", "attention.output.dropout", "output.dropout", "output.LayerNorm", "crossattention.output.dropout", adapts_input=True
+)
 
 
 class BertAdapter(BackboneAdapter):
@@ -73,3 +79,5 @@ class RobertaAdapter(BertAdapter):
 
 register_backbone("bert", BertAdapter)
 register_backbone("roberta", RobertaAdapter)
+register_layout("BertLayer", POST_NORM)
+register_layout("RobertaLayer", POST_NORM)

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bert import POST_NORM
+from .clip import IN_TOWER
 from .fused import FusedEncoder, register_fused
+from .layouts import register_layout, register_pre_hook
 
 
 def fuse(model: Any, inputs: Mapping[str, Mapping[str, Any]]) -> Tensor:
@@ -20,11 +23,27 @@ def fuse(model: Any, inputs: Mapping[str, Mapping[str, Any]]) -> Tensor:
     return states
 
 
+def embed_apart(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Forward pre-hook of BLIP's text embeddings: looks the ids up, and gives a copy of what was found.
+
+    For gradient checkpointing transformers makes what was found a leaf that requires gradients, and BLIP adds to it in place.
+    """
+    ids = kwargs.get("input_ids")
+    if args or ids is None or not torch.is_grad_enabled():
+        return args, kwargs
+    found = module.word_embeddings(ids)
+    return args, {**kwargs, "input_ids": None, "inputs_embeds": found.clone() if found.requires_grad else found}
+
+
 _FUSED = FusedEncoder(
     {"vision": "vision_model", "text": "text_encoder"},
     fuse,
+    refused=("position_ids",),
     # The part of BLIP for VQA that writes answers: nothing in it is called.
     unread=("text_decoder.",),
 )
 for _name in ("BlipForImageTextRetrieval", "BlipForQuestionAnswering"):
     register_fused(_name, _FUSED)
+register_layout("BlipTextLayer", POST_NORM)
+register_layout("BlipEncoderLayer", IN_TOWER["visual"])
+register_pre_hook("BlipTextEmbeddings", embed_apart)

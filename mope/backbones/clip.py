@@ -1,4 +1,4 @@
-"""The towers of CLIP."""
+"""The towers of CLIP, and of SigLIP."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from mope.fused.padding import Padding
 
 from .base import VisionAdapter, interpolating
 from .feed_forward import norm_and_mlp
-from .registry import register_backbone
+from .layouts import Layout, register_layout
+from .registry import register_backbone, register_towers
+
+IN_TOWER = {modality: Layout(modality, "self_attn", "mlp", "layer_norm1") for modality in ("visual", "textual")}
 
 
 class CLIPVisionAdapter(VisionAdapter):
@@ -39,4 +42,13 @@ class CLIPVisionAdapter(VisionAdapter):
         return model.post_layernorm(features)
 
 
+def _in_tower(layer: nn.Module) -> Layout:
+    """The same class stands in both towers: the layer's config says in which one this is."""
+    config = getattr(getattr(layer, "self_attn", None), "config", None)
+    return IN_TOWER["textual" if getattr(config, "model_type", "").endswith("_text_model") else "visual"]
+
+
 register_backbone("clip_vision_model", CLIPVisionAdapter)
+register_towers("clip", vision="CLIPVisionModel")
+for _name in ("CLIPEncoderLayer", "SiglipEncoderLayer"):
+    register_layout(_name, _in_tower)

@@ -19,13 +19,15 @@ class FusedEncoder:
 
     Args:
         parts: modality -> attribute of its part; the config of a part stands in the model's config, as `vision_config`.
-        fuse: (model, modality -> inputs under the names that its part knows) -> the fused text (B,L,C).
+        fuse: (model, modality -> inputs, mask and flags under the names that its part knows) -> the fused text (B,L,C).
+        refused: names in a batch of inputs that its parts do not take, though their modalities have them.
         unread: how the names of parameters begin that no input reaches, so that nothing in them trains.
         model_class: the class, where it is not one of transformers' own: a checkpoint names it, and cannot import it.
     """
 
     parts: Mapping[str, str]
     fuse: Callable[[Any, Mapping[str, Mapping[str, Any]]], Tensor]
+    refused: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     model_class: Any = None
 

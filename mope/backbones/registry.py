@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import transformers
 from torch import nn
 
 from .base import Architecture, BackboneAdapter
 
 _ADAPTERS: dict[str, Architecture] = {}
+# Models that hold an encoder of each modality: model_type -> modality -> the class of that encoder in transformers.
+_TOWERS: dict[str, dict[str, str]] = {}
 
 
 def register_backbone(model_type: str, adapter_class: type[Architecture]) -> None:
@@ -75,3 +80,19 @@ def find_adapter(backbone: nn.Module, modality: str | None = None, name: str | N
 def known() -> dict[str, Architecture]:
     """Return the registered architectures by the `model_type` of their configs."""
     return dict(_ADAPTERS)
+
+
+def register_towers(model_type: str, **classes: str) -> None:
+    """Teach the library a model that holds several encoders, each of which transformers can load alone from the model's files.
+
+    Args:
+        model_type: of the whole.
+        classes: modality -> the name of the encoder's class in transformers, `vision="CLIPVisionModel"`.
+    """
+    _TOWERS[model_type] = classes
+
+
+def tower_class(model_type: str, modality: str) -> Any:
+    """Return the class of the encoder of a modality in a model that holds several, None where none is known."""
+    name = _TOWERS.get(model_type, {}).get(modality)
+    return None if name is None else getattr(transformers, name)

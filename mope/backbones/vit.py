@@ -11,6 +11,7 @@ from mope.fused.padding import Padding
 
 from .base import VisionAdapter, interpolating
 from .feed_forward import norm_and_mlp
+from .layouts import Layout, register_layout
 from .registry import register_backbone
 
 
@@ -80,3 +81,5 @@ class Dinov2Adapter(VisionAdapter):
 
 register_backbone("vit", ViTAdapter)
 register_backbone("dinov2", Dinov2Adapter)
+register_layout("ViTLayer", Layout("visual", "attention", "mlp", "layernorm_before"))
+register_layout("Dinov2Layer", Layout("visual", "layer_scale1", "layer_scale2", "norm1"))

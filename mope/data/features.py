@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from mope.encoders.importance import is_distributed
 from mope.files import disk_error
 from mope.fusion.checkpoint import describe, original
 from mope.modalities import Slot, complementary_of, slots_of
+from mope.processes import is_distributed
 
 from .formats import Example, Split
 from .preprocessing import Preprocessing

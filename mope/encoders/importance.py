@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import mope_kernels
+from mope.processes import is_distributed
 
 
 def importance(probs: Sequence[Tensor], *, threshold: float, impl: str = "auto", across_processes: bool = False) -> Tensor:
@@ -29,11 +30,6 @@ def importance(probs: Sequence[Tensor], *, threshold: float, impl: str = "auto",
         # A batch of one row that is the sum of all rows has the same loads.
         of_blocks = _sum_over_processes(of_blocks.sum(1, keepdim=True))
     return mope_kernels.importance_loss(of_blocks, threshold=threshold, impl=impl).mean()
-
-
-def is_distributed() -> bool:
-    """Whether there is more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def warn_of_local_batches() -> None:

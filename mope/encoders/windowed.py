@@ -240,7 +240,7 @@ class MoPESwinEncoder(nn.Module):
 
     def swin_tensors(self) -> set[str]:
         """Names in the state dict of what belongs to the Swin Transformer itself."""
-        return {name for _, name, _ in self._original_names()}
+        return {name for _, name, _ in self.original_names()}
 
     def load_swin(self, source: nn.Module | Mapping[str, Tensor]) -> None:
         """Take the weights of a transformers `SwinModel` or of an original Swin checkpoint (see `swin_state_dict`).
@@ -251,7 +251,7 @@ class MoPESwinEncoder(nn.Module):
         state = swin_state_dict(source)
         own = self.state_dict(keep_vars=True)
         wrong, taken = [], set()
-        for name, _, shape in self._original_names():
+        for name, _, shape in self.original_names():
             if name not in state:
                 wrong.append(f"{name} is missing")
                 continue
@@ -262,13 +262,13 @@ class MoPESwinEncoder(nn.Module):
         if wrong:
             raise ValueError("load_swin: " + "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
         with torch.no_grad():
-            for name, target, _ in self._original_names():
+            for name, target, _ in self.original_names():
                 value = state[name]
                 if target.endswith(".position_bias"):
                     value = position_bias(value, int((own[target].shape[-1]) ** 0.5))
                 own[target].copy_(value)
 
-    def _original_names(self) -> list[tuple[str, str, tuple[int, ...]]]:
+    def original_names(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """(the original name, the name here, the original shape) of every tensor of the Swin Transformer."""
         modules = {"patch_embed.proj": "patch_embed", "patch_embed.norm": "patch_norm", "norm": "norm"}
         tables: list[tuple[str, str, tuple[int, ...]]] = []
@@ -301,7 +301,7 @@ class MoPESwinEncoder(nn.Module):
         with torch.device("meta"):
             model = SwinModel(self.config, add_pooling_layer=False)
         own, original = self.state_dict(), {}
-        for name, here, _ in self._original_names():
+        for name, here, _ in self.original_names():
             tensor = own[here]
             is_looked_up = here.endswith(".position_bias")
             original[name] = position_table(tensor, int(tensor.shape[-1] ** 0.5)) if is_looked_up else tensor

@@ -31,14 +31,15 @@ def available(dtype: torch.dtype) -> bool:
         # Asked once, wherever that happens to be: under autocast, or where new tensors go to a GPU.
         with torch.device("cpu"), torch.autocast("cpu", enabled=False):
             x, weight = torch.ones(2, 1, 3, dtype=dtype), torch.arange(12, dtype=dtype).view(4, 3) / 8
-            found = _product(x, _in_order(weight), weight[:, 0].contiguous(), gelu=True)
+            found = _product(x, in_order(weight), weight[:, 0].contiguous(), gelu=True)
             return torch.allclose(found, F.gelu(F.linear(x, weight, weight[:, 0])), atol=1e-2)
     # No such operator, another signature, not built for this processor: the layers then are called as they are.
     except (RuntimeError, AttributeError, TypeError):
         return False
 
 
-def _in_order(weight: Tensor) -> Tensor:
+def in_order(weight: Tensor) -> Tensor:
+    """Return a copy of a weight (N,C) in the order of oneDNN."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
 
 
@@ -77,7 +78,7 @@ class _Order:
     def __init__(self, weight: Tensor) -> None:
         # A view of the weight: while it is held, no other weight can lie at its address.
         self.source, self.version = weight.detach(), version(weight)
-        self.weight = _in_order(weight)
+        self.weight = in_order(weight)
         self.transposed: Tensor | None = None
 
     def is_of(self, weight: Tensor) -> bool:
@@ -137,7 +138,7 @@ class Prepacked:
         """The gradient of x from that of layer(x)."""
         order = self._current()
         if (transposed := order.transposed) is None:
-            order.transposed = transposed = _in_order(order.source.mT)
+            order.transposed = transposed = in_order(order.source.mT)
         return _product(grad, transposed, None, gelu=False)
 
     def _current(self) -> _Order:

@@ -78,6 +78,14 @@ def separate_linear(modules: Sequence[nn.Module]) -> None:
                     parameter.data = parameter.data.clone()
 
 
+def whole_of(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Return weights (N,C) and biases (N,) of all the layers that a layer was joined with, None where it lies by itself now."""
+    if module not in _ROWS or _joined([module]) is None:
+        return None
+    rows = _ROWS[module]
+    return rows.weight, rows.bias
+
+
 def call_linear(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     """What each of the modules makes of x (..., C): of layers that were joined, views into one product.
 

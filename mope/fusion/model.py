@@ -16,8 +16,8 @@ from transformers import SwinModel
 from transformers.utils.generic import ModelOutput
 
 from mope.backbones import Attachment, attach, base_model, find_adapter, find_architecture
-from mope.checks import Doubts, check_are_tensors, check_encoder, naming_memory
-from mope.encoders.importance import importance, is_distributed, warn_of_local_batches
+from mope.checks import check_are_tensors, check_encoder, naming_memory
+from mope.encoders.importance import importance, warn_of_local_batches
 from mope.encoders.layerwise import LayerwiseEncoder, TrainedPrompts, as_prompts
 from mope.encoders.windowed import MoPESwinEncoder, TrainedWindowPrompts, WindowedEncoder, distinct
 from mope.fused import FrozenAttention, InputPrompts, MoPEAttention, PromptBank, Router
@@ -27,13 +27,14 @@ from mope.fused.router import make_router, sample_noise, without_noise
 from mope.fusion.base import in_frozen_dtype
 from mope.fusion.config import MoPEConfig
 from mope.fusion.heads import new_head, new_input_prompts, new_mapper, new_swin, router_options, task_loss
+from mope.fusion.inputs import InputChecks, as_encoder_knows
 from mope.fusion.saving import SavedModel
-from mope.fusion.signature import sign_forward
 from mope.fusion.sources import source_of
 from mope.graphs import CudaGraphRunner
 from mope.hints import did_you_mean
-from mope.modalities import Slot, known
+from mope.modalities import known
 from mope.printing import describe_output
+from mope.processes import is_distributed
 from mope.registering import register_model
 from mope_kernels import Routing
 
@@ -130,7 +131,6 @@ class MoPEForClassification(SavedModel):
         # By slot, of the backbones that are prompted layer by layer.
         self._adapters = {m: find_adapter(self.backbone(m), kinds[m], m) for m in config.modalities if not self._is_swin(m)}
         self._warned_top_k = self._warned_local = False
-        self._doubts = Doubts()
 
         layers = {config.main: config.prompted_layers if config.prompts_main and config.prompt_depth == "deep" else ()}
         layers |= {m: None if config.cross_prompt_length else () for m in config.modalities[1:]}
@@ -145,7 +145,8 @@ class MoPEForClassification(SavedModel):
         except BaseException:
             self.detach()
             raise
-        self._sign_forward()
+        self.input_checks = InputChecks(self.slots)
+        self.input_checks.sign(self)
 
     @staticmethod
     def _check_backbones(config: MoPEConfig, backbones: Mapping[str, nn.Module | None]) -> None:
@@ -177,13 +178,6 @@ class MoPEForClassification(SavedModel):
             found = ", ".join(f"{width} of {name}" for name, width in widths.items())
             raise ValueError(f"combine='sum' adds features of one width, these are {found}: set combine='concat'")
         return next(iter(widths.values()))
-
-    def _sign_forward(self) -> None:
-        """Let the signature of `forward` list the inputs, and keep which slot each belongs to, others of the registry included."""
-        slots = self.slots.values()
-        sign_forward(self, [name for slot in slots for name in slot.names], [flag for slot in slots for flag in slot.flags])
-        others = [Slot(name, modality) for name, modality in known().items() if name not in self.slots]
-        self._slot_of = {name: slot for slot in (*others, *slots) for name in (*slot.names, *slot.flags)}
 
     def _add_parts(self, dim: int, cross_dim: int | None) -> None:
         """What trains: `dim` and `cross_dim` are the widths of the main encoder and of psi."""
@@ -321,7 +315,7 @@ class MoPEForClassification(SavedModel):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, and of what was pickled."""
         super().__setstate__(state)
-        self._sign_forward()
+        self.input_checks.sign(self)
         self.frozen_weights_moved()
 
     def frozen_weights_moved(self) -> None:
@@ -397,11 +391,8 @@ class MoPEForClassification(SavedModel):
         """Classify a batch.
 
         Args:
-            inputs: what the encoders read, by the names that the modalities have in a batch. Of images: pixel_values
-                (B,channels,height,width), as the backbone wants them, and interpolate_pos_encoding=True to take images of another
-                size than the encoder's, as transformers does: its encoding of positions is interpolated (not in a Swin
-                Transformer). Of texts: input_ids, attention_mask, token_type_ids, position_ids, (B,L) integer. The mask may be
-                on the CPU whatever the device: nothing is then computed for padding (see `on_device`).
+            inputs: what the encoders read, by the names that the modalities have in a batch: `inspect.signature(model.forward)` lists
+                them, and `mope.modalities.Vision`, `mope.modalities.Text` say what theirs hold.
             labels: (B,) integer, or (B,num_labels) of 0 and 1 with problem_type "multi_label".
             cross_features: (B,Cc) of `encode_complementary`. The complementary encoders then do not run, and need no inputs.
             banks: of `build_banks`, to project the prompts once for many batches.
@@ -471,39 +462,8 @@ class MoPEForClassification(SavedModel):
             TypeError: an input is no tensor, or has a name that no modality knows.
             ValueError: an input is missing, does not fit its encoder or the others.
         """
-        self._check_names(given)
-        own = {name: slot.own(given) for name, slot in self.slots.items()}
-        for name, slot in self.slots.items():
-            _check(slot, self.backbone(name), own[name])
-        flags = self._flags(given)
-        if not torch.compiler.is_compiling():
-            self._doubts.say(d for name, slot in self.slots.items() for d in slot.modality.doubts(self.backbone(name), own[name]))
-        found = {name: self._inputs_of(name, own[name], flags[name]) for name in self.slots}
-        self._check_given(found, wanted)
-        return found
-
-    def _check_names(self, given: Mapping[str, Any]) -> None:
-        """Hold names and types of inputs to what there is. Those of modalities that the model lacks are left alone."""
-        for name, value in given.items():
-            slot = self._slot_of.get(name)
-            if slot is None:
-                hint = did_you_mean(name, self._slot_of)
-                raise TypeError(f"{type(self).__name__}: no encoder reads {name}{hint and '; ' + hint}")
-            if value is None or value is False:
-                continue
-            if name not in slot.flags:
-                check_are_tensors({name: value}, slot.modality.not_a_tensor)
-            elif slot.name not in self.slots:
-                raise ValueError(f"{name}: method {self.config.method!r} has no {slot.name} encoder")
-
-    def _flags(self, given: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
-        """The flags that are set, by encoder, under the names that `embed` gets."""
-        found: dict[str, dict[str, bool]] = {}
-        for name, slot in self.slots.items():
-            found[name] = {own: True for flag, own in slot.flags.items() if given.get(flag)}
-            for flag in found[name]:
-                self.check_takes(name, flag)
-        return found
+        own, flags = self.input_checks.own(self, given, wanted, self.check_takes)
+        return {name: self._inputs_of(name, own[name], flags[name]) for name in self.slots}
 
     def check_takes(self, modality: str, flag: str) -> None:
         """ValueError, with the reason, where an encoder does not take a flag of its modality."""
@@ -522,7 +482,7 @@ class MoPEForClassification(SavedModel):
     def _inputs_of(self, name: str, own: dict[str, Tensor], flags: dict[str, bool]) -> EncoderInputs:
         modality = self.slots[name].modality
         mask = own.get(modality.mask) if modality.mask is not None else None
-        inputs = {of_encoder: own[of_batch] for of_batch, of_encoder in modality.inputs.items() if of_batch in own}
+        inputs = as_encoder_knows(self.slots[name], own)
         if mask is None:
             return EncoderInputs({**inputs, **flags}, Padding())
         if name in self._adapters:
@@ -532,18 +492,6 @@ class MoPEForClassification(SavedModel):
         if per_token:
             inputs = {each: padding.tokens_first(tensor) for each, tensor in inputs.items()}
         return EncoderInputs({**inputs, **flags}, padding)
-
-    def _check_given(self, inputs: Mapping[str, EncoderInputs], modalities: Sequence[str]) -> None:
-        slots = self.slots
-        for name in modalities:
-            modality = slots[name].modality
-            if modality.inputs[modality.required] not in inputs[name].given:
-                works_on = " and ".join(self.config.modalities)
-                raise ValueError(f"method {self.config.method!r} works on {works_on}: {slots[name].required} must be given")
-        sizes = [inputs[name].batch for name in modalities]
-        if any(size != sizes[0] for size in sizes):
-            found = ", ".join(f"{size} in {slots[name].required}" for size, name in zip(sizes, modalities, strict=True))
-            raise ValueError(f"all inputs must hold the same number of items, got {found}")
 
     def check_cross_features(self, psi: Tensor, batch: int) -> Tensor:
         """Hold a given psi to (B,Cc)."""
@@ -689,7 +637,7 @@ class MoPEForClassification(SavedModel):
             interpolate_pos_encoding: in every call, see `forward`.
 
         >>> with model.serving() as predict:
-        ...     logits = predict(pixel_values=pixel_values, input_ids=input_ids).logits
+        ...     logits = predict(**batch).logits
         """
         if batch_sizes is not None and not graphs:
             raise ValueError("serving: batch_sizes are those of graphs: give graphs=True")
@@ -721,17 +669,6 @@ class MoPEForClassification(SavedModel):
 def _what_is_added(config: MoPEConfig) -> str:
     lengths = f"static_length={config.static_length}, prompt_length={config.prompt_length}, num_experts={config.num_experts}"
     return f"what MoPEConfig adds to the encoders with {lengths}; take less, num_experts first"
-
-
-def _check(slot: Slot, encoder: nn.Module, own: Mapping[str, Tensor]) -> None:
-    """`Modality.check`, which knows the inputs by the modality's own names."""
-    if not slot.prefix:
-        slot.modality.check(encoder, own)
-        return
-    try:
-        slot.modality.check(encoder, own)
-    except ValueError as error:
-        raise ValueError(f"{slot.name}: {error}") from error
 
 
 def _checkpointed(layer: Callable[..., Any], hidden_states: Tensor, **inputs: Any) -> Any:

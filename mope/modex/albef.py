@@ -199,4 +199,6 @@ def _call(model: AlbefModel, inputs: Mapping[str, Mapping[str, Any]]) -> Tensor:
     return states
 
 
-register_fused("AlbefModel", FusedEncoder({"vision": "vision", "text": "text"}, _call, model_class=AlbefModel))
+register_fused(
+    "AlbefModel", FusedEncoder({"vision": "vision", "text": "text"}, _call, refused=("position_ids",), model_class=AlbefModel)
+)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mope.backbones.layouts import Layout, layout_of, pre_hook_of
 from mope.checks import check_encoder, naming_memory
 from mope.fused.adapter import ExpertAdapter
 from mope.fusion.checkpoint import read_tensors, write_tensors
 
 from .configuration import ModeXConfig
 from .saving import WEIGHTS, check_tensors, gather
-from .sites import Layout, Plan, Site, find_sites, has_cross, layout_of, own_parameters, trained_modules
+from .sites import Plan, Site, find_sites, own_parameters, trained_modules
 
 # Of the model that was attached to: its `Adapters`.
 _OWNER = "_modex_adapters"
@@ -117,12 +118,12 @@ class _OnOutput:
 class _OnInput:
     """Forward pre-hook of a text layer: adapts its hidden states by `fused` if the call was given an image, else by `adapt`."""
 
-    def __init__(self, adapt: _Adapt | None, fused: _Adapt | None, position: int) -> None:
-        self.adapt, self.fused, self.position = adapt, fused, position
+    def __init__(self, layout: Layout, adapt: _Adapt | None, fused: _Adapt | None, position: int) -> None:
+        self.layout, self.adapt, self.fused, self.position = layout, adapt, fused, position
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         image = args[self.position] if len(args) > self.position else kwargs.get("encoder_hidden_states")
-        adapt = self.adapt if image is None or not has_cross(module) else self.fused
+        adapt = self.adapt if image is None or not self.layout.has_cross(module) else self.fused
         if adapt is None:
             return args, kwargs
         if args:
@@ -155,18 +156,6 @@ class _OriginalNorm:
         return self.original.forward(*args) if self.scope in _THREAD.disabled else output
 
 
-def _embed_apart(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Forward pre-hook of BLIP's text embeddings: looks the ids up, and gives a copy of what was found.
-
-    For gradient checkpointing transformers makes what was found a leaf that requires gradients, and BLIP adds to it in place.
-    """
-    ids = kwargs.get("input_ids")
-    if args or ids is None or not torch.is_grad_enabled():
-        return args, kwargs
-    found = module.word_embeddings(ids)
-    return args, {**kwargs, "input_ids": None, "inputs_embeds": found.clone() if found.requires_grad else found}
-
-
 class Adapters:
     """The adapters of a model: what `attach` gives. The model runs them by itself."""
 
@@ -195,8 +184,8 @@ class Adapters:
                 assert layout is not None
                 self._hook_layer(layer, layout, {kind: adapts[site.name] for kind, site in sites.items()})
             for module in model.modules():
-                if type(module).__name__ == "BlipTextEmbeddings":
-                    self._handles.append(module.register_forward_pre_hook(_embed_apart, with_kwargs=True))
+                if (hook := pre_hook_of(module)) is not None:
+                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             for name, site in plan.modules.items():
                 self._handles.append(model.get_submodule(name).register_forward_hook(_OnOutput(adapts[site.name])))
             _forget_compiled_code()
@@ -399,15 +388,15 @@ class Adapters:
         cross_msa, cross_ffn = adapts.get("cross_msa"), adapts.get("cross_ffn")
         if layout.adapts_input and (msa or cross_msa):
             position = [*inspect.signature(layer.forward).parameters].index("encoder_hidden_states")
-            self._handles.append(layer.register_forward_pre_hook(_OnInput(msa, cross_msa, position), with_kwargs=True))
+            self._handles.append(layer.register_forward_pre_hook(_OnInput(layout, msa, cross_msa, position), with_kwargs=True))
         self._on_output(layer, layout.msa, msa)
-        if layout.cross is not None and has_cross(layer):
+        if layout.cross is not None and layout.has_cross(layer):
             self._on_output(layer, layout.cross, cross_msa)
-        if layout.cross is None or not has_cross(layer) or not (ffn or cross_ffn):
+        if not layout.has_cross(layer) or not (ffn or cross_ffn):
             self._on_output(layer, layout.ffn, ffn)
             return
         mode = _Mode()
-        for name, fused in (("attention", False), ("crossattention", True)):
+        for name, fused in ((layout.attention, False), (layout.cross_attention, True)):
             self._handles.append(layer.get_submodule(name).register_forward_pre_hook(_SetMode(mode, fused)))
         self._handles.append(layer.get_submodule(layout.ffn).register_forward_hook(_OnOutput(ffn, cross_ffn, mode)))
 

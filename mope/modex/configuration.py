@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import mope
-from mope.checks import check_labels_of, problem_type_of
+from mope.checks import check_labels_of, is_index, is_number, problem_type_of
 from mope.fusion.protocol import ModelConfig, split_unused, with_fields_named
 from mope_kernels.expert_adapter import ACTIVATIONS
 from mope_kernels.impl import names_in
@@ -88,7 +88,7 @@ class ModeXConfig:
         if useless := [kind for kind in self.layers if kind not in self.sites]:
             raise ValueError(f"ModeXConfig: layers names {', '.join(useless)}, which sites does not")
         for kind, layers in self.layers.items():
-            if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers or not all(map(_is_index, layers)):
+            if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers or not all(map(is_index, layers)):
                 raise ValueError(f"ModeXConfig: layers of {kind} must be integers from 0 on, at least one, got {layers!r}")
         object.__setattr__(self, "layers", {kind: tuple(layers) for kind, layers in self.layers.items()})
         patterns: Any = self.trained
@@ -96,11 +96,11 @@ class ModeXConfig:
             raise ValueError(f"ModeXConfig: trained must be a list of patterns, got {self.trained!r}")
         object.__setattr__(self, "trained", tuple(self.trained))
         for name, lowest in {"bottleneck": 1, "num_experts": 2}.items():
-            if not _is_index(value := getattr(self, name)) or value < lowest:
+            if not is_index(value := getattr(self, name)) or value < lowest:
                 raise ValueError(f"ModeXConfig: {name} must be an integer of at least {lowest}, got {value!r}")
-        if not (_is_number(self.temperature) and self.temperature > 0):
+        if not (is_number(self.temperature) and self.temperature > 0):
             raise ValueError(f"ModeXConfig: temperature must be positive, got {self.temperature!r}")
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"ModeXConfig: dropout must be in [0, 1), got {self.dropout!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"ModeXConfig: activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
@@ -122,7 +122,7 @@ class ModeXConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"ModeXConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        if not _is_index(fusion_layer):
+        if not is_index(fusion_layer):
             raise ValueError(f"ModeXConfig: fusion_layer must be an integer from 0 on, got {fusion_layer!r}")
         sites = dict(PRESETS[name])
         if name == "albef" and not fusion_layer:
@@ -246,11 +246,3 @@ class ClassifierConfig(ModelConfig):
             raise ValueError(f"{error} is missing") from error
         except (AttributeError, TypeError) as error:
             raise ValueError(f"values of the wrong kind ({error})") from error
-
-
-def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from mope.backbones import FusedEncoder, find_fused, known_fused
-from mope.checks import Doubts, check_are_tensors, check_encoder
+from mope.checks import check_are_tensors, check_encoder
 from mope.fusion.base import FusionModel, in_frozen_dtype
 from mope.fusion.checkpoint import (
     CONFIG,
@@ -29,8 +29,9 @@ from mope.fusion.checkpoint import (
 )
 from mope.fusion.heads import task_loss
 from mope.fusion.hub import folder_of
+from mope.fusion.inputs import InputChecks, as_encoder_knows
 from mope.fusion.sources import source_of
-from mope.modalities import Slot, find_modality
+from mope.modalities import slots_of
 from mope.printing import describe_output
 from mope.registering import register_model
 
@@ -106,7 +107,8 @@ class ModeXForClassification(FusionModel):
         self.encoder: Any = model
         self._source = source_of(model)
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._doubts = Doubts()
+        self.slots = slots_of(self.config)
+        self.input_checks = InputChecks(self.slots, self._fused.refused)
         self.adapters = None if config is None else attach(model, config)
         try:
             for name, parameter in model.named_parameters():
@@ -120,6 +122,7 @@ class ModeXForClassification(FusionModel):
         except BaseException:
             self.detach()
             raise
+        self.input_checks.sign(self)
 
     def backbone(self, modality: str) -> Any:
         """The "vision" or "text" part of the encoder."""
@@ -157,52 +160,39 @@ class ModeXForClassification(FusionModel):
             raise ValueError("this model has no adapters, and so no routes")
         return self.adapters.routes()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, and of what was pickled."""
+        super().__setstate__(state)
+        self.input_checks.sign(self)
+
     @in_frozen_dtype
-    def forward(
-        self,
-        /,
-        *,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
-    ) -> ModeXOutput:
+    def forward(self, /, *, labels: Tensor | None = None, **inputs: Any) -> ModeXOutput:
         """Classify a batch.
 
         Args:
-            pixel_values: (B,channels,height,width).
-            input_ids, attention_mask, token_type_ids: (B,L) integer. BLIP has no token types, and reads none.
+            inputs: what the parts of the encoder read, by the names that the modalities have in a batch, as
+                `MoPEForClassification` takes them; `inspect.signature(model.forward)` lists them. BLIP has no token types, and
+                reads none.
             labels: (B,) integer, or (B,num_labels) of 0 and 1 with problem_type "multi_label".
-            interpolate_pos_encoding: take images of another size than the encoder's, as transformers does.
 
         Raises:
-            TypeError: an input is no tensor.
-            ValueError: images and texts differ in number, or something is of another shape; or ids or labels that are on the CPU
-                lie outside of what there is.
+            TypeError: an input is no tensor, or has a name that no modality knows.
+            ValueError: an input is missing or has another number of items; something is of another shape; or ids or labels that
+                are on the CPU lie outside of what there is.
             RuntimeError: the adapters were detached.
         """
         if self.adapters is not None and not self.adapters.attached:
             raise RuntimeError("the adapters of this model were detached: make a new model")
-        given = {
-            "pixel_values": pixel_values,
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-        }
         check_are_tensors({"labels": labels})
-        for name in ("vision", "text"):
-            slot, encoder = Slot(name, find_modality(name)), self.backbone(name)
-            check_are_tensors({n: given.get(n) for n in slot.names}, slot.modality.not_a_tensor)
-            slot.modality.check(encoder, own := slot.own(given))
-            self._doubts.say(slot.modality.doubts(encoder, own))
-        if len(pixel_values) != len(input_ids):
-            raise ValueError(f"as many texts as images are needed, got {len(input_ids)} and {len(pixel_values)}")
-        images = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
-        texts = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        states = self._fused.fuse(self.encoder, {"vision": images, "text": texts})
-        first = 0 if attention_mask is None else attention_mask.int().argmax(-1)
+        own, flags = self.input_checks.own(self, inputs, self.config.modalities)
+        masks = {name: own[name].get(slot.modality.mask or "") for name, slot in self.slots.items()}
+        read: dict[str, dict[str, Any]] = {name: {**as_encoder_knows(self.slots[name], own[name]), **flags[name]} for name in own}
+        for name, mask in masks.items():
+            if mask is not None:
+                read[name][str(self.slots[name].modality.mask)] = mask
+        states = self._fused.fuse(self.encoder, read)
+        mask = masks[self.config.main]
+        first = 0 if mask is None else mask.int().argmax(-1)
         features = states[torch.arange(len(states), device=states.device), first]
         logits = self.head(features.to(next(self.head.parameters()).dtype))
         loss = None if labels is None else task_loss(logits, labels, self.config.problem_type)

@@ -1,4 +1,4 @@
-"""Where adapters go: the layers of transformers that are known, and modules named by patterns."""
+"""Plan where adapters go: into the layers that are known, and behind modules named by patterns."""
 
 from __future__ import annotations
 
@@ -9,64 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mope.backbones.layouts import known_layouts, layout_of
+
 from .configuration import ModeXConfig
 
 # Adding a module to one of these would change what it computes, or what iterating over it gives.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Attributes that say how wide a module's output is.
 _WIDTHS = ("out_features", "normalized_shape", "embedding_dim")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the parts of a layer are, as paths below it.
-
-    Args:
-        modality: "visual" or "textual".
-        msa, ffn: the modules whose outputs are adapted.
-        norm: a LayerNorm as wide as the layer.
-        cross: as `msa`, of the cross-attention. None: such a layer never has any.
-        adapts_input: whether the input of the layer is adapted as well, as in published text layers.
-    """
-
-    modality: str
-    msa: str
-    ffn: str
-    norm: str
-    cross: str | None = None
-    adapts_input: bool = False
-
-
-# After dropout and before the sum is normalised.
-_POST_NORM = Layout(
-    "textual", "attention.output.dropout", "output.dropout", "output.LayerNorm", "crossattention.output.dropout", adapts_input=True
-)
-_CLIP = {modality: Layout(modality, "self_attn", "mlp", "layer_norm1") for modality in ("visual", "textual")}
-# The same class in both towers.
-_TOWERS = ("CLIPEncoderLayer", "SiglipEncoderLayer")
-_LAYOUTS = {
-    "BertLayer": _POST_NORM,
-    "RobertaLayer": _POST_NORM,
-    "BlipTextLayer": _POST_NORM,
-    "BlipEncoderLayer": _CLIP["visual"],
-    "ViTLayer": Layout("visual", "attention", "mlp", "layernorm_before"),
-    "Dinov2Layer": Layout("visual", "layer_scale1", "layer_scale2", "norm1"),
-}
-
-
-def layout_of(module: nn.Module) -> Layout | None:
-    """The layout of a layer that is known, None of other modules. Subclasses count, such as those that FSDP makes."""
-    names = [base.__name__ for base in type(module).__mro__]
-    if not set(names).isdisjoint(_TOWERS):
-        config = getattr(getattr(module, "self_attn", None), "config", None)
-        found = _CLIP["textual" if getattr(config, "model_type", "").endswith("_text_model") else "visual"]
-    elif (known := next((_LAYOUTS[name] for name in names if name in _LAYOUTS), None)) is not None:
-        found = known
-    else:
-        return None
-    # Others use these names as well, for layers that are made differently.
-    below = {name for name, _ in module.named_modules(remove_duplicate=False)}
-    return found if {found.msa, found.ffn, found.norm} <= below else None
 
 
 @dataclass(frozen=True)
@@ -121,7 +71,11 @@ def find_sites(model: nn.Module, config: ModeXConfig) -> Plan:
             raise ValueError(
                 f"{type(model).__name__} has prompts attached, which would run {name} without its adapters: detach() them first"
             )
-        offered = {f"{layout.modality}_msa", f"{layout.modality}_ffn", *(("cross_msa", "cross_ffn") if has_cross(layer) else ())}
+        offered = {
+            f"{layout.modality}_msa",
+            f"{layout.modality}_ffn",
+            *(("cross_msa", "cross_ffn") if layout.has_cross(layer) else ()),
+        }
         kinds |= offered
         norm: Any = layer.get_submodule(layout.norm)
         sites = {
@@ -132,7 +86,7 @@ def find_sites(model: nn.Module, config: ModeXConfig) -> Plan:
         if sites:
             plan.layers[name] = sites
     if lacking := [kind for kind in config.sites if kind not in kinds]:
-        found = f"the kinds it has are {', '.join(sorted(kinds))}" if kinds else f"it has no {', '.join((*_LAYOUTS, *_TOWERS))}"
+        found = f"the kinds it has are {', '.join(sorted(kinds))}" if kinds else f"it has no {', '.join(known_layouts())}"
         raise ValueError(
             f"{type(model).__name__} has no {', '.join(lacking)}: {found}. Other modules can be named in `modules` of ModeXConfig"
         )
@@ -157,11 +111,6 @@ def find_sites(model: nn.Module, config: ModeXConfig) -> Plan:
         if hasattr(modules[site.holder], site.attribute):
             raise ValueError(f"{site.holder or type(model).__name__} has an attribute {site.attribute} of its own already")
     return plan
-
-
-def has_cross(layer: nn.Module) -> bool:
-    """Whether a layer has cross-attention."""
-    return hasattr(layer, "crossattention")
 
 
 def trained_modules(model: nn.Module, config: ModeXConfig) -> list[str]:

@@ -68,11 +68,11 @@ def load_released_encoder(
         cross_width=cross_width,
     ).to(state_dict["prompt_embeddings"].dtype)
     encoder.load_swin({name: tensor for name, tensor in state_dict.items() if not _PROMPTS.search(name)})
-    encoder.load_state_dict(_prompt_tensors(state_dict), strict=False)
+    encoder.load_state_dict(prompt_tensors(state_dict), strict=False)
     return encoder.eval()
 
 
-def _prompt_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def prompt_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Prompts, routers and mappers under the names of `MoPESwinEncoder`."""
     found = {}
     for name, tensor in state_dict.items():

@@ -14,7 +14,7 @@ from mope.backbones.swin_weights import swin_state_dict
 from mope.fusion import MoPEConfig, MoPEForClassification
 
 from .checkpoint import read_released_checkpoint
-from .encoder import MODES, _prompt_tensors
+from .encoder import MODES, prompt_tensors
 
 # Of the released text classifier and of first blocks: never used. The pooler plays no part either.
 _DEAD = re.compile(r"^(prompt_vectors\.|heads\.|bert_encoder\.pooler\.)|^head\.|\.blocks\.0\.mm_")
@@ -89,7 +89,7 @@ def load_released_checkpoint(
 
     state = {f"head.0.{name.removeprefix('classifier.')}": t for name, t in vision_part.items() if name.startswith("classifier.")}
     state |= {f"cross_blocks.{i}.static": prompt for i, prompt in enumerate(text_prompts)}
-    prompts = _prompt_tensors(encoder)
+    prompts = prompt_tensors(encoder)
     if sees_text_only:
         prompts = {n: t for n, t in prompts.items() if not re.match(r"input_prompts|mapper\.|.*\.router\.", n)}
         prompts |= _text_only_tensors(checkpoint.part("classifier."), encoder)
@@ -109,7 +109,7 @@ def load_released_checkpoint(
 
 
 def _is_prompt(name: str) -> bool:
-    return bool(_prompt_tensors({name: torch.empty(1, 0)})) or name.startswith("deep_prompt_embeddings_")
+    return bool(prompt_tensors({name: torch.empty(1, 0)})) or name.startswith("deep_prompt_embeddings_")
 
 
 def _text_only_tensors(fusion: Mapping[str, Tensor], encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:

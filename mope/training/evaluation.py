@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from mope.data import Collator, Examples, Split
-from mope.encoders.importance import is_distributed
 from mope.fusion.base import FusionModel
+from mope.processes import is_distributed
 
 from .batches import Batches, Loader
 from .extensions import in_mode, modes

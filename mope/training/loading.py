@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, BertModel, PreTrainedConfig, ViTModel
 
 from mope import MoPEConfig, MoPEForClassification
-from mope.backbones import architecture_for, fused_class, swin_model_from_checkpoint
+from mope.backbones import architecture_for, fused_class, swin_model_from_checkpoint, tower_class
 from mope.backbones import known as architectures
 from mope.data import Split
 from mope.data.formats import slots_to_read
@@ -33,8 +33,6 @@ from mope.modex.configuration import SYSTEM
 from .encoders import encoder_option, processor_options
 from .extensions import opener_for, set_mode
 
-# Models that hold an encoder of each modality: by modality and model_type the class of that encoder.
-_PART_OF = {("vision", "clip"): "CLIPVisionModel"}
 # What a file that is no folder is, by modality.
 _FROM_FILE = {"vision": swin_model_from_checkpoint}
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -79,8 +77,8 @@ def load_backbone(source: str, modality: str, name: str | None = None) -> nn.Mod
         if modality in _FROM_FILE and Path(source).is_file():
             return _FROM_FILE[modality](source)
         model_type = _model_type(source)
-        if (part := _PART_OF.get((modality, model_type))) is not None:
-            loader, load_options = getattr(transformers, part), {}
+        if (tower := tower_class(model_type, modality)) is not None:
+            loader, load_options = tower, {}
         else:
             architecture = architecture_for(model_type)
             if architecture.modality != modality:

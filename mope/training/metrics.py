@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mope.encoders.importance import is_distributed
+from mope.processes import is_distributed
 
 # A class is predicted where its probability is above this.
 THRESHOLD = 0.5

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from mope.data import Collator, DataError, Examples, FeatureCache, RandAugment, Split, cached_features
-from mope.encoders.importance import is_distributed
 from mope.files import write_text
 from mope.finite import NotFiniteError, infinite
 from mope.fusion.base import FusionModel
 from mope.modalities import complementary_of, slots_of
+from mope.processes import is_distributed
 
 from .encoders import processor_options
 from .evaluation import evaluate

@@ -102,7 +102,7 @@ def test_derivatives_that_requires_grad_does_not_tell() -> None:
 def test_threads_see_no_weight_that_is_half_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = frozen(8, 6), torch.randn(3, 8)
     calls, found = Prepacked(layer), []
-    put_in_order = prepack._in_order
+    put_in_order = prepack.in_order
 
     def while_another_calls(weight: Tensor) -> Tensor:
         if threading.current_thread() is not another:
@@ -113,7 +113,7 @@ def test_threads_see_no_weight_that_is_half_in_order(monkeypatch: pytest.MonkeyP
     calls(x)
     layer.weight.mul_(2)
     another = threading.Thread(target=lambda: found.append(calls(x)))
-    monkeypatch.setattr(prepack, "_in_order", while_another_calls)
+    monkeypatch.setattr(prepack, "in_order", while_another_calls)
     found.append(calls(x))
     for out in found:
         torch.testing.assert_close(out, layer(x))

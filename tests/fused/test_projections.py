@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mope.fused import projections
-from mope.fused.projections import call_linear, join_linear, separate_linear
+from mope.fused.projections import call_linear, join_linear, separate_linear, whole_of
 
 
 def layers(count: int = 3, bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.ModuleList:
@@ -81,7 +80,7 @@ def test_separated_layers_lie_apart_and_give_their_memory_back(monkeypatch: pyte
     modules = layers()
     before = {name: tensor.clone() for name, tensor in modules.named_parameters()}
     join_linear(modules)
-    whole = weakref.ref(projections._ROWS[modules[0]].weight)
+    whole = weakref.ref(whole_of(modules[0])[0])
     separate_linear(modules)
     assert products(modules, X, monkeypatch) == 3 and whole() is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in modules.named_parameters())
@@ -92,7 +91,7 @@ def test_separated_layers_lie_apart_and_give_their_memory_back(monkeypatch: pyte
 def test_the_memory_of_layers_that_were_moved_apart_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = layers()
     join_linear(modules)
-    whole = weakref.ref(projections._ROWS[modules[0]].weight)
+    whole = weakref.ref(whole_of(modules[0])[0])
     for module in modules:
         module.weight.data = module.weight.data.clone()
     assert products(modules, X, monkeypatch) == 3 and whole() is None
@@ -101,7 +100,7 @@ def test_the_memory_of_layers_that_were_moved_apart_is_not_kept(monkeypatch: pyt
 def test_layers_that_are_gone_leave_no_memory() -> None:
     modules = layers()
     join_linear(modules)
-    whole = weakref.ref(projections._ROWS[modules[0]].weight)
+    whole = weakref.ref(whole_of(modules[0])[0])
     del modules
     gc.collect()
     assert whole() is None

@@ -1,6 +1,7 @@
 """Attach and detach, what is refused, and teaching the library a new architecture."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,13 @@ from mope.backbones import (
     PromptedLayer,
     ViTAdapter,
     attach,
+    base_model,
     known,
     original_state_dict,
+    tower_class,
     unregister_backbone,
 )
+from mope.training.loading import load_backbone
 
 from .tiny import SIZES, TEXT, TEXTS, VISION, backbone, fusion, inputs
 
@@ -213,3 +217,18 @@ def test_fingerprints_do_not_depend_on_what_a_version_calls_a_tensor() -> None:
         "encoder.layer.0.attention.output.dense.weight": "encoder.layer.0.attention.o_proj.weight",
     }.items():
         assert adapter.stable_name(old) == adapter.stable_name(new) == new
+
+
+def test_the_tower_of_a_model_of_both_modalities_is_loaded_from_its_folder(tmp_path: Path) -> None:
+    from tests.modex.tiny import MODELS
+
+    both: Any = MODELS["clip"]()
+    both.save_pretrained(tmp_path)
+    loaded: Any = load_backbone(str(tmp_path), "vision")
+    assert type(loaded) is tower_class("clip", "vision") is transformers.CLIPVisionModel
+    expected = both.vision_model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in base_model(loaded).state_dict().items())
+    # Nobody says how CLIP's text encoder is prompted, and BERT is one encoder.
+    assert tower_class("clip", "text") is tower_class("bert", "text") is None
+    with pytest.raises(ValueError, match="model_type 'clip' is not known"):
+        load_backbone(str(tmp_path), "text")

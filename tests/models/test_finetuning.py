@@ -41,7 +41,7 @@ def test_gradients_are_those_of_the_original_model(name: str) -> None:
     ours = {n: p.grad for n, p in model.backbone(modality).named_parameters() if p.grad is not None}
     theirs = {n: p.grad for n, p in original.named_parameters() if p.grad is not None}
     if name == "swin":
-        made_of = model.vision._original_names()
+        made_of = model.vision.original_names()
         ours = transformers_state_dict(original, {n: ours[here] for n, here, _ in made_of})
     assert ours.keys() == theirs.keys() and len(ours) > 20
     for n, gradient in theirs.items():

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mope import MoPEConfig, MoPEForClassification, accelerate
@@ -31,11 +32,19 @@ class Interrupted(BaseException):
     """What nobody means to catch, as KeyboardInterrupt."""
 
 
-class Full:
-    """A weight for which there is no memory."""
+class FullAt(TorchFunctionMode):
+    """Has no memory for the n-th tensor that goes to a device."""
 
-    def to(self, device: torch.device) -> Tensor:
-        raise torch.OutOfMemoryError
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.left = number
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.to and isinstance(args[1], torch.device):
+            self.left -= 1
+            if self.left == 0:
+                raise torch.OutOfMemoryError
+        return func(*args, **(kwargs or {}))
 
 
 class InterruptAt(TorchDispatchMode):
@@ -171,11 +180,11 @@ def test_weights_in_16_bits() -> None:
     assert_no_trace([model], lambda: CastWeights([model], torch.bfloat16), CastWeights.undo)
     # Bringing them back may lack memory as well: a second call goes on.
     before, cast = {name: t.clone() for name, t in model.state_dict().items()}, CastWeights([model], torch.bfloat16)
-    parameter, weight = list(cast._before.items())[3]
-    cast._before[parameter] = Full()  # type: ignore[assignment]
-    with pytest.raises(torch.OutOfMemoryError):
-        cast._bring_back()
-    cast._before[parameter] = weight
+    in_16_bits = [sum(p.dtype == torch.bfloat16 for p in model.parameters())]
+    with FullAt(4), pytest.raises(torch.OutOfMemoryError):
+        cast.undo()
+    in_16_bits.append(sum(p.dtype == torch.bfloat16 for p in model.parameters()))
+    assert in_16_bits[1] == in_16_bits[0] - 3 > 0
     cast.undo()
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel
 
 from mope import MoPEConfig, MoPEForClassification
+from mope.backbones import find_adapter
 from mope.fusion import PRESETS
 
 from . import tiny
@@ -199,7 +200,7 @@ def test_prompts_of_the_input_pass_through_all_layers(name: str, preset: str) ->
     found = model(**batch)
     twin = copy.deepcopy(model)
     twin.detach()
-    encoder, adapter = twin.backbone(main).eval(), model._adapters[main]
+    encoder, adapter = twin.backbone(main).eval(), find_adapter(twin.backbone(main))
     psi = model.encode_complementary(**batch)
     mask = batch["attention_mask"].bool() if main == "text" else torch.ones(5, 5, dtype=torch.bool)
     name_of_input = "input_ids" if main == "text" else "pixel_values"

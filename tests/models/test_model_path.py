@@ -111,13 +111,14 @@ def test_the_host_never_waits(case: str, raw_ops: set[str]) -> None:
 @pytest.mark.parametrize("stand_in", [StandIn, partial(Tapes, reads=True)], ids=["called again", "operations again"])
 def test_serving_replays_graphs(case: str, stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """tests/test_graphs.py and tests/tape.py provide the stand-in for CUDA graphs."""
-    monkeypatch.setattr("mope.graphs._CudaGraphs", stand_in)
+    made: list[Any] = []
+    monkeypatch.setattr("mope.graphs._CudaGraphs", lambda: made.append(stand_in()) or made[-1])
     model = make(case).train()
     batches = {items: example(case, items)[0] for items in (2, 3)}
     with model.serving() as predict:
         expected = {items: predict(**batch) for items, batch in batches.items()}
     with model.serving(graphs=True, max_graphs=2) as predict:
-        backend: Any = predict._backend
+        (backend,) = made
         for items in (2, 3, 2):
             found = predict(**batches[items])
             assert isinstance(found, MoPEOutput) and not found.logits.requires_grad
@@ -160,14 +161,15 @@ def test_serving_in_the_released_order_adds_no_items(monkeypatch: pytest.MonkeyP
 
 
 def test_graphs_over_stale_banks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mope.graphs._CudaGraphs", StandIn)
+    backend = StandIn()
+    monkeypatch.setattr("mope.graphs._CudaGraphs", lambda: backend)
     model, (batch, _) = make("ViT by BERT, banks"), example("ViT by BERT, banks")
     with model.serving(graphs=True) as predict:
         predict(**batch)
         # The head is no part of a bank: graphs read it where it is.
         before = predict(**batch).logits
         model.head[0].weight.zero_()
-        assert not torch.equal(predict(**batch).logits, before) and predict._backend.recorded == 1
+        assert not torch.equal(predict(**batch).logits, before) and backend.recorded == 1
         model.blocks[1].experts.prompts.mul_(2)
         with pytest.raises(ValueError, match=r"prompts have changed since this bank was built: call build_banks?\(\) again"):
             predict(**batch)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mope_kernels
 from mope import MoPEConfig, MoPEForClassification
-from mope.backbones import PromptedLayer
+from mope.backbones import PromptedLayer, find_adapter
 
 from . import test_swin_classification
 from .tiny import TEXTS, VISION, Plain, backbone, fusion, inputs
@@ -84,7 +84,7 @@ def test_without_prompts_it_is_the_backbone_itself(name: str) -> None:
     )
     for block in model.blocks:
         block.experts, block.router = None, None
-    assert all(isinstance(layer, PromptedLayer) for layer in model._adapters[modality].layers(encoder))
+    assert all(isinstance(layer, PromptedLayer) for layer in find_adapter(encoder).layers(encoder))
     torch.testing.assert_close(model(**batch).features, expected, rtol=1e-12, atol=1e-12)
     model.detach()
     plain = MoPEForClassification(

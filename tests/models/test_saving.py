@@ -66,7 +66,7 @@ def test_reference_round_trip(tmp_path: Path) -> None:
     loaded = MoPEForClassification.from_pretrained(tmp_path, vision=vision, text=text)
     assert loaded.vision is vision
     torch.testing.assert_close(logits(loaded, torch.float64), expected, rtol=1e-12, atol=1e-12)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_backbones_are_found_by_the_name_they_had(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_an_original_checkpoint_gives_the_same():
     from_file, from_model = MoPESwinEncoder.of(**SMALL).double(), encoder_for(model).double()
     from_file.load_swin(torch.load(file, weights_only=True))
     from_model.load_swin(model)
-    taken = [name for _, name, _ in from_file._original_names()]
+    taken = [name for _, name, _ in from_file.original_names()]
     assert len(taken) == 61
     for name in taken:
         assert torch.equal(from_file.state_dict()[name], from_model.state_dict()[name]), name

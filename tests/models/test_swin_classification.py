@@ -273,7 +273,7 @@ def test_reference_round_trip_and_another_swin(tmp_path: Path) -> None:
     config = MoPEConfig.preset("mope-v1", num_labels=3, prompt_owner="released")
     model = MoPEForClassification(config, vision=vision, text=text).double().eval()
     model.save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     expected = model(**batch).logits
     model.detach()
     loaded = MoPEForClassification.from_pretrained(tmp_path, vision=vision, text=text)

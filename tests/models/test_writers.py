@@ -34,7 +34,7 @@ def model_of(name: str) -> MoPEForClassification:
 
 def joined(model: nn.Module) -> int:
     """How many layers share memory with others."""
-    return sum(layer in projections._ROWS and projections._joined([layer]) is not None for layer in model.modules())
+    return sum(projections.whole_of(layer) is not None for layer in model.modules())
 
 
 def addresses(state: dict[str, Tensor]) -> list[tuple[int, int]]:
@@ -214,8 +214,8 @@ def test_joined_layers_stay_joined_or_are_taken_apart(move: Callable[[nn.Module]
 def test_joined_weights_are_once_in_memory() -> None:
     """All parameters of joined layers lie in the tensors of all of them, and fill these."""
     model = model_of("vision")
-    layers = [layer for layer in model.modules() if layer in projections._ROWS]
-    wholes = {id(t): t for layer in layers for t in projections._ROWS[layer][:2] if t is not None}
+    found = {layer: whole for layer in model.modules() if (whole := projections.whole_of(layer)) is not None}
+    layers, wholes = [*found], {id(t): t for whole in found.values() for t in whole if t is not None}
     spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in wholes.values()]
     parameters = [p for layer in layers for p in layer.parameters()]
     assert all(any(start <= p.data_ptr() < end for start, end in spans) for p in parameters)

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from mope.backbones import Layout, register_layout, unregister_layout
 from mope.backbones import attach as attach_prompts
 from mope.fused.adapter import ExpertAdapter
 from mope.modex import Adapters, ModeXConfig, attach
@@ -596,6 +597,35 @@ def test_unknown_layers_are_named():
         ValueError, match=r"Block has no visual_msa: it has no BertLayer, .*Other modules can be named in `modules`"
     ):
         attach(Block(), ModeXConfig(sites={"visual_msa": "plain"}))
+
+
+class MadeUpLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mix, self.feed = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x + self.mix(self.norm(x))
+        return x + self.feed(x)
+
+
+def test_a_layer_that_is_registered_gets_adapters_like_any_other():
+    register_layout("MadeUpLayer", Layout("visual", "mix", "feed", "norm"))
+    try:
+        made = nn.Sequential(MadeUpLayer(), MadeUpLayer())
+        given = torch.randn(2, 3, 8)
+        expected = made(given)
+        adapters = attach(made, ModeXConfig(sites={"visual_msa": "plain", "visual_ffn": "expert"}, layers={"visual_ffn": [1]}))
+        assert list(adapters.modules) == ["0.visual_msa", "1.visual_msa", "1.visual_ffn"]
+        assert torch.equal(made(given), expected)
+        with adapters.routes() as routes:
+            made(given)
+        assert list(routes) == ["0.visual_msa", "1.visual_msa", "1.visual_ffn"]
+        adapters.detach()
+    finally:
+        unregister_layout("MadeUpLayer")
+    with pytest.raises(ValueError, match="has no visual_msa"):
+        attach(made, ModeXConfig(sites={"visual_msa": "plain"}))
 
 
 def test_names_that_are_taken_are_refused():

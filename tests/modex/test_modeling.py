@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +172,7 @@ def test_copies_come_back(kind: str, tmp_path: Path) -> None:
 def test_a_reference_wants_the_encoder_that_it_was(tmp_path: Path) -> None:
     model = classifier()
     model.save_pretrained(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {file.name for file in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     with pytest.raises(FileNotFoundError, match="came from no file"):
         ModeXForClassification.from_pretrained(tmp_path)
     loaded = ModeXForClassification.from_pretrained(tmp_path, model=encoder("albef"))
@@ -283,10 +286,35 @@ def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="id2label must be names of classes, got the string 'yes'"):
         ModeXForClassification(encoder("albef"), None, id2label="yes")
     given = inputs()
-    with pytest.raises(ValueError, match="as many texts as images"):
+    with pytest.raises(ValueError, match="same number of items, got 1 in pixel_values, 2 in input_ids"):
         classifier()(**{**given, "pixel_values": given["pixel_values"][:1]})
     with pytest.raises(ValueError, match="pads on the left"):
         classifier().tokenizer = type("Tokenizer", (), {"padding_side": "left"})()
+
+
+@pytest.mark.parametrize("again", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_the_signature_lists_the_inputs_and_others_are_refused(again: Callable[[nn.Module], nn.Module]) -> None:
+    model, given = classifier(), inputs()
+    expected, model = model(**given).logits, again(model)
+    names = "pixel_values input_ids token_type_ids attention_mask labels interpolate_pos_encoding"
+    assert " ".join(inspect.signature(model.forward).parameters) == names
+    assert torch.equal(model(**given, token_type_ids=None).logits, expected)
+    # Which neither part of it takes.
+    for name in ("position_ids", "pixels"):
+        with pytest.raises(TypeError, match=f"ModeXForClassification: no encoder reads {name}"):
+            model(**given, **{name: given["input_ids"]})
+    for name in ("pixel_values", "input_ids"):
+        with pytest.raises(ValueError, match=f"method 'modex' works on vision and text: {name} must be given"):
+            model(**{**given, name: None})
+    with pytest.raises(TypeError, match="input_ids must be a tensor of numbers"):
+        model(**{**given, "input_ids": ["a text"]})
+
+
+def test_token_types_reach_albef_and_not_blip() -> None:
+    given, types = inputs(), torch.ones(2, 5, dtype=torch.long)
+    for kind, reads in (("albef", True), ("blip", False)):
+        model = classifier(kind)
+        assert torch.equal(model(**given, token_type_ids=types).logits, model(**given).logits) is not reads
 
 
 def test_16_bits_and_oneDNN_change_little_and_are_undone() -> None:

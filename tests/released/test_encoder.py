@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mope.encoders.windowed import MoPESwinEncoder, SwinOutput
 from mope.released import load_released_encoder
-from mope.released.encoder import _prompt_tensors
+from mope.released.encoder import prompt_tensors
 from tests.environment import setenv
 
 DATA = Path(__file__).parents[1] / "data"
@@ -48,7 +48,7 @@ def run(encoder: MoPESwinEncoder, batch: int, dtype: torch.dtype) -> tuple[SwinO
 
 def golden_gradients(case: str) -> dict[str, Tensor]:
     released = {n.removeprefix(f"{case}.grad."): t for n, t in GOLDEN.items() if n.startswith(f"{case}.grad.")}
-    return {"cross": released.pop("cross")} | _prompt_tensors(released)
+    return {"cross": released.pop("cross")} | prompt_tensors(released)
 
 
 @pytest.mark.parametrize(("case", "mode"), [*((case, "released") for case in CASES), ("b1", "instance")])
@@ -107,7 +107,7 @@ def test_given_routing_matches_the_released_code():
     assert output.routing == () and output.importance_loss == 0
     leaves = {"cross384": mapper_input, "route_score": weights} | dict(encoder.named_parameters())
     released = {n.removeprefix("cpt.grad."): t for n, t in GIVEN.items() if n.startswith("cpt.grad.")}
-    wanted = {n: released.pop(n) for n in ("cross384", "route_score")} | _prompt_tensors(released)
+    wanted = {n: released.pop(n) for n in ("cross384", "route_score")} | prompt_tensors(released)
     loss = (output.features * GIVEN["cpt.c"]).sum()
     for (name, exact), gradient in zip(wanted.items(), torch.autograd.grad(loss, [leaves[n] for n in wanted]), strict=True):
         torch.testing.assert_close(gradient, exact, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
@@ -171,7 +171,7 @@ def test_wrong_arguments_are_named():
 def test_all_prompt_tensors_are_taken():
     """Nothing of the checkpoint is dropped but the routers of first blocks and the head, and nothing stays at its start."""
     encoder = load()
-    names = _prompt_tensors(state_dict(torch.float64))
+    names = prompt_tensors(state_dict(torch.float64))
     state = encoder.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in names.items())
     trained = {n for n, p in encoder.named_parameters() if p.requires_grad}
