@@ -37,6 +37,8 @@ def is_index(value: object) -> bool:
 
 # transformers' names -> ours.
 PROBLEMS = {"single_label_classification": "single_label", "multi_label_classification": "multi_label"}
+# Ours -> transformers', which config.json has: transformers reads that file too, and refuses others.
+PROBLEMS_OF_TRANSFORMERS = {ours: theirs for theirs, ours in PROBLEMS.items()}
 
 
 def problem_type_of(value: Any, where: str) -> str:

@@ -13,7 +13,7 @@ import torch
 
 import mope
 from mope import modalities
-from mope.checks import check_labels_of, problem_type_of
+from mope.checks import PROBLEMS_OF_TRANSFORMERS, check_labels_of, problem_type_of
 from mope.fused.router import ROUTERS
 from mope.fusion.methods import METHODS, Method
 from mope.fusion.presets import PRESETS
@@ -375,7 +375,8 @@ class MoPEConfig(ModelConfig):
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold, with the version of this library; `from_dict` reads them back."""
         kind = {"model_type": self.model_type, "architectures": ["MoPEForClassification"]}
-        return {"mope_version": mope.__version__, **kind, **dataclasses.asdict(self)}
+        problem = {"problem_type": PROBLEMS_OF_TRANSFORMERS[self.problem_type]}
+        return {"mope_version": mope.__version__, **kind, **dataclasses.asdict(self), **problem}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **options: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import mope
-from mope.checks import check_labels_of, is_index, is_number, problem_type_of
+from mope.checks import PROBLEMS_OF_TRANSFORMERS, check_labels_of, is_index, is_number, problem_type_of
 from mope.fusion.protocol import ModelConfig, split_unused, with_fields_named
 from mope_kernels.expert_adapter import ACTIVATIONS
 from mope_kernels.impl import names_in
@@ -228,7 +228,9 @@ class ClassifierConfig(ModelConfig):
         """Plain values that JSON can hold; `from_dict` reads them back."""
         names = {str(i): name for i, name in self.id2label.items()}
         kind = {"model_type": self.model_type, "architectures": ["ModeXForClassification"], "system": SYSTEM}
-        return {"mope_version": mope.__version__, **kind, **dataclasses.asdict(self), "id2label": names}
+        problem = PROBLEMS_OF_TRANSFORMERS[self.problem_type]
+        values = {**dataclasses.asdict(self), "id2label": names, "problem_type": problem}
+        return {"mope_version": mope.__version__, **kind, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **options: Any) -> Any:

@@ -189,13 +189,15 @@ class TrainingRun:
     def identity(self) -> dict[str, Any]:
         """What has to stay the same for a run to be resumed."""
         recipe = dataclasses.asdict(self.recipe)
+        # As runs of earlier versions have it.
+        config = {**self.model.config.to_dict(), "problem_type": self.model.config.problem_type}
         # More epochs continue a run; how a batch is split changes nothing but rounding.
         for name in ("epochs", "accumulation", "precision"):
             del recipe[name]
         return json.loads(
             json.dumps(
                 {
-                    "config": {name: value for name, value in self.model.config.to_dict().items() if name != "mope_version"},
+                    "config": {name: value for name, value in config.items() if name != "mope_version"},
                     "recipe": recipe,
                     "backbones": self.model.fingerprints(),
                     "seed": self.seed,
