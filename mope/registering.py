@@ -29,9 +29,22 @@ def _register_configurations(module: Any) -> None:
 
 def _register_models(module: Any) -> None:
     for path, name in (("mope.fusion.model", "MoPEForClassification"), ("mope.modex.modeling", "ModeXForClassification")):
-        kind = getattr(importlib.import_module(path), name)
+        # One that is being imported, and with it transformers, registers itself at its end.
+        if not _is_being_imported(path):
+            register_model(getattr(importlib.import_module(path), name))
+
+
+def register_model(kind: Any) -> None:
+    """Tell the Auto classes of a class of models, if they are imported; if not, they are told when they are."""
+    if MODELS in sys.modules and not _is_being_imported(MODELS):
+        module: Any = sys.modules[MODELS]
         for auto in (module.AutoModel, module.AutoModelForSequenceClassification):
             auto.register(kind.config_class, kind, exist_ok=True)
+
+
+def _is_being_imported(name: str) -> bool:
+    module = sys.modules.get(name)
+    return module is not None and bool(getattr(module.__spec__, "_initializing", False))
 
 
 _AFTER: dict[str, Callable[[Any], None]] = {CONFIGURATIONS: _register_configurations, MODELS: _register_models}
@@ -65,6 +78,9 @@ class _Then(Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__loader__ = self.loader
         self.loader.exec_module(module)
+        # From here on it is complete, though importlib says so only when this returns.
+        if module.__spec__ is not None:
+            module.__spec__._initializing = False  # type: ignore[attr-defined]
         self.then(module)
 
 

@@ -35,6 +35,7 @@ from mope.hints import did_you_mean
 from mope.modalities import known
 from mope.printing import describe_output
 from mope.processes import is_distributed
+from mope.registering import register_model
 from mope_kernels import Routing
 
 NO_BANKS = (
@@ -680,3 +681,6 @@ def _checkpointed(layer: Callable[..., Any], hidden_states: Tensor, **inputs: An
 def _dtype(module: nn.Module, without: torch.dtype = torch.float32) -> torch.dtype:
     """Of its parameters, `without` where it has none."""
     return next((p.dtype for p in module.parameters()), without)
+
+
+register_model(MoPEForClassification)

@@ -33,6 +33,7 @@ from mope.fusion.inputs import InputChecks, as_encoder_knows
 from mope.fusion.sources import source_of
 from mope.modalities import slots_of
 from mope.printing import describe_output
+from mope.registering import register_model
 
 # For the class of fused models that it registers.
 from . import albef as albef
@@ -285,3 +286,6 @@ def _fused(model: nn.Module) -> FusedEncoder:
         names = ", ".join(sorted(known_fused()))
         raise ValueError(f"ModeXForClassification: the model must be {names}, got {type(model).__name__}")
     return found
+
+
+register_model(ModeXForClassification)
