@@ -22,29 +22,43 @@ MODELS = "transformers.models.auto.modeling_auto"
 
 def _register_configurations(module: Any) -> None:
     # Both modules need no transformers, which is being imported.
-    for path, name in (("mope.fusion.config", "MoPEConfig"), ("mope.modex.configuration", "ClassifierConfig")):
+    for path, name, *_ in _CLASSES:
         kind = getattr(importlib.import_module(path), name)
         module.AutoConfig.register(kind.model_type, kind, exist_ok=True)
 
 
+class _Later(type):
+    """A class that is imported when something is asked of it: while transformers imports its Auto classes, models cannot be."""
+
+    path: str
+    name: str
+
+    def __getattr__(cls, attribute: str) -> Any:
+        return getattr(getattr(importlib.import_module(cls.path), cls.name), attribute)
+
+
+_CLASSES = (
+    ("mope.fusion.config", "MoPEConfig", "mope.fusion.model", "MoPEForClassification"),
+    ("mope.modex.configuration", "ClassifierConfig", "mope.modex.modeling", "ModeXForClassification"),
+)
+
+
 def _register_models(module: Any) -> None:
-    for path, name in (("mope.fusion.model", "MoPEForClassification"), ("mope.modex.modeling", "ModeXForClassification")):
-        # One that is being imported, and with it transformers, registers itself at its end.
-        if not _is_being_imported(path):
-            register_model(getattr(importlib.import_module(path), name))
+    for config_path, config_name, path, name in _CLASSES:
+        config = getattr(importlib.import_module(config_path), config_name)
+        later = _Later(name, (), {"path": path, "name": name, "config_class": config, "__module__": path})
+        for auto in (module.AutoModel, module.AutoModelForSequenceClassification):
+            # The class itself may have come first.
+            if config not in auto._model_mapping._extra_content:
+                auto.register(config, later)
 
 
 def register_model(kind: Any) -> None:
     """Tell the Auto classes of a class of models, if they are imported; if not, they are told when they are."""
-    if MODELS in sys.modules and not _is_being_imported(MODELS):
-        module: Any = sys.modules[MODELS]
-        for auto in (module.AutoModel, module.AutoModelForSequenceClassification):
-            auto.register(kind.config_class, kind, exist_ok=True)
-
-
-def _is_being_imported(name: str) -> bool:
-    module = sys.modules.get(name)
-    return module is not None and bool(getattr(module.__spec__, "_initializing", False))
+    auto: Any = sys.modules.get(MODELS)
+    for name in ("AutoModel", "AutoModelForSequenceClassification"):
+        if hasattr(auto, name):
+            getattr(auto, name).register(kind.config_class, kind, exist_ok=True)
 
 
 _AFTER: dict[str, Callable[[Any], None]] = {CONFIGURATIONS: _register_configurations, MODELS: _register_models}
@@ -78,9 +92,6 @@ class _Then(Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__loader__ = self.loader
         self.loader.exec_module(module)
-        # From here on it is complete, though importlib says so only when this returns.
-        if module.__spec__ is not None:
-            module.__spec__._initializing = False  # type: ignore[attr-defined]
         self.then(module)
 
 

@@ -42,7 +42,7 @@ class MoPEConfig(ModelConfig):
             whose complementary modality is the image; none for main_only, image_only and text_only.
         combine: what psi is of the features of several complementary encoders: "concat", side by side, or "sum".
         named: further names of modalities, such as {"hypothesis": "text"}, for `main` and `complementary`. Each has an encoder of
-            its own under that name, whose inputs have the name as a prefix: `hypothesis_input_ids`.
+            its own under that name, and its inputs have the name and an underscore in front.
         num_labels, id2label: number of classes and their names, a sequence of names or {index: name}. One follows from the other.
         problem_type: "single_label" (labels (B,) integers, cross-entropy) or "multi_label" (labels (B,num_labels) of 0 and 1,
             a sigmoid for each class); transformers' names "single_label_classification", "multi_label_classification" do too.

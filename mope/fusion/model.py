@@ -391,11 +391,8 @@ class MoPEForClassification(SavedModel):
         """Classify a batch.
 
         Args:
-            inputs: what the encoders read, by the names that the modalities have in a batch. Of images: pixel_values
-                (B,channels,height,width), as the backbone wants them, and interpolate_pos_encoding=True to take images of another
-                size than the encoder's, as transformers does: its encoding of positions is interpolated (not in a Swin
-                Transformer). Of texts: input_ids, attention_mask, token_type_ids, position_ids, (B,L) integer. The mask may be
-                on the CPU whatever the device: nothing is then computed for padding (see `on_device`).
+            inputs: what the encoders read, by the names that the modalities have in a batch: `inspect.signature(model.forward)` lists
+                them, and `mope.modalities.Vision`, `mope.modalities.Text` say what theirs hold.
             labels: (B,) integer, or (B,num_labels) of 0 and 1 with problem_type "multi_label".
             cross_features: (B,Cc) of `encode_complementary`. The complementary encoders then do not run, and need no inputs.
             banks: of `build_banks`, to project the prompts once for many batches.
@@ -640,7 +637,7 @@ class MoPEForClassification(SavedModel):
             interpolate_pos_encoding: in every call, see `forward`.
 
         >>> with model.serving() as predict:
-        ...     logits = predict(pixel_values=pixel_values, input_ids=input_ids).logits
+        ...     logits = predict(**batch).logits
         """
         if batch_sizes is not None and not graphs:
             raise ValueError("serving: batch_sizes are those of graphs: give graphs=True")

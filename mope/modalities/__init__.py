@@ -12,6 +12,8 @@ from .registry import (
     slots_of,
     unregister_modality,
 )
+from .text import Text
+from .vision import Vision
 
 __all__ = [
     "DataError",
@@ -21,7 +23,9 @@ __all__ = [
     "Reader",
     "Slot",
     "Source",
+    "Text",
     "UnreadableError",
+    "Vision",
     "complementary_of",
     "find_modality",
     "known",

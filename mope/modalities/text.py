@@ -18,7 +18,10 @@ NO_LIMIT = 2**31
 
 
 class Text(Modality):
-    """Texts, (B,L) integer ids of tokens with what stands beside them."""
+    """Texts, (B,L) integer ids of tokens with what stands beside them: types, positions, and the attention mask.
+
+    The mask may be on the CPU whatever the device: nothing is then computed for padding, see `FusionModel.on_device`.
+    """
 
     name = "text"
     inputs = {name: name for name in ("input_ids", "token_type_ids", "position_ids")}  # noqa: RUF012

@@ -22,7 +22,11 @@ GREY = 128
 
 
 class Vision(Modality):
-    """Images, (B,channels,height,width) floating point."""
+    """Images, (B,channels,height,width) floating point, as the encoder's image processor makes them.
+
+    In a call `interpolate_pos_encoding=True` takes images of another size than the encoder's, as transformers does: its encoding of
+    positions is interpolated. Not in a Swin Transformer.
+    """
 
     name = "vision"
     inputs = {"pixel_values": "pixel_values"}  # noqa: RUF012

@@ -106,7 +106,7 @@ class MoPEServer:
     >>> server = MoPEServer(vision=vision, text=text)
     >>> server.load("food", "runs/food")
     >>> server.load("movies", "runs/movies")
-    >>> server(["food", "movies"], pixel_values=pixel_values, input_ids=input_ids)[1].labels
+    >>> server(["food", "movies"], **batch)[1].labels
     ('Comedy', 'Drama')
     """
 
@@ -235,7 +235,7 @@ class MoPEServer:
 
         Args:
             tasks: B names, the task of each item.
-            inputs: pixel_values, input_ids, attention_mask, ..., as `MoPEForClassification` takes them, on any device.
+            inputs: as `MoPEForClassification` takes them, on any device.
 
         Returns:
             B predictions.
