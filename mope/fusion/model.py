@@ -391,8 +391,8 @@ class MoPEForClassification(SavedModel):
         """Classify a batch.
 
         Args:
-            inputs: what the encoders read, by the names that the modalities have in a batch: `inspect.signature(model.forward)` lists
-                them, and `mope.modalities.Vision`, `mope.modalities.Text` say what theirs hold.
+            inputs: what the encoders read, by the names that the modalities have in a batch. `inspect.signature(model.forward)`
+                lists them, and `mope.modalities.Vision` and `mope.modalities.Text` say what theirs hold.
             labels: (B,) integer, or (B,num_labels) of 0 and 1 with problem_type "multi_label".
             cross_features: (B,Cc) of `encode_complementary`. The complementary encoders then do not run, and need no inputs.
             banks: of `build_banks`, to project the prompts once for many batches.
