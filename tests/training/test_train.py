@@ -726,7 +726,7 @@ def test_a_released_checkpoint_moves_to_the_correct_mode(
     start = ["--from-checkpoint", str(checkpoint("mope")), "--mode", "instance", "--batch-size", "5", "--epochs", "1"]
     assert cli.main(["train", *named, *start, "--out", str(out)]) == 0
     config = json.loads((out / "model" / "config.json").read_text())
-    assert (config["prompt_owner"], config["problem_type"], config["id2label"]["2"]) == ("instance", "multi_label", "true")
+    assert (config["prompt_owner"], config["problem_type"], config["id2label"]["2"]) == ("instance", "multi_label_classification", "true")
     before, after = (model.trained_state_dict() for model in (load_released(checkpoint("mope")), open_model(out / "model", {})))
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed
