@@ -76,7 +76,7 @@ def _field(option: str) -> str:
     from mope.fusion.config import MoPEConfig
     from mope.modex.configuration import ModeXConfig
 
-    fields = [*MoPEConfig.__dataclass_fields__, *ModeXConfig.__dataclass_fields__]
+    fields = [*MoPEConfig.options(), *ModeXConfig.__dataclass_fields__]
     name = option.lstrip("-").replace("-", "_")
     return name if name in fields else ""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -16,6 +16,7 @@ from mope import modalities
 from mope.checks import PROBLEMS_OF_TRANSFORMERS, check_labels_of, problem_type_of
 from mope.fused.router import ROUTERS
 from mope.fusion.methods import METHODS, Method
+from mope.fusion.parts import PARTS, SHORT, MapperConfig, PromptConfig, RouterConfig
 from mope.fusion.presets import PRESETS
 from mope.fusion.protocol import ModelConfig, split_unused, with_fields_named
 from mope.modalities import Slot
@@ -25,10 +26,10 @@ COMBINE = ("concat", "sum")
 # Not fields of `MoPEConfig`, but part of a saved file.
 EXTRA_KEYS = ("mope_version", "backbones", "model_type", "architectures", "transformers_version")
 # Of files that were written when these had other names.
-RENAMED = {("prompt_owner", "reference"): "released"}
+RENAMED = {("prompt_owner", "reference"): "released", ("owner", "reference"): "released"}
 
 
-@with_fields_named
+@with_fields_named(SHORT, lambda values: _folded(values))
 @dataclass
 class MoPEConfig(ModelConfig):
     """What a `MoPEForClassification` is made of. Immutable; `replace` makes a changed copy.
@@ -46,43 +47,11 @@ class MoPEConfig(ModelConfig):
         num_labels, id2label: number of classes and their names, a sequence of names or {index: name}. One follows from the other.
         problem_type: "single_label" (labels (B,) integers, cross-entropy) or "multi_label" (labels (B,num_labels) of 0 and 1,
             a sigmoid for each class); transformers' names "single_label_classification", "multi_label_classification" do too.
-        num_experts: K prompt experts in each prompted layer.
-        prompt_length: P dynamic prompts, the length of an expert.
-        static_length: S prompts that all instances share, in each prompted layer of the main encoder. Default: 4 with the
-            methods mope and static_mapped, else 0; more than 0 there is deep visual (or text) prompt tuning.
-        use_mapped: one prompt made by the mapper from the complementary feature; always on in static_mapped.
-        prompt_depth: "deep", prompts of its own for each layer; "shallow", static and mapped prompts in front of the first layer,
-            which pass through all layers with the tokens (not with the method mope).
-        blind_prompts: shallow static prompts see each other only.
-        cross_prompt_length: static prompts in every layer of the complementary encoder, 0 for none.
-        prompted_layers: which layers of the main encoder are prompted, None for all; negative indices count from the last. A Swin
-            Transformer is prompted in all.
-        prompt_first_blocks: in a Swin Transformer give the first block of each stage prompts of its own too, instead of those that
-            arrive there; the input then has none. In other encoders every layer has its own anyway.
+        router, prompts, mapper: a `RouterConfig` (or its kind), `PromptConfig`, `MapperConfig`. Their fields are keywords and
+            attributes here too, under short names (`mope.fusion.parts.SHORT`): `num_experts=4` is
+            `prompts=PromptConfig(num_experts=4)`, and `config.num_experts` is `config.prompts.num_experts`.
         finetuned: encoders whose weights train as well, of `modalities`.
-        train_top_k, eval_top_k: selected experts in training and evaluation, None for all. Training with 1 leaves the router
-            almost without a gradient.
-        renormalize: divide the weights of the selected experts by their sum.
-        router: "multimodal", softmax(q K / temperature + noise) with q = [W_self pool(x); W_cross psi]; or "complementary",
-            softmax((W psi + b) / temperature + noise).
-        router_scope: "layer", a router for each prompted layer; "shared", one for all, which cannot see the tokens of a Swin
-            Transformer; "released", one for each, but one for the first two blocks of a Swin Transformer if both are prompted.
-        temperature, noise_std: of the router; noise only in training. noise_std=None: 1 / num_experts^2.
-        router_self_width, router_cross_width: widths of the two parts of the router's query; `router_self_width=0` routes by
-            the complementary modality only.
-        router_embedding: K, "frozen" or "learned".
-        mapper_each: a mapper and a mapped prompt for each complementary modality, instead of one from all of psi.
-        mapper_hidden: hidden width of the mapper, which all layers share; in a Swin Transformer all layers of a stage, and the
-            hidden layer all stages. 0: one linear map, and none where psi is as wide as the tokens.
-        mapper_batchnorm: a BatchNorm in front of the hidden GELU. It keeps its first statistics and so is an affine map.
-        mapper_last_gelu: a GELU on the mapped prompt. Both default to what was published: yes in a Swin Transformer, else no.
         head: "linear" or "mlp" (one hidden layer of `head_hidden`, GELU).
-        prompt_init_bound: prompts start as U(-bound, bound). Default: sqrt(3 / C) in pre-LN encoders,
-            sqrt(6 / (3 patch_size^2 + embed_dim)) in a Swin Transformer, else 0.3.
-        prompt_dropout: on the prompts in training; in a Swin Transformer on those of the input and on mapped ones,
-            with drop_block_prompts also on the blocks' own.
-        prompt_owner: whose prompts a window of a Swin Transformer attends: "instance", those of its own image; "released", those
-            of the released code's order, in which items of a batch reach each other.
         importance_weight, importance_threshold: weight of the importance loss in the loss, and the CV^2 up to which it is 0.
         importance_noise: whether the importance loss sees the router's noise.
         padding_side: of the tokenizer. Both take any attention mask. "right" is fast (lengths), and puts tokens in front of padding
@@ -103,41 +72,46 @@ class MoPEConfig(ModelConfig):
     num_labels: int = 0
     id2label: Mapping[int, str] | Sequence[str] | None = None
     problem_type: str = "single_label"
-    num_experts: int = 16
-    prompt_length: int = 6
-    static_length: int | None = None
-    use_mapped: bool = True
-    prompt_depth: str = "deep"
-    blind_prompts: bool = False
-    cross_prompt_length: int = 0
-    prompted_layers: Sequence[int] | None = None
-    prompt_first_blocks: bool = False
+    router: RouterConfig | str = field(default_factory=RouterConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    mapper: MapperConfig = field(default_factory=MapperConfig)
     finetuned: Sequence[str] = ()
-    train_top_k: int | None = None
-    eval_top_k: int | None = None
-    renormalize: bool = False
-    router: str = "multimodal"
-    router_scope: str = "layer"
-    temperature: float = 0.1
-    noise_std: float | None = 1 / 256
-    router_self_width: int = 2
-    router_cross_width: int = 8
-    router_embedding: str = "frozen"
-    mapper_each: bool = False
-    mapper_hidden: int = 128
-    mapper_batchnorm: bool | None = None
-    mapper_last_gelu: bool | None = None
     head: str = "linear"
     head_hidden: int = 256
-    prompt_init_bound: float | None = None
-    prompt_dropout: float = 0.0
-    drop_block_prompts: bool = False
-    prompt_owner: str = "instance"
     importance_weight: float = 0.01
     importance_threshold: float = 0.1
     importance_noise: bool = True
     padding_side: str = "right"
     impl: str = "auto"
+
+    if TYPE_CHECKING:
+        # Shorthands, see `mope.fusion.parts.SHORT`: keywords of the constructor, and properties.
+        router_scope: str = "layer"
+        temperature: float = 0.1
+        noise_std: float | None = 1 / 256
+        router_self_width: int = 2
+        router_cross_width: int = 8
+        router_embedding: str = "frozen"
+        renormalize: bool = False
+        train_top_k: int | None = None
+        eval_top_k: int | None = None
+        num_experts: int = 16
+        prompt_length: int = 6
+        static_length: int | None = None
+        prompt_depth: str = "deep"
+        blind_prompts: bool = False
+        cross_prompt_length: int = 0
+        prompted_layers: Sequence[int] | None = None
+        prompt_first_blocks: bool = False
+        prompt_init_bound: float | None = None
+        prompt_dropout: float = 0.0
+        drop_block_prompts: bool = False
+        prompt_owner: str = "instance"
+        use_mapped: bool = True
+        mapper_each: bool = False
+        mapper_hidden: int = 128
+        mapper_batchnorm: bool | None = None
+        mapper_last_gelu: bool | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -145,7 +119,6 @@ class MoPEConfig(ModelConfig):
         for name, allowed in {
             "combine": COMBINE,
             "prompt_depth": ("deep", "shallow"),
-            "router": ROUTERS,
             "router_scope": ("layer", "shared", "released"),
             "router_embedding": ("frozen", "learned"),
             "head": ("linear", "mlp"),
@@ -186,14 +159,10 @@ class MoPEConfig(ModelConfig):
                 raise ValueError(f"MoPEConfig: {name} must be positive, got {value!r}")
         if not (_is_number(self.prompt_dropout) and 0 <= self.prompt_dropout < 1):
             raise ValueError(f"MoPEConfig: prompt_dropout must be in [0, 1), got {self.prompt_dropout!r}")
-        for name in ("use_mapped", "blind_prompts", "prompt_first_blocks", "renormalize", "drop_block_prompts", "importance_noise"):
-            # "False" would be true.
-            if not isinstance(value := getattr(self, name), bool):
-                raise ValueError(f"MoPEConfig: {name} must be True or False, got {value!r}")
-        for name in ("mapper_batchnorm", "mapper_last_gelu"):
-            if not isinstance(value := getattr(self, name), bool | None):
-                raise ValueError(f"MoPEConfig: {name} must be True, False or None, got {value!r}")
-        if self.router == "multimodal" and self.router_self_width + self.router_cross_width == 0:
+        assert isinstance(self.router, RouterConfig)
+        if self.router.kind not in ROUTERS:
+            raise ValueError(f"MoPEConfig: router must be one of {', '.join(map(repr, ROUTERS))}, got {self.router.kind!r}")
+        if self.router.kind == "multimodal" and self.router_self_width + self.router_cross_width == 0:
             raise ValueError("MoPEConfig: router_self_width and router_cross_width are both 0: the router would see nothing")
         if self.mapper_each and self.combine != "concat":
             raise ValueError(
@@ -220,14 +189,32 @@ class MoPEConfig(ModelConfig):
             raise ValueError(f"MoPEConfig: method must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}")
         return METHODS[self.method]
 
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """Return the keywords of the constructor: the fields, and the shorthands for those of its parts."""
+        return (*(field.name for field in dataclasses.fields(cls)), *SHORT)
+
+    @classmethod
+    def _types(cls) -> dict[str, Any]:
+        """The annotation of each option that is no part itself."""
+        own = {field.name: field.type for field in dataclasses.fields(cls) if field.name not in PARTS}
+        of_parts = {kind: {field.name: field.type for field in dataclasses.fields(PARTS[kind])} for kind in PARTS}
+        return own | {name: of_parts[part][there] for name, (part, there) in SHORT.items()}
+
+    def flat(self) -> dict[str, Any]:
+        """Return all options but the parts, by their short names; the router is its kind."""
+        assert isinstance(self.router, RouterConfig)
+        return {"router": self.router.kind, **{name: getattr(self, name) for name in self._types()}}
+
     def _check_types(self) -> None:
         """Where another type would be taken for something else: "no" for true, "text" for its letters."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in ("bool", "bool | None") and not (isinstance(value, bool) or (value is None and field.type != "bool")):
-                raise ValueError(f"MoPEConfig: {field.name} must be true or false, got {value!r}")
-        if isinstance(self.finetuned, str) or not isinstance(self.finetuned, Sequence):
-            raise ValueError(f"MoPEConfig: finetuned must be a sequence, such as ['text'], got {self.finetuned!r}")
+        for name, kind in self._types().items():
+            value = getattr(self, name)
+            if kind in ("bool", "bool | None") and not (isinstance(value, bool) or (value is None and kind != "bool")):
+                raise ValueError(f"MoPEConfig: {name} must be true or false, got {value!r}")
+        finetuned: Any = () if self.finetuned is None else self.finetuned
+        if isinstance(finetuned, str) or not isinstance(finetuned, Sequence):
+            raise ValueError(f"MoPEConfig: finetuned must be a sequence, such as ['text'], got {finetuned!r}")
         layers = self.prompted_layers
         if layers is not None and not (isinstance(layers, Sequence) and layers and all(map(_is_integer, layers))):
             raise ValueError(f"MoPEConfig: prompted_layers must be integers, at least one, or None for all layers, got {layers!r}")
@@ -254,6 +241,9 @@ class MoPEConfig(ModelConfig):
         """Fill in what follows from other fields, so that a saved config says all."""
 
         def put(name: str, value: object) -> None:
+            if name in SHORT:
+                part, name_there = SHORT[name]
+                name, value = part, dataclasses.replace(getattr(self, part), **{name_there: value})
             object.__setattr__(self, name, value)
 
         put("main", self.fusion.main or self.main)
@@ -262,10 +252,6 @@ class MoPEConfig(ModelConfig):
             put("static_length", self.fusion.static_length)
         if self.noise_std is None:
             put("noise_std", 1 / self.num_experts**2 if _is_integer(self.num_experts) and self.num_experts > 0 else 0.0)
-        for name in ("finetuned", "prompted_layers"):
-            value = getattr(self, name)
-            if isinstance(value, str) or not isinstance(value, Sequence | None):
-                raise ValueError(f"MoPEConfig: {name} must be a list, got {value!r}")
         put("finetuned", tuple(self.finetuned or ()))
         put("problem_type", problem_type_of(self.problem_type, "MoPEConfig"))
         if self.prompted_layers is not None:
@@ -334,6 +320,12 @@ class MoPEConfig(ModelConfig):
         return self.num_experts if self.fusion.routes else 0
 
     @property
+    def router_kind(self) -> str:
+        """`router.kind`."""
+        assert isinstance(self.router, RouterConfig)
+        return self.router.kind
+
+    @property
     def maps(self) -> bool:
         """Whether there is a mapped prompt."""
         return self.fusion.maps != "never" and self.use_mapped
@@ -370,7 +362,15 @@ class MoPEConfig(ModelConfig):
             if not method.complementary:
                 main = method.main or changes.get("main", self.main)
                 changes.setdefault("named", {name: kind for name, kind in (self.named or {}).items() if name == main})
-        return dataclasses.replace(self, **changes)
+        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in [name for name in changes if name in SHORT]:
+            part, there = SHORT[name]
+            base: Any = changes.get(part, known[part])
+            known[part] = dataclasses.replace(base, **{there: changes.pop(name)})
+            changes.pop(part, None)
+        if isinstance(kind := changes.get("router"), str):
+            changes["router"] = dataclasses.replace(known["router"], kind=kind)
+        return type(self)(**{**known, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold, with the version of this library; `from_dict` reads them back."""
@@ -384,7 +384,13 @@ class MoPEConfig(ModelConfig):
 
         `options` are those of transformers' `AutoConfig`.
         """
-        fields = {field.name for field in dataclasses.fields(cls)}
+        fields, values = set(cls.options()), dict(values)
+        # Files of earlier versions are flat: they have "router" with its kind, and the shorthands.
+        for part, kind in PARTS.items():
+            if isinstance(held := values.get(part), Mapping):
+                of_part = {field.name for field in dataclasses.fields(kind)}
+                values |= {f"{part}.{name}": value for name, value in held.items() if name not in of_part}
+                values[part] = kind(**{name: _renamed(name, value) for name, value in held.items() if name in of_part})
         unknown = sorted(set(values) - fields - set(EXTRA_KEYS))
         if unknown:
             version = values.get("mope_version", "unknown")
@@ -394,6 +400,34 @@ class MoPEConfig(ModelConfig):
             )
         known = {name: _renamed(name, value) for name, value in values.items() if name in fields}
         return split_unused(options, cls(**known))
+
+
+def _folded(values: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a `MoPEConfig`, shorthands put into their parts. ValueError where the two contradict each other."""
+    values = dict(values)
+    if isinstance(kind := values.get("router"), str):
+        values["router"] = RouterConfig(kind)
+    for name in [name for name in values if name in SHORT]:
+        (part, there), value = SHORT[name], values.pop(name)
+        base: Any = values.get(part, PARTS[part]())
+        if type(base) is not PARTS[part]:
+            raise ValueError(f"MoPEConfig: {part} must be a {PARTS[part].__name__}, got {base!r}")
+        before = getattr(base, there)
+        if before not in (value, getattr(PARTS[part](), there)):
+            raise ValueError(f"MoPEConfig: {name}={value!r} contradicts {part}.{there}={before!r}: give one of them")
+        values[part] = PARTS[part](**{**vars(base), there: value})
+    for part, wanted in PARTS.items():
+        if part in values and not isinstance(values[part], wanted):
+            raise ValueError(f"MoPEConfig: {part} must be a {wanted.__name__}, got {values[part]!r}")
+    return values
+
+
+def _short(part: str, there: str) -> property:
+    return property(lambda config: getattr(getattr(config, part), there), doc=f"`{part}.{there}`.")
+
+
+for _name, _place in SHORT.items():
+    setattr(MoPEConfig, _name, _short(*_place))
 
 
 def _renamed(name: str, value: Any) -> Any:

@@ -75,7 +75,7 @@ def new_swin(config: MoPEConfig, name: str, model: SwinModel, cross_dim: int | N
             mapper_batchnorm=config.mapper_batchnorm is not False,
             mapper_last_gelu=config.mapper_last_gelu is not False,
             prompt_depth=config.prompt_depth,
-            router=config.router,
+            router=config.router_kind,
             router_scope=config.router_scope,
             **router_options(config),
             **of_both,

@@ -186,14 +186,16 @@ class MoPEForClassification(SavedModel):
         layerwise = main in self._adapters
         self.router: Router | None = None
         if config.router_scope == "shared" and layerwise:
-            self.router = make_router(config.router, dim, cross_dim, config.experts, impl=config.impl, **router_options(config))
+            self.router = make_router(
+                config.router_kind, dim, cross_dim, config.experts, impl=config.impl, **router_options(config)
+            )
         self.blocks = self._prompts_for(
             main,
             cross_dim=cross_dim,
             static_length=config.static_length,
             num_experts=config.experts,
             prompt_length=config.prompt_length,
-            router=None if self.router else config.router,
+            router=None if self.router else config.router_kind,
             **router_options(config),
         )
         of_others = [self._prompts_for(m, static_length=config.cross_prompt_length) for m in others]

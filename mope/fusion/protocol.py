@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from mope.hints import did_you_mean
 
-C = TypeVar("C", bound=type)
+C = TypeVar("C")
 # What transformers writes into the configuration of a model, beside names with an underscore.
 WRITTEN = frozenset(
     {
@@ -31,6 +31,8 @@ class ModelConfig:
     """
 
     model_type: ClassVar[str]
+    # Of the constructor.
+    _keywords: ClassVar[tuple[str, ...]] = ()
     # Trainer takes these parts of an output for no predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["importance_loss", "routing", "features"]
     # What transformers reads of any configuration.
@@ -50,7 +52,7 @@ class ModelConfig:
     _attn_implementation = "sdpa"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        fields = self.__dataclass_fields__  # type: ignore[attr-defined]
+        fields = self._keywords
         if not self.__dict__.get("_complete") or name in WRITTEN or name.startswith("_"):
             object.__setattr__(self, name, value)
             return
@@ -93,20 +95,33 @@ class ModelConfig:
         (Path(folder) / "config.json").write_text(self.to_json_string())
 
 
-def with_fields_named(kind: C) -> C:
-    """Let the constructor of a dataclass say which field an unknown keyword may have meant."""
-    made: Callable[..., None] = kind.__init__  # type: ignore[misc]
-    fields = kind.__dataclass_fields__  # type: ignore[attr-defined]
+def with_fields_named(
+    short: Iterable[str] = (), fold: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> Callable[[type[C]], type[C]]:
+    """Let the constructor of a dataclass say which field an unknown keyword may have meant.
 
-    @wraps(made)
-    def __init__(self: Any, *args: Any, **values: Any) -> None:
-        if unknown := [name for name in values if name not in fields]:
-            hint = did_you_mean(unknown[0], fields)
-            raise TypeError(f"{kind.__name__} has no field {', '.join(unknown)}{hint and '; ' + hint}")
-        made(self, *args, **values)
+    Args:
+        short: further keywords.
+        fold: keywords, those among them -> the fields.
+    """
 
-    kind.__init__ = __init__  # type: ignore[misc]
-    return kind
+    def decorate(kind: type[C]) -> type[C]:
+        made: Callable[..., None] = kind.__init__
+        fields = [*kind.__dataclass_fields__, *short]  # type: ignore[attr-defined]
+
+        @wraps(made)
+        def __init__(self: Any, *args: Any, **values: Any) -> None:
+            if unknown := [name for name in values if name not in fields]:
+                hint = did_you_mean(unknown[0], fields)
+                raise TypeError(f"{kind.__name__} has no field {', '.join(unknown)}{hint and '; ' + hint}")
+            made(self, *args, **fold(values))
+
+        kind.__init__ = __init__  # type: ignore[assignment]
+        # Names that raise if they are assigned.
+        kind._keywords = tuple(fields)  # type: ignore[attr-defined]
+        return kind
+
+    return decorate
 
 
 def split_unused(options: dict[str, Any], config: Any) -> Any:

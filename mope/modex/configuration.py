@@ -175,7 +175,7 @@ class ModeXConfig:
             raise ValueError(f"{file}: {error}") from error
 
 
-@with_fields_named
+@with_fields_named()
 @dataclass
 class ClassifierConfig(ModelConfig):
     """What a `ModeXForClassification` is, beside its encoder.

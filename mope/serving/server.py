@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -331,8 +330,8 @@ class MoPEServer:
             check_same_encoder(f"{modality} backbone", record, self._described[modality])
         differing = [
             f"{name} is {theirs!r}, and {ours!r} in the tasks of this server"
-            for name, theirs in dataclasses.asdict(config).items()
-            if name not in FREE and theirs != (ours := getattr(model.config, name))
+            for name, theirs in config.flat().items()
+            if name not in FREE and theirs != (ours := model.config.flat()[name])
         ]
         if self.max_labels is not None and config.num_labels > self.max_labels:
             differing.append(f"num_labels is {config.num_labels}, and this server has max_labels={self.max_labels}")

@@ -56,7 +56,7 @@ def make_config(method: str, split: Split | None, **fields: Any) -> MoPEConfig:
 
 def _refuse_unknown(fields: Mapping[str, Any], config: type[MoPEConfig | ModeXConfig]) -> None:
     """ValueError if a field is not one of the configuration's, with the one that was meant."""
-    known = config.__dataclass_fields__
+    known = config.options() if issubclass(config, MoPEConfig) else tuple(config.__dataclass_fields__)
     if wrong := sorted(set(fields) - set(known)):
         hints = [hint for name in wrong if (hint := did_you_mean(name, known))]
         raise ValueError("; ".join([f"{config.__name__} has no {', '.join(wrong)}", *hints, f"it has {', '.join(known)}"]))

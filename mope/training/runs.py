@@ -16,6 +16,7 @@ import torch.distributed as dist
 from mope.data import Collator, DataError, Examples, FeatureCache, RandAugment, Split, cached_features
 from mope.files import write_text
 from mope.finite import NotFiniteError, infinite
+from mope.fusion import MoPEConfig
 from mope.fusion.base import FusionModel
 from mope.modalities import complementary_of, slots_of
 from mope.processes import is_distributed
@@ -190,7 +191,8 @@ class TrainingRun:
         """What has to stay the same for a run to be resumed."""
         recipe = dataclasses.asdict(self.recipe)
         # As runs of earlier versions have it.
-        config = {**self.model.config.to_dict(), "problem_type": self.model.config.problem_type}
+        config = self.model.config
+        config = config.flat() if isinstance(config, MoPEConfig) else {**config.to_dict(), "problem_type": config.problem_type}
         # More epochs continue a run; how a batch is split changes nothing but rounding.
         for name in ("epochs", "accumulation", "precision"):
             del recipe[name]

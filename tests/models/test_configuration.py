@@ -50,7 +50,7 @@ def test_the_methods_of_the_released_code() -> None:
         towards = name.split("_")[-1]
         if towards in ("t2v", "v2t"):
             assert config.main == ("vision" if towards == "t2v" else "text"), name
-        assert (config.router == "complementary") == (name in ("cpt", "instruct_moe_t2v", "instruct_moe_v2t")), name
+        assert (config.router.kind == "complementary") == (name in ("cpt", "instruct_moe_t2v", "instruct_moe_v2t")), name
         assert MoPEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert presets["mope"] == presets["mope-v4"] == presets["instruct_mm_moe_t2v"]
     assert (presets["sequentialfuse"].mapper_hidden, presets["sequentialfuse"].finetuned) == (512, ("vision", "text"))

@@ -139,7 +139,7 @@ def test_any_number_of_experts_dense_or_selected(options: dict[str, Any], num_ex
     assert len(routing) == len(model.routed_blocks())
     for decision in routing:
         assert decision.weights.shape == (BATCH, top_k or num_experts) and decision.probs.shape == (BATCH, num_experts)
-    if config.router_scope == "shared" and (config.router == "complementary" or config.router_self_width == 0):
+    if config.router_scope == "shared" and (config.router.kind == "complementary" or config.router_self_width == 0):
         assert all(torch.equal(decision.probs, routing[0].probs) for decision in routing)
 
 

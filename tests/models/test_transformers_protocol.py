@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from mope import MoPEConfig, MoPEForClassification
 from mope.fusion.base import FusionModel
+from mope.fusion.parts import MapperConfig, PromptConfig, RouterConfig
 from mope.modex import ModeXForClassification
 from tests.modex.test_modeling import classifier
 
@@ -286,12 +287,34 @@ def test_a_card_says_what_it_is(kind: str, tmp_path: Path, capsys: pytest.Captur
 def test_a_folder_of_an_earlier_version_opens(tmp_path: Path) -> None:
     model = mope_model().eval()
     model.save_pretrained(tmp_path, backbones="copy")
-    values = json.loads((tmp_path / "config.json").read_text())
-    for added in ("model_type", "architectures", "complementary", "combine", "named", "mapper_each"):
+    records = json.loads((tmp_path / "config.json").read_text())["backbones"]
+    # Flat, without what came later.
+    values = {**model.config.flat(), "mope_version": "0.0", "backbones": records}
+    for added in ("complementary", "combine", "named", "mapper_each"):
         del values[added]
-    for record in values["backbones"].values():
-        record["stored"] = "copy"
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert MoPEForClassification.from_pretrained(tmp_path).config == model.config
     values["prompt_owner"] = "reference"
     assert MoPEConfig.from_dict(values).prompt_owner == "released"
+
+
+def test_parts_and_their_short_names() -> None:
+    config = MoPEConfig(
+        num_labels=2, router=RouterConfig(temperature=0.5), prompts=PromptConfig(num_experts=4), mapper=MapperConfig(hidden=8)
+    )
+    assert config == MoPEConfig(num_labels=2, temperature=0.5, num_experts=4, mapper_hidden=8)
+    assert MoPEConfig(num_labels=2, router="complementary").router == RouterConfig("complementary")
+    assert (config.num_experts, config.temperature, config.mapper_hidden) == (4, 0.5, 8)
+    changed = config.replace(num_experts=2, router="complementary")
+    assert (changed.prompts.num_experts, changed.router.kind, changed.router.temperature) == (2, "complementary", 0.5)
+    assert config.replace(router=RouterConfig()).temperature == 0.1
+    assert MoPEConfig.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
+    assert set(config.flat()) == set(MoPEConfig.options()) - {"prompts", "mapper"}
+    with pytest.raises(ValueError, match=r"num_experts=3 contradicts prompts.num_experts=4"):
+        MoPEConfig(num_labels=2, num_experts=3, prompts=PromptConfig(num_experts=4))
+    with pytest.raises(ValueError, match="prompts must be a PromptConfig, got 3"):
+        MoPEConfig(num_labels=2, prompts=3)  # type: ignore[arg-type]
+    with pytest.raises(AttributeError, match="temperature of a MoPEConfig cannot be changed"):
+        config.temperature = 1.0
+    with pytest.warns(UserWarning, match="ignoring unknown keys router.temprature"):
+        MoPEConfig.from_dict({"num_labels": 2, "router": {"temprature": 1.0}})

@@ -19,6 +19,7 @@ from torch import Tensor
 from mope import MoPEConfig, MoPEServer
 from mope.fused.prepack import available
 from mope.fusion.checkpoint import CONFIG, WEIGHTS
+from mope.fusion.parts import SHORT
 from mope.serving.server import Prediction
 from tests.test_graphs import StandIn
 
@@ -178,7 +179,10 @@ def cut_short(folder: Path) -> None:
 def configured(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         values = json.loads((folder / CONFIG).read_text())
-        (folder / CONFIG).write_text(json.dumps({**values, **changes}))
+        for name, value in changes.items():
+            part, own = SHORT.get(name, ("", name))
+            (values[part] if part else values)[own] = value
+        (folder / CONFIG).write_text(json.dumps(values))
 
     return change
 
@@ -193,7 +197,7 @@ DAMAGED: dict[str, Callable[[Path], None]] = {
     r"padding_side is 'left'": configured(padding_side="left"),
     r"finetuned names text": configured(finetuned=["text"]),
     r"task 'three': eval_top_k is 2, and None in the tasks of this server": configured(eval_top_k=2),
-    r"renormalize is True, and False in .*; temperature is 0\.3, and 0\.5 in": configured(temperature=0.3, renormalize=True),
+    r"temperature is 0\.3, and 0\.5 in .*; renormalize is True, and False in": configured(temperature=0.3, renormalize=True),
     r"num_labels is 6, and this server has max_labels=5": configured(num_labels=6, id2label=dict(enumerate("abcdef"))),
     r"id2label must name 0\.\.999999999, its keys are \[0, 1, 2\]": configured(num_labels=10**9),
     r"lacks id2label": configured(num_labels=10**9, id2label=None),

@@ -614,7 +614,7 @@ def test_set_may_be_repeated(data: Path, encoders: Path, tmp_path: Path) -> None
     more = ["--set", "use_mapped=False", "--set", "eval_top_k=1", "--max-steps", "1"]
     assert cli.main(command(data, encoders, tmp_path, *more)) == 0
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert (config["num_experts"], config["use_mapped"], config["eval_top_k"]) == (3, False, 1)
+    assert (config["prompts"]["num_experts"], config["mapper"]["use"], config["router"]["eval_top_k"]) == (3, False, 1)
 
 
 def test_counts_are_not_negative(data: Path, encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -726,7 +726,11 @@ def test_a_released_checkpoint_moves_to_the_correct_mode(
     start = ["--from-checkpoint", str(checkpoint("mope")), "--mode", "instance", "--batch-size", "5", "--epochs", "1"]
     assert cli.main(["train", *named, *start, "--out", str(out)]) == 0
     config = json.loads((out / "model" / "config.json").read_text())
-    assert (config["prompt_owner"], config["problem_type"], config["id2label"]["2"]) == ("instance", "multi_label_classification", "true")
+    assert (config["prompts"]["owner"], config["problem_type"], config["id2label"]["2"]) == (
+        "instance",
+        "multi_label_classification",
+        "true",
+    )
     before, after = (model.trained_state_dict() for model in (load_released(checkpoint("mope")), open_model(out / "model", {})))
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed
