@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -32,7 +31,7 @@ from tqdm.auto import tqdm
 from mope.files import disk_error
 from mope.fusion.checkpoint import describe, original
 from mope.modalities import Slot, complementary_of, slots_of
-from mope.processes import is_distributed
+from mope.processes import rank_and_world, wait_for_all
 
 from .formats import Example, Split
 from .preprocessing import Preprocessing
@@ -144,11 +143,11 @@ def cached_features(
     missing = _missing(keys, split.examples, parts)
     # Texts of one length beside each other: little padding.
     missing.sort(key=lambda item: sum(slot.modality.size(item[1].inputs[slot.name]) for slot in slots))
-    rank, world = _rank()
+    rank, world = rank_and_world()
     # All look before one writes, so that all see the same ones missing.
-    _wait_for_all()
+    wait_for_all()
     computed = _compute(model, preprocessing, missing[rank::world], parts, batch_size, num_workers)
-    _wait_for_all()
+    wait_for_all()
     if missing:
         parts = _Parts(place)
         # Processes on other machines may have another disk.
@@ -307,20 +306,12 @@ def _encode(model: MoPEForClassification, loader: DataLoader[dict[str, Any]]) ->
     model.eval()
     try:
         # A bar, on a terminal only.
-        for batch in tqdm(loader, f"features of the {encoders(complementary_of(model.config))}", disable=_rank()[0] > 0 or None):
+        for batch in tqdm(
+            loader, f"features of the {encoders(complementary_of(model.config))}", disable=rank_and_world()[0] > 0 or None
+        ):
             inputs: dict[str, Any] = model.on_device(batch)
             with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
                 psi = model.encode_complementary(**inputs)
             yield psi.float().cpu().numpy()
     finally:
         model.train(was_training)
-
-
-def _rank() -> tuple[int, int]:
-    """This process' number and the number of processes."""
-    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
-
-
-def _wait_for_all() -> None:
-    if is_distributed():
-        dist.barrier()

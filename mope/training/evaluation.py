@@ -7,14 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from mope.data import Collator, Examples, Split
 from mope.fusion.base import FusionModel
-from mope.processes import is_distributed
+from mope.processes import rank_and_world
 
 from .batches import Batches, Loader
 from .extensions import in_mode, modes
@@ -66,7 +65,7 @@ def measure(
     title: str | None = None,
 ) -> dict[str, float]:
     """`evaluate` for any items that `collate` makes into arguments of the model."""
-    process, processes = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+    process, processes = rank_and_world()
     batches = Batches(items, batch_size, process=process, processes=processes)
     counts = Counts(model.config.problem_type, model.config.num_labels, model.device)
     was_training = model.training

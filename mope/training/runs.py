@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from mope.data import Collator, DataError, Examples, FeatureCache, RandAugment, Split, cached_features
 from mope.files import write_text
@@ -19,7 +18,7 @@ from mope.finite import NotFiniteError, infinite
 from mope.fusion import MoPEConfig
 from mope.fusion.base import FusionModel
 from mope.modalities import complementary_of, slots_of
-from mope.processes import is_distributed
+from mope.processes import wait_for_all
 
 from .encoders import processor_options
 from .evaluation import evaluate
@@ -136,7 +135,7 @@ class TrainingRun:
         """
         start = time.perf_counter()
         # Nobody writes before all have looked at the folder.
-        _wait_for_all()
+        wait_for_all()
         caches = self._cache_features()
         trainer = self.trainer
         if caches:
@@ -179,7 +178,7 @@ class TrainingRun:
                     )
             if self._is_first_process():
                 self.model.save_pretrained(self.out / "model", backbones="copy" if self.copy_backbones else "by_name")
-            _wait_for_all()
+            wait_for_all()
         if caches:
             results["features"] = {
                 name: {"computed": cache.computed, "seconds": cache.seconds, "seconds_per_epoch": cache.seconds_per_epoch}
@@ -286,11 +285,6 @@ class TrainingRun:
 
     def _is_first_process(self) -> bool:
         return self.trainer.args.process_index == 0
-
-
-def _wait_for_all() -> None:
-    if is_distributed():
-        dist.barrier()
 
 
 def train(model: FusionModel, splits: Mapping[str, Split], recipe: Recipe, out: str | Path, **options: Any) -> dict[str, Any]:

@@ -337,9 +337,9 @@ def test_processes_compute_a_part_each(
     torch.manual_seed(0)
     models.append(model_of())
     played = threading.local()
-    monkeypatch.setattr(features, "_rank", lambda: (played.rank, 2))
+    monkeypatch.setattr(features, "rank_and_world", lambda: (played.rank, 2))
     # The timeout ends a deadlock, and limits nothing else.
-    monkeypatch.setattr(features, "_wait_for_all", threading.Barrier(2, timeout=1800).wait)
+    monkeypatch.setattr(features, "wait_for_all", threading.Barrier(2, timeout=1800).wait)
 
     def run(rank: int) -> FeatureCache:
         played.rank = rank
