@@ -6,7 +6,7 @@ Values are looked at where a tensor is on the CPU, which nobody waits for, and n
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,23 @@ def problem_type_of(value: Any, where: str) -> str:
         raise ValueError(f"{where}: problem_type must be one of 'single_label', 'multi_label', got {value!r}{more}")
     assert isinstance(name, str)
     return name
+
+
+def names_of(id2label: Any, where: str) -> dict[int, str]:
+    """Return the names of classes by index, from a sequence of names or {index: name}.
+
+    Raises:
+        ValueError: they are neither, a name is no string, or the indices are not 0, 1, ...
+    """
+    if isinstance(id2label, str) or not isinstance(id2label, Mapping | Sequence):
+        raise ValueError(f"{where}: id2label must be a sequence of names or {{index: name}}, got {id2label!r}")
+    try:
+        names = {int(i): name for i, name in (id2label.items() if isinstance(id2label, Mapping) else enumerate(id2label))}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: id2label must have integers for keys, got {list(id2label)!r}") from error
+    if strangers := [name for name in names.values() if not isinstance(name, str)]:
+        raise ValueError(f"{where}: id2label must hold names, got {strangers[0]!r}")
+    return names
 
 
 def check_labels_of(config: Any, where: str) -> None:

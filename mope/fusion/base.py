@@ -29,6 +29,7 @@ from mope.fusion.checkpoint import (
 from mope.fusion.frozen import HALF, CastWeights
 from mope.fusion.hub import push
 from mope.fusion.protocol import ModelConfig
+from mope.hints import did_you_mean
 from mope.modalities import Modality, known, slots_of
 
 P = ParamSpec("P")
@@ -36,6 +37,10 @@ R = TypeVar("R")
 M = TypeVar("M", bound="FusionModel")
 
 
+# Of transformers' `save_pretrained`: those of the hub, and those that have nothing to act on here.
+OF_THE_HUB = ("repo_id", "private", "token", "revision", "commit_message")
+OPTIONS_OF_SAVING = (*OF_THE_HUB, "max_shard_size", "safe_serialization", "variant", "save_peft_format", "save_original_format")
+UPLOAD = "Upload model"
 # Not None, which transformers' Trainer gives.
 NOT_GIVEN: Any = object()
 
@@ -71,6 +76,7 @@ class FusionModel(PreTrainedModel, ABC):
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     base_model_prefix = ""
+    name_or_path = ""
     _no_split_modules = []  # type: ignore[assignment]  # noqa: RUF012 - as transformers declares it
 
     # The class of `config`; transformers reads it as `config_class`.
@@ -293,6 +299,11 @@ class FusionModel(PreTrainedModel, ABC):
                 trains would be lost.
         """
         check_options_of_saving(backbones, dtype)
+        if unknown := [name for name in options if name not in OPTIONS_OF_SAVING]:
+            hint = did_you_mean(
+                unknown[0], ("backbones", "dtype", "state_dict", "is_main_process", "push_to_hub", *OPTIONS_OF_SAVING)
+            )
+            raise TypeError(f"save_pretrained has no argument {', '.join(unknown)}{hint and '; ' + hint}")
         self.check_savable()
         if not is_main_process:
             return
@@ -308,6 +319,15 @@ class FusionModel(PreTrainedModel, ABC):
         write_tensors(tensors, folder / WEIGHTS)
         write_card(folder, self, records)
         write_config(folder, {**self.config.to_dict(), **self.records_in_config(records)})
+        if push_to_hub:
+            push(
+                folder,
+                options.get("repo_id") or folder.name,
+                private=options.get("private"),
+                token=options.get("token"),
+                revision=options.get("revision"),
+                message=options.get("commit_message", UPLOAD),
+            )
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -317,7 +337,7 @@ class FusionModel(PreTrainedModel, ABC):
         private: bool | None = None,
         token: str | None = None,
         revision: str | None = None,
-        commit_message: str = "Upload model",
+        commit_message: str = UPLOAD,
     ) -> Any:
         """Save the model and upload it to the hub, as `save_pretrained` writes it -> what huggingface_hub says of the commit.
 

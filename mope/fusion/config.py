@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 
 import mope
 from mope import modalities
-from mope.checks import PROBLEMS_OF_TRANSFORMERS, check_labels_of, problem_type_of
+from mope.checks import PROBLEMS_OF_TRANSFORMERS, check_labels_of, names_of, problem_type_of
 from mope.fused.router import ROUTERS
 from mope.fusion.methods import METHODS, Method
 from mope.fusion.parts import PARTS, SHORT, MapperConfig, PromptConfig, RouterConfig
@@ -185,7 +186,7 @@ class MoPEConfig(ModelConfig):
     @property
     def fusion(self) -> Method:
         """What the method does."""
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise ValueError(f"MoPEConfig: method must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}")
         return METHODS[self.method]
 
@@ -247,6 +248,10 @@ class MoPEConfig(ModelConfig):
             object.__setattr__(self, name, value)
 
         put("main", self.fusion.main or self.main)
+        if not isinstance(self.main, str):
+            raise ValueError(f"MoPEConfig: main must be the name of a modality, got {self.main!r}")
+        if not _is_integer(self.num_labels) or self.num_labels < 0:
+            raise ValueError(f"MoPEConfig: num_labels must be an integer of at least 1, got {self.num_labels!r}")
         self._resolve_modalities(put)
         if self.static_length is None:
             put("static_length", self.fusion.static_length)
@@ -258,7 +263,7 @@ class MoPEConfig(ModelConfig):
             put("prompted_layers", tuple(self.prompted_layers))
         names = self.id2label
         if names is not None:
-            names = {int(k): v for k, v in names.items()} if isinstance(names, Mapping) else dict(enumerate(names))
+            names = names_of(names, "MoPEConfig")
             if not self.num_labels:
                 put("num_labels", len(names))
             if len(names) != self.num_labels or sorted(names) != list(range(self.num_labels)):
@@ -363,13 +368,17 @@ class MoPEConfig(ModelConfig):
                 main = method.main or changes.get("main", self.main)
                 changes.setdefault("named", {name: kind for name, kind in (self.named or {}).items() if name == main})
         known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if "id2label" in changes:
+            known["num_labels"] = 0
+        elif "num_labels" in changes and list(known["id2label"].values()) == [f"LABEL_{i}" for i in range(self.num_labels)]:
+            known["id2label"] = None
+        if isinstance(changes.get("router"), str):
+            known["router"] = dataclasses.replace(known["router"], kind=changes.pop("router"))
         for name in [name for name in changes if name in SHORT]:
             part, there = SHORT[name]
-            base: Any = changes.get(part, known[part])
-            known[part] = dataclasses.replace(base, **{there: changes.pop(name)})
-            changes.pop(part, None)
-        if isinstance(kind := changes.get("router"), str):
-            changes["router"] = dataclasses.replace(known["router"], kind=kind)
+            # Beside a part that is given, the constructor says whether the two contradict each other.
+            if part not in changes:
+                known[part] = dataclasses.replace(known[part], **{there: changes.pop(name)})
         return type(self)(**{**known, **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -391,7 +400,7 @@ class MoPEConfig(ModelConfig):
                 of_part = {field.name for field in dataclasses.fields(kind)}
                 values |= {f"{part}.{name}": value for name, value in held.items() if name not in of_part}
                 values[part] = kind(**{name: _renamed(name, value) for name, value in held.items() if name in of_part})
-        unknown = sorted(set(values) - fields - set(EXTRA_KEYS))
+        unknown = sorted(name for name in set(values) - fields - set(EXTRA_KEYS) if not name.startswith("_"))
         if unknown:
             version = values.get("mope_version", "unknown")
             warnings.warn(
@@ -399,7 +408,7 @@ class MoPEConfig(ModelConfig):
                 stacklevel=2,
             )
         known = {name: _renamed(name, value) for name, value in values.items() if name in fields}
-        return split_unused(options, cls(**known))
+        return split_unused(options, cls(**known), cls.options())
 
 
 def _folded(values: dict[str, Any]) -> dict[str, Any]:
@@ -439,4 +448,4 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

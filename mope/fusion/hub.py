@@ -10,7 +10,7 @@ FILES = ["*.json", "*.safetensors", "*.txt", "*.md", "*.model"]
 # Arguments of transformers' `from_pretrained` that say where files come from.
 WHERE = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 # Those that the Auto classes add, and that change nothing here.
-IGNORED = ("config", "trust_remote_code", "_commit_hash", "adapter_kwargs", "code_revision", "weights_only", "use_safetensors")
+IGNORED = ("trust_remote_code", "_commit_hash", "adapter_kwargs", "code_revision", "weights_only", "use_safetensors")
 
 
 def folder_of(name: str | Path, options: dict[str, Any]) -> Path:
@@ -48,3 +48,12 @@ def push(folder: Path, repo_id: str, *, private: bool | None, token: str | None,
     if revision is not None:
         api.create_branch(name, branch=revision, exist_ok=True)
     return api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message=message)
+
+
+def config_to_build(given: Any, found: Any) -> Any:
+    """Return the configuration that `from_pretrained` was given, or None, else the one of the checkpoint. TypeError for others."""
+    if given is None:
+        return found
+    if type(given) is not type(found):
+        raise TypeError(f"config must be a {type(found).__name__}, as the checkpoint has, got {type(given).__name__}")
+    return given

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mope.fusion.protocol import with_fields_named
 
+
+@with_fields_named()
 @dataclass(frozen=True)
 class RouterConfig:
     """How experts are chosen.
@@ -35,6 +38,7 @@ class RouterConfig:
     eval_top_k: int | None = None
 
 
+@with_fields_named()
 @dataclass(frozen=True)
 class PromptConfig:
     """Which prompts there are.
@@ -74,6 +78,7 @@ class PromptConfig:
     owner: str = "instance"
 
 
+@with_fields_named()
 @dataclass(frozen=True)
 class MapperConfig:
     """How psi becomes a prompt.

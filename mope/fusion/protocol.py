@@ -20,6 +20,8 @@ WRITTEN = frozenset(
         *("return_dict", "sep_token_id", "torch_dtype", "transformers_version", "use_cache"),
     }
 )
+# And what has no effect here, with the only value that is true.
+REFUSED = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
 
 
 class ModelConfig:
@@ -53,6 +55,8 @@ class ModelConfig:
 
     def __setattr__(self, name: str, value: Any) -> None:
         fields = self._keywords
+        if name in REFUSED and value != REFUSED[name]:
+            raise ValueError(f"{name}={value!r} would change nothing: these models return what their output class says")
         if not self.__dict__.get("_complete") or name in WRITTEN or name.startswith("_"):
             object.__setattr__(self, name, value)
             return
@@ -76,6 +80,27 @@ class ModelConfig:
     def from_dict(cls, values: Mapping[str, Any], **options: Any) -> Any:
         """Return the configuration that `to_dict` gave; `options` are those of transformers."""
         raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> Any:
+        """Return the configuration in a folder, or of a name on the hub.
+
+        Args:
+            name: see `transformers.AutoConfig.from_pretrained`.
+            options: those of transformers, such as revision and token, and fields to change.
+
+        Raises:
+            OSError: there is none.
+            TypeError: an option is neither.
+            ValueError: it is that of another kind of model.
+        """
+        from transformers import PreTrainedConfig
+
+        values, unused = PreTrainedConfig.get_config_dict(name, **options)
+        kind = values.get("model_type", values.get("system", cls.model_type))
+        if kind != cls.model_type:
+            raise ValueError(f"{name} holds a model of type {kind!r}, and a {cls.__name__} is of type {cls.model_type!r}")
+        return cls.from_dict(values, **unused)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return `to_dict`: what equals a default is said as well."""
@@ -124,9 +149,21 @@ def with_fields_named(
     return decorate
 
 
-def split_unused(options: dict[str, Any], config: Any) -> Any:
-    """Return the configuration; with `return_unused_kwargs`, as `AutoConfig` asks, also the options, which it does not use."""
-    wanted = options.pop("return_unused_kwargs", False)
-    config.name_or_path = options.pop("name_or_path", "")
-    options.pop("_from_auto", None)
-    return (config, options) if wanted else config
+def split_unused(options: dict[str, Any], config: Any, fields: Iterable[str]) -> Any:
+    """Return the configuration, changed by those options of transformers' `from_pretrained` that are fields.
+
+    With `return_unused_kwargs`, as `AutoModel` asks, also the other options.
+
+    Raises:
+        TypeError: there are others, and nobody asks for them.
+    """
+    wanted, path = options.pop("return_unused_kwargs", False), options.pop("name_or_path", "")
+    if changes := {name: options.pop(name) for name in fields if name in options}:
+        config = config.replace(**changes)
+    config.name_or_path = path
+    if wanted:
+        return config, {name: value for name, value in options.items() if name != "_from_auto"}
+    if unknown := [name for name in options if not name.startswith("_")]:
+        hint = did_you_mean(unknown[0], fields)
+        raise TypeError(f"{type(config).__name__} has no field {', '.join(unknown)}{hint and '; ' + hint}")
+    return config

@@ -26,7 +26,7 @@ from mope.fusion.checkpoint import (
     read_values,
 )
 from mope.fusion.config import MoPEConfig
-from mope.fusion.hub import folder_of
+from mope.fusion.hub import config_to_build, folder_of
 
 # Of a backbone in config.json.
 RECORD = ("stored", "class", "model_type", "source", "dtype", "fingerprint")
@@ -65,7 +65,7 @@ class SavedModel(FusionModel):
 
         Args:
             path: a folder that `save_pretrained` wrote, or a name on the hub, with revision=, token=, cache_dir=,
-                local_files_only= and force_download= as transformers has them.
+                local_files_only= and force_download= as transformers has them, and config=, in place of the one that is there.
             given: `vision=`, `text=` and so on, the backbones it was trained with, fine-tuned ones with the weights that they have
                 now. Those not given are loaded: from the copies in the folder, else by the name that they had.
 
@@ -76,7 +76,9 @@ class SavedModel(FusionModel):
         Unknown keys and tensors are warned about by name.
         """
         folder = folder_of(path, given)
+        changed = given.pop("config", None)
         config, records = read_config(folder)
+        config = config_to_build(changed, config)
         backbones = dict(given)
         for modality in config.modalities:
             backbone = given.get(modality) or load_backbone(folder, modality, records[modality])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import mope
-from mope.checks import PROBLEMS_OF_TRANSFORMERS, check_labels_of, is_index, is_number, problem_type_of
+from mope.checks import PROBLEMS_OF_TRANSFORMERS, check_labels_of, is_index, is_number, names_of, problem_type_of
 from mope.fusion.protocol import ModelConfig, split_unused, with_fields_named
 from mope_kernels.expert_adapter import ACTIVATIONS
 from mope_kernels.impl import names_in
@@ -36,6 +36,7 @@ PRESETS: dict[str, dict[str, str]] = {
 FUSION_LAYER = 6
 
 
+@with_fields_named()
 @dataclass(frozen=True)
 class ModeXConfig:
     """Which sites of a model get which adapter. Immutable; `replace` makes a changed copy.
@@ -200,8 +201,10 @@ class ClassifierConfig(ModelConfig):
     complementary: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        names = self.id2label
-        if not names or sorted(names) != list(range(len(names))) or not all(isinstance(name, str) for name in names.values()):
+        if not isinstance(self.adapters, ModeXConfig | None):
+            raise ValueError(f"adapters must be a ModeXConfig or None, got {self.adapters!r}")
+        self.id2label = names = names_of(self.id2label, "ModeXForClassification")
+        if not names or sorted(names) != list(range(len(names))):
             raise ValueError(f"id2label must name the classes 0, 1, ..., got {names!r}")
         self.problem_type = problem_type_of(self.problem_type, "ModeXForClassification")
         if self.padding_side not in SIDES:
@@ -243,8 +246,8 @@ class ClassifierConfig(ModelConfig):
                 values["problem_type"],
                 values["padding_side"],
             )
-            return split_unused(options, found)
         except KeyError as error:
             raise ValueError(f"{error} is missing") from error
         except (AttributeError, TypeError) as error:
             raise ValueError(f"values of the wrong kind ({error})") from error
+        return split_unused(options, found, cls._keywords)

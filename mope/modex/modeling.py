@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from mope.backbones import FusedEncoder, find_fused, known_fused
-from mope.checks import check_are_tensors, check_encoder
+from mope.checks import check_are_tensors, check_encoder, names_of
 from mope.fusion.base import FusionModel, in_frozen_dtype
 from mope.fusion.checkpoint import (
     CONFIG,
@@ -28,7 +28,7 @@ from mope.fusion.checkpoint import (
     read_values,
 )
 from mope.fusion.heads import task_loss
-from mope.fusion.hub import folder_of
+from mope.fusion.hub import config_to_build, folder_of
 from mope.fusion.inputs import InputChecks, as_encoder_knows
 from mope.fusion.sources import source_of
 from mope.modalities import slots_of
@@ -96,9 +96,7 @@ class ModeXForClassification(FusionModel):
             if not num_labels:
                 raise ValueError("ModeXForClassification: give num_labels or id2label")
             id2label = [f"LABEL_{i}" for i in range(num_labels)]
-        if isinstance(id2label, str):
-            raise ValueError(f"ModeXForClassification: id2label must be names of classes, got the string {id2label!r}")
-        names = id2label if isinstance(id2label, Mapping) else dict(enumerate(id2label))
+        names = names_of(id2label, "ModeXForClassification")
         if num_labels not in (None, len(names)):
             raise ValueError(f"ModeXForClassification: num_labels is {num_labels}, id2label names {len(names)}")
         self.config = ClassifierConfig(config, names, problem_type, padding_side)
@@ -222,7 +220,7 @@ class ModeXForClassification(FusionModel):
 
         Args:
             path: of the folder, or a name on the hub, with `options` that transformers has for it: revision, token, cache_dir,
-                local_files_only, force_download.
+                local_files_only, force_download; and config, in place of the one that is there.
             model: the encoder that it was trained on. Default: the copy in the folder, else by the name that it had.
 
         Raises:
@@ -230,9 +228,11 @@ class ModeXForClassification(FusionModel):
             ValueError: the encoder is another one than in training, or a file is damaged or does not fit.
         """
         folder = folder_of(path, options)
+        changed = options.pop("config", None)
         if options:
             raise TypeError(f"ModeXForClassification.from_pretrained got unknown arguments {', '.join(options)}")
         config, record = read_config(folder)
+        config = config_to_build(changed, config)
         weights = folder / WEIGHTS
         tensors = read_tensors(weights)
         encoder: Any = load_encoder(folder, _PLACE, record) if model is None else model

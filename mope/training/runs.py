@@ -177,6 +177,12 @@ class TrainingRun:
                         "encoders overflow on"
                     )
             if self._is_first_process():
+                self.model.card_data = {
+                    "examples": {name: len(split) for name, split in self.splits.items()},
+                    "results": {name: results[name] for name in self.splits if name in results},
+                    "recipe": dataclasses.asdict(self.recipe),
+                    "seed": self.seed,
+                }
                 self.model.save_pretrained(self.out / "model", backbones="copy" if self.copy_backbones else "by_name")
             wait_for_all()
         if caches:

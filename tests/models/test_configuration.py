@@ -88,6 +88,14 @@ def test_configs_do_not_change() -> None:
         ({"id2label": {1: "a", 2: "b"}}, "id2label must name 0..1"),
         ({"method": "cross_attention"}, "method must be one of 'mope'"),
         ({"main": "audio"}, "modality 'audio' is not known; known are 'text', 'vision'"),
+        ({"main": []}, r"main must be the name of a modality, got \[\]"),
+        ({"method": ["mope"]}, "method must be one of 'mope'"),
+        ({"num_labels": "3"}, "num_labels must be an integer of at least 1, got '3'"),
+        ({"id2label": "ab"}, "id2label must be a sequence of names or {index: name}, got 'ab'"),
+        ({"id2label": {"a", "b"}}, "id2label must be a sequence of names"),
+        ({"id2label": [1, 2]}, "id2label must hold names, got 1"),
+        ({"id2label": {"first": "a"}}, "id2label must have integers for keys"),
+        ({"temperature": float("inf")}, "temperature must be positive, got inf"),
         ({"head": "deep"}, "head must be one of"),
         ({"num_experts": 0}, "num_experts must be an integer of at least 1"),
         ({"static_length": 1.5}, "static_length must be an integer"),
@@ -131,3 +139,12 @@ def test_configs_do_not_change() -> None:
 def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MoPEConfig(**({"num_labels": 2} if "id2label" not in values else {}) | values)
+
+
+def test_classes_of_a_changed_copy() -> None:
+    """Number and names of classes follow from each other, but for names that somebody gave."""
+    config = MoPEConfig(num_labels=2)
+    assert config.replace(id2label=["a", "b", "c"]).num_labels == 3
+    assert config.replace(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    with pytest.raises(ValueError, match=r"id2label must name 0\.\.2"):
+        MoPEConfig(id2label=["a", "b"]).replace(num_labels=3)

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from mope import MoPEConfig, MoPEForClassification
 from mope.fusion.base import FusionModel
 from mope.fusion.parts import MapperConfig, PromptConfig, RouterConfig
-from mope.modex import ModeXForClassification
+from mope.modex import ModeXConfig, ModeXForClassification
 from tests.modex.test_modeling import classifier
 
 from . import tiny
@@ -223,6 +223,52 @@ def test_fields_stay_as_they_are_and_transformers_may_write_its_own() -> None:
             twin.main = "text"
 
 
+def test_what_would_change_nothing_is_refused() -> None:
+    config = MoPEConfig(num_labels=2)
+    for name, value in {"output_attentions": True, "output_hidden_states": True, "return_dict": False}.items():
+        setattr(config, name, not value)
+        with pytest.raises(ValueError, match=f"{name}={value} would change nothing"):
+            setattr(config, name, value)
+
+
+def test_unknown_keywords_of_parts_and_adapters() -> None:
+    for kind, word, meant in (
+        (RouterConfig, "temprature", "temperature"),
+        (PromptConfig, "num_expert", "num_experts"),
+        (MapperConfig, "hiden", "hidden"),
+        (ModeXConfig, "bottlneck", "bottleneck"),
+    ):
+        with pytest.raises(TypeError, match=f"{kind.__name__} has no field {word}; did you mean {meant}"):
+            kind(**{word: 1})
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_configuration_is_read_and_changed_on_the_way(kind: str, tmp_path: Path) -> None:
+    model = MODELS[kind]()
+    model.save_pretrained(tmp_path, backbones="copy")
+    names = [f"class {i}" for i in range(model.config.num_labels)]
+    for read in (AutoConfig.from_pretrained, type(model.config).from_pretrained):
+        assert read(tmp_path) == model.config
+        changed = read(tmp_path, id2label=names)
+        assert changed == model.config.replace(id2label=names)
+        with pytest.raises(TypeError, match=r"has no field padding_sid; did you mean padding_side"):
+            read(tmp_path, padding_sid="left")
+    assert type(model).from_pretrained(tmp_path, config=changed).config == changed
+    assert AutoModel.from_pretrained(tmp_path, id2label=names).config == changed
+    assert AutoModel.from_pretrained(tmp_path).config == model.config
+    with pytest.raises(TypeError, match="config must be a "):
+        type(model).from_pretrained(tmp_path, config=3)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="holds a model of type 'bert'"):
+        type(model.config).from_pretrained(tmp_path)
+
+
+def test_unknown_arguments_of_saving(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="no argument backbone; did you mean backbones"):
+        mope_model().save_pretrained(tmp_path, backbone="copy")
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_of_problem_types() -> None:
     assert MoPEConfig(num_labels=2, problem_type="multi_label_classification").problem_type == "multi_label"
     assert MoPEConfig(num_labels=2, problem_type="single_label_classification") == MoPEConfig(num_labels=2)
@@ -264,6 +310,8 @@ def test_the_hub(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert trained(loaded).keys() == trained(model).keys() and asked == ["secret", "secret"]
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         type(model).from_pretrained("org/name")
+    model.save_pretrained(tmp_path / "other", backbones="copy", push_to_hub=True, repo_id="org/other", revision="v2")
+    assert trained(type(model).from_pretrained("org/other", revision="v2")).keys() == trained(model).keys()
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -310,8 +358,10 @@ def test_parts_and_their_short_names() -> None:
     assert config.replace(router=RouterConfig()).temperature == 0.1
     assert MoPEConfig.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
     assert set(config.flat()) == set(MoPEConfig.options()) - {"prompts", "mapper"}
-    with pytest.raises(ValueError, match=r"num_experts=3 contradicts prompts.num_experts=4"):
-        MoPEConfig(num_labels=2, num_experts=3, prompts=PromptConfig(num_experts=4))
+    assert config.replace(router="complementary", temperature=0.2).router == RouterConfig("complementary", temperature=0.2)
+    for make in (MoPEConfig, config.replace):
+        with pytest.raises(ValueError, match=r"num_experts=3 contradicts prompts.num_experts=4"):
+            make(num_labels=2, num_experts=3, prompts=PromptConfig(num_experts=4))
     with pytest.raises(ValueError, match="prompts must be a PromptConfig, got 3"):
         MoPEConfig(num_labels=2, prompts=3)  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match="temperature of a MoPEConfig cannot be changed"):

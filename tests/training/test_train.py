@@ -83,6 +83,8 @@ def test_it_learns_and_saves_the_best_model(splits: dict[str, Split], tmp_path: 
     backbones = {m: run.model.backbone(m) for m in ("vision", "text")}
     run.model.detach()
     saved = MoPEForClassification.from_pretrained(run.out / "model", **backbones)
+    card = (run.out / "model" / "README.md").read_text()
+    assert f'"train": {len(splits["train"])}' in card and f'"loss": {result["test"]["loss"]}' in card
     assert evaluate(saved, splits["test"]) == pytest.approx(result["test"])
     assert_same(saved.trained_state_dict(), weights(run, result["best_step"]))
 
