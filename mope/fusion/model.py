@@ -43,6 +43,27 @@ NO_BANKS = (
 )
 
 
+# What a model has under names of its own beside its methods, and what its forward takes: encoders and inputs are called otherwise.
+OWN = frozenset(
+    {
+        *(
+            "blocks",
+            "card_data",
+            "config",
+            "cross_blocks",
+            "cross_head",
+            "head",
+            "input_checks",
+            "input_prompts",
+            "mapper",
+            "router",
+        ),
+        *("slots", "training", "warnings_issued", "widths"),
+    }
+)
+ARGUMENTS = frozenset({"banks", "cross_features", "labels", "output_attentions", "router_noise"})
+
+
 class EncoderInputs(NamedTuple):
     """What one encoder reads: tensors and flags by the names that it knows, and where its padding is."""
 
@@ -114,7 +135,8 @@ class MoPEForClassification(SavedModel):
         self.config, self.slots = config, config.slots
         for name in dict.fromkeys((*known(), *config.modalities)):
             backbone = backbones.get(name)
-            setattr(self, name, None if backbone is None else base_model(backbone))
+            if backbone is not None or not (name in OWN or hasattr(self, name)):
+                setattr(self, name, None if backbone is None else base_model(backbone))
         self._sources = {m: source_of(self.backbone(m)) for m in config.modalities}
         kinds = {name: slot.modality.name for name, slot in self.slots.items()}
         self.widths = {m: find_architecture(self.backbone(m), kinds[m], m).hidden_size(self.backbone(m)) for m in config.modalities}
@@ -155,6 +177,16 @@ class MoPEForClassification(SavedModel):
         if strangers := [name for name in backbones if name not in every]:
             hint = did_you_mean(strangers[0], every)
             raise TypeError(f"MoPEForClassification got {', '.join(strangers)}, which name no modality{hint and '; ' + hint}")
+        if taken := [name for name in config.modalities if name in OWN or hasattr(MoPEForClassification, name)]:
+            raise ValueError(
+                f"a model has something else that is called {taken[0]}, so no encoder can be: name it otherwise, "
+                f"named={{'my_{taken[0]}': ...}}"
+            )
+        inputs = [name for slot in config.slots.values() for name in (*slot.names, *slot.flags)]
+        if taken := [name for name in inputs if name in ARGUMENTS]:
+            raise ValueError(
+                f"forward has an argument {taken[0]} of its own, so no input can be called that: name the modality otherwise"
+            )
         for name in every:
             backbone = backbones.get(name)
             if (backbone is not None) != (name in config.modalities):

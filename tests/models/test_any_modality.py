@@ -17,6 +17,7 @@ import mope
 from mope import MoPEConfig, MoPEForClassification
 from mope.backbones import BertAdapter, ViTAdapter, known, unregister_backbone
 from mope.encoders.layerwise import LayerPrompts
+from mope.fusion.model import ARGUMENTS, OWN
 from mope.modalities import find_modality, unregister_modality
 from mope.serving import MoPEServer
 
@@ -170,6 +171,23 @@ def test_what_does_not_fit_is_named() -> None:
     named = build(main="series", complementary=("words",), named={"words": "text"})
     with pytest.raises(ValueError, match=r"words: input_ids must lie in 0\.\.49"):
         named(series_values=batch["series_values"], words_input_ids=batch["input_ids"] + 49)
+
+
+@pytest.mark.parametrize("name", ["head", "blocks", "mapper", "dtype", "device", "encoder"])
+def test_an_encoder_is_not_called_like_something_else_in_a_model(name: str) -> None:
+    config = MoPEConfig(**SIZES, main="vision", complementary=(name,), named={name: "series"})
+    with pytest.raises(ValueError, match=f"something else that is called {name}"):
+        MoPEForClassification(config, vision=encoder("vision"), **{name: encoder("series")})
+    with pytest.raises(ValueError, match="another meaning"):
+        MoPEConfig(**SIZES, complementary=("forward",), named={"forward": "series"})
+
+
+def test_what_a_model_has_of_its_own_is_known() -> None:
+    model = build(**CASES["main, two complementary"])
+    own = {name for name in (*vars(model), *model._modules) if not name.startswith("_")} - {"vision", "text", "series"}
+    assert own <= OWN
+    arguments = set(inspect.signature(MoPEForClassification.forward).parameters) - {"self", "inputs"}
+    assert arguments == ARGUMENTS
 
 
 def test_an_encoder_and_a_modality_take_less_than_40_lines() -> None:
