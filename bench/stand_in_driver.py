@@ -21,7 +21,6 @@ from unittest import mock
 import torch
 
 from mope.benchmark import rows
-from mope.fusion.model import MoPEForClassification
 from mope_kernels import _triton
 from mope_kernels.impl import interpreting
 
@@ -62,7 +61,7 @@ def stand_in_for_the_driver() -> Iterator[Callable[[], int]]:
         stack.enter_context(_active_driver())
         for place, name, answer in ANSWERS:
             stack.enter_context(mock.patch.object(place, name, answer, create=True))
-        stack.enter_context(mock.patch.object(MoPEForClassification, "_padding", _padding(MoPEForClassification._padding)))
+        stack.enter_context(mock.patch.object(Padding, "of", _unread(Padding.of)))
         stack.enter_context(_triton.compiling_for(ARCH))
         stack.enter_context(_triton.standing_in())
         yield count
@@ -95,15 +94,15 @@ def _active_driver() -> Iterator[None]:
         driver._active = before
 
 
-def _padding(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a model's `_padding` to act as on a GPU, where masks are not read, just as when torch.compile traces."""
+def _unread(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Padding.of` to act as on a GPU, where masks are not read, just as when torch.compile traces."""
 
     @functools.wraps(method)
-    def unread(*args: Any) -> Any:
+    def unread(*args: Any, **kwargs: Any) -> Any:
         asked = torch.compiler.is_compiling
         torch.compiler.is_compiling = lambda: True
         try:
-            return method(*args)
+            return method(*args, **kwargs)
         finally:
             torch.compiler.is_compiling = asked
 
