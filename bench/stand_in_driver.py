@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 
 from mope.benchmark import rows
+from mope.fused.padding import Padding
 from mope_kernels import _triton
 from mope_kernels.impl import interpreting
 
