@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from mope.backbones import BackboneAdapter, PromptedLayer
+from mope.encoders.recomputing import Recomputing
 from mope.fused import InputPrompts, MoPEAttention, Packing, PromptBank, Router
 from mope.fused.padding import Padding
 from mope_kernels import Routing
-
-Run = Callable[..., Any]
 
 
 class LayerPrompts:
@@ -94,11 +93,11 @@ class LayerwiseEncoder:
     Args:
         backbone: the model, with `PromptedLayer`s where it is prompted.
         adapter: of its architecture.
-        run: calls a layer; what checkpoints gradients is another one.
+        recomputing: which layers are recomputed in the backward pass, None for none.
     """
 
-    def __init__(self, backbone: nn.Module, adapter: BackboneAdapter, *, run: Run | None = None) -> None:
-        self.backbone, self.adapter, self._run = backbone, adapter, run or _call
+    def __init__(self, backbone: nn.Module, adapter: BackboneAdapter, *, recomputing: Recomputing | None = None) -> None:
+        self.backbone, self.adapter, self._recomputing = backbone, adapter, recomputing
 
     def refusal(self, flag: str) -> str | None:
         """Return why the encoder does not take a flag of its modality, None if it does."""
@@ -108,7 +107,7 @@ class LayerwiseEncoder:
 
     def encode(self, inputs: Mapping[str, Any], padding: Padding, prompts: LayerPrompts) -> tuple[Tensor, tuple[Routing, ...]]:
         """Encode inputs, by the names that the encoder knows -> its feature (B,C), and the routing of each routed layer."""
-        backbone, adapter, run = self.backbone, self.adapter, self._run
+        backbone, adapter, recomputing = self.backbone, self.adapter, self._recomputing
         tokens = adapter.embed(backbone, dict(inputs), padding.token_mask)
         context = adapter.context(backbone, tokens, padding)
         packing, mask = padding.packing, None
@@ -124,6 +123,7 @@ class LayerwiseEncoder:
         routing: list[Routing] = []
         for i, layer in enumerate(adapter.layers(backbone)):
             given = prompts.of_layer(i)
+            run = _call if recomputing is None or not recomputing.takes(i) else recomputing
             if given is None:
                 hidden_states = run(
                     _plain_layer, hidden_states, adapter=adapter, block=layer, mask=mask, packing=packing, context=context

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -12,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import SwinConfig, SwinModel
 
 from mope.backbones.registry import find_architecture
 from mope.backbones.swin_weights import swin_state_dict, transformers_state_dict
 from mope.encoders.importance import importance as mean_importance
+from mope.encoders.recomputing import Recomputing
 from mope.fused.mapper import mapper_layers
 from mope.fused.modules import is_plain
 from mope.fused.padding import Padding
@@ -373,28 +374,34 @@ class MoPESwinEncoder(nn.Module):
             router_noise=router_noise,
             top_k=top_k,
         )
-        features, routed = self.encode(images, prompts, checkpointing=checkpointing)
+        features, routed = self.encode(images, prompts, recomputing=Recomputing() if checkpointing else None)
         if not (importance and routed):
             return SwinOutput(features, features.new_zeros(()), routed)
         probs = [routing.probs for routing in distinct(routed)]
         return SwinOutput(features, mean_importance(probs, threshold=self.importance_threshold, impl=self.impl), routed)
 
-    def encode(self, images: Tensor, prompts: WindowPrompts, *, checkpointing: bool = False) -> tuple[Tensor, tuple[Routing, ...]]:
+    def encode(
+        self, images: Tensor, prompts: WindowPrompts, *, recomputing: Recomputing | None = None
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Encode images (B, 3, image_size, image_size) with prompts from anywhere -> their features (B, C), and what was routed.
 
-        `checkpointing` recomputes blocks in the backward pass; what `prompts` drew and routed is not drawn again.
+        `recomputing` says which blocks are recomputed in the backward pass; what `prompts` drew and routed is not drawn again.
         """
         x = self.embed(images)
         if at_input := prompts.of_input(x):
             x = torch.cat([*at_input, x], dim=1)
-        step = _checkpointed_step if checkpointing and torch.is_grad_enabled() else _step
+        recomputing = recomputing if torch.is_grad_enabled() else None
         # What the last block leaves to be added.
         update: Tensor | None = None
         routed: list[Routing] = []
+        count = itertools.count()
         for stage, (blocks, routers) in enumerate(zip(self.blocks(), prompts.routers, strict=True)):
             for i, (block, router) in enumerate(zip(blocks, routers, strict=True)):
                 x, update, own, routing = prompts.of_block((stage, i), block, router, x, update)
-                x, update, found = step(block, x, update, own)
+                if recomputing is not None and recomputing.takes(next(count)):
+                    x, update, found = _recomputed_step(recomputing, block, x, update, own)
+                else:
+                    x, update, found = _step(block, x, update, own)
                 routing = prompts.decide(router, routing or found)
                 if routing is not None:
                     routed.append(routing)
@@ -440,11 +447,11 @@ class WindowedEncoder:
 
     Args:
         backbone: which holds prompts and routers as well.
-        checkpointing: recompute blocks in the backward pass.
+        recomputing: which blocks are recomputed in the backward pass, None for none.
     """
 
-    def __init__(self, backbone: MoPESwinEncoder, *, checkpointing: bool = False) -> None:
-        self.backbone, self.checkpointing = backbone, checkpointing
+    def __init__(self, backbone: MoPESwinEncoder, *, recomputing: Recomputing | None = None) -> None:
+        self.backbone, self._recomputing = backbone, recomputing
 
     def refusal(self, flag: str) -> str | None:
         """Return why the encoder does not take a flag of its modality."""
@@ -453,7 +460,7 @@ class WindowedEncoder:
     def encode(self, inputs: Mapping[str, Any], padding: Padding, prompts: WindowPrompts) -> tuple[Tensor, tuple[Routing, ...]]:
         """Encode images -> their features (B,C), and the routing of each routed block."""
         (images,) = inputs.values()
-        return self.backbone.encode(images, prompts, checkpointing=self.checkpointing)
+        return self.backbone.encode(images, prompts, recomputing=self._recomputing)
 
 
 class WindowPrompts:
@@ -578,8 +585,8 @@ def _step(
     return block(x), None, routing
 
 
-def _checkpointed_step(
-    block: MoPESwinBlock, x: Tensor, update: Tensor | None, own: dict[str, Any] | None
+def _recomputed_step(
+    recomputing: Recomputing, block: MoPESwinBlock, x: Tensor, update: Tensor | None, own: dict[str, Any] | None
 ) -> tuple[Tensor, Tensor | None, Routing | None]:
     """Keeps one tensor: what is left to be added is added at once."""
 
@@ -587,7 +594,7 @@ def _checkpointed_step(
         x, update, routing = _step(block, x, None, own)
         return add(x, update), routing
 
-    x, routing = checkpoint(whole, add(x, update), use_reentrant=False)
+    x, routing = recomputing(whole, add(x, update))
     return x, None, routing
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mope.encoders.recomputing import Recomputing
 from mope.fused.prepack import PrepackedLayers
 from mope.fusion.card import write_card
 from mope.fusion.checkpoint import (
@@ -93,7 +94,7 @@ class FusionModel(PreTrainedModel, ABC):
         self.card_data: dict[str, Any] = {}
         # Of transformers, for what it says once.
         self.warnings_issued: dict[str, bool] = {}
-        self._checkpointing = False
+        self._checkpointing: Recomputing | None = None
         # A processor, or the folder to load it from when it is first used.
         self._processors: dict[str, Any] = {}
         self._cast: CastWeights | None = None
@@ -132,31 +133,34 @@ class FusionModel(PreTrainedModel, ABC):
     def check_savable(self) -> None:
         """Raise ValueError where something would be lost: never, unless a subclass knows better."""
 
-    def recompute(self, on: bool) -> None:
-        """Do what a subclass needs where gradient checkpointing is switched on or off."""
+    def recompute(self, recomputing: Recomputing | None) -> None:
+        """Do what a subclass needs where gradient checkpointing is switched on, or off: None."""
 
     def gradient_checkpointing_enable(  # type: ignore[override]
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, **options: Any
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
         """Recompute layers in the backward pass instead of keeping their activations, with the same noise and routing.
 
+        Args:
+            gradient_checkpointing_kwargs: of torch's checkpoint; `use_reentrant` alone, and False.
+            every_n_layers, offload: see `mope.encoders.recomputing.Recomputing`.
+
         Raises:
-            ValueError: reentrant checkpointing is asked for, or only some layers are to be recomputed.
+            ValueError: reentrant checkpointing is asked for, or another argument of torch's checkpoint; or another value is wrong.
         """
-        name = "gradient checkpointing"
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(f"{name} with use_reentrant=True is not supported: prompts are keyword arguments")
-        if every_n_layers != 1 or any(options.values()):
-            more = {"every_n_layers": every_n_layers, **options}
-            given = ", ".join(f"{key}={value!r}" for key, value in more.items())
-            raise ValueError(f"{name} recomputes each layer by itself here, and takes no {given}")
-        self._checkpointing = True
-        self.recompute(True)
+        given = dict(gradient_checkpointing_kwargs or {})
+        if given.pop("use_reentrant", False):
+            raise ValueError("gradient checkpointing with use_reentrant=True is not supported: prompts are keyword arguments")
+        if given:
+            raise ValueError(f"gradient checkpointing takes use_reentrant=False, and no {', '.join(given)}")
+        recomputing = Recomputing(every_n_layers, offload)
+        self.recompute(recomputing)
+        self._checkpointing = recomputing
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        self._checkpointing = False
-        self.recompute(False)
+        self._checkpointing = None
+        self.recompute(None)
 
     def activation_checkpointing_enable(  # type: ignore[override]
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -171,7 +175,7 @@ class FusionModel(PreTrainedModel, ABC):
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether layers are recomputed in the backward pass."""
-        return self._checkpointing
+        return self._checkpointing is not None
 
     # The name in newer versions of transformers.
     is_activation_checkpointing = is_gradient_checkpointing

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import SwinModel
 from transformers.utils.generic import ModelOutput
 
@@ -19,6 +18,7 @@ from mope.backbones import Attachment, attach, base_model, find_adapter, find_ar
 from mope.checks import check_are_tensors, check_encoder, naming_memory
 from mope.encoders.importance import importance, warn_of_local_batches
 from mope.encoders.layerwise import LayerwiseEncoder, TrainedPrompts, as_prompts
+from mope.encoders.recomputing import Recomputing
 from mope.encoders.windowed import MoPESwinEncoder, TrainedWindowPrompts, WindowedEncoder, distinct
 from mope.fused import FrozenAttention, InputPrompts, MoPEAttention, PromptBank, Router
 from mope.fused.modules import version
@@ -250,12 +250,12 @@ class MoPEForClassification(SavedModel):
         backbone: nn.Module = getattr(self, modality)
         return backbone
 
-    def encoder(self, modality: str, *, checkpointing: bool = False) -> LayerwiseEncoder | WindowedEncoder:
-        """Return what encodes a modality: `encode(inputs, padding, prompts)`; `checkpointing` recomputes layers in backward."""
+    def encoder(self, modality: str, *, recomputing: Recomputing | None = None) -> LayerwiseEncoder | WindowedEncoder:
+        """Return what encodes a modality: `encode(inputs, padding, prompts)`; `recomputing` is for the backward pass."""
         backbone = self.backbone(modality)
         if isinstance(backbone, MoPESwinEncoder):
-            return WindowedEncoder(backbone, checkpointing=checkpointing)
-        return LayerwiseEncoder(backbone, self._adapters[modality], run=_checkpointed if checkpointing else None)
+            return WindowedEncoder(backbone, recomputing=recomputing)
+        return LayerwiseEncoder(backbone, self._adapters[modality], recomputing=recomputing)
 
     def _is_swin(self, modality: str) -> bool:
         return isinstance(self.backbone(modality), MoPESwinEncoder)
@@ -614,7 +614,7 @@ class MoPEForClassification(SavedModel):
 
     def _ready_encoder(self, modality: str) -> LayerwiseEncoder | WindowedEncoder:
         """The encoder; RuntimeError where its prompts would be skipped."""
-        encoder = self.encoder(modality, checkpointing=self._checkpointing and self.training and torch.is_grad_enabled())
+        encoder = self.encoder(modality, recomputing=self._checkpointing if self.training and torch.is_grad_enabled() else None)
         if isinstance(encoder, WindowedEncoder):
             return encoder
         if modality not in self._attachments:
@@ -703,10 +703,6 @@ class MoPEForClassification(SavedModel):
 def _what_is_added(config: MoPEConfig) -> str:
     lengths = f"static_length={config.static_length}, prompt_length={config.prompt_length}, num_experts={config.num_experts}"
     return f"what MoPEConfig adds to the encoders with {lengths}; take less, num_experts first"
-
-
-def _checkpointed(layer: Callable[..., Any], hidden_states: Tensor, **inputs: Any) -> Any:
-    return checkpoint(layer, hidden_states, use_reentrant=False, **inputs)
 
 
 def _dtype(module: nn.Module, without: torch.dtype = torch.float32) -> torch.dtype:

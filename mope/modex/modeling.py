@@ -14,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 from mope.backbones import FusedEncoder, find_fused, known_fused
 from mope.checks import check_are_tensors, check_encoder, names_of
+from mope.encoders.recomputing import Recomputing
 from mope.fusion.base import FusionModel, in_frozen_dtype
 from mope.fusion.checkpoint import (
     CONFIG,
@@ -134,15 +135,25 @@ class ModeXForClassification(FusionModel):
         """Return the encoder."""
         return [self.encoder]
 
-    def recompute(self, on: bool) -> None:
+    def recompute(self, recomputing: Recomputing | None) -> None:
         """Let the encoder recompute its layers in the backward pass, or not."""
         # transformers 6 will know the first name only, older versions the second.
-        what = "enable" if on else "disable"
+        what = "disable" if recomputing is None else "enable"
         change = getattr(self.encoder, f"activation_checkpointing_{what}", None)
         change = change or getattr(self.encoder, f"gradient_checkpointing_{what}")
-        change(*([{"use_reentrant": False}] if on else []))
+        if recomputing is None:
+            change()
+        else:
+            # To the memory of the host, which transformers wants to pin, and cannot without an accelerator.
+            offload = recomputing.offload and self.device.type != "cpu"
+            change({"use_reentrant": False}, every_n_layers=recomputing.every, offload=offload)
         # Asked for by transformers, needed by reentrant checkpointing alone, and an error in BLIP, which adds in place to them.
         self.encoder.disable_input_require_grads()
+
+    def frozen_weights_moved(self) -> None:
+        """Ask for recomputation again: what it takes depends on where the encoder is."""
+        if self._checkpointing is not None:
+            self.recompute(self._checkpointing)
 
     def detach(self) -> None:
         """Give the encoder back as it was: no adapters, its LayerNorms and `requires_grad`. The model does not run any more."""

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mope_kernels
 from mope import MoPEConfig, MoPEForClassification
 from mope.backbones import PromptedLayer, find_adapter
+from mope.fused.swin import MoPESwinBlock
 
 from . import test_swin_classification
 from .tiny import TEXTS, VISION, Plain, backbone, fusion, inputs
@@ -194,6 +195,27 @@ def test_gradient_checkpointing(options: dict[str, Any], monkeypatch: pytest.Mon
         torch.testing.assert_close(once, twice, rtol=1e-12, atol=1e-14)
     with pytest.raises(ValueError, match="use_reentrant"):
         model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.parametrize(("vision", "every", "again"), [("vit", 1, 3), ("vit", 2, 2), ("swin", 1, 4), ("swin", 3, 2)])
+def test_some_layers_are_recomputed(vision: str, every: int, again: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every so many, the first among them; the gradients are the same."""
+    on_swin = vision == "swin"
+    kind, method = (MoPESwinBlock, "step") if on_swin else (PromptedLayer, "forward")
+    fused, batch = (test_swin_classification.fusion, test_swin_classification.inputs()) if on_swin else (fusion, inputs())
+    model, runs, found = fused(noise_std=0.0, prompt_dropout=0.0), [], []
+    run = getattr(kind, method)
+    monkeypatch.setattr(kind, method, lambda self, *a, **k: (runs.append(1), run(self, *a, **k))[1])
+    for recomputed in (False, True):
+        if recomputed:
+            model.gradient_checkpointing_enable(every_n_layers=every)
+        model.zero_grad()
+        runs.clear()
+        model(**batch).logits.square().sum().backward()
+        found.append((len(runs), [p.grad.clone() for p in model.trainable_parameters()]))
+    assert found[1][0] - found[0][0] == again
+    for once, twice in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(once, twice, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

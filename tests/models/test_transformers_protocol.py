@@ -130,15 +130,31 @@ def test_parts_of_a_batch_are_the_batch(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_gradient_checkpointing_changes_no_gradient(kind: str, tmp_path: Path) -> None:
     found = []
-    for on in (False, True):
+    for how in (None, {}, {"use_reentrant": False}, {"every_n_layers": 2}, {"offload": True}):
         model = MODELS[kind]()
-        trainer_for(model, tmp_path, gradient_checkpointing=on, num_train_epochs=1).train()
-        assert model.is_gradient_checkpointing == on
+        options = {"gradient_checkpointing": how is not None, "gradient_checkpointing_kwargs": how}
+        trainer_for(model, tmp_path, **options, num_train_epochs=1).train()
+        assert model.is_gradient_checkpointing == (how is not None)
         found.append(trained(model))
-    for name, tensor in found[0].items():
-        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
-    with pytest.raises(ValueError, match="every_n_layers=2"):
-        MODELS[kind]().gradient_checkpointing_enable(None, every_n_layers=2)
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradient_checkpointing_refuses_what_it_does_not_do(kind: str) -> None:
+    model = MODELS[kind]()
+    for given, options, message in (
+        ({"use_reentrant": True}, {}, "use_reentrant=True is not supported"),
+        ({"preserve_rng_state": False}, {}, "no preserve_rng_state"),
+        (None, {"every_n_layers": 0}, "every_n_layers must be an integer from 1 on, got 0"),
+        (None, {"every_n_layers": True}, "every_n_layers must be"),
+        (None, {"offload": 1}, "offload must be true or false, got 1"),
+    ):
+        for enable in (model.gradient_checkpointing_enable, model.activation_checkpointing_enable):
+            with pytest.raises(ValueError, match=message):
+                enable(given, **options)
+        assert not model.is_gradient_checkpointing
 
 
 @pytest.mark.parametrize(("kind", "options"), [("mope", {}), ("mope", {"finetuned": ("text",)}), ("modex", {})], ids=str)
