@@ -8,13 +8,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 MODELS = "transformers.models.auto.modeling_auto"
@@ -64,8 +64,12 @@ def register_model(kind: Any) -> None:
 _AFTER: dict[str, Callable[[Any], None]] = {CONFIGURATIONS: _register_configurations, MODELS: _register_models}
 
 
-class _Watch(MetaPathFinder):
-    """Finds nothing itself: lets something be done once after one module was imported."""
+class _Watch:
+    """Finds nothing itself: lets something be done once after one module was imported.
+
+    No subclass of `importlib.abc.MetaPathFinder`, which has no methods to inherit, and whose module takes longer to import than all
+    of this package.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -73,24 +77,30 @@ class _Watch(MetaPathFinder):
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != self.name:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        from importlib.util import find_spec
+
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, _AFTER[fullname])
+            spec.loader = _Then(spec.loader, _AFTER[fullname])  # type: ignore[assignment]
         return spec
 
 
-class _Then(Loader):
+class _Then:
     """A module's own loader, and then something else."""
 
-    def __init__(self, loader: Loader, then: Callable[[Any], None]) -> None:
+    def __init__(self, loader: Any, then: Callable[[Any], None]) -> None:
         self.loader, self.then = loader, then
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
+        module: ModuleType | None = self.loader.create_module(spec)
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
+        # What looks for the source, or reloads, asks one of the two.
         module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         self.then(module)
 
@@ -101,4 +111,4 @@ def register_with_transformers() -> None:
         if name in sys.modules:
             register(sys.modules[name])
         elif not any(isinstance(finder, _Watch) and finder.name == name for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Watch(name))
+            sys.meta_path.insert(0, _Watch(name))  # type: ignore[arg-type]

@@ -39,6 +39,9 @@ class ModelConfig:
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["importance_loss", "routing", "features"]
     # What transformers reads of any configuration.
     sub_configs: ClassVar[dict[str, Any]] = {}
+    base_model_tp_plan: Any = None
+    base_model_pp_plan: Any = None
+    base_model_ep_plan: Any = None
     name_or_path = ""
     architectures: Any = None
     distributed_config: Any = None

@@ -104,6 +104,8 @@ def test_trains_evaluates_and_predicts_with_the_defaults(kind: str, tmp_path: Pa
 
     trainer = trainer_for(model, tmp_path, [Logger()], logging_steps=1)
     assert trainer.label_names == ["labels"] and not trainer.model_accepts_loss_kwargs
+    # As launchers ask, which divide models that have a plan for it.
+    assert not model.supports_tp_plan and not model.supports_pp_plan
     loss = trainer.evaluate()["eval_loss"]
     trainer.train()
     metrics = trainer.evaluate()
