@@ -5,6 +5,7 @@ Values are looked at where a tensor is on the CPU, which nobody waits for, and n
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,17 +22,17 @@ IGNORED = -100
 
 
 def is_number(value: object) -> bool:
-    """Whether something is a number: truth values are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Return whether something is a number that torch can compute with: truth values, NaN, infinity and what is larger are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_integer(value: object) -> bool:
-    """Whether something is a whole number: truth values are none."""
-    return isinstance(value, int) and is_number(value)
+    """Return whether something is a whole number: truth values are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_index(value: object) -> bool:
-    """Whether something counts from 0."""
+    """Return whether something counts from 0."""
     return isinstance(value, int) and is_integer(value) and value >= 0
 
 

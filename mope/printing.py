@@ -31,6 +31,12 @@ def describe_output(output: Any) -> str:
     return f"{type(output).__name__}({'; '.join([*fields, *where])})"
 
 
+def first_of(items: Sequence[str], limit: int, separator: str = "; ") -> str:
+    """Return the first items in words, and how many more there are."""
+    rest = len(items) - limit
+    return separator.join(items[:limit]) + (f"{separator}and {rest} more" if rest > 0 else "")
+
+
 def ranked(names: Sequence[str], probabilities: Tensor, limit: int = 5) -> str:
     """The most probable names with their probabilities, and how many there are beside them."""
     values, order = torch.topk(probabilities, min(limit, len(names)))

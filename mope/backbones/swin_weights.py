@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import SwinConfig, SwinModel
 
+from mope.printing import first_of
+
 # transformers' names for what the original Swin Transformer's checkpoints call otherwise; both of transformers' generations.
 _RENAMED = (
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -120,8 +122,7 @@ def swin_model_from_checkpoint(source: str | Path | Mapping[str, Any], *, image_
         if expected[name].shape != state[name].shape:
             wrong.append(f"{name} is {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}")
     if wrong:
-        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError(f"{what} does not hold the Swin Transformer that its sizes tell of: {'; '.join(sorted(wrong)[:8])}{more}")
+        raise ValueError(f"{what} does not hold the Swin Transformer that its sizes tell of: {first_of(sorted(wrong), 8)}")
     model.load_state_dict(transformers_state_dict(model, state), strict=False)
     return model.eval()
 

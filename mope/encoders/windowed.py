@@ -26,6 +26,7 @@ from mope.fused.plain import add, add_norm
 from mope.fused.prompts import PromptExperts
 from mope.fused.router import Router, cross_logits, make_router, sample_noise
 from mope.fused.swin import BlockPrompts, MoPESwinBlock, PromptedPatchMerging, position_bias, position_table
+from mope.printing import first_of
 from mope_kernels import Routing
 
 
@@ -261,7 +262,7 @@ class MoPESwinEncoder(nn.Module):
                 wrong.append(f"{name} is {tuple(state[name].shape)}, expected {shape}")
         wrong += [f"{name} is unknown" for name in state.keys() - taken]
         if wrong:
-            raise ValueError("load_swin: " + "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+            raise ValueError(f"load_swin: {first_of(wrong, 8)}")
         with torch.no_grad():
             for name, target, _ in self.original_names():
                 value = state[name]

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mope.printing import first_of
+
 CARD = "README.md"
 # Classes by name, up to so many.
 SHOWN = 20
@@ -42,8 +44,7 @@ def _lines(model: Any, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
         where = _line(record["source"]) or ("copied here" if record["stored"] == "copy" else "no name")
         lines += [f"| {name} | {record['class']} | {where} | {record['dtype']} | `{record['fingerprint'][:16]}` |"]
     names = [_line(config.id2label[i]) for i in range(config.num_labels)]
-    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    lines += ["", f"{config.num_labels} classes ({config.problem_type}): {', '.join(names[:SHOWN])}{more}.", ""]
+    lines += ["", f"{config.num_labels} classes ({config.problem_type}): {first_of(names, SHOWN, ', ')}.", ""]
     if model.card_data:
         lines += ["## Data and results", "", "```json", json.dumps(model.card_data, indent=2, default=str), "```", ""]
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch
 
 import mope
 from mope import modalities
-from mope.checks import PROBLEMS_OF_TRANSFORMERS, check_labels_of, names_of, problem_type_of
+from mope.checks import PROBLEMS_OF_TRANSFORMERS, check_labels_of, is_integer, is_number, names_of, problem_type_of
 from mope.fused.router import ROUTERS
 from mope.fusion.methods import METHODS, Method
 from mope.fusion.parts import PARTS, SHORT, MapperConfig, PromptConfig, RouterConfig
@@ -143,22 +142,22 @@ class MoPEConfig(ModelConfig):
             "head_hidden": 1,
         }.items():
             value = getattr(self, name)
-            if not _is_integer(value) or value < lowest:
+            if not is_integer(value) or value < lowest:
                 raise ValueError(f"MoPEConfig: {name} must be an integer of at least {lowest}, got {value!r}")
         for name in ("train_top_k", "eval_top_k"):
             value = getattr(self, name)
-            if value is not None and not (_is_integer(value) and 1 <= value <= self.num_experts):
+            if value is not None and not (is_integer(value) and 1 <= value <= self.num_experts):
                 raise ValueError(
                     f"MoPEConfig: {name} must be None (all) or between 1 and num_experts={self.num_experts}, got {value!r}"
                 )
         for name in ("noise_std", "importance_weight", "importance_threshold"):
-            if not (_is_number(value := getattr(self, name)) and value >= 0):
+            if not (is_number(value := getattr(self, name)) and value >= 0):
                 raise ValueError(f"MoPEConfig: {name} must be 0 or more, got {value!r}")
         for name in ("temperature", "prompt_init_bound"):
             value = getattr(self, name)
-            if not (value is None and name == "prompt_init_bound") and not (_is_number(value) and value > 0):
+            if not (value is None and name == "prompt_init_bound") and not (is_number(value) and value > 0):
                 raise ValueError(f"MoPEConfig: {name} must be positive, got {value!r}")
-        if not (_is_number(self.prompt_dropout) and 0 <= self.prompt_dropout < 1):
+        if not (is_number(self.prompt_dropout) and 0 <= self.prompt_dropout < 1):
             raise ValueError(f"MoPEConfig: prompt_dropout must be in [0, 1), got {self.prompt_dropout!r}")
         assert isinstance(self.router, RouterConfig)
         if self.router.kind not in ROUTERS:
@@ -217,7 +216,7 @@ class MoPEConfig(ModelConfig):
         if isinstance(finetuned, str) or not isinstance(finetuned, Sequence):
             raise ValueError(f"MoPEConfig: finetuned must be a sequence, such as ['text'], got {finetuned!r}")
         layers = self.prompted_layers
-        if layers is not None and not (isinstance(layers, Sequence) and layers and all(map(_is_integer, layers))):
+        if layers is not None and not (isinstance(layers, Sequence) and layers and all(map(is_integer, layers))):
             raise ValueError(f"MoPEConfig: prompted_layers must be integers, at least one, or None for all layers, got {layers!r}")
 
     def _check_depth(self) -> None:
@@ -250,13 +249,13 @@ class MoPEConfig(ModelConfig):
         put("main", self.fusion.main or self.main)
         if not isinstance(self.main, str):
             raise ValueError(f"MoPEConfig: main must be the name of a modality, got {self.main!r}")
-        if not _is_integer(self.num_labels) or self.num_labels < 0:
+        if not is_integer(self.num_labels) or self.num_labels < 0:
             raise ValueError(f"MoPEConfig: num_labels must be an integer of at least 1, got {self.num_labels!r}")
         self._resolve_modalities(put)
         if self.static_length is None:
             put("static_length", self.fusion.static_length)
         if self.noise_std is None:
-            put("noise_std", 1 / self.num_experts**2 if _is_integer(self.num_experts) and self.num_experts > 0 else 0.0)
+            put("noise_std", 1 / self.num_experts**2 if is_integer(self.num_experts) and self.num_experts > 0 else 0.0)
         put("finetuned", tuple(self.finetuned or ()))
         put("problem_type", problem_type_of(self.problem_type, "MoPEConfig"))
         if self.prompted_layers is not None:
@@ -441,11 +440,3 @@ for _name, _place in SHORT.items():
 
 def _renamed(name: str, value: Any) -> Any:
     return RENAMED.get((name, value), value) if isinstance(value, str) else value
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

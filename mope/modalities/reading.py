@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mope.printing import first_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -148,7 +150,7 @@ def is_key(value: object) -> bool:
 
 def listed(items: Sequence[str]) -> str:
     """Return the first few of some items in words."""
-    return ", ".join(items[:SHOWN]) + (f", and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
+    return first_of(items, SHOWN, ", ")
 
 
 def shown(value: object) -> str:

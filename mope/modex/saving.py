@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mope.fusion.checkpoint import compare_tensors
+from mope.printing import first_of
 
 WEIGHTS = "modex.safetensors"
 
@@ -31,4 +32,4 @@ def check_tensors(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Non
         if name in unfit
     ]
     if wrong:
-        raise ValueError("; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""))
+        raise ValueError(first_of(wrong, 10))

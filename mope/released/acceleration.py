@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from mope.printing import first_of
+
 from . import live_bert, live_swin
 from .encoder import MODES
 from .live import Accelerated, replace
@@ -103,9 +105,7 @@ def accelerate(model: nn.Module, *, mode: str = "released", prepack: bool = True
             "prompted BERT classifier (nothing has bert_encoder and prompt_vector)"
         )
     if problems:
-        raise ValueError(
-            "accelerate: " + "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        )
+        raise ValueError(f"accelerate: {first_of(problems, 8)}")
     # Some may have been accelerated by an earlier call.
     before: list[tuple[Any, type[nn.Module]]] = [(part, type(part)) for part, _ in replacements]
     try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mope.backbones import base_model
 from mope.backbones.swin_weights import swin_state_dict
 from mope.fusion import MoPEConfig, MoPEForClassification
+from mope.printing import first_of
 
 from .checkpoint import read_released_checkpoint
 from .encoder import MODES, prompt_tensors
@@ -133,7 +134,7 @@ def _check_shapes(path: str | Path, state: Mapping[str, Tensor], wanted: Mapping
         elif state[name].is_floating_point() != wanted[name].is_floating_point():
             wrong.append(f"{name} is {state[name].dtype}, expected {wanted[name].dtype}")
     if wrong:
-        raise ValueError(f"{path}: {'; '.join(wrong[:8])}" + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+        raise ValueError(f"{path}: {first_of(wrong, 8)}")
 
 
 def _check_backbone(path: str | Path, modality: str, found: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

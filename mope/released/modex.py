@@ -20,6 +20,7 @@ from transformers import BertModel, BlipTextModel, BlipVisionModel, ViTModel
 
 from mope.fused import ExpertAdapter
 from mope.fusion.checkpoint import LOADABLE
+from mope.printing import first_of
 from mope.released.checkpoint import read_pickle, refuse_strangers, same
 
 # The adapters of a layer stand in every module that uses them: the image's block, the text's layer and up to three modules in it.
@@ -270,7 +271,7 @@ def _check_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], where: 
         if tensor.shape != own[name].shape or tensor.dtype not in LOADABLE
     ]
     if wrong:
-        raise ValueError(f"{where} is of another model: {'; '.join(wrong[:5])}{f'; and {len(wrong) - 5} more' * (len(wrong) > 5)}")
+        raise ValueError(f"{where} is of another model: {first_of(wrong, 5)}")
 
 
 def _describe(site: tuple[int, str]) -> str:

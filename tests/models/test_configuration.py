@@ -96,6 +96,8 @@ def test_configs_do_not_change() -> None:
         ({"id2label": [1, 2]}, "id2label must hold names, got 1"),
         ({"id2label": {"first": "a"}}, "id2label must have integers for keys"),
         ({"temperature": float("inf")}, "temperature must be positive, got inf"),
+        ({"temperature": 10**400}, "temperature must be positive, got 10000"),
+        ({"noise_std": float("nan")}, "noise_std must be 0 or more, got nan"),
         ({"head": "deep"}, "head must be one of"),
         ({"num_experts": 0}, "num_experts must be an integer of at least 1"),
         ({"static_length": 1.5}, "static_length must be an integer"),

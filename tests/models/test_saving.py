@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from mope import MoPEConfig, MoPEForClassification
 from mope.fusion.checkpoint import describe
 
-from .tiny import BACKBONES, backbone, fusion, inputs
+from .tiny import BACKBONES, backbone, counted, fusion, inputs
 
 
 def logits(model: MoPEForClassification, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -119,6 +119,28 @@ def test_fingerprint_follows_weights_names_and_the_config_but_not_prompts_or_the
     a, b = model.encoder.layer[0].attention.self.key, model.encoder.layer[0].attention.self.query
     a.weight.data, b.weight.data = b.weight.data, a.weight.data
     assert describe(model)["fingerprint"] != first
+
+
+def _swin() -> transformers.SwinModel:
+    sizes = dict(image_size=32, patch_size=4, num_channels=3, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=4)
+    return transformers.SwinModel(transformers.SwinConfig(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("name", "fingerprint"),
+    [
+        ("vit", "e0aaf42b37b85429"),
+        ("dinov2", "7ead1a817b37ab1b"),
+        ("clip", "520244185aa66bdc"),
+        ("bert", "12a04dc228f5747f"),
+        ("roberta", "d6806be84e4900d2"),
+        ("swin", "1889beed72b5e905"),
+    ],
+)
+def test_fingerprints_are_those_that_checkpoints_have(name: str, fingerprint: str) -> None:
+    """What goes into a digest must never change: checkpoints by name would find no encoder any more."""
+    model = {**BACKBONES, "swin": _swin}[name]().float()
+    assert describe(counted(model))["fingerprint"].startswith(fingerprint)
 
 
 @pytest.fixture

@@ -56,6 +56,7 @@ def test_a_missing_file_is_named(tmp_path):
         ({"sites": {"visual_msa": "plain"}, "bottleneck": 0}, "bottleneck must be an integer of at least 1, got 0"),
         ({"sites": {"visual_msa": "plain"}, "num_experts": 1}, "num_experts must be an integer of at least 2, got 1"),
         ({"sites": {"visual_msa": "plain"}, "temperature": 0}, "temperature must be positive, got 0"),
+        ({"sites": {"visual_msa": "plain"}, "temperature": float("inf")}, "temperature must be positive, got inf"),
         ({"sites": {"visual_msa": "plain"}, "dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"sites": {"visual_msa": "plain"}, "activation": "tanh"}, "activation must be one of relu, gelu, got 'tanh'"),
         ({"sites": {"visual_msa": "plain"}, "train_layer_norms": "no"}, "train_layer_norms must be true or false"),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mope.modex import AlbefModel, ModeXConfig, ModeXForClassification
+from tests.models.tiny import counted
 from tests.modex.tiny import MODELS, shake
 
 CONFIGS = {"albef": ModeXConfig.preset("albef", fusion_layer=1, bottleneck=4), "blip": ModeXConfig.preset("blip", bottleneck=4)}
@@ -195,6 +196,16 @@ def test_a_reference_wants_the_encoder_that_it_was(tmp_path: Path) -> None:
         ModeXForClassification.from_pretrained(tmp_path, model=heads)
     # Given back as it was.
     assert other.state_dict().keys() == expected.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fingerprint"),
+    [("albef", "99993f3a44d0863d"), ("blip_retrieval", "f2d3cf240d7c3a58"), ("blip_vqa", "b47265a0c7e5d175")],
+)
+def test_fingerprints_are_those_that_checkpoints_have(kind: str, fingerprint: str) -> None:
+    """What goes into a digest must never change: checkpoints by name would find no encoder any more."""
+    given = encoder(kind) if kind == "albef" else MODELS[kind]()
+    assert ModeXForClassification(counted(given), None, 2).fingerprints()["encoder"].startswith(fingerprint)
 
 
 def test_modules_that_train_beside_the_adapters_come_back(tmp_path: Path) -> None:

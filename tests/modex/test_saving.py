@@ -81,12 +81,17 @@ def _integers(held):
     held[f"{SITE}.up_bias"] = held[f"{SITE}.up_bias"].long()
 
 
+def _doubled(held):
+    held |= {f"again.{key}": tensor.clone() for key, tensor in held.items()}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (_renamed, r"layers\.0\.visual_msa\.down_weight is missing; visual_msa\.down_weight is unknown"),
         (_reshaped, r"layers\.0\.visual_msa\.up_weight is \(1, 31, 16\) torch\.float64, expected \(1, 32, 16\)"),
         (_integers, r"layers\.0\.visual_msa\.up_bias is \(1, 32\) torch\.int64"),
+        (_doubled, r"(again\.\S+ is unknown; ){10}and [1-9]\d* more$"),
     ],
 )
 def test_tensors_that_do_not_fit_change_nothing(tmp_path, change, message):
