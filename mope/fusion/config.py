@@ -216,7 +216,9 @@ class MoPEConfig(ModelConfig):
         if isinstance(finetuned, str) or not isinstance(finetuned, Sequence):
             raise ValueError(f"MoPEConfig: finetuned must be a sequence, such as ['text'], got {finetuned!r}")
         layers = self.prompted_layers
-        if layers is not None and not (isinstance(layers, Sequence) and layers and all(map(is_integer, layers))):
+        # Bytes are a sequence of integers too.
+        is_list = isinstance(layers, Sequence) and not isinstance(layers, bytes)
+        if layers is not None and not (is_list and layers and all(map(is_integer, layers))):
             raise ValueError(f"MoPEConfig: prompted_layers must be integers, at least one, or None for all layers, got {layers!r}")
 
     def _check_depth(self) -> None:

@@ -106,8 +106,8 @@ class SavedModel(FusionModel):
         if wrong:
             raise ValueError(f"{file}: {'; '.join(wrong)}")
         # Fine-tuned encoders are in checkpoints of transformers' Trainer a second time.
-        if set(found.unknown) - self.trained_state_dict().keys():
-            warnings.warn(f"{file}: ignoring unknown tensors {', '.join(sorted(found.unknown))}", stacklevel=4)
+        if strangers := set(found.unknown) - self.trained_state_dict().keys():
+            warnings.warn(f"{file}: ignoring unknown tensors {', '.join(sorted(strangers))}", stacklevel=4)
         # Copied out of the file's mapping, in which tensors are not aligned.
         device = next(self.backbone(self.config.main).parameters()).device
         on_device = {name: tensors[name].to(device, copy=True) for name in expected}

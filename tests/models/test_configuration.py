@@ -103,6 +103,7 @@ def test_configs_do_not_change() -> None:
         ({"static_length": 1.5}, "static_length must be an integer"),
         ({"eval_top_k": 17}, "eval_top_k must be None"),
         ({"train_top_k": 0}, "train_top_k must be None"),
+        ({"prompted_layers": b"\x01"}, "prompted_layers must be integers"),
         ({"train_top_k": "2"}, "train_top_k must be None .* got '2'"),
         ({"eval_top_k": 1.5}, "eval_top_k must be None"),
         ({"num_experts": "4", "noise_std": None}, "num_experts must be an integer of at least 1, got '4'"),

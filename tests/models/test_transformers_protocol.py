@@ -189,8 +189,29 @@ def test_a_run_is_resumed_and_the_best_is_loaded(kind: str, options: dict[str, A
     assert load_file(checkpoint / "model.safetensors").keys() == trained(again).keys()
 
 
+@pytest.mark.parametrize(("kind", "options"), [("mope", {}), ("mope", {"finetuned": ("text",)}), ("modex", {})], ids=str)
+def test_a_checkpoint_of_trainer_is_opened(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """With the encoders that are not in it. One that was fine-tuned is there twice, which nobody has to know."""
+    model = MODELS[kind](**options)
+    batch = {name: torch.stack([item[name] for item in items_for(model)]) for name in ("pixel_values", "input_ids")}
+    trainer_for(model, tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    twin = MODELS[kind](**options)
+    frozen = {name: given.encoder for name, given in twin.given_encoders().items() if not given.trains}
+    twin.detach()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        # ModeX has one encoder, which it calls its model.
+        opened = type(model).from_pretrained(
+            tmp_path / "checkpoint-2", **(frozen if kind == "mope" else {"model": frozen["encoder"]})
+        )
+    unknown = [str(each.message) for each in said if "unknown tensors" in str(each.message)]
+    # Nothing reads the pooler, and no copy has it.
+    assert all(text.partition("tensors ")[2] == "text.pooler.dense.bias, text.pooler.dense.weight" for text in unknown)
+    assert torch.equal(opened(**batch).logits, model.eval()(**batch).logits)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mope"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_compiled(kind: str, tmp_path: Path) -> None:
     model, plain = MODELS[kind](), MODELS[kind]()
     trainer_for(model, tmp_path, torch_compile=True, torch_compile_backend="aot_eager", num_train_epochs=1).train()
