@@ -131,26 +131,30 @@ class BackboneAdapter(Architecture, ABC):
         """Return what is added to the scores of tokens, broadcastable to (B,H,L,L), None for nothing."""
         return None
 
-    @property
-    def adds_bias(self) -> bool:
-        """Whether scores get a bias."""
-        return type(self).attention_bias is not BackboneAdapter.attention_bias
+    # The methods between projections and scores that a class has of its own. Looked up once, since every layer asks.
+    own_between: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        between = ("prepare", "prepare_prompts", "attention_bias")
+        cls.own_between = frozenset(name for name in between if getattr(cls, name) is not getattr(BackboneAdapter, name))
 
     def attend_to_prompts(self, layer: Any) -> FrozenAttention:
         """Return `attention` as it is for prompts, whatever the tokens are."""
-        if type(self).prepare_prompts is BackboneAdapter.prepare_prompts:
+        if "prepare_prompts" not in self.own_between:
             return self.attention(layer)
         return replace(self.attention(layer), prepare_prompts=partial(self.prepare_prompts, layer))
 
     def attend(self, layer: Any, context: Any = None) -> FrozenAttention:
         """Return `attention` with what stands between projections and scores."""
-        attention = self.attend_to_prompts(layer)
+        if not self.own_between:
+            return self.attention(layer)
         between: dict[str, Any] = {}
-        if type(self).prepare is not BackboneAdapter.prepare:
+        if "prepare" in self.own_between:
             between["prepare"] = partial(self.prepare, layer, context=context)
-        if self.adds_bias:
+        if "attention_bias" in self.own_between:
             between["bias"] = self.attention_bias(layer, context)
-        return replace(attention, **between) if between else attention
+        return replace(self.attend_to_prompts(layer), **between)
 
     def is_row_wise(self, model: Any) -> bool:
         """Whether `finish` makes of each row what it makes of it alone, so that rows may be left out and put anywhere."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -120,24 +121,16 @@ class LayerwiseEncoder:
             hidden_states, mask, packing = tokens, padding.as_mask(tokens.shape[1]), None
         if packing is None:
             padding = padding.without_packing()
+        plain = {"adapter": adapter, "mask": mask, "packing": packing, "context": context}
+        prompted = {"lengths": padding.lengths, "token_mask": padding.token_mask, "packing": packing, "context": context}
         routing: list[Routing] = []
         for i, layer in enumerate(adapter.layers(backbone)):
             given = prompts.of_layer(i)
-            run = _call if recomputing is None or not recomputing.takes(i) else recomputing
-            if given is None:
-                hidden_states = run(
-                    _plain_layer, hidden_states, adapter=adapter, block=layer, mask=mask, packing=packing, context=context
-                )
-                continue
-            hidden_states, routed = run(
-                layer,
-                hidden_states,
-                lengths=padding.lengths,
-                token_mask=padding.token_mask,
-                packing=packing,
-                context=context,
-                **given,
-            )
+            call, given = (partial(_plain_layer, layer), plain) if given is None else (layer, {**given, **prompted})
+            if recomputing is None or not recomputing.takes(i):
+                hidden_states, routed = call(hidden_states, **given)
+            else:
+                hidden_states, routed = recomputing(call, hidden_states, **given)
             if routed is not None:
                 routing.append(routed)
         if at_input is not None:
@@ -150,15 +143,12 @@ class LayerwiseEncoder:
         return [i for i, layer in enumerate(self.adapter.layers(self.backbone)) if isinstance(layer, PromptedLayer)]
 
 
-def _call(layer: Callable[..., Any], hidden_states: Tensor, **inputs: Any) -> Any:
-    return layer(hidden_states, **inputs)
-
-
 def _plain_layer(
-    hidden_states: Tensor, *, adapter: BackboneAdapter, block: nn.Module, mask: Tensor | None, packing: Packing | None, context: Any
-) -> Tensor:
-    """A layer without prompts of its own: (B,L,C) -> (B,L,C)."""
-    return adapter.finish(block, hidden_states, adapter.attend(block, context).plain(hidden_states, mask, packing))
+    layer: nn.Module, hidden_states: Tensor, *, adapter: BackboneAdapter, mask: Tensor | None, packing: Packing | None, context: Any
+) -> tuple[Tensor, None]:
+    """Run a layer without prompts of its own, (B,L,C) -> (B,L,C); it routes nothing."""
+    attended = adapter.attend(layer, context).plain(hidden_states, mask, packing)
+    return adapter.finish(layer, hidden_states, attended), None
 
 
 def as_prompts(mapped: Tensor) -> Tensor:

@@ -235,6 +235,11 @@ class MoPEForClassification(SavedModel):
         self.input_prompts: InputPrompts | None = None
         if config.prompts_main and config.prompt_depth == "shallow" and layerwise:
             adapter = self._adapters[main]
+            if adapter.own_between:
+                raise ValueError(
+                    f"prompt_depth='shallow' is not supported with {type(adapter).__name__}: prompts among the tokens would shift "
+                    "the positions or biases of its attention: set prompt_depth='deep'"
+                )
             first_layer = adapter.layers(self.backbone(main))[0]
             self.input_prompts = new_input_prompts(config, adapter.attention(first_layer).norm, dim)
         self.mapper: nn.Module | None = None

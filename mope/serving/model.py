@@ -185,7 +185,7 @@ class MultiTaskModel(nn.Module):
         task, encoder = self.task, self.task.encoder(modality)
         assert isinstance(encoder, LayerwiseEncoder)
         can_bank = modality != task.config.main or task.frozen_attention(modality, layer).can_bank
-        if encoder.adapter.adds_bias or not can_bank:
+        if "attention_bias" in encoder.adapter.own_between or not can_bank:
             raise ValueError(
                 f"the {modality} encoder cannot be served for many tasks: its layers add a bias to scores, or change the keys of "
                 "prompts after they are projected: serve each task by model.serving()"

@@ -275,6 +275,16 @@ def test_hooks_between_projections_and_scores(changes: dict[str, bool], experts:
         torch.testing.assert_close(predict(**batch).logits, logits, rtol=1e-9, atol=1e-10)
 
 
+def test_shallow_prompts_are_refused_where_they_would_shift_positions() -> None:
+    before = known()["bert"]
+    try:
+        mope.register_backbone("bert", Rotating)
+        with pytest.raises(ValueError, match="prompt_depth='shallow' is not supported with Rotating"):
+            tiny.fusion(main="text", method="static_mapped", prompt_depth="shallow")
+    finally:
+        mope.register_backbone("bert", type(before))
+
+
 def test_only_the_files_of_a_modality_name_its_inputs() -> None:
     """Benchmarks, demos, the released code's package, and the encoders themselves aside."""
     root = Path(mope.__file__).parent
