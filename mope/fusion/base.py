@@ -321,8 +321,9 @@ class FusionModel(PreTrainedModel, ABC):
         if state_dict is not NOT_GIVEN:
             tensors = {name: (state_dict or {}).get(name, tensor) for name, tensor in self.trained_state_dict().items()}
         write_tensors(tensors, folder / WEIGHTS)
-        write_card(folder, self, records)
         write_config(folder, {**self.config.to_dict(), **self.records_in_config(records)})
+        # Nobody needs it to load the model.
+        write_card(folder, self, records)
         if push_to_hub:
             push(
                 folder,

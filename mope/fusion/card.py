@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,28 +15,37 @@ from mope.printing import first_of
 CARD = "README.md"
 # Classes by name, up to so many.
 SHOWN = 20
+MARK = "<!-- written by mope on saving: remove this line to keep what you change -->"
 
 
 def write_card(folder: Path, model: Any, records: Mapping[str, Mapping[str, Any]]) -> None:
     """Write what somebody who finds the folder has to know: what the model is, trained on what, how good, and how to load it.
 
+    A card that cannot be written is warned about: the checkpoint is complete without it.
+
     Args:
-        folder: of the checkpoint. A card that somebody wrote there is left alone.
+        folder: of the checkpoint. A card that somebody wrote there is left alone, and a link is not followed.
         model: which is saved.
         records: of its encoders, by name, as config.json has them.
     """
     file = folder / CARD
-    if file.exists() and MARK not in file.read_text(errors="replace"):
-        return
-    file.write_text("\n".join(_lines(model, records)) + "\n")
+    try:
+        if file.is_symlink() or (file.exists() and not _is_ours(file)):
+            return
+        # Halves of a character, which JSON may hold, have no encoding.
+        file.write_text("\n".join(_lines(model, records)) + "\n", encoding="utf-8", errors="replace")
+    except OSError as error:
+        warnings.warn(f"{file}: the model is saved, and its card could not be written ({error})", stacklevel=3)
 
 
-MARK = "<!-- written by mope on saving: remove this line to keep what you change -->"
+def _is_ours(file: Path) -> bool:
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return not text or MARK in text
 
 
 def _lines(model: Any, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     config, kind = model.config, type(model).__name__
-    tags = ["mope", config.model_type, *sorted({slot.modality.name for slot in _slots(model)})]
+    tags = dict.fromkeys(("mope", config.model_type, *sorted({slot.modality.name for slot in _slots(model)})))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     others = " and ".join(config.complementary)
     lines = ["---", "library_name: mope", "tags:", *(f"- {tag}" for tag in tags), "---", MARK, "", f"# {kind}", ""]
@@ -41,7 +53,9 @@ def _lines(model: Any, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines += [f"{trained:,} parameters train; the encoders {'are frozen' if not _trains(model) else 'train in part'}.", ""]
     lines += ["| encoder | class | from | dtype | fingerprint |", "|---|---|---|---|---|"]
     for name, record in records.items():
-        where = _line(record["source"]) or ("copied here" if record["stored"] == "copy" else "no name")
+        source, copied = record["source"], record["stored"] == "copy"
+        # A folder of the machine that saved it says nothing where there is a copy.
+        where = "copied here" if copied and (not source or Path(source).is_absolute()) else _line(source) or "no name"
         lines += [f"| {name} | {record['class']} | {where} | {record['dtype']} | `{record['fingerprint'][:16]}` |"]
     names = [_line(config.id2label[i]) for i in range(config.num_labels)]
     lines += ["", f"{config.num_labels} classes ({config.problem_type}): {first_of(names, SHOWN, ', ')}.", ""]
@@ -74,5 +88,5 @@ def _trains(model: Any) -> bool:
 
 
 def _line(text: str) -> str:
-    """As one cell of a table."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    """Return a name as text on one line, whatever it holds: no markup, link or picture, and no end of a cell."""
+    return re.sub(r"([\\`*_\[\]!|])", r"\\\1", html.escape(" ".join(str(text).split())))

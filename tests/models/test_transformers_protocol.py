@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -369,6 +370,35 @@ def test_a_card_says_what_it_is(kind: str, tmp_path: Path, capsys: pytest.Captur
     model.print_trainable_parameters()
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert f"trainable params: {count:,} || all params: " in capsys.readouterr().out
+
+
+def test_no_card_costs_a_checkpoint(tmp_path: Path) -> None:
+    """Names that a locale cannot encode, halves of characters, and a card that is a folder or a link."""
+    model = mope_model(id2label=["café", "\ud800", "<script>|![x](http://t)"])
+    model.save_pretrained(tmp_path / "names", backbones="copy")
+    card = (tmp_path / "names" / "README.md").read_text(encoding="utf-8")
+    assert "café" in card and "<script>" not in card and "![x]" not in card
+    (tmp_path / "folder" / "README.md").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="its card could not be written"):
+        model.save_pretrained(tmp_path / "folder", backbones="copy")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "README.md").symlink_to(tmp_path / "elsewhere")
+    model.save_pretrained(tmp_path / "link", backbones="copy")
+    assert not (tmp_path / "elsewhere").exists()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "README.md").touch()
+    model.save_pretrained(tmp_path / "empty", backbones="copy")
+    assert (tmp_path / "empty" / "README.md").read_text(encoding="utf-8") == card
+    for name in ("names", "folder", "link", "empty"):
+        assert MoPEForClassification.from_pretrained(tmp_path / name).config == model.config
+    program = (
+        "import sys; from mope import MoPEForClassification as M; "
+        "M.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], backbones='copy')"
+    )
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    arguments = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "names"), str(tmp_path / "ascii")]
+    subprocess.run(arguments, env=ascii_only, check=True)
+    assert (tmp_path / "ascii" / "README.md").read_text(encoding="utf-8") == card
 
 
 def test_a_folder_of_an_earlier_version_opens(tmp_path: Path) -> None:
