@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,25 +73,32 @@ class _Watch:
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self.asks = name, False
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self.asks:
             return None
         from importlib.util import find_spec
 
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
-        spec = find_spec(fullname)
+        # The others find it; this one is asked again on the way.
+        self.asks = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self.asks = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, _AFTER[fullname])  # type: ignore[assignment]
+            spec.loader = _Then(spec.loader, self)  # type: ignore[assignment]
         return spec
 
 
 class _Then:
-    """A module's own loader, and then something else."""
+    """A module's own loader, and after the import what `_AFTER` says."""
 
-    def __init__(self, loader: Any, then: Callable[[Any], None]) -> None:
-        self.loader, self.then = loader, then
+    def __init__(self, loader: Any, watch: _Watch) -> None:
+        self.loader, self.watch = loader, watch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         module: ModuleType | None = self.loader.create_module(spec)
@@ -102,7 +110,9 @@ class _Then:
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        self.then(module)
+        with suppress(ValueError):
+            sys.meta_path.remove(self.watch)  # type: ignore[arg-type]
+        _AFTER[self.watch.name](module)
 
 
 def register_with_transformers() -> None:

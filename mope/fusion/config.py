@@ -278,7 +278,7 @@ class MoPEConfig(ModelConfig):
     def _resolve_modalities(self, put: Callable[[str, object], None]) -> None:
         """Fill in what main, complementary and named leave open, and check that they fit each other."""
         named = {} if self.named is None else self.named
-        if not isinstance(named, Mapping) or not all(isinstance(n, str) and n.isidentifier() for n in named):
+        if not isinstance(named, Mapping) or not all(map(modalities.is_argument, named)):
             raise ValueError(f"MoPEConfig: named must map identifiers to modalities, got {named!r}")
         put("named", dict(named))
         if taken := sorted(name for name in named if name in modalities.known() or hasattr(torch.nn.Module, name)):
@@ -292,6 +292,8 @@ class MoPEConfig(ModelConfig):
             others = ("vision",) if self.main == "text" else ("text",)
         if isinstance(others, str) or not isinstance(others, Sequence):
             raise ValueError(f"MoPEConfig: complementary must be a sequence, such as ['text'], got {others!r}")
+        if wrong := [name for name in (self.main, *others, *named.values()) if not isinstance(name, str)]:
+            raise ValueError(f"MoPEConfig: main, complementary and named hold names of modalities, got {wrong[0]!r}")
         put("complementary", tuple(others))
         if not others and self.fusion.complementary:
             raise ValueError(f"MoPEConfig: method {self.method!r} needs a complementary modality; 'main_only' needs none")

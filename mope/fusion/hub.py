@@ -9,6 +9,11 @@ from typing import Any
 FILES = ["*.json", "*.safetensors", "*.txt", "*.md", "*.model"]
 # Arguments of transformers' `from_pretrained` that say where files come from.
 WHERE = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+# Options of transformers that say how a model is made, for which there is a call of the model that comes back.
+ABOUT_THE_MODEL = (
+    *("dtype", "torch_dtype", "device_map", "low_cpu_mem_usage", "attn_implementation", "quantization_config", "variant"),
+    *("output_loading_info", "subfolder", "proxies"),
+)
 # Those that the Auto classes add, and that change nothing here.
 IGNORED = ("trust_remote_code", "_commit_hash", "adapter_kwargs", "code_revision", "weights_only", "use_safetensors")
 
@@ -22,7 +27,13 @@ def folder_of(name: str | Path, options: dict[str, Any]) -> Path:
 
     Raises:
         OSError: it cannot be downloaded; huggingface_hub says why.
+        TypeError: an option of transformers is given that is not for models around encoders.
     """
+    if refused := [key for key in ABOUT_THE_MODEL if options.pop(key, None) not in (None, "auto")]:
+        raise TypeError(
+            f"from_pretrained has no {', '.join(refused)} here: cast or move what it returns, model.to(...), or load the encoders "
+            "yourself and give them"
+        )
     where = {key: options.pop(key) for key in WHERE if key in options}
     for key in IGNORED:
         options.pop(key, None)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -46,19 +46,8 @@ NO_BANKS = (
 # What a model has under names of its own beside its methods, and what its forward takes: encoders and inputs are called otherwise.
 OWN = frozenset(
     {
-        *(
-            "blocks",
-            "card_data",
-            "config",
-            "cross_blocks",
-            "cross_head",
-            "head",
-            "input_checks",
-            "input_prompts",
-            "mapper",
-            "router",
-        ),
-        *("slots", "training", "warnings_issued", "widths"),
+        *("blocks", "card_data", "config", "cross_blocks", "cross_head", "head", "input_checks", "input_prompts", "mapper"),
+        *("router", "slots", "training", "warnings_issued", "widths"),
     }
 )
 ARGUMENTS = frozenset({"banks", "cross_features", "labels", "output_attentions", "router_noise"})
@@ -135,7 +124,8 @@ class MoPEForClassification(SavedModel):
         self.config, self.slots = config, config.slots
         for name in dict.fromkeys((*known(), *config.modalities)):
             backbone = backbones.get(name)
-            if backbone is not None or not (name in OWN or hasattr(self, name)):
+            # Of a modality that the model lacks, the name may be that of something else.
+            if backbone is not None or not (name in OWN or hasattr(type(self), name)):
                 setattr(self, name, None if backbone is None else base_model(backbone))
         self._sources = {m: source_of(self.backbone(m)) for m in config.modalities}
         kinds = {name: slot.modality.name for name, slot in self.slots.items()}
@@ -163,12 +153,12 @@ class MoPEForClassification(SavedModel):
             with naming_memory(_what_is_added(config)):
                 self._add_parts(dim, cross_dim)
             self.to(self.device)
+            self.input_checks = InputChecks(self.slots)
+            self.input_checks.sign(self)
         # Also memory that is not there, and an interruption: whoever gave the encoders has no handle to detach them by.
         except BaseException:
             self.detach()
             raise
-        self.input_checks = InputChecks(self.slots)
-        self.input_checks.sign(self)
 
     @staticmethod
     def _check_backbones(config: MoPEConfig, backbones: Mapping[str, nn.Module | None]) -> None:
@@ -490,9 +480,10 @@ class MoPEForClassification(SavedModel):
         """Combine the features of the complementary encoders, in the order of the configuration -> psi (B,Cc)."""
         if len(features) == 1:
             return features[0]
-        if self.config.combine == "sum":
-            return torch.stack([each.to(features[0].dtype) for each in features]).sum(0)
-        return torch.cat(list(features), dim=-1)
+        if self.config.combine == "concat":
+            return torch.cat(list(features), dim=-1)
+        # In the widest of their dtypes, whatever their order.
+        return reduce(torch.add, features)
 
     def read(self, given: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, EncoderInputs]:
         """Sort what a batch holds by encoder, and check it. `wanted` names the encoders that have to run.

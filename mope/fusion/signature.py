@@ -29,12 +29,14 @@ def sign_forward(model: nn.Module, tensors: Sequence[str], flags: Sequence[str] 
     key = (base, tuple(tensors), tuple(flags))
     if key not in _MADE:
         function: Any = base.forward
-        parameters = list(inspect.signature(function).parameters.values())
+        parameters = _parameters(base)
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return
         own = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-        of_tensors = [_parameter(name, None, "Tensor | None") for name in tensors]
-        switches = [_parameter(name, False, "bool") for name in flags]
+        named = {parameter.name for parameter in own}
+        inputs = [_parameter(name, None, "Tensor | None") for name in tensors if name not in named]
+        switches = [_parameter(name, False, "bool") for name in flags if name not in named]
+        last = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
         # A copy: another name for the same function would give every model this signature. No call is added.
         forward = FunctionType(function.__code__, function.__globals__, "forward", function.__defaults__, function.__closure__)
         forward.__dict__.update(function.__dict__)
@@ -43,10 +45,25 @@ def sign_forward(model: nn.Module, tensors: Sequence[str], flags: Sequence[str] 
             function.__doc__,
             function.__qualname__,
         )
-        forward.__signature__ = inspect.Signature([own[0], *of_tensors, *own[1:], *switches])  # type: ignore[attr-defined]
+        forward.__signature__ = inspect.Signature([*own[: len(own) - len(last)], *inputs, *last, *switches])  # type: ignore[attr-defined]
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         _MADE[key] = type(base.__name__, (base,), {**names, "forward": forward, "__reduce_ex__": _reduce, _BASE: base})
     model.__class__ = _MADE[key]
+
+
+def _parameters(kind: Any) -> list[inspect.Parameter]:
+    """The parameters of a forward, and those of the classes above it that it passes `**` on to."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:
+        if "forward" not in vars(base):
+            continue
+        own = list(inspect.signature(base.forward).parameters.values())
+        first = not found
+        found |= {p.name: p for p in own if p.name not in found and (first or p.kind is p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in own):
+            break
+    # Those of a class above come after the `**` of the one below.
+    return sorted(found.values(), key=lambda parameter: parameter.kind)
 
 
 def _parameter(name: str, default: object, annotation: str) -> inspect.Parameter:

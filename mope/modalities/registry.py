@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -56,7 +57,18 @@ class Modality:
         return next(iter(self.inputs))
 
     def check(self, encoder: Any, given: Mapping[str, Tensor]) -> None:
-        """Raise ValueError where inputs, by their names in a batch, the mask among them, are not what the encoder can read."""
+        """Raise ValueError where inputs, by their names in a batch, the mask among them, are not what the encoder can read.
+
+        By default the mask is (B,L) where the required input is (B,L,...), and so is every input that has an entry for each token.
+        """
+        if self.required not in given:
+            return
+        shape = tuple(given[self.required].shape[:2])
+        if self.mask is not None and self.mask in given and tuple(given[self.mask].shape) != shape:
+            raise ValueError(f"{self.mask} must be {shape}, as {self.required} begins, got {tuple(given[self.mask].shape)}")
+        for name in self.inputs if self.input_per_token else ():
+            if name in given and tuple(given[name].shape[:2]) not in (shape, (1, *shape[1:])):
+                raise ValueError(f"{name} must begin with {shape}, as {self.required} does, got {tuple(given[name].shape)}")
 
     def doubts(self, encoder: Any, given: Mapping[str, Tensor]) -> Iterator[str]:
         """Yield what is seldom meant about inputs that run; a model warns of each once."""
@@ -203,17 +215,23 @@ class Slot:
 _MODALITIES: dict[str, Modality] = {}
 
 
+def is_argument(name: object) -> bool:
+    """Return whether something can be the name of a keyword argument of a method, and no private one."""
+    return isinstance(name, str) and name.isidentifier() and not (iskeyword(name) or name.startswith("_") or name == "self")
+
+
 def register_modality(modality: Modality) -> None:
     """Teach the library a modality. A second registration of a name replaces the first.
 
     Raises:
-        ValueError: it names no input, its name is no identifier, or an input or the processor has the name of that of another
-            modality.
+        ValueError: it names no input, a name cannot be that of an argument, or an input or the processor has the name of that of
+            another modality.
     """
-    if not modality.name.isidentifier() or not modality.inputs:
-        raise ValueError(
-            f"{type(modality).__name__}: a modality has a name that is an identifier, and inputs; got {modality.name!r}"
-        )
+    kind, names = type(modality).__name__, [modality.name, *modality.inputs, *(n for n in (modality.mask, *modality.flags) if n)]
+    if not modality.inputs:
+        raise ValueError(f"{kind}: a modality has inputs, name in a batch -> name that the encoder knows; got none")
+    if wrong := [name for name in names if not is_argument(name)]:
+        raise ValueError(f"{kind}: a name must do for an argument of a call, got {wrong[0]!r}")
     own = {*modality.inputs, modality.mask, *modality.flags} - {None}
     for other in _MODALITIES.values():
         if other.name != modality.name and (clash := own & {*other.inputs, other.mask, *other.flags}):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
 import mope
 from mope import MoPEConfig, MoPEForClassification
@@ -180,6 +181,120 @@ def test_an_encoder_is_not_called_like_something_else_in_a_model(name: str) -> N
         MoPEForClassification(config, vision=encoder("vision"), **{name: encoder("series")})
     with pytest.raises(ValueError, match="another meaning"):
         MoPEConfig(**SIZES, complementary=("forward",), named={"forward": "series"})
+
+
+@pytest.mark.parametrize("name", ["config", "device", "training", "train", "forward", "labels"])
+def test_a_modality_with_an_unlucky_name_leaves_other_models_alone(name: str) -> None:
+    mope.register_modality(type("Unlucky", (made_up.Series,), {"name": name, "inputs": {"unlucky_values": "values"}})())
+    try:
+        model = tiny.fusion().eval()
+        assert model(**tiny.inputs()).logits.shape == (BATCH, 3) and model.device.type == "cpu"
+        # `labels` is an argument of forward, which no encoder is given as.
+        if name != "labels":
+            with pytest.raises((TypeError, ValueError)):
+                build(main="vision", complementary=(name,))
+    finally:
+        unregister_modality(name)
+
+
+@pytest.mark.parametrize("inputs", [{"a b": "x"}, {"class": "x"}, {"self": "x"}, {"_hidden": "x"}, {}])
+def test_names_that_no_argument_can_have_are_refused(inputs: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="must do for an argument|has inputs"):
+        mope.register_modality(type("Odd", (made_up.Series,), {"name": "odd", "inputs": inputs})())
+    assert "odd" not in mope.modalities.known()
+
+
+def test_an_input_that_forward_has_already_is_refused() -> None:
+    mope.register_modality(type("Labelled", (made_up.Series,), {"name": "labelled", "inputs": {"labels": "values"}})())
+    try:
+        vision, values = encoder("vision"), encoder("series")
+        with pytest.raises(ValueError, match="forward has an argument labels of its own"):
+            MoPEForClassification(MoPEConfig(**SIZES, complementary=("labelled",)), vision=vision, labelled=values)
+        assert all(p.requires_grad for p in vision.parameters())
+    finally:
+        unregister_modality("labelled")
+
+
+class Halved(made_up.SeriesAdapter):
+    """Two values make a token."""
+
+    def embed(self, model: Any, inputs: dict[str, Any], token_mask: Tensor | None) -> Tensor:
+        return model.embed(inputs["values"].unflatten(1, (-1, 2)).mean(-1, keepdim=True))
+
+    def token_mask(self, model: Any, mask: Tensor) -> Tensor:
+        return mask.unflatten(1, (-1, 2)).any(-1)
+
+
+@pytest.mark.parametrize("main", [False, True])
+@pytest.mark.parametrize("places", ["right", "left", "middle"])
+def test_padding_of_a_modality_whose_embedding_changes_the_length(places: str, main: bool) -> None:
+    """Each item as if it were alone, wherever its padding is."""
+    mope.register_modality(type("Masked", (made_up.Series,), {"mask": "series_mask"})())
+    mope.register_backbone("made_up_series", Halved)
+    model = build(main="series" if main else "vision", complementary=("vision",) if main else ("series",)).eval()
+    pixels, values = tiny.inputs()["pixel_values"], torch.randn(BATCH, 8, dtype=torch.float64)
+    kept = {"right": [0, 1, 2, 3], "left": [4, 5, 6, 7], "middle": [2, 3, 4, 5]}[places]
+    mask = torch.ones(BATCH, 8, dtype=torch.long)
+    mask[1] = torch.zeros(8, dtype=torch.long).index_fill(0, torch.tensor(kept), 1)
+    logits = model(pixel_values=pixels, series_values=values.masked_fill(mask == 0, 1e3), series_mask=mask).logits
+    alone = model(pixel_values=pixels[1:2], series_values=values[1:2, kept]).logits
+    torch.testing.assert_close(logits[1:2], alone, rtol=1e-9, atol=1e-10)
+    rest = [0, 2, 3, 4]
+    torch.testing.assert_close(
+        logits[rest], model(pixel_values=pixels[rest], series_values=values[rest]).logits, rtol=1e-9, atol=1e-10
+    )
+    for shape in ((BATCH, 6), (BATCH, 1), (BATCH,), (BATCH, 8, 1), (BATCH - 1, 8)):
+        with pytest.raises(ValueError, match=r"series_mask must be \(5, 8\)"):
+            model(pixel_values=pixels, series_values=values, series_mask=torch.ones(shape))
+
+
+def test_a_sum_of_features_has_the_widest_dtype() -> None:
+    model = build(**CASES["summed"])
+    small, large = torch.ones(1, 16, dtype=torch.float16), torch.full((1, 16), 7e4)
+    for features in ([small, large], [large, small]):
+        assert torch.equal(model.combine(features), large + 1)
+
+
+class Positional(MoPEForClassification):
+    def forward(self, series_values: Any = None, *, extra: int = 0, **inputs: Any) -> Any:
+        return super().forward(series_values=series_values, **inputs)
+
+
+class Rest(MoPEForClassification):
+    def forward(self, **inputs: Any) -> Any:
+        return super().forward(**inputs)
+
+
+@pytest.mark.parametrize("kind", [Positional, Rest])
+def test_a_forward_of_a_subclass_keeps_what_it_passes_on(kind: type[MoPEForClassification]) -> None:
+    config = MoPEConfig(**{**SIZES, "main": "series", "complementary": ("text",)})
+    model = kind(config, series=encoder("series"), text=encoder("text")).double()
+    names = list(inspect.signature(model.forward).parameters)
+    assert len(set(names)) == len(names) and {"series_values", "input_ids", "labels", "cross_features"} <= set(names)
+    assert ("extra" in names) == (kind is Positional) and "inputs" not in names
+    assert model(**batch_of(model), labels=torch.zeros(BATCH, dtype=torch.long)).loss.isfinite()
+    assert type(copy.deepcopy(model)).__mro__[1] is kind
+
+
+@pytest.mark.parametrize("case", ["main", "main, two complementary", "one of two complementary"])
+def test_plain_trainer_trains_it(case: str, tmp_path: Path) -> None:
+    model = build(**CASES[case]).float()
+    batch = {name: t.float() if t.is_floating_point() else t for name, t in batch_of(model).items()}
+    items = [{**{name: t[i] for name, t in batch.items()}, "labels": i % 3, "unread": i} for i in range(BATCH)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=4,
+        learning_rate=1e-2,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="epoch",
+    )
+    trainer = Trainer(model, arguments, train_dataset=items, eval_dataset=items)  # type: ignore[arg-type]
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    assert trainer.predict(items).predictions.shape == (BATCH, 3)  # type: ignore[arg-type]
 
 
 def test_what_a_model_has_of_its_own_is_known() -> None:

@@ -244,6 +244,30 @@ def test_auto_classes(kind: str, tmp_path: Path) -> None:
     assert said.stdout == "False\n"
 
 
+def test_what_only_finds_a_module_leaves_the_registration_alone(tmp_path: Path) -> None:
+    mope_model().save_pretrained(tmp_path, backbones="copy")
+    program = (
+        "import mope, importlib.util, sys\n"
+        "for part in ('configuration', 'modeling'):\n"
+        "    spec = importlib.util.find_spec(f'transformers.models.auto.{part}_auto')\n"
+        "    assert spec.loader.get_source(spec.name)\n"
+        "from transformers import AutoModel\n"
+        "print(type(AutoModel.from_pretrained(sys.argv[1])).__name__, len(sys.meta_path))"
+    )
+    plain = "import sys, transformers.models.auto.modeling_auto; print(len(sys.meta_path))"
+    arguments = [[sys.executable, "-W", "ignore", "-c", each, str(tmp_path)] for each in (program, plain)]
+    said, watched = (subprocess.run(each, capture_output=True, text=True, check=True).stdout.split() for each in arguments)
+    assert said == ["MoPEForClassification", *watched]
+
+
+@pytest.mark.parametrize("option", [{"dtype": torch.float16}, {"device_map": "cpu"}, {"subfolder": "x"}], ids=str)
+def test_options_of_transformers_that_are_not_for_these_models_are_named(option: dict[str, Any], tmp_path: Path) -> None:
+    mope_model().save_pretrained(tmp_path, backbones="copy")
+    with pytest.raises(TypeError, match=rf"from_pretrained has no {next(iter(option))} here: cast or move"):
+        MoPEForClassification.from_pretrained(tmp_path, **option)
+    assert MoPEForClassification.from_pretrained(tmp_path, dtype="auto").dtype == torch.float32
+
+
 def test_fields_stay_as_they_are_and_transformers_may_write_its_own() -> None:
     config = MoPEConfig(id2label=["no", "yes"])
     with pytest.raises(AttributeError, match=r"num_experts of a MoPEConfig cannot be changed.*replace\(num_experts=\.\.\.\)"):
