@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mope.fused.prepack import differentiates_otherwise
 
-# Of torch's cross_entropy.
+# Label that torch's cross_entropy ignores.
 IGNORED = -100
 
 
@@ -139,7 +139,7 @@ def check_labels(labels: Tensor, num_labels: int, problem_type: str) -> None:
 
 
 def check_encoder(encoder: Any, name: str = "encoder") -> None:
-    """What is no model, or none whose layers could be prompted where they are.
+    """Refuse objects that are not models, and models whose layers cannot be prompted in place.
 
     Raises:
         TypeError: it is no module.

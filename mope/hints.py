@@ -1,4 +1,4 @@
-"""What somebody may have meant."""
+"""Suggest the name that was meant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person wants to know of tensors, in a line."""
+"""Describe tensors and long lists in a line."""
 
 from __future__ import annotations
 

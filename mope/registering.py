@@ -105,7 +105,7 @@ class _Then:
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        # What looks for the source, or reloads, asks one of the two.
+        # Tools that look for the source, or reload, ask one of the two.
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader

@@ -21,7 +21,7 @@ INTERPOLATE = "interpolate_pos_encoding"
 
 
 class Architecture:
-    """What has to be known of any architecture, however its prompts get in: which models are the same."""
+    """Say which models of an architecture are the same, however prompts get into them."""
 
     modality: ClassVar[str]
     # Parameters under these names play no part here: not fingerprinted, not copied; `load_options` keeps them from being made.
@@ -29,7 +29,7 @@ class Architecture:
     # Parameters that no input given here reaches, so that fine-tuning leaves them out, beside those of `unused`.
     unreached: ClassVar[tuple[str, ...]] = ()
     load_options: ClassVar[dict[str, Any]] = {}
-    # What else, beside the weights, says which function the model computes.
+    # Fields of the config that change what the model computes with the same weights.
     identity: ClassVar[tuple[str, ...]] = (
         "hidden_size",
         "num_hidden_layers",
@@ -50,7 +50,7 @@ class Architecture:
         return name
 
     def stable_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What goes into the fingerprint, from the names and tensors of `original_state_dict`."""
+        """Return the tensors that the fingerprint covers, from those of `original_state_dict`."""
         return {self.stable_name(name): tensor for name, tensor in state.items()}
 
     def objections(self, config: Any) -> list[str]:
@@ -82,7 +82,7 @@ class BackboneAdapter(Architecture, ABC):
 
     @abstractmethod
     def embed(self, model: Any, inputs: dict[str, Any], token_mask: Tensor | None) -> Tensor:
-        """What goes into the first block, from the inputs of the modality under the encoder's own names -> (B,L,C).
+        """Embed the inputs, which have the encoder's own names -> the input of the first block (B,L,C).
 
         The modality's flags are among them where they are asked for, and only if the adapter `takes` them.
         `token_mask` (B,L) bool is given where padding may stand anywhere, so that positions can be counted without it.
@@ -161,7 +161,7 @@ class BackboneAdapter(Architecture, ABC):
         return False
 
     def normalize(self, model: Any, features: Tensor) -> Tensor:
-        """What the model does to its features after the last block: (..., C) -> (..., C)."""
+        """Apply the norm after the last block to features: (..., C) -> (..., C)."""
         return features
 
 

@@ -1,4 +1,4 @@
-"""What a block of transformers does behind its attention, fused where its modules are as transformers made them."""
+"""The residual add, LayerNorm and MLP after the attention of a block, fused if transformers' modules are unmodified."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def linear_gelu_linear(x: Tensor, first: nn.Module, activation: nn.Module, last:
 
 
 def add_then_norm(x: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
-    """LayerNorm(x + update), of which nobody needs the sum (post-LN), in the dtype that torch gives it."""
+    """LayerNorm(x + update), without returning the sum (post-LN), in the dtype that torch gives it."""
     if not is_plain(norm, nn.LayerNorm):
         return norm(add(x, update))
     of, plain = norm._parameters, cast(nn.LayerNorm, norm)

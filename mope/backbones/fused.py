@@ -9,13 +9,13 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-# What of a part's config no shape of a tensor tells.
+# Fields of a part's config that do not show in the shape of any tensor.
 UNTOLD = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 
 
 @dataclass(frozen=True)
 class FusedEncoder:
-    """What has to be known of a class of fused models.
+    """Describe a class of fused models.
 
     Args:
         parts: modality -> attribute of its part; the config of a part stands in the model's config, as `vision_config`.

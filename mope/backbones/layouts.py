@@ -54,7 +54,7 @@ def register_layout(class_name: str, layout: Layout | Callable[[nn.Module], Layo
 
 
 def unregister_layout(class_name: str) -> None:
-    """Forget a class of layers; one that is not known is no error."""
+    """Forget a class of layers. Do nothing if the class is unknown."""
     _LAYOUTS.pop(class_name, None)
 
 
@@ -80,5 +80,5 @@ def layout_of(module: nn.Module) -> Layout | None:
 
 
 def pre_hook_of(module: nn.Module) -> PreHook | None:
-    """What a module needs before its forward in a model that has adapters, None of most."""
+    """Return the hook that a module needs before its forward if its model has adapters; None for most modules."""
     return _PRE_HOOKS.get(type(module).__name__)

@@ -24,12 +24,12 @@ def register_backbone(model_type: str, adapter_class: type[Architecture]) -> Non
 
 
 def unregister_backbone(model_type: str) -> None:
-    """Forget an architecture that `register_backbone` taught; one that is not known is no error."""
+    """Undo `register_backbone`. Do nothing if the architecture is unknown."""
     _ADAPTERS.pop(model_type, None)
 
 
 def architecture_for(model_type: str | None) -> Architecture:
-    """What is registered for an architecture; ValueError if nothing is."""
+    """Return the adapter that is registered for an architecture; ValueError if there is none."""
     if model_type not in _ADAPTERS:
         raise ValueError(
             f"model_type {model_type!r} is not known; known are {', '.join(sorted(_ADAPTERS))}. Write a subclass of "
@@ -39,7 +39,7 @@ def architecture_for(model_type: str | None) -> Architecture:
 
 
 def find_architecture(backbone: nn.Module, modality: str | None = None, name: str | None = None) -> Architecture:
-    """What is known of a backbone.
+    """Return the adapter of a backbone.
 
     Args:
         backbone: the model.

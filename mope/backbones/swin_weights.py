@@ -29,7 +29,7 @@ _RENAMED = (
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.blocks\.(\d+)\.output\.dense\.", r".blocks.\1.mlp.fc2."),
 )
-# What a checkpoint may hold and nobody needs: made anew from sizes, or the head of another task.
+# Tensors of a checkpoint that are not needed: they follow from the sizes, or belong to the head of another task.
 _SUPERFLUOUS = re.compile(r"relative_position_index$|attn_mask$|^head\.|^pooler\.|position_ids$")
 
 

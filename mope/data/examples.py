@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """What a model reads of each example of a split: a dict of `labels`, what its encoders are given, and `cross_features`.
+    """The inputs of a model for each example of a split: a dict of `labels`, what its encoders are given, and `cross_features`.
 
     It holds nothing of the model but its processors (tokenizer, image processor). What augmentation does to an image follows from
     `seed`, the epoch (`set_epoch`, which accelerate's data loaders and so transformers' Trainer call) and the example, not from

@@ -95,7 +95,7 @@ class FeatureCache:
 
     @property
     def of(self) -> str:
-        """What these are, in words."""
+        """Name the encoders in words."""
         return f"features of the {encoders(self.modalities)}"
 
     def describe(self, epochs: float) -> str:
@@ -172,7 +172,7 @@ def encoders(names: Sequence[str]) -> str:
 
 
 def _fingerprint(model: MoPEForClassification, modalities: Sequence[str]) -> str:
-    """Of all that psi depends on besides its input: the encoders, and prompts in them, which may be there and frozen."""
+    """Digest everything that psi depends on besides its input: the encoders, and prompts in them, frozen or not."""
     digest = hashlib.sha256()
     for name in modalities:
         with model.weights_as_given():
@@ -260,7 +260,7 @@ def _write(file: Path, array: NDArray[Any]) -> None:
 
 
 class _Inputs(Dataset[dict[str, Any]]):
-    """What the complementary encoders read."""
+    """The inputs of the complementary encoders."""
 
     def __init__(self, examples: Sequence[Example], preprocessing: Preprocessing) -> None:
         self._examples, self._preprocessing = examples, preprocessing
@@ -286,7 +286,7 @@ def _compute(
         batch_size,
         collate_fn=preprocessing.collate,
         num_workers=num_workers,
-        # Of its own, so that a run with the cache draws the random numbers of one without it.
+        # A generator of its own, so that a run with the cache draws the random numbers of one without it.
         generator=torch.Generator(),
     )
     keys = iter([key for key, _ in missing])

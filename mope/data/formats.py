@@ -32,7 +32,7 @@ from mope.modalities.reading import SHOWN, is_key, listed, shown
 
 SPLITS = {"train": ("train.jsonl",), "dev": ("dev.jsonl", "val.jsonl"), "test": ("test.jsonl",)}
 LABELS = "labels.txt"
-# What is read unless it is said.
+# Modalities that are read by default.
 READ = ("text", "vision")
 
 
@@ -158,11 +158,11 @@ class _Row(NamedTuple):
 
 
 class _Problem(ValueError):
-    """What is wrong with a line."""
+    """A problem with a line."""
 
 
 class _Problems:
-    """Those of one file: all are counted, the first few are kept."""
+    """The problems of one file: all are counted, the first few are kept."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.found = file, list[tuple[int, str]]()

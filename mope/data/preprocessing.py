@@ -42,7 +42,7 @@ class Preprocessing:
             self._readers.append((slot, slot.modality.reader(model.backbone(name), processor, model.config)))
 
     def __call__(self, example: Example, *, augment: Callable[[Any], Any] | None = None) -> dict[str, Any]:
-        """What the encoders read of an example, by the names of a batch.
+        """Make the inputs of the encoders from an example, by their names in a batch.
 
         `augment` gets and gives what the reader of a modality that can be augmented has in hand, a PIL image for images.
 

@@ -16,7 +16,7 @@ from mope_kernels import Routing
 
 
 class LayerPrompts:
-    """Where a `LayerwiseEncoder` gets its prompts from. This one has none.
+    """Give a `LayerwiseEncoder` its prompts. This class gives none.
 
     >>> feature, routing = encoder.encode(inputs, padding, LayerPrompts())
     """
@@ -152,5 +152,5 @@ def _plain_layer(
 
 
 def as_prompts(mapped: Tensor) -> Tensor:
-    """What a mapper gives, one prompt (B,C) or several (B,M,C) -> (B,M,C)."""
+    """Reshape the output of a mapper, one prompt (B,C) or several (B,M,C) -> (B,M,C)."""
     return mapped[:, None] if mapped.dim() == 2 else mapped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -31,7 +32,7 @@ from mope_kernels import Routing
 
 
 class SwinOutput(NamedTuple):
-    """What the encoder returns.
+    """The output of the encoder.
 
     features: (B, C), the mean over prompts and tokens of the last stage.
     importance_loss: () mean over the routed blocks, 0 if none is or if it was not asked for.
@@ -392,7 +393,7 @@ class MoPESwinEncoder(nn.Module):
         if at_input := prompts.of_input(x):
             x = torch.cat([*at_input, x], dim=1)
         recomputing = recomputing if torch.is_grad_enabled() else None
-        # What the last block leaves to be added.
+        # The last block returns its residual sum unevaluated; the next block adds it.
         update: Tensor | None = None
         routed: list[Routing] = []
         count = itertools.count()
@@ -464,16 +465,17 @@ class WindowedEncoder:
         return self.backbone.encode(images, prompts, recomputing=self._recomputing)
 
 
-class WindowPrompts:
-    """Where `MoPESwinEncoder.encode` gets its prompts from. Subclasses say what they are for each block."""
+class WindowPrompts(ABC):
+    """Give `MoPESwinEncoder.encode` its prompts, block by block."""
 
     # The router of each block of each stage, None where nothing is routed.
     routers: list[list[Router | None]]
 
+    @abstractmethod
     def of_input(self, tokens: Tensor) -> list[Tensor]:
         """Return prompts (B,N,C) to put in front of the tokens (B,L,C), in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def of_block(
         self, place: tuple[int, int], block: MoPESwinBlock, router: Router | None, x: Tensor, update: Tensor | None
     ) -> tuple[Tensor, Tensor | None, dict[str, Any] | None, Routing | None]:
@@ -481,11 +483,10 @@ class WindowPrompts:
 
         `place` is (stage, block). Arguments of None keep the prompts that arrive. The routing is None where the block decides it.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def decide(self, router: Router | None, routing: Routing | None) -> Routing | None:
         """Take the routing of a block -> what the encoder returns of it, None for nothing."""
-        raise NotImplementedError
 
 
 class TrainedWindowPrompts(WindowPrompts):

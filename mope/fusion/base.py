@@ -1,4 +1,4 @@
-"""What training, evaluation and data ask of a fusion model, of any system."""
+"""The interface of a fusion model, of any system, to training, evaluation and data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ R = TypeVar("R")
 M = TypeVar("M", bound="FusionModel")
 
 
-# Of transformers' `save_pretrained`: those of the hub, and those that have nothing to act on here.
+# Options of transformers' `save_pretrained`: those for the hub, and those that have no effect here.
 OF_THE_HUB = ("repo_id", "private", "token", "revision", "commit_message")
 OPTIONS_OF_SAVING = (*OF_THE_HUB, "max_shard_size", "safe_serialization", "variant", "save_peft_format", "save_original_format")
 UPLOAD = "Upload model"
@@ -73,7 +73,7 @@ class FusionModel(PreTrainedModel, ABC):
 
     config: Any
 
-    # Of transformers: the loss is the mean over a batch, whatever else is in it.
+    # transformers reads this: the loss is the mean over a batch, and takes no further arguments.
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     base_model_prefix = ""
@@ -90,9 +90,9 @@ class FusionModel(PreTrainedModel, ABC):
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
-        # What the card of a saved model says of data and results.
+        # Data and results, for the card of a saved model.
         self.card_data: dict[str, Any] = {}
-        # Of transformers, for what it says once.
+        # transformers notes here which warnings it has given.
         self.warnings_issued: dict[str, bool] = {}
         self._checkpointing: Recomputing | None = None
         # A processor, or the folder to load it from when it is first used.
@@ -194,7 +194,7 @@ class FusionModel(PreTrainedModel, ABC):
 
     @property
     def device(self) -> torch.device:
-        """That of the main encoder."""
+        """The device of the main encoder."""
         return next(self.backbone(self.config.main).parameters()).device
 
     def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -203,7 +203,7 @@ class FusionModel(PreTrainedModel, ABC):
 
     @property
     def frozen_dtype(self) -> torch.dtype | None:
-        """What `cast_frozen` was given."""
+        """Return the dtype that `cast_frozen` was given."""
         return None if self._cast is None else self._cast.dtype
 
     def cast_frozen(self, dtype: torch.dtype | None) -> None:
@@ -266,7 +266,7 @@ class FusionModel(PreTrainedModel, ABC):
         return self
 
     def fingerprints(self) -> dict[str, str]:
-        """Of each encoder as it was given, "trained" for one that trains."""
+        """Return the fingerprint of each encoder as it was given, "trained" for one that trains."""
         with self.weights_as_given():
             return {
                 name: "trained" if given.trains else describe(given.encoder, given.state)["fingerprint"]
@@ -322,7 +322,7 @@ class FusionModel(PreTrainedModel, ABC):
             tensors = {name: (state_dict or {}).get(name, tensor) for name, tensor in self.trained_state_dict().items()}
         write_tensors(tensors, folder / WEIGHTS)
         write_config(folder, {**self.config.to_dict(), **self.records_in_config(records)})
-        # Nobody needs it to load the model.
+        # The model can be loaded without it.
         write_card(folder, self, records)
         if push_to_hub:
             push(
@@ -357,7 +357,7 @@ class FusionModel(PreTrainedModel, ABC):
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:  # type: ignore[override]
-        """What checkpoints lack, so that transformers' Trainer does not miss it when it resumes."""
+        """Return the tensors that checkpoints leave out, so that transformers' Trainer does not miss them when it resumes."""
         return set(self.state_dict()) - set(self.trained_state_dict())
 
     def tie_weights(self, *_: Any, **__: Any) -> None:
@@ -379,7 +379,7 @@ class FusionModel(PreTrainedModel, ABC):
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """That of the main encoder."""
+        """The dtype of the main encoder."""
         return next(p.dtype for p in self.backbone(self.config.main).parameters() if p.is_floating_point())
 
     @property
@@ -398,12 +398,12 @@ class FusionModel(PreTrainedModel, ABC):
         return self.eval()
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """What an optimizer should be given."""
+        """Return the parameters for an optimizer."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of the text encoder, None if nobody has set one."""
+        """The tokenizer of the text encoder; None until one is set."""
         return self._processor("tokenizer")
 
     @tokenizer.setter
@@ -412,7 +412,7 @@ class FusionModel(PreTrainedModel, ABC):
 
     @property
     def image_processor(self) -> Any:
-        """The image processor of the vision encoder, None if nobody has set one."""
+        """The image processor of the vision encoder; None until one is set."""
         return self._processor("image_processor")
 
     @image_processor.setter
@@ -420,7 +420,7 @@ class FusionModel(PreTrainedModel, ABC):
         self._set_processor("image_processor", image_processor)
 
     def processor(self, name: str) -> Any:
-        """What makes inputs of raw items for an encoder, by the encoder's name in the model; None if nobody has set it.
+        """Return the processor of an encoder, by the encoder's name in the model; None until one is set.
 
         Several encoders of a modality share what was set for the modality, such as `tokenizer`, but for those with their own.
         """

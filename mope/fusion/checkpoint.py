@@ -35,7 +35,7 @@ LOADABLE = tuple(getattr(torch, name) for name in DTYPES)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint keeps an encoder, and how messages call it.
+    """Say where a checkpoint keeps an encoder, and what messages call it.
 
     Args:
         folder: of a copy.
@@ -136,7 +136,7 @@ def keep_encoder(given: GivenEncoder, folder: Path, backbones: str, dtype: torch
             )
         stored = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in state.items()}
         _save_copy(encoder, stored, folder / place.folder)
-        # What will be loaded: rounded to the dtype of the file.
+        # The weights as they will be loaded, rounded to the dtype of the file.
         state = {name: stored[name].to(t.dtype) for name, t in state.items()}
     if kept == "by_name":
         warn_of_missing(f"its {place.called}", given.source, place.argument)
@@ -152,7 +152,7 @@ def _save_copy(encoder: nn.Module, state: dict[str, Tensor], folder: Path) -> No
 
 
 def load_encoder(folder: Path, place: Place, record: Mapping[str, Any]) -> nn.Module:
-    """Load an encoder that nobody gave: the copy in the checkpoint's folder, else from where it came.
+    """Load an encoder that was not given: the copy in the checkpoint's folder, else from where it came.
 
     Raises:
         FileNotFoundError: it has no copy and came from nowhere, or from a folder that is not here.
@@ -191,7 +191,7 @@ def write_config(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_values(folder: Path) -> Any:
-    """What stands in the configuration of a checkpoint.
+    """Read the configuration of a checkpoint.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -222,7 +222,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def read_tensors(file: Path, if_missing: str = "the checkpoint is not complete") -> dict[str, Tensor]:
-    """What a checkpoint holds beside the encoders, by name.
+    """Read the tensors of a checkpoint, without the encoders, by name.
 
     Raises:
         FileNotFoundError: the file is not there, with what that means.

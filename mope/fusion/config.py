@@ -25,14 +25,14 @@ from mope_kernels.impl import names_in
 COMBINE = ("concat", "sum")
 # Not fields of `MoPEConfig`, but part of a saved file.
 EXTRA_KEYS = ("mope_version", "backbones", "model_type", "architectures", "transformers_version")
-# Of files that were written when these had other names.
+# Values that had other names in earlier versions.
 RENAMED = {("prompt_owner", "reference"): "released", ("owner", "reference"): "released"}
 
 
 @with_fields_named(SHORT, lambda values: _folded(values))
 @dataclass
 class MoPEConfig(ModelConfig):
-    """What a `MoPEForClassification` is made of. Immutable; `replace` makes a changed copy.
+    """The configuration of a `MoPEForClassification`. Immutable; `replace` makes a changed copy.
 
     Args:
         method: "mope" (static, mapped and dynamic prompts), "static_mapped" (no experts), "late_concat" (both features side by
@@ -184,7 +184,7 @@ class MoPEConfig(ModelConfig):
 
     @property
     def fusion(self) -> Method:
-        """What the method does."""
+        """Return the properties of the method."""
         if not isinstance(self.method, str) or self.method not in METHODS:
             raise ValueError(f"MoPEConfig: method must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}")
         return METHODS[self.method]
@@ -222,7 +222,7 @@ class MoPEConfig(ModelConfig):
             raise ValueError(f"MoPEConfig: prompted_layers must be integers, at least one, or None for all layers, got {layers!r}")
 
     def _check_depth(self) -> None:
-        """What prompts in front of the first layer alone cannot be."""
+        """Refuse options that shallow prompts do not have."""
         if self.prompt_depth == "shallow":
             if self.fusion.routes:
                 raise ValueError(

@@ -42,7 +42,7 @@ class InferenceModel(nn.Module):
         sign_forward(self, [name for slot in model.slots.values() for name in slot.names])
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
-        """What `MoPEForClassification.forward` takes -> "logits" (B,num_labels) and "features" (B,C)."""
+        """Classify the inputs of `MoPEForClassification.forward` -> "logits" (B,num_labels) and "features" (B,C)."""
         flags = {"interpolate_pos_encoding": True} if self.interpolate_pos_encoding else {}
         output = self.model(**inputs, **flags, banks=self.banks)
         return {"logits": output.logits, "features": output.features}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# What autocast casts the weights of.
+# Layers whose weights autocast casts.
 CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 HALF = (torch.float16, torch.bfloat16)
 
@@ -54,7 +54,7 @@ class CastWeights:
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
-        """What the weights were, for a while, in the memory of the host."""
+        """Put the original weights back for a while, in the memory of the host."""
         self._check_unchanged()
         now = {parameter: parameter.data for parameter in self._before}
         try:

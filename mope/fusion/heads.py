@@ -1,4 +1,4 @@
-"""What a configuration adds to the encoders, each part from `MoPEConfig` and widths alone."""
+"""The parts that a configuration adds to the encoders, each made from `MoPEConfig` and widths alone."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def task_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
         ValueError: labels are of another shape or kind, or there are none; or, where they are on the CPU, no such classes.
     """
     expected = logits.shape if problem_type == "multi_label" else logits.shape[:1]
-    # Of labels (B,num_labels) cross_entropy would take numbers for probabilities of classes.
+    # cross_entropy would take labels (B,num_labels) for probabilities of classes.
     if labels.shape != expected:
         raise ValueError(f"labels must be {tuple(expected)} with problem_type={problem_type!r}, got {tuple(labels.shape)}")
     check_labels(labels, logits.shape[-1], problem_type)

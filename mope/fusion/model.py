@@ -43,7 +43,7 @@ NO_BANKS = (
 )
 
 
-# What a model has under names of its own beside its methods, and what its forward takes: encoders and inputs are called otherwise.
+# Attributes of a model, and arguments of its forward: encoders and inputs need other names.
 OWN = frozenset(
     {
         *("blocks", "card_data", "config", "cross_blocks", "cross_head", "head", "input_checks", "input_prompts", "mapper"),
@@ -54,7 +54,7 @@ ARGUMENTS = frozenset({"banks", "cross_features", "labels", "output_attentions",
 
 
 class EncoderInputs(NamedTuple):
-    """What one encoder reads: tensors and flags by the names that it knows, and where its padding is."""
+    """The inputs of one encoder: tensors and flags by the names that it knows, and its padding."""
 
     given: dict[str, Any]
     padding: Padding
@@ -68,7 +68,7 @@ class EncoderInputs(NamedTuple):
 
 @dataclass
 class MoPEOutput(ModelOutput):
-    """What a fusion model returns.
+    """The output of a fusion model.
 
     loss: (), task loss + importance_weight * importance_loss; None without labels.
     logits: (B,num_labels).
@@ -124,7 +124,7 @@ class MoPEForClassification(SavedModel):
         self.config, self.slots = config, config.slots
         for name in dict.fromkeys((*known(), *config.modalities)):
             backbone = backbones.get(name)
-            # Of a modality that the model lacks, the name may be that of something else.
+            # A modality that this model does not use may have the name of one of its attributes.
             if backbone is not None or not (name in OWN or hasattr(type(self), name)):
                 setattr(self, name, None if backbone is None else base_model(backbone))
         self._sources = {m: source_of(self.backbone(m)) for m in config.modalities}
@@ -202,7 +202,7 @@ class MoPEForClassification(SavedModel):
         return next(iter(widths.values()))
 
     def _add_parts(self, dim: int, cross_dim: int | None) -> None:
-        """What trains: `dim` and `cross_dim` are the widths of the main encoder and of psi."""
+        """Add the parts that train; `dim` and `cross_dim` are the widths of the main encoder and of psi."""
         config, (main, *others) = self.config, self.config.modalities
         # A Swin Transformer holds its own.
         layerwise = main in self._adapters
@@ -342,7 +342,7 @@ class MoPEForClassification(SavedModel):
             self._attachments.popitem()[1].detach()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, and of what was pickled."""
+        """Restore a copy or an unpickled model."""
         super().__setstate__(state)
         self.input_checks.sign(self)
         self.frozen_weights_moved()
@@ -702,7 +702,7 @@ def _what_is_added(config: MoPEConfig) -> str:
 
 
 def _dtype(module: nn.Module, without: torch.dtype = torch.float32) -> torch.dtype:
-    """Of its parameters, `without` where it has none."""
+    """Return the dtype of the parameters, or `without` if there are none."""
     return next((p.dtype for p in module.parameters()), without)
 
 

@@ -1,9 +1,10 @@
-"""What transformers asks of a configuration, for configurations that are not its own."""
+"""The interface of a configuration to transformers, for classes that are not its own."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from mope.hints import did_you_mean
 
 C = TypeVar("C")
-# What transformers writes into the configuration of a model, beside names with an underscore.
+# Attributes that transformers writes into a configuration, besides those with an underscore.
 WRITTEN = frozenset(
     {
         *("architectures", "auto_map", "bos_token_id", "custom_pipelines", "decoder_start_token_id", "distributed_config", "dtype"),
@@ -20,11 +21,11 @@ WRITTEN = frozenset(
         *("return_dict", "sep_token_id", "torch_dtype", "transformers_version", "use_cache"),
     }
 )
-# And what has no effect here, with the only value that is true.
+# Attributes that have no effect here, with the only value that is allowed.
 REFUSED = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
 
 
-class ModelConfig:
+class ModelConfig(ABC):
     """Base of configurations that transformers' Trainer, its callbacks and the Auto classes take.
 
     transformers' own base class takes any keyword, lets any field be changed after a model was built from it, and turns every read
@@ -33,11 +34,11 @@ class ModelConfig:
     """
 
     model_type: ClassVar[str]
-    # Of the constructor.
+    # Keywords of the constructor.
     _keywords: ClassVar[tuple[str, ...]] = ()
     # Trainer takes these parts of an output for no predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["importance_loss", "routing", "features"]
-    # What transformers reads of any configuration.
+    # transformers reads these from any configuration.
     sub_configs: ClassVar[dict[str, Any]] = {}
     base_model_tp_plan: Any = None
     base_model_pp_plan: Any = None
@@ -75,14 +76,14 @@ class ModelConfig:
         """End the construction: from here on fields stay as they are."""
         object.__setattr__(self, "_complete", True)
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def from_dict(cls, values: Mapping[str, Any], **options: Any) -> Any:
         """Return the configuration that `to_dict` gave; `options` are those of transformers."""
-        raise NotImplementedError
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> Any:
@@ -158,7 +159,7 @@ def split_unused(options: dict[str, Any], config: Any, fields: Iterable[str]) ->
     With `return_unused_kwargs`, as `AutoModel` asks, also the other options.
 
     Raises:
-        TypeError: there are others, and nobody asks for them.
+        TypeError: there are others, and `return_unused_kwargs` is not set.
     """
     wanted, path = options.pop("return_unused_kwargs", False), options.pop("name_or_path", "")
     if changes := {name: options.pop(name) for name in fields if name in options}:

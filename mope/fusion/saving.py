@@ -28,7 +28,7 @@ from mope.fusion.checkpoint import (
 from mope.fusion.config import MoPEConfig
 from mope.fusion.hub import config_to_build, folder_of
 
-# Of a backbone in config.json.
+# Keys of a backbone's record in config.json.
 RECORD = ("stored", "class", "model_type", "source", "dtype", "fingerprint")
 
 

@@ -62,7 +62,7 @@ def _parameters(kind: Any) -> list[inspect.Parameter]:
         found |= {p.name: p for p in own if p.name not in found and (first or p.kind is p.KEYWORD_ONLY)}
         if not any(p.kind is p.VAR_KEYWORD for p in own):
             break
-    # Those of a class above come after the `**` of the one below.
+    # A signature lists parameters by kind, and those of a base class were added last.
     return sorted(found.values(), key=lambda parameter: parameter.kind)
 
 

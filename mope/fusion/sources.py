@@ -1,4 +1,4 @@
-"""Where an encoder came from, written down so that it is found again from another directory and on another machine."""
+"""Record where an encoder came from, so that it is found from another directory or on another machine."""
 
 from __future__ import annotations
 

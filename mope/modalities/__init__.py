@@ -1,4 +1,4 @@
-"""What each kind of input is: how a batch names it, how raw items are read and collated, how it is checked."""
+"""The kinds of input: how a batch names them, how raw items are read and collated, how they are checked."""
 
 from . import text, vision
 from .reading import DataError, Finder, Padding, Reader, Source, UnreadableError

@@ -38,7 +38,7 @@ class UnreadableError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a split has the raw items of a modality.
+    """Say where a split has the raw items of a modality.
 
     Args:
         key: in each line.

@@ -44,7 +44,7 @@ class Modality:
     column: ClassVar[str | None] = None
     # Attribute of a model, and folder in a saved one, with what makes inputs of raw items; None: none is needed.
     processor: ClassVar[str | None] = None
-    # What the command line says of its option beside "from the hub or a folder".
+    # Further help for its option of the command line, after "from the hub or a folder".
     processor_hint: ClassVar[str] = ""
     # Whether readers pass raw items through the augmentation of `mope.data.Examples`.
     augments: ClassVar[bool] = False
@@ -174,7 +174,7 @@ class Slot:
     name: str
     modality: Modality
 
-    # What follows, computed once: a call of a model reads it.
+    # Computed once, since every call of a model reads them.
     prefix: str = field(init=False)
     inputs: Mapping[str, str] = field(init=False)
     mask: str | None = field(init=False)
@@ -244,7 +244,7 @@ def register_modality(modality: Modality) -> None:
 
 
 def unregister_modality(name: str) -> None:
-    """Forget a modality; one that is not known is no error."""
+    """Undo `register_modality`. Do nothing if the modality is unknown."""
     _MODALITIES.pop(name, None)
 
 

@@ -179,7 +179,7 @@ class ModeXConfig:
 @with_fields_named()
 @dataclass
 class ClassifierConfig(ModelConfig):
-    """What a `ModeXForClassification` is, beside its encoder.
+    """The configuration of a `ModeXForClassification`, without its encoder.
 
     Args:
         adapters: of the encoder; None: it has none.
@@ -194,7 +194,7 @@ class ClassifierConfig(ModelConfig):
     padding_side: str = "right"
 
     model_type: ClassVar[str] = SYSTEM
-    # What training asks of any fusion model.
+    # Training reads these from the configuration of any fusion model.
     method: ClassVar[str] = SYSTEM
     modalities: ClassVar[tuple[str, ...]] = ("vision", "text")
     main: ClassVar[str] = "text"

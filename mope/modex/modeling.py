@@ -170,7 +170,7 @@ class ModeXForClassification(FusionModel):
         return self.adapters.routes()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, and of what was pickled."""
+        """Restore a copy or an unpickled model."""
         super().__setstate__(state)
         self.input_checks.sign(self)
 
@@ -292,7 +292,7 @@ def read_config(folder: Path) -> tuple[ClassifierConfig, dict[str, str]]:
 
 
 def _fused(model: nn.Module) -> FusedEncoder:
-    """What is known of a fused model. ValueError of other models."""
+    """Return the description of a fused model; ValueError for other models."""
     if (found := find_fused(model)) is None:
         names = ", ".join(sorted(known_fused()))
         raise ValueError(f"ModeXForClassification: the model must be {names}, got {type(model).__name__}")

@@ -26,7 +26,7 @@ from .stacks import LayerStatic, StackedHead, StackedModule, StackedPrompts, Sta
 
 
 class SwinStacks(nn.Module):
-    """What a `MoPESwinEncoder` has of each task, but for routers."""
+    """The parts of a `MoPESwinEncoder` that each task has of its own, without routers."""
 
     def __init__(self, encoder: MoPESwinEncoder, capacity: int) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class MultiTaskModel(nn.Module):
 
     @property
     def config(self) -> MoPEConfig:
-        """That of the tasks."""
+        """The configuration of the tasks."""
         return self.task.config
 
     @property

@@ -1,4 +1,4 @@
-"""What other packages teach training: files to open as models, and modes in which a model can be evaluated.
+"""Let other packages extend training: files to open as models, and modes in which a model can be evaluated.
 
 Nothing here imports torch: the command line has options for it.
 """

@@ -33,7 +33,7 @@ from mope.modex.configuration import SYSTEM
 from .encoders import encoder_option, processor_options
 from .extensions import opener_for, set_mode
 
-# What a file that is no folder is, by modality.
+# How to load a file in place of a folder, by modality.
 _FROM_FILE = {"vision": swin_model_from_checkpoint}
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -95,7 +95,7 @@ def load_backbone(source: str, modality: str, name: str | None = None) -> nn.Mod
 
 
 def _model_type(source: str) -> str:
-    """What the configuration says that an encoder is. Of a class that transformers does not have only its file is read."""
+    """Read the configuration of an encoder; only the file if transformers does not have the class."""
     values, _ = PreTrainedConfig.get_config_dict(source)
     found = architectures().get(str(values.get("model_type")))
     if found is not None and found.model_class is not None:
@@ -263,7 +263,7 @@ def open_model(
 
 
 def slots_in(path: str | Path) -> tuple[Slot, ...] | None:
-    """What a trained model reads, the `modalities` of `read_split`; None for text and image. ValueError where it is not known."""
+    """Return the modalities of a trained model for `read_split`; None for text and image. ValueError if one is unknown."""
     path = _model_of(Path(path))
     return slots_to_read(read_config(path)[0]) if path.is_dir() and not is_modex(path) else None
 
@@ -282,7 +282,7 @@ def is_modex(path: Path) -> bool:
     """Whether a folder holds a ModeX model."""
     try:
         return json.loads((path / CONFIG).read_text()).get("system") == SYSTEM
-    # What is wrong with it is said where it is loaded.
+    # Loading reports what is wrong with it.
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
 

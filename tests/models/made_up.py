@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,10 +11,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import mope
-from mope.backbones import BackboneAdapter
+from mope.backbones import BackboneAdapter, unregister_backbone
 from mope.fused import FrozenAttention
 from mope.fused.padding import Padding
-from mope.modalities import Modality
+from mope.modalities import Modality, unregister_modality
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """Know the modality and the encoder for a while."""
+    register()
+    try:
+        yield
+    finally:
+        unregister_modality("series")
+        unregister_backbone("made_up_series")
 
 
 class Series(Modality):

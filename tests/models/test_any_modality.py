@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 import mope
 from mope import MoPEConfig, MoPEForClassification
-from mope.backbones import BertAdapter, ViTAdapter, known, unregister_backbone
+from mope.backbones import BertAdapter, ViTAdapter, known
 from mope.encoders.layerwise import LayerPrompts
 from mope.fusion.model import ARGUMENTS, OWN
 from mope.modalities import find_modality, unregister_modality
@@ -30,10 +30,8 @@ BATCH = tiny.BATCH
 
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
-    made_up.register()
-    yield
-    unregister_modality("series")
-    unregister_backbone("made_up_series")
+    with made_up.registered():
+        yield
 
 
 def encoder(name: str) -> nn.Module:

@@ -15,7 +15,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from mope import MoPEConfig, MoPEForClassification, cli
-from mope.backbones import unregister_backbone
 from mope.data import Collator, DataError, Example, Examples, RandAugment, Split, cached_features, features, read_split
 from mope.data.preprocessing import Preprocessing
 from mope.modalities import Modality, Padding, Slot, find_modality, unregister_modality
@@ -43,10 +42,8 @@ class Frames(Modality):
 
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
-    made_up.register()
-    yield
-    unregister_modality("series")
-    unregister_backbone("made_up_series")
+    with made_up.registered():
+        yield
 
 
 @pytest.fixture
