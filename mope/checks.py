@@ -56,7 +56,7 @@ def names_of(id2label: Any, where: str) -> dict[int, str]:
     """Return the names of classes by index, from a sequence of names or {index: name}.
 
     Raises:
-        ValueError: they are neither, a name is no string, or the indices are not 0, 1, ...
+        ValueError: they are neither, a name is not a string, or the indices are not 0, 1, ...
     """
     if isinstance(id2label, str) or not isinstance(id2label, Mapping | Sequence):
         raise ValueError(f"{where}: id2label must be a sequence of names or {{index: name}}, got {id2label!r}")
@@ -106,7 +106,7 @@ def is_readable(tensor: Tensor) -> bool:
 def check_are_tensors(
     given: Mapping[str, Any], not_a_tensor: Callable[[str, object], str | None] = lambda name, value: None
 ) -> None:
-    """TypeError where something is no tensor; `not_a_tensor` may know better what to do about it."""
+    """Raise TypeError for the first value that is not a tensor; `not_a_tensor` may give better advice on it."""
     for name, value in given.items():
         if value is None or isinstance(value, Tensor):
             continue

@@ -188,7 +188,7 @@ class CudaGraphRunner(Recorder):
         copy_outputs: False: results are the memory that graphs write, and hold until the next call only.
 
     Raises:
-        ValueError: an argument is no tensor, or tensors lie on several devices; with `batch_sizes`: the batch is larger than the
+        ValueError: an argument is not a tensor, or tensors lie on several devices; with `batch_sizes`: the batch is larger than the
             largest or not the same for all, results are not rows of the batch, or items influence each other.
         RuntimeError: called in another thread, gradients are asked for, or the function cannot be recorded.
 

@@ -22,7 +22,7 @@ MAX_EXPERTS, MAX_BOTTLENECK = 8, 64
 
 
 class _Options(NamedTuple):
-    """What is no tensor, in the order of the raw op's schema."""
+    """What is not a tensor, in the order of the raw op's schema."""
 
     temperature: float
     is_gelu: bool

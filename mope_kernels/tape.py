@@ -267,7 +267,7 @@ class Recorder(TorchDispatchMode):
             raise _Refused(self.refusal)
         results = list(result) if isinstance(result, tuple | list) else [result]
         if not all(isinstance(r, Tensor) for r in results):
-            raise _Refused("a result that is no tensor")
+            raise _Refused("a result that is not a tensor")
         # Keep the layout of allocations that are returned as they are.
         self.asked |= {slot for r in results if (slot := self.slots.get(id(r))) in self.allocated}
         names = [self._result(r) for r in results]

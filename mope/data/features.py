@@ -113,7 +113,7 @@ def cached_features(
 
     A feature is kept under what it was made of: the text, or path, size and time of change of the image file, of all that is
     complementary; the weights of the encoders; tokenizer or image processor, and the versions of the libraries behind them.
-    Whatever of it changes, the features concerned are computed anew, and no others. (The bytes of images are not read: that would
+    A change in any of these recomputes the features that it concerns, and no others. (The bytes of images are not read: that would
     take as long as training reads them. A changed image whose size and time of change are the old ones goes unnoticed.)
 
     Under torch.distributed every process computes a part; all have to call this.

@@ -85,7 +85,7 @@ class FrozenAttention:
     def plain(self, x: Tensor, token_mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """The layer's own attention, without prompts: (B,L,C) -> (B,L,C), packed: (1,T,C) -> (1,T,C).
 
-        `token_mask`: (B,L) bool, True where a token is no padding; or (B,L,L), True where a query (row) sees a token.
+        `token_mask`: (B,L) bool, True for a token, False for padding; or (B,L,L), True where a query (row) sees a token.
         """
         if packing is not None:
             query, key, value = self.project(x)
@@ -186,7 +186,7 @@ class MoPEAttention(nn.Module):
             cross: (B,Cc) feature of the complementary modality, for the router.
             mapped: (B,M,C) mapped prompts.
             lengths: (B,) integer, the number of tokens of each item: right padding. The fast way to say it.
-            token_mask: (B,L) bool, True where a token is no padding, wherever the padding is.
+            token_mask: (B,L) bool, True for a token, False for padding, wherever the padding is.
             packing: of the batch, where x is (1,T,C) without padding; the prompts are then mixed before they are projected.
             attn_bias: floating point, broadcastable to (B,H,L,L), added to the scores of tokens.
             noise: (B,K) router noise, drawn by the caller (`router.sample_noise`) so that a recomputation sees the same.

@@ -42,9 +42,9 @@ class Padding(NamedTuple):
         if left:
             packing = Packing.of(mask, device) if is_readable else None
             return cls(token_mask=mask.to(device, non_blocking=True), packing=packing)
-        # Attention and routers do not see an order of tokens, only their positions, which are counted after this. Where nobody may
-        # look whether there is anything to put in order, it costs a sort of B*L bytes and a gather for each input, once for all
-        # layers; with padding on the right it changes nothing.
+        # Attention and routers do not see an order of tokens, only their positions, which are counted after this. A mask
+        # that the host cannot read is always sorted: B*L bytes and a gather for each input, once for all layers. Padding that is
+        # on the right already stays as it is.
         if not is_readable or (mask[:, 1:] & ~mask[:, :-1]).any():
             if not can_reorder:
                 return cls(token_mask=mask.to(device, non_blocking=True))
@@ -66,7 +66,7 @@ class Padding(NamedTuple):
         return torch.arange(num_tokens, device=self.lengths.device) < self.lengths[:, None]
 
     def first_tokens(self, hidden_states: Tensor) -> Tensor:
-        """(B,L,C), packed (1,T,C) -> (B,C), each item's first token that is no padding."""
+        """(B,L,C), packed (1,T,C) -> (B,C), the first token of each item that is not padding."""
         if self.packing is not None:
             return self.packing.first_tokens(hidden_states)
         if self.token_mask is None:

@@ -196,7 +196,7 @@ class MoPEConfig(ModelConfig):
 
     @classmethod
     def _types(cls) -> dict[str, Any]:
-        """The annotation of each option that is no part itself."""
+        """Return the annotation of each option that is not itself a part."""
         own = {field.name: field.type for field in dataclasses.fields(cls) if field.name not in PARTS}
         of_parts = {kind: {field.name: field.type for field in dataclasses.fields(PARTS[kind])} for kind in PARTS}
         return own | {name: of_parts[part][there] for name, (part, there) in SHORT.items()}
@@ -207,7 +207,7 @@ class MoPEConfig(ModelConfig):
         return {"router": self.router.kind, **{name: getattr(self, name) for name in self._types()}}
 
     def _check_types(self) -> None:
-        """Where another type would be taken for something else: "no" for true, "text" for its letters."""
+        """Refuse a value whose type would change its meaning: "no" would count as true, and "text" as its letters."""
         for name, kind in self._types().items():
             value = getattr(self, name)
             if kind in ("bool", "bool | None") and not (isinstance(value, bool) or (value is None and kind != "bool")):

@@ -51,7 +51,7 @@ class InputChecks:
             Of each slot the inputs under the modality's own names, and the flags that are set under those that the encoder knows.
 
         Raises:
-            TypeError: an input is no tensor, or has a name that no modality knows.
+            TypeError: an input is not a tensor, or has a name that no modality knows.
             ValueError: an input is missing, does not fit its encoder or the others.
         """
         self._check_names(model, given)

@@ -429,7 +429,7 @@ class MoPEForClassification(SavedModel):
             output_attentions: refused.
 
         Raises:
-            TypeError: an input is no tensor, or has a name that no modality knows.
+            TypeError: an input is not a tensor, or has a name that no modality knows.
             ValueError: an input is missing or has another number of items; something has another shape; ids or labels that are on
                 the CPU lie outside of what there is; a text is longer than its encoder has positions; a bank is stale; attention
                 matrices are asked for; or positions cannot be interpolated.
@@ -489,7 +489,7 @@ class MoPEForClassification(SavedModel):
         """Sort what a batch holds by encoder, and check it. `wanted` names the encoders that have to run.
 
         Raises:
-            TypeError: an input is no tensor, or has a name that no modality knows.
+            TypeError: an input is not a tensor, or has a name that no modality knows.
             ValueError: an input is missing, does not fit its encoder or the others.
         """
         own, flags = self.input_checks.own(self, given, wanted, self.check_takes)

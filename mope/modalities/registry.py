@@ -33,7 +33,7 @@ class Modality:
     name: ClassVar[str]
     # Name in a batch -> name that `BackboneAdapter.embed` gets; the first one is required.
     inputs: ClassVar[Mapping[str, str]]
-    # Name in a batch of the (B,L) attention mask, 1 for tokens and 0 for padding; None: there is no padding.
+    # Name in a batch of the (B,L) attention mask, 1 for tokens and 0 for padding; None for an input without padding.
     mask: ClassVar[str | None] = None
     # Whether each input has one entry for each token, (B,L) or (1,L), so that tokens may be put in another order.
     input_per_token: ClassVar[bool] = False
@@ -75,7 +75,7 @@ class Modality:
         yield from ()
 
     def not_a_tensor(self, name: str, value: object) -> str | None:
-        """Return what is wrong with an input that is no tensor, and the fix, None for the general advice."""
+        """Describe the fault of an input that is not a tensor, and its fix; None for the general advice."""
         return None
 
     def parse(self, value: Any, source: Source) -> Any:
@@ -166,7 +166,7 @@ class Slot:
 
     prefix: what stands in front of the modality's names in a batch.
     inputs: name in a batch -> name that the encoder knows.
-    mask: name in a batch of the attention mask, None if there is no padding.
+    mask: name in a batch of the attention mask, None for an input without padding.
     flags: name in a call -> name that `embed` gets, of switches.
     names: of all tensors in a batch.
     """

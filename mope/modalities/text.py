@@ -64,7 +64,7 @@ class Text(Modality):
         _check_range("position_ids", others.get("position_ids"), positions, "positions of the encoder")
         if positions is None or given_positions:
             return
-        # RoBERTa counts positions from the number after the padding token's, and only of what is no padding.
+        # RoBERTa counts positions from the number after the padding token's, and skips padding.
         padding = getattr(getattr(encoder, "embeddings", None), "padding_idx", None)
         length = shape[1]
         if padding is not None:

@@ -185,7 +185,7 @@ class ModeXForClassification(FusionModel):
             labels: (B,) integer, or (B,num_labels) of 0 and 1 with problem_type "multi_label".
 
         Raises:
-            TypeError: an input is no tensor, or has a name that no modality knows.
+            TypeError: an input is not a tensor, or has a name that no modality knows.
             ValueError: an input is missing or has another number of items; something is of another shape; or ids or labels that
                 are on the CPU lie outside of what there is.
             RuntimeError: the adapters were detached.
