@@ -1,16 +1,18 @@
-"""Describe tensors and long lists in a line."""
+"""Describe tensors and long lists in a line. The command line needs this too, so torch is imported only where it is used."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def short(value: Any) -> str:
     """A number as it is, of other tensors the shape, of several `Routing`s how many and of how many experts each."""
+    from torch import Tensor
+
     if isinstance(value, Tensor):
         # Fake tensors and those on the meta device have no numbers.
         return (
@@ -39,6 +41,6 @@ def first_of(items: Sequence[str], limit: int, separator: str = "; ") -> str:
 
 def ranked(names: Sequence[str], probabilities: Tensor, limit: int = 5) -> str:
     """The most probable names with their probabilities, and how many there are beside them."""
-    values, order = torch.topk(probabilities, min(limit, len(names)))
+    values, order = probabilities.topk(min(limit, len(names)))
     found = [f"{names[i]} {value:.2f}" for i, value in zip(order.tolist(), values.tolist(), strict=True)]
     return ", ".join([*found, *([f"{rest} more"] if (rest := len(names) - limit) > 0 else [])])

@@ -315,7 +315,7 @@ def recorded(launcher: Any, *args: Any) -> tape.Tape:
     [
         (lambda x: x.new_empty(int(x.sum())), "gives the host a value"),
         (lambda x: CONSTANT.add(x), "neither given nor made"),
-        (lambda x: (x.add(1), 3), "no tensor"),
+        (lambda x: (x.add(1), 3), "not a tensor"),
         (lambda x: torch.ops.mope_cpu.add_norm(x, x, None, None, 1e-5, torch.float32)[0], "launches by itself"),
     ],
 )
