@@ -491,17 +491,19 @@ class Launches:
     """Records the launches that reach the driver. Pointers are named by the tensor that they point into.
 
     `given` are tensors by name. Allocations of launchers and tapes are named by number, and tensors that torch makes for them by
-    their first use in a call of a raw op.
+    their first use in a call of a raw op. `held` keeps the memory of each until the next call: memory that came back would get
+    the name of the tensor that had it before.
     """
 
     def __init__(self) -> None:
         self.given: dict[str, Tensor] = {}
         self.made: list[Tensor] = []
         self.others: dict[int, str] = {}
+        self.held: list[torch.UntypedStorage] = []
         self.found: list[tuple[Any, ...]] = []
 
     def begin(self, given: dict[str, Tensor]) -> None:
-        self.given, self.made, self.others, self.found = given, [], {}, []
+        self.given, self.made, self.others, self.held, self.found = given, [], {}, [], []
 
     def add(self, compiled: Any, args: tuple[Any, ...]) -> None:
         grid, stream, packed, rest = args[:3], args[3], args[5], args[9:]
@@ -513,6 +515,7 @@ class Launches:
     def name(self, pointer: Tensor | int | None) -> str:
         if pointer is None:
             return "None"
+        # `data_ptr` is the one of the fixture, which holds the memory.
         address = pointer.data_ptr() if isinstance(pointer, Tensor) else pointer
         assert type(address) is int
         named = [*self.given.items(), *((f"made {i}", t) for i, t in enumerate(self.made))]
@@ -551,7 +554,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
             launches.made.append(layout.zero_())
         return allocation_of(self, index, layout)
 
-    empty_strided, allocation_of = torch.empty_strided, tape.Recorder._allocation
+    def held(tensor: Tensor) -> int:
+        launches.held.append(tensor.untyped_storage())
+        return data_ptr(tensor)
+
+    empty_strided, allocation_of, data_ptr = torch.empty_strided, tape.Recorder._allocation, Tensor.data_ptr
+    monkeypatch.setattr(Tensor, "data_ptr", held)
     monkeypatch.setattr(CompiledKernel, "run", property(logged))
     monkeypatch.setattr(tape.Recorder, "_allocation", allocation)
     monkeypatch.setattr(torch, "empty_strided", allocate)
