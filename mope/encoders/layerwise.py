@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mope.backbones import BackboneAdapter, PromptedLayer
+from mope.encoders.pooling import Pool
 from mope.encoders.recomputing import Recomputing
 from mope.fused import InputPrompts, MoPEAttention, Packing, PromptBank, Router
 from mope.fused.padding import Padding
@@ -106,8 +107,13 @@ class LayerwiseEncoder:
             return None
         return f"{type(self.adapter).__name__} does not say that its embed takes it (interpolates = True)"
 
-    def encode(self, inputs: Mapping[str, Any], padding: Padding, prompts: LayerPrompts) -> tuple[Tensor, tuple[Routing, ...]]:
-        """Encode inputs, by the names that the encoder knows -> its feature (B,C), and the routing of each routed layer."""
+    def encode(
+        self, inputs: Mapping[str, Any], padding: Padding, prompts: LayerPrompts, pool: Pool | None = None
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Encode inputs, by the names that the encoder knows -> its feature (B,C), and the routing of each routed layer.
+
+        `pool` makes the feature from the normalized tokens; by default the feature is the encoder's own summary.
+        """
         backbone, adapter, recomputing = self.backbone, self.adapter, self._recomputing
         tokens = adapter.embed(backbone, dict(inputs), padding.token_mask)
         context = adapter.context(backbone, tokens, padding)
@@ -135,6 +141,8 @@ class LayerwiseEncoder:
                 routing.append(routed)
         if at_input is not None:
             hidden_states = hidden_states[:, -tokens.shape[1] :]
+        if pool is not None:
+            return pool(adapter.normalize(backbone, hidden_states), padding), tuple(routing)
         feature = adapter.pool(backbone, hidden_states, padding)
         return adapter.normalize(backbone, feature), tuple(routing)
 

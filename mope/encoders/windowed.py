@@ -19,6 +19,7 @@ from transformers import SwinConfig, SwinModel
 from mope.backbones.registry import find_architecture
 from mope.backbones.swin_weights import swin_state_dict, transformers_state_dict
 from mope.encoders.importance import importance as mean_importance
+from mope.encoders.pooling import Pool
 from mope.encoders.recomputing import Recomputing
 from mope.fused.mapper import mapper_layers
 from mope.fused.modules import is_plain
@@ -383,7 +384,7 @@ class MoPESwinEncoder(nn.Module):
         return SwinOutput(features, mean_importance(probs, threshold=self.importance_threshold, impl=self.impl), routed)
 
     def encode(
-        self, images: Tensor, prompts: WindowPrompts, *, recomputing: Recomputing | None = None
+        self, images: Tensor, prompts: WindowPrompts, *, recomputing: Recomputing | None = None, pool: Pool | None = None
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Encode images (B, 3, image_size, image_size) with prompts from anywhere -> their features (B, C), and what was routed.
 
@@ -410,7 +411,7 @@ class MoPESwinEncoder(nn.Module):
             if stage < len(self.merges):
                 x, update = self.merges[stage](add(x, update)), None
         _, normed = add_norm(x, update, self.norm, impl=self.impl)
-        return normed.mean(1), tuple(routed)
+        return normed.mean(1) if pool is None else pool(normed, Padding()), tuple(routed)
 
     def cross_logits(self, routers: Sequence[Router], cross: Tensor | None) -> dict[int, Tensor]:
         """psi's part of the logits of each router that need not be called for it, by the router's id."""
@@ -459,10 +460,15 @@ class WindowedEncoder:
         """Return why the encoder does not take a flag of its modality."""
         return "the windows of a Swin Transformer fit images of one size, and it has no encoding of positions to interpolate"
 
-    def encode(self, inputs: Mapping[str, Any], padding: Padding, prompts: WindowPrompts) -> tuple[Tensor, tuple[Routing, ...]]:
-        """Encode images -> their features (B,C), and the routing of each routed block."""
+    def encode(
+        self, inputs: Mapping[str, Any], padding: Padding, prompts: WindowPrompts, pool: Pool | None = None
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Encode images -> their features (B,C), and the routing of each routed block.
+
+        `pool` makes the feature from the normalized prompts and tokens; by default it is their mean.
+        """
         (images,) = inputs.values()
-        return self.backbone.encode(images, prompts, recomputing=self._recomputing)
+        return self.backbone.encode(images, prompts, recomputing=self._recomputing, pool=pool)
 
 
 class WindowPrompts(ABC):

@@ -23,6 +23,7 @@ from mope.modalities import Slot
 from mope_kernels.impl import names_in
 
 COMBINE = ("concat", "sum")
+FEATURES = ("first", "mean", "attention")
 # Not fields of `MoPEConfig`, but part of a saved file.
 EXTRA_KEYS = ("mope_version", "backbones", "model_type", "architectures", "transformers_version")
 # Values that had other names in earlier versions.
@@ -51,6 +52,9 @@ class MoPEConfig(ModelConfig):
             attributes here too, under short names (`mope.fusion.parts.SHORT`): `num_experts=4` is
             `prompts=PromptConfig(num_experts=4)`, and `config.num_experts` is `config.prompts.num_experts`.
         finetuned: encoders whose weights train as well, of `modalities`.
+        feature: what the head reads of the main encoder: "first", the encoder's own summary, which is its class token where it has
+            one; "mean", the mean of its tokens; or "attention", trained attention over its tokens, with as many heads as the
+            encoder and psi as the query (a trained query for ensemble, and where there is no psi).
         head: "linear" or "mlp" (one hidden layer of `head_hidden`, GELU).
         importance_weight, importance_threshold: weight of the importance loss in the loss, and the CV^2 up to which it is 0.
         importance_noise: whether the importance loss sees the router's noise.
@@ -76,6 +80,7 @@ class MoPEConfig(ModelConfig):
     prompts: PromptConfig = field(default_factory=PromptConfig)
     mapper: MapperConfig = field(default_factory=MapperConfig)
     finetuned: Sequence[str] = ()
+    feature: str = "first"
     head: str = "linear"
     head_hidden: int = 256
     importance_weight: float = 0.01
@@ -118,6 +123,7 @@ class MoPEConfig(ModelConfig):
         self._resolve()
         for name, allowed in {
             "combine": COMBINE,
+            "feature": FEATURES,
             "prompt_depth": ("deep", "shallow"),
             "router_scope": ("layer", "shared", "released"),
             "router_embedding": ("frozen", "learned"),

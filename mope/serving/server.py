@@ -383,6 +383,7 @@ def _check_served(asker: str, config: MoPEConfig) -> None:
     reasons = {
         f"method is {config.method!r}, and only 'mope' is served": not config.fusion.routes,
         "prompt_owner is 'released', in which items of a batch reach each other": config.prompt_owner != "instance",
+        f"feature is {config.feature!r}, and only 'first' is served": config.feature != "first",
         "padding_side is 'left', and only padding on the right is served": config.padding_side != "right",
         f"finetuned names {', '.join(config.finetuned)}, and encoders are shared by all tasks": bool(config.finetuned),
     }
