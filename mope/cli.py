@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mope.arguments import Parser, ShowVersion, add_device, positive
 from mope.extras import missing
@@ -38,6 +39,14 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--system", choices=("mope", "modex"), default="mope", help="prompt experts, or ModeX adapters in a fused model (mope)"
     )
+    demo.add_argument(
+        "--task",
+        choices=("scenes", "digits"),
+        default="scenes",
+        help="of --system mope: sentences about a place in a scene of four digits, or about a single digit (scenes)",
+    )
+    demo.add_argument("--pretrain", action="store_true", help="of scenes: train the encoders too, instead of reading them")
+    demo.add_argument("--lora", action="store_true", help="of scenes: compare with LoRA as well, which needs peft")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for results, pictures and the model (out/)")
     demo.add_argument("--seeds", type=positive, default=1, metavar="N", help="repeat with N seeds, for mean and deviation (1)")
     add_device(demo)
@@ -83,7 +92,13 @@ def _demo(options: argparse.Namespace) -> int:
         print(f"mope demo: {problem}", file=sys.stderr)
         return 1
     if options.export and options.system == "modex":
-        print("mope demo: --export writes the data and encoders of --system mope, which modex takes too", file=sys.stderr)
+        print("mope demo: --export writes data and encoders for --system mope; modex takes the same ones", file=sys.stderr)
+        return 1
+    if (options.pretrain or options.lora) and (options.system, options.task) != ("mope", "scenes"):
+        print("mope demo: --pretrain and --lora belong to --task scenes", file=sys.stderr)
+        return 1
+    if options.lora and (problem := missing("peft", extras=("demo",))) is not None:
+        print(f"mope demo: {problem}", file=sys.stderr)
         return 1
     if options.export:
         from mope.demo.export import export
@@ -95,10 +110,15 @@ def _demo(options: argparse.Namespace) -> int:
 
     # Pictures go to files: no display is looked for.
     matplotlib.use("Agg")
+    more: dict[str, Any] = {}
     if options.system == "modex":
         from mope.demo.modex.run import demo
-    else:
+    elif options.task == "digits":
         from mope.demo.run import demo
+    else:
+        from mope.demo.scenes.run import demo
+
+        more = {"anew": options.pretrain, "with_lora": options.lora}
     from mope.finite import NotFiniteError
 
     try:
@@ -109,6 +129,7 @@ def _demo(options: argparse.Namespace) -> int:
             device=options.device,
             threads=options.threads,
             command=options.command_line,
+            **more,
         )
     except (NotFiniteError, OSError) as error:
         print(f"\nmope demo: {error}", file=sys.stderr)

@@ -58,13 +58,32 @@ def digits() -> mope.MoPEForClassification:
 
 
 def test_fast_demo(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mope.cli", "demo", "--fast", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "mope.cli",
+        "demo",
+        "--task",
+        "digits",
+        "--fast",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
     answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert answer.returncode == 0, answer.stderr
 
     record = json.loads((tmp_path / "results.json").read_text())
     (run,) = record["runs"]
-    assert record["command"].startswith("mope demo --fast ") and record["date"] and record["commit"] and "summary" not in record
+    assert (
+        record["command"].startswith("mope demo --task digits --fast ")
+        and record["date"]
+        and record["commit"]
+        and "summary" not in record
+    )
     names = [result["method"] for result in run["results"]]
     assert len(names) == 8 and names[-2:] == [MOPE, MOPE_TOP_1]
     table = (tmp_path / "results.md").read_text()
