@@ -71,7 +71,7 @@ def take_device(arguments: TrainingArguments, device: torch.device) -> None:
         ValueError: there are several processes.
     """
     if arguments.world_size > 1:
-        raise ValueError(f"each of {arguments.world_size} processes takes its own GPU: leave the device {device} out")
+        raise ValueError(f"each of {arguments.world_size} processes uses its own GPU: leave the device {device} out")
     # Each of the two asks at another place.
     arguments.__dict__["_setup_devices"] = device
     assert arguments.distributed_state is not None

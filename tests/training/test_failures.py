@@ -118,7 +118,7 @@ def test_a_test_split_without_labels_is_skipped(
 
     without("test")
     assert cli.main(command(folder, tmp_path / "out")) == 0
-    assert f"{folder}: no example of the test split has a label: it is skipped" in capsys.readouterr().out
+    assert f"{folder}: the test split is skipped because none of its examples has a label" in capsys.readouterr().out
     (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert "dev" in run and "test" not in run
     with pytest.raises(NoLabelsError, match=r"test\.jsonl:1: "):

@@ -561,7 +561,7 @@ def test_training_takes_the_device_that_is_named(tmp_path: Path, monkeypatch: py
     # As Trainer makes it.
     assert Accelerator().device == torch.device("meta")
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    with pytest.raises(ValueError, match="each of 2 processes takes its own GPU: leave the device cuda:1 out"):
+    with pytest.raises(ValueError, match="each of 2 processes uses its own GPU: leave the device cuda:1 out"):
         take_device(arguments, torch.device("cuda:1"))
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -597,7 +597,7 @@ def test_train_command_stops_and_resumes(data: Path, encoders: Path, tmp_path: P
         (["--epochs", "0"], "epochs must be an integer of at least 1"),
         (["--resume"], "no run to resume"),
         (["--format", "food101"], 'lacks the key "img"'),
-        (["--seeds", "1", "1"], "the same one twice"),
+        (["--seeds", "1", "1"], "the same seed is given twice"),
         (["--shots", "0"], "shots must be at least 1"),
     ],
 )
