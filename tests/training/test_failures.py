@@ -61,7 +61,7 @@ def test_memory_that_ends_in_training(
     error: RuntimeError = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand more")
     assert cli.main(command(data, tmp_path / "a")) == 1
     said = capsys.readouterr().err
-    assert "mope train: out of memory: CUDA out of memory. Tried to allocate 2 GiB.; take a smaller --batch-size" in said
+    assert "mope train: out of memory: CUDA out of memory. Tried to allocate 2 GiB.; use a smaller --batch-size" in said
     error = RuntimeError("something else")
     with pytest.raises(RuntimeError, match="something else"):
         cli.main(command(data, tmp_path / "b"))

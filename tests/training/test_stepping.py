@@ -170,7 +170,7 @@ def test_auto_goes_on_without_where_a_step_cannot_be_recorded(
     monkeypatch.setattr("mope.graphs._CudaGraphs", Tapes)
     run, plain = (run_of(splits, tmp_path / name, graphs=graphs, length_buckets=()) for name, graphs in (("a", "on"), ("b", "off")))
     run.trainer.stepping._may_give_up = True
-    with pytest.warns(UserWarning, match="training goes on without CUDA graphs: the step cannot be recorded: it reads a value"):
+    with pytest.warns(UserWarning, match="training continues without CUDA graphs: the step cannot be recorded: it reads a value"):
         result = run.train()
     assert result["graphs"]["parts"]["graphs"] == 0 and "cannot be recorded" in result["graphs"]["why_not"]
     plain.train()

@@ -274,7 +274,7 @@ def test_gradient_checkpointing_gives_the_same_weights(splits: dict[str, Split],
 def test_a_run_whose_epochs_would_get_other_steps_is_not_resumed(splits: dict[str, Split], tmp_path: Path) -> None:
     """22 items in batches of 6: the last 4 make a step in up to four parts, and none in five."""
     run_of(splits, tmp_path / "out", FAST.replace(accumulation=4), max_steps=5).train()
-    with pytest.raises(ValueError, match="checkpoint-5 is of epochs of 4 steps, here of 3"):
+    with pytest.raises(ValueError, match="checkpoint-5 is from epochs of 4 steps, but here they have 3"):
         run_of(splits, tmp_path / "out", FAST.replace(accumulation=5), resume=True)
     assert run_of(splits, tmp_path / "out", FAST.replace(accumulation=2, epochs=2), resume=True).train()["steps"] == 8
 
@@ -319,7 +319,7 @@ def test_fine_tuned_encoders_are_in_the_checkpoints(splits: dict[str, Split], tm
         ({"recipe": FAST.replace(metric="f1_micro")}, "metric must be one of accuracy"),
         ({"recipe": FAST.replace(precision="fp16")}, "fp16 needs a GPU"),
         ({"recipe": FAST.replace(batch_size=2, accumulation=3)}, "a batch of 2 cannot be split"),
-        ({"cache_features": "on", "model": {"cross_prompt_length": 1}}, "training changes what the text encoder says"),
+        ({"cache_features": "on", "model": {"cross_prompt_length": 1}}, "training changes the features of the text encoder"),
         ({"cache_features": "on", "model": {"method": "image_only"}}, "no complementary encoder"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
         ({"save_steps": -1}, "save_steps must be at least 1"),
