@@ -124,8 +124,8 @@ class FusionTrainer(Trainer):
         short = [name for name, p in fusion.named_parameters() if p.requires_grad and p.dtype.itemsize < 4]
         if short:
             raise ValueError(
-                f"{len(short)} trained parameters have 16 bits, which lose most updates, for example {short[0]}: load fine-tuned "
-                "encoders in float32, and compute in 16 bits with precision='bf16' or 'fp16'"
+                f"{len(short)} trained parameters have 16 bits, which lose most updates, for example {short[0]}: load the encoders "
+                "to fine-tune in float32, and compute in 16 bits with precision='bf16' or 'fp16'"
             )
         arguments = TrainingArguments(
             output_dir=str(out),

@@ -45,7 +45,7 @@ Accuracy in per cent{spread}.
 One half of all questions is true, so that guessing gives 50, and so do the scan alone and the sentence alone.
 Held-out digits: 400 scans that were never seen, known phrasings. Held-out phrasings: the same scans, in words that were never used
 for that statement. The round that is kept was chosen on 200 other scans. Adapters train with all LayerNorms.
-The pre-trained model tells for {matching} % of captions correctly whether they fit, on scans that it was not trained on."""
+The pre-trained model tells correctly for {matching} % of captions whether they fit, on scans that it was not trained on."""
 
 
 def write(
