@@ -74,6 +74,7 @@ def aligned(mask: Tensor) -> Tensor:
 
 def sdpa(kind: str, mask: Tensor | None) -> Attend:
     """Return torch's attention with a mask to add. `kind`: one of `BACKENDS`, or anything else to let torch choose."""
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if kind not in BACKENDS:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

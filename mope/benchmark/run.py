@@ -60,7 +60,7 @@ def bench(*, out: Path, quick: bool, everything: bool = False, device: str = "au
     place = find_device(device)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     ops = [op for op in WAYS if not (quick and op in NOT_QUICK)]
-    # If quick, only inference and training of the first shape.
+    # A quick run has only inference and training of the first shape.
     planned = [case for op in ops for case in cases(op, place.type)[: 2 if quick else None] if everything or not case.later]
     header = rows.header(place)
     print(f"{header['device']}, torch {header['versions']['torch']}, triton {header['versions']['triton']}, {dtype}")

@@ -18,7 +18,7 @@ from .thumbnails import data_uri, thumbnail
 
 # The largest number of characters to show of a text, and of a class name.
 LONGEST_TEXT, LONGEST_NAME = 160, 60
-# If a text were ever parsed as markup, this policy would keep it from loading or running anything.
+# This policy keeps a text from loading or running anything, should it ever be parsed as markup.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1d2433; font: 15px/1.5 system-ui, sans-serif; }

@@ -197,7 +197,7 @@ class GraphedStep(Recorder):
             raise ValueError(f"GraphedStep: trained parameters must be on one device, found {', '.join(sorted(map(str, devices)))}")
         self.device = self._parameters[0].device
         self._distributed = [m for m in found if isinstance(m, DistributedDataParallel)]
-        # Keep the modules' own dictionaries, because walking over the modules in each call would take long.
+        # Keep the modules' own dictionaries, because walking over the modules in each call would be slow.
         self._tensors = [d for m in found for d in (m._parameters, m._buffers) if d]
         self._numbers: list[tuple[nn.Module, Callable[[Mapping[str, Any]], Any], tuple[str, ...]]] = []
         for module in found:

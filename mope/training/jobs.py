@@ -106,7 +106,7 @@ class TrainingJob:
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         out = self._out(seed)
-        # Of several runs, some may be finished and some not started.
+        # With several seeds, some runs may be finished and some not started.
         resume = options.resume if len(self.seeds) == 1 else bool(options.resume) and (out / "run.json").exists()
         try:
             return TrainingRun(
