@@ -141,7 +141,7 @@ def test_evaluate_command(data: Path, swin_folder: Path, tmp_path: Path, capsys:
         (["--compare-modes", "--mode", "instance"], "leave --mode out"),
         (["--format", "mm-imdb"], 'lacks the key "img"'),
         (["--out", "{several}/labels.txt/out"], "Not a directory"),
-        (["--out", "{trained}"], "is not that of an evaluation and would be overwritten: choose another --out"),
+        (["--out", "{trained}"], "is not from an evaluation and would be overwritten: choose another --out"),
     ],
 )
 def test_evaluate_command_says_what_is_wrong(

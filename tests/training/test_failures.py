@@ -61,7 +61,7 @@ def test_memory_that_ends_in_training(
     error: RuntimeError = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand more")
     assert cli.main(command(data, tmp_path / "a")) == 1
     said = capsys.readouterr().err
-    assert "mope train: out of memory: CUDA out of memory. Tried to allocate 2 GiB.; take a smaller --batch-size" in said
+    assert "mope train: out of memory: CUDA out of memory. Tried to allocate 2 GiB.; use a smaller --batch-size" in said
     error = RuntimeError("something else")
     with pytest.raises(RuntimeError, match="something else"):
         cli.main(command(data, tmp_path / "b"))
@@ -118,7 +118,7 @@ def test_a_test_split_without_labels_is_skipped(
 
     without("test")
     assert cli.main(command(folder, tmp_path / "out")) == 0
-    assert f"{folder}: no example of the test split has a label: it is skipped" in capsys.readouterr().out
+    assert f"{folder}: the test split is skipped because none of its examples has a label" in capsys.readouterr().out
     (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert "dev" in run and "test" not in run
     with pytest.raises(NoLabelsError, match=r"test\.jsonl:1: "):

@@ -161,7 +161,7 @@ def test_what_only_mope_has_is_refused(data: Path, tmp_path: Path, capsys: pytes
     model.save_pretrained(tmp_path / "model", backbones="copy")
     evaluate = ["evaluate", str(tmp_path / "model"), "--data", str(data), "--device", "cpu"]
     for options, message in (
-        (["--vision", "x"], "which takes no --vision"),
+        (["--vision", "x"], "which does not accept --vision"),
         (["--compare-modes"], "which only a Swin Transformer has"),
     ):
         assert cli.main([*evaluate, *options]) == 1

@@ -170,7 +170,7 @@ def test_auto_goes_on_without_where_a_step_cannot_be_recorded(
     monkeypatch.setattr("mope.graphs._CudaGraphs", Tapes)
     run, plain = (run_of(splits, tmp_path / name, graphs=graphs, length_buckets=()) for name, graphs in (("a", "on"), ("b", "off")))
     run.trainer.stepping._may_give_up = True
-    with pytest.warns(UserWarning, match="training goes on without CUDA graphs: the step cannot be recorded: it reads a value"):
+    with pytest.warns(UserWarning, match="training continues without CUDA graphs: the step cannot be recorded: it reads a value"):
         result = run.train()
     assert result["graphs"]["parts"]["graphs"] == 0 and "cannot be recorded" in result["graphs"]["why_not"]
     plain.train()
@@ -185,7 +185,7 @@ def test_from_the_command_line(data: Path, tmp_path: Path, capsys: pytest.Captur
     command = ["train", "--data", str(data), "--device", "cpu", "--epochs", "1", "--batch-size", "6"]
     command += ["--vision", str(tmp_path / "vision"), "--text", str(tmp_path / "text")]
     assert cli.main([*command, "--out", str(tmp_path / "on"), "--graphs", "on", "--length-buckets", "8", "16"]) == 0
-    assert "full batches go as through CUDA graphs, without any on a CPU, texts padded to 8, 16 tokens" in capsys.readouterr().out
+    assert "full batches go as if through CUDA graphs (a CPU has none), texts padded to 8, 16 tokens" in capsys.readouterr().out
     result = json.loads((tmp_path / "on" / "results.json").read_text())
     assert result["runs"][0]["graphs"]["parts"] == {"graphs": 3, "without": 1}
     assert cli.main([*command, "--out", str(tmp_path / "not"), "--graphs", "on", "--gradient-checkpointing"]) == 1

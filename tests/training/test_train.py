@@ -274,7 +274,7 @@ def test_gradient_checkpointing_gives_the_same_weights(splits: dict[str, Split],
 def test_a_run_whose_epochs_would_get_other_steps_is_not_resumed(splits: dict[str, Split], tmp_path: Path) -> None:
     """22 items in batches of 6: the last 4 make a step in up to four parts, and none in five."""
     run_of(splits, tmp_path / "out", FAST.replace(accumulation=4), max_steps=5).train()
-    with pytest.raises(ValueError, match="checkpoint-5 is of epochs of 4 steps, here of 3"):
+    with pytest.raises(ValueError, match="checkpoint-5 is from epochs of 4 steps, but here they have 3"):
         run_of(splits, tmp_path / "out", FAST.replace(accumulation=5), resume=True)
     assert run_of(splits, tmp_path / "out", FAST.replace(accumulation=2, epochs=2), resume=True).train()["steps"] == 8
 
@@ -319,7 +319,7 @@ def test_fine_tuned_encoders_are_in_the_checkpoints(splits: dict[str, Split], tm
         ({"recipe": FAST.replace(metric="f1_micro")}, "metric must be one of accuracy"),
         ({"recipe": FAST.replace(precision="fp16")}, "fp16 needs a GPU"),
         ({"recipe": FAST.replace(batch_size=2, accumulation=3)}, "a batch of 2 cannot be split"),
-        ({"cache_features": "on", "model": {"cross_prompt_length": 1}}, "training changes what the text encoder says"),
+        ({"cache_features": "on", "model": {"cross_prompt_length": 1}}, "training changes the features of the text encoder"),
         ({"cache_features": "on", "model": {"method": "image_only"}}, "no complementary encoder"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
         ({"save_steps": -1}, "save_steps must be at least 1"),
@@ -561,7 +561,7 @@ def test_training_takes_the_device_that_is_named(tmp_path: Path, monkeypatch: py
     # As Trainer makes it.
     assert Accelerator().device == torch.device("meta")
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    with pytest.raises(ValueError, match="each of 2 processes takes its own GPU: leave the device cuda:1 out"):
+    with pytest.raises(ValueError, match="each of 2 processes uses its own GPU: leave the device cuda:1 out"):
         take_device(arguments, torch.device("cuda:1"))
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -597,7 +597,7 @@ def test_train_command_stops_and_resumes(data: Path, encoders: Path, tmp_path: P
         (["--epochs", "0"], "epochs must be an integer of at least 1"),
         (["--resume"], "no run to resume"),
         (["--format", "food101"], 'lacks the key "img"'),
-        (["--seeds", "1", "1"], "the same one twice"),
+        (["--seeds", "1", "1"], "the same seed is given twice"),
         (["--shots", "0"], "shots must be at least 1"),
     ],
 )
