@@ -416,10 +416,15 @@ def attach(model: nn.Module, config: ModeXConfig) -> Adapters:
         config: which sites get which adapter.
 
     Raises:
+        TypeError: `config` is not a ModeXConfig.
         ValueError: the model has adapters already, or the configuration asks for what it does not have; nothing is changed then.
     """
     model = _without_wrapper(model)
     check_encoder(model, "model")
+    if not isinstance(config, ModeXConfig):
+        raise TypeError(
+            f"config must be a ModeXConfig, got {config!r}: for saved adapters use Adapters.from_pretrained(model, folder)"
+        )
     return Adapters(model, config, _plan(model, config))
 
 

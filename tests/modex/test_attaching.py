@@ -859,3 +859,12 @@ def test_outputs_that_cannot_be_adapted_are_named(container):
     attach(made, ModeXConfig(modules={"part": "plain"}))
     with pytest.raises(ValueError, match=r"part_adapter is behind a Gives that gives no tensor, .* but (list|dict|tuple): name"):
         made(torch.randn(2, 4))
+
+
+def test_a_folder_is_no_configuration() -> None:
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(
+        TypeError, match=r"ModeXConfig, got 'adapters': .* Adapters.from_pretrained\(model, folder\)"
+    ):
+        attach(model, "adapters")
+    assert not list(model.children()) and all(p.requires_grad for p in model.parameters())
