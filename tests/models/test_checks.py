@@ -178,7 +178,7 @@ ENCODERS: dict[str, tuple[type[Exception], Callable[[], Any]]] = {
     ),
     "weights of vision are on no device, layers.1.": (ValueError, offloaded),
     "offloaded by accelerate or not loaded": (ValueError, hooked),
-    "CLIPModel holds encoders of both modalities: give its vision encoder, model.vision_model": (ValueError, clip),
+    "CLIPModel has encoders of both modalities: pass its vision encoder, model.vision_model": (ValueError, clip),
 }
 
 

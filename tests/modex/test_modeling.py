@@ -241,7 +241,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
         ({"adapters": {**good["adapters"], "bottleneck": 8}}, "does not fit the encoder"),
         ({"adapters": {**good["adapters"], "bottleneck": 10**15}}, "does not fit the encoder"),
         ({"adapters": {**good["adapters"], "trained": 3}}, "trained must be a list"),
-        ({"encoder": {**good["encoder"], "class": "BertModel", "source": "somewhere"}}, "no fused encoder"),
+        ({"encoder": {**good["encoder"], "class": "BertModel", "source": "somewhere"}}, "not a known fused encoder"),
     ):
         file.write_text(json.dumps({**good, **changes}))
         given = None if "no fused" in message else encoder("albef")
