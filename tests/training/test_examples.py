@@ -200,7 +200,7 @@ def test_images_of_16_bits_keep_their_grey_levels(tmp_path: Path, mode: str) -> 
 def test_images_without_a_known_white_are_refused(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "image.tiff"
     Image.new(mode, (10, 10)).save(path)
-    with pytest.raises(DataError, match=f"image.tiff.*which of its values is white is not known .mode {mode}."):
+    with pytest.raises(DataError, match=f"image.tiff.*its value for white is unknown .mode {mode}."):
         Preprocessing(model_of(method="image_only"), ["vision"])(Example("0", {"vision": path}, (0,)))
 
 
