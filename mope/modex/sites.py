@@ -117,7 +117,9 @@ def find_sites(model: nn.Module, config: ModeXConfig) -> Plan:
             raise ValueError(f"two adapters would be called {site.name}: name only one of the two modules")
         taken.add(site.name)
         if hasattr(modules[site.holder], site.attribute):
-            raise ValueError(f"{site.holder or type(model).__name__} already has an attribute {site.attribute}")
+            raise ValueError(
+                f"{site.holder or type(model).__name__} already has an attribute {site.attribute}, which an adapter needs"
+            )
     return plan
 
 

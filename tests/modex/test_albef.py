@@ -180,7 +180,7 @@ def test_published_adapters_have_as_many_parameters_as_published(preset: str, te
 @pytest.mark.parametrize(
     ("message", "options"),
     {
-        "of 4 text layers for fusion, got 4": {"fusion_layer": 4},
+        "of the 4 text layers for fusion, got 4": {"fusion_layer": 4},
         "got -1": {"fusion_layer": -1},
         "must be that of an encoder": {"text_config": {**TEXT, "is_decoder": True}},
     }.items(),
