@@ -370,7 +370,7 @@ class Adapters:
         share = 100 * (own + beside) / sum(p.numel() for p in self.model.parameters())
         return (
             f"Adapters({type(self.model).__name__}: {plain} plain, {len(self._names) - plain} expert; "
-            f"{own:,} adapter parameters and {beside:,} others train, {share:.2f} % of all)"
+            f"{own:,} parameters in adapters and {beside:,} others train, {share:.2f} % of all)"
         )
 
     def _check_attached(self) -> None:

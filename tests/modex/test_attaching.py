@@ -578,7 +578,7 @@ def test_prompts_and_adapters_do_not_share_layers(name):
             ModeXConfig(modules={"layers.0.attention.dropout": "plain", "embeddings.dropout": "plain"}),
             "ViTModel has no module",
         ),
-        ("vit", ModeXConfig(modules={"embeddings.dropout": "plain"}), "the output width of embeddings.dropout, a Dropout, is unknown"),
+        ("vit", ModeXConfig(modules={"embeddings.dropout": "plain"}), "output width of embeddings.dropout, a Dropout, is unknown"),
         ("vit", ModeXConfig.preset("vit", trained=["classifier"]), "no module 'classifier', which `trained`"),
     ],
 )

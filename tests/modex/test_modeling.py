@@ -233,7 +233,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     good = json.loads(file.read_text())
     for changes, message in (
-        ({"system": "other"}, "not that of a ModeX"),
+        ({"system": "other"}, "not the configuration of a ModeX"),
         ({"encoder": {}}, "record of the encoder"),
         ({"id2label": {"0": "a", "2": "b"}}, "must name the classes"),
         ({"problem_type": "ranking"}, "problem_type must be"),
