@@ -67,7 +67,7 @@ class BertAdapter(BackboneAdapter):
 
 
 class RobertaAdapter(BertAdapter):
-    """Adapter for RoBERTa, whose embeddings count the positions of all tokens except padding tokens themselves."""
+    """Adapter for RoBERTa, whose embeddings compute positions from the token ids, skipping padding tokens."""
 
     def embed(self, model: Any, inputs: dict[str, Any], token_mask: Tensor | None) -> Tensor:
         if token_mask is not None:

@@ -45,7 +45,7 @@ class CLIPVisionAdapter(VisionAdapter):
 
 
 def _in_tower(layer: nn.Module) -> Layout:
-    """Return the layout of a layer, whose config tells in which tower it is; both towers use the same class."""
+    """Return the layout of a layer. Both towers use the same class; the layer's config tells which tower it belongs to."""
     config = getattr(getattr(layer, "self_attn", None), "config", None)
     return IN_TOWER["textual" if getattr(config, "model_type", "").endswith("_text_model") else "visual"]
 

@@ -509,7 +509,7 @@ class WindowPrompts(ABC):
 
     @abstractmethod
     def decide(self, router: Router | None, routing: Routing | None) -> Routing | None:
-        """Receive the routing of a block, and return the routing that the encoder returns for it, None for none."""
+        """Receive the routing of a block, and return the routing that the encoder reports for it, or None."""
 
 
 class TrainedWindowPrompts(WindowPrompts):
