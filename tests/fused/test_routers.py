@@ -47,7 +47,7 @@ def test_a_router_that_layers_share(pre_norm: bool, num_experts: int) -> None:
     layer = MoPEAttention(frozen_layer(pre_norm), C, CROSS, num_experts=num_experts, prompt_length=P, router=None).double()
     assert layer.router is None and not any("router" in name for name in layer.state_dict())
     x, cross, lengths = batch(B, L, C), batch(B, CROSS), torch.tensor([L, 3, 1, 2, L])
-    with pytest.raises(ValueError, match="no router of its own: give router"):
+    with pytest.raises(ValueError, match="no router of its own: pass router"):
         layer(x, cross)
     visible = torch.arange(L) < lengths[:, None]
     for router in (ComplementaryRouter(CROSS, num_experts).double(), MultimodalRouter(C, CROSS, num_experts).double()):

@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_named() -> None:
         MoPEConfig(num_labels=2, named={"left": "series"})
     with pytest.raises(ValueError, match="cannot give text another meaning"):
         MoPEConfig(num_labels=2, complementary=("text",), named={"text": "series"})
-    with pytest.raises(ValueError, match="already name inputs of 'text'"):
+    with pytest.raises(ValueError, match="already used by inputs of 'text'"):
         mope.register_modality(type("Clash", (made_up.Series,), {"name": "clash", "inputs": {"input_ids": "x"}})())
     with pytest.raises(ValueError, match=r"combine='sum' adds features of one width, these are 32 of text, 16 of series"):
         build(complementary=("text", "series"), combine="sum")
@@ -197,7 +197,7 @@ def test_a_modality_with_an_unlucky_name_leaves_other_models_alone(name: str) ->
 
 @pytest.mark.parametrize("inputs", [{"a b": "x"}, {"class": "x"}, {"self": "x"}, {"_hidden": "x"}, {}])
 def test_names_that_no_argument_can_have_are_refused(inputs: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"must do for an argument|has inputs"):
+    with pytest.raises(ValueError, match=r"must be valid, non-private argument names|needs inputs"):
         mope.register_modality(type("Odd", (made_up.Series,), {"name": "odd", "inputs": inputs})())
     assert "odd" not in mope.modalities.known()
 

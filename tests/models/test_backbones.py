@@ -124,7 +124,7 @@ def test_modules_replaced_inside_a_layer_take_effect() -> None:
 def test_attaching_twice_is_refused_and_leaves_the_other_backbone_alone() -> None:
     model = fusion(main="text")
     vision = backbone("vit")
-    with pytest.raises(ValueError, match="attached already"):
+    with pytest.raises(ValueError, match="already has prompts attached"):
         MoPEForClassification(model.config.replace(main="vision"), vision=vision, text=model.text)
     assert all(p.requires_grad for p in vision.parameters()) and vision.training
     with pytest.raises(ValueError, match=r"0\.\.2"):
@@ -137,7 +137,7 @@ def test_unknown_architectures_are_refused_with_the_known_ones() -> None:
     )
     with pytest.raises(ValueError, match=r"distilbert.*bert, clip_vision_model, dinov2, roberta, swin, vit.*register_backbone"):
         MoPEForClassification(MoPEConfig(num_labels=2, method="text_only"), text=unknown)
-    with pytest.raises(ValueError, match="Linear: model_type None is not known"):
+    with pytest.raises(ValueError, match="Linear: model_type None is not supported"):
         attach(nn.Linear(2, 2))
 
 
@@ -230,5 +230,5 @@ def test_the_tower_of_a_model_of_both_modalities_is_loaded_from_its_folder(tmp_p
     assert all(torch.equal(tensor, expected[name]) for name, tensor in base_model(loaded).state_dict().items())
     # Nobody says how CLIP's text encoder is prompted, and BERT is one encoder.
     assert tower_class("clip", "text") is tower_class("bert", "text") is None
-    with pytest.raises(ValueError, match="model_type 'clip' is not known"):
+    with pytest.raises(ValueError, match="model_type 'clip' is not supported"):
         load_backbone(str(tmp_path), "text")

@@ -55,11 +55,11 @@ WRONG: dict[str, tuple[type[Exception], Callable[[dict[str, Tensor]], dict[str, 
         ValueError,
         lambda b: {name: b[name][:, :0] for name in ("input_ids", "attention_mask")},
     ),
-    "attention_mask must be (5, 7), as input_ids is, got (5, 6)": (
+    "attention_mask must be (5, 7), the shape of input_ids, got (5, 6)": (
         ValueError,
         lambda b: {"attention_mask": b["attention_mask"][:, :6]},
     ),
-    "token_type_ids must be (5, 7), as input_ids is, got (5, 6)": (
+    "token_type_ids must be (5, 7), the shape of input_ids, got (5, 6)": (
         ValueError,
         lambda b: {"token_type_ids": torch.zeros(5, 6, dtype=torch.long)},
     ),
@@ -71,7 +71,7 @@ WRONG: dict[str, tuple[type[Exception], Callable[[dict[str, Tensor]], dict[str, 
         ValueError,
         lambda b: {"token_type_ids": torch.full((5, 7), 2)},
     ),
-    "a text has 17 tokens, and the encoder 16 positions: cut it, model.tokenizer(..., truncation=True, max_length=16)": (
+    "a text has 17 tokens, but the encoder has 16 positions: truncate it, model.tokenizer(..., truncation=True, max_length=16)": (
         ValueError,
         lambda b: {"input_ids": torch.full((5, 17), 3), "attention_mask": torch.ones(5, 17, dtype=torch.long)},
     ),
@@ -117,7 +117,7 @@ def test_a_text_of_roberta_is_as_long_as_its_tokens() -> None:
     ids[:, :14] = 5
     assert model(**{**batch, "input_ids": ids, "attention_mask": (ids != 1).long()}).logits.isfinite().all()
     ids[2, 14] = 5
-    with pytest.raises(ValueError, match="a text has 15 tokens, and the encoder 14 positions"):
+    with pytest.raises(ValueError, match="a text has 15 tokens, but the encoder has 14 positions"):
         model(**{**batch, "input_ids": ids, "attention_mask": (ids != 1).long()})
 
 
@@ -178,7 +178,7 @@ ENCODERS: dict[str, tuple[type[Exception], Callable[[], Any]]] = {
     ),
     "weights of vision are on no device, layers.1.": (ValueError, offloaded),
     "offloaded by accelerate or not loaded": (ValueError, hooked),
-    "CLIPModel holds encoders of both modalities: give its vision encoder, model.vision_model": (ValueError, clip),
+    "CLIPModel has encoders of both modalities: pass its vision encoder, model.vision_model": (ValueError, clip),
 }
 
 
@@ -230,10 +230,10 @@ def test_what_runs_and_is_seldom_meant_is_said_once(name: str) -> None:
     # BERT casts nothing: the pixels are made what the encoder takes.
     bytes_ = {**batch, "pixel_values": torch.randint(0, 255, batch["pixel_values"].shape, dtype=torch.uint8)}
     if name != "modex":
-        with pytest.warns(UserWarning, match=r"pixel_values are torch\.uint8, as if no image processor had made them"):
+        with pytest.warns(UserWarning, match=r"pixel_values are torch\.uint8, as if no image processor had been used"):
             model(**bytes_)
     padded = {**batch, "attention_mask": None}
-    with pytest.warns(UserWarning, match="input_ids hold the padding token, and no attention_mask was given"):
+    with pytest.warns(UserWarning, match="input_ids contain the padding token, but no attention_mask was given"):
         model(**padded)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

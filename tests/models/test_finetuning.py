@@ -166,14 +166,14 @@ def test_a_checkpoint_that_is_no_swin_transformers_is_refused(tmp_path: Path) ->
     _, state = original_checkpoint(112, 7)
     name = "layers.1.blocks.1.mlp.fc2.bias"
     for change, message in (
-        ({name: None}, rf"the checkpoint does not hold .*: {name} is missing"),
+        ({name: None}, rf"the checkpoint does not match .*: {name} is missing"),
         ({name: torch.zeros(3)}, rf"{name} is \(3,\), expected \(32,\)"),
         ({"absolute_pos_embed": torch.zeros(1)}, "absolute_pos_embed is unknown"),
-        ({"patch_embed.proj.weight": None}, r"has no patch_embed\.proj\.weight: this is no Swin Transformer's"),
+        ({"patch_embed.proj.weight": None}, r"has no patch_embed\.proj\.weight: it is not a Swin Transformer checkpoint"),
     ):
         with pytest.raises(ValueError, match=message):
             swin_model_from_checkpoint({n: t for n, t in {**state, **change}.items() if t is not None})
-    with pytest.raises(ValueError, match="relative_position_bias_table: this is no Swin"):
+    with pytest.raises(ValueError, match="relative_position_bias_table: it is not a Swin"):
         swin_model_from_checkpoint({n: t for n, t in state.items() if "table" not in n})
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth: no such checkpoint"):
         swin_model_from_checkpoint(tmp_path / "nothing.pth")
@@ -183,5 +183,5 @@ def test_a_checkpoint_that_is_no_swin_transformers_is_refused(tmp_path: Path) ->
     for file, content in (("hostile.pth", None), ("cut.pth", b"PK\x03\x04"), ("cut.safetensors", b"123")):
         if content is not None:
             (tmp_path / file).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{file} is not readable as tensors alone"):
+        with pytest.raises(ValueError, match=f"{file} cannot be read as tensors only"):
             swin_model_from_checkpoint(tmp_path / file)

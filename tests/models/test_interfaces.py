@@ -77,7 +77,7 @@ def test_positions_that_cannot_be_interpolated_are_refused(monkeypatch: pytest.M
     with pytest.raises(ValueError, match="windows of a Swin"), swin.serving(interpolate_pos_encoding=True):
         pass
     monkeypatch.setattr(ViTAdapter, "interpolates", False)
-    with pytest.raises(ValueError, match=r"ViTAdapter does not say that its embed takes it \(interpolates = True\)"):
+    with pytest.raises(ValueError, match=r"ViTAdapter does not declare that its embed accepts it \(interpolates = True\)"):
         fusion().encode_complementary(**inputs(), interpolate_pos_encoding=True)
 
 

@@ -147,7 +147,7 @@ def test_a_router_shared_by_layers_may_see_their_tokens() -> None:
     model = build(small("mope_v2t", router_scope="shared"))
     routing = model.eval()(**inputs(model)).routing
     assert not torch.allclose(routing[0].probs, routing[1].probs)
-    with pytest.raises(ValueError, match="cannot see their tokens, whose width changes from stage to stage: set router='complem"):
+    with pytest.raises(ValueError, match="cannot see their tokens, because their width differs between stages: set router='comp"):
         build(small("mope", router_scope="shared"))
 
 

@@ -329,7 +329,7 @@ def test_inputs_must_fit_each_other() -> None:
     model, batch = fusion().eval(), inputs()
     items, tokens = batch["input_ids"].shape
     for mask in (batch["attention_mask"][:, :3], batch["attention_mask"][:2], batch["attention_mask"][0]):
-        with pytest.raises(ValueError, match=rf"attention_mask must be \({items}, {tokens}\), as input_ids is, got"):
+        with pytest.raises(ValueError, match=rf"attention_mask must be \({items}, {tokens}\), the shape of input_ids, got"):
             model(**{**batch, "attention_mask": mask})
     with pytest.raises(ValueError, match=f"same number of items, got 1 in pixel_values, {items} in input_ids"):
         model(**{**batch, "pixel_values": batch["pixel_values"][:1]})

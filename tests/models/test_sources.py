@@ -161,7 +161,7 @@ def test_an_encoder_with_adapters_of_peft_is_told_of_and_not_copied(tmp_path: Pa
     peft = pytest.importorskip("peft")
     text = peft.get_peft_model(backbone("bert", torch.float32), peft.LoraConfig(target_modules=["query"]))
     vision = backbone("vit", torch.float32)
-    with pytest.warns(UserWarning, match=r"PeftModel: the adapters of peft in this encoder are frozen .*merge_and_unload"):
+    with pytest.warns(UserWarning, match=r"PeftModel: the peft adapters in this encoder are frozen .*merge_and_unload"):
         model = MoPEForClassification(fusion().config, vision=vision, text=text)
     assert not any(p.requires_grad for p in model.text.parameters())
     with pytest.raises(ValueError, match=r"the text backbone is a PeftModel of peft.*text = text.merge_and_unload\(\)"):

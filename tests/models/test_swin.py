@@ -91,7 +91,7 @@ def test_a_checkpoint_of_another_size_is_named():
 
 
 def test_sizes_whose_stages_the_window_does_not_divide_are_refused():
-    with pytest.raises(ValueError, match="resolution must divide by window_size, got 15 and 7"):
+    with pytest.raises(ValueError, match="resolution must be divisible by window_size, got 15 and 7"):
         MoPESwinEncoder.of(**{**SMALL, "image_size": 60})
 
 

@@ -388,7 +388,7 @@ def test_a_swin_without_prompts_builds_no_graph() -> None:
         ({"hidden_act": "relu"}, "hidden_act='relu': only 'gelu'"),
         ({"use_absolute_embeddings": True}, "use_absolute_embeddings=True: only False"),
         ({"image_size": (56, 112)}, r"image_size=\(56, 112\): only squares"),
-        ({"image_size": 60}, "resolution must divide by window_size, got 15 and 7"),
+        ({"image_size": 60}, "resolution must be divisible by window_size, got 15 and 7"),
     ],
 )
 def test_other_swin_transformers_are_refused(options: dict[str, Any], message: str) -> None:

@@ -200,7 +200,7 @@ def test_images_of_16_bits_keep_their_grey_levels(tmp_path: Path, mode: str) -> 
 def test_images_without_a_known_white_are_refused(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "image.tiff"
     Image.new(mode, (10, 10)).save(path)
-    with pytest.raises(DataError, match=f"image.tiff.*which of its values is white is not known .mode {mode}."):
+    with pytest.raises(DataError, match=f"image.tiff.*its value for white is unknown .mode {mode}."):
         Preprocessing(model_of(method="image_only"), ["vision"])(Example("0", {"vision": path}, (0,)))
 
 
@@ -242,7 +242,7 @@ def test_an_image_too_large_to_be_true_is_named(split: Split, monkeypatch: pytes
 def test_images_of_different_sizes_do_not_make_a_batch(split: Split) -> None:
     model = model_of(method="image_only")
     model.image_processor = ViTImageProcessorPil(do_resize=False, image_mean=[0.5], image_std=[0.5])
-    with pytest.raises(ValueError, match=r"images of different sizes, \(1, 8, 8\), \(1, 9, 12\), .* let it resize or crop"):
+    with pytest.raises(ValueError, match=r"images of different sizes, \(1, 8, 8\), \(1, 9, 12\), .* configure it to resize"):
         batch_of(split, model)
 
 

@@ -197,11 +197,11 @@ BAD = {
     "labels": ({"labels": [], "text": "", "image": ""}, r'"labels": the first line has "label"'),
     "surrogate in the label": (b'{"label": "\\udc00", "text": "", "image": ""}', r'"label" holds half of a character'),
     "surrogate": (b'{"label": "cat", "text": "\\ud83d", "image": ""}', r'"text" holds half of a character'),
-    "no image": (example(image="images/c.jpg"), r"no image .*c\.jpg: put it there, or take grey ones .*on_missing_image='grey'"),
+    "no image": (example(image="images/c.jpg"), r"no image .*c\.jpg: put it there, or use grey images .*on_missing_image='grey'"),
     "folder for image": (example(image="images"), r"no image .*images: put it there"),
     "NUL": (example(image="images/a\0.jpg"), r"no image "),
-    "parent": (example(image="images/../../a.jpg"), r'"image" leaves the folder of the data .*put a link to the images into'),
-    "absolute": (example(image="/etc/passwd"), r'"image" leaves the folder of the data'),
+    "parent": (example(image="images/../../a.jpg"), r'"image" points outside the data folder .*put a link to the images into'),
+    "absolute": (example(image="/etc/passwd"), r'"image" points outside the data folder'),
 }
 
 
@@ -313,7 +313,7 @@ def test_bad_arguments(folder: Path) -> None:
 
 def test_missing_images_may_be_grey(folder: Path) -> None:
     file = write(folder, [example(), example(image="images/none.jpg"), example(image="nowhere/a.jpg")])
-    with pytest.warns(UserWarning, match=rf"{file}: 2 of 3 images are missing, grey ones replace them: .*none\.jpg, .*nowhere"):
+    with pytest.warns(UserWarning, match=rf"{file}: 2 of 3 images are missing and replaced with grey ones: .*none\.jpg, .*nowhere"):
         split = read_split(folder, "jsonl", "train", on_missing_image="grey")
     assert [e.inputs["vision"] for e in split.examples] == [folder / "images/a.jpg", None, None]
 
