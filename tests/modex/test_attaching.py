@@ -865,8 +865,6 @@ def test_outputs_that_cannot_be_adapted_are_named(container):
 
 def test_a_folder_is_no_configuration() -> None:
     model = torch.nn.Linear(2, 2)
-    with pytest.raises(
-        TypeError, match=r"ModeXConfig, got 'adapters': .* Adapters.from_pretrained\(model, folder\)"
-    ):
+    with pytest.raises(TypeError, match=r"ModeXConfig, got 'adapters': .* Adapters.from_pretrained\(model, folder\)"):
         attach(model, "adapters")
     assert not list(model.children()) and all(p.requires_grad for p in model.parameters())
