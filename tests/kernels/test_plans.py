@@ -1,4 +1,4 @@
-"""A call with a known signature returns the same bits and errors as a first call, and anything that watches sees the op."""
+"""A call with a known signature gives the same bits and errors as a first call; modes and subclasses still see the op."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def of_plans(op: Op) -> plans.Plans:
     return _OPERATIONS[op.name].plans
 
 
-# Other places and kinds of tensors, after a first call with usual ones.
+# Tensors at other addresses or of other kinds, after a first call with ordinary ones.
 
 
 def of_one_memory(tensors: Tensors) -> Tensors:
@@ -151,7 +151,7 @@ def test_a_signature_is_planned_once(op, impl):
     assert len(of_plans(op)) == 2
     run(op, impl, options, tensors, wanted=[])
     assert len(of_plans(op)) == 3
-    # With 4 bytes per element: at a multiple of 16 bytes, but not of 16 elements; then at a multiple of 16 elements, as at first.
+    # With 4 bytes per element: first at a multiple of 16 bytes but not of 16 elements, then at a multiple of 16 elements again.
     run(op, impl, options, each(lambda t: shifted(t, 4))(tensors))
     run(op, impl, options, each(lambda t: shifted(t, 16))(tensors))
     assert len(of_plans(op)) == 4
@@ -330,7 +330,7 @@ def test_options_of_other_kinds_have_plans_of_their_own():
     assert len(of_plans(ROUTE)) == 6
 
 
-# Modes, transforms and subclasses that have to see the op
+# Modes, transforms and subclasses that must see the op
 
 
 def raw_names(impl: str, op: Op) -> set[str]:
@@ -369,7 +369,7 @@ class Wrapper(Tensor):
 
 
 class Noted(Tensor):
-    """A subclass with its own memory that records the functions it is passed to."""
+    """A subclass with its own storage that records the functions it is passed to."""
 
     seen: list[Any] = []  # noqa: RUF012
 
@@ -425,7 +425,7 @@ def test_whatever_watches_sees_the_op_after_plans_were_kept(op, impl):
         # Fake tensors outside their mode.
         assert len(fake) == len(forward_and_backward(op, impl, options, fakes))
 
-    # Nothing of this remains.
+    # None of this leaves a trace.
     assert_equal_outcomes(forward_and_backward(op, impl, options, require_gradients(tensors, leaves)), wanted)
 
 
@@ -555,7 +555,7 @@ def test_saved_tensors_may_be_other_ones(op, impl):
     for hooks in SAVED.values():
         with hooks():
             wanted = by_the_ops(op, impl, options, tensors)
-        # Torch's products may sum in another order.
+        # Torch may sum products in a different order.
         torch.testing.assert_close({n: t.as_subclass(Tensor) for n, t in wanted.items()}, clean)
         for _ in range(2):
             with hooks():
