@@ -115,7 +115,7 @@ class Sizes(NamedTuple):
 
 @pytest.fixture
 def tuned(monkeypatch, tmp_path):
-    """Return a launcher that returns its configuration, with a fresh tuner that stores in `tmp_path`, and the list of timed ones."""
+    """Return a launcher that returns its configuration, using a fresh tuner that stores in `tmp_path`, and the timed ones."""
     setenv(monkeypatch, "MOPE_AUTOTUNE", "1")
     setenv(monkeypatch, "MOPE_CONFIG_DIR", str(tmp_path))
     monkeypatch.setattr(tuning, "_winners", {})
