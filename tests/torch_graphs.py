@@ -1,4 +1,4 @@
-"""torch.cuda.make_graphed_callables without a GPU: torch's own code, with tapes of operations (tests/tape.py) as its graphs."""
+"""torch.cuda.make_graphed_callables without a GPU: torch's own code, with tapes of operations (tests/tape.py) as graphs."""
 
 from __future__ import annotations
 
