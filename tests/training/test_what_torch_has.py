@@ -1,7 +1,7 @@
-"""The behaviour of torch's own ways to train through CUDA graphs, for the table in docs/performance.md.
+"""How torch's own ways to train with CUDA graphs behave, for the table in docs/performance.md.
 
-`make_graphed_callables` runs here on tapes of operations. `mode="reduce-overhead"` needs a GPU; only the parts of it that follow
-from torch.compile alone are tested.
+`make_graphed_callables` runs here on tapes of operations. `mode="reduce-overhead"` needs a GPU; only the aspects that depend
+on torch.compile alone are tested.
 """
 
 from __future__ import annotations
