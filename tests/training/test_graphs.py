@@ -97,7 +97,7 @@ def test_training_through_it_is_training_without(recorded: bool) -> None:
 
 @both
 def test_gradients_that_are_there_are_added_to(recorded: bool) -> None:
-    """Check gradients that are zeros from zero_grad, left by another backward pass, or None for parameters the loss does not reach."""
+    """Check gradients that are zeros from zero_grad, left by another backward pass, or None if the loss does not reach them."""
     module = Net()
     twin = copy.deepcopy(module)
     step, _ = graphed(module, recorded)
