@@ -83,7 +83,7 @@ class Tape(TorchDispatchMode):
 
 
 class Tapes:
-    """Replaces `mope.graphs._CudaGraphs`."""
+    """A replacement for `mope.graphs._CudaGraphs`."""
 
     def __init__(self, reads: bool = False) -> None:
         self.reads = reads

@@ -20,7 +20,7 @@ EVERYTHING = os.environ.get("MOPE_TEST_EVERYTHING", "") not in ("", "0")
 
 
 class Chooser:
-    """Chooses values by drawing from hypothesis."""
+    """Draw the chosen values from hypothesis."""
 
     def __init__(self, draw: st.DrawFn) -> None:
         self.draw = draw

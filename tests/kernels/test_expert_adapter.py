@@ -116,7 +116,7 @@ def test_dropout_is_not_left_to_the_cpp_kernel():
 
 @pytest.mark.parametrize("kind", ["adapter", "mec"])
 def test_matches_the_released_code(kind):
-    """Compare with numbers that ModeX's own modules computed in float64."""
+    """Compare with float64 results of ModeX's own modules."""
     data = {n.removeprefix(f"modex.{kind}."): t.double() for n, t in load_file(DATA / "modex.safetensors").items() if kind in n}
     if kind == "adapter":
         down, ups, router = "D_fc1", ["D_fc2"], None

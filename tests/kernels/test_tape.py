@@ -130,7 +130,7 @@ def test_results_are_as_those_of_the_op(op, impl):
 
 @every("triton", slow=lambda op, impl: is_long(op, impl) and op is not PROMPT_ATTENTION)
 def test_results_may_be_changed_in_place(op, impl):
-    """A result may be changed in place if the op's may: its backward must not read it."""
+    """Check that a result may be changed in place exactly if the op's may, because its backward does not read it."""
     tensors, options = draws(op)
     name = op.leaves(tensors)[0]
 
@@ -160,7 +160,7 @@ def test_results_share_no_memory(op, impl):
 
 
 class Halve(TorchDispatchMode):
-    """Raises its own error when a raw op is called."""
+    """Raise an error when a raw op is called."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "mope_triton":

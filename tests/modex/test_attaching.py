@@ -713,7 +713,7 @@ def test_adapters_for_which_there_is_no_memory_change_nothing():
 
 
 class Tied(nn.Module):
-    """A head with the weights of the embeddings, and a LayerNorm that is used twice."""
+    """A head tied to the embeddings, and a LayerNorm that is used twice."""
 
     def __init__(self) -> None:
         super().__init__()

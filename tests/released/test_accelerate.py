@@ -27,7 +27,7 @@ Output = tuple[list[Tensor], dict[str, Tensor]]
 
 
 def golden_encoder(case: str = "b3") -> PromptedSwin:
-    """Return a stand-in with exactly the weights behind the released code's numbers."""
+    """Return a stand-in with exactly the weights that produced the released code's numbers."""
     sizes = {name: SIZES[name] for name in ("embed_dim", "depths", "num_heads", "prompt_length")}
     encoder = PromptedSwin(**sizes, num_experts=SIZES["moe_n_experts"]).double()
     scale = GOLDEN["low3.key_scale"].item() if case == "low3" else 1.0

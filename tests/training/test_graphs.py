@@ -30,7 +30,7 @@ both = pytest.mark.parametrize("recorded", [False, True], ids=["called", "record
 
 
 def graphed(function: Any, recorded: bool = True, reads: bool = False, **options: Any) -> tuple[GraphedStep, Any]:
-    """Return a step that calls, or a step that records on tapes, together with the tapes."""
+    """Return a step that calls the function or records it on tapes, together with its backend."""
     step = GraphedStep(function, **options)
     if recorded:
         step._backend = Tapes(reads)  # type: ignore[assignment]
@@ -89,7 +89,7 @@ def test_training_through_it_is_training_without(recorded: bool) -> None:
             optimizer.step()
             optimizer.zero_grad()
         assert same(module, twin)
-    # One shape has a graph for written and one for added gradients; the other is always added.
+    # The first shape has one graph that writes gradients and one that adds to them; the second only one that adds.
     assert step.num_graphs == 3
     if recorded:
         assert (backend.recorded, backend.replayed, backend.warmed) == (3, 12, 9)
@@ -138,7 +138,7 @@ def test_the_optimizer_too(recorded: bool) -> None:
         assert found is not None and torch.equal(found, norm)
         assert same(module, twin)
     if recorded:
-        # One graph for the step, and one of the optimizer for each learning rate.
+        # One graph of the step, and one of the optimizer for each learning rate.
         assert (backend.recorded, backend.replayed, step.num_graphs) == (3, 8 + 3 + 3, 2)
 
 
@@ -244,7 +244,7 @@ def test_random_numbers_are_new_in_each_replay_and_recording_draws_none() -> Non
 
 @pytest.fixture
 def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the host from reading masks, as on a GPU: padding is computed and hidden."""
+    """Keep the host from reading masks, as on a GPU, so that padding is computed and masked."""
     monkeypatch.setattr(Packing, "of", lambda *_: None)
 
 
@@ -281,7 +281,7 @@ def of_model(case: str) -> tuple[Any, list[dict[str, Tensor]]]:
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.usefixtures("on_a_device")
 def test_every_model(case: str, half: bool) -> None:
-    """A recorded step equals one without graphs bit for bit, also with frozen weights in 16 bits."""
+    """Check that a recorded step equals one without graphs bit for bit, also with 16-bit frozen weights."""
     model, batches = of_model(case)
     model.cast_frozen(torch.bfloat16 if half else None)
     start = copy.deepcopy(model.state_dict())
@@ -573,7 +573,7 @@ def test_it_is_a_name_of_the_package() -> None:
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make a process group of one; tests/training/test_distributed.py calls with two processes."""
+    """Create a process group of one; tests/training/test_distributed.py uses two processes."""
     monkeypatch.setenv(WATCH, "0")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
