@@ -137,7 +137,7 @@ def test_an_accident_costs_its_row_and_is_tried_again(tmp_path):
 def test_the_parent_asks_nothing_that_would_keep_its_children_from_the_gpu():
     """Check that the parent does not initialise CUDA, after which forked children could not use the GPU."""
     if not hasattr(torch._C, "_cuda_isInBadFork"):
-        pytest.skip("torch was built without CUDA, and marks no process")
+        pytest.skip("torch was built without CUDA and does not mark forked processes")
     script = "from bench import gpu, headline; headline.import_everything()\nimport os, torch\n"
     script += "if os.fork() == 0: os._exit(int(torch._C._cuda_isInBadFork()))\nassert os.wait()[1] == 0"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

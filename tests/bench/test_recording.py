@@ -12,7 +12,7 @@ from tests.kernels.test_aot import needs_triton
 
 pytestmark = [
     needs_triton,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="the stand-in for the device is compiled with g++"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ for the stand-in for the device"),
 ]
 BFLOAT16, FLOAT32 = "bfloat16", "float32"
 

@@ -14,7 +14,7 @@ import torch
 
 from bench.steps import Channel, Runner, Step
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="steps are forked")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="steps need fork")
 
 
 class Notebook:
@@ -145,7 +145,7 @@ def start_something(channel, parts, end):
     end()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the children of a process are found in /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc to find child processes")
 @pytest.mark.parametrize("end", [lambda: None, os.abort, hang], ids=["returns", "aborts", "hangs"])
 def test_what_a_step_started_ends_with_it(notebook, end):
     notebook.run(Step("parent", functools.partial(start_something, end=end), 5))

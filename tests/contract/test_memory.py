@@ -41,7 +41,7 @@ def poisoned_allocations() -> Iterator[None]:
 @every(*RUNS, cases=True)
 def test_writes_all_of_its_results(op, impl, case):
     if impl == "sdpa" and case in ("no prompts", "no tokens"):
-        pytest.skip("SDPA is not used where an item may see nothing")
+        pytest.skip("SDPA is not used if an item may see nothing")
     tensors, options = op.draw(dtype_of(impl), DEVICE[impl], **op.cases[case])
     clean = run_with_gradients(op, impl, options, tensors)
     with poisoned_allocations():
@@ -129,7 +129,7 @@ def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor], moved: str)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(resource is None, reason="the platform does not say how much memory is used")
+@pytest.mark.skipif(resource is None, reason="the platform does not report memory use")
 @every("cpu")
 def test_ten_thousand_calls_leave_no_memory_behind(op, impl):
     """Use small calls; a leak per call would be orders of magnitude smaller than the tensors of a call."""

@@ -123,7 +123,7 @@ def test_the_short_list_is_short_and_has_every_feature():
     assert {word for name, _ in short for word in name.split() if word.startswith("D=")} >= {"D=32", "D=64", "D=72", "D=128"}
 
 
-@pytest.mark.skipif(interpreting(), reason="the names of compiled kernels")
+@pytest.mark.skipif(interpreting(), reason="checks the names of compiled kernels")
 @needs_triton
 def test_the_forward_is_one_launch():
     names = [kernel.__name__ for kernel, *_ in launches("mope_attention", "bf16 D=64 top_k=2")]

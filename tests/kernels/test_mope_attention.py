@@ -112,7 +112,7 @@ def test_many_tasks_match_float64(case, impl):
 
 @implementations("reference", "cpu", "triton")
 def test_many_tasks_of_any_sizes(impl):
-    hypothesis = pytest.importorskip("hypothesis", reason="shapes are drawn by hypothesis")
+    hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
     from hypothesis import strategies as st
 
     from tests.contract import test_shapes

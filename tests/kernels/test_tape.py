@@ -104,7 +104,7 @@ def test_a_launcher_runs_once(op, impl, other, launched):
     """Check that forward and backward are replayed in every later call with this signature, with the results of the ops."""
     changes = [{}, *OTHERS[op.name]]
     if other >= len(changes):
-        pytest.skip("there is no such case")
+        pytest.skip("the op has no further variant")
     for seed in range(2):
         torch.manual_seed(seed)
         tensors, options = draws(op, **changes[other])
@@ -130,7 +130,7 @@ def test_results_are_as_those_of_the_op(op, impl):
 
 @every("triton", slow=lambda op, impl: is_long(op, impl) and op is not PROMPT_ATTENTION)
 def test_results_may_be_changed_in_place(op, impl):
-    """Check that a result may be changed in place exactly if the op's may, because its backward does not read it."""
+    """Check that a result may be changed in place exactly if the op's may, that is, if its backward does not read it."""
     tensors, options = draws(op)
     name = op.leaves(tensors)[0]
 
@@ -217,7 +217,7 @@ def test_inference_mode_is_not_written_down(op, impl):
 
 
 def test_the_same_tensor_twice_and_two_tensors_triton(launched):
-    """Check that passing the same tensor twice and passing two tensors are recorded separately."""
+    """Check that a recording with the same tensor twice is not replayed for two different tensors."""
     if not interpreting():
         pytest.skip("kernels are not interpreted")
     tensors, options = draws(PROMPT_ATTENTION)
@@ -475,9 +475,9 @@ def test_threads_that_write_down_at_once_leave_no_flag_of_torch_behind():
 # The tests below use the stand-in for the driver, with Triton's own launchers.
 
 launching = [
-    pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="the stand-in for the driver is compiled"),
+    pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler for the stand-in for the driver"),
     pytest.mark.skipif(interpreting(), reason="interpreted kernels are not launched"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is for where no GPU is"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is only for machines without a GPU"),
 ]
 
 

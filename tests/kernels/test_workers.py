@@ -17,7 +17,7 @@ THREADS = Path("/proc/self/task")
 
 pytestmark = [
     pytest.mark.skipif(not _extension.STATUS.loaded, reason=_extension.STATUS.reason),
-    pytest.mark.skipif(not THREADS.exists(), reason="threads are counted in /proc"),
+    pytest.mark.skipif(not THREADS.exists(), reason="needs /proc to count threads"),
 ]
 
 

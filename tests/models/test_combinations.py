@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("hypothesis", reason="options are drawn by hypothesis")
+pytest.importorskip("hypothesis", reason="needs hypothesis")
 
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
