@@ -19,9 +19,9 @@ from mope_kernels import _triton, explain
 from mope_kernels.impl import interpreting
 
 pytestmark = [
-    pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="the stand-in for the driver is compiled"),
+    pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler for the stand-in driver"),
     pytest.mark.skipif(interpreting(), reason="interpreted kernels are not launched"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is for where no GPU is"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is only for machines without a GPU"),
 ]
 SHALLOW = {
     "swin": dataclasses.replace(host_cases.MODELS["swin"], depths=(2, 2, 2, 2), layers=1),

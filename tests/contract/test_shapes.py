@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("hypothesis", reason="shapes are drawn by hypothesis")
+pytest.importorskip("hypothesis", reason="needs hypothesis")
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st

@@ -475,7 +475,7 @@ def test_threads_that_write_down_at_once_leave_no_flag_of_torch_behind():
 # The tests below use the stand-in for the driver, with Triton's own launchers.
 
 launching = [
-    pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler for the stand-in for the driver"),
+    pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler for the stand-in driver"),
     pytest.mark.skipif(interpreting(), reason="interpreted kernels are not launched"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is only for machines without a GPU"),
 ]
