@@ -209,7 +209,7 @@ class Hands:
 
 def test_a_row_by_its_parts():
     problem = problems.build(Case("mix_prompts", "swin-b-stage1-b64"), CPU, torch.float32)
-    # Every round takes 2 ms, the intended length of a round.
+    # Every round takes 2 ms, which is long enough for a round.
     row = measure.measure(problem, "embedding_bag", CPU, Ceilings(1e9, {"float32": 1e12}), Hands(tick=2e-3).clock(), 0.02)
     assert row["ms"] == pytest.approx(2) and row["rounds"] == measure.ROUNDS and row["ratio"] == pytest.approx(1)
     # The output alone has 64 x 6 x 128 floats.

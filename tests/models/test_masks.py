@@ -35,7 +35,7 @@ def batch_with(mask: str, text: str = "bert") -> dict[str, Tensor]:
     """Return a batch with ordinary ids at the masked positions and with mixed token types."""
     batch = inputs()
     ids, types = torch.randint(2, 50, batch["input_ids"].shape), torch.randint(0, 2, batch["input_ids"].shape)
-    # RoBERTa was trained with a single token type and uses one position for all padding tokens.
+    # RoBERTa was trained with a single token type, so it gets none here.
     types = {"token_type_ids": types} if text == "bert" else {}
     return {**batch, "input_ids": ids, "attention_mask": torch.tensor(MASKS[mask]), **types}
 

@@ -168,7 +168,7 @@ GOLDEN = Path(__file__).parents[1] / "data" / "swin.safetensors"
 
 @pytest.mark.parametrize(("case", "owner"), [("b3", "released"), ("b1", "released"), ("b1", "instance")])
 def test_matches_the_released_code(case: str, owner: str) -> None:
-    """Load released weights into a SwinModel and its prompts, and compare with released float64 results on random weights."""
+    """Load the released backbone and prompts into a model made from the config, and compare float64 results on random weights."""
     numbers = load_file(GOLDEN)
     with safe_open(GOLDEN, "pt") as file:
         sizes = json.loads(file.metadata()["cfg"])
