@@ -1,4 +1,4 @@
-"""What does not fit a fusion model is named, with what came and the fix; what runs and is seldom meant is warned about."""
+"""Errors name the mismatched input and the fix; warnings cover input that runs but is rarely intended."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 1])
 
 
 def fused() -> ModeXForClassification:
-    """ViT and BERT joined."""
+    """Join ViT and BERT."""
     model = AlbefModel.from_encoders(backbone("vit"), backbone("bert"), fusion_layer=1)  # type: ignore[arg-type]
     return ModeXForClassification(model, ModeXConfig.preset("albef", fusion_layer=1), num_labels=3).double()
 
@@ -111,7 +111,7 @@ def test_other_inputs_of_a_fusion_model() -> None:
 
 
 def test_a_text_of_roberta_is_as_long_as_its_tokens() -> None:
-    """Padding has no position of its own there: 14 tokens fit, whatever stands behind them."""
+    """Padding has no position of its own in RoBERTa, so 14 tokens fit, however much padding follows them."""
     model, batch = fusion(text="roberta").eval(), inputs()
     ids = torch.full((5, 20), 1)
     ids[:, :14] = 5
@@ -122,7 +122,7 @@ def test_a_text_of_roberta_is_as_long_as_its_tokens() -> None:
 
 
 def test_items_that_do_not_count() -> None:
-    """-100, as in cross_entropy; and integers of any width."""
+    """Check that the label -100 is ignored, as in cross_entropy, and that integer labels of any width work."""
     model, batch = fusion(importance_weight=0.0).eval(), inputs()
     some = LABELS.where(LABELS != 2, -100)
     output = model(**batch, labels=some)
@@ -130,7 +130,7 @@ def test_items_that_do_not_count() -> None:
     assert torch.equal(model(**batch, labels=some.int()).loss, output.loss)
 
 
-# transformers itself reads the mask in ModeX.
+# In ModeX, transformers itself reads the mask.
 @pytest.mark.parametrize("name", ["mope", "mope, text"])
 def test_no_value_is_read_elsewhere(name: str) -> None:
     model = MODELS[name]().to("meta")
@@ -227,7 +227,7 @@ def test_one_label_is_nothing_to_learn() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_what_runs_and_is_seldom_meant_is_said_once(name: str) -> None:
     model, batch = MODELS[name]().eval(), inputs()
-    # BERT casts nothing: the pixels are made what the encoder takes.
+    # BERT casts nothing; pixels are cast to the dtype of the encoder.
     bytes_ = {**batch, "pixel_values": torch.randint(0, 255, batch["pixel_values"].shape, dtype=torch.uint8)}
     if name != "modex":
         with pytest.warns(UserWarning, match=r"pixel_values are torch\.uint8, as if no image processor had been used"):
@@ -240,7 +240,7 @@ def test_what_runs_and_is_seldom_meant_is_said_once(name: str) -> None:
         model(**padded)
         if name != "modex":
             model(**bytes_)
-    # Neither without padding, nor with a mask.
+    # No warning without padding or with a mask.
     other = MODELS[name]().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

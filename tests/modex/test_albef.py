@@ -1,4 +1,4 @@
-"""The fusion model of ALBEF's shape: what it computes, its parts, its published sizes."""
+"""The fusion model with the architecture of ALBEF: its outputs, its parts, its published sizes."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_takes_the_wider_dtype_of_two_encoders() -> None:
 @pytest.mark.parametrize("padded", [True, False])
 def test_every_token_sees_all_tokens_and_no_padding(padded: bool) -> None:
     model, batch = albef(), inputs()
-    # Without a mask, layers that take themselves for a decoder's would hide what follows.
+    # Without a mask, layers configured as decoder layers would hide later tokens.
     mask = batch["attention_mask"] if padded else None
     image = model.encode_image(batch["pixel_values"])
 
@@ -161,7 +161,7 @@ def test_compiles_whole(attached: bool) -> None:
     assert torch.equal(compiled(**batch).last_hidden_state, model(**batch).last_hidden_state)
 
 
-# With the images of NLVR2 in turn, twelve of eighteen text layers are of fusion.
+# NLVR2 has two images per sentence, and twelve of the eighteen text layers are fusion layers.
 @pytest.mark.parametrize(
     ("preset", "text_layers", "count"), [("albef", 12, 1_710_468), ("albef", 18, 2_507_976), ("blip", 12, 1_253_988)]
 )

@@ -1,4 +1,4 @@
-"""What a configuration of adapters may say, and that it comes back from its file."""
+"""Valid adapter configurations, and reading them back from a file."""
 
 from __future__ import annotations
 

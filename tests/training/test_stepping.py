@@ -1,4 +1,4 @@
-"""`mope train --graphs`: a run through graphs gives the same results as without graphs, bit for bit."""
+"""`mope train --graphs`: a run with graphs gives the same results bit for bit as one without."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def splits(data: Path) -> dict[str, Split]:
 
 @pytest.fixture(params=["called", "recorded"])
 def tapes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Tapes]:
-    """Let steps call the model, as on a CPU, or record tapes (tests/tape.py) with padding computed and hidden, as on a GPU."""
+    """Let steps call the model, as on a CPU, or record tapes (tests/tape.py) with padding computed and masked, as on a GPU."""
     made: list[Tapes] = []
     if request.param == "recorded":
 
@@ -100,7 +100,7 @@ def test_training_is_that_without_graphs(
     assert "graphs" not in plain.train()
     result = through.train()
     assert_same(outcome(plain), outcome(through))
-    # Full batches of each epoch, and those parts of the last batch that have the size of parts of full ones.
+    # Full batches of each epoch, and those parts of the last batch that are as large as the parts of full batches.
     parts, taken = recipe.accumulation, result["graphs"]["parts"]
     assert sum(taken.values()) == STEPS * parts and taken["graphs"] == (2 * (3 * 3 + 1) if parts == 3 else 6 * parts)
     if tapes:
@@ -132,7 +132,7 @@ def test_resuming(splits: dict[str, Split], tmp_path: Path, tapes: list[Tapes]) 
 
 
 def test_fewer_tokens_than_lengths(splits: dict[str, Split], tmp_path: Path) -> None:
-    """Texts that are longer than all lengths run without a graph."""
+    """Texts longer than the largest bucket run without a graph."""
     run = run_of(splits, tmp_path / "out", graphs="on", length_buckets=(5,), max_steps=3)
     result = run.train()
     assert run.trainer.stepping.lengths == {"text": (5,)}
