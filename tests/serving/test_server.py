@@ -139,7 +139,7 @@ REFUSED: dict[str, tuple[Callable[[MoPEServer, World, Path], object], type[Excep
         lambda server, world, _: server(["three"] * 5, pixel_values=world.batch["pixel_values"]),
         ValueError,
     ),
-    r"is no checkpoint": (lambda server, _, folder: server.load("three", folder / "none", replace=True), FileNotFoundError),
+    r"is not a checkpoint": (lambda server, _, folder: server.load("three", folder / "none", replace=True), FileNotFoundError),
 }
 
 
@@ -191,7 +191,7 @@ DAMAGED: dict[str, Callable[[Path], None]] = {
     r"lacks head\.0\.bias": without_bias,
     r"blocks\.2\.experts\.prompts is \(2, 2, 32\), the config says \(3, 2, 32\)": of_other_shape,
     r"numbers that are not finite, in blocks\.1\.static": with_nan,
-    r"no readable safetensors file": cut_short,
+    r"not a readable safetensors file": cut_short,
     r"method is 'static_mapped', and only 'mope' is served": configured(method="static_mapped"),
     r"prompt_owner is 'released'": configured(prompt_owner="released"),
     r"padding_side is 'left'": configured(padding_side="left"),
