@@ -101,7 +101,7 @@ def test_another_backbone_is_refused_by_name_and_hash(tmp_path: Path) -> None:
         vision.layers[2].mlp.fc1.bias[0] += 1e-9
     with pytest.raises(ValueError, match="another vision backbone"):
         MoPEForClassification.from_pretrained(tmp_path, vision=vision, text=text)
-    with pytest.raises(FileNotFoundError, match=r"came from no file: give it as from_pretrained\(\.\.\., vision=\.\.\.\)"):
+    with pytest.raises(FileNotFoundError, match=r"was not loaded from a file: give it as from_pretrained\(\.\.\., vision=\.\.\.\)"):
         MoPEForClassification.from_pretrained(tmp_path, text=text)
 
 
@@ -198,7 +198,7 @@ def test_unknown_keys_and_tensors_are_warned_about(saved: Path) -> None:
     ("file", "content", "message"),
     [
         ("config.json", b"{", "not readable JSON"),
-        ("config.json", b"[]", "no MoPEConfig"),
+        ("config.json", b"[]", "not a MoPEConfig"),
         ("config.json", b'{"backbones": {}, "id2label": ["a", "b"]}', "no record of the vision backbone"),
         ("config.json", b'{"backbones": {}, "id2label": ["a", "b"], "temperature": "warm"}', "config.json: "),
         ("model.safetensors", b"\x80\x04]q\x00.", "not a readable safetensors"),

@@ -291,7 +291,7 @@ def test_what_would_change_nothing_is_refused() -> None:
     config = MoPEConfig(num_labels=2)
     for name, value in {"output_attentions": True, "output_hidden_states": True, "return_dict": False}.items():
         setattr(config, name, not value)
-        with pytest.raises(ValueError, match=f"{name}={value} would change nothing"):
+        with pytest.raises(ValueError, match=f"{name}={value} would have no effect"):
             setattr(config, name, value)
 
 

@@ -174,7 +174,7 @@ def test_a_reference_wants_the_encoder_that_it_was(tmp_path: Path) -> None:
     model = classifier()
     model.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
-    with pytest.raises(FileNotFoundError, match="came from no file"):
+    with pytest.raises(FileNotFoundError, match="was not loaded from a file"):
         ModeXForClassification.from_pretrained(tmp_path)
     loaded = ModeXForClassification.from_pretrained(tmp_path, model=encoder("albef"))
     with torch.no_grad():
