@@ -77,7 +77,7 @@ def test_checkpointing_and_serving_are_packed_as_well(monkeypatch: pytest.Monkey
         ({}, (7, 0, 2, 4, 7)),
         ({"main": "text", "method": "static_mapped", "prompt_depth": "shallow"}, LENGTHS),
     ],
-    ids=["little padding", "an item without tokens", "prompt tokens would shift"],
+    ids=["little padding", "an item without tokens", "prompts among the tokens"],
 )
 def test_what_is_not_packed(options: dict[str, Any], lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = fusion(**options).eval(), inputs(lengths=lengths)
