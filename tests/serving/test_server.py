@@ -197,7 +197,7 @@ DAMAGED: dict[str, Callable[[Path], None]] = {
     r"padding_side is 'left'": configured(padding_side="left"),
     r"finetuned names text": configured(finetuned=["text"]),
     r"task 'three': eval_top_k is 2, but None in the tasks of this server": configured(eval_top_k=2),
-    r"temperature is 0\.3, and 0\.5 in .*; renormalize is True, and False in": configured(temperature=0.3, renormalize=True),
+    r"temperature is 0\.3, but 0\.5 in .*; renormalize is True, but False in": configured(temperature=0.3, renormalize=True),
     r"num_labels is 6, but this server has max_labels=5": configured(num_labels=6, id2label=dict(enumerate("abcdef"))),
     r"id2label must name 0\.\.999999999, its keys are \[0, 1, 2\]": configured(num_labels=10**9),
     r"lacks id2label": configured(num_labels=10**9, id2label=None),
