@@ -259,7 +259,7 @@ def test_the_command(checkout, tmp_path, capsys):
     assert stop.value.code == 5
     printed = capsys.readouterr()
     assert printed.out == "['--accelerate', '--mode', 'x', 'y']\n" and "nothing was accelerated" in printed.err
-    for arguments, message in ((["none.py"], "no such script"), (["--mode", "instance", str(checkout())], "only with --accelerate")):
+    for arguments, message in ((["none.py"], "no such script"), (["--mode", "instance", str(checkout())], "with --accelerate")):
         options = parser.parse_args(["run", *arguments])
         assert options.command(options) == 2
         assert message in capsys.readouterr().err
