@@ -172,7 +172,7 @@ ENCODERS: dict[str, tuple[type[Exception], Callable[[], Any]]] = {
     ),
     "vision must be a model, got the name 'some/folder'": (TypeError, lambda: Path("some/folder")),
     "vision must be a model of transformers, got ViTConfig": (TypeError, lambda: BACKBONES["vit"]().config),
-    "vision was compiled by torch.compile: give the model that it was made from": (
+    "vision was compiled by torch.compile: pass the original model": (
         ValueError,
         lambda: torch.compile(BACKBONES["vit"]()),
     ),
