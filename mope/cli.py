@@ -1,4 +1,4 @@
-"""The command line: `mope demo`, `train`, `evaluate`, `routes`, `convert`, `run`, `info`, `bench`, `build`."""
+"""Command line: `mope demo`, `train`, `evaluate`, `routes`, `convert`, `run`, `info`, `bench`, `build`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from mope.released.run import add_run
 from mope.routes import add_routes
 from mope.training.commands import add_evaluate, add_train
 
-# Each command imports what it needs when it runs: `mope --help` answers at once, and `mope build` works without transformers.
+# Each command imports its dependencies when it runs, so `mope --help` is fast and `mope build` works without transformers.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command -> the exit status."""
+    """Run one command, and return its exit status."""
     options = parser().parse_args(arguments)
-    # Results say it.
+    # The command line is recorded in results.
     options.command_line = shlex.join(["mope", *(sys.argv[1:] if arguments is None else arguments)])
     status: int = options.command(options)
     return status
 
 
 def parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
     top = Parser(prog="mope", description="Mixture-of-Prompt-Experts multimodal fusion, fast to train and to serve.")
     top.add_argument("--version", action=ShowVersion, help="print the version, and the commit of a checkout")
     commands = top.add_subparsers(required=True, metavar="command")
@@ -92,7 +93,7 @@ def _demo(options: argparse.Namespace) -> int:
         print(f"mope demo: {problem}", file=sys.stderr)
         return 1
     if options.export and options.system == "modex":
-        print("mope demo: --export writes data and encoders for --system mope; modex takes the same ones", file=sys.stderr)
+        print("mope demo: --export supports only --system mope, whose data and encoders modex can use too", file=sys.stderr)
         return 1
     if (options.pretrain or options.lora) and (options.system, options.task) != ("mope", "scenes"):
         print("mope demo: --pretrain and --lora belong to --task scenes", file=sys.stderr)
@@ -108,7 +109,7 @@ def _demo(options: argparse.Namespace) -> int:
         return 0
     import matplotlib
 
-    # Pictures go to files: no display is looked for.
+    # Plots are written to files, so no display is needed.
     matplotlib.use("Agg")
     more: dict[str, Any] = {}
     if options.system == "modex":
@@ -168,7 +169,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    # Memory on the CPU comes from torch's profiler, which else writes a line to the terminal for each row.
+    # CPU memory is measured with torch's profiler, which otherwise prints a line for each row.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from mope.benchmark.run import bench
 

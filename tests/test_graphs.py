@@ -143,7 +143,7 @@ def test_another_thread_is_refused() -> None:
         thread = threading.Thread(target=call, args=(action,))
         thread.start()
         thread.join()
-    assert len(errors) == 2 and all("make one in each thread" in str(error) for error in errors)
+    assert len(errors) == 2 and all("create one in each thread" in str(error) for error in errors)
     run(x=torch.zeros(2))
 
 

@@ -13,6 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PRESETS", "MoPEConfig", "MoPEForClassification", "MoPEOutput"]
 
-# A configuration needs no transformers.
+# Loaded lazily, so that a configuration can be used without importing transformers.
 _MODULES = {"PRESETS": ".presets", "MoPEConfig": ".config", "MoPEForClassification": ".model", "MoPEOutput": ".model"}
 __getattr__ = lazily(__name__, _MODULES)

@@ -140,5 +140,5 @@ def test_export_is_of_the_other_system(tmp_path: Path, capsys: pytest.CaptureFix
     from mope import cli
 
     assert cli.main(["demo", "--system", "modex", "--export", str(tmp_path)]) == 1
-    assert "modex takes the same ones" in capsys.readouterr().err
+    assert "modex can use too" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

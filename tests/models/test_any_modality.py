@@ -147,9 +147,9 @@ def test_what_does_not_fit_is_named() -> None:
         MoPEConfig(num_labels=2, main="sound")
     with pytest.raises(ValueError, match=r"one of them twice: .*named="):
         MoPEConfig(num_labels=2, main="series", complementary=("series",))
-    with pytest.raises(ValueError, match="named says what left is"):
+    with pytest.raises(ValueError, match="named defines left"):
         MoPEConfig(num_labels=2, named={"left": "series"})
-    with pytest.raises(ValueError, match="cannot give text another meaning"):
+    with pytest.raises(ValueError, match="cannot redefine text"):
         MoPEConfig(num_labels=2, complementary=("text",), named={"text": "series"})
     with pytest.raises(ValueError, match="already used by inputs of 'text'"):
         mope.register_modality(type("Clash", (made_up.Series,), {"name": "clash", "inputs": {"input_ids": "x"}})())
@@ -177,7 +177,7 @@ def test_an_encoder_is_not_called_like_something_else_in_a_model(name: str) -> N
     config = MoPEConfig(**SIZES, main="vision", complementary=(name,), named={name: "series"})
     with pytest.raises(ValueError, match=f"something else that is called {name}"):
         MoPEForClassification(config, vision=encoder("vision"), **{name: encoder("series")})
-    with pytest.raises(ValueError, match="another meaning"):
+    with pytest.raises(ValueError, match="cannot redefine"):
         MoPEConfig(**SIZES, complementary=("forward",), named={"forward": "series"})
 
 

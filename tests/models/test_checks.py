@@ -172,7 +172,7 @@ ENCODERS: dict[str, tuple[type[Exception], Callable[[], Any]]] = {
     ),
     "vision must be a model, got the name 'some/folder'": (TypeError, lambda: Path("some/folder")),
     "vision must be a model of transformers, got ViTConfig": (TypeError, lambda: BACKBONES["vit"]().config),
-    "vision was compiled by torch.compile: give the model that it was made from": (
+    "vision was compiled by torch.compile: pass the original model": (
         ValueError,
         lambda: torch.compile(BACKBONES["vit"]()),
     ),
@@ -207,7 +207,7 @@ def test_encoders_elsewhere(tmp_path: Path) -> None:
 def test_memory_is_said_with_the_fields_that_ask_for_it() -> None:
     given = {"vision": BACKBONES["vit"](), "text": BACKBONES["bert"]()}
     for num_experts in (10**11, 10**18):
-        with pytest.raises(MemoryError, match=f"no memory for what MoPEConfig adds .* num_experts={num_experts}; take less"):
+        with pytest.raises(MemoryError, match=f"no memory for what MoPEConfig adds .* num_experts={num_experts}; reduce them"):
             MoPEForClassification(MoPEConfig(num_labels=3, num_experts=num_experts), **given)
     with pytest.raises(MemoryError, match="no memory for adapters with bottleneck=100000000000 and num_experts="):
         attach(given["vision"], ModeXConfig.preset("vit", bottleneck=10**11))

@@ -130,7 +130,7 @@ def test_configs_do_not_change() -> None:
         ({"router_scope": "stage"}, "router_scope must be one of 'layer', 'shared', 'released'"),
         ({"prompt_depth": "input"}, "prompt_depth must be one of 'deep', 'shallow'"),
         ({"prompt_depth": "shallow"}, "experts are routed layer by layer: set prompt_depth='deep', or method='static_mapped'"),
-        ({"prompt_depth": "shallow", "method": "image_only", "prompted_layers": [0]}, "prompted_layers says which layers"),
+        ({"prompt_depth": "shallow", "method": "image_only", "prompted_layers": [0]}, "prompted_layers selects the layers"),
         ({"blind_prompts": True}, "blind_prompts needs prompt_depth='shallow'"),
         ({"impl": "tritn"}, "impl must be 'auto' or one of triton, cpu, .* got 'tritn'"),
         ({"impl": "cpu,fast"}, "got 'fast'"),

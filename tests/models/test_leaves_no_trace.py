@@ -125,7 +125,7 @@ def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     import mope.fusion.model as module
 
     original = module.MoPEAttention
-    with monkeypatch.context() as patch, pytest.raises(MemoryError, match=r"num_experts=4; take less, .* no memory is left"):
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match=r"num_experts=4; reduce them, .* no memory is left"):
         patch.setattr(module, "MoPEAttention", full)
         MoPEForClassification(MoPEConfig(**CONFIG), **given)
     assert all(p.requires_grad for encoder in given.values() for p in encoder.parameters())

@@ -142,7 +142,7 @@ def test_serving_rounds_batches_up(case: str, monkeypatch: pytest.MonkeyPatch) -
         assert found.routing[0].probs.shape[0] == 3
         with pytest.raises(ValueError, match="has no row for each of 4 items"):
             predict(**{name: tensor[:3] for name, tensor in batch.items()}, labels=torch.zeros(3, dtype=torch.long))
-    with pytest.raises(ValueError, match="batch_sizes are those of graphs: give graphs=True"), model.serving(batch_sizes=(1,)):
+    with pytest.raises(ValueError, match="batch_sizes has an effect only with graphs=True"), model.serving(batch_sizes=(1,)):
         pass
 
 

@@ -207,7 +207,7 @@ def test_moving_and_loading(tmp_path: Path) -> None:
     expected = model.eval()(**batch).logits
     assert torch.equal(model.to("cpu")(**batch).logits, expected)
     for change in (nn.Module.double, nn.Module.half):
-        with pytest.raises(ValueError, match=r"call cast_frozen\(None\) before another dtype"):
+        with pytest.raises(ValueError, match=r"call cast_frozen\(None\) before changing the dtype"):
             change(model)
     # The loaded weights exist only in 16 bits; restoring the earlier float32 values would be wrong.
     model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()})

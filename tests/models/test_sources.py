@@ -79,7 +79,7 @@ def test_what_is_missing_is_said_and_the_hub_is_not_asked(saved: Path, elsewhere
     shutil.copytree(saved / "model", "model")
     shutil.rmtree(saved / "vit")
     monkeypatch.setattr(transformers.ViTModel, "from_pretrained", lambda *_, **__: pytest.fail("it was looked for"))
-    said = rf"its vision backbone, a ViTModel, .* is not here \(looked for .*/vit and {saved}/vit\): put it there, or give it as"
+    said = rf"its vision backbone, a ViTModel, .* does not exist \(looked for .*/vit and {saved}/vit\): put it there, or give it as"
     with pytest.raises(FileNotFoundError, match=said):
         MoPEForClassification.from_pretrained("model")
 
@@ -110,7 +110,7 @@ def test_a_copy_needs_nothing_else_and_no_word(tmp_path: Path, elsewhere: Path) 
 
 
 def test_an_encoder_of_no_file_is_said_to_be_needed(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="one needs the encoder itself, or gives it as from_pretrained"):
+    with pytest.warns(UserWarning, match="one needs the encoder itself, or passes it as from_pretrained"):
         fusion(dtype=torch.float32).save_pretrained(tmp_path)
 
 

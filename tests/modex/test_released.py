@@ -284,7 +284,7 @@ def test_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     model = model_of(BLIP)
     torch.save({"model": released_state(BLIP), "config": Hostile()}, "hostile.pth")
-    with pytest.raises(ValueError, match=r"asks for \w+\.mkdir, and only tensors and plain values are read\. Nothing was executed"):
+    with pytest.raises(ValueError, match=r"requires \w+\.mkdir, but only tensors and plain values are read\. Nothing was executed"):
         load_released_state_dict(model, "hostile.pth")
     assert not Path("executed").exists()
 
@@ -292,13 +292,13 @@ def test_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("message", "content"),
     {
-        "perhaps cut off|no checkpoint that can be checked": b"PK",
+        "perhaps truncated|not a checkpoint that can be checked": b"PK",
         "expected a state dict, by itself or as 'model', found list": [1, 2],
         "found Tensor": {"model": torch.zeros(3)},
-        "these are no tensors: a": {"a": 3},
-        r"no tensors: 3": {3: torch.zeros(3)},
-        "these are no tensors: huge": {"huge": torch.zeros(1).expand(10**9)},
-        "holds no adapters of ModeX, its names begin a: load encoders alone before attach": {"a": torch.zeros(3)},
+        "these are not tensors: a": {"a": 3},
+        r"not tensors: 3": {3: torch.zeros(3)},
+        "these are not tensors: huge": {"huge": torch.zeros(1).expand(10**9)},
+        "holds no adapters of ModeX, its names begin a: load only encoders before attach": {"a": torch.zeros(3)},
         "its names begin nowhere": {},
     }.items(),
 )

@@ -148,7 +148,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     Adapters.of(made).detach()
     file = tmp_path / "modex.safetensors"
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"modex\.safetensors is no readable safetensors file"):
+    with pytest.raises(ValueError, match=r"modex\.safetensors is not a readable safetensors file"):
         Adapters.from_pretrained(made, tmp_path)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"modex\.safetensors is missing"):

@@ -139,7 +139,7 @@ def test_without_prompts_the_stock_model_runs():
     assert not handle.modules and type(model) is TextClassifier
     both = nn.ModuleDict({"plain": model, "prompted": classifier()})
     assert repr(accelerate(both)) == "Acceleration(mode='released', accelerated=['prompted'], unchanged=['plain'])"
-    assert repr(accelerate(nn.ModuleDict({"plain": model}))) == "Acceleration(nothing: plain without prompts runs as it is)"
+    assert repr(accelerate(nn.ModuleDict({"plain": model}))) == "Acceleration(nothing: plain without prompts runs unchanged)"
 
 
 def test_the_host_never_waits():

@@ -153,7 +153,7 @@ def break_state(change: str) -> dict[str, Tensor]:
         ("missing", r"layers\.2\.blocks\.1\.attn\.qkv\.weight is missing"),
         ("shape", r"layers\.2\.blocks\.1\.attn\.qkv\.weight is \(191, 64\), expected \(192, 64\)"),
         ("unknown", r"layers\.2\.blocks\.1\.attn\.extra is unknown"),
-        ("not a Swin", r"deep_prompt_embeddings_0, .* missing: this is no PromptedSwinTransformer"),
+        ("not a Swin", r"deep_prompt_embeddings_0, .* missing: not a PromptedSwinTransformer"),
     ],
 )
 def test_a_wrong_state_dict_is_named(change, message):
@@ -164,7 +164,7 @@ def test_a_wrong_state_dict_is_named(change, message):
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="mode must be one of released, instance, got 'exact'"):
         load_released_encoder(state_dict(torch.float32), num_heads=SIZES["num_heads"], mode="exact")
-    with pytest.raises(ValueError, match=r"num_heads must name the heads of 4 stages, got \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"num_heads must hold the heads of 4 stages, got \(1, 2\)"):
         load_released_encoder(state_dict(torch.float32), num_heads=(1, 2))
 
 

@@ -151,7 +151,7 @@ def test_no_advice_to_run_what_is_in_a_pickle(tmp_path, capsys):
     (tmp_path / "text.ckpt").write_text('{"image": 1}')
     assert main(["convert", str(tmp_path / "text.ckpt"), str(tmp_path / "out.safetensors")]) == 1
     answer = capsys.readouterr().err
-    assert "text.ckpt: this is no checkpoint that can be checked" in answer and "weights_only" not in answer
+    assert "text.ckpt: this is not a checkpoint that can be checked" in answer and "weights_only" not in answer
 
 
 def test_the_command_converts(checkpoint, tmp_path, capsys):
@@ -187,7 +187,7 @@ def edit(name: str, change: Callable[[Tensor], Tensor] | None) -> Callable[[dict
         (
             "text_classifier.prompt_vector",
             None,
-            r"text_classifier\.prompt_vector missing: this is no checkpoint of --fuse_method mope",
+            r"text_classifier\.prompt_vector missing: this is not a checkpoint of --fuse_method mope",
         ),
         ("vision_classifier.encoder.prompt_proj_1.bias", None, r"vision\.stage_mappers\.1\.0\.bias is missing"),
         (
@@ -240,7 +240,7 @@ def test_unknown_tensors_and_other_methods_are_named(checkpoint, backbones):
         load_released_checkpoint(extra, vision=vision, text=text)
     with pytest.raises(ValueError, match="trained with --fuse_method promptfuse"):
         load_released_checkpoint(checkpoint(method="promptfuse"), vision=vision, text=text)
-    with pytest.raises(ValueError, match=r"no configuration .*importance_weight must be 0 or more, got 'much'"):
+    with pytest.raises(ValueError, match=r"not a valid configuration .*importance_weight must be 0 or more, got 'much'"):
         load_released_checkpoint(checkpoint(w_imp="much"), vision=vision, text=text)
     with pytest.raises(ValueError, match="mode must be one of released, instance"):
         load_released_checkpoint(checkpoint(), vision=vision, text=text, mode="exact")

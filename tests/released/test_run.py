@@ -201,8 +201,8 @@ def test_errors_are_those_of_the_script(checkout):
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("from models.classifier import Head; Head().decode(1)", "mmcv.cnn.ConvModule is called, and mmcv .*pip install mmcv"),
-        ("import cv2; cv2.imread('a.png')", "cv2.imread is called, and cv2 .*pip install opencv-python"),
+        ("from models.classifier import Head; Head().decode(1)", "mmcv.cnn.ConvModule is called, but mmcv .*pip install mmcv"),
+        ("import cv2; cv2.imread('a.png')", "cv2.imread is called, but cv2 .*pip install opencv-python"),
         ("import pyarrow as pa; pa.ipc.open_file(cv2)", "name 'cv2' is not defined"),
     ],
 )
@@ -228,7 +228,7 @@ class VisionTextClassifiers(nn.Module):
 VisionTextClassifiers()
 """
     run(checkout(without_prompts), accelerate=True)
-    assert "mope run: nothing was accelerated: without prompts text_model runs as it is" in capsys.readouterr().err
+    assert "mope run: nothing was accelerated: without prompts text_model runs unchanged" in capsys.readouterr().err
     other = "import torch.nn as nn\nclass VisionTextClassifiers(nn.Module):\n    pass\nVisionTextClassifiers()"
     with pytest.raises(ValueError, match="holds neither a prompted Swin Transformer"):
         run(checkout(other), accelerate=True)
@@ -259,7 +259,7 @@ def test_the_command(checkout, tmp_path, capsys):
     assert stop.value.code == 5
     printed = capsys.readouterr()
     assert printed.out == "['--accelerate', '--mode', 'x', 'y']\n" and "nothing was accelerated" in printed.err
-    for arguments, message in ((["none.py"], "no such script"), (["--mode", "instance", str(checkout())], "not asked for")):
+    for arguments, message in ((["none.py"], "no such script"), (["--mode", "instance", str(checkout())], "with --accelerate")):
         options = parser.parse_args(["run", *arguments])
         assert options.command(options) == 2
         assert message in capsys.readouterr().err

@@ -139,7 +139,7 @@ REFUSED: dict[str, tuple[Callable[[MoPEServer, World, Path], object], type[Excep
         lambda server, world, _: server(["three"] * 5, pixel_values=world.batch["pixel_values"]),
         ValueError,
     ),
-    r"is no checkpoint": (lambda server, _, folder: server.load("three", folder / "none", replace=True), FileNotFoundError),
+    r"is not a checkpoint": (lambda server, _, folder: server.load("three", folder / "none", replace=True), FileNotFoundError),
 }
 
 
@@ -191,14 +191,14 @@ DAMAGED: dict[str, Callable[[Path], None]] = {
     r"lacks head\.0\.bias": without_bias,
     r"blocks\.2\.experts\.prompts is \(2, 2, 32\), the config says \(3, 2, 32\)": of_other_shape,
     r"numbers that are not finite, in blocks\.1\.static": with_nan,
-    r"no readable safetensors file": cut_short,
-    r"method is 'static_mapped', and only 'mope' is served": configured(method="static_mapped"),
+    r"not a readable safetensors file": cut_short,
+    r"method is 'static_mapped', but only 'mope' is served": configured(method="static_mapped"),
     r"prompt_owner is 'released'": configured(prompt_owner="released"),
     r"padding_side is 'left'": configured(padding_side="left"),
     r"finetuned names text": configured(finetuned=["text"]),
-    r"task 'three': eval_top_k is 2, and None in the tasks of this server": configured(eval_top_k=2),
-    r"temperature is 0\.3, and 0\.5 in .*; renormalize is True, and False in": configured(temperature=0.3, renormalize=True),
-    r"num_labels is 6, and this server has max_labels=5": configured(num_labels=6, id2label=dict(enumerate("abcdef"))),
+    r"task 'three': eval_top_k is 2, but None in the tasks of this server": configured(eval_top_k=2),
+    r"temperature is 0\.3, but 0\.5 in .*; renormalize is True, but False in": configured(temperature=0.3, renormalize=True),
+    r"num_labels is 6, but this server has max_labels=5": configured(num_labels=6, id2label=dict(enumerate("abcdef"))),
     r"id2label must name 0\.\.999999999, its keys are \[0, 1, 2\]": configured(num_labels=10**9),
     r"lacks id2label": configured(num_labels=10**9, id2label=None),
     r"head\.0\.weight is \(3, 32\), the config says \(5, 32\)": configured(num_labels=5, id2label=dict(enumerate("abcde"))),
@@ -297,7 +297,7 @@ def test_a_configuration_says_what_tasks_have_in_common(world: World) -> None:
     server = world.server(config=config)
     assert server.config == config
     server.load("five", world.folders["five"])
-    with pytest.raises(ValueError, match="num_experts is 3, and 4 in the tasks of this server"):
+    with pytest.raises(ValueError, match="num_experts is 3, but 4 in the tasks of this server"):
         world.server("three", config=config.replace(num_experts=4))
     with pytest.raises(ValueError, match="give vision and text as well"):
         MoPEServer(config=config, text=world.encoders["text"])
@@ -372,7 +372,7 @@ def test_images_of_another_size(main: str, tmp_path: Path) -> None:
         expected = [model(**batch, interpolate_pos_encoding=True).logits for model in models]
         for i, prediction in enumerate(found):
             torch.testing.assert_close(prediction.logits, expected[int(prediction.task[-1])][i], rtol=1e-9, atol=1e-9)
-        with pytest.raises(ValueError, match=r"holds for every call: MoPEServer\(interpolate_pos_encoding=True\)"):
+        with pytest.raises(ValueError, match=r"is set for all calls: MoPEServer\(interpolate_pos_encoding=True\)"):
             server(["task 0"], **batch, interpolate_pos_encoding=True)
 
 

@@ -47,7 +47,7 @@ def test_experts_that_fit_nowhere(data: Path, tmp_path: Path, capsys: pytest.Cap
     assert cli.main(command(data, tmp_path / "out", "--set", "num_experts=100000000000")) == 1
     said = capsys.readouterr().err
     assert (
-        "mope train: no memory for what MoPEConfig adds to the encoders" in said and "num_experts=100000000000; take less" in said
+        "mope train: no memory for what MoPEConfig adds to the encoders" in said and "num_experts=100000000000; reduce them" in said
     )
 
 

@@ -240,7 +240,7 @@ def test_features_must_fit(split: Split, tmp_path: Path) -> None:
             Examples(dataclasses.replace(split, examples=others), model, features=cache)
     again = dataclasses.replace(split, examples=tuple(map(dataclasses.replace, split.examples)))
     assert len(Examples(again, model, features=cache)) == 6
-    with pytest.raises(ValueError, match="features of the text encoder were given: vision is complementary"):
+    with pytest.raises(ValueError, match="features of the text encoder were given, but vision is complementary"):
         Examples(split, other, features=cache)
     with pytest.raises(ValueError, match="do not change with augmentation"):
         Examples(split, other, features=images, training=True, augment=True)

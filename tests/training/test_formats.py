@@ -300,7 +300,7 @@ def test_labels_without_a_file_must_agree(folder: Path) -> None:
     with pytest.raises(DataError, match=rf"{file}:2: some labels are names \('cat'\) and some are indices \(1\): write"):
         read_split(folder, "jsonl", "train")
     write(folder, [example(label=0), example(label=10**9)])
-    with pytest.raises(DataError, match=rf"{file}:2: 1000000000 is no index among 2 classes"):
+    with pytest.raises(DataError, match=rf"{file}:2: 1000000000 is not an index of 2 classes"):
         read_split(folder, "jsonl", "train")
 
 

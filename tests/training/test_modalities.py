@@ -251,7 +251,7 @@ def test_features_of_all_complementary_encoders(data: Path, tmp_path: Path, opti
     # With the encoders in another order, the features differ.
     turned = build(**{**options, "complementary": options["complementary"][::-1]}, cross_prompt_length=0)
     assert cached_features(turned, split, tmp_path / "cache").computed > 1
-    with pytest.raises(ValueError, match=r"encoders were given: .* is complementary"):
+    with pytest.raises(ValueError, match=r"encoders were given, but .* is complementary"):
         Examples(split, turned, features=cache)
 
 
