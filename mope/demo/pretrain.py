@@ -26,7 +26,7 @@ PIXEL_NOISE = 0.1
 
 @dataclass(frozen=True)
 class Backbones:
-    """Frozen encoders, and how well each does what it was trained for."""
+    """Frozen encoders, with the accuracy of each on what it was trained for."""
 
     vision: ViTModel
     text: BertModel
@@ -58,12 +58,12 @@ def build_tokenizer(known: Sequence[str] | None = None) -> PreTrainedTokenizerFa
 
 
 def build_image_processor() -> ViTImageProcessorPil:
-    """The same as `to_pixel_values`, for scans of (8,8,1) from 0 to 16."""
+    """Build a processor that does the same as `to_pixel_values`, for scans (8,8,1) from 0 to 16."""
     return ViTImageProcessorPil(do_resize=False, rescale_factor=1 / 16, image_mean=[0.5], image_std=[0.5])
 
 
 def build_vision() -> ViTModel:
-    """A ViT for one grey 8 x 8 image: 16 patches of 2 x 2, and CLS."""
+    """Build a ViT for a grey 8 x 8 image: 16 patches of 2 x 2, and [CLS]."""
     config = ViTConfig(
         image_size=8,
         patch_size=2,
@@ -77,7 +77,7 @@ def build_vision() -> ViTModel:
 
 
 def build_text(vocabulary_size: int, layers: int = TEXT_LAYERS) -> BertModel:
-    """A BERT for a sentence of at most 14 words, without dropout."""
+    """Build a BERT without dropout for sentences of at most 14 words."""
     config = BertConfig(
         vocab_size=vocabulary_size,
         hidden_size=WIDTH,
@@ -93,7 +93,7 @@ def build_text(vocabulary_size: int, layers: int = TEXT_LAYERS) -> BertModel:
 
 
 def augment(pixel_values: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the scans of (N,1,8,8) moved by at most one pixel in each direction, and noise on all of them."""
+    """Shift half of the scans (N,1,8,8) by at most one pixel in each direction, and add noise to all."""
     count = len(pixel_values)
     windows = F.pad(pixel_values, (1, 1, 1, 1), value=-1.0).unfold(2, 8, 1).unfold(3, 8, 1)
     moves = torch.rand(count, generator=generator) < 0.5
@@ -137,8 +137,8 @@ def optimize(
 def pretrain_vision(splits: dict[str, Digits], *, epochs: int, seed: int, device: torch.device) -> tuple[ViTModel, float]:
     """Train on the ten classes of the training scans -> the encoder, and its accuracy on the validation scans.
 
-    The class is read off [CLS] after each of the last three blocks, with one head: an encoder that knows the digit at its very end
-    only has nothing to compare with a sentence before that.
+    One head reads the class off [CLS] after each of the last three blocks: an encoder that knows the digit only at its very end has
+    nothing to compare with a sentence before that.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -170,8 +170,8 @@ def pretrain_text(
 ) -> tuple[BertModel, float]:
     """Train on masked words of `facts` -> the encoder, and its accuracy on masked words of the same text.
 
-    A masked word is read off its own last state. Besides, every word is read off the last state of [CLS] and its position:
-    masked words alone teach [CLS] nothing about the sentence, and [CLS] is what a fusion model uses of it.
+    A masked word is predicted from its own last state, and every word also from the last state of [CLS] and its position. Masked
+    words alone would teach [CLS] nothing about the sentence, and [CLS] is all that a fusion model uses.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -184,7 +184,7 @@ def pretrain_text(
     is_word = attention_mask.bool() & (words != tokenizer.cls_token_id) & (words != tokenizer.sep_token_id)
 
     def predict(batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> scores of the masked words, scores of all words from [CLS], and which words (B,L) were masked."""
+        """Return scores of the masked words, scores of all words from [CLS], and the mask (B,L)."""
         masked = is_word[batch] & (torch.rand(words[batch].shape, generator=generator) < MASKED_SHARE)
         # At least one word of each sentence: all have a second one.
         masked[:, 2] |= ~masked.any(1)
@@ -216,7 +216,7 @@ def pretrain_text(
 
 
 def freeze(module: Module) -> Module:
-    """No parameter of the module will ask for a gradient."""
+    """Turn off gradients for all parameters of a module."""
     return module.requires_grad_(False)
 
 
@@ -229,7 +229,7 @@ def pretrain(
     device: torch.device,
     text_layers: int = TEXT_LAYERS,
 ) -> Backbones:
-    """Both encoders and the tokenizer, from the training split alone."""
+    """Train both encoders and build the tokenizer, from the training split alone."""
     tokenizer = build_tokenizer()
     vision, digit_accuracy = pretrain_vision(splits, epochs=vision_epochs, seed=seed, device=device)
     text, word_accuracy = pretrain_text(tokenizer, epochs=text_epochs, seed=seed, device=device, layers=text_layers)

@@ -174,7 +174,7 @@ def test_committed_model_computes_what_it_did(tmp_path: Path) -> None:
 
 
 def test_committed_model_answers_held_out_questions(digits: mope.MoPEForClassification) -> None:
-    record = json.loads((ROOT / "docs" / "demo_results.json").read_text())
+    record = json.loads((ROOT / "docs" / "demo_digits_results.json").read_text())
     (measured,) = [result for result in record["runs"][0]["results"] if result["method"] == MOPE]
     known = Backbones(digits.vision, digits.text, digits.tokenizer, digits.image_processor, 0.0, 0.0)
     task = Task(load_digits(seed=0), known, FAST, seed=0)

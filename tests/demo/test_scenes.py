@@ -164,3 +164,18 @@ def test_fast_demo(tmp_path: Path) -> None:
 def test_options_of_scenes_are_refused_elsewhere(options: tuple[str, ...], tmp_path: Path) -> None:
     answer = demo(tmp_path, *options)
     assert answer.returncode == 1 and "--pretrain and --lora belong to --task scenes" in answer.stderr
+
+
+def test_what_the_tags_alone_answer() -> None:
+    """Answer from the digits of a scene without their places: docs/demo.md gives the share of right answers."""
+    scenes = load_scenes(seed=0, sizes={**SIZES, "test": 2000})[1]["test"]
+    questions = draw_questions(scenes, 100, np.random.default_rng(0))
+    right = 0.0
+    for scene, sentence, label in zip(*(t.tolist() for t in vars(questions).values()), strict=True):
+        present, holds_for = set(scenes.classes[scene].tolist()), STATEMENTS[sentence // SENTENCES_EACH].digits
+        # Each digit that is there is as likely in the place as the others. As many scenes are asked where a statement holds as
+        # where it does not, whatever the share of digits for which it holds.
+        yes = len(present & holds_for) / len(holds_for)
+        no = len(present - holds_for) / (10 - len(holds_for))
+        right += 0.5 if yes == pytest.approx(no) else float((yes > no) == bool(label))
+    assert right / len(questions) == pytest.approx(0.69, abs=0.01)

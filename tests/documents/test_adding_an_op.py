@@ -48,9 +48,11 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tree")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, root / folder, ignore=LEFT_OUT)
-    for name in ("docs", "csrc", "Makefile", "CONTRIBUTING.md", "LICENSE"):
+    shutil.copytree(ROOT / "docs", root / "docs")
+    for name in ("csrc", "Makefile", "CONTRIBUTING.md", "LICENSE"):
         (root / name).symlink_to(ROOT / name)
-    shutil.copy(ROOT / "README.md", root)
+    (root / "README.md").symlink_to(ROOT / "README.md")
+    (root / "examples").symlink_to(ROOT / "examples")
     shutil.copy(ROOT / "pyproject.toml", root)
     written = files()
     package = written.pop("mope_kernels/__init__.py")
@@ -62,7 +64,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add(root / "mope_kernels/__init__.py", "from .mix_prompts import", package)
     add(root / "mope_kernels/__init__.py", '    "mix_prompts",\n', f'    "{OP}",\n')
     (row,) = (block.code for block in page.blocks(PAGE.read_text()) if block.code.startswith(f"| `{OP}`"))
-    add(root / "README.md", "| `add_norm` |", row)
+    add(root / "docs/ops.md", "| `add_norm` |", row)
     return root
 
 

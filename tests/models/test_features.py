@@ -22,7 +22,7 @@ METHODS = ("late_concat", "ensemble", "main_only")
 
 
 def last_states(model: MoPEForClassification, main: str, batch: dict[str, Tensor]) -> Tensor:
-    """What transformers' own model says of the main encoder's tokens, as its last layer's norm leaves them."""
+    """Compute the main encoder's tokens after its last norm with transformers' own model."""
     twin = copy.deepcopy(model)
     twin.detach()
     original: Any = twin.backbone(main).eval()

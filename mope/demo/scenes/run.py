@@ -34,12 +34,12 @@ def demo(
         out: folder for results.md, results.json, the pictures and the trained model of seed 0.
         seeds: number of runs, from seed 0 on; scans, scenes, questions and prompts depend on it.
         fast: a few steps instead of a training, to see that everything runs.
-        device: "auto" takes CUDA where there is one.
+        device: "auto" uses CUDA if there is one.
         threads: of torch, on the CPU. Models as small as these gain nothing from more than one, and lose much on a busy machine.
         anew: train the encoders of seed 0 too. By default they are read from the package; other seeds always train theirs, since
             the committed ones have seen scans that are in other seeds' tests.
         with_lora: train LoRA in the ViT as well, which needs peft.
-        command: what was typed, for the results.
+        command: command line, recorded in the results.
     """
     place, started_with = begin(device, threads, fast, command, question="Does the sentence hold for the scene?")
     settings = FAST if fast else FULL
