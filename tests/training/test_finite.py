@@ -192,13 +192,20 @@ def test_blip_that_diverges_stops(data: Path, tmp_path: Path) -> None:
         TrainingRun(model, splits, recipe, tmp_path, device="cpu", progress=False).train()
 
 
-def test_the_demo_says_what_diverges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("task", ["digits", "scenes"])
+def test_the_demo_says_what_diverges(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     from mope.demo import train
+    from mope.demo.scenes import train as scenes
 
     monkeypatch.setattr("mope.demo.run.FAST", dataclasses.replace(train.FAST, learning_rate=1e30, rounds=1))
     monkeypatch.setattr("mope.demo.train.methods", lambda _: {train.MOPE: train.BASE})
-    assert cli.main(["demo", "--out", str(tmp_path), "--fast"]) == 1
-    assert "mope demo: MoPE, dense: loss is not finite at step" in capsys.readouterr().err
+    monkeypatch.setattr("mope.demo.scenes.train.PROMPT_RATE", 1e30)
+    monkeypatch.setattr("mope.demo.scenes.train.methods", lambda _: {scenes.MOPE: scenes.BASE})
+    name = {"digits": train.MOPE, "scenes": scenes.MOPE}[task]
+    assert cli.main(["demo", "--task", task, "--out", str(tmp_path), "--fast"]) == 1
+    assert f"mope demo: {name}: loss is not finite at step" in capsys.readouterr().err
     assert not (tmp_path / "results.json").exists()
