@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from .pictures import draw_classes, draw_load, png, shares, shown_experts
+from .pictures import draw_classes, draw_load, render, shares, shown_experts, unused
 from .routing import Routes
 from .summary import Summary
 from .thumbnails import data_uri, thumbnail
@@ -88,6 +88,9 @@ def _block(summary: Summary, routes: Routes, block: int, images: _Images) -> Ite
         yield f'<p class="note">The {len(experts)} of {summary.load.shape[1]} experts with the largest load.</p>'
     for expert in experts:
         yield f'<section class="expert"><h3>Expert {expert}</h3><div class="shares">{shares(summary, block, expert)}</div>'
+        if summary.never_taken(block, expert):
+            yield f'<p class="note">{unused(summary, block, expert)}</p></section>'
+            continue
         words = [
             f'<span title="z = {score:.1f}">{_text(str(word))}</span>'
             for word, score in zip(summary.words[block, expert], summary.word_scores[block, expert], strict=True)
@@ -120,7 +123,9 @@ def _text(text: str, length: int | None = None) -> str:
 
 
 def _picture(figure: Figure, description: str) -> str:
-    return f'<p><img alt="{escape(description)}" src="data:image/png;base64,{base64.b64encode(png(figure)).decode()}"></p>'
+    return (
+        f'<p><img alt="{escape(description)}" src="data:image/png;base64,{base64.b64encode(render(figure, "png")).decode()}"></p>'
+    )
 
 
 class _Images:

@@ -39,8 +39,9 @@ def test_digits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     encoders = ("--vision", data / "vision", "--text", data / "text")
     assert run(model, "--data", data, "--format", "jsonl", "--out", tmp_path, "--block", "layer 3", "--top", 4, *encoders) == 0
     printed = capsys.readouterr().out
-    names = ["index.html", "load.png", "classes_layer_3.png", "experts_layer_3.png", "routes.npz", "probabilities.npy"]
-    assert printed.splitlines()[-6:] == [str(tmp_path / name) for name in names]
+    pictures = [f"{name}.{kind}" for name in ("load", "classes_layer_3", "experts_layer_3") for kind in ("png", "svg", "pdf")]
+    names = ["index.html", *pictures, "routes.npz", "probabilities.npy"]
+    assert printed.splitlines()[-len(names) :] == [str(tmp_path / name) for name in names]
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
 
     lines = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]

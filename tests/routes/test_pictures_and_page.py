@@ -8,13 +8,14 @@ import re
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
 
-from mope.routes import draw, summarize, write_html
+from mope.routes import Routes, draw, summarize, write_html
 from mope.routes.page import POLICY
 from mope.routes.pictures import MOST_CLASSES, MOST_EXPERTS, draw_classes, draw_experts, shown_classes, shown_experts
 from mope.routes.thumbnails import GREY, SIZE, data_uri, thumbnail
@@ -64,9 +65,12 @@ def test_pictures(tmp_path: Path) -> None:
     routes = made.routes(images=made.pictures(tmp_path, 9), texts=("cats purr", "dogs bark"))
     tables = summarize(routes)
     paths = draw(tables, routes, tmp_path / "out", blocks=[0, 1])
-    names = [f"{name}.png" for name in ("load", "classes_layer_0", "experts_layer_0", "classes_layer_1", "experts_layer_1")]
+    stems = ("load", "classes_layer_0", "experts_layer_0", "classes_layer_1", "experts_layer_1")
+    names = [f"{name}.{kind}" for name in stems for kind in ("png", "svg", "pdf")]
     assert [path.name for path in paths] == names
-    for path in paths:
+    assert all(path.read_bytes().startswith(b"%PDF-") for path in paths[2::3])
+    assert all(ElementTree.parse(path).getroot().tag.endswith("}svg") for path in paths[1::3])
+    for path in paths[::3]:
         with Image.open(path) as picture:
             assert min(picture.size) > 200
             assert np.asarray(picture.convert("L")).std() > 10
@@ -75,18 +79,42 @@ def test_pictures(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in draw(tables, routes, tmp_path / "out", blocks=[0, 1])] == first
     # Without a choice, the block whose routing depends on the example most.
     best = tables.most_decided
-    assert [path.name for path in draw(tables, routes, tmp_path / "one")] == [names[0], *names[1 + 2 * best : 3 + 2 * best]]
+    assert [path.name for path in draw(tables, routes, tmp_path / "one")] == [*names[:3], *names[3 + 6 * best : 9 + 6 * best]]
+
+
+def with_an_unused_expert(folder: Path) -> Routes:
+    """Expert 2 of layer 0 gets a little of everything and is the first choice of nothing."""
+    routes = made.routes(images=made.pictures(folder, 9), texts=("cats purr", "dogs bark"))
+    probabilities = routes.probabilities.copy()
+    others = probabilities[:, 0, [0, 1, 3]].max(-1)
+    probabilities[:, 0, 2] = np.linspace(0, 0.125, len(routes), dtype=np.float32) * others
+    return dataclasses.replace(routes, probabilities=probabilities / probabilities.sum(-1, keepdims=True))
+
+
+def test_an_expert_that_is_never_taken_says_so(tmp_path: Path) -> None:
+    """In place of images of examples that went elsewhere; the other experts have theirs."""
+    routes = with_an_unused_expert(tmp_path)
+    tables = summarize(routes, top=2)
+    assert [tables.never_taken(block, expert) for block in (0, 1) for expert in range(4)] == [i == 2 for i in range(8)]
+    largest = routes.probabilities[:, 0, 2].max()
+    said = f"never taken: first choice of no example, largest probability {largest:.2f}"
+    figure = draw_experts(tables, routes, 0)
+    assert [text.get_text() for text in figure.texts].count(said) == 1 and len(figure.axes) == 3
+    write_html(tables, routes, tmp_path / "index.html", blocks=[0, 1])
+    page = Page(tmp_path / "index.html")
+    assert page.text.count(said) == 1 and page.text.count("never taken:") == 1
+    assert sum(attributes.get("role") == "img" for _, attributes in page.tags) == 7 * 2
 
 
 def test_pictures_do_not_depend_on_the_users_style(tmp_path: Path) -> None:
     routes = made.routes()
     tables = summarize(routes)
-    (plain,) = draw(tables, routes, tmp_path / "a", blocks=[])
+    plain = draw(tables, routes, tmp_path / "a", blocks=[])
     with plt.style.context("dark_background"):
         before = dict(plt.rcParams)
-        (dark,) = draw(tables, routes, tmp_path / "b", blocks=[])
+        dark = draw(tables, routes, tmp_path / "b", blocks=[])
         assert dict(plt.rcParams) == before
-    assert plain.read_bytes() == dark.read_bytes()
+    assert [path.read_bytes() for path in plain] == [path.read_bytes() for path in dark]
 
 
 def test_hostile_names_and_texts(tmp_path: Path) -> None:
@@ -166,7 +194,7 @@ def test_little(count: int, experts: int, tmp_path: Path) -> None:
     # In multi_label an example may have no class.
     routes = dataclasses.replace(routes, labels=np.zeros_like(routes.labels))
     tables = summarize(routes)
-    assert len(draw(tables, routes, tmp_path, blocks=[0])) == 3
+    assert len(draw(tables, routes, tmp_path, blocks=[0])) == 9
     write_html(tables, routes, tmp_path / "index.html")
     assert "nothing, taken for" in Page(tmp_path / "index.html").text
 
