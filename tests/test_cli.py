@@ -190,6 +190,7 @@ def test_build_without_a_compiler_fails_and_says_why(tmp_path: Path) -> None:
         ("train", "accelerate", "accelerate", ("train",)),
         ("evaluate", "PIL", "pillow", ("train",)),
         ("routes", "matplotlib", "matplotlib", ("train", "plot")),
+        ("routes", "jinja2", "jinja2", ("train", "plot")),
     ],
 )
 def test_a_command_without_its_extras_says_what_to_install(

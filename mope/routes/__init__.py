@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING
 from mope.lazy import lazily
 
 if TYPE_CHECKING:
+    from .about import About
     from .command import add_routes
     from .page import write_html
     from .pictures import draw
     from .routing import Routes, collect
     from .summary import Summary, summarize
 
-__all__ = ["Routes", "Summary", "add_routes", "collect", "draw", "summarize", "write_html"]
+__all__ = ["About", "Routes", "Summary", "add_routes", "collect", "draw", "summarize", "write_html"]
 
 __getattr__ = lazily(
     __name__,
     {
+        "About": ".about",
         "Routes": ".routing",
         "collect": ".routing",
         "add_routes": ".command",

@@ -46,7 +46,7 @@ def add_routes(commands: Any) -> None:
 
 
 def _routes(options: argparse.Namespace) -> int:
-    if (problem := missing("matplotlib", "PIL", "accelerate", extras=("train", "plot"))) is not None:
+    if (problem := missing("matplotlib", "jinja2", "PIL", "accelerate", extras=("train", "plot"))) is not None:
         print(f"mope routes: {problem}", file=sys.stderr)
         return 1
     try:
@@ -68,12 +68,14 @@ def _run(options: argparse.Namespace) -> None:
     from mope.training.encoders import processors_of, sources_of
     from mope.training.loading import adopt_classes, open_model
 
+    from .about import About, today
     from .page import write_html
     from .pictures import draw
     from .routing import collect, routed_blocks
     from .summary import summarize
 
     device = find_device(options.device)
+    about = About(str(options.model), str(options.data), options.split, today())
     model = open_model(
         options.model,
         sources_of(options),
@@ -103,7 +105,7 @@ def _run(options: argparse.Namespace) -> None:
     tables, page = options.out / "routes.npz", options.out / "index.html"
     summary.save(tables)
     pictures = draw(summary, routes, options.out, blocks=blocks)
-    write_html(summary, routes, page, blocks=blocks)
+    write_html(summary, routes, page, blocks=blocks, about=about, pictures=pictures)
     print(summary.table())
     print("\n".join(map(str, (page, *pictures, tables, probabilities))))
 

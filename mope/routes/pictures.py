@@ -40,22 +40,34 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "savefig.dpi": 160,
+    # For papers: text that can be edited, and no names that are drawn at random.
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "mope",
 }
+# Of each picture: one to look at, two for papers. None of them says when it was made.
+FORMATS: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
 def draw(summary: Summary, routes: Routes, out: str | Path, *, blocks: Sequence[int] | None = None) -> list[Path]:
-    """Write `load.png` and, for each chosen block, `classes_<block>.png` and `experts_<block>.png` into a folder -> their paths.
+    """Write `load` and, for each chosen block, `classes_<block>` and `experts_<block>`, as PNG, SVG and PDF; return their paths.
 
     `blocks` are the numbers of the chosen blocks; None chooses the one whose routing depends most on the example.
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "load.png"]
-    paths[0].write_bytes(png(draw_load(summary)))
+    paths = _write(draw_load(summary), folder / "load")
     for block in (summary.most_decided,) if blocks is None else blocks:
-        for name, picture in (("classes", draw_classes(summary, block)), ("experts", draw_experts(summary, routes, block))):
-            paths.append(folder / file_name(name, str(summary.blocks[block])))
-            paths[-1].write_bytes(png(picture))
+        name = str(summary.blocks[block])
+        paths += _write(draw_classes(summary, block), folder / file_name("classes", name))
+        paths += _write(draw_experts(summary, routes, block), folder / file_name("experts", name))
+    return paths
+
+
+def _write(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure in each format beside a path without a suffix."""
+    paths = [path.with_name(f"{path.name}.{kind}") for kind in FORMATS]
+    for kind, each in zip(FORMATS, paths, strict=True):
+        each.write_bytes(render(figure, kind))
     return paths
 
 
@@ -63,9 +75,9 @@ def file_name(picture: str, block: str) -> str:
     """Return the file name of a block's picture.
 
     >>> file_name("classes", "stage 2, block 1")
-    'classes_stage_2_block_1.png'
+    'classes_stage_2_block_1'
     """
-    return f"{picture}_{re.sub(r'[^A-Za-z0-9]+', '_', block)}.png"
+    return f"{picture}_{re.sub(r'[^A-Za-z0-9]+', '_', block)}"
 
 
 @contextmanager
@@ -77,10 +89,10 @@ def _style() -> Iterator[None]:
 
 
 @_style()
-def png(figure: Figure) -> bytes:
-    """Encode a figure as the contents of a PNG file."""
+def render(figure: Figure, kind: str) -> bytes:
+    """Return the contents of a file of one of `FORMATS`."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format=kind, metadata=FORMATS[kind])
     return buffer.getvalue()
 
 
@@ -187,6 +199,9 @@ def draw_experts(summary: Summary, routes: Routes, block: int) -> Figure:
         high = 0.95 + card * place
         page.write(0.3, high, f"expert {expert}", fontsize=11, fontweight="bold")
         page.write(0.3, high + 0.23, shares(summary, block, int(expert)), fontsize=7.5, color=MUTED)
+        if summary.never_taken(block, int(expert)):
+            page.write(left, high + 0.02, unused(summary, block, int(expert)), fontsize=8.5, color=MUTED)
+            continue
         words = [str(word) for word in summary.words[block, expert] if word]
         page.write(0.3, high + 0.42, _wrap(words, 44, 4), fontsize=8, linespacing=1.3)
         rows = summary.top_examples[block, expert]
@@ -206,6 +221,11 @@ def _beside(names: list[str]) -> float:
 def shares(summary: Summary, block: int, expert: int) -> str:
     """Describe how much an expert is used."""
     return f"mean probability {summary.load[block, expert]:.1%}, first choice of {summary.top1[block, expert]:.1%}"
+
+
+def unused(summary: Summary, block: int, expert: int) -> str:
+    """Say of an expert that is never taken how near it came."""
+    return f"never taken: first choice of no example, largest probability {summary.top_probabilities[block, expert, 0]:.2f}"
 
 
 def _heat_map(axes: Axes, values: NDArray[np.float64], names: list[str], limit: float) -> Any:

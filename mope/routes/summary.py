@@ -75,6 +75,10 @@ class Summary:
             "class information": self.class_information,
         }
 
+    def never_taken(self, block: int, expert: int) -> bool:
+        """Return whether no example has an expert as its first choice; the images that give it most then show nothing."""
+        return not self.top1[block, expert]
+
     def table(self) -> str:
         """Format a Markdown table with the balance of each block."""
         columns, numbers = ("block", *self.balance), zip(*self.balance.values(), strict=True)

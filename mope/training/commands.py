@@ -14,7 +14,7 @@ from mope.extras import missing
 
 from .encoders import add_encoders
 from .extensions import modes
-from .options import GRAPHS
+from .options import GRAPHS, REPORTS
 from .recipe import METRICS, PRECISIONS, RECIPES, Recipe
 
 # Added to the number of the signal that stopped training, to form the exit status that shells report.
@@ -100,6 +100,14 @@ def add_train(commands: Any) -> None:
         nargs="*",
         metavar="N",
         help="pad texts to one of these lengths, so that batches have few shapes; without N, to the lengths that graphs use",
+    )
+    run.add_argument(
+        "--report-to",
+        choices=REPORTS,
+        nargs="+",
+        default=["tensorboard"],
+        metavar="LOGGER",
+        help=f"loggers that get loss, metrics and routing: {', '.join(REPORTS)} (tensorboard)",
     )
     run.add_argument("--features", type=Path, metavar="FOLDER", help="folder for the cached features (in --out)")
     _add_machine(run)

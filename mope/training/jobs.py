@@ -127,6 +127,7 @@ class TrainingJob:
                     save_steps=options.save_steps,
                     graphs=options.graphs,
                     length_buckets=options.length_buckets,
+                    report_to=options.report_to,
                 ),
             )
         except BaseException:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 GRAPHS = ("auto", "on", "off")
+REPORTS = ("tensorboard", "wandb", "mlflow", "none")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class RunOptions:
             With None and graphs, they are at most eight multiples of a power of two, up to the longest text that the encoder
             reads; with None and no graphs, texts are not padded. An empty sequence uses those multiples even without graphs.
         progress: whether to show bars and print progress.
+        report_to: the loggers that get loss, metrics and routing: "tensorboard" (files in the folder of the run), "wandb",
+            "mlflow"; or "none" alone.
 
     Raises:
         ValueError: an option has a value that is not allowed. The message names it and the allowed ones.
@@ -42,6 +45,7 @@ class RunOptions:
     graphs: str = "off"
     length_buckets: Sequence[int] | None = None
     progress: bool = True
+    report_to: Sequence[str] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "save_steps"):
@@ -50,6 +54,12 @@ class RunOptions:
                 raise ValueError(f"{name} must be at least 1, or None, got {steps}")
         if self.graphs not in GRAPHS:
             raise ValueError(f"graphs must be one of {', '.join(GRAPHS)}, got {self.graphs!r}")
+        names = (self.report_to,) if isinstance(self.report_to, str) else tuple(dict.fromkeys(self.report_to))
+        object.__setattr__(self, "report_to", names)
+        if wrong := [name for name in names if name not in REPORTS]:
+            raise ValueError(f"report_to must be of {', '.join(REPORTS)}, got {wrong[0]!r}")
+        if "none" in names and len(names) > 1:
+            raise ValueError(f"report_to: none stands alone, got {', '.join(names)}")
         if self.length_buckets is not None:
             if any(length < 1 for length in self.length_buckets):
                 raise ValueError(f"length_buckets must be positive numbers of tokens, got {list(self.length_buckets)}")

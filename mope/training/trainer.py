@@ -31,7 +31,9 @@ from mope.modalities import slots_of
 
 from .batches import Batches, Loader
 from .evaluation import measure
+from .loggers import loggers
 from .metrics import loss_sum
+from .monitor import RoutingMonitor, routed_model
 from .options import RunOptions
 from .recipe import Recipe
 from .stepping import Stepping
@@ -176,6 +178,7 @@ class FusionTrainer(Trainer):
         self.stepping = Stepping(fusion, options, self.batches, place, arguments.world_size)
         self.interruption = Interruption()
         self._losses = LossWatch()
+        reports = loggers(options.report_to, lambda: TensorBoardCallback(_Writer(out / "tensorboard")))
         self.frozen_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         super().__init__(
             Trained(fusion),
@@ -183,7 +186,7 @@ class FusionTrainer(Trainer):
             data_collator=collate,
             train_dataset=train_items,
             eval_dataset=dev_items,
-            callbacks=[RunCallback(self, options.save_steps), TensorBoardCallback(_Writer(out / "tensorboard"))],
+            callbacks=[RunCallback(self, options.save_steps), *reports],
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
@@ -192,6 +195,7 @@ class FusionTrainer(Trainer):
             )
         # It prints every log line if progress bars are off.
         self.remove_callback(PrinterCallback)
+        self.monitor = RoutingMonitor().attach(self) if routed_model(fusion) is not None else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train with the frozen weights in their fastest form, and drop the graphs at the end.
@@ -207,6 +211,8 @@ class FusionTrainer(Trainer):
             self.check_losses()
             return output
         finally:
+            if self.monitor is not None:
+                self.monitor.detach()
             self.stepping.release()
             self.fusion.cast_frozen(before)
 

@@ -34,14 +34,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
-def test_digits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_digits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767312000")
     data = model.parent
     encoders = ("--vision", data / "vision", "--text", data / "text")
     assert run(model, "--data", data, "--format", "jsonl", "--out", tmp_path, "--block", "layer 3", "--top", 4, *encoders) == 0
     printed = capsys.readouterr().out
-    names = ["index.html", "load.png", "classes_layer_3.png", "experts_layer_3.png", "routes.npz", "probabilities.npy"]
-    assert printed.splitlines()[-6:] == [str(tmp_path / name) for name in names]
+    pictures = [f"{name}.{kind}" for name in ("load", "classes_layer_3", "experts_layer_3") for kind in ("png", "svg", "pdf")]
+    names = ["index.html", *pictures, "routes.npz", "probabilities.npy"]
+    assert printed.splitlines()[-len(names) :] == [str(tmp_path / name) for name in names]
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
+
+    page = (tmp_path / "index.html").read_text()
+    for fact in (model, data, "test", "2026-01-02", "load.svg", "experts_layer_3.pdf"):
+        assert f">{fact}<" in page or f'"{fact}"' in page, fact
 
     lines = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     probabilities = np.load(tmp_path / "probabilities.npy")
@@ -51,7 +57,8 @@ def test_digits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert tables["blocks"].tolist() == [f"layer {i}" for i in range(4)]
         assert [tables["classes"][row.argmax()] for row in tables["labels"]] == [line["label"] for line in lines]
         # The model is accurate, so images and texts reached it correctly.
-        assert (tables["predictions"] == tables["labels"]).all(1).mean() > 0.8
+        right = (tables["predictions"] == tables["labels"]).all(1).mean()
+        assert right > 0.8 and f">{right:.1%}<" in page
         # The choice of experts depends on the sentence: some words are specific to some experts.
         assert (tables["word_scores"][3] > 0).any(-1).sum() >= 4
         for line in printed.splitlines()[2:6]:

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from mope.training import evaluate
+from mope.training.trainer import read_state
 from tests.training.brightness import make_model, read_splits, write_data, write_encoders
-from tests.training.two_processes import EXACT, PART, STEPS, TOP_1, batch_of, run_of
+from tests.training.two_processes import EXACT, PART, STEPS, TOP_1, batch_of, logged, run_of
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
     """Run the whole training in one process."""
-    return run_of(folder / "data", folder / "alone").train()
+    return logged(run_of(folder / "data", folder / "alone"))
 
 
 def assert_close(folder: Path, one: str, other: str) -> None:
@@ -70,6 +71,18 @@ def test_training_is_that_of_one_process(folder: Path, results: list[dict[str, A
         for split in ("dev", "test"):
             assert found["dense"][split]["accuracy"] == alone[split]["accuracy"]
             assert found["dense"][split]["loss"] == pytest.approx(alone[split]["loss"], rel=1e-9)
+
+
+def test_routing_in_the_log_is_that_of_all_processes(folder: Path, alone: dict[str, Any]) -> None:
+    one, both = (
+        [log for log in read_state(folder / name / f"checkpoint-{STEPS}")["log_history"] if "loss" in log]
+        for name in ("alone", "dense")
+    )
+    assert [log["step"] for log in both] == [3, 6]
+    for mine, theirs in zip(one, both, strict=True):
+        names = [name for name in mine if name.startswith("routing/")]
+        assert len(names) == 3 * (4 + 4)
+        assert {name: theirs[name] for name in names} == pytest.approx({name: mine[name] for name in names}, rel=1e-4, abs=1e-6)
 
 
 def test_steps_through_graphs(folder: Path, results: list[dict[str, Any]]) -> None:

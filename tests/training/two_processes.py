@@ -37,6 +37,12 @@ def run_of(data: Path, out: Path, options: dict[str, Any] = EXACT, recipe: Recip
     return TrainingRun(make_model(splits, **options), splits, recipe, out, **{**QUIET, **more})
 
 
+def logged(run: TrainingRun, every: int = 3) -> dict[str, Any]:
+    """Train with a line in the log every few steps -> the results."""
+    run.trainer.args.logging_steps = every
+    return run.train()
+
+
 def sharded_gradients(data: Path) -> dict[str, Tensor]:
     """Return loss and gradients for this process's half of eight examples, with frozen and trained layers sharded."""
     splits = read_splits(data)
@@ -68,7 +74,7 @@ def main(folder: Path) -> None:
     assert cli.main(command) == 0
 
     results = {
-        "dense": run_of(data, folder / "dense").train(),
+        "dense": logged(run_of(data, folder / "dense")),
         "top-1": run_of(data, folder / "top-1", TOP_1).train(),
         "cached": run_of(data, folder / "cached", {**EXACT, "cross_prompt_length": 0}, cache_features="on").train(),
         "graphs": run_of(data, folder / "graphs", graphs="on").train(),
