@@ -34,10 +34,10 @@ TABLES = {
     "gfx942": Table("compiled for gfx942, nothing spills; not timed", {("float",): Blocks(64, 64, 16, 8, 4, 2)}),
 }
 
-# "triton": one kernel for product and GELU. "cublas": the product by the library (rocBLAS on AMD GPUs), then a GELU kernel that
-# reads the result and writes its own. A persistent TMA loop was compiled and rejected: Triton 3.6 and 3.9 do not specialise warps
-# in it on Hopper; its stages and output use so much shared memory that only one program fits on a multiprocessor, so nothing
-# overlaps with the GELU; and its GELU needs as many instructions as this one.
+# "triton": one kernel for product and GELU. "cublas": the product by the library (rocBLAS on AMD GPUs), then a GELU kernel, which
+# costs another read and write of h. A persistent TMA loop was compiled and rejected: Triton 3.6 and 3.9 do not specialise warps in
+# it on Hopper; its stages and output use so much shared memory that only one program fits on a multiprocessor, so nothing overlaps
+# with the GELU; and its GELU needs as many instructions as this one.
 WAYS = ("triton", "cublas")
 # Upper bound for any number of columns of x.
 ANY = 1 << 30

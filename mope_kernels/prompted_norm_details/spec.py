@@ -93,7 +93,7 @@ def _example(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Opt
     tensors["experts"] = randn(experts, size["prompts"], width, dtype=of_prompts) if experts else None
     given, routed = size["routing"], experts > 0 and not size["routing"]
     sees_rows = routed and query > 0
-    # The router computes in float32, whatever the dtype of the model.
+    # The router computes in float32, regardless of the dtype of the model.
     router = {
         "cross_logits": (batch, experts) if routed and size["cross"] else None,
         "self_weight": (query, width) if sees_rows else None,

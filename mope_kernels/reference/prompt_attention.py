@@ -20,7 +20,7 @@ def _visible_tokens(lengths: Tensor | None, num_keys: int) -> Tensor | None:
 
 
 def _softmax_or_zero(scores: Tensor) -> Tensor:
-    """Softmax over the last axis; a row that is all -inf (no visible key) gives zeros with zero gradient."""
+    """Compute the softmax over the last axis; a row that is all -inf (no visible key) gives zeros with zero gradient."""
     nothing = (scores == -math.inf).all(-1, keepdim=True)
     return torch.where(nothing, 0.0, torch.where(nothing, 0.0, scores).softmax(-1))
 
