@@ -41,7 +41,7 @@ def test_sdpa_from_a_length_on(op: Any, width: int, first: int) -> None:
     assert explained(op, first - 1, width).impl == "triton"
     found = explained(op, first, width)
     assert found.impl == "sdpa"
-    assert f"triton: for long sequences sdpa comes first: from {first} tokens on at head_dim {width}" in str(found)
+    assert f"triton: sdpa is preferred for long sequences: from {first} tokens on at head_dim {width}" in str(found)
     assert explained(op, first, width, impl="triton").impl == "triton"
 
 

@@ -194,10 +194,10 @@ def test_dropout_acts_on_prompts_and_keeps_the_mean(library):
     [
         (torch.float16, {}, MERGED),
         (torch.float16, {"shared": True, "is_causal": True, "width": 20}, MERGED),
-        (torch.float16, {"lengths": [9, 4]}, CONCATENATED + "partial attentions take no lengths"),
-        (torch.float16, {"bias": (9,), "lengths": [9, 4]}, "no lengths; partial attentions take no attn_bias"),
-        (torch.float16, {"dropout_p": 0.5}, CONCATENATED + "partial attentions take no dropout_p"),
-        (torch.float16, {"prompts": 0}, CONCATENATED + "there is but one part"),
+        (torch.float16, {"lengths": [9, 4]}, CONCATENATED + "partial attention does not support lengths"),
+        (torch.float16, {"bias": (9,), "lengths": [9, 4]}, "lengths; partial attention does not support attn_bias"),
+        (torch.float16, {"dropout_p": 0.5}, CONCATENATED + "partial attention does not support dropout_p"),
+        (torch.float16, {"prompts": 0}, CONCATENATED + "there are no prompts or no tokens"),
         (torch.float32, {}, "Partial attention not supported"),
     ],
 )
@@ -224,7 +224,7 @@ def test_says_in_the_librarys_words_what_it_refuses(library):
 
 def test_refuses_where_an_item_may_see_nothing(library):
     tensors, options = example(torch.float16, library.device, prompts=0, lengths=[0, 9])
-    with pytest.raises(ValueError, match="an item may see nothing at all"):
+    with pytest.raises(ValueError, match="an item may see no keys at all"):
         run(options, tensors)
     (out,) = run(options, tensors, impl="xformers,reference")
     assert torch.equal(out[0], torch.zeros_like(out[0])) and out.isfinite().all()
@@ -255,7 +255,7 @@ def test_is_not_imported_for_tensors_on_the_cpu(monkeypatch):
     monkeypatch.setattr(_libraries, "load_xformers", lambda: pytest.fail("xformers was looked for"))
     tensors, options = example(torch.float16, "cpu")
     explanation = mope_kernels.explain("prompt_attention", **tensors, **options)
-    assert explanation.reasons["xformers"] == ["xformers runs on NVIDIA GPUs, these tensors are on cpu"]
+    assert explanation.reasons["xformers"] == ["xformers runs on NVIDIA GPUs, but these tensors are on cpu"]
 
 
 @pytest.mark.parametrize(
