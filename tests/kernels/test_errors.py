@@ -120,11 +120,11 @@ WRONG = {
     "add_norm: eps must be positive, got 0.0": lambda: mope_kernels.add_norm(torch.zeros(2, 8), None, None, None, eps=0.0),
     "prompted_norm: num_replaced must be between 0 and the 5 rows of x, got 6": lambda: beginning(num_replaced=6),
     "prompted_norm: experts need cross_logits, self_weight and self_keys, or routing": lambda: beginning(cross_logits=None),
-    "prompted_norm: cross_logits routes to experts, and there are none: give experts": lambda: beginning(experts=None),
-    "prompted_norm: noise routes to experts, and there are none: give experts": lambda: beginning(
+    "prompted_norm: cross_logits routes to experts, but there are none: pass experts": lambda: beginning(experts=None),
+    "prompted_norm: noise routes to experts, but there are none: pass experts": lambda: beginning(
         experts=None, cross_logits=None, noise=torch.zeros(2, 3)
     ),
-    "prompted_norm: routing is given ready-made, and cross_logits too: give one of them": lambda: beginning(
+    "prompted_norm: routing and cross_logits exclude each other: pass one of them": lambda: beginning(
         routing=mope_kernels.route(torch.zeros(2, 3))
     ),
     "prompted_norm: self_weight and self_keys go together": lambda: beginning(self_weight=torch.zeros(2, 8)),
