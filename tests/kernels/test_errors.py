@@ -92,7 +92,7 @@ WRONG = {
         *[torch.zeros(1, 1, 2, 8)] * 2,
         attn_bias=torch.zeros(5, 7).requires_grad_(),
     ),
-    "window_prompt_attention: resolution must divide by window_size, got 5 and 2": lambda: mope_kernels.window_prompt_attention(
+    "window_prompt_attention: resolution must be divisible by window_size, got 5": lambda: mope_kernels.window_prompt_attention(
         torch.zeros(1, 26, 24), torch.zeros(2, 4, 4), num_prompts=1, num_heads=2, resolution=5, window_size=2
     ),
     "window_prompt_attention: qkv must have num_prompts + resolution^2 = 1 + 16 rows": lambda: mope_kernels.window_prompt_attention(
