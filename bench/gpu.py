@@ -119,7 +119,7 @@ def main() -> int:
     stages = (os.environ.get("STAGE") or "headline").split(",")
     for stage in stages:
         if stage not in STAGES:
-            raise SystemExit(f"STAGE must be one or more of {', '.join(STAGES)}, got {stage!r}")
+            raise SystemExit(f"STAGE must be among {', '.join(STAGES)}, got {stage!r}")
     out = Path(os.environ.get("OUT") or RESULTS).resolve()
     status = 0
     if "headline" in stages:
