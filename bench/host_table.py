@@ -1,4 +1,4 @@
-"""Makes tables from the rows of `bench.host`, and judges them by the goals for the host's time."""
+"""Make tables from the rows of `bench.host`, and compare them with the goals for host time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .host_cases import MODELS, OPPONENTS, OPS
 
 Row = dict[str, Any]
 File = tuple[dict[str, Any], list[Row]]
-# Goals: a model as a part of its opponent's time; an op as a part of its time before; a public op as a multiple of its raw op.
+# Goals: time of a model relative to its opponent, of an op relative to before, and of a public op relative to its raw op.
 OF_OPPONENT, OF_BEFORE, OF_RAW = 0.45, 0.5, 1.7
-# The largest share of arithmetic for which a model is judged.
+# The largest share of arithmetic at which a model is still judged.
 ARITHMETIC = 0.1
 WAYS = ("no gradient", "forward", "forward + backward")
 
@@ -61,7 +61,7 @@ The overhead of a public op over its raw op, in µs, without gradients. Triton: 
 
 
 def section(files: Sequence[File]) -> str:
-    """Return markdown with tables for each device and version of Triton, "" without files."""
+    """Return Markdown with tables for each device and version of Triton, or "" without files."""
     groups: dict[tuple[str, str], list[File]] = {}
     for header, rows in files:
         groups.setdefault((header["device"], header["versions"]["triton"]), []).append((header, rows))
@@ -71,7 +71,7 @@ def section(files: Sequence[File]) -> str:
 def _of_group(device: str, triton: str, files: Sequence[File]) -> str:
     before = next((file for file in files if file[0]["before"]), None)
     now = next((file for file in files if not file[0]["before"]), None)
-    # Without another measurement, show this one.
+    # If there is only an earlier measurement, show that.
     header, rows = now or files[0]
     said = f" *Before* is commit {before[0]['commit']}, {_measured(before[0])}." if before and now else ""
     if not now:
@@ -99,7 +99,7 @@ def _measured(header: dict[str, Any]) -> str:
 
 
 def judged(value: float, goal: float) -> str:
-    """Format a quotient and whether it meets the goal."""
+    """Format a quotient with whether it meets the goal."""
     return f"{show.digits(value, 3)}: {'met' if value <= goal else '**not met**'}"
 
 
@@ -196,6 +196,6 @@ def _raw(rows: Sequence[Row]) -> str:
 
 
 def _table(lines: Sequence[tuple[str, ...]]) -> str:
-    """Return a markdown table with numbers on the right, "" if it has only a head."""
+    """Return a Markdown table with right-aligned numbers, or "" if it has only a head."""
     rule = (":--", *("--:",) * (len(lines[0]) - 1))
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])) if len(lines) > 1 else ""

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its pictures from the committed results, and from nothing else: `python -m bench.report`."""
+"""Generate docs/benchmarks.md and its pictures from the committed results alone: `python -m bench.report`."""
 
 from __future__ import annotations
 
@@ -114,11 +114,11 @@ def main() -> None:
 
 
 def report(results: Path, docs: Path) -> str:
-    """The page, and its pictures in `docs`/images."""
+    """Return the page, and save its pictures in `docs`/images."""
     files = [rows.read(path) for path in sorted(results.glob("*.jsonl"))]
     of_host = [(header, found) for header, found in files if header["stage"] == "host"]
     files = [(header, found) for header, found in files if header["stage"] in ("ops", "model")]
-    # GPUs first, the ops before the model.
+    # GPUs come first, and ops before models.
     files.sort(key=lambda file: (file[0]["type"] == "cpu", file[0]["slug"], file[0]["stage"] == "model"))
     devices: dict[str, list[dict[str, Any]]] = {}
     for header, found in files:
@@ -183,7 +183,7 @@ def section(header: dict[str, Any], found: list[dict[str, Any]], docs: Path) -> 
 
 
 def choices(found: list[dict[str, Any]], op: str) -> str:
-    """Where another way of ours was faster than the one that the table chooses, by more than the spread; "" without rows."""
+    """List cases in which another of our ways was faster than the table's choice by more than the spread; "" without rows."""
     cases = [ways for ways in targets.of_cases(found, op, ".*").values() if any(way.startswith("ours ") for way in ways)]
     wrong = []
     for ways in cases:

@@ -189,7 +189,7 @@ def test_the_sanitizer_sees_every_op(tmp_path):
 
 def test_unknown_stage_is_named(tmp_path):
     done = run(tmp_path, DRY="1", STAGE="quick")
-    assert done.returncode and "STAGE must be of headline, tests, ops, model, timeline, sanitize, got 'quick'" in done.stderr
+    assert done.returncode and "STAGE must be among headline, tests, ops, model, timeline, sanitize, got 'quick'" in done.stderr
 
 
 def test_without_a_gpu_it_says_so(tmp_path):

@@ -185,7 +185,7 @@ def test_what_is_judged_by_hand():
 
 
 def test_what_cannot_be_profiled_is_said():
-    with pytest.raises(ValueError, match=r"no 'nothing' to profile, only window_prompt_attention, .*swin training"):
+    with pytest.raises(ValueError, match=r"cannot profile 'nothing': choose one of window_prompt_attention, .*swin training"):
         host.profile("nothing", "float32")
 
 

@@ -92,7 +92,7 @@ WRONG = {
         *[torch.zeros(1, 1, 2, 8)] * 2,
         attn_bias=torch.zeros(5, 7).requires_grad_(),
     ),
-    "window_prompt_attention: resolution must divide by window_size, got 5 and 2": lambda: mope_kernels.window_prompt_attention(
+    "window_prompt_attention: resolution must be divisible by window_size, got 5": lambda: mope_kernels.window_prompt_attention(
         torch.zeros(1, 26, 24), torch.zeros(2, 4, 4), num_prompts=1, num_heads=2, resolution=5, window_size=2
     ),
     "window_prompt_attention: qkv must have num_prompts + resolution^2 = 1 + 16 rows": lambda: mope_kernels.window_prompt_attention(
@@ -120,11 +120,11 @@ WRONG = {
     "add_norm: eps must be positive, got 0.0": lambda: mope_kernels.add_norm(torch.zeros(2, 8), None, None, None, eps=0.0),
     "prompted_norm: num_replaced must be between 0 and the 5 rows of x, got 6": lambda: beginning(num_replaced=6),
     "prompted_norm: experts need cross_logits, self_weight and self_keys, or routing": lambda: beginning(cross_logits=None),
-    "prompted_norm: cross_logits routes to experts, and there are none: give experts": lambda: beginning(experts=None),
-    "prompted_norm: noise routes to experts, and there are none: give experts": lambda: beginning(
+    "prompted_norm: cross_logits routes to experts, but there are none: pass experts": lambda: beginning(experts=None),
+    "prompted_norm: noise routes to experts, but there are none: pass experts": lambda: beginning(
         experts=None, cross_logits=None, noise=torch.zeros(2, 3)
     ),
-    "prompted_norm: routing is given ready-made, and cross_logits too: give one of them": lambda: beginning(
+    "prompted_norm: routing and cross_logits exclude each other: pass one of them": lambda: beginning(
         routing=mope_kernels.route(torch.zeros(2, 3))
     ),
     "prompted_norm: self_weight and self_keys go together": lambda: beginning(self_weight=torch.zeros(2, 8)),

@@ -70,7 +70,7 @@ def test_sources_that_are_not_there_are_no_error_but_a_reason(monkeypatch):
 def test_another_library_can_be_named(monkeypatch, tmp_path):
     monkeypatch.delenv("MOPE_DISABLE_EXTENSION", raising=False)
     monkeypatch.setenv("MOPE_EXTENSION", str(tmp_path / "_C.so"))
-    assert _extension._load().reason == f"MOPE_EXTENSION names {tmp_path / '_C.so'}, which is no file"
+    assert _extension._load().reason == f"MOPE_EXTENSION names {tmp_path / '_C.so'}, which is not a file"
     (tmp_path / "_C.so").write_text("no library")
     assert f"{tmp_path / '_C.so'} does not load" in _extension._load().reason
 

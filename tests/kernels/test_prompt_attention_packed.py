@@ -124,7 +124,7 @@ def test_more_room_than_the_longest_takes(impl):
         ({"offsets": torch.tensor([], dtype=torch.int64)}, "go up from 0"),
         ({"offsets": torch.tensor([0.0, 9.0])}, "offsets must be an integer tensor"),
         ({"offsets": torch.tensor([0, 9]), "max_length": 9}, r"prompt_key must be \(B=1, H=2, P, D=16\)"),
-        ({"lengths": torch.tensor([5])}, "give neither lengths nor attn_bias"),
+        ({"lengths": torch.tensor([5])}, "pass neither lengths nor attn_bias"),
         ({"query": torch.zeros(2, H, 9, D)}, "query must be"),
         ({"key": torch.zeros(1, H, 8, D)}, "key must be"),
     ],
