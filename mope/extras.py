@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 
 # As in pyproject.toml. Packages are named, because the library itself is in no registry that pip looks into.
-EXTRAS = {"train": ("accelerate", "pillow", "scikit-learn", "tensorboard"), "plot": ("matplotlib",)}
+EXTRAS = {
+    "train": ("accelerate", "pillow", "scikit-learn", "tensorboard"),
+    "plot": ("matplotlib",),
+    "data": ("datasets", "pyarrow"),
+}
 _PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 

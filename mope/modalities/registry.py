@@ -5,6 +5,7 @@ Nothing here, in `text` or in `vision` imports torch before it is needed: the co
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from keyword import iskeyword
@@ -87,6 +88,13 @@ class Modality:
         except (OverflowError, RuntimeError, TypeError, ValueError):
             raise ValueError(f'"{source.key}" must be numbers, or lists of them of one length, got {shown(value)}') from None
         return value
+
+    def of_cell(self, cell: str) -> Any:
+        """Return what a cell of a CSV file says, as a line of JSON would: by default JSON, such as `[1, 2]`, else a text."""
+        try:
+            return json.loads(cell)
+        except (RecursionError, ValueError):
+            return cell
 
     def finder(self, source: Source) -> Finder:
         """Return what makes raw items of what `parse` returned, for all lines of a split."""

@@ -12,6 +12,7 @@ from typing import Any
 from mope.arguments import add_device, count, positive
 from mope.extras import missing
 
+from .columns import add_columns, add_dev_share
 from .encoders import add_encoders
 from .extensions import modes
 from .options import GRAPHS
@@ -32,6 +33,7 @@ def add_train(commands: Any) -> None:
         "torchrun --nproc-per-node N -m mope.cli train ...",
     )
     _add_data(train)
+    add_dev_share(train)
     train.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for checkpoints, the best model and results")
     model = train.add_argument_group("model")
     model.add_argument(
@@ -143,9 +145,12 @@ assert set(_RECIPE_HELP) == {field.name for field in fields(Recipe)}
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="holds train.jsonl, dev.jsonl, test.jsonl, ...")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FOLDER", help="holds train.jsonl, .csv or .parquet, dev..., test..."
+    )
     parser.add_argument("--format", choices=tuple(RECIPES), default="jsonl", help="of the data (jsonl)")
     parser.add_argument("--on-missing-image", choices=("error", "grey"), default="error", help="(error)")
+    add_columns(parser)
 
 
 def _add_machine(parser: Any) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ import torch
 from accelerate import PartialState
 
 from mope import environment
-from mope.data import Examples, Split, read_split
-from mope.data.formats import SPLITS, NoLabelsError, slots_to_read
+from mope.data import Examples, Split, hold_out, read_split
+from mope.data.formats import JSONL, NoLabelsError, files_of, slots_to_read
 from mope.devices import find_device
 from mope.finite import NotFiniteError, infinite
 from mope.fusion.base import FusionModel
 from mope.modalities import Slot, slots_of
 
 from . import report
+from .columns import DEV_SHARE, columns_of
 from .encoders import processors_of, sources_of
 from .evaluation import evaluate
 from .extensions import in_mode, modes
@@ -46,6 +47,7 @@ class TrainingJob:
         given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)}
         self.recipe = RECIPES[options.format].replace(**{name: value for name, value in given.items() if value is not None})
         self.splits = _read_splits(options)
+        self._hold_out_dev()
         # Only the first: the others differ in nothing that could be wrong.
         self._first: TrainingRun | None = self._make_run(self.seeds[0])
         self.description = self._describe(self._first)
@@ -87,6 +89,22 @@ class TrainingJob:
         if diverged:
             raise NotFiniteError("; ".join(f"seed {s}: {e}" if len(self.seeds) > 1 else e for s, e in diverged.items()))
         return None
+
+    def _hold_out_dev(self) -> None:
+        """Take a dev split from the training split, where there is none, by default of tables only."""
+        options, train = self.options, self.splits["train"]
+        share = options.dev_share
+        if share is None:
+            share = 0.0 if files_of(options.data, "train")[0].suffix == JSONL else DEV_SHARE
+        if "dev" in self.splits or not share or len(train) < 2:
+            return
+        kept, held = hold_out(train, share, options.dev_seed)
+        # Dev before test, as where it is read.
+        self.splits = {"train": kept, "dev": held, **{name: split for name, split in self.splits.items() if name != "train"}}
+        self.state.print(
+            f"{options.data} has no dev split: {len(held)} of {len(train)} training examples (--dev-share {share:g} "
+            f"--dev-seed {options.dev_seed}) are held out to choose the best weights, and do not train"
+        )
 
     def _out(self, seed: int) -> Path:
         out: Path = self.options.out
@@ -177,7 +195,7 @@ class TrainingJob:
             self.state.print(f"full batches go {where}{lengths}")
         elif run.trainer.args.device.type == "cuda" and self.options.graphs == "auto":
             self.state.print(f"no CUDA graphs: {stepping.why_not}")
-        if "test" not in run.splits and any((self.options.data / file).is_file() for file in SPLITS["test"]):
+        if "test" not in run.splits and files_of(self.options.data, "test"):
             self.state.print(f"{self.options.data}: no example of the test split has a label: it is skipped")
         if (gpus := torch.cuda.device_count()) > self.state.num_processes and run.trainer.args.device.type == "cuda":
             self.state.print(
@@ -259,12 +277,14 @@ class EvaluationJob:
 
 def _read_splits(options: argparse.Namespace) -> dict[str, Split]:
     """train, and those of dev and test that are there; not a test split without labels, as many are published."""
-    read = partial(
-        read_split, options.data, options.format, on_missing_image=options.on_missing_image, modalities=_slots_to_train(options)
-    )
+    wanted: dict[str, Any] = {"modalities": _slots_to_train(options), **columns_of(options)}
+
+    def read(split: str, names: Sequence[str] | None = None) -> Split:
+        return read_split(options.data, options.format, split, names=names, on_missing_image=options.on_missing_image, **wanted)
+
     splits = {"train": read("train")}
     for name in ("dev", "test"):
-        if any((options.data / file).is_file() for file in SPLITS[name]):
+        if files_of(options.data, name):
             try:
                 splits[name] = read(name, names=splits["train"].names)
             # Those of dev choose the best checkpoint, and of a wrong key nobody should hear at the end.
@@ -327,6 +347,7 @@ def _read_split(options: argparse.Namespace, model: FusionModel) -> Split:
         names=known,
         on_missing_image=options.on_missing_image,
         modalities=slots_to_read(config),
+        **columns_of(options),
     )
 
 
