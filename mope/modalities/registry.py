@@ -210,6 +210,12 @@ class Slot:
         return (self.modality.column or self.name) if self.name == self.modality.name else self.name
 
     @property
+    def raw(self) -> str:
+        """Name of the raw items in a call of `predict`: several items in words, `images`, where the modality has a word for it."""
+        own = self.name == self.modality.name and self.modality.plural != Modality.plural
+        return self.modality.plural if own else self.name
+
+    @property
     def processor(self) -> str | None:
         """Name of its processor in a model; without one of that name the modality's serves."""
         return None if self.modality.processor is None else f"{self.prefix}{self.modality.processor}"
