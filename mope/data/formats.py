@@ -366,8 +366,8 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
                 yield number, problem
 
 
-def _in_table(file: Path, columns: _Columns) -> _Columns:
-    """The columns as a table has them. DataError where it lacks one."""
+def _in_table(file: Path, columns: _Columns, *, labelled: bool = True) -> _Columns:
+    """The columns as a table has them. DataError where it lacks one; that of labels only where they are needed."""
     if not tables.is_table(file):
         return columns
     format, names = columns.format, tables.header(file)
@@ -375,7 +375,7 @@ def _in_table(file: Path, columns: _Columns) -> _Columns:
     if single in names and (columns.separator is not None or tables.holds_lists(file, str(single))):
         format = format._replace(single=None, multi=single)
     lacking = {slot.column: source.key for slot, source in columns.items if source.key not in names}
-    unlabelled = not {format.single, format.multi} & {*names}
+    unlabelled = labelled and not {format.single, format.multi} & {*names}
     if unlabelled and not lacking:
         lacking["label"] = str(format.single or format.multi)
     if names and lacking:
