@@ -61,6 +61,7 @@ class MoPEConfig(ModelConfig):
         padding_side: of the tokenizer. Both take any attention mask. "right" is fast (lengths), and puts tokens in front of padding
             first where it stands elsewhere; "left" hides padding by a mask.
         impl: of the ops: "auto", the name of an implementation, or several with commas between them, tried in that order.
+        threshold: with problem_type "multi_label" a class is predicted where its probability is above this; between 0 and 1.
 
     Raises:
         ValueError: names the value and what is allowed.
@@ -88,6 +89,7 @@ class MoPEConfig(ModelConfig):
     importance_noise: bool = True
     padding_side: str = "right"
     impl: str = "auto"
+    threshold: float = 0.5
 
     if TYPE_CHECKING:
         # Shorthands, see `mope.fusion.parts.SHORT`: keywords of the constructor, and properties.
@@ -163,6 +165,8 @@ class MoPEConfig(ModelConfig):
             value = getattr(self, name)
             if not (value is None and name == "prompt_init_bound") and not (is_number(value) and value > 0):
                 raise ValueError(f"MoPEConfig: {name} must be positive, got {value!r}")
+        if not (is_number(self.threshold) and 0 < self.threshold < 1):
+            raise ValueError(f"MoPEConfig: threshold must be between 0 and 1, got {self.threshold!r}")
         if not (is_number(self.prompt_dropout) and 0 <= self.prompt_dropout < 1):
             raise ValueError(f"MoPEConfig: prompt_dropout must be in [0, 1), got {self.prompt_dropout!r}")
         assert isinstance(self.router, RouterConfig)

@@ -16,9 +16,6 @@ from mope.modalities import Reader, Slot, UnreadableError, slots_of
 if TYPE_CHECKING:
     from mope.fusion.base import FusionModel
 
-# A class of several is predicted where its probability is above this, unless the model says otherwise.
-THRESHOLD = 0.5
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -89,12 +86,11 @@ def predictions(config: Any, logits: Tensor, weights: Mapping[str, Tensor], *, n
     logits = logits.float().cpu()
     several = config.problem_type == "multi_label"
     probabilities = logits.sigmoid() if several else logits.softmax(-1)
-    threshold = getattr(config, "threshold", THRESHOLD)
     tables = {name: table.float().cpu().tolist() for name, table in weights.items()}
     found = []
     for i, row in enumerate(probabilities.tolist()):
         order = sorted(range(len(row)), key=lambda k: -row[k])
-        chosen = [k for k in order if row[k] > threshold] if several else order[:1]
+        chosen = [k for k in order if row[k] > config.threshold] if several else order[:1]
         experts = {name: _taken(table[i]) for name, table in tables.items()} if named else None
         found.append(Prediction(tuple(names[k] for k in chosen), dict(zip(names, row, strict=True)), experts))
     return found

@@ -186,12 +186,14 @@ class ClassifierConfig(ModelConfig):
         id2label: names of the classes.
         problem_type: "single_label" (labels (B,) integers) or "multi_label" (labels (B,num_labels) of 0 and 1).
         padding_side: of the tokenizer.
+        threshold: with problem_type "multi_label" a class is predicted where its probability is above this; between 0 and 1.
     """
 
     adapters: ModeXConfig | None
     id2label: Mapping[int, str]
     problem_type: str = "single_label"
     padding_side: str = "right"
+    threshold: float = 0.5
 
     model_type: ClassVar[str] = SYSTEM
     # Training reads these from the configuration of any fusion model.
@@ -209,6 +211,8 @@ class ClassifierConfig(ModelConfig):
         self.problem_type = problem_type_of(self.problem_type, "ModeXForClassification")
         if self.padding_side not in SIDES:
             raise ValueError(f"padding_side must be {' or '.join(map(repr, SIDES))}, got {self.padding_side!r}")
+        if not (is_number(self.threshold) and 0 < self.threshold < 1):
+            raise ValueError(f"threshold must be between 0 and 1, got {self.threshold!r}")
         check_labels_of(self, "ModeXForClassification")
         self._freeze()
 
@@ -245,6 +249,8 @@ class ClassifierConfig(ModelConfig):
                 {int(i): name for i, name in values["id2label"].items()},
                 values["problem_type"],
                 values["padding_side"],
+                # Earlier versions had none.
+                values.get("threshold", 0.5),
             )
         except KeyError as error:
             raise ValueError(f"{error} is missing") from error

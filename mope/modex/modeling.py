@@ -292,6 +292,7 @@ class ModeXForClassification(FusionModel):
             problem_type=config.problem_type,
             padding_side=config.padding_side,
         )
+        built.config = config
         return built.restored(tensors, folder)
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ from .model import MultiTaskModel
 
 # In these the tasks of a server may differ: labels, and what training alone reads.
 FREE = {
-    *("num_labels", "id2label", "problem_type"),
+    *("num_labels", "id2label", "problem_type", "threshold"),
     *("train_top_k", "noise_std", "router_embedding", "prompt_init_bound", "prompt_dropout", "drop_block_prompts"),
     *("importance_weight", "importance_threshold", "importance_noise", "impl"),
 }
@@ -44,12 +44,14 @@ class Prediction:
     logits: (num_labels,), in the order of `names`.
     names: of the labels.
     problem_type: "single_label" or "multi_label".
+    threshold: of probabilities, with several labels to an item.
     """
 
     task: str
     logits: Tensor
     names: tuple[str, ...]
     problem_type: str
+    threshold: float = 0.5
 
     @property
     def probabilities(self) -> Tensor:
@@ -59,10 +61,13 @@ class Prediction:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The most probable label; with several labels to an item all that are more probable than not. Waits for the device."""
+        """The most probable label; with several labels to an item all above the threshold. Waits for the device."""
         if self.problem_type == "multi_label":
-            return tuple(name for name, yes in zip(self.names, (self.logits > 0).tolist(), strict=True) if yes)
+            return tuple(name for name, yes in zip(self.names, self._above().tolist(), strict=True) if yes)
         return (self.names[int(self.logits.argmax())],)
+
+    def _above(self) -> Tensor:
+        return self.probabilities > self.threshold
 
     def __repr__(self) -> str:
         """Task, labels, and the most probable ones with their probabilities. Waits for the device."""
@@ -257,7 +262,7 @@ class MoPEServer:
                 task_ids, **{name: tensor.to(model.device) for name, tensor in inputs.items() if tensor is not None}
             )
         return [
-            Prediction(task, row[: config.num_labels], _names(config), config.problem_type)
+            Prediction(task, row[: config.num_labels], _names(config), config.problem_type, config.threshold)
             for task, (_, config), row in zip(tasks, found, logits, strict=True)
         ]
 

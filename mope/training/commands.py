@@ -16,7 +16,7 @@ from .columns import add_columns, add_dev_share
 from .encoders import add_encoders
 from .extensions import modes
 from .options import GRAPHS
-from .recipe import METRICS, PRECISIONS, RECIPES, Recipe
+from .recipe import AUTO, BALANCED, METRICS, PRECISIONS, RECIPES, Recipe
 
 # Of 128 + number, as shells report it.
 SIGNALLED = 128
@@ -67,6 +67,8 @@ def add_train(commands: Any) -> None:
         recipe.add_argument(_flag(name), type=float, metavar="X", help=_RECIPE_HELP[name])
     recipe.add_argument("--milestones", type=int, nargs="*", metavar="EPOCH", help=_RECIPE_HELP["milestones"])
     recipe.add_argument("--precision", choices=PRECISIONS, help=_RECIPE_HELP["precision"])
+    recipe.add_argument("--class-weights", type=_class_weights, metavar="balanced|FILE", help=_RECIPE_HELP["class_weights"])
+    recipe.add_argument("--threshold", type=_threshold, metavar="auto|X", help=_RECIPE_HELP["threshold"])
     recipe.add_argument("--metric", choices=sum(METRICS.values(), ()), help=_RECIPE_HELP["metric"])
 
     run = train.add_argument_group("run")
@@ -140,6 +142,8 @@ _RECIPE_HELP = {
     "precision": "of activations (auto: fp16 on an accelerator, fp32 on a CPU)",
     "label_smoothing": "with one label for each example",
     "metric": "chooses the best checkpoint",
+    "class_weights": "in the loss of training: balanced, or a JSON file, {class: weight} (all 1)",
+    "threshold": "with several labels: of probabilities; auto: the best one on dev (that of the model, 0.5 for a new one)",
 }
 assert set(_RECIPE_HELP) == {field.name for field in fields(Recipe)}
 
@@ -156,6 +160,24 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_machine(parser: Any) -> None:
     add_device(parser)
     parser.add_argument("--num-workers", type=count, default=0, metavar="N", help="processes that load images (0: this one does)")
+
+
+def _class_weights(text: str) -> str | dict[str, float]:
+    if text == BALANCED:
+        return text
+    try:
+        weights = json.loads(Path(text).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"must be {BALANCED}, or a JSON file with the weights of classes by name: {error}"
+        ) from None
+    if not isinstance(weights, dict):
+        raise argparse.ArgumentTypeError(f'{text} must hold one JSON object, {{"class": weight}}')
+    return weights
+
+
+def _threshold(text: str) -> str | float:
+    return text if text == AUTO else float(text)
 
 
 def _flag(name: str) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 METRICS = {"single_label": ("accuracy",), "multi_label": ("f1_micro", "f1_macro")}
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+BALANCED, AUTO = "balanced", "auto"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Recipe:
         augment: magnitude from 1 to 30 of RandAugment with two operations on training images, 0 for none.
         metric: what the best checkpoint is chosen by: "accuracy" with one label for each item, "f1_micro" or "f1_macro" with
             several. None: the first that fits.
+        class_weights: of the loss in training: "balanced", so that rare classes count as much as frequent ones, or weights by the
+            names of classes, 1 for those that are not named; see `mope.training.metrics.class_weights`. None: all count the same.
+        threshold: with several labels to an example, the probability above which a class is predicted: a number between 0 and 1, or
+            "auto", the one with the best metric on the dev split. None: that of the model, 0.5 for a new one.
 
     Raises:
         ValueError: names the value and what is allowed.
@@ -54,6 +59,8 @@ class Recipe:
     label_smoothing: float = 0.0
     augment: int = 0
     metric: str | None = None
+    class_weights: str | Mapping[str, float] | None = None
+    threshold: float | str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(sorted(self.milestones)))
@@ -74,6 +81,18 @@ class Recipe:
             raise ValueError(f"Recipe: augment must be an integer from 0 to 30, got {self.augment!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"Recipe: precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        weights, threshold = self.class_weights, self.threshold
+        if isinstance(weights, str) and weights != BALANCED:
+            raise ValueError(f"Recipe: class_weights must be {BALANCED!r}, or weights by the names of classes, got {weights!r}")
+        if isinstance(weights, Mapping) and (wrong := {name: w for name, w in weights.items() if not (_is_real(w) and w > 0)}):
+            name, value = next(iter(wrong.items()))
+            raise ValueError(f"Recipe: class_weights must be positive numbers, got {value!r} for {name!r}")
+        if threshold not in (None, AUTO) and not (_is_real(threshold) and 0 < float(threshold) < 1):
+            raise ValueError(f"Recipe: threshold must be {AUTO!r} or between 0 and 1, got {threshold!r}")
 
     def replace(self, **changes: Any) -> Recipe:
         return dataclasses.replace(self, **changes)
@@ -96,7 +115,13 @@ class Recipe:
             raise ValueError(f"Recipe: metric must be one of {', '.join(fitting)} with {problem_type} data, got {metric!r}")
         if self.label_smoothing and problem_type == "multi_label":
             raise ValueError("Recipe: label_smoothing needs data with one label for each item, these have several")
+        if self.threshold is not None and problem_type != "multi_label":
+            raise ValueError("Recipe: a threshold is for data with several labels for each item, these have one")
         return self.replace(metric=metric)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # Published for each data set; "jsonl" is anything else.

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -93,6 +93,7 @@ class FusionTrainer(Trainer):
         out: folder for checkpoints and TensorBoard's files.
         collate: items -> arguments of the model, with labels.
         train_items, dev_items: items, without dev_items nothing is evaluated.
+        class_weights: of each class in the loss of training, see `loss_sum`; the recipe's are by name, and are not looked at here.
         options: how to carry out the run; `changes` are fields of it.
 
     Raises:
@@ -109,6 +110,7 @@ class FusionTrainer(Trainer):
         collate: Collate,
         train_items: Dataset[Any],
         dev_items: Dataset[Any] | None = None,
+        class_weights: Sequence[float] | None = None,
         options: RunOptions | None = None,
         **changes: Any,
     ) -> None:
@@ -186,6 +188,7 @@ class FusionTrainer(Trainer):
                 "this trainer keeps the whole model on each device: launch it without FSDP and DeepSpeed, "
                 "or shard the model yourself with torch.distributed.fsdp.fully_shard in a loop of your own"
             )
+        self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=self.args.device)
         # It prints each line of the log where there are no bars.
         self.remove_callback(PrinterCallback)
 
@@ -279,7 +282,9 @@ class FusionTrainer(Trainer):
         logits, importance = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
         # A mean over parts of unequal size would weigh their items differently.
         count = labels.numel() if num_items_in_batch is None else num_items_in_batch
-        loss = loss_sum(logits, labels, label_smoothing=self.recipe.label_smoothing) * self.args.world_size / count
+        weights = self.class_weights if self.fusion.training else None
+        loss = loss_sum(logits, labels, label_smoothing=self.recipe.label_smoothing, weights=weights)
+        loss = loss * self.args.world_size / count
         if importance is not None:
             loss = loss + self.fusion.config.importance_weight / self.current_gradient_accumulation_steps * importance
         return loss, logits
