@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from mope.data import DataError
 from mope.data.preprocessing import Preprocessing
 from mope.data.rows import Rows
+from mope.data.writing import check_suffix, record_of, write
 from mope.devices import find_device
 from mope.fusion.base import FusionModel
 from mope.fusion.checkpoint import fingerprint_of
@@ -28,10 +29,6 @@ from mope.training.loading import open_model
 
 from .parts import Parts
 from .reading import Answered, Batch, RowBatches
-from .writing import check_suffix, write
-
-# Digits of a probability in the file.
-DIGITS = 6
 
 
 class PredictionJob:
@@ -122,16 +119,7 @@ class PredictionJob:
     def _record(self, row: Answered, prediction: Prediction | None) -> dict[str, Any]:
         if prediction is None or row.error is not None:
             return {"id": row.id, "error": row.error}
-        label = {"labels": list(prediction.labels)} if self.several else {"label": prediction.label}
-        record: dict[str, Any] = {
-            "id": row.id,
-            **label,
-            "scores": {name: round(score, DIGITS) for name, score in prediction.scores.items()},
-        }
-        if prediction.experts is not None:
-            record["experts"] = {
-                block: {str(k): round(weight, DIGITS) for k, weight in taken.items()} for block, taken in prediction.experts.items()
-            }
+        record = record_of(row.id, prediction, several=self.several)
         # Not for the file of predictions, see `_Counts`.
         return record if row.labels is None else record | {"truth": [self.names[k] for k in row.labels]}
 

@@ -121,7 +121,9 @@ def add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "--batch-sizes", type=positive, nargs="+", metavar="N", help="one row for each (32; with --compare-modes 1 8 32)"
     )
-    evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="for results.json and results.md")
+    evaluate.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for results.json, results.md, predictions.jsonl, confusion.csv"
+    )
     add_encoders(evaluate)
     _add_machine(evaluate)
     evaluate.set_defaults(command=_evaluate)

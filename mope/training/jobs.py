@@ -18,10 +18,12 @@ from mope.data.formats import JSONL, NoLabelsError, files_of, slots_to_read
 from mope.devices import find_device
 from mope.finite import NotFiniteError, infinite
 from mope.fusion.base import FusionModel
+from mope.fusion.predicting import predictions
 from mope.modalities import Slot, slots_of
 
 from . import report
 from .columns import DEV_SHARE, columns_of
+from .confusion import CONFUSION, PREDICTIONS, Answers, Confusion, write_predictions
 from .encoders import processors_of, sources_of
 from .evaluation import evaluate
 from .extensions import in_mode, modes
@@ -246,19 +248,31 @@ class EvaluationJob:
             options.out.mkdir(parents=True, exist_ok=True)
 
     def evaluate(self) -> list[dict[str, Any]]:
-        """A dict for each row of the printed table."""
+        """A dict for each row of the printed table; classes and predictions are those of the first."""
         wanted = modes() if self.options.compare_modes else (None,)
-        rows = []
+        rows: list[dict[str, Any]] = []
+        answers = Answers()
         for size in self.batch_sizes:
             for mode in wanted:
                 metrics = evaluate(
-                    self.model, self.split, batch_size=size, mode=mode, num_workers=self.options.num_workers, progress=True
+                    self.model,
+                    self.split,
+                    batch_size=size,
+                    mode=mode,
+                    num_workers=self.options.num_workers,
+                    progress=True,
+                    see=None if rows else answers.see,
                 )
                 rows.append({"batch_size": size, **({"mode": mode} if mode else {}), **metrics})
+        logits = answers.all()
         if self.state.is_main_process:
-            text = report.metrics_table(rows)
+            found = predictions(self.model.config, logits, {})
+            confusion = Confusion.of(self.split, found)
+            text = f"{report.metrics_table(rows)}\n{confusion.table()}"
             print(text)
             if self.options.out is not None:
+                write_predictions(self.split, found, self.options.out / PREDICTIONS)
+                confusion.write(self.options.out / CONFUSION)
                 description = {
                     "model": str(self.options.model),
                     "data": {"folder": str(self.options.data), "format": self.options.format, "split": self.options.split},
@@ -266,7 +280,8 @@ class EvaluationJob:
                     "processes": self.state.num_processes,
                     **_how(self.options, self.device),
                 }
-                report.write(self.options.out, {**description, "rows": rows}, text)
+                classes = {"classes": confusion.classes(), "confusion": confusion.matrix.tolist()}
+                report.write(self.options.out, {**description, "rows": rows, **classes}, text)
         if wrong := sorted({name for row in rows for name in infinite({n: v for n, v in row.items() if isinstance(v, float)})}):
             raise NotFiniteError(
                 f"{' and '.join(wrong)} of {self.split.name} is not finite: the model, or the images, hold numbers that are not, "

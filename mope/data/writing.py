@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mope.data.tables import CSV, PARQUET, SEPARATOR
 from mope.extras import missing
 from mope.files import disk_error
+from mope.fusion.predicting import Prediction
+
+from .tables import CSV, PARQUET, SEPARATOR
 
 JSONL = ".jsonl"
 SUFFIXES = (JSONL, CSV, PARQUET)
-# Rows of a group in parquet.
-ROWS = 1000
+# Rows of a group in parquet, and digits of a probability.
+ROWS, DIGITS = 1000, 6
 
 Records = Iterable[dict[str, Any]]
 
@@ -31,6 +33,19 @@ def check_suffix(file: Path) -> None:
         raise ValueError(f"--out {file} must end in {', '.join(SUFFIXES)}")
     if file.suffix == PARQUET and (problem := missing("pyarrow", extras=("data",))) is not None:
         raise ValueError(f'--out {file}: {problem} (the extra "data")')
+
+
+def record_of(id: str, prediction: Prediction, *, several: bool) -> dict[str, Any]:
+    """Return the record of a row."""
+    label = {"labels": list(prediction.labels)} if several else {"label": prediction.label}
+    record: dict[str, Any] = {"id": id, **label, "scores": _rounded(prediction.scores)}
+    if prediction.experts is not None:
+        record["experts"] = {block: _rounded(taken) for block, taken in prediction.experts.items()}
+    return record
+
+
+def _rounded(values: Mapping[Any, float]) -> dict[str, float]:
+    return {str(name): round(value, DIGITS) for name, value in values.items()}
 
 
 def write(records: Records, file: Path, names: Sequence[str], fields: Sequence[str]) -> None:
