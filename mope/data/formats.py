@@ -302,6 +302,8 @@ def files_of(folder: Path, split: str) -> list[Path]:
 
 
 def _find(folder: Path, split: str) -> Path:
+    if folder.is_file():
+        raise DataError(f"{folder} is a file: give the folder that it is in, and call it {split}{folder.suffix}")
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
     found = files_of(folder, split)

@@ -77,10 +77,14 @@ class Rows:
     ) -> None:
         self.path, self.slots, self.several = path, tuple(slots), several
         self.is_folder = path.is_dir() and not tables.is_table(path)
-        folder = path if path.is_dir() else path.parent
+        # Of several tables that were saved together, as in training.
+        is_split = (path.parent / tables.SPLITS_OF).is_file()
+        folder = path if path.is_dir() and not is_split else path.parent
         where = _columns(_renamed(_FORMATS[format], slots, columns or {}), slots, folder, on_missing_image)
         self._columns: _Columns = where._replace(separator=separator)
         self._labels = _Labels(names, cells=path.suffix == tables.CSV)
+        if self.is_folder and (path / tables.SPLITS_OF).is_file():
+            raise DataError(f"{path} holds several tables: name one of {', '.join(map(str, _tables_in(path)))}")
         if self.is_folder:
             _check_images(path, self.slots)
             return
@@ -164,6 +168,10 @@ def _check_images(folder: Path, slots: Sequence[Slot]) -> None:
         )
     if not any(file.suffix.lower() in IMAGES for file in _files(folder)):
         raise DataError(f"{folder} holds neither images ({', '.join(IMAGES)}) nor a table of datasets")
+
+
+def _tables_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if tables.is_table(path))
 
 
 def _files(folder: Path) -> Iterator[Path]:

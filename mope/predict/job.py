@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from accelerate import PartialState
 from torch.utils.data import DataLoader
@@ -80,8 +80,7 @@ class PredictionJob:
         if self.state.is_main_process:
             self.parts.begin()
         wait_for_all()
-        done = self.parts.resume()
-        self._predict(done)
+        self._predict()
         wait_for_all()
         if self.state.is_main_process:
             counts = _Counts(self.several)
@@ -89,12 +88,16 @@ class PredictionJob:
             self.parts.finish({"rows": counts.rows, "errors": counts.errors, **counts.metrics()})
             print(f"{out}: {counts.describe()}")
 
-    def _predict(self, done: int) -> None:
+    def _predict(self) -> None:
+        with self.parts.opened() as (part, done):
+            self._predict_after(done, part)
+
+    def _predict_after(self, done: int, part: IO[str]) -> None:
         options = self.options
         batches = RowBatches(self.rows, self.parts, self.preprocessing, batch_size=options.batch_size, done=done)
         loader = DataLoader(batches, batch_size=None, num_workers=options.num_workers)
         bar = tqdm(initial=done, unit=" rows", leave=False, disable=not self.state.is_main_process)
-        with self.model.answering(experts=options.experts) as answer, self.parts.append() as part, bar:
+        with self.model.answering(experts=options.experts) as answer, bar:
             for batch in loader:
                 self._answer(answer, batch, part)
                 bar.update(len(batch.rows))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from io import SEEK_END, TextIOWrapper
 from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any
@@ -60,22 +61,28 @@ class Parts:
         identity = {"identity": self.identity | {"processes": self.processes}}
         write_text(self.folder / "identity.json", json.dumps(identity, indent=2) + "\n")
 
-    def resume(self) -> int:
-        """Drop a half-written last line of this process -> how many lines it has."""
-        rows = kept = 0
-        if not self._part(self.process).exists():
-            return 0
-        with self._part(self.process).open("rb+") as stream:
-            for line in stream:
+    @contextmanager
+    def opened(self) -> Iterator[tuple[IO[str], int]]:
+        """Open the part of this process -> a stream, to write behind what it has, and how many lines that are.
+
+        A half-written last line is dropped.
+
+        Raises:
+            ValueError: a process that was left over still writes.
+        """
+        file = self._part(self.process)
+        with file.open("a+b") as binary:
+            _lock(binary, file)
+            rows = kept = 0
+            binary.seek(0)
+            for line in binary:
                 if not line.endswith(b"\n"):
                     break
                 rows, kept = rows + 1, kept + len(line)
-            stream.truncate(kept)
-        return rows
-
-    def append(self) -> IO[str]:
-        """Open the part of this process, to write behind what it has."""
-        return self._part(self.process).open("a", encoding="utf-8", newline="\n")
+            binary.truncate(kept)
+            with TextIOWrapper(binary, encoding="utf-8", newline="\n") as stream:
+                stream.seek(0, SEEK_END)
+                yield stream, rows
 
     def is_mine(self, index: int) -> bool:
         """Return whether a row, by its index from 0, is for this process."""
@@ -102,3 +109,18 @@ class Parts:
 
     def _part(self, process: int) -> Path:
         return self.folder / f"{process}.jsonl"
+
+
+def _lock(stream: IO[bytes], file: Path) -> None:
+    """Let no other process write, where the system has such locks; they end with the process."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{file} is being written by another process, perhaps one that was left over: end it first") from None
+    # Of file systems without locks.
+    except OSError:
+        return

@@ -49,6 +49,8 @@ class TrainingJob:
         given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)}
         self.recipe = RECIPES[options.format].replace(**{name: value for name, value in given.items() if value is not None})
         self.splits = _read_splits(options)
+        # Training examples that became the dev split.
+        self.held_out = 0
         self._hold_out_dev()
         # Only the first: the others differ in nothing that could be wrong.
         self._first: TrainingRun | None = self._make_run(self.seeds[0])
@@ -101,6 +103,7 @@ class TrainingJob:
         if "dev" in self.splits or not share or len(train) < 2:
             return
         kept, held = hold_out(train, share, options.dev_seed)
+        self.held_out = len(held)
         # Dev before test, as where it is read.
         self.splits = {"train": kept, "dev": held, **{name: split for name, split in self.splits.items() if name != "train"}}
         self.state.print(
@@ -208,7 +211,13 @@ class TrainingJob:
         return {
             "config": run.model.config.to_dict(),
             "recipe": dataclasses.asdict(run.recipe),
-            "data": {"folder": str(self.options.data), "format": self.options.format, "shots": self.options.shots},
+            "data": {
+                "folder": str(self.options.data),
+                "format": self.options.format,
+                "shots": self.options.shots,
+                **columns_of(self.options),
+                "held_out": self.held_out,
+            },
             **_how(self.options, run.trainer.args.device),
         }
 

@@ -279,15 +279,28 @@ def test_parts_hold_each_row_once_and_are_merged_in_order(
     all_parts = [Parts(tmp_path / "out.csv", {}, process=i, processes=processes) for i in range(processes)]
     all_parts[0].begin()
     for one in all_parts:
-        assert one.resume() == 0
         mine = [i for i in range(rows) if one.is_mine(i)]
         assert [one.place(i) for i in mine] == list(range(len(mine)))
-        with one.append() as stream:
+        with one.opened() as (stream, done):
+            assert done == 0
             stream.writelines(f'{{"row": {i}}}\n' for i in mine)
-        assert one.resume() == len(mine)
+        with one.opened() as (stream, done):
+            assert done == len(mine)
     assert [record["row"] for record in all_parts[0].merged()] == list(range(rows))
     with pytest.raises(ValueError, match=r"out\.csv\.parts was begun with another processes"):
         Parts(tmp_path / "out.csv", {}, processes=processes + 1)
+
+
+def test_two_do_not_write_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    parts = Parts(tmp_path / "out.csv", {})
+    parts.begin()
+    with parts.opened() as (stream, _):
+        stream.write("{}\n")
+        with pytest.raises(ValueError, match=r"0\.jsonl is being written by another process"), Parts(parts.out, {}).opened():
+            pass
+    with parts.opened() as (_, done):
+        assert done == 1
 
 
 def launch(arguments: Sequence[object], cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -313,6 +326,18 @@ def test_two_processes(folder: Path, tmp_path: Path) -> None:
     assert [row["id"] for row in two] == [row["id"] for row in one]
     assert [row["label"] for row in two] == [row["label"] for row in one]
     assert answer.stdout.count(f"{count} rows; accuracy") == 1
+
+
+def test_one_of_several_tables(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images are where training looks for them."""
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(lines(folder / "data" / "train.jsonl"))
+    datasets.DatasetDict({"train": table, "test": table.select([2, 3])}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "images").symlink_to(folder / "data" / "images")
+    assert call(folder / "model", tmp_path / "saved", "--out", tmp_path / "out.jsonl") == 1
+    assert re.search(r"saved holds several tables: name one of .*saved/test, .*saved/train\n", capsys.readouterr().err)
+    assert call(folder / "model", tmp_path / "saved" / "test", "--out", tmp_path / "out.jsonl") == 0
+    assert lines(tmp_path / "out.jsonl") == expected(folder)[2:4]
 
 
 def test_memory_does_not_hold_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mope import cli
 from mope.data import DataError, Examples, Split, hold_out, read_split
@@ -218,6 +220,20 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
     assert read_split(tmp_path, "jsonl", "train").examples[0].inputs["text"] == "from JSON"
 
 
+def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").touch()
+    with pytest.raises(DataError, match=r"pairs\.csv is a file: give the folder that it is in, and call it train\.csv"):
+        read_split(tmp_path / "pairs.csv", "jsonl", "train")
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=5))
+def test_any_text_survives_csv(tmp_path: Path, texts: list[str]) -> None:
+    """Quotes, line ends of any kind, delimiters, nothing at all."""
+    write_csv(tmp_path / "train.csv", [{"text": text, "image": "", "label": "x"} for text in texts])
+    assert [example.inputs["text"] for example in read_split(tmp_path, "jsonl", "train").examples] == texts
+
+
 def test_holding_out(tmp_path: Path) -> None:
     train = read_split(write_data(tmp_path / "data"), "jsonl", "train")
     kept, held = hold_out(train, 0.2, seed=1)
@@ -248,6 +264,8 @@ def test_from_one_csv_file_to_a_trained_model(tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().out
     assert "has no dev split: 2 of 20 training examples (--dev-share 0.1 --dev-seed 0) are held out" in said
     assert "18 train, 2 dev examples of 2 classes" in said
+    data = json.loads((tmp_path / "out" / "results.json").read_text())["data"]
+    assert (data["held_out"], data["columns"]) == (2, {"image": "file", "text": "words", "label": "answer"})
     assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["id2label"] == {"0": "no", "1": "yes"}
     evaluate = ["evaluate", str(tmp_path / "out"), "--data", str(folder), "--split", "train", "--device", "cpu"]
     assert cli.main([*evaluate, *columns]) == 0
