@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sklearn.metrics import confusion_matrix, multilabel_confusion_matrix, precision_recall_fscore_support
 
 from mope import cli
 from mope.data import Example, Split
 from mope.fusion.predicting import Prediction
-from mope.training.confusion import SHOWN, Confusion
+from mope.training.confusion import SHOWN, Answers, Confusion
 from tests.models.test_predicting import raw
 from tests.training.brightness import make_model, read_splits, write_data
 
@@ -57,6 +58,14 @@ def test_several_labels(tmp_path: Path) -> None:
         "false_negatives": "1",
         "true_positives": "1",
     }
+
+
+def test_answers_are_in_the_order_of_the_split() -> None:
+    """Whatever part of it a process saw first."""
+    logits, answers = torch.randn(5, 2), Answers()
+    for indices in ([3, 1], [0], [4, 2]):
+        answers.see(indices, logits[indices], torch.zeros(len(indices)))
+    torch.testing.assert_close(answers.all(), logits, rtol=0, atol=0)
 
 
 def test_of_many_classes_the_worst_are_shown() -> None:
