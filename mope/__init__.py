@@ -1,6 +1,6 @@
 """Mixture-of-Prompt-Experts fusion models over frozen transformers.
 
-The names below are imported on first use: `import mope` is quick, and `mope.fused` needs no transformers.
+The names below are imported on first use, so `import mope` is fast, and `mope.fused` does not need transformers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
     "register_modality",
 ]
 
-# Modules that teach training kinds of files and modes, imported when it first asks: see `mope.training.extensions`.
+# Modules that register file types and modes with training, imported on first use, see `mope.training.extensions`.
 EXTENSIONS = ("mope.released.opening",)
 
 _RELEASED = ("accelerate", "load_released_checkpoint", "load_released_encoder")

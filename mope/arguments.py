@@ -1,4 +1,4 @@
-"""The parser of the command line: it says which option was meant, and what several commands share."""
+"""Command-line parser with suggestions for misspelled options, and arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from mope.hints import did_you_mean
 
-# Names that other tools have for our options.
+# Names of our options in other tools.
 _ELSEWHERE = {
     "--lr": ("--vision-lr", "--text-lr"),
     "--learning-rate": ("--vision-lr", "--text-lr"),
@@ -31,7 +31,7 @@ _ELSEWHERE = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that suggests what was meant: an option, a choice, a command, or a field for `--set`."""
+    """`ArgumentParser` that suggests the intended option, choice, command or field for `--set`."""
 
     _given: Sequence[str] = ()
 
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
-        # A required option may be missing because its name is misspelt.
+        # A required option may be missing because its name is misspelled.
         if message.startswith(("unrecognized arguments", "the following arguments are required")):
             message = "; ".join([message, *filter(None, map(self._hint, self._unknown()))])
         super().error(message)
@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _field(option: str) -> str:
-    """The field of a configuration that somebody gives as an option of its own."""
+    """Return the configuration field that an unknown option names; empty if there is no such field."""
     from mope.fusion.config import MoPEConfig
     from mope.modex.configuration import ModeXConfig
 
@@ -82,7 +82,7 @@ def _field(option: str) -> str:
 
 
 def version() -> str:
-    """The release and, in a checkout, the commit."""
+    """Return the release and, in a checkout, the commit."""
     from mope import __version__, environment
 
     commit = environment.commit()
@@ -90,7 +90,7 @@ def version() -> str:
 
 
 class ShowVersion(argparse.Action):
-    """Print the version; it is looked up only then."""
+    """Argparse action that prints the version, which is looked up only when needed."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
         super().__init__(option_strings, dest, nargs=0, help=help)
@@ -101,7 +101,7 @@ class ShowVersion(argparse.Action):
 
 
 def positive(text: str) -> int:
-    """An option that counts from 1."""
+    """Parse an integer option that must be at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
@@ -109,7 +109,7 @@ def positive(text: str) -> int:
 
 
 def count(text: str) -> int:
-    """An option that counts from 0, as many as numpy takes for a seed."""
+    """Parse an integer option from 0 up to numpy's largest seed, 2^32 - 1."""
     value = int(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"must be at least 0 and less than 2^32, got {value}")
@@ -117,8 +117,8 @@ def count(text: str) -> int:
 
 
 def add_device(parser: Any) -> None:
-    """`--device`, the same in every command that computes something."""
-    places = "auto, cpu, cuda, cuda:1, ... (auto: CUDA where there is one)"
+    """Add `--device`, which all commands that compute something share."""
+    places = "auto, cpu, cuda, cuda:1, ... (auto: CUDA if available)"
     parser.add_argument("--device", type=_device, default="auto", metavar="DEVICE", help=places)
 
 

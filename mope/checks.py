@@ -1,6 +1,6 @@
-"""Check the inputs of a fusion model, which would otherwise fail deep inside torch, or run and mean nothing.
+"""Check the inputs of a fusion model, which would otherwise fail deep inside torch or give meaningless results.
 
-Values are looked at where a tensor is on the CPU, which nobody waits for, and never while code is compiled.
+Values are checked only for tensors on the CPU, which needs no device sync, and never while code is compiled.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ IGNORED = -100
 
 
 def is_number(value: object) -> bool:
-    """Return whether something is a number that torch can compute with: truth values, NaN, infinity and what is larger are none."""
+    """Return whether a value is a finite number in the range of a float. Booleans are not numbers."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_integer(value: object) -> bool:
-    """Return whether something is a whole number: truth values are none."""
+    """Return whether a value is an integer. Booleans are not integers."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_index(value: object) -> bool:
-    """Return whether something counts from 0."""
+    """Return whether a value is an integer of at least 0."""
     return isinstance(value, int) and is_integer(value) and value >= 0
 
 
 # transformers' names -> ours.
 PROBLEMS = {"single_label_classification": "single_label", "multi_label_classification": "multi_label"}
-# Ours -> transformers', which config.json has: transformers reads that file too, and refuses others.
+# Our names -> transformers', which config.json uses because transformers reads that file too and rejects other names.
 PROBLEMS_OF_TRANSFORMERS = {ours: theirs for theirs, ours in PROBLEMS.items()}
 
 
 def problem_type_of(value: Any, where: str) -> str:
-    """Return "single_label" or "multi_label", of these or of the names that transformers has for them; ValueError for others."""
+    """Return "single_label" or "multi_label", given one of these or transformers' name for it. ValueError for other values."""
     name = PROBLEMS.get(value, value) if isinstance(value, str) else value
     if name not in PROBLEMS.values():
         more = ": numbers (regression) are not supported" if value == "regression" else ""
@@ -56,7 +56,7 @@ def names_of(id2label: Any, where: str) -> dict[int, str]:
     """Return the names of classes by index, from a sequence of names or {index: name}.
 
     Raises:
-        ValueError: they are neither, a name is not a string, or the indices are not 0, 1, ...
+        ValueError: `id2label` is neither of the two, an index is not an integer, or a name is not a string.
     """
     if isinstance(id2label, str) or not isinstance(id2label, Mapping | Sequence):
         raise ValueError(f"{where}: id2label must be a sequence of names or {{index: name}}, got {id2label!r}")
@@ -70,23 +70,23 @@ def names_of(id2label: Any, where: str) -> dict[int, str]:
 
 
 def check_labels_of(config: Any, where: str) -> None:
-    """ValueError where there is one class and every item has one: its cross-entropy is 0 whatever the model says."""
+    """Raise ValueError for a single-label problem with one class, because its cross-entropy is always 0."""
     if config.num_labels == 1 and config.problem_type == "single_label":
         raise ValueError(
-            f"{where}: num_labels=1 with problem_type='single_label' is nothing to learn, the loss is always 0: "
+            f"{where}: num_labels=1 with problem_type='single_label' leaves nothing to learn, the loss is always 0: "
             "for yes or no set num_labels=2, or problem_type='multi_label', a sigmoid for the one label; numbers (regression) are "
             "not supported"
         )
 
 
 class Doubts:
-    """Inputs that run and are seldom meant. Each is said once for a model."""
+    """Warnings about valid but probably unintended inputs, each issued once per model."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
 
     def say(self, texts: Iterable[str]) -> None:
-        """Warn of each that was not said before; never while code is compiled."""
+        """Issue each warning that was not issued before; do nothing while code is compiled."""
         for text in () if torch.compiler.is_compiling() else texts:
             if text not in self._said:
                 self._said.add(text)
@@ -94,7 +94,7 @@ class Doubts:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether the host may look at values without waiting. No subclass: many have none."""
+    """Return whether values can be read on the host without a sync. Subclasses are excluded because many hold no values."""
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, nn.Parameter)
@@ -106,7 +106,7 @@ def is_readable(tensor: Tensor) -> bool:
 def check_are_tensors(
     given: Mapping[str, Any], not_a_tensor: Callable[[str, object], str | None] = lambda name, value: None
 ) -> None:
-    """Raise TypeError for the first value that is not a tensor; `not_a_tensor` may give better advice on it."""
+    """Raise TypeError for the first value that is not a tensor; `not_a_tensor` may return a more specific message."""
     for name, value in given.items():
         if value is None or isinstance(value, Tensor):
             continue
@@ -116,7 +116,7 @@ def check_are_tensors(
 
 
 def check_labels(labels: Tensor, num_labels: int, problem_type: str) -> None:
-    """ValueError where labels are none of the classes. -100 means, as in torch's cross_entropy, that an item does not count."""
+    """Raise ValueError for labels outside the classes. As in torch's cross_entropy, items with label -100 are ignored."""
     if labels.numel() == 0:
         raise ValueError(f"labels are {tuple(labels.shape)}: a batch without items has no loss: leave labels out")
     if problem_type == "single_label" and (labels.is_floating_point() or labels.dtype == torch.bool):
@@ -139,11 +139,11 @@ def check_labels(labels: Tensor, num_labels: int, problem_type: str) -> None:
 
 
 def check_encoder(encoder: Any, name: str = "encoder") -> None:
-    """Refuse objects that are not models, and models whose layers cannot be prompted in place.
+    """Reject objects that are not models, and models whose layers cannot be prompted in place.
 
     Raises:
-        TypeError: it is no module.
-        ValueError: it is compiled, or its weights are elsewhere.
+        TypeError: `encoder` is not a module.
+        ValueError: `encoder` is compiled, or its weights are offloaded or not loaded.
     """
     if isinstance(encoder, str | Path):
         raise TypeError(
@@ -153,13 +153,11 @@ def check_encoder(encoder: Any, name: str = "encoder") -> None:
     if not isinstance(encoder, nn.Module):
         raise TypeError(f"{name} must be a model of transformers, got {type(encoder).__name__}")
     if isinstance(getattr(encoder, "_orig_mod", None), nn.Module):
-        raise ValueError(
-            f"{name} was compiled by torch.compile: give the model that it was made from, and compile the whole instead"
-        )
+        raise ValueError(f"{name} was compiled by torch.compile: pass the original model, and compile the whole model instead")
     hooks = [hook for module in encoder.modules() for hook in _accelerate_hooks(module)]
     parameters = dict(encoder.named_parameters())
     on_meta = [n for n, parameter in parameters.items() if parameter.is_meta]
-    # A whole model there is one that somebody takes the shapes of.
+    # A model that is entirely on the meta device is allowed, because it is used only for its shapes.
     if any(getattr(hook, "offload", False) for hook in hooks) or 0 < len(on_meta) < len(parameters):
         where = f", {on_meta[0]} among them" if on_meta else ""
         raise ValueError(
@@ -175,7 +173,7 @@ def _accelerate_hooks(module: nn.Module) -> list[Any]:
 
 @contextmanager
 def naming_memory(what: str) -> Iterator[None]:
-    """MemoryError that says what asked for memory which is not there: torch says how many bytes."""
+    """Turn out-of-memory errors into a MemoryError that names `what` needed the memory; torch's message only gives bytes."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -185,10 +183,11 @@ def naming_memory(what: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch has an exception of its own for accelerators alone, and on the CPU says in several ways how much was asked for."""
+    """Return whether an error means out of memory. On the CPU, torch raises a plain RuntimeError with one of several messages."""
     said = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed", "numel: integer multiplication")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class if it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

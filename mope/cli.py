@@ -1,4 +1,4 @@
-"""The command line: `mope demo`, `train`, `evaluate`, `predict`, `routes`, `convert`, `run`, `info`, `bench`, `build`."""
+"""Command line: `mope demo`, `train`, `evaluate`, `predict`, `routes`, `convert`, `run`, `info`, `bench`, `build`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mope.arguments import Parser, ShowVersion, add_device, positive
 from mope.extras import missing
@@ -16,19 +17,20 @@ from mope.released.run import add_run
 from mope.routes import add_routes
 from mope.training.commands import add_evaluate, add_train
 
-# Each command imports what it needs when it runs: `mope --help` answers at once, and `mope build` works without transformers.
+# Each command imports its dependencies when it runs, so `mope --help` is fast and `mope build` works without transformers.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command -> the exit status."""
+    """Run one command, and return its exit status."""
     options = parser().parse_args(arguments)
-    # Results say it.
+    # The command line is recorded in results.
     options.command_line = shlex.join(["mope", *(sys.argv[1:] if arguments is None else arguments)])
     status: int = options.command(options)
     return status
 
 
 def parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
     top = Parser(prog="mope", description="Mixture-of-Prompt-Experts multimodal fusion, fast to train and to serve.")
     top.add_argument("--version", action=ShowVersion, help="print the version, and the commit of a checkout")
     commands = top.add_subparsers(required=True, metavar="command")
@@ -39,6 +41,14 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--system", choices=("mope", "modex"), default="mope", help="prompt experts, or ModeX adapters in a fused model (mope)"
     )
+    demo.add_argument(
+        "--task",
+        choices=("scenes", "digits"),
+        default="scenes",
+        help="of --system mope: sentences about a place in a scene of four digits, or about a single digit (scenes)",
+    )
+    demo.add_argument("--pretrain", action="store_true", help="of scenes: train the encoders too, instead of reading them")
+    demo.add_argument("--lora", action="store_true", help="of scenes: compare with LoRA as well, which needs peft")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for results, pictures and the model (out/)")
     demo.add_argument("--seeds", type=positive, default=1, metavar="N", help="repeat with N seeds, for mean and deviation (1)")
     add_device(demo)
@@ -85,7 +95,13 @@ def _demo(options: argparse.Namespace) -> int:
         print(f"mope demo: {problem}", file=sys.stderr)
         return 1
     if options.export and options.system == "modex":
-        print("mope demo: --export writes the data and encoders of --system mope, which modex takes too", file=sys.stderr)
+        print("mope demo: --export supports only --system mope, whose data and encoders modex can use too", file=sys.stderr)
+        return 1
+    if (options.pretrain or options.lora) and (options.system, options.task) != ("mope", "scenes"):
+        print("mope demo: --pretrain and --lora belong to --task scenes", file=sys.stderr)
+        return 1
+    if options.lora and (problem := missing("peft", extras=("demo",))) is not None:
+        print(f"mope demo: {problem}", file=sys.stderr)
         return 1
     if options.export:
         from mope.demo.export import export
@@ -95,12 +111,17 @@ def _demo(options: argparse.Namespace) -> int:
         return 0
     import matplotlib
 
-    # Pictures go to files: no display is looked for.
+    # Plots are written to files, so no display is needed.
     matplotlib.use("Agg")
+    more: dict[str, Any] = {}
     if options.system == "modex":
         from mope.demo.modex.run import demo
-    else:
+    elif options.task == "digits":
         from mope.demo.run import demo
+    else:
+        from mope.demo.scenes.run import demo
+
+        more = {"anew": options.pretrain, "with_lora": options.lora}
     from mope.finite import NotFiniteError
 
     try:
@@ -111,6 +132,7 @@ def _demo(options: argparse.Namespace) -> int:
             device=options.device,
             threads=options.threads,
             command=options.command_line,
+            **more,
         )
     except (NotFiniteError, OSError) as error:
         print(f"\nmope demo: {error}", file=sys.stderr)
@@ -149,7 +171,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    # Memory on the CPU comes from torch's profiler, which else writes a line to the terminal for each row.
+    # CPU memory is measured with torch's profiler, which otherwise prints a line for each row.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from mope.benchmark.run import bench
 

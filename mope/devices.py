@@ -1,4 +1,4 @@
-"""The device that somebody asks for by name."""
+"""Find a device by name."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 
 
 def find_device(name: str = "auto") -> torch.device:
-    """The device of a name that torch knows; "auto" is CUDA where there is one, else the CPU. A GPU becomes the current one.
+    """Return the device of this name, and make a GPU the current device. "auto" is CUDA if available, else the CPU.
 
     Raises:
-        ValueError: there is no such device here, or it computes nothing.
+        ValueError: There is no such device, or it is the meta device, which cannot compute.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
-    # Torch raises another error for each thing that it was built without.
+    # torch raises different errors depending on which backend it was built without.
     except (AssertionError, ModuleNotFoundError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"there is no {name} here") from error
     if device.type == "meta":

@@ -1,4 +1,4 @@
-"""What a result was computed with."""
+"""Describe the environment in which a result was computed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PACKAGES = ("triton", "transformers", "safetensors", "einops", "numpy", "scikit-
 
 
 def versions() -> dict[str, str]:
-    """Of this library, of Python and of the packages that matter to it; "not installed" is one of the answers."""
-    # Of torch the version that says for which CUDA it was built; the package's metadata leave that out.
+    """Return the versions of this library, Python and relevant packages, or "not installed"."""
+    # torch.__version__ includes the CUDA version it was built for, which the package metadata lacks.
     found = {"mope-kernels": mope.__version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in PACKAGES:
         try:
@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Return how a result was made, for its file: when, on which device, with which versions and sources."""
+    """Return the date, device, versions and commit with which a result is computed, to be stored with the result."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
@@ -39,7 +39,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The model of the GPU, or of the processor with the number of threads that torch uses."""
+    """Return the model of the GPU, or of the CPU with the number of threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -53,7 +53,7 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The git commit of a checkout, with + where files differ from it; empty for an installed package."""
+    """Return the git commit of a checkout, with "+" if files differ from it; empty for an installed package."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return ""

@@ -1,25 +1,26 @@
-"""Name the packages that optional parts need, and how to install them. Nothing is imported here."""
+"""Names of packages that optional parts need, and how to install them. This module imports none of them."""
 
 from __future__ import annotations
 
 import importlib
 
-# As in pyproject.toml. Packages are named, because the library itself is in no registry that pip looks into.
+# As in pyproject.toml. The packages are listed by name, because the library itself is not on PyPI.
 EXTRAS = {
     "train": ("accelerate", "pillow", "scikit-learn", "tensorboard"),
     "plot": ("matplotlib",),
+    "demo": ("peft",),
     "data": ("datasets", "pyarrow"),
 }
 _PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def install(*extras: str) -> str:
-    """The command that installs what these extras need."""
+    """Return the command that installs the packages of these extras."""
     return "pip install " + " ".join(package for extra in extras for package in EXTRAS[extra])
 
 
 def missing(*modules: str, extras: tuple[str, ...]) -> str | None:
-    """Which of the modules cannot be imported, and what to do; None if all can."""
+    """Return a message that names a module that cannot be imported and how to install it; None if all can be imported."""
     for name in modules:
         try:
             importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and disks that are full."""
+"""Write files atomically, and explain errors of full disks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import shutil
 import uuid
 from pathlib import Path
 
-# With less than this left, whatever could not be written did not find space.
+# With fewer free bytes than this, a failed write is blamed on a full disk.
 SPACE = 2**20
 
 
 def write_text(file: Path, text: str) -> None:
-    """All of a text or nothing of it, and what stood there before stays until all is written.
+    """Write a text file atomically: a previous file is kept until the new one is complete.
 
     Raises:
-        OSError: says which file, and whether no space is left.
+        OSError: The file cannot be written; the message names it, and whether the disk is full.
     """
     unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.unfinished")
     try:
@@ -32,7 +32,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def disk_error(what: str, folder: Path, error: BaseException) -> OSError:
-    """`what` went wrong, and whether for want of space, of which many libraries say nothing."""
+    """Return an OSError that starts with `what` and reports whether the disk is full, which many libraries do not."""
     is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(folder).free < SPACE
     is_said = "no space left" in str(error).lower()
     return OSError(f"{what}: no space left on the disk ({error})" if is_full and not is_said else f"{what}: {error}")

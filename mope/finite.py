@@ -1,4 +1,4 @@
-"""Numbers that are not finite: training that diverges is noticed, and never becomes a result."""
+"""Detect NaN and infinity, so that diverged training is noticed and never becomes a result."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from mope.processes import is_distributed
 
 
 class NotFiniteError(ArithmeticError):
-    """A loss, a weight or a metric is NaN or infinite."""
+    """Error that a loss, a weight or a metric is NaN or infinite."""
 
 
 class LossWatch:
-    """Remembers the first step whose loss was not finite. Nobody waits for a device until `first` is asked for.
+    """Watcher that records the first step whose loss is not finite, without a device sync until `first` is called.
 
-    On a device it costs a few kernels of one number in a step.
+    The cost on a device is a few kernels on a single number in each step.
     """
 
     def __init__(self) -> None:
         self._first: Tensor | None = None
 
     def see(self, loss: Tensor, step: int) -> None:
-        """Look at the loss () of a step, or of a part of it; steps count from 1."""
+        """Check the loss () of a step, or of a part of a step; steps count from 1."""
         if self._first is None:
             self._first = torch.zeros((), dtype=torch.int64, device=loss.device)
         self._first = self._first + (~torch.isfinite(loss.detach()) & (self._first == 0)) * step
 
     def first(self) -> int | None:
-        """The first such step on any process. Every process has to ask at the same step."""
+        """Return the first such step on any process, or None. All processes must call this at the same step."""
         if self._first is None:
             return None
         found = self._first
@@ -45,12 +45,12 @@ class LossWatch:
 
 
 def infinite(metrics: Mapping[str, float]) -> list[str]:
-    """The names of metrics that are not finite."""
+    """Return the names of metrics that are not finite."""
     return [name for name, value in metrics.items() if not math.isfinite(value)]
 
 
 def finite_or_none(value: Any) -> Any:
-    """A tree of values for JSON, which has neither NaN nor infinity: None in their place."""
+    """Replace NaN and infinity in a tree of values with None, because JSON has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

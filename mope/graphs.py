@@ -1,4 +1,4 @@
-"""Calls through CUDA graphs: one launch in place of all those that a function makes."""
+"""Run functions through CUDA graphs, which replace all launches of a call with a single one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-# Before a graph is recorded: kernels are compiled, workspaces allocated.
+# Number of calls before recording, in which kernels are compiled and workspaces allocated.
 WARM_UPS = 3
-# One thread records at a time: it waits for the device, which no other thread may do while its own stream is recorded.
+# Only one thread records at a time, because recording synchronizes with the device, which is not allowed during a recording.
 _recording = threading.Lock()
 
 
@@ -33,23 +33,23 @@ def modules_of(function: Callable[..., Any], modules: Sequence[nn.Module] | None
 
 
 class NotRecordable(RuntimeError):
-    """torch's message about a call that cannot become a graph."""
+    """Error that a call cannot be recorded, with torch's message."""
 
 
 class _CudaGraphs:
-    """The part of torch.cuda that recorders use; tests replace it."""
+    """Backend of recorders on top of torch.cuda, which tests replace."""
 
     def __init__(self) -> None:
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
 
     def records(self, device: torch.device) -> bool:
-        """Whether calls on this device go through graphs."""
+        """Return whether calls on this device use graphs."""
         return device.type == "cuda"
 
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
-        """On the device; on whatever stream a call comes, it waits for the one before it, whose buffers it uses."""
+        """Enter the device, and let the current stream wait for the stream of the previous call, which used the same buffers."""
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream()
             if self._stream is not None and self._stream != stream:
@@ -60,24 +60,24 @@ class _CudaGraphs:
     def record(
         self, call: Callable[[], Any], warm_up: Callable[[], object] | None = None, times: int = WARM_UPS
     ) -> tuple[Callable[[], None], Any]:
-        """Record `call` -> a function that replays its launches, and the result of `call`: the tensors that each replay writes.
+        """Record `call`; return a function that replays its launches, and the result of `call`, which each replay overwrites.
 
-        First run `warm_up`, by default `call` itself, `times` times.
+        Before that, `warm_up` (by default `call` itself) runs `times` times.
 
         Raises:
             NotRecordable: `call` ran in the warm-up, but cannot be recorded.
         """
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        # Graphs replay one after the other, so what is left over of one serves the next.
+        # Graphs replay one after the other, so they can share their memory pool.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         clear_workspaces = torch._C._cuda_clearCublasWorkspaces
         side.wait_stream(current)
-        # torch.cuda.graph does not leave its stream where a recording fails.
+        # If recording fails, torch.cuda.graph does not leave its stream.
         with torch.cuda.stream(side):
             for _ in range(times):
                 (warm_up or call)()
-            # The workspaces of cuBLAS have to be the graphs' own: two threads replay at the same time.
+            # Graphs need their own cuBLAS workspaces, because several threads may replay at the same time.
             clear_workspaces()
             try:
                 with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
@@ -93,18 +93,18 @@ class _CudaGraphs:
         return graph.replay, outputs
 
     def release(self) -> None:
-        """No more graphs in this pool: torch does not take up again one that it has given back."""
+        """Abandon the memory pool, because torch cannot reuse a pool that it has freed."""
         self._pool = None
 
 
 class Recorder:
-    """The common part of everything that records graphs: limit their number, release them, and bind them to a thread.
+    """Base class of graph recorders, which limits the number of graphs, releases them, and binds them to a thread.
 
     Args:
-        max_graphs: the number of graphs to keep; the least recently used one is dropped first.
+        max_graphs: Number of graphs to keep; the least recently used one is dropped first.
 
     Raises:
-        ValueError: `max_graphs` is below 1.
+        ValueError: `max_graphs` is less than 1.
     """
 
     def __init__(self, max_graphs: int) -> None:
@@ -117,16 +117,16 @@ class Recorder:
 
     @property
     def _name(self) -> str:
-        """Return the prefix of errors."""
+        """Prefix of error messages."""
         return type(self).__name__
 
     @property
     def num_graphs(self) -> int:
-        """Return the number of graphs kept now."""
+        """Number of graphs that are currently kept."""
         return len(self._graphs)
 
     def release(self) -> None:
-        """Drop all graphs and their memory. The next call records again."""
+        """Drop all graphs and free their memory. The next call records again."""
         self._check_thread()
         self._graphs.clear()
         self._backend.release()
@@ -140,8 +140,8 @@ class Recorder:
     def _check_thread(self) -> None:
         if threading.get_ident() != self._thread:
             raise RuntimeError(
-                f"{self._name}: called in another thread than the one that made it, where two calls could write the same "
-                "buffers: make one in each thread"
+                f"{self._name}: called in another thread than the one that created it, so that two calls could write the same "
+                "buffers: create one in each thread"
             )
 
     def _keep(self, key: Hashable, graph: Any) -> None:
@@ -157,7 +157,7 @@ class Recorder:
 
 
 class _Graph(NamedTuple):
-    """A recorded call: the tensors it reads, the tensors it writes, and what runs it again."""
+    """Recorded call: the tensors that it reads, the tensors that it writes, and a function that replays it."""
 
     inputs: dict[str, Tensor]
     outputs: Any
@@ -165,32 +165,33 @@ class _Graph(NamedTuple):
 
 
 class CudaGraphRunner(Recorder):
-    """Calls `function(**tensors)` through CUDA graphs, for inference.
+    """Runner that calls `function(**tensors)` through CUDA graphs, for inference.
 
-    The first call with tensors of given shapes and dtypes runs the function a few times and records what it launches. Every
-    later call copies its tensors to where those of the recording lie, and launches all of it at once.
+    The first call with tensors of given shapes and dtypes runs the function a few times and records its launches. Each later call
+    copies its tensors to the recorded inputs, and launches everything at once.
 
-    Only launches are repeated; Python does not run again. Parameters may change in place, and graphs then compute with the new
-    values. Graphs are recorded anew where a parameter or buffer of `modules` lies elsewhere than before, one of `modules` was put
-    into training or evaluation mode, or `guard()` returns something else. After other changes (modules replaced, options set) call
+    Only launches are replayed; Python code does not run again. Parameters may change in place, and graphs then use the new values.
+    Graphs are recorded again if the memory of a parameter or buffer of `modules` has moved, one of `modules` switched between
+    training and evaluation mode, or `guard()` returns a different value. After other changes (modules replaced, options set), call
     `release`.
 
-    A runner belongs to the thread that made it. On the CPU it calls the function as it is, under the same rules.
+    A runner belongs to the thread that created it. On the CPU, it calls the function directly, under the same rules.
 
     Args:
-        function: tensors by name -> tensors in any nest of tuples, dicts and transformers' outputs. It must not read values on
-            the host.
-        max_graphs: how many are kept; the least recently used one goes first. All of them share their scratch memory.
-        batch_sizes: round the batch, the first dimension of every tensor, up to the next of these by repeating the first item, and
-            cut the results. For functions that treat each item on its own: not with prompt_owner="released".
-        modules: whose parameters and buffers the function reads. Default: the function, if it is a module or a partial of one.
-        guard: what else the graphs hold fixed, as something that can be compared.
-        copy_outputs: False: results are the memory that graphs write, and hold until the next call only.
+        function: Function from tensors by name to any nesting of tensors in tuples, dicts and transformers' outputs. It must not
+            read values on the host.
+        max_graphs: Number of graphs to keep; the least recently used one is dropped first. All graphs share their scratch memory.
+        batch_sizes: Sizes to which the batch (the first dimension of every tensor) is rounded up by repeating the first item; the
+            results are cut accordingly. Only for functions that treat items independently, so not with prompt_owner="released".
+        modules: Modules whose parameters and buffers the function reads. The default is the function itself if it is a module or a
+            partial of one.
+        guard: Function that returns everything else that must not change for the graphs to stay valid, as a comparable value.
+        copy_outputs: Whether to copy results. If False, results are the memory that graphs write, valid only until the next call.
 
     Raises:
-        ValueError: an argument is not a tensor, or tensors lie on several devices; with `batch_sizes`: the batch is larger than the
-            largest or not the same for all, results are not rows of the batch, or items influence each other.
-        RuntimeError: called in another thread, gradients are asked for, or the function cannot be recorded.
+        ValueError: An argument is not a tensor, or tensors are on several devices. With `batch_sizes`: the batch is larger than all
+            of them or differs between tensors, results are not rows of the batch, or items influence each other.
+        RuntimeError: The runner is called in another thread, gradients are required, or the function cannot be recorded.
 
     >>> with torch.no_grad(), CudaGraphRunner(model) as run:
     ...     logits = run(**batch).logits
@@ -212,13 +213,13 @@ class CudaGraphRunner(Recorder):
         self.function, self.modules, self.guard = function, modules_of(function, modules), guard
         self.batch_sizes = None if batch_sizes is None else tuple(sorted(batch_sizes))
         self.copy_outputs = copy_outputs
-        # The dictionaries in which modules keep tensors: to walk over the modules in each call would take longer than the call.
+        # The dictionaries in which modules keep tensors. Walking over the modules in each call would take longer than the call.
         self._tensors: list[dict[str, Any]] = []
         self._recorded_in: object = None
         self._check_owner()
 
     def __call__(self, **inputs: Tensor | None) -> Any:
-        """What `function(**inputs)` returns. None is left out."""
+        """Return the result of `function(**inputs)`, omitting inputs that are None."""
         self._check_thread()
         tensors = self._check(inputs)
         batch, size = self._batch(tensors)
@@ -234,7 +235,7 @@ class CudaGraphRunner(Recorder):
             return copy_of(outputs) if self.copy_outputs else outputs
 
     def _check(self, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        """The tensors among the arguments."""
+        """Check the arguments, and return those that are not None."""
         if wrong := [name for name, value in inputs.items() if not (value is None or isinstance(value, Tensor))]:
             raise ValueError(f"CudaGraphRunner: {', '.join(wrong)} must be tensors: pass anything else with functools.partial")
         tensors = {name: tensor for name, tensor in inputs.items() if tensor is not None}
@@ -245,7 +246,7 @@ class CudaGraphRunner(Recorder):
         return tensors
 
     def _batch(self, tensors: dict[str, Tensor]) -> tuple[int | None, int | None]:
-        """The batch and what it is rounded up to; None where it is taken as it is."""
+        """Return the batch size and the size to which it is rounded up, or None for both without `batch_sizes`."""
         if self.batch_sizes is None:
             return None, None
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -262,12 +263,12 @@ class CudaGraphRunner(Recorder):
         owners = {getattr(m, "prompt_owner", None) for module in self.modules for m in module.modules()}
         if self.batch_sizes is not None and "released" in owners:
             raise ValueError(
-                "CudaGraphRunner: with prompt_owner='released' the items of a batch influence each other, and none can be added: "
+                "CudaGraphRunner: with prompt_owner='released' the items of a batch influence each other, so none can be added: "
                 "leave batch_sizes out, or use prompt_owner='instance'"
             )
 
     def _find(self, tensors: dict[str, Tensor], size: int | None) -> _Graph:
-        """The graph for these tensors, recorded if need be."""
+        """Return the graph for these tensors, and record it if necessary."""
         if self._graphs and self._state() != self._recorded_in:
             self.release()
         of_tensors = sorted((n, t.shape if size is None else (size, *t.shape[1:]), t.dtype, t.device) for n, t in tensors.items())
@@ -284,7 +285,7 @@ class CudaGraphRunner(Recorder):
 
     def _record(self, tensors: dict[str, Tensor], size: int | None) -> _Graph:
         self._check_owner()
-        # Made in inference mode they could not be written outside of it.
+        # Tensors created in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             static = {}
             for name, tensor in tensors.items():
@@ -306,25 +307,25 @@ class CudaGraphRunner(Recorder):
         return outputs
 
     def _rows(self, outputs: Any, size: int | None, batch: int | None) -> Any:
-        """The first `batch` of `size` rows of every tensor."""
+        """Return the first `batch` of `size` rows of every tensor."""
         if batch is None:
             return outputs
         tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
         if wrong := [tuple(t.shape) for t in tensors if t.shape[:1] != (size,)]:
             raise ValueError(
-                f"CudaGraphRunner: a result of shape {wrong[0]} has no row for each of {size} items, and added items would change "
-                "it: leave batch_sizes out, or let the function return what belongs to items"
+                f"CudaGraphRunner: a result of shape {wrong[0]} has no row for each of {size} items, so added items would "
+                "change it: leave batch_sizes out, or let the function return one row for each item"
             )
         return pytree.tree_map_only(Tensor, lambda t: t[:batch], outputs)
 
     def _state(self) -> object:
-        """What graphs hold fixed."""
+        """Return everything that must not change for graphs to stay valid."""
         places = tuple([tensor.data_ptr() for of in self._tensors for tensor in of.values() if tensor is not None])
         return places, tuple(module.training for module in self.modules), None if self.guard is None else self.guard()
 
 
 def fill(static: Tensor, given: Tensor) -> None:
-    """Copy; rows that `static` has more repeat the first."""
+    """Copy `given` to `static`, and fill additional rows with the first row."""
     if static.shape == given.shape:
         static.copy_(given)
     else:
@@ -333,7 +334,7 @@ def fill(static: Tensor, given: Tensor) -> None:
 
 
 def copy_of(outputs: Any) -> Any:
-    """New tensors of the same values. In few launches: a model returns three for each routed block."""
+    """Copy all tensors in few launches, because a model returns three tensors for each routed block."""
     leaves, spec = pytree.tree_flatten(outputs)
     copies = [torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     of_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
@@ -349,12 +350,12 @@ def copy_of(outputs: Any) -> Any:
 
 def _refuse_gradients(values: Any) -> None:
     if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values):
-        raise RuntimeError("CudaGraphRunner: a graph gives no gradients: call it under torch.no_grad(), or the function itself")
+        raise RuntimeError("CudaGraphRunner: a graph has no gradients: call it under torch.no_grad(), or call the function itself")
 
 
 @contextmanager
 def without_autocast_cache() -> Iterator[None]:
-    """Weights that autocast has cast before would be read from where they lie, long after they are gone."""
+    """Disable autocast's cache while recording; a graph would read cached casts after their memory is freed."""
     enabled = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)

@@ -1,4 +1,4 @@
-"""Suggest the name that was meant."""
+"""Suggest corrections of misspelled names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from collections.abc import Iterable, Sequence
 
 
 def did_you_mean(word: str, names: Iterable[str], found: Sequence[str] = ()) -> str:
-    """Ask for what `word` may have meant; empty if nothing is like it. `found` are names that are known to be meant."""
+    """Return a question that suggests names similar to `word`, or `found` if given; empty if no name is similar."""
     close = list(found) or difflib.get_close_matches(word, list(names), 2, cutoff=0.7)
     return f"did you mean {' or '.join(close)}?" if close else ""

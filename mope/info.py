@@ -1,4 +1,4 @@
-"""What `mope info` prints: versions, devices, the C++ extension, and for each op what would run on each device."""
+"""Output of `mope info`: versions, devices, the C++ extension, and the implementation of each op on each device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mope import environment
 from mope.fused import prepack
 from mope_kernels import ExpertBank, _extension, explain
 
-NO_ONEDNN = "torch has none of its operators here: frozen layers of the CPU are called as they are"
+NO_ONEDNN = "torch has none of its operators here: frozen layers on the CPU are not prepacked"
 
 
 def describe() -> str:
-    """Paragraphs of text."""
+    """Return the text that `mope info` prints."""
     width = max(map(len, environment.versions()))
     lines = [f"{name:<{width}}  {version}" for name, version in environment.versions().items()]
     if commit := environment.commit():
@@ -27,7 +27,7 @@ def describe() -> str:
     in_order = " and ".join(str(dtype).removeprefix("torch.") for dtype in prepack.DTYPES if prepack.available(dtype))
     lines.append(f"{'oneDNN':<{width}}  " + (f"puts frozen layers of {in_order} in its order" if in_order else NO_ONEDNN))
 
-    # One GPU stands for all.
+    # All GPUs are assumed to behave like the first one.
     for device in devices[:2]:
         lines += ["", f"What runs on {device.type}, float32:"]
         found = {op: explain(op, *args, **kwargs) for op, (args, kwargs) in examples(device).items()}
@@ -39,7 +39,7 @@ def describe() -> str:
 
 
 def examples(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments of a call of each op, small, as under autocast to `dtype`."""
+    """Return small example arguments of each op, with the dtypes that they have under autocast to `dtype`."""
 
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, device=device, dtype=dtype)

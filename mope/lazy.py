@@ -1,4 +1,4 @@
-"""Names of a package that are imported on first use, so that importing the package is quick."""
+"""Import names of a package on first use, so that importing the package is fast."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def lazily(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package: `modules` says for each name which module has it, ".below" the package or elsewhere."""
+    """Return the `__getattr__` of a package; `modules` maps names to absolute or relative (".below") modules."""
 
     def getattr_of_package(name: str) -> Any:
         if name in modules:

@@ -1,4 +1,4 @@
-"""Describe tensors and long lists in a line. The command line needs this too, so torch is imported only where it is used."""
+"""Describe tensors and long lists in one line. The command line uses this too, so torch is imported only when needed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 def short(value: Any) -> str:
-    """A number as it is, of other tensors the shape, of several `Routing`s how many and of how many experts each."""
+    """Describe a value: a scalar tensor by its value, other tensors by shape, `Routing`s by the number of blocks and experts."""
     from torch import Tensor
 
     if isinstance(value, Tensor):
-        # Fake tensors and those on the meta device have no numbers.
+        # Fake and meta tensors have no values.
         return (
             f"{value.item():.4g}" if value.dim() == 0 and type(value) is Tensor and not value.is_meta else str(tuple(value.shape))
         )
@@ -26,7 +26,7 @@ def short(value: Any) -> str:
 
 
 def describe_output(output: Any) -> str:
-    """Class, fields that are not None, dtype and device of the logits, for `__repr__` of what a model returns."""
+    """Describe a model output for `__repr__`: class, fields that are not None, dtype and device of the logits."""
     fields = [f"{name}: {short(value)}" for name, value in output.items()]
     logits = output.logits
     where = [] if logits is None else [f"{str(logits.dtype).removeprefix('torch.')} on {logits.device}"]
@@ -34,13 +34,13 @@ def describe_output(output: Any) -> str:
 
 
 def first_of(items: Sequence[str], limit: int, separator: str = "; ") -> str:
-    """Return the first items in words, and how many more there are."""
+    """Join the first items, and say how many more there are."""
     rest = len(items) - limit
     return separator.join(items[:limit]) + (f"{separator}and {rest} more" if rest > 0 else "")
 
 
 def ranked(names: Sequence[str], probabilities: Tensor, limit: int = 5) -> str:
-    """The most probable names with their probabilities, and how many there are beside them."""
+    """Return the most probable names with their probabilities, and the number of other names."""
     values, order = probabilities.topk(min(limit, len(names)))
     found = [f"{names[i]} {value:.2f}" for i, value in zip(order.tolist(), values.tolist(), strict=True)]
     return ", ".join([*found, *([f"{rest} more"] if (rest := len(names) - limit) > 0 else [])])

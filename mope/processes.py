@@ -1,4 +1,4 @@
-"""The processes of a distributed run, which may be one alone."""
+"""Helpers for the processes of a distributed run, which may be a single one."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch.distributed as dist
 
 
 def is_distributed() -> bool:
-    """Whether there is more than one process."""
+    """Return whether there is more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Return this process' number and the number of processes."""
+    """Return the rank of this process and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here."""
+    """Wait until all processes have called this function."""
     if is_distributed():
         dist.barrier()

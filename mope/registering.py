@@ -1,4 +1,4 @@
-"""Tell transformers' Auto classes of this library's models, when they are imported: `import mope` itself imports neither.
+"""Register this library's models with transformers' Auto classes once those are imported; `import mope` imports neither.
 
 >>> import mope
 >>> from transformers import AutoModel
@@ -22,14 +22,14 @@ MODELS = "transformers.models.auto.modeling_auto"
 
 
 def _register_configurations(module: Any) -> None:
-    # Both modules need no transformers, which is being imported.
+    # Both modules work without transformers, which is still being imported at this point.
     for path, name, *_ in _CLASSES:
         kind = getattr(importlib.import_module(path), name)
         module.AutoConfig.register(kind.model_type, kind, exist_ok=True)
 
 
 class _Later(type):
-    """A class that is imported when something is asked of it: while transformers imports its Auto classes, models cannot be."""
+    """Placeholder class that imports the real one on attribute access; models cannot be imported while Auto classes are."""
 
     path: str
     name: str
@@ -49,13 +49,13 @@ def _register_models(module: Any) -> None:
         config = getattr(importlib.import_module(config_path), config_name)
         later = _Later(name, (), {"path": path, "name": name, "config_class": config, "__module__": path})
         for auto in (module.AutoModel, module.AutoModelForSequenceClassification):
-            # The class itself may have come first.
+            # The class itself may have been registered already.
             if config not in auto._model_mapping._extra_content:
                 auto.register(config, later)
 
 
 def register_model(kind: Any) -> None:
-    """Tell the Auto classes of a class of models, if they are imported; if not, they are told when they are."""
+    """Register a model class with the Auto classes if they are imported; otherwise it is registered when they are."""
     auto: Any = sys.modules.get(MODELS)
     for name in ("AutoModel", "AutoModelForSequenceClassification"):
         if hasattr(auto, name):
@@ -66,10 +66,10 @@ _AFTER: dict[str, Callable[[Any], None]] = {CONFIGURATIONS: _register_configurat
 
 
 class _Watch:
-    """Finds nothing itself: lets something be done once after one module was imported.
+    """Import hook that finds no modules itself, but runs a function once after a given module is imported.
 
-    No subclass of `importlib.abc.MetaPathFinder`, which has no methods to inherit, and whose module takes longer to import than all
-    of this package.
+    It does not derive from `importlib.abc.MetaPathFinder`, which has no methods to inherit and whose module takes longer to import
+    than this whole package.
     """
 
     def __init__(self, name: str) -> None:
@@ -80,7 +80,7 @@ class _Watch:
             return None
         from importlib.util import find_spec
 
-        # The others find it; this one is asked again on the way.
+        # The other finders find the module. `find_spec` calls this finder again, so it has to step aside.
         self.asks = True
         try:
             spec = find_spec(fullname)
@@ -92,7 +92,7 @@ class _Watch:
 
 
 class _Then:
-    """A module's own loader, and after the import what `_AFTER` says."""
+    """Loader that wraps a module's own loader, and calls the module's function in `_AFTER` after the import."""
 
     def __init__(self, loader: Any, watch: _Watch) -> None:
         self.loader, self.watch = loader, watch
@@ -105,7 +105,7 @@ class _Then:
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        # Tools that look for the source, or reload, ask one of the two.
+        # Restore the original loader in both places, because tools that find the source or reload use one of them.
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
@@ -116,7 +116,7 @@ class _Then:
 
 
 def register_with_transformers() -> None:
-    """Register now what transformers has imported, and the rest as soon as it is."""
+    """Register with the Auto classes that transformers has already imported, and with the others once it imports them."""
     for name, register in _AFTER.items():
         if name in sys.modules:
             register(sys.modules[name])

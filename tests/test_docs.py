@@ -1,4 +1,4 @@
-"""What the documents say is held to the code."""
+"""Statements in the documents are checked against the code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_links_lead_somewhere_and_python_parses(path):
 
 
 def test_the_ten_lines_are_those_that_are_tested():
-    """tests/demo runs the first example of docs/demo.md; the README shows the same, with the same output."""
+    """Check that the README shows the first example of docs/demo.md, which tests/demo runs, with the same output."""
     readme, demo = (path.read_text() for path in (ROOT / "README.md", ROOT / "docs" / "demo.md"))
     assert blocks(readme, "python")[0] == blocks(demo, "python")[0]
     assert blocks(readme, "text")[0] == blocks(demo, "text")[0]

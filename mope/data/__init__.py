@@ -1,4 +1,4 @@
-"""A user's own data: files on disk, examples, batches, cached features."""
+"""Data of the user: files on disk, examples, batches and cached features."""
 
 from mope.modalities import DataError
 from mope.modalities.vision import published_image_processor

@@ -1,4 +1,4 @@
-"""Random distortions of training images, as the released code has them for MM-IMDB and SNLI-VE."""
+"""Random augmentation of training images, as in the released code for MM-IMDB and SNLI-VE."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ LEVELS = 30
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`operations` distortions one after another, each drawn from 14 (Cubuk et al. 2020, arXiv 1909.13719).
+    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719): a sequence of random operations, each drawn from 14.
 
     Args:
-        operations: how many.
-        magnitude: how strong, from 0 to 30. Published: 7 for MM-IMDB, 5 for SNLI-VE.
+        operations: Number of operations.
+        magnitude: Strength of the operations, from 0 to 30. Published values are 7 for MM-IMDB and 5 for SNLI-VE.
 
     Raises:
-        ValueError: out of range.
+        ValueError: An argument is out of range.
     """
 
     operations: int = 2
@@ -34,16 +34,16 @@ class RandAugment:
             )
 
     def __call__(self, image: Any, rng: np.random.Generator) -> Any:
-        """A PIL image, grey or RGB -> one of the same size and mode."""
+        """Augment a grayscale or RGB PIL image, and return one of the same size and mode."""
         for _ in range(self.operations):
             operation = OPERATIONS[rng.integers(len(OPERATIONS))]
-            # Signed operations go either way.
+            # The sign is random, for operations that have a direction.
             image = operation(image, self.magnitude / LEVELS * rng.choice((-1, 1)))
         return image
 
 
 def _affine(image: Any, a: float, b: float, c: float, d: float, e: float, f: float) -> Any:
-    """The pixel at (x, y) comes from (a x + b y + c, d x + e y + f), black where there is nothing."""
+    """Set the pixel at (x, y) to the one at (a x + b y + c, d x + e y + f), or to black outside the image."""
     from PIL import Image
 
     return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f))
@@ -67,7 +67,7 @@ def _apply(name: str, *parameters: Callable[[float], float]) -> Callable[[Any, f
     return apply
 
 
-# Each takes an image and a strength from -1 to 1; the ranges are those of the paper.
+# Functions of an image and a strength from -1 to 1; the ranges are those of the paper.
 OPERATIONS: tuple[Callable[[Any, float], Any], ...] = (
     lambda image, strength: image,
     lambda image, strength: _affine(image, 1, 0.3 * strength, 0, 0, 1, 0),

@@ -1,4 +1,4 @@
-"""Examples of a split as a dataset, and batches of them."""
+"""Dataset of the examples of a split, and collation into batches."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ if TYPE_CHECKING:
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """The inputs of a model for each example of a split: a dict of `labels`, what its encoders are given, and `cross_features`.
+    """Dataset of model inputs: for each example, a dict of the encoders' inputs, `labels`, and `cross_features` if cached.
 
-    It holds nothing of the model but its processors (tokenizer, image processor). What augmentation does to an image follows from
-    `seed`, the epoch (`set_epoch`, which accelerate's data loaders and so transformers' Trainer call) and the example, not from
-    the number of workers or from where a run was resumed.
+    Of the model, only its processors (tokenizer, image processor) are kept. Augmentation is determined by `seed`, the example and
+    the epoch (`set_epoch`, which accelerate's data loaders and therefore transformers' Trainer call). It does not depend on the
+    number of workers or on where a run was resumed.
 
     Args:
-        split: what to read.
-        model: whose encoders it is for.
-        training: allow augmentation.
-        augment: distort images in training: a `RandAugment`, or True for the default one.
-        features: of `cached_features` for this split, in place of the input of the complementary encoders.
-        seed: of the augmentation.
+        split: Split to read.
+        model: Model that the inputs are for.
+        training: Whether to allow augmentation.
+        augment: Augmentation of training images: a `RandAugment`, or True for the default one.
+        features: Result of `cached_features` for this split, which replaces the inputs of the complementary encoders.
+        seed: Seed of the augmentation.
 
     Raises:
-        ValueError: classes or problem type of the data are not those of the model, the model has no tokenizer or image processor,
-            the split was read without something that the model reads, or the features are not for this.
+        ValueError: Classes or problem type of the data differ from those of the model, the model has no tokenizer or image
+            processor, the split was read without a modality that the model needs, or the features do not belong to the split and
+            model.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Examples(Dataset[dict[str, Any]]):
                 f"modalities={list(model.config.modalities)})"
             )
         self._preprocessing = Preprocessing(model, modalities)
-        # Shared, so that workers that live through several epochs see it change.
+        # In shared memory, so that persistent workers see the epoch change.
         self._epoch = torch.zeros((), dtype=torch.int64)
         if self._augment:
             self._epoch.share_memory_()
@@ -73,7 +74,7 @@ class Examples(Dataset[dict[str, Any]]):
     def _check_features(self, features: FeatureCache, model: FusionModel) -> None:
         complementary = complementary_of(model.config)
         if features.modalities != complementary:
-            raise ValueError(f"{features.of} were given: {' and '.join(complementary) or 'none'} is complementary")
+            raise ValueError(f"{features.of} were given, but {' and '.join(complementary) or 'none'} is complementary")
         if not features.belong_to(self.split):
             raise ValueError(f"features of another split were given: these are {len(self.split)} examples of {self.split.name}")
         if any(model.trains(name) for name in complementary):
@@ -86,7 +87,7 @@ class Examples(Dataset[dict[str, Any]]):
         return len(self.split)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch begins: augmentation is another one in each."""
+        """Set the epoch, on which augmentation depends."""
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -102,7 +103,7 @@ class Examples(Dataset[dict[str, Any]]):
 
 
 class Collator:
-    """Items of `Examples` -> the keyword arguments of a model, `labels` among them: (B,) int64, or (B,num_labels) float32."""
+    """Collate items of `Examples` into the keyword arguments of a model; `labels` are (B,) int64 or (B,num_labels) float32."""
 
     def __init__(self, model: FusionModel) -> None:
         self._preprocessing = Preprocessing(model, model.config.modalities)
@@ -126,10 +127,10 @@ class Collator:
 
 
 def check_classes(split: Split, model: FusionModel) -> None:
-    """Hold the classes of the data to those of a model.
+    """Check that the classes of the data are those of a model.
 
     Raises:
-        ValueError: their number, names, order or problem type differ.
+        ValueError: Their number, names, order or problem type differ.
     """
     config = model.config
     if split.problem_type != config.problem_type:
@@ -137,7 +138,7 @@ def check_classes(split: Split, model: FusionModel) -> None:
             f"the {split.name} data is {split.problem_type}, the model {config.problem_type}: set problem_type in MoPEConfig"
         )
     names = [config.id2label[i] for i in range(config.num_labels)]  # type: ignore[index]
-    # Nobody has named the classes of this model.
+    # The classes of the model have only default names.
     unnamed = names == [f"LABEL_{i}" for i in range(config.num_labels)]
     if len(names) != len(split.names) or (list(split.names) != names and not unnamed):
         raise ValueError(

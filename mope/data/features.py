@@ -1,11 +1,11 @@
-"""Features of the complementary encoders, computed once.
+"""Cache of complementary features, which are computed once.
 
     FOLDER/<digest of model and preprocessing>/
-      <random>.features.npy     (n,Cc) float32, read through a memory map
-      <random>.index.npy        (n,) of the example's key and the seconds that it took; written last, and only then both count
+      <random>.features.npy     (n,Cc) float32, memory-mapped for reading
+      <random>.index.npy        (n,) key of the example and seconds of computation; written last, which makes both files valid
 
-Parts are added and never changed: a run that is killed loses the part in work, and processes that work at once write
-parts of their own, at worst the same features twice.
+Parts are added and never changed. A run that is killed loses only the part that it is computing. Concurrent processes write
+separate parts, in the worst case with the same features.
 """
 
 from __future__ import annotations
@@ -41,17 +41,18 @@ if TYPE_CHECKING:
 
 KEY_BYTES = 16
 INDEX = np.dtype([("key", np.uint8, (KEY_BYTES,)), ("seconds", np.float32)])
-# Examples of a part: what is lost at most when a run is killed.
+# Number of examples in a part, which is the most that is lost if a run is killed.
 PART = 4096
 
 
 class FeatureCache:
-    """psi of every example of a split: `cache[i]` is (Cc,) float32, out of memory-mapped files.
+    """Cached psi of every example of a split: `cache[i]` is (Cc,) float32, read from memory-mapped files.
 
-    modalities: names of the encoders in the model, such as ("text",).
-    computed: how many features were computed now; the others were there. In a distributed run by this process.
-    seconds: what that took, and looking up the others.
-    seconds_per_epoch: what the encoder took for all examples of the split when their features were computed.
+    Attributes:
+        modalities: Names of the encoders in the model, such as ("text",).
+        computed: Number of features that were computed now, by this process in a distributed run; the others were cached.
+        seconds: Time for computing them and looking up the others.
+        seconds_per_epoch: Time that the encoders took for all examples of the split when the features were computed.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class FeatureCache:
         self.modalities, self.computed = modalities, computed
         self.seconds, self.seconds_per_epoch = seconds, seconds_per_epoch
         self._examples = _digest_of(split)
-        # places (N,2): number of the file, and the row in it.
+        # places (N,2): file number, and row in the file.
         self._files, self._places = tuple(files), places
         self._maps: dict[int, NDArray[np.float32]] = {}
 
@@ -82,24 +83,24 @@ class FeatureCache:
         return torch.from_numpy(self._maps[number][row].copy())
 
     def __getstate__(self) -> dict[str, Any]:
-        # Maps would be pickled with all that they show: each process opens its own.
+        # Pickling a memory map would pickle its contents, so each process opens its own maps.
         return {**self.__dict__, "_maps": {}}
 
     def belong_to(self, split: Split) -> bool:
-        """Whether these are the features of just these examples, in this order."""
+        """Return whether these are the features of exactly these examples, in this order."""
         return self._examples == _digest_of(split)
 
     def saved(self, epochs: float) -> float:
-        """Seconds that a run of so many epochs need not spend, less those spent on the cache."""
+        """Return the seconds saved in a run of this many epochs, minus those spent on the cache."""
         return epochs * self.seconds_per_epoch - self.seconds
 
     @property
     def of(self) -> str:
-        """Name the encoders in words."""
+        """Name of the features and their encoders, for messages."""
         return f"features of the {encoders(self.modalities)}"
 
     def describe(self, epochs: float) -> str:
-        """One line about time spent and saved."""
+        """Return one line about the time spent and saved."""
         return (
             f"{self.of}: {self.computed} computed for {len(self)} examples in {self.seconds:.1f} s; "
             f"{epochs:g} epochs without it save {self.saved(epochs):.1f} s"
@@ -109,23 +110,25 @@ class FeatureCache:
 def cached_features(
     model: MoPEForClassification, split: Split, folder: str | Path, *, batch_size: int = 64, num_workers: int = 0
 ) -> FeatureCache:
-    """psi of every example of a split, from the cache in `folder` where it has it, else computed now and put there.
+    """Return psi of every example of a split, from the cache in `folder` or computed now and added to the cache.
 
-    A feature is kept under what it was made of: the text, or path, size and time of change of the image file, of all that is
-    complementary; the weights of the encoders; tokenizer or image processor, and the versions of the libraries behind them.
-    A change in any of these recomputes the features that it concerns, and no others. (The bytes of images are not read: that would
-    take as long as training reads them. A changed image whose size and time of change are the old ones goes unnoticed.)
+    The key of a feature covers everything that it depends on: the complementary items (the text, or path, size and modification
+    time of the image file), the weights of the encoders, the tokenizer or image processor, and the versions of their libraries.
+    After a change to any of these, only the affected features are recomputed. (The bytes of images are not hashed, because reading
+    them takes as long as in training. A changed image with the same size and modification time goes unnoticed.)
 
-    Under torch.distributed every process computes a part; all have to call this.
+    Under torch.distributed, all processes must call this function, and each computes a part.
 
     Args:
-        model: `encode_complementary` of it runs on its device, in its dtype (`cast_frozen`), without autocast around it.
-        split: whose examples.
-        folder: made if need be. It may be shared by models, splits and processes, and removed at any time between runs.
-        batch_size, num_workers: of the computation.
+        model: Model whose `encode_complementary` runs, on its device and in its dtype (`cast_frozen`), without an outer autocast.
+        split: Split whose features are returned.
+        folder: Folder of the cache, created if necessary. Models, splits and processes may share it, and it may be removed at any
+            time between runs.
+        batch_size: Batch size of the computation.
+        num_workers: Number of data loader workers of the computation.
 
     Raises:
-        ValueError: the method has no complementary encoder, or training changes what it computes.
+        ValueError: The method has no complementary encoder, or training changes its features.
     """
     modalities = complementary_of(model.config)
     if not modalities:
@@ -141,16 +144,16 @@ def cached_features(
     keys = [_key(example, slots) for example in split.examples]
     parts = _Parts(place)
     missing = _missing(keys, split.examples, parts)
-    # Texts of one length beside each other: little padding.
+    # Sort by length, so that batches need little padding.
     missing.sort(key=lambda item: sum(slot.modality.size(item[1].inputs[slot.name]) for slot in slots))
     rank, world = rank_and_world()
-    # All look before one writes, so that all see the same ones missing.
+    # All processes look before any of them writes, so that they agree on the missing features.
     wait_for_all()
     computed = _compute(model, preprocessing, missing[rank::world], parts, batch_size, num_workers)
     wait_for_all()
     if missing:
         parts = _Parts(place)
-        # Processes on other machines may have another disk.
+        # Processes on other machines may write to another disk, so compute what is still missing here.
         rest = _missing(keys, split.examples, parts)
         computed += _compute(model, preprocessing, rest, parts, batch_size, num_workers)
         parts = _Parts(place) if rest else parts
@@ -172,7 +175,7 @@ def encoders(names: Sequence[str]) -> str:
 
 
 def _fingerprint(model: MoPEForClassification, modalities: Sequence[str]) -> str:
-    """Digest everything that psi depends on besides its input: the encoders, and prompts in them, frozen or not."""
+    """Hash everything that psi depends on besides its input: the encoders and their prompts, frozen or not."""
     digest = hashlib.sha256()
     for name in modalities:
         with model.weights_as_given():
@@ -203,29 +206,29 @@ def _digest_of(split: Split) -> str:
 
 
 def _digest(text: str) -> Any:
-    """Names of files may hold bytes that are no characters."""
+    """Hash a text, which may contain surrogates because file names can hold bytes that are not valid characters."""
     return hashlib.sha256(text.encode(errors="surrogatepass"))
 
 
 def _missing(keys: Sequence[bytes], examples: Sequence[Example], parts: _Parts) -> list[tuple[bytes, Example]]:
-    """One example for each key that no part has."""
+    """Return one example for each key that is in none of the parts."""
     return list({key: example for key, example in zip(keys, examples, strict=True) if key not in parts.places}.items())
 
 
 class _Parts:
-    """The files in a folder, and what they hold. What cannot be read is left out, with a warning, and so computed again."""
+    """Index of the files in a folder. Unreadable files are skipped with a warning, so their features are computed again."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
         self.files: list[Path] = []
-        # By key: number of the file, row, seconds.
+        # key -> (file number, row, seconds)
         self.places: dict[bytes, tuple[int, int, float]] = {}
         for index_file in sorted(place.glob("*.index.npy")):
             file = index_file.with_name(index_file.name.replace(".index.", ".features."))
             try:
                 index, features = np.load(index_file), np.load(file, mmap_mode="r")
                 if index.dtype != INDEX or index.shape != features.shape[:1] or features.dtype != np.float32 or features.ndim != 2:
-                    raise ValueError("index and features do not fit each other")
+                    raise ValueError("index and features do not match")
             except (OSError, ValueError, EOFError) as error:
                 warnings.warn(f"{index_file} or its features cannot be used ({error}): remove both", stacklevel=4)
                 continue
@@ -234,7 +237,7 @@ class _Parts:
             self.files.append(file)
 
     def add(self, keys: Sequence[bytes], features: NDArray[np.float32], seconds: float) -> None:
-        """Write a part; it counts when this returns."""
+        """Write a part, which is valid once this returns."""
         index = np.empty(len(keys), INDEX)
         index["key"] = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
         index["seconds"] = seconds / len(keys)
@@ -244,7 +247,7 @@ class _Parts:
 
 
 def _write(file: Path, array: NDArray[Any]) -> None:
-    """All of a file or nothing of it."""
+    """Write a file atomically."""
     unfinished = file.with_suffix(".unfinished")
     try:
         with unfinished.open("wb") as stream:
@@ -252,7 +255,7 @@ def _write(file: Path, array: NDArray[Any]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         unfinished.replace(file)
-    # numpy says how much it wrote, and not why.
+    # numpy's message gives the number of bytes written, but not the reason of the failure.
     except OSError as error:
         raise disk_error(f"features cannot be kept in {file.parent}", file.parent, error) from error
     finally:
@@ -260,7 +263,7 @@ def _write(file: Path, array: NDArray[Any]) -> None:
 
 
 class _Inputs(Dataset[dict[str, Any]]):
-    """The inputs of the complementary encoders."""
+    """Dataset of inputs of the complementary encoders."""
 
     def __init__(self, examples: Sequence[Example], preprocessing: Preprocessing) -> None:
         self._examples, self._preprocessing = examples, preprocessing
@@ -280,13 +283,13 @@ def _compute(
     batch_size: int,
     num_workers: int,
 ) -> int:
-    """Compute and write features -> how many."""
+    """Compute and write the missing features, and return their number."""
     loader = DataLoader(
         _Inputs([example for _, example in missing], preprocessing),
         batch_size,
         collate_fn=preprocessing.collate,
         num_workers=num_workers,
-        # A generator of its own, so that a run with the cache draws the random numbers of one without it.
+        # A separate generator, so that a run draws the same random numbers with and without the cache.
         generator=torch.Generator(),
     )
     keys = iter([key for key, _ in missing])
@@ -301,11 +304,11 @@ def _compute(
 
 
 def _encode(model: MoPEForClassification, loader: DataLoader[dict[str, Any]]) -> Iterator[NDArray[np.float32]]:
-    """(B,Cc) for each batch."""
+    """Yield the features (B,Cc) of each batch."""
     was_training = model.training
     model.eval()
     try:
-        # A bar, on a terminal only.
+        # `disable=None` shows the progress bar on a terminal only.
         for batch in tqdm(
             loader, f"features of the {encoders(complementary_of(model.config))}", disable=rank_and_world()[0] > 0 or None
         ):

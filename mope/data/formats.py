@@ -1,15 +1,15 @@
-"""Data on disk: one JSON object in each line of train.jsonl, dev.jsonl (or val.jsonl) and test.jsonl, class names in labels.txt.
+"""Data on disk: one JSON object per line of train.jsonl, dev.jsonl (or val.jsonl) and test.jsonl, class names in labels.txt.
 
     food101     {"id", "label", "text", "img"}
-    mm-imdb     {"id", "label": [...], "text", "img"}                 several classes for each example
+    mm-imdb     {"id", "label": [...], "text", "img"}                 several classes per example
     snli-ve     {"gold_label", "sentence2", "Flickr30K_ID"}           images in Flickr30K/flickr30k_images/<id>.jpg
     jsonl       {"label" | "labels": [...], "text", "image"}
 
-The same keys may be the columns of a table, see `tables`: train.csv, train.parquet, or a folder of the library `datasets`.
+The same keys can be the columns of a table, see `tables`: train.csv, train.parquet, or a folder of the library `datasets`.
 
-Text and image are what is read unless other modalities are asked for, which stand under keys of their own.
+Text and image are read by default. Other modalities have their own keys, and are read if requested.
 
-Everything is read and checked at once, so that training does not stop in its third hour at a line that was always wrong.
+All lines are read and checked at the start, so that training does not fail after hours because of a bad line.
 """
 
 from __future__ import annotations
@@ -45,28 +45,28 @@ READ = ("text", "vision")
 
 
 class NoLabelsError(DataError):
-    """No line of a split has a label, as where those of a test split are not published."""
+    """Error that no line of a split has a label, as is the case if the labels of a test split are not published."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Raw items, and the indices of their classes: exactly one with problem type "single_label".
+    """Raw items of an example, and the indices of its classes: exactly one with problem type "single_label".
 
-    `inputs` holds the raw item of each modality by its name in the model: under "text" a text, under "vision" the path of an image,
-    or None for a grey one in its place.
+    `inputs` holds the raw item of each modality by its name in the model: a text under "text", and the path of an image under
+    "vision", or None for a gray placeholder.
     """
 
     id: str
-    # Not part of the hash: raw items may be lists.
+    # Not part of the hash, because raw items may be lists.
     inputs: Mapping[str, Any] = dataclasses.field(hash=False)
     labels: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Examples of one split. `names` are those of the classes, in the order of their indices.
+    """Examples of one split. `names` holds the names of the classes, in the order of their indices.
 
-    `problem_type` is "single_label" or "multi_label", as in `MoPEConfig`. `slots` says what the raw items are; by default each has
+    `problem_type` is "single_label" or "multi_label", as in `MoPEConfig`. `slots` describes the raw items; by default each slot has
     the name of its modality.
     """
 
@@ -84,12 +84,12 @@ class Split:
         return len(self.examples)
 
     def subset(self, shots: int, seed: int = 0) -> Split:
-        """Few-shot data: `shots` random examples of each class, in the order of the file.
+        """Return few-shot data: `shots` random examples of each class, in the order of the file.
 
-        Examples are looked at in a random order, and one is taken if one of its classes has not got `shots` yet. With one label for
-        each example this gives exactly `shots` of each class, and fewer shots with the same seed give some of the same examples.
-        With several labels a frequent class may get more than that, as a companion of rarer ones. A class with fewer
-        examples than `shots` gives all that it has, with a warning.
+        Examples are visited in a random order, and an example is selected if any of its classes has fewer than `shots` so far. With
+        one label per example, this selects exactly `shots` of each class, and fewer shots with the same seed select a subset of the
+        same examples. With several labels, a frequent class may get more because it occurs together with rarer ones. If a class has
+        fewer examples than `shots`, all of them are selected, with a warning.
 
         Raises:
             ValueError: `shots` is less than 1.
@@ -109,21 +109,21 @@ class Split:
 
 
 def slots_named(wanted: Iterable[str | Slot]) -> tuple[Slot, ...]:
-    """Return slots as they are, and one for each name of a modality. ValueError where there is no such modality."""
+    """Return slots unchanged, and a new slot for each name of a modality. ValueError if there is no such modality."""
     return tuple(each if isinstance(each, Slot) else Slot(each, find_modality(each)) for each in wanted)
 
 
 def slots_to_read(config: Any) -> tuple[Slot, ...] | None:
-    """Return the `modalities` of `read_split` for the model of a configuration: None, text and image, where it reads no others."""
+    """Return the `modalities` argument of `read_split` for a configuration: None if it reads only text and image."""
     slots = slots_of(config)
     return tuple(slots.values()) if set(slots) - set(READ) else None
 
 
 class _Format(NamedTuple):
-    """Under which keys a format has what. With two keys for labels, the first line decides.
+    """Keys of a format. If there are two keys for labels, the first line decides which one is used.
 
-    keys: of raw items by their names in a model; the others stand under the key that their modality says. templates: what a value
-    of such a key is to become, "{}" the value itself.
+    `keys` maps the names of raw items in a model to keys; other items use the key of their modality. `templates` maps them to
+    format strings for the value, in which "{}" is the value itself.
     """
 
     id: str
@@ -150,9 +150,9 @@ FORMATS = tuple(_FORMATS)
 
 
 class _Columns(NamedTuple):
-    """Where the lines of a split have ids, labels and the raw items of each slot.
+    """Keys of ids, labels and raw items of each slot in the lines of a split.
 
-    separator: between several labels in a cell of a table; None: as by default, and only in a column of several.
+    `separator` separates labels in a cell of a table; None means the default, and only in a column of several labels.
     """
 
     format: _Format
@@ -161,7 +161,7 @@ class _Columns(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A line that can be read: what it says, nothing looked up yet."""
+    """Parsed line, before labels and files are looked up."""
 
     line: int
     id: str
@@ -170,11 +170,11 @@ class _Row(NamedTuple):
 
 
 class _Problem(ValueError):
-    """A problem with a line."""
+    """Problem with a line."""
 
 
 class _Problems:
-    """The problems of one file: all are counted, the first few are kept."""
+    """Problems of one file, which shows the first few and counts the others."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.found = file, list[tuple[int, str]]()
@@ -206,28 +206,29 @@ def read_split(
     """Read and check one split.
 
     Args:
-        folder: holds {train,dev|val,test}.jsonl and labels.txt; paths of images are relative to it. An absolute path, or one with
-            "..", must lie in it too: images that are elsewhere are reached through a symbolic link in the folder.
-            In place of .jsonl there may be .csv, .parquet, or a folder that `datasets` saved.
+        folder: Folder with {train,dev|val,test}.jsonl and labels.txt; paths of images are relative to it. Absolute paths and paths
+            with ".." must be inside the folder too; use a symbolic link in the folder for images that are elsewhere.
+            Instead of .jsonl, files can be .csv or .parquet, or the folder can be one that `datasets` saved.
         format: "food101", "mm-imdb", "snli-ve" or "jsonl".
         split: "train", "dev" (dev.jsonl or val.jsonl) or "test".
-        names: of the classes, such as those of a trained model. Default: the lines of labels.txt; without that file the sorted
-            names in train.jsonl, or "0", "1", ... up to the highest index there.
-        on_missing_image: an image that is named but not there is an "error", or "grey" takes its place, with a warning. An image
-            that is null or "" is grey in any case.
-        modalities: what to read of each line: names of modalities, or the slots of a model, `model.config.slots.values()`. Default:
-            text and image. A key is that of the format, else that of the modality, else the name in the model.
-        columns: keys that have other names, {"text": "sentence", "label": "genre"}: of raw items by the name of the modality, or of
-            its key, "id", "label" (one class) or "labels" (several).
-        separator: between several labels in one cell of a table; where it is given, the column "label" holds several, too. Default:
+        names: Names of the classes, such as those of a trained model. The default is the lines of labels.txt, or without that file
+            the sorted names in train.jsonl, or "0", "1", ... up to the highest index there.
+        on_missing_image: Treatment of images that are named but do not exist: "error", or "grey" to replace them with a gray image
+            and warn. Images that are null or "" are always gray.
+        modalities: Names of the modalities to read, or the slots of a model, `model.config.slots.values()`. The default is text and
+            image. The key of an item is that of the format, else that of the modality, else its name in the model.
+        columns: Other names of keys, such as {"text": "sentence", "label": "genre"}. The keys are names of modalities or of their
+            keys, "id", "label" (one class) and "labels" (several).
+        separator: Separator of labels in a cell of a table. If given, the column "label" also holds several labels. The default is
             "|", in a column "labels".
 
     Raises:
-        DataError: a file is missing, empty or ambiguous, or lines of it cannot be used; the first ten are listed as file:line. It
-            is a `NoLabelsError` where no line has a label.
-        ValueError: there is no such format, split, `on_missing_image` or modality.
+        DataError: A file is missing, empty or ambiguous, or some of its lines cannot be used; the first ten are listed as
+            file:line. If no line has a label, the error is a `NoLabelsError`.
+        ValueError: There is no such format, split, `on_missing_image` or modality.
 
-    Ids that stand in several lines are warned about.
+    Warns:
+        UserWarning: Several lines have the same id.
     """
     for what, value, allowed in (
         ("format", format, FORMATS),
@@ -321,10 +322,13 @@ def _find(folder: Path, split: str) -> Path:
 
 
 def _read(file: Path, columns: _Columns) -> tuple[list[_Row], bool, _Problems, bool]:
-    """Every line of a file, whether its examples have several labels, what is wrong with it so far, and whether any has a label."""
+    """Read all lines of a file.
+
+    Returns the rows, whether examples have several labels, the problems found so far, and whether any line has a label.
+    """
     columns = _in_table(file, columns)
     rows, problems, labelled, format = [], _Problems(file), False, columns.format
-    # None: the first readable line decides.
+    # If None, the first readable line decides.
     multi = None if format.single and format.multi else format.multi is not None
     for number, record in records(file, columns):
         try:
@@ -399,7 +403,7 @@ def _parse(line: bytes) -> dict[str, Any]:
             f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno}): each line must be one JSON object"
         ) from None
     except (RecursionError, ValueError) as error:
-        # Brackets in brackets without end, or a number of more than 4300 digits.
+        # Brackets are nested too deeply, or a number has more than 4300 digits.
         raise _Problem(f"not JSON that can be read ({error})") from None
     if not isinstance(record, dict):
         raise _Problem(f"must be a JSON object with keys, got {shown(record)}")
@@ -411,7 +415,7 @@ def _row(number: int, record: dict[str, Any], columns: _Columns, multi: bool) ->
     label = (format.multi if multi else format.single) or ""
     other = format.single if multi else format.multi
     if other in record:
-        raise _Problem(f'"{other}": the first line has "{label}", and all lines must have the same one of the two')
+        raise _Problem(f'"{other}": the first line has "{label}", and all lines must use the same key')
     if missing := [key for key in (*(source.key for _, source in items), label) if key not in record]:
         raise _Problem(f"lacks the key {_quoted(missing)}; its keys are {_quoted(record) or 'none'}")
     identity = record.get(format.id)
@@ -427,7 +431,7 @@ def _row(number: int, record: dict[str, Any], columns: _Columns, multi: bool) ->
     values = ((source.key, record[source.key]) for _, source in items)
     for key, value in ((format.id, identity), *values, *((label, name) for name in labels)):
         if isinstance(value, str) and not _encodable(value):
-            raise _Problem(f'"{key}" holds half of a character (a lone surrogate such as \\ud83d): no tokenizer or file has that')
+            raise _Problem(f'"{key}" holds half of a character (a lone surrogate such as \\ud83d), which cannot be encoded')
     return _Row(number, str(identity), parsed, labels)
 
 
@@ -463,7 +467,7 @@ def _read_names(file: Path) -> tuple[str, ...] | None:
 
 
 def _names_in(file: Path, rows: Sequence[_Row]) -> tuple[str, ...]:
-    """The classes that training examples mention."""
+    """Return the names of the classes that occur in training examples."""
     known: dict[str | int, int] = {}
     for row in rows:
         for label in row.labels:
@@ -477,15 +481,15 @@ def _names_in(file: Path, rows: Sequence[_Row]) -> tuple[str, ...]:
         raise DataError(f"{file}: no example has a class: {write}")
     if not numbers:
         return tuple(names)
-    # A mistaken index of a billion shall not become a billion classes.
+    # Otherwise a mistaken index of a billion would create a billion classes.
     if max(numbers) > len(known) + 1000:
-        raise DataError(f"{file}:{known[max(numbers)]}: {max(numbers)} is no index among {len(known)} classes: {write}")
+        raise DataError(f"{file}:{known[max(numbers)]}: {max(numbers)} is not an index of {len(known)} classes: {write}")
     return tuple(map(str, range(max(numbers) + 1)))
 
 
 def _training_names(folder: Path, columns: _Columns) -> tuple[str, ...]:
     if not files_of(folder, "train"):
-        raise DataError(f"{folder} has neither {LABELS} nor train.jsonl: the classes have their names from one of them")
+        raise DataError(f"{folder} has neither {LABELS} nor train.jsonl, so the names of the classes are unknown")
     file = _find(folder, "train")
     rows, _, problems, _ = _read(file, columns)
     problems.raise_if_any()
@@ -493,7 +497,7 @@ def _training_names(folder: Path, columns: _Columns) -> tuple[str, ...]:
 
 
 class _Labels:
-    """Class indices by name."""
+    """Lookup of class indices by name."""
 
     def __init__(self, names: Sequence[str], *, cells: bool = False) -> None:
         self._names, self._cells = names, cells
@@ -511,7 +515,7 @@ class _Labels:
             if 0 <= label < len(self._names):
                 return label
             raise _Problem(f"unknown label {label}: indices of the {len(self._names)} classes go from 0 to {len(self._names) - 1}")
-        # Names of labels.txt are stripped, too.
+        # Names in labels.txt are stripped too.
         index = self._index.get(label)
         index = self._index.get(label.strip()) if index is None else index
         if index is None:
@@ -519,7 +523,7 @@ class _Labels:
         return index
 
     def _suggestion(self, label: str) -> str:
-        """For those that are shown: it takes its time, and all labels of a large file may be wrong."""
+        """Suggest a label, only for the problems that are shown, because it is slow and every label of a file may be wrong."""
         self._unknown += 1
         if self._unknown > SHOWN:
             return ""

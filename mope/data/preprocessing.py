@@ -1,4 +1,4 @@
-"""From raw items to what the encoders read."""
+"""Conversion of raw items to inputs of the encoders."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Preprocessing:
-    """Raw items through the readers of their modalities. It holds no weights: workers may have copies.
+    """Conversion of raw items by the readers of their modalities. It holds no weights, so workers may copy it.
 
     Args:
-        model: with a processor, such as `image_processor` and `tokenizer`, for those of its encoders that are asked for.
-        modalities: names of encoders of the model.
+        model: Model with a processor, such as `image_processor` or `tokenizer`, for each encoder in `modalities` that needs one.
+        modalities: Names of encoders of the model.
 
     Raises:
-        ValueError: the model lacks a processor.
+        ValueError: The model lacks a processor.
         ModuleNotFoundError: Pillow is not installed.
     """
 
@@ -36,12 +36,12 @@ class Preprocessing:
         self._readers = readers_of(model, self.modalities)
 
     def __call__(self, example: Example, *, augment: Callable[[Any], Any] | None = None) -> dict[str, Any]:
-        """Make the inputs of the encoders from an example, by their names in a batch.
+        """Convert an example to inputs of the encoders, by their names in a batch.
 
-        `augment` gets and gives what the reader of a modality that can be augmented has in hand, a PIL image for images.
+        `augment` maps the items of modalities that support augmentation, such as PIL images, to items of the same kind.
 
         Raises:
-            DataError: an item cannot be read; names its file.
+            DataError: An item cannot be read; the message names its file.
         """
         item: dict[str, Any] = {}
         for slot, reader in self._readers:
@@ -53,21 +53,21 @@ class Preprocessing:
         return item
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Items of `__call__` -> a batch of what they have, by the names of a batch.
+        """Collate items of `__call__` into a batch, by the names of inputs in a batch.
 
         Raises:
-            DataError: items do not fit together, such as images of different sizes.
+            DataError: Items do not fit together, such as images of different sizes.
         """
         batch: dict[str, Tensor] = {}
         for slot, reader in self._readers:
-            # Not where features take its place.
+            # Inputs are absent if cached features replace them.
             if slot.required in items[0]:
                 collated = reader.collate([slot.own(item) for item in items])
                 batch |= {f"{slot.prefix}{name}": tensor for name, tensor in collated.items()}
         return batch
 
     def digest(self) -> str:
-        """Changes with everything that changes what comes out for the same items."""
+        """Return a digest of everything that affects the result for given items."""
         parts: dict[str, Any] = {"transformers": transformers.__version__}
         parts |= {slot.name: [slot.modality.name, reader.digest()] for slot, reader in self._readers}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

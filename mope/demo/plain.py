@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mope_kernels
 from mope import MoPEForClassification
-from mope.demo.train import Task
 
 BATCH = 128
+
+
+class Asked(Protocol):
+    """A task of the demo: questions of the test split, in batches of inputs and labels."""
+
+    device: torch.device
+    test: Any
+
+    def batches(self, split: str, questions: Any, size: int, /) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield the keyword arguments of a model, and labels (B,)."""
+        ...
 
 
 def forward(
@@ -83,7 +93,7 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def compare(model: MoPEForClassification, task: Task, *, repeats: int = 15) -> Comparison:
+def compare(model: MoPEForClassification, task: Asked, *, repeats: int = 15) -> Comparison:
     """Which implementation runs for each op, the errors, and the times where it is a compiled one."""
     model.eval()
     inputs, labels = next(task.batches("test", task.test, BATCH))
@@ -124,7 +134,8 @@ def explain_ops(model: MoPEForClassification) -> dict[str, mope_kernels.Explanat
     bank = model.build_banks()[0]
     assert bank is not None
     experts, heads, _, width = bank.experts.key.shape
-    query = bank.experts.key.new_zeros(BATCH, heads, 17, width)
+    vision: Any = model.vision
+    query = bank.experts.key.new_zeros(BATCH, heads, vision.embeddings.position_embeddings.shape[1], width)
     mapped, logits = query[:, :, :1], query.new_zeros(BATCH, experts)
     prompts: dict[str, Any] = {"static_key": bank.static_key, "static_value": bank.static_value}
     prompts |= {"instance_key": mapped, "instance_value": mapped}

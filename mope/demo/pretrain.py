@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -36,10 +36,10 @@ class Backbones:
     word_accuracy: float
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word of the training sentences; everything else is [UNK]."""
+def build_tokenizer(known: Sequence[str] | None = None) -> PreTrainedTokenizerFast:
+    """Give each known word a token, by default each word of the training sentences; everything else is [UNK]."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = special + vocabulary(facts())
+    words = special + list(vocabulary(facts()) if known is None else known)
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -112,8 +112,9 @@ def optimize(
     generator: torch.Generator,
     title: str,
     batch_size: int = 64,
+    clip: float | None = None,
 ) -> None:
-    """AdamW over shuffled batches of indices, with a warm-up and a cosine to zero."""
+    """Train by AdamW over shuffled batches of indices, with a warm-up and a cosine to zero; `clip` bounds the gradient's norm."""
     steps = epochs * -(-size // batch_size)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2), pct_start=0.1)
@@ -123,6 +124,8 @@ def optimize(
                 loss = loss_of_batch(batch)
                 optimizer.zero_grad()
                 loss.backward()
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(parameters, clip)
                 optimizer.step()
                 schedule.step()
                 if not math.isfinite(now := loss.item()):

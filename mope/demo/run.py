@@ -45,12 +45,14 @@ def demo(
     print("\n".join(str(path) for path in (out / "results.md", out / "results.json", *paths, out / "model")))
 
 
-def begin(device: str, threads: int, fast: bool, command: str | None = None) -> tuple[torch.device, dict[str, Any]]:
-    """Set the threads, say what is asked and where -> the device, and what results say of how they were made."""
+def begin(
+    device: str, threads: int, fast: bool, command: str | None = None, *, question: str = "Does the sentence hold for the scan?"
+) -> tuple[torch.device, dict[str, Any]]:
+    """Set the threads and print the question and the device -> the device, and how the results were made."""
     torch.set_num_threads(threads)
     place = find_device(device)
     started_with = {**environment.describe(place), "command": command, "fast": fast}
-    print(f"Does the sentence hold for the scan? On {started_with['device']}." + (" --fast: nothing is learned." if fast else ""))
+    print(f"{question} On {started_with['device']}." + (" --fast: nothing is learned." if fast else ""))
     return place, started_with
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PRESETS", "MoPEConfig", "MoPEForClassification", "MoPEOutput", "Prediction"]
 
-# A configuration needs no transformers.
+# Loaded lazily, so that a configuration can be used without importing transformers.
 _MODULES = {
     "PRESETS": ".presets",
     "MoPEConfig": ".config",

@@ -1,4 +1,4 @@
-"""The interface of a fusion model, of any system, to training, evaluation and data."""
+"""Base class of all fusion models: the interface that training, evaluation and data loading rely on."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ R = TypeVar("R")
 M = TypeVar("M", bound="FusionModel")
 
 
-# Options of transformers' `save_pretrained`: those for the hub, and those that have no effect here.
+# Options of transformers' `save_pretrained`: those for the hub, and those that are accepted but have no effect here.
 OF_THE_HUB = ("repo_id", "private", "token", "revision", "commit_message")
 OPTIONS_OF_SAVING = (*OF_THE_HUB, "max_shard_size", "safe_serialization", "variant", "save_peft_format", "save_original_format")
 UPLOAD = "Upload model"
-# Not None, which transformers' Trainer gives.
+# A sentinel, because transformers' Trainer passes None.
 NOT_GIVEN: Any = object()
 
 
 def in_frozen_dtype(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
-    """Under autocast of the dtype that `cast_frozen` was given, if it was."""
+    """Run a method under autocast of the dtype passed to `cast_frozen`, if any."""
 
     @wraps(method)
     def run(model: M, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -61,20 +61,20 @@ def in_frozen_dtype(method: Callable[Concatenate[M, P], R]) -> Callable[Concaten
 
 
 class FusionModel(PreTrainedModel, ABC):
-    """Classifies items of several modalities; what makes inputs of raw items travels with it.
+    """Multimodal classifier that carries its tokenizer and image processor with it.
 
-    A model of transformers' kind, which its Trainer, Auto classes and tools take as one of their own. What transformers' own models
-    build from a configuration alone, this one builds around encoders that are given: `PreTrainedModel.__init__`, which would choose
-    attention kernels and draw weights, is not called.
+    The class is a `PreTrainedModel`, so transformers' Trainer, Auto classes and tools work with it. A transformers model is built
+    from its configuration alone; a fusion model is built around existing encoders. It therefore does not call
+    `PreTrainedModel.__init__`, which would choose attention kernels and initialize weights.
 
-    Its `config` says `method`, `modalities`, the `main` and the `complementary` one (or None), the classes (`num_labels`,
-    `id2label`, `problem_type`) and `padding_side`. It is called with what `mope.data.Collator` makes; the output has `logits`
-    (B,num_labels), and may have an `importance_loss`, which counts `config.importance_weight` times.
+    `config` holds `method`, `modalities`, `main` and `complementary` (or None), the classes (`num_labels`, `id2label`,
+    `problem_type`) and `padding_side`. The model is called on a batch from `mope.data.Collator`. Its output has `logits`
+    (B,num_labels) and may have an `importance_loss`, whose weight in the loss is `config.importance_weight`.
     """
 
     config: Any
 
-    # transformers reads this: the loss is the mean over a batch, and takes no further arguments.
+    # Read by transformers: the loss is the mean over a batch and accepts no further arguments.
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     base_model_prefix = ""
@@ -86,56 +86,60 @@ class FusionModel(PreTrainedModel, ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        # transformers takes it from the annotation of `config`, which here is a string, or of another class.
+        # transformers would derive this from the annotation of `config`, which here is a string or names another class.
         cls.config_class = cls.configuration  # type: ignore[assignment]
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
-        # Data and results, for the card of a saved model.
+        # Data and results, for the model card.
         self.card_data: dict[str, Any] = {}
-        # transformers notes here which warnings it has given.
+        # transformers records here which warnings it has already issued.
         self.warnings_issued: dict[str, bool] = {}
         self._checkpointing: Recomputing | None = None
-        # A processor, or the folder to load it from when it is first used.
+        # Each value is a processor, or the folder from which it is loaded on first use.
         self._processors: dict[str, Any] = {}
         self._cast: CastWeights | None = None
 
     @abstractmethod
     def backbone(self, modality: str) -> nn.Module:
-        """The encoder of a modality."""
+        """Return the encoder of a modality."""
 
     @abstractmethod
     def modality_of(self, parameter: str) -> str:
-        """The encoder in or around which a parameter stands, by the parameter's name."""
+        """Return the name of the encoder that a parameter, given by name, belongs to."""
 
     @abstractmethod
     def frozen_modules(self) -> Iterable[nn.Module]:
-        """Return the modules whose frozen weights may be cast and packed, without what was added to them."""
+        """Return the modules whose frozen weights may be cast and packed, excluding the modules added to them."""
 
     def frozen_weights_moved(self) -> None:
-        """Do what is needed after frozen weights got another place in memory: nothing, unless a subclass knows better."""
+        """Respond to a change of the frozen weights' storage. Does nothing unless overridden."""
 
     @abstractmethod
     def given_encoders(self) -> dict[str, GivenEncoder]:
-        """Return each encoder as it was given, by the name of its record."""
+        """Return the original encoders, keyed by the names of their records."""
 
     @abstractmethod
     def saved_state_dict(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds beside the encoders, by name."""
+        """Return the tensors that a checkpoint holds besides the encoders, by name."""
 
     @abstractmethod
     def load_saved(self, tensors: dict[str, Tensor], file: Path) -> None:
-        """Take `saved_state_dict` from the tensors of a file. Where one is missing or does not fit, ValueError and no change."""
+        """Load the tensors of `saved_state_dict` from those read from a file.
+
+        Raises:
+            ValueError: A tensor is missing or does not fit; the model is left unchanged.
+        """
 
     def records_in_config(self, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Return what config.json says of the encoders, from the record of each."""
+        """Return the entries for config.json that describe the encoders, given the record of each."""
         return records
 
     def check_savable(self) -> None:
-        """Raise ValueError where something would be lost: never, unless a subclass knows better."""
+        """Raise ValueError if saving would lose something. Never raises unless overridden."""
 
     def recompute(self, recomputing: Recomputing | None) -> None:
-        """Do what a subclass needs where gradient checkpointing is switched on, or off: None."""
+        """Respond to gradient checkpointing being switched on, or off (None). Does nothing unless overridden."""
 
     def gradient_checkpointing_enable(  # type: ignore[override]
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
@@ -143,17 +147,19 @@ class FusionModel(PreTrainedModel, ABC):
         """Recompute layers in the backward pass instead of keeping their activations, with the same noise and routing.
 
         Args:
-            gradient_checkpointing_kwargs: of torch's checkpoint; `use_reentrant` alone, and False.
-            every_n_layers, offload: see `mope.encoders.recomputing.Recomputing`.
+            gradient_checkpointing_kwargs: Arguments of torch's checkpoint. Only `use_reentrant=False` is accepted.
+            every_n_layers: See `mope.encoders.recomputing.Recomputing`.
+            offload: See `mope.encoders.recomputing.Recomputing`.
 
         Raises:
-            ValueError: reentrant checkpointing is asked for, or another argument of torch's checkpoint; or another value is wrong.
+            ValueError: `gradient_checkpointing_kwargs` requests reentrant checkpointing or has another key, or `every_n_layers` or
+                `offload` is invalid.
         """
         given = dict(gradient_checkpointing_kwargs or {})
         if given.pop("use_reentrant", False):
             raise ValueError("gradient checkpointing with use_reentrant=True is not supported: prompts are keyword arguments")
         if given:
-            raise ValueError(f"gradient checkpointing takes use_reentrant=False, and no {', '.join(given)}")
+            raise ValueError(f"gradient checkpointing accepts only use_reentrant=False, got {', '.join(given)}")
         recomputing = Recomputing(every_n_layers, offload)
         self.recompute(recomputing)
         self._checkpointing = recomputing
@@ -166,16 +172,16 @@ class FusionModel(PreTrainedModel, ABC):
     def activation_checkpointing_enable(  # type: ignore[override]
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """`gradient_checkpointing_enable` by its name in newer versions of transformers."""
+        """Call `gradient_checkpointing_enable`, under its name in newer versions of transformers."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
     def activation_checkpointing_disable(self) -> None:
-        """`gradient_checkpointing_disable` by its name in newer versions of transformers."""
+        """Call `gradient_checkpointing_disable`, under its name in newer versions of transformers."""
         self.gradient_checkpointing_disable()
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether layers are recomputed in the backward pass."""
+        """Return whether layers are recomputed in the backward pass."""
         return self._checkpointing is not None
 
     # The name in newer versions of transformers.
@@ -183,14 +189,14 @@ class FusionModel(PreTrainedModel, ABC):
 
     @abstractmethod
     def detach(self) -> None:
-        """Give the encoders back as they were."""
+        """Restore the encoders to their original state."""
 
     def trains(self, modality: str) -> bool:
-        """Whether training changes what an encoder says."""
+        """Return whether training changes the output of an encoder."""
         return any(p.requires_grad for p in self.backbone(modality).parameters())
 
     def trained_state_dict(self) -> dict[str, Tensor]:
-        """All that training changes, by name."""
+        """Return all tensors that training changes, by name."""
         return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     @property
@@ -199,27 +205,27 @@ class FusionModel(PreTrainedModel, ABC):
         return next(self.backbone(self.config.main).parameters()).device
 
     def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch where the model wants it: on its device."""
+        """Return the batch on the model's device."""
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     @property
     def frozen_dtype(self) -> torch.dtype | None:
-        """Return the dtype that `cast_frozen` was given."""
+        """Dtype passed to `cast_frozen`, or None."""
         return None if self._cast is None else self._cast.dtype
 
     def cast_frozen(self, dtype: torch.dtype | None) -> None:
-        """Keep frozen weights of linear and convolution layers in 16 bits, and compute under autocast of that dtype from now on.
+        """Cast frozen weights of linear and convolution layers to 16 bits, and compute under autocast of that dtype from now on.
 
-        The same numbers, bit for bit, as `torch.autocast` of that dtype around the model, which casts these weights in every
-        forward. What trains stays as it is, fine-tuned encoders too. An accelerator then holds half as many bytes of them: the
-        weights as they were go to the memory of the host (on the CPU they stay there beside those in 16 bits). They are what
-        `save_pretrained` writes and fingerprints are of, and `detach` brings them back.
+        The results equal, bit for bit, those of `torch.autocast` of that dtype around the model, which casts these weights in every
+        forward. Trained parameters are not cast, and neither are fine-tuned encoders. The cast weights take half the memory on an
+        accelerator: the originals move to host memory (on the CPU they stay there beside the 16-bit copies). `save_pretrained` and
+        the fingerprints use the originals, and `detach` restores them.
 
         Args:
-            dtype: torch.bfloat16 or torch.float16; None: bring the weights back, and compute in their dtype again.
+            dtype: torch.bfloat16 or torch.float16, or None to restore the weights and compute in their dtype again.
 
         Raises:
-            ValueError: another dtype; or cast weights were changed since, so that there is nothing to bring back.
+            ValueError: `dtype` is another dtype, or the cast weights were changed since, so that the originals no longer match.
         """
         if dtype not in (None, *HALF):
             raise ValueError(f"cast_frozen: dtype must be torch.float16, torch.bfloat16 or None, got {dtype}")
@@ -272,10 +278,10 @@ class FusionModel(PreTrainedModel, ABC):
 
     @contextmanager
     def prepacked(self) -> Iterator[None]:
-        """For a while frozen linear layers on the CPU keep copies of their weights in the order that oneDNN multiplies fastest.
+        """Keep, within the context, copies of frozen linear weights on the CPU in the layout that oneDNN multiplies fastest.
 
-        The same results but for the order of sums. The copies take as much memory again as the weights (twice as much in training,
-        where gradients pass through), in float32 and bfloat16; other dtypes and devices are left alone.
+        Results differ only by the order of summation. The copies take as much memory as the weights themselves (twice as much in
+        training, where gradients pass through). Only float32 and bfloat16 weights are packed, and only on the CPU.
         """
         layers = PrepackedLayers(self.frozen_modules()) if self.device.type == "cpu" else None
         try:
@@ -286,24 +292,25 @@ class FusionModel(PreTrainedModel, ABC):
 
     @contextmanager
     def weights_as_given(self) -> Iterator[None]:
-        """For a while the encoders have the weights that they had before `cast_frozen`, in the memory of the host."""
+        """Restore, within the context, the weights that the encoders had before `cast_frozen`, in host memory."""
         with nullcontext() if self._cast is None else self._cast.as_before():
             yield
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`to`, `half`, `cuda` and their like.
+        """Implement `to`, `half`, `cuda` and similar methods.
 
         Raises:
-            ValueError: another dtype is asked for than that of `cast_frozen`, from which what was rounded would not come back.
+            ValueError: The requested dtype differs from that of `cast_frozen`; casting the rounded weights would not restore their
+                original values.
         """
         if (dtype := self.frozen_dtype) is not None and fn(torch.empty(0, dtype=dtype, device=self.device)).dtype != dtype:
-            raise ValueError(f"the frozen weights are in {dtype} by cast_frozen: call cast_frozen(None) before another dtype")
+            raise ValueError(f"cast_frozen put the frozen weights in {dtype}: call cast_frozen(None) before changing the dtype")
         super()._apply(fn, recurse)
         self.frozen_weights_moved()
         return self
 
     def fingerprints(self) -> dict[str, str]:
-        """Return the fingerprint of each encoder as it was given, "trained" for one that trains."""
+        """Return the fingerprint of each original encoder, or "trained" for encoders that train."""
         with self.weights_as_given():
             return {
                 name: "trained" if given.trains else describe(given.encoder, given.state)["fingerprint"]
@@ -324,20 +331,22 @@ class FusionModel(PreTrainedModel, ABC):
         """Write a checkpoint: config.json, model.safetensors, tokenizer/ and image_processor/ if the model has them.
 
         Args:
-            path: of the folder; made if need be.
-            backbones: "by_name" keeps the encoders' names and fingerprints, "copy" the encoders themselves too, as they were given.
-                One that was fine-tuned is copied in any case, as it is.
-            dtype: of the copies' files; they are cast back when they are loaded. None: as they are.
-            state_dict: of the whole model, gathered from all processes, or None for the model's own, as transformers' Trainer gives
-                it for a checkpoint. Where it is given, all that trains is in model.safetensors, fine-tuned encoders too, so that
-                Trainer can resume from it.
-            is_main_process: whether this process writes.
-            push_to_hub, options: see `push_to_hub`; `repo_id`: default the name of the folder. Other options of transformers, such
-                as max_shard_size, have nothing to act on.
+            path: Folder to write, created if necessary.
+            backbones: "by_name" records the names and fingerprints of the encoders; "copy" also stores the original encoders.
+                Fine-tuned encoders are always copied, with their current weights.
+            dtype: Dtype in which the copies are stored; they are cast back on loading. None keeps the dtype of the weights.
+            state_dict: State of the whole model, gathered from all processes, or None for the model's own state; transformers'
+                Trainer passes it for a checkpoint. If the argument is passed, model.safetensors holds everything that trains,
+                including fine-tuned encoders, so that Trainer can resume from it.
+            is_main_process: Whether this process writes.
+            push_to_hub: Whether to upload the folder as well, see `push_to_hub`.
+            **options: Options of `push_to_hub`; `repo_id` defaults to the name of the folder. Other options of transformers, such
+                as max_shard_size, are accepted and ignored.
 
         Raises:
-            ValueError: `backbones` is neither, `dtype` is given without copies, an encoder cannot be copied, or something that
-                trains would be lost.
+            TypeError: An option is unknown.
+            ValueError: `backbones` has another value, `dtype` is given without copies, an encoder cannot be copied, or something
+                that trains would be lost.
         """
         check_options_of_saving(backbones, dtype)
         if unknown := [name for name in options if name not in OPTIONS_OF_SAVING]:
@@ -359,7 +368,7 @@ class FusionModel(PreTrainedModel, ABC):
             tensors = {name: (state_dict or {}).get(name, tensor) for name, tensor in self.trained_state_dict().items()}
         write_tensors(tensors, folder / WEIGHTS)
         write_config(folder, {**self.config.to_dict(), **self.records_in_config(records)})
-        # The model can be loaded without it.
+        # Written last, because the model can be loaded without it.
         write_card(folder, self, records)
         if push_to_hub:
             push(
@@ -381,12 +390,15 @@ class FusionModel(PreTrainedModel, ABC):
         revision: str | None = None,
         commit_message: str = UPLOAD,
     ) -> Any:
-        """Save the model and upload it to the hub, as `save_pretrained` writes it -> what huggingface_hub says of the commit.
+        """Upload the checkpoint that `save_pretrained` writes to the hub, and return huggingface_hub's description of the commit.
 
         Args:
-            repo_id: "organisation/name"; made if need be.
-            backbones: see `save_pretrained`.
-            private, token, revision, commit_message: of the hub; a revision that is not there becomes a branch.
+            repo_id: "organisation/name", created if necessary.
+            backbones: See `save_pretrained`.
+            private: Whether a new repository is private.
+            token: Access token of the hub.
+            revision: Branch to upload to, created if necessary.
+            commit_message: Message of the commit.
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, backbones)
@@ -394,23 +406,23 @@ class FusionModel(PreTrainedModel, ABC):
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:  # type: ignore[override]
-        """Return the tensors that checkpoints leave out, so that transformers' Trainer does not miss them when it resumes."""
+        """Names of tensors that are not saved, so that transformers' Trainer does not report them as missing when it resumes."""
         return set(self.state_dict()) - set(self.trained_state_dict())
 
     def tie_weights(self, *_: Any, **__: Any) -> None:
-        """Do nothing: no weights are tied that the encoders do not tie themselves."""
+        """Do nothing: the encoders tie their own weights, and there are no others to tie."""
 
     def to(self, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Move or cast as any module."""
+        """Move or cast the model, as `torch.nn.Module.to` does."""
         nn.Module.to(self, *args, **kwargs)
         return self
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return how many numbers the parameters hold."""
+        """Return the number of elements in all parameters, or in those that train."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, of how many."""
+        """Print the number of trainable parameters, the number of all parameters, and their ratio."""
         trained, all_of_them = self.num_parameters(only_trainable=True), self.num_parameters()
         print(f"trainable params: {trained:,} || all params: {all_of_them:,} || trainable%: {100 * trained / all_of_them:.4f}")
 
@@ -421,11 +433,11 @@ class FusionModel(PreTrainedModel, ABC):
 
     @property
     def main_input_name(self) -> str:  # type: ignore[override]
-        """The input that the main encoder cannot do without."""
+        """Name of the input that the main encoder requires."""
         return slots_of(self.config)[self.config.main].required
 
     def restored(self, tensors: dict[str, Tensor], folder: Path) -> Self:
-        """Return this new model in evaluation mode, with what a checkpoint holds; where that does not fit, its encoders go back."""
+        """Load a checkpoint into this new model and return it in evaluation mode; detach its encoders if loading fails."""
         try:
             self.load_saved(tensors, folder / WEIGHTS)
         except BaseException:
@@ -435,7 +447,7 @@ class FusionModel(PreTrainedModel, ABC):
         return self.eval()
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Return the parameters for an optimizer."""
+        """Return an iterator over the parameters that an optimizer should update."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     @property
@@ -457,9 +469,9 @@ class FusionModel(PreTrainedModel, ABC):
         self._set_processor("image_processor", image_processor)
 
     def processor(self, name: str) -> Any:
-        """Return the processor of an encoder, by the encoder's name in the model; None until one is set.
+        """Return the processor of an encoder, given the encoder's name in the model; None until one is set.
 
-        Several encoders of a modality share what was set for the modality, such as `tokenizer`, but for those with their own.
+        Encoders of the same modality share the processor of that modality, such as `tokenizer`, unless they have their own.
         """
         slot = slots_of(self.config)[name]
         if slot.processor is None:
@@ -468,14 +480,14 @@ class FusionModel(PreTrainedModel, ABC):
         return self._processor(slot.modality.processor or "") if own is None else own
 
     def set_processor(self, name: str, processor: Any) -> None:
-        """Set what makes inputs of raw items for an encoder, by the encoder's name in the model.
+        """Set the processor that turns raw items into inputs of an encoder, given the encoder's name in the model.
 
         Raises:
-            ValueError: its modality needs none, or it does not fit the configuration.
+            ValueError: The encoder's modality has no processor, or the processor does not fit the configuration.
         """
         slot = slots_of(self.config)[name]
         if slot.processor is None:
-            raise ValueError(f"{name} needs no processor: modality {slot.modality.name!r} names none")
+            raise ValueError(f"{name} needs no processor: modality {slot.modality.name!r} has none")
         self._set_processor(slot.processor, processor)
 
     def _set_processor(self, name: str, processor: Any) -> None:
@@ -483,7 +495,7 @@ class FusionModel(PreTrainedModel, ABC):
         self._processors[name] = processor
 
     def _processor_kinds(self) -> dict[str, Modality]:
-        """The modality of each name that a processor may have here."""
+        """Return the modality of each processor name that this model supports."""
         own = {slot.processor: slot.modality for slot in slots_of(self.config).values() if slot.processor is not None}
         return {modality.processor: modality for modality in known().values() if modality.processor is not None} | own
 
@@ -496,7 +508,7 @@ class FusionModel(PreTrainedModel, ABC):
         return processor
 
     def save_processors(self, folder: Path) -> None:
-        """Write those that are set into folders of their own in a folder."""
+        """Write each processor that is set to its own subfolder of `folder`."""
         for name, processor in self._processors.items():
             if not isinstance(processor, Path):
                 processor.save_pretrained(folder / name)
@@ -504,5 +516,5 @@ class FusionModel(PreTrainedModel, ABC):
                 shutil.copytree(processor, folder / name, dirs_exist_ok=True)
 
     def find_processors(self, folder: Path) -> None:
-        """Take those that `save_processors` wrote, when they are first used."""
+        """Find the processors that `save_processors` wrote; each is loaded on first use."""
         self._processors = {name: folder / name for name in self._processor_kinds() if (folder / name).is_dir()}

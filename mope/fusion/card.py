@@ -1,4 +1,4 @@
-"""The card of a saved model: README.md, as the hub shows it."""
+"""Model card: the README.md of a saved model, which the hub displays."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from typing import Any
 from mope.printing import first_of
 
 CARD = "README.md"
-# Classes by name, up to so many.
+# Maximum number of class names to list.
 SHOWN = 20
 MARK = "<!-- written by mope on saving: remove this line to keep what you change -->"
 
 
 def write_card(folder: Path, model: Any, records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write what somebody who finds the folder has to know: what the model is, trained on what, how good, and how to load it.
+    """Write a model card that describes the model, its training data and accuracy, and how to load it.
 
-    A card that cannot be written is warned about: the checkpoint is complete without it.
+    A failure to write it only causes a warning, because the checkpoint is complete without a card.
 
     Args:
-        folder: of the checkpoint. A card that somebody wrote there is left alone, and a link is not followed.
-        model: which is saved.
-        records: of its encoders, by name, as config.json has them.
+        folder: Folder of the checkpoint. A card written by somebody else is not overwritten, and a symbolic link is not followed.
+        model: Model that is saved.
+        records: Records of its encoders by name, as in config.json.
     """
     file = folder / CARD
     try:
         if file.is_symlink() or (file.exists() and not _is_ours(file)):
             return
-        # Halves of a character, which JSON may hold, have no encoding.
+        # JSON may hold lone surrogates, which cannot be encoded.
         file.write_text("\n".join(_lines(model, records)) + "\n", encoding="utf-8", errors="replace")
     except OSError as error:
-        warnings.warn(f"{file}: the model is saved, and its card could not be written ({error})", stacklevel=3)
+        warnings.warn(f"{file}: the model is saved, but its card could not be written ({error})", stacklevel=3)
 
 
 def _is_ours(file: Path) -> bool:
@@ -54,7 +54,7 @@ def _lines(model: Any, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines += ["| encoder | class | from | dtype | fingerprint |", "|---|---|---|---|---|"]
     for name, record in records.items():
         source, copied = record["source"], record["stored"] == "copy"
-        # A folder of the machine that saved it says nothing where there is a copy.
+        # If there is a copy, the path on the machine that saved the model is of no use to readers.
         where = "copied here" if copied and (not source or Path(source).is_absolute()) else _line(source) or "no name"
         lines += [f"| {name} | {record['class']} | {where} | {record['dtype']} | `{record['fingerprint'][:16]}` |"]
     names = [_line(config.id2label[i]) for i in range(config.num_labels)]
@@ -62,7 +62,7 @@ def _lines(model: Any, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if model.card_data:
         lines += ["## Data and results", "", "```json", json.dumps(model.card_data, indent=2, default=str), "```", ""]
     else:
-        lines += ["Nothing is recorded of the data that it was trained on, nor of its accuracy.", ""]
+        lines += ["The training data and the accuracy are not recorded.", ""]
     given = "".join(f", {name}={name}" for name, record in records.items() if record["stored"] != "copy" and not record["source"])
     package = type(model).__module__.rpartition(".")[0]
     return [
@@ -88,5 +88,5 @@ def _trains(model: Any) -> bool:
 
 
 def _line(text: str) -> str:
-    """Return a name as text on one line, whatever it holds: no markup, link or picture, and no end of a cell."""
+    """Return a name as one line of plain text, with Markdown and HTML escaped so that it cannot break out of a table cell."""
     return re.sub(r"([\\`*_\[\]!|])", r"\\\1", html.escape(" ".join(str(text).split())))

@@ -1,4 +1,4 @@
-"""The configuration of a fusion model."""
+"""Configuration of a fusion model."""
 
 from __future__ import annotations
 
@@ -24,47 +24,52 @@ from mope_kernels.impl import names_in
 
 COMBINE = ("concat", "sum")
 FEATURES = ("first", "mean", "attention")
-# Not fields of `MoPEConfig`, but part of a saved file.
+# Keys of a saved file that are not fields of `MoPEConfig`.
 EXTRA_KEYS = ("mope_version", "backbones", "model_type", "architectures", "transformers_version")
-# Values that had other names in earlier versions.
+# Values that had another name in earlier versions.
 RENAMED = {("prompt_owner", "reference"): "released", ("owner", "reference"): "released"}
 
 
 @with_fields_named(SHORT, lambda values: _folded(values))
 @dataclass
 class MoPEConfig(ModelConfig):
-    """The configuration of a `MoPEForClassification`. Immutable; `replace` makes a changed copy.
+    """Configuration of a `MoPEForClassification`. Immutable; `replace` returns a modified copy.
 
     Args:
-        method: "mope" (static, mapped and dynamic prompts), "static_mapped" (no experts), "late_concat" (both features side by
-            side), "ensemble" (a head on each feature, mean of the logits), "main_only", "image_only", "text_only".
-        main: the modality that is prompted and classified: "vision", "text", or another that is registered, see
-            `mope.modalities`. Given by the method for image_only and text_only.
-        complementary: the other modalities, any number, whose encoders run first. Default: the text of any model but a text model,
-            whose complementary modality is the image; none for main_only, image_only and text_only.
-        combine: what psi is of the features of several complementary encoders: "concat", side by side, or "sum".
-        named: further names of modalities, such as {"hypothesis": "text"}, for `main` and `complementary`. Each has an encoder of
-            its own under that name, and its inputs have the name and an underscore in front.
-        num_labels, id2label: number of classes and their names, a sequence of names or {index: name}. One follows from the other.
-        problem_type: "single_label" (labels (B,) integers, cross-entropy) or "multi_label" (labels (B,num_labels) of 0 and 1,
-            a sigmoid for each class); transformers' names "single_label_classification", "multi_label_classification" do too.
-        router, prompts, mapper: a `RouterConfig` (or its kind), `PromptConfig`, `MapperConfig`. Their fields are keywords and
-            attributes here too, under short names (`mope.fusion.parts.SHORT`): `num_experts=4` is
-            `prompts=PromptConfig(num_experts=4)`, and `config.num_experts` is `config.prompts.num_experts`.
-        finetuned: encoders whose weights train as well, of `modalities`.
-        feature: what the head reads of the main encoder: "first", the encoder's own summary, which is its class token where it has
-            one; "mean", the mean of its tokens; or "attention", trained attention over its tokens, with as many heads as the
-            encoder and psi as the query (a trained query for ensemble, and where there is no psi).
-        head: "linear" or "mlp" (one hidden layer of `head_hidden`, GELU).
-        importance_weight, importance_threshold: weight of the importance loss in the loss, and the CV^2 up to which it is 0.
-        importance_noise: whether the importance loss sees the router's noise.
-        padding_side: of the tokenizer. Both take any attention mask. "right" is fast (lengths), and puts tokens in front of padding
-            first where it stands elsewhere; "left" hides padding by a mask.
-        impl: of the ops: "auto", the name of an implementation, or several with commas between them, tried in that order.
-        threshold: with problem_type "multi_label" a class is predicted where its probability is above this; between 0 and 1.
+        method: "mope" (static, mapped and dynamic prompts), "static_mapped" (no experts), "late_concat" (features concatenated),
+            "ensemble" (a head on each feature, logits averaged), "main_only", "image_only" or "text_only".
+        main: Modality that is prompted and classified: "vision", "text" or another registered modality, see `mope.modalities`.
+            Determined by the method for image_only and text_only.
+        complementary: Other modalities, any number; their encoders run first. The default is "vision" if `main` is "text" and
+            "text" otherwise; none for main_only, image_only and text_only.
+        combine: How psi is formed from the features of several complementary encoders: "concat" or "sum".
+        named: Additional names of modalities, such as {"hypothesis": "text"}, for use in `main` and `complementary`. Each has its
+            own encoder under that name, and the names of its inputs are prefixed with the name and an underscore.
+        num_labels: Number of classes. Inferred from `id2label` if that is given.
+        id2label: Names of the classes, as a sequence or {index: name}. The default is LABEL_0, LABEL_1, ...
+        problem_type: "single_label" (integer labels (B,), cross-entropy) or "multi_label" (labels (B,num_labels) of 0 and 1,
+            a sigmoid for each class). Also accepts transformers' "single_label_classification" and "multi_label_classification".
+        router: A `RouterConfig`, or its `kind`. The fields of `router`, `prompts` and `mapper` are also keywords and attributes
+            here, under short names (`mope.fusion.parts.SHORT`): `num_experts=4` means `prompts=PromptConfig(num_experts=4)`, and
+            `config.num_experts` is `config.prompts.num_experts`.
+        prompts: A `PromptConfig`.
+        mapper: A `MapperConfig`.
+        finetuned: Encoders in `modalities` whose weights train as well.
+        feature: What the head reads of the main encoder: "first", the encoder's own summary, which is the class token if there is
+            one; "mean", the mean of its tokens; or "attention", trained attention over its tokens with as many heads as the encoder
+            and psi as the query (a trained query for ensemble and without psi).
+        head: "linear" or "mlp" (one hidden layer of width `head_hidden`, GELU).
+        head_hidden: Width of the hidden layer of an "mlp" head.
+        importance_weight: Weight of the importance loss in the total loss.
+        importance_threshold: CV^2 up to which the importance loss is 0.
+        importance_noise: Whether the importance loss uses routing weights with the router's noise.
+        padding_side: Padding side of the tokenizer. Both sides accept any attention mask. "right" is fast because it uses sequence
+            lengths; it first moves tokens in front of padding if the mask is not right-padded. "left" masks padding out.
+        impl: Implementation of the ops: "auto", a name, or several names separated by commas, tried in that order.
+        threshold: With problem_type "multi_label", a class is predicted if its probability is above this, between 0 and 1.
 
     Raises:
-        ValueError: names the value and what is allowed.
+        ValueError: A value is not allowed; the message names it and the allowed values.
     """
 
     model_type: ClassVar[str] = "mope"
@@ -92,7 +97,7 @@ class MoPEConfig(ModelConfig):
     threshold: float = 0.5
 
     if TYPE_CHECKING:
-        # Shorthands, see `mope.fusion.parts.SHORT`: keywords of the constructor, and properties.
+        # Shorthands (`mope.fusion.parts.SHORT`), which are keywords of the constructor and properties.
         router_scope: str = "layer"
         temperature: float = 0.1
         noise_std: float | None = 1 / 256
@@ -136,7 +141,7 @@ class MoPEConfig(ModelConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"MoPEConfig: {name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
         if not isinstance(self.impl, str):
-            raise ValueError(f"MoPEConfig: impl must be a name, or several with commas between them, got {self.impl!r}")
+            raise ValueError(f"MoPEConfig: impl must be a name, or several separated by commas, got {self.impl!r}")
         names_in(self.impl, "MoPEConfig")
         for name, lowest in {
             "num_labels": 1,
@@ -176,11 +181,11 @@ class MoPEConfig(ModelConfig):
             raise ValueError("MoPEConfig: router_self_width and router_cross_width are both 0: the router would see nothing")
         if self.mapper_each and self.combine != "concat":
             raise ValueError(
-                "MoPEConfig: mapper_each reads the features one by one, which combine='sum' adds: set combine='concat'"
+                "MoPEConfig: mapper_each maps each feature separately, but combine='sum' adds them up: set combine='concat'"
             )
         if self.fusion.maps == "always" and not self.use_mapped:
             raise ValueError(
-                f"MoPEConfig: {self.method} without the mapped prompt has nothing of the other modality; "
+                f"MoPEConfig: {self.method} without the mapped prompt would not use the other modality; "
                 "for static prompts alone use method='image_only' or 'text_only' with static_length"
             )
         check_labels_of(self, "MoPEConfig")
@@ -194,30 +199,30 @@ class MoPEConfig(ModelConfig):
 
     @property
     def fusion(self) -> Method:
-        """Return the properties of the method."""
+        """Properties of the method."""
         if not isinstance(self.method, str) or self.method not in METHODS:
             raise ValueError(f"MoPEConfig: method must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}")
         return METHODS[self.method]
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
-        """Return the keywords of the constructor: the fields, and the shorthands for those of its parts."""
+        """Return the keywords of the constructor: its fields, and the shorthands for fields of its parts."""
         return (*(field.name for field in dataclasses.fields(cls)), *SHORT)
 
     @classmethod
     def _types(cls) -> dict[str, Any]:
-        """Return the annotation of each option that is not itself a part."""
+        """Return the annotation of each option except the parts themselves."""
         own = {field.name: field.type for field in dataclasses.fields(cls) if field.name not in PARTS}
         of_parts = {kind: {field.name: field.type for field in dataclasses.fields(PARTS[kind])} for kind in PARTS}
         return own | {name: of_parts[part][there] for name, (part, there) in SHORT.items()}
 
     def flat(self) -> dict[str, Any]:
-        """Return all options but the parts, by their short names; the router is its kind."""
+        """Return all options by their short names, without the parts; "router" is its kind."""
         assert isinstance(self.router, RouterConfig)
         return {"router": self.router.kind, **{name: getattr(self, name) for name in self._types()}}
 
     def _check_types(self) -> None:
-        """Refuse a value whose type would change its meaning: "no" would count as true, and "text" as its letters."""
+        """Reject values whose type would change their meaning: "no" would count as true, and "text" as a list of letters."""
         for name, kind in self._types().items():
             value = getattr(self, name)
             if kind in ("bool", "bool | None") and not (isinstance(value, bool) or (value is None and kind != "bool")):
@@ -226,31 +231,31 @@ class MoPEConfig(ModelConfig):
         if isinstance(finetuned, str) or not isinstance(finetuned, Sequence):
             raise ValueError(f"MoPEConfig: finetuned must be a sequence, such as ['text'], got {finetuned!r}")
         layers = self.prompted_layers
-        # Bytes are a sequence of integers too.
+        # bytes is a sequence of integers too, so it has to be excluded.
         is_list = isinstance(layers, Sequence) and not isinstance(layers, bytes)
         if layers is not None and not (is_list and layers and all(map(is_integer, layers))):
             raise ValueError(f"MoPEConfig: prompted_layers must be integers, at least one, or None for all layers, got {layers!r}")
 
     def _check_depth(self) -> None:
-        """Refuse options that shallow prompts do not have."""
+        """Reject options that do not apply to the prompt depth."""
         if self.prompt_depth == "shallow":
             if self.fusion.routes:
                 raise ValueError(
-                    "MoPEConfig: prompt_depth='shallow' has static and mapped prompts only, since experts are routed layer by "
+                    "MoPEConfig: prompt_depth='shallow' has static and mapped prompts only, because experts are routed layer by "
                     "layer: set prompt_depth='deep', or method='static_mapped'"
                 )
             if self.prompted_layers is not None:
                 raise ValueError(
-                    "MoPEConfig: prompted_layers says which layers have prompts of their own, and with prompt_depth='shallow' "
-                    "none has: leave it None"
+                    "MoPEConfig: prompted_layers selects the layers that have their own prompts, and with prompt_depth='shallow' "
+                    "no layer does: leave it None"
                 )
         elif self.blind_prompts:
             raise ValueError(
-                "MoPEConfig: blind_prompts needs prompt_depth='shallow': deep prompts ask nothing, so they see nothing anyway"
+                "MoPEConfig: blind_prompts needs prompt_depth='shallow': deep prompts have no queries, so they see nothing anyway"
             )
 
     def _resolve(self) -> None:
-        """Fill in what follows from other fields, so that a saved config says all."""
+        """Fill in the values that follow from other fields, so that a saved config is complete."""
 
         def put(name: str, value: object) -> None:
             if name in SHORT:
@@ -286,13 +291,13 @@ class MoPEConfig(ModelConfig):
         put("id2label", names)
 
     def _resolve_modalities(self, put: Callable[[str, object], None]) -> None:
-        """Fill in what main, complementary and named leave open, and check that they fit each other."""
+        """Fill in defaults of main, complementary and named, and check that they are consistent."""
         named = {} if self.named is None else self.named
         if not isinstance(named, Mapping) or not all(map(modalities.is_argument, named)):
             raise ValueError(f"MoPEConfig: named must map identifiers to modalities, got {named!r}")
         put("named", dict(named))
         if taken := sorted(name for name in named if name in modalities.known() or hasattr(torch.nn.Module, name)):
-            raise ValueError(f"MoPEConfig: named cannot give {', '.join(taken)} another meaning: take other names")
+            raise ValueError(f"MoPEConfig: named cannot redefine {', '.join(taken)}: choose other names")
         others: Any = self.complementary
         if not self.fusion.complementary:
             if others:
@@ -303,27 +308,27 @@ class MoPEConfig(ModelConfig):
         if isinstance(others, str) or not isinstance(others, Sequence):
             raise ValueError(f"MoPEConfig: complementary must be a sequence, such as ['text'], got {others!r}")
         if wrong := [name for name in (self.main, *others, *named.values()) if not isinstance(name, str)]:
-            raise ValueError(f"MoPEConfig: main, complementary and named hold names of modalities, got {wrong[0]!r}")
+            raise ValueError(f"MoPEConfig: main, complementary and named must hold names of modalities, got {wrong[0]!r}")
         put("complementary", tuple(others))
         if not others and self.fusion.complementary:
             raise ValueError(f"MoPEConfig: method {self.method!r} needs a complementary modality; 'main_only' needs none")
         if len(set(self.modalities)) < len(self.modalities):
             raise ValueError(
                 f"MoPEConfig: main and complementary name {', '.join(self.modalities)}, one of them twice: "
-                "give a second one a name of its own, named={'second': 'vision'}"
+                "give the second one its own name, such as named={'second': 'vision'}"
             )
         if unused := sorted(set(named) - set(self.modalities)):
-            raise ValueError(f"MoPEConfig: named says what {', '.join(unused)} is, which main and complementary do not name")
+            raise ValueError(f"MoPEConfig: named defines {', '.join(unused)}, which main and complementary do not use")
         try:
             batches = [name for slot in self.slots.values() for name in (*slot.names, *slot.flags)]
         except ValueError as error:
             raise ValueError(f"MoPEConfig: {error}") from error
         if len(set(batches)) < len(batches):
-            raise ValueError(f"MoPEConfig: two inputs would have one name in a batch, of {', '.join(batches)}: take other names")
+            raise ValueError(f"MoPEConfig: two inputs of {', '.join(batches)} would share a name in a batch: choose other names")
 
     @cached_property
     def slots(self) -> dict[str, Slot]:
-        """The modalities by their names in the model, the main one first."""
+        """Modalities by their names in the model, the main one first."""
         assert self.named is not None
         return {name: Slot(name, modalities.find_modality(self.named.get(name, name))) for name in self.modalities}
 
@@ -334,7 +339,7 @@ class MoPEConfig(ModelConfig):
 
     @property
     def experts(self) -> int:
-        """num_experts where the method has any, else 0."""
+        """`num_experts` if the method routes experts, else 0."""
         return self.num_experts if self.fusion.routes else 0
 
     @property
@@ -345,34 +350,34 @@ class MoPEConfig(ModelConfig):
 
     @property
     def maps(self) -> bool:
-        """Whether there is a mapped prompt."""
+        """Return whether there is a mapped prompt."""
         return self.fusion.maps != "never" and self.use_mapped
 
     @property
     def prompts_main(self) -> bool:
-        """Whether the main encoder has any prompts."""
+        """Return whether the main encoder has any prompts."""
         return self.fusion.prompts or bool(self.static_length)
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The encoders that the model needs, the main one first."""
+        """Names of the encoders that the model needs, the main one first."""
         return (self.main, *(self.complementary or ()))
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MoPEConfig:
-        """A published configuration, or a method of the released code by its name there; see `mope.fusion.presets.PRESETS`.
+        """Return a published configuration, or a fusion method of the released code; see `mope.fusion.presets.PRESETS`.
 
         >>> MoPEConfig.preset("mope-v4", num_labels=23, problem_type="multi_label", num_experts=16)
 
         Raises:
-            ValueError: there is no such preset, or `changes` do not fit.
+            ValueError: There is no such preset, or `changes` are invalid.
         """
         if name not in PRESETS:
             raise ValueError(f"MoPEConfig: preset must be one of {', '.join(map(repr, PRESETS))}, got {name!r}")
         return cls(**{**PRESETS[name], **changes})
 
     def replace(self, **changes: Any) -> MoPEConfig:
-        """Return a changed copy. Complementary modalities that only followed from method and main follow from the new ones."""
+        """Return a modified copy. Complementary modalities that were defaults are derived again if method or main changes."""
         if changes.keys() & {"method", "main"} and "complementary" not in changes:
             method = METHODS.get(changes.get("method", self.method), self.fusion)
             if not method.complementary or self.complementary in ((), ("text",), ("vision",)):
@@ -389,25 +394,25 @@ class MoPEConfig(ModelConfig):
             known["router"] = dataclasses.replace(known["router"], kind=changes.pop("router"))
         for name in [name for name in changes if name in SHORT]:
             part, there = SHORT[name]
-            # Beside a part that is given, the constructor says whether the two contradict each other.
+            # If the part is given too, the constructor checks that the two do not contradict each other.
             if part not in changes:
                 known[part] = dataclasses.replace(known[part], **{there: changes.pop(name)})
         return type(self)(**{**known, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold, with the version of this library; `from_dict` reads them back."""
+        """Return JSON-serializable values, with the version of this library; `from_dict` reads them back."""
         kind = {"model_type": self.model_type, "architectures": ["MoPEForClassification"]}
         problem = {"problem_type": PROBLEMS_OF_TRANSFORMERS[self.problem_type]}
         return {"mope_version": mope.__version__, **kind, **dataclasses.asdict(self), **problem}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **options: Any) -> Any:
-        """Return the configuration that a dictionary holds. Unknown keys are warned about by name and left out.
+        """Return the configuration that a dictionary holds. Unknown keys are ignored with a warning that names them.
 
         `options` are those of transformers' `AutoConfig`.
         """
         fields, values = set(cls.options()), dict(values)
-        # Files of earlier versions are flat: they have "router" with its kind, and the shorthands.
+        # Files of earlier versions are flat: they hold the router's kind under "router", and the shorthands.
         for part, kind in PARTS.items():
             if isinstance(held := values.get(part), Mapping):
                 of_part = {field.name for field in dataclasses.fields(kind)}
@@ -425,7 +430,7 @@ class MoPEConfig(ModelConfig):
 
 
 def _folded(values: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a `MoPEConfig`, shorthands put into their parts. ValueError where the two contradict each other."""
+    """Return keywords of a `MoPEConfig` with shorthands moved into their parts. ValueError if the two contradict each other."""
     values = dict(values)
     if isinstance(kind := values.get("router"), str):
         values["router"] = RouterConfig(kind)

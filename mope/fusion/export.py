@@ -1,4 +1,4 @@
-"""A fusion model as a function of tensors, for torch.export."""
+"""Fusion model as a function from tensors to tensors, for torch.export."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from mope.fusion.signature import sign_forward
 
 
 class InferenceModel(nn.Module):
-    """Tensors in, tensors out, in evaluation. The banks of a model over a ViT or BERT are constants of it.
+    """Module that maps tensors to tensors in evaluation mode. For a ViT or BERT, the banks are constants of the module.
 
     >>> dynamic = {name: {0: torch.export.Dim.DYNAMIC} for name in inputs}
     >>> program = torch.export.export(InferenceModel(model.eval()), (), inputs, dynamic_shapes=dynamic)
 
     Args:
-        model: in evaluation mode. Banks are of the prompts that it has now.
-        interpolate_pos_encoding: see `MoPEForClassification.forward`; the program takes images of the size that it is made for.
+        model: Model in evaluation mode. Banks are built from its current prompts.
+        interpolate_pos_encoding: See `MoPEForClassification.forward`. The exported program accepts only images of the size that it
+            was exported with.
 
     Raises:
-        ValueError: the model is in training mode, or has its frozen weights in 16 bits by `cast_frozen`.
+        ValueError: The model is in training mode, or `cast_frozen` put its frozen weights in 16 bits.
     """
 
     def __init__(self, model: MoPEForClassification, *, interpolate_pos_encoding: bool = False) -> None:
@@ -32,7 +33,7 @@ class InferenceModel(nn.Module):
             raise ValueError("InferenceModel: the model is in training mode: call model.eval() first")
         if model.frozen_dtype is not None:
             raise ValueError(
-                "InferenceModel: torch.export cannot save the autocast within autocast that cast_frozen makes of a model: "
+                "InferenceModel: torch.export cannot save nested autocast, which a model uses after cast_frozen: "
                 "call cast_frozen(None), or load the encoders in 16 bits"
             )
         self.model, self.interpolate_pos_encoding = model, interpolate_pos_encoding
@@ -42,7 +43,7 @@ class InferenceModel(nn.Module):
         sign_forward(self, [name for slot in model.slots.values() for name in slot.names])
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
-        """Classify the inputs of `MoPEForClassification.forward` -> "logits" (B,num_labels) and "features" (B,C)."""
+        """Classify the inputs of `MoPEForClassification.forward`, and return "logits" (B,num_labels) and "features" (B,C)."""
         flags = {"interpolate_pos_encoding": True} if self.interpolate_pos_encoding else {}
         output = self.model(**inputs, **flags, banks=self.banks)
         return {"logits": output.logits, "features": output.features}

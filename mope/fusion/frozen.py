@@ -1,4 +1,4 @@
-"""Frozen weights in 16 bits."""
+"""Cast frozen weights to 16 bits."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# Layers whose weights autocast casts.
+# Layers whose weights are cast by autocast.
 CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 HALF = (torch.float16, torch.bfloat16)
 
 
 class CastWeights:
-    """The frozen weights of linear and convolution layers, cast once instead of by autocast in every forward.
+    """Frozen weights of linear and convolution layers, cast once instead of by autocast in every forward.
 
-    What they were goes to the memory of the host, whatever device the layers are on. Parameters stay the same objects.
+    The original weights move to host memory, whatever the device of the layers. Parameters remain the same objects.
 
     Args:
-        modules: whose layers; those that train, in whole or in part, and weights that other layers read too, are left alone.
+        modules: Modules whose layers are cast. Layers with any trainable parameter, and weights shared with other kinds of layers,
+            are left alone.
         dtype: torch.float16 or torch.bfloat16.
     """
 
@@ -27,7 +28,7 @@ class CastWeights:
         self.dtype = dtype
         layers = list(dict.fromkeys(m for module in modules for m in module.modules()))
         read_elsewhere = {p for m in layers if not isinstance(m, CAST) for p in m.parameters(recurse=False)}
-        # Each with what it was.
+        # Each cast parameter with its original data.
         self._before: dict[nn.Parameter, Tensor] = {}
         try:
             for layer in layers:
@@ -43,7 +44,7 @@ class CastWeights:
             raise
 
     def undo(self) -> None:
-        """Bring back what the weights were, to where they are now. Where memory lacks, a second call goes on."""
+        """Restore the original weights on the parameters' current device. If memory runs out, a second call continues."""
         self._check_unchanged()
         self._bring_back()
 
@@ -54,7 +55,7 @@ class CastWeights:
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
-        """Put the original weights back for a while, in the memory of the host."""
+        """Restore the original weights within the context, in host memory."""
         self._check_unchanged()
         now = {parameter: parameter.data for parameter in self._before}
         try:
@@ -68,10 +69,10 @@ class CastWeights:
     def _check_unchanged(self) -> None:
         if changed := sum(not torch.equal(p.data.cpu(), before.to(self.dtype)) for p, before in self._before.items()):
             raise ValueError(
-                f"{changed} frozen weights were changed after cast_frozen, and are there in {self.dtype} only: change them before"
+                f"{changed} frozen weights were changed after cast_frozen, and exist only in {self.dtype}: change them before"
             )
 
 
 def autocast_casts(dtype: torch.dtype) -> bool:
-    """Whether autocast casts tensors of this dtype where it casts."""
+    """Return whether autocast converts tensors of this dtype."""
     return dtype.is_floating_point and dtype.itemsize in (2, 4)

@@ -1,4 +1,4 @@
-"""The parts that a configuration adds to the encoders, each made from `MoPEConfig` and widths alone."""
+"""Parts that a configuration adds to the encoders, each built from a `MoPEConfig` and widths alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mope.fusion.config import MoPEConfig
 
 
 def router_options(config: MoPEConfig) -> dict[str, Any]:
-    """See `mope.fused.router.make_router`."""
+    """Return the options of `mope.fused.router.make_router`."""
     return {
         "self_width": config.router_self_width,
         "cross_width": config.router_cross_width,
@@ -32,10 +32,16 @@ def router_options(config: MoPEConfig) -> dict[str, Any]:
 
 
 def new_swin(config: MoPEConfig, name: str, model: SwinModel, cross_dim: int | None) -> MoPESwinEncoder:
-    """A copy of `model`, the encoder of that name, that holds prompts, and routers and mapper where it is the main encoder.
+    """Return a copy of a Swin Transformer that holds prompts, and routers and mapper if it is the main encoder.
+
+    Args:
+        config: Configuration of the fusion model.
+        name: Name of the encoder in the fusion model.
+        model: The Swin Transformer to copy.
+        cross_dim: Width Cc of psi; None without complementary encoders.
 
     Raises:
-        ValueError: the config asks for something that a Swin Transformer does not have.
+        ValueError: The config requires something that a Swin Transformer does not support.
     """
     of_both: dict[str, Any] = {
         "bound": config.prompt_init_bound,
@@ -63,7 +69,7 @@ def new_swin(config: MoPEConfig, name: str, model: SwinModel, cross_dim: int | N
         if fuses and not config.prompt_first_blocks and 1 in model.config.depths:
             raise ValueError(
                 f"a stage of this SwinModel has one block only (depths={list(model.config.depths)}), which passes on the prompts "
-                "that arrive: nothing of the other modality reaches it: set prompt_first_blocks=True"
+                "that it receives, so the other modality would not reach it: set prompt_first_blocks=True"
             )
         encoder = encoder_for(
             model,
@@ -87,19 +93,19 @@ def new_swin(config: MoPEConfig, name: str, model: SwinModel, cross_dim: int | N
 
 
 class MapperOfEach(nn.ModuleList):
-    """A mapper for each complementary modality: psi (B, sum of widths) -> their mapped prompts (B, M, C)."""
+    """Mappers of the complementary modalities, one each: psi (B, sum of widths) -> mapped prompts (B, M, C)."""
 
     def __init__(self, mappers: Iterable[nn.Module], widths: Sequence[int]) -> None:
         super().__init__(mappers)
         self.widths = list(widths)
 
     def forward(self, psi: Tensor) -> Tensor:
-        """Map each part of psi by its own mapper."""
+        """Map each part of psi with its own mapper."""
         return torch.stack([mapper(part) for mapper, part in zip(self, psi.split(self.widths, -1), strict=True)], dim=1)
 
 
 def new_mapper(config: MoPEConfig, widths: Sequence[int], dim: int) -> nn.Module:
-    """psi (B, sum of widths) -> the mapped prompt of all layers (B, dim), or one for each width (B, M, dim)."""
+    """Build the mapper: psi (B, sum of widths) -> the mapped prompt of all layers (B, dim), or one per width (B, M, dim)."""
     if len(widths) > 1:
         return MapperOfEach([new_mapper(config, [width], dim) for width in widths], widths)
     (cross_dim,) = widths
@@ -111,7 +117,7 @@ def new_mapper(config: MoPEConfig, widths: Sequence[int], dim: int) -> nn.Module
 
 
 def new_input_prompts(config: MoPEConfig, norm: nn.Module | None, dim: int) -> InputPrompts:
-    """Shallow prompts in front of tokens of width `dim`; `norm` stands in front of the first layer's attention."""
+    """Build shallow prompts for tokens of width `dim`; `norm` is the normalization before the first layer's attention, if any."""
     assert config.static_length is not None
     bound = config.prompt_init_bound or default_bound(norm, dim)
     return InputPrompts(config.static_length, dim, bound=bound, dropout=config.prompt_dropout, blind=config.blind_prompts)
@@ -123,20 +129,25 @@ def new_pooling(config: MoPEConfig, dim: int, num_heads: int, cross_dim: int | N
 
 
 def new_head(config: MoPEConfig, width: int) -> nn.Sequential:
-    """Features (B, width) -> logits (B, num_labels)."""
+    """Build the classification head: features (B, width) -> logits (B, num_labels)."""
     if config.head == "linear":
         return nn.Sequential(nn.Linear(width, config.num_labels))
     return nn.Sequential(nn.Linear(width, config.head_hidden), nn.GELU(), nn.Linear(config.head_hidden, config.num_labels))
 
 
 def task_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
-    """Logits (B,num_labels) and labels (B,), or (B,num_labels) with problem_type "multi_label" -> ().
+    """Compute the classification loss (), a mean over the batch, in float32 or wider.
+
+    Args:
+        logits: (B,num_labels).
+        labels: (B,), or (B,num_labels) with problem_type "multi_label".
+        problem_type: "single_label" (cross-entropy) or "multi_label" (binary cross-entropy).
 
     Raises:
-        ValueError: labels are of another shape or kind, or there are none; or, where they are on the CPU, no such classes.
+        ValueError: Labels have another shape or dtype, or are empty; or, if they are on the CPU, they are outside the classes.
     """
     expected = logits.shape if problem_type == "multi_label" else logits.shape[:1]
-    # cross_entropy would take labels (B,num_labels) for probabilities of classes.
+    # cross_entropy would interpret labels (B,num_labels) as class probabilities.
     if labels.shape != expected:
         raise ValueError(f"labels must be {tuple(expected)} with problem_type={problem_type!r}, got {tuple(labels.shape)}")
     check_labels(labels, logits.shape[-1], problem_type)

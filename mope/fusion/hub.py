@@ -1,38 +1,38 @@
-"""Models on the hub of Hugging Face."""
+"""Download from and upload to the Hugging Face hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-# All that a checkpoint has. Nothing of it is code.
+# All files of a checkpoint. None of them is code.
 FILES = ["*.json", "*.safetensors", "*.txt", "*.md", "*.model"]
-# Arguments of transformers' `from_pretrained` that say where files come from.
+# Arguments of transformers' `from_pretrained` that control where files come from.
 WHERE = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-# Options of transformers that say how a model is made, for which there is a call of the model that comes back.
+# Options of transformers that control how a model is built. Here, methods of the returned model replace them.
 ABOUT_THE_MODEL = (
     *("dtype", "torch_dtype", "device_map", "low_cpu_mem_usage", "attn_implementation", "quantization_config", "variant"),
     *("output_loading_info", "subfolder", "proxies"),
 )
-# Those that the Auto classes add, and that change nothing here.
+# Options that the Auto classes add, and that have no effect here.
 IGNORED = ("trust_remote_code", "_commit_hash", "adapter_kwargs", "code_revision", "weights_only", "use_safetensors")
 
 
 def folder_of(name: str | Path, options: dict[str, Any]) -> Path:
-    """Return the folder of a checkpoint: the one that is named, or that of a name on the hub, downloaded.
+    """Return the folder of a checkpoint: a local folder, or one downloaded from the hub.
 
     Args:
-        name: a folder, or "organisation/name" where there is no such folder.
-        options: keyword arguments of `from_pretrained`; those that are about the hub are taken out.
+        name: A folder, or "organisation/name" if there is no such folder.
+        options: Keyword arguments of `from_pretrained`. Those for the hub are removed from the dictionary.
 
     Raises:
-        OSError: it cannot be downloaded; huggingface_hub says why.
-        TypeError: an option of transformers is given that is not for models around encoders.
+        OSError: The checkpoint cannot be downloaded; the message of huggingface_hub gives the reason.
+        TypeError: An option of transformers does not apply to models built around given encoders.
     """
     if refused := [key for key in ABOUT_THE_MODEL if options.pop(key, None) not in (None, "auto")]:
         raise TypeError(
-            f"from_pretrained has no {', '.join(refused)} here: cast or move what it returns, model.to(...), or load the encoders "
-            "yourself and give them"
+            f"from_pretrained has no {', '.join(refused)} here: cast or move the returned model, model.to(...), or load the "
+            "encoders yourself and pass them"
         )
     where = {key: options.pop(key) for key in WHERE if key in options}
     for key in IGNORED:
@@ -51,7 +51,7 @@ def _may_be_on_the_hub(name: str) -> bool:
 
 
 def push(folder: Path, repo_id: str, *, private: bool | None, token: str | None, revision: str | None, message: str) -> Any:
-    """Upload a folder to a repository on the hub, which is made if need be -> what huggingface_hub says of the commit."""
+    """Upload a folder to a repository on the hub, created if necessary; return huggingface_hub's description of the commit."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -62,7 +62,11 @@ def push(folder: Path, repo_id: str, *, private: bool | None, token: str | None,
 
 
 def config_to_build(given: Any, found: Any) -> Any:
-    """Return the configuration that `from_pretrained` was given, or None, else the one of the checkpoint. TypeError for others."""
+    """Return the configuration passed to `from_pretrained`, or that of the checkpoint if it is None.
+
+    Raises:
+        TypeError: The two have different types.
+    """
     if given is None:
         return found
     if type(given) is not type(found):

@@ -1,4 +1,4 @@
-"""The inputs of a fusion model, by the names that its modalities have in a batch: its signature, and checks."""
+"""Inputs of a fusion model, by their names in a batch: signature of `forward`, and checks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mope.modalities import Slot, known
 
 
 class InputChecks:
-    """Holds what a model is given to what its encoders read.
+    """Checks of the inputs of a model against those that its encoders read.
 
     Args:
-        slots: of the model, by name.
-        refused: names of inputs and flags that its encoders do not read, though their modalities have them.
+        slots: Slots of the model, by name.
+        refused: Names of inputs and flags that the modalities define but the encoders do not read.
     """
 
     def __init__(self, slots: Mapping[str, Slot], refused: Collection[str] = ()) -> None:
@@ -28,7 +28,7 @@ class InputChecks:
         self._doubts = Doubts()
 
     def sign(self, model: nn.Module) -> None:
-        """Let the signature of `forward` list the inputs, and keep which slot each belongs to, others of the registry included."""
+        """List the inputs in the signature of `model.forward`, and record the slot of each input, including unused modalities."""
         slots = self.slots.values()
         tensors = [name for slot in slots for name in slot.names if name not in self.refused]
         sign_forward(model, tensors, [flag for slot in slots for flag in slot.flags if flag not in self.refused])
@@ -39,20 +39,21 @@ class InputChecks:
     def own(
         self, model: Any, given: Mapping[str, Any], wanted: Sequence[str], check_flag: Callable[[str, str], None] | None = None
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, bool]]]:
-        """Sort what a batch holds by slot, and check it.
+        """Sort the contents of a batch by slot, and check them.
 
         Args:
-            model: a `FusionModel`, whose backbones read the inputs.
-            given: the batch.
-            wanted: the slots whose encoders have to run.
-            check_flag: (slot, flag) -> nothing, ValueError where the encoder does not take it. None: all take all.
+            model: A `FusionModel`, whose backbones read the inputs.
+            given: The batch.
+            wanted: Slots whose encoders have to run.
+            check_flag: Function of (slot, flag) that raises ValueError if the encoder does not support the flag. None: every
+                encoder supports every flag.
 
         Returns:
-            Of each slot the inputs under the modality's own names, and the flags that are set under those that the encoder knows.
+            For each slot, the inputs under the modality's own names, and the flags that are set under the encoder's names.
 
         Raises:
-            TypeError: an input is not a tensor, or has a name that no modality knows.
-            ValueError: an input is missing, does not fit its encoder or the others.
+            TypeError: An input is not a tensor, or its name is unknown to all modalities.
+            ValueError: An input is missing, or does not fit its encoder or the other inputs.
         """
         self._check_names(model, given)
         own = {name: slot.own(given) for name, slot in self.slots.items()}
@@ -70,7 +71,7 @@ class InputChecks:
         return own, flags
 
     def _check_names(self, model: Any, given: Mapping[str, Any]) -> None:
-        """Hold names and types of inputs to what there is. Those of modalities that the model lacks are left alone."""
+        """Check names and types of inputs. Tensors of modalities that the model does not have are ignored."""
         for name, value in given.items():
             slot = self._slot_of.get(name)
             if slot is None:
@@ -90,7 +91,7 @@ class InputChecks:
             if slot.modality.required not in own[name]:
                 works_on = " and ".join(model.config.modalities)
                 raise ValueError(f"method {model.config.method!r} works on {works_on}: {slot.required} must be given")
-            # torch.export fixes what len() gives.
+            # torch.export would treat the result of len() as a constant.
             sizes.append(own[name][slot.modality.required].shape[0])
         if any(size != sizes[0] for size in sizes):
             found = ", ".join(f"{size} in {self.slots[name].required}" for size, name in zip(sizes, wanted, strict=True))
@@ -98,7 +99,7 @@ class InputChecks:
 
 
 def _check(slot: Slot, encoder: nn.Module, own: Mapping[str, Tensor]) -> None:
-    """`Modality.check`, which knows the inputs by the modality's own names."""
+    """Run `Modality.check`, which uses the modality's own names, and name the slot in its errors if it has a prefix."""
     if not slot.prefix:
         slot.modality.check(encoder, own)
         return
@@ -109,5 +110,5 @@ def _check(slot: Slot, encoder: nn.Module, own: Mapping[str, Tensor]) -> None:
 
 
 def as_encoder_knows(slot: Slot, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return inputs of a slot, but for the mask, under the names that its encoder knows, from those of its modality."""
+    """Return the inputs of a slot, except the mask, renamed from the modality's names to the encoder's names."""
     return {of_encoder: own[of_batch] for of_batch, of_encoder in slot.modality.inputs.items() if of_batch in own}

@@ -1,4 +1,4 @@
-"""The fusion methods: one object says all that differs between them."""
+"""Fusion methods, each described by one object."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """One way to classify from the features of several encoders.
+    """Method of classifying from the features of several encoders.
 
     Args:
-        name: in `MoPEConfig(method=...)`.
-        complementary: whether there are complementary encoders.
-        main: the modality of the main encoder, where the method sets it.
-        static_length: static prompts in each layer of the main encoder, where the configuration does not say.
-        maps: whether psi becomes a prompt: "never", "asked" (`use_mapped`), or "always".
-        routes: whether experts are routed.
-        head: what is classified: "main", the feature of the main encoder; "concat", all features side by side; "mean", each by a
-            head of its own, of which the logits are averaged.
+        name: Value of `MoPEConfig(method=...)`.
+        complementary: Whether there are complementary encoders.
+        main: Modality of the main encoder, or None if the configuration chooses it.
+        static_length: Default number of static prompts in each layer of the main encoder.
+        maps: Whether psi is mapped to a prompt: "never", "asked" (if `use_mapped` is set) or "always".
+        routes: Whether experts are routed.
+        head: Input of the head: "main", the feature of the main encoder; "concat", all features concatenated; "mean", one head for
+            each feature, with averaged logits.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Method:
 
     @property
     def prompts(self) -> bool:
-        """Whether the main encoder has prompts in any case."""
+        """Return whether the method always prompts the main encoder."""
         return self.routes or self.maps == "always"
 
 

@@ -1,4 +1,4 @@
-"""Fusion models over frozen transformers."""
+"""Fusion models on top of frozen transformers."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ from mope.registering import register_model
 from mope_kernels import Routing
 
 NO_BANKS = (
-    "a Swin Transformer has no banks: its prompts pass through every part of a block, not only as keys and values: leave banks out"
+    "a Swin Transformer has no banks, because its prompts pass through every part of a block, not only as keys and values: "
+    "leave banks out"
 )
 
 
-# Attributes of a model, and arguments of its forward: encoders and inputs need other names.
+# Attributes of a model and arguments of its forward, which encoders and inputs may not use as names.
 OWN = frozenset(
     {
         *("blocks", "card_data", "config", "cross_blocks", "cross_head", "head", "input_checks", "input_prompts", "mapper"),
@@ -56,27 +57,28 @@ ARGUMENTS = frozenset({"banks", "cross_features", "labels", "output_attentions",
 
 
 class EncoderInputs(NamedTuple):
-    """The inputs of one encoder: tensors and flags by the names that it knows, and its padding."""
+    """Inputs of one encoder: tensors and flags under the encoder's names, and its padding."""
 
     given: dict[str, Any]
     padding: Padding
 
     @property
     def batch(self) -> int:
-        """B. torch.export fixes what len() gives."""
+        """Batch size B, read from a shape because torch.export would treat the result of len() as a constant."""
         size: int = next(iter(self.given.values())).shape[0]
         return size
 
 
 @dataclass
 class MoPEOutput(ModelOutput):
-    """The output of a fusion model.
+    """Output of a fusion model.
 
-    loss: (), task loss + importance_weight * importance_loss; None without labels.
-    logits: (B,num_labels).
-    importance_loss: (), mean over the routed blocks; None in evaluation without labels, and where nothing is routed.
-    routing: the `Routing` of each routed block, first block first; None where nothing is routed.
-    features: (B,C), what the head sees; (B, C + Cc) of both encoders in late_concat and ensemble.
+    Attributes:
+        loss: (), task loss + importance_weight * importance_loss; None without labels.
+        logits: (B,num_labels).
+        importance_loss: (), mean over the routed blocks; None in evaluation without labels, and if nothing is routed.
+        routing: `Routing` of each routed block, first block first; None if nothing is routed.
+        features: (B,C), the input of the head; (B, C + Cc), the features of both encoders, with late_concat and ensemble.
     """
 
     loss: Tensor | None = None
@@ -90,34 +92,34 @@ class MoPEOutput(ModelOutput):
 
 
 class MoPEForClassification(SavedModel):
-    """Classifies items of several modalities with frozen encoders; prompts, routers, mapper and head are trained.
+    """Multimodal classifier with frozen encoders, whose prompts, routers, mapper and head are trained.
 
-    The complementary encoders run first. Their features, psi (B,Cc), side by side or summed, go to the routers and the mapper,
-    Linear(Cc, mapper_hidden) -> GELU -> Linear(mapper_hidden, C): one mapped prompt for all layers, which each layer projects
-    with its own keys and values. The main encoder runs with its prompts, and the head reads its feature. What else there is,
-    `MoPEConfig` says; with `finetuned` the weights of the encoders train as well, in place, in training mode but without the
-    dropout of attention probabilities.
+    The complementary encoders run first. Their features, concatenated or summed to psi (B,Cc), are the input of the routers and of
+    the mapper, Linear(Cc, mapper_hidden) -> GELU -> Linear(mapper_hidden, C). The mapper makes one mapped prompt for all layers,
+    which each layer projects to its own keys and values. The main encoder then runs with its prompts, and the head classifies its
+    feature. `MoPEConfig` describes all other options. With `finetuned`, encoder weights train as well, in place, in training mode
+    but without dropout of attention probabilities.
 
-    The backbones are frozen, prompted and kept in eval mode from construction to `detach`. Prompts stand in `blocks` (main
-    encoder) and `cross_blocks` (complementary encoder), one `MoPEAttention` for each prompted layer.
+    The backbones are frozen, prompted and kept in eval mode from construction until `detach`. Prompts are held in `blocks` (main
+    encoder) and `cross_blocks` (complementary encoders), with one `MoPEAttention` for each prompted layer.
 
-    Encoders stand under the names of their modalities, `vision`, `text`, and what they read is given by the names that the modality
-    has in a batch; `inspect.signature(model.forward)` lists them.
+    Encoders are attributes with the names of their modalities, such as `vision` and `text`. `forward` accepts their inputs under
+    the modality's names in a batch; `inspect.signature(model.forward)` lists them.
 
-    A `SwinModel` is copied into a `MoPESwinEncoder`, which stands in its place and holds prompts, routers and mapper of its own;
-    its feature is the mean over prompts and tokens. The model that was given is not changed, nothing is shared with it, and
-    it may be deleted; `detach` has nothing to give back. As MoPE was published: vision a Swin Transformer, text a BERT,
+    A `SwinModel` is copied into a `MoPESwinEncoder`, which takes its place and holds its own prompts, routers and mapper; its
+    feature is the mean over prompts and tokens. The original model is not changed, shares nothing with the copy, and may be
+    deleted; `detach` has nothing to restore. The published MoPE uses a Swin Transformer for vision and a BERT for text:
     `MoPEConfig.preset("mope-v4")`.
 
     Args:
-        config: what to build.
-        backbones: `vision=`, `text=` and so on: a transformers model of a known architecture (see `register_backbone`) for each of
-            `config.modalities`.
+        config: Configuration of the model.
+        **backbones: `vision=`, `text=` and so on: a transformers model of a known architecture (see `register_backbone`) for each
+            of `config.modalities`.
 
     Raises:
-        TypeError: a keyword names no modality.
-        ValueError: a backbone is missing, superfluous, of the wrong modality, prompted already, or cannot be prompted; or the
-            config asks for something that this backbone does not have.
+        TypeError: A keyword is not the name of a modality.
+        ValueError: A backbone is missing, superfluous, of the wrong modality, already prompted, or cannot be prompted; or the
+            config requires something that a backbone does not support.
     """
 
     def __init__(self, config: MoPEConfig, **backbones: nn.Module | None) -> None:
@@ -126,7 +128,7 @@ class MoPEForClassification(SavedModel):
         self.config, self.slots = config, config.slots
         for name in dict.fromkeys((*known(), *config.modalities)):
             backbone = backbones.get(name)
-            # A modality that this model does not use may have the name of one of its attributes.
+            # A modality that this model does not use may share its name with one of the model's attributes.
             if backbone is not None or not (name in OWN or hasattr(type(self), name)):
                 setattr(self, name, None if backbone is None else base_model(backbone))
         self._sources = {m: source_of(self.backbone(m)) for m in config.modalities}
@@ -140,9 +142,9 @@ class MoPEForClassification(SavedModel):
         if config.prompt_owner != "instance" and not any(self._is_swin(m) for m in config.modalities):
             raise ValueError(
                 f"prompt_owner={config.prompt_owner!r} is an order of windows, which only a SwinModel has: "
-                "set it to 'instance', or give a SwinModel as vision"
+                "set it to 'instance', or pass a SwinModel as vision"
             )
-        # By slot, of the backbones that are prompted layer by layer.
+        # Adapters by slot, for the backbones that are prompted layer by layer.
         self._adapters = {m: find_adapter(self.backbone(m), kinds[m], m) for m in config.modalities if not self._is_swin(m)}
         self._warned_top_k = self._warned_local = False
 
@@ -157,28 +159,26 @@ class MoPEForClassification(SavedModel):
             self.to(self.device)
             self.input_checks = InputChecks(self.slots)
             self.input_checks.sign(self)
-        # Also memory that is not there, and an interruption: whoever gave the encoders has no handle to detach them by.
+        # This includes out-of-memory errors and interrupts, because the caller would have no way to detach the encoders.
         except BaseException:
             self.detach()
             raise
 
     @staticmethod
     def _check_backbones(config: MoPEConfig, backbones: Mapping[str, nn.Module | None]) -> None:
-        """Hold the encoders that are given to those that the configuration asks for."""
+        """Check that the given encoders are those that the configuration requires."""
         every = dict.fromkeys((*known(), *config.modalities))
         if strangers := [name for name in backbones if name not in every]:
             hint = did_you_mean(strangers[0], every)
             raise TypeError(f"MoPEForClassification got {', '.join(strangers)}, which name no modality{hint and '; ' + hint}")
         if taken := [name for name in config.modalities if name in OWN or hasattr(MoPEForClassification, name)]:
             raise ValueError(
-                f"a model has something else that is called {taken[0]}, so no encoder can be: name it otherwise, "
+                f"a model has something else that is called {taken[0]}, so no encoder can use the name: choose another, "
                 f"named={{'my_{taken[0]}': ...}}"
             )
         inputs = [name for slot in config.slots.values() for name in (*slot.names, *slot.flags)]
         if taken := [name for name in inputs if name in ARGUMENTS]:
-            raise ValueError(
-                f"forward has an argument {taken[0]} of its own, so no input can be called that: name the modality otherwise"
-            )
+            raise ValueError(f"forward has an argument {taken[0]} of its own, so no input can use the name: rename the modality")
         for name in every:
             backbone = backbones.get(name)
             if (backbone is not None) != (name in config.modalities):
@@ -192,7 +192,7 @@ class MoPEForClassification(SavedModel):
                 raise ValueError(f"{name} was given a MoPESwinEncoder, which holds the prompts of another model: give a SwinModel")
 
     def _cross_dim(self) -> int | None:
-        """Cc, width of psi; None without complementary encoders."""
+        """Return the width Cc of psi; None without complementary encoders."""
         widths = {m: self.widths[m] for m in self.config.modalities[1:]}
         if not widths:
             return None
@@ -204,9 +204,9 @@ class MoPEForClassification(SavedModel):
         return next(iter(widths.values()))
 
     def _add_parts(self, dim: int, cross_dim: int | None) -> None:
-        """Add the parts that train; `dim` and `cross_dim` are the widths of the main encoder and of psi."""
+        """Add the trainable parts; `dim` and `cross_dim` are the widths of the main encoder and of psi."""
         config, (main, *others) = self.config, self.config.modalities
-        # A Swin Transformer holds its own.
+        # A Swin Transformer holds its own parts.
         layerwise = main in self._adapters
         self.router: Router | None = None
         if config.router_scope == "shared" and layerwise:
@@ -229,7 +229,7 @@ class MoPEForClassification(SavedModel):
             adapter = self._adapters[main]
             if adapter.own_between:
                 raise ValueError(
-                    f"prompt_depth='shallow' is not supported with {type(adapter).__name__}: prompts among the tokens would shift "
+                    f"prompt_depth='shallow' is not supported with {type(adapter).__name__}, because prompt tokens would shift "
                     "the positions or biases of its attention: set prompt_depth='deep'"
                 )
             first_layer = adapter.layers(self.backbone(main))[0]
@@ -246,12 +246,17 @@ class MoPEForClassification(SavedModel):
             self.cross_head = new_head(config, cross_dim)
 
     def backbone(self, modality: str) -> nn.Module:
-        """The encoder of a modality, by its name in the model."""
+        """Return the encoder of a modality, given its name in the model."""
         backbone: nn.Module = getattr(self, modality)
         return backbone
 
     def encoder(self, modality: str, *, recomputing: Recomputing | None = None) -> LayerwiseEncoder | WindowedEncoder:
-        """Return what encodes a modality: `encode(inputs, padding, prompts)`; `recomputing` is for the backward pass."""
+        """Return the object that encodes a modality with `encode(inputs, padding, prompts)`.
+
+        Args:
+            modality: Name of the encoder in the model.
+            recomputing: Gradient checkpointing of the layers, or None to keep their activations.
+        """
         backbone = self.backbone(modality)
         if isinstance(backbone, MoPESwinEncoder):
             return WindowedEncoder(backbone, recomputing=recomputing)
@@ -291,7 +296,7 @@ class MoPEForClassification(SavedModel):
         )
 
     def prompts_of(self, modality: str) -> dict[int, MoPEAttention]:
-        """The prompts of each prompted layer of an encoder, by the layer's index; {} of one that is prompted in windows."""
+        """Return the prompts of each prompted layer of an encoder, by layer index; {} for one that is prompted in windows."""
         layers = self._layers[modality]
         if modality == self.config.main:
             blocks: Any = self.blocks
@@ -301,12 +306,12 @@ class MoPEForClassification(SavedModel):
         return dict(zip(layers, blocks, strict=True))
 
     def _before(self, modality: str) -> Sequence[str]:
-        """The complementary encoders in front of one."""
+        """Return the complementary encoders that precede one."""
         others = self.config.modalities[1:]
         return others[: others.index(modality)]
 
     def modality_of(self, parameter: str) -> str:
-        """The encoder in or around which a parameter stands; head, mapper and whatever joins them belong to the main one."""
+        """Return the encoder that a parameter belongs to; head, mapper and shared parts belong to the main encoder."""
         main, *others = self.config.modalities
         part, _, rest = parameter.partition(".")
         if part == "cross_blocks":
@@ -315,22 +320,21 @@ class MoPEForClassification(SavedModel):
         return part if part in others else main
 
     def frozen_attention(self, modality: str, layer: int) -> FrozenAttention:
-        """The attention of a prompted layer, as it is for prompts."""
+        """Return the frozen attention of a prompted layer in the form that prompts use."""
         block: Any = self._adapters[modality].layers(self.backbone(modality))[layer]
         return self._adapters[modality].attend_to_prompts(block.layer)
 
     def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch on the device of the model, but for attention masks, which stay where they are.
+        """Return the batch on the device of the model, except attention masks, which stay where they are.
 
-        Of a mask on the CPU the host reads which rows of a BERT are padding, and leaves them out; it waits for nothing. From one
-        on a GPU it would have to wait, and padding is computed with and hidden from attention.
+        With a CPU mask, padding of a BERT is dropped without a sync; with a GPU mask, padding is computed and masked.
         """
         masks = {slot.mask for slot in self.slots.values()}
         return {n: t if n in masks else t.to(self.device, non_blocking=True) for n, t in batch.items()}
 
     @property
     def attached(self) -> bool:
-        """Whether the backbones are frozen and wait for prompts. Always so for a Swin Transformer alone, which is a copy."""
+        """Return whether the backbones are frozen and prompted. Always true if all of them are copied Swin Transformers."""
         return set(self._adapters) == set(self._attachments)
 
     def attach(self) -> None:
@@ -343,13 +347,13 @@ class MoPEForClassification(SavedModel):
         except BaseException:
             self.detach()
             raise
-        # Those that are fine-tuned are in the mode of the model.
+        # Fine-tuned encoders follow the training mode of the model.
         self.train(self.training)
 
     def detach(self) -> None:
-        """Give the backbones back as they were: modules, weights, requires_grad, training mode. The model does not run any more.
+        """Restore the backbones: modules, weights, requires_grad and training mode. Afterwards the model cannot run.
 
-        There is nothing to give back of a Swin Transformer, which was copied.
+        A Swin Transformer was copied, so there is nothing to restore.
         """
         self.cast_frozen(None)
         while self._attachments:
@@ -362,19 +366,19 @@ class MoPEForClassification(SavedModel):
         self.frozen_weights_moved()
 
     def frozen_weights_moved(self) -> None:
-        """Let projections lie side by side again."""
+        """Make the weights of joined projections adjacent in memory again."""
         for attachment in self._attachments.values():
             attachment.join_projections()
 
     def frozen_modules(self) -> Iterator[nn.Module]:
-        """The encoders that do not train, without what was added to them."""
+        """Return the encoders that do not train, excluding the modules added to them."""
         for modality in self.config.modalities:
             encoder = self.backbone(modality)
             if modality not in self.config.finetuned:
                 yield from encoder.swin_modules() if isinstance(encoder, MoPESwinEncoder) else [encoder]
 
     def train(self, mode: bool = True) -> MoPEForClassification:
-        """Training mode of prompts, routers, mapper, head and encoders that train; frozen ones stay in eval mode."""
+        """Set the training mode of prompts, routers, mapper, head and encoders that train; frozen encoders stay in eval mode."""
         super().train(mode)
         for modality in self._attachments:
             if modality not in self.config.finetuned:
@@ -382,20 +386,20 @@ class MoPEForClassification(SavedModel):
         return self
 
     def routed_blocks(self) -> tuple[str, ...]:
-        """Names of the blocks whose routing `forward` returns, in its order; layers, stages and blocks count from 0."""
+        """Return the names of the blocks whose routing `forward` returns, in the same order, counting from 0."""
         return tuple(self.routers())
 
     def routers(self) -> dict[str, Router]:
-        """The router of each routed block, which blocks may share."""
+        """Return the router of each routed block. Blocks may share a router."""
         if isinstance(encoder := self.backbone(self.config.main), MoPESwinEncoder):
             return encoder.routed_blocks()
         routers = {f"layer {i}": prompts.router or self.router for i, prompts in self.prompts_of(self.config.main).items()}
         return {name: router for name, router in routers.items() if router is not None}
 
     def trains(self, modality: str) -> bool:
-        """Whether anything is trained that the feature of this encoder depends on: its weights, or prompts in it.
+        """Return whether the feature of an encoder depends on anything that trains: its weights or its prompts.
 
-        Where it is False for the complementary encoder, `encode_complementary` gives the same in every epoch.
+        If this is False for the complementary encoders, `encode_complementary` returns the same result in every epoch.
         """
         own: tuple[nn.Module | None, ...] = (self.blocks, self.input_prompts, self.router)
         if modality != self.config.main:
@@ -403,11 +407,11 @@ class MoPEForClassification(SavedModel):
         return any(p.requires_grad for module in (*own, self.backbone(modality)) if module is not None for p in module.parameters())
 
     def trained_state_dict(self) -> dict[str, Tensor]:
-        """All that is not frozen: what was added to the encoders, and the encoders that train."""
+        """Return all tensors that are not frozen: those added to the encoders, and the encoders that train."""
         return self._state_dict_without(m for m in self.config.modalities if m not in self.config.finetuned)
 
     def added_state_dict(self) -> dict[str, Tensor]:
-        """All but the encoders: parameters, frozen expert embeddings of routers, statistics of a mapper's BatchNorm."""
+        """Return everything except the encoders: parameters, frozen expert embeddings of routers, statistics of BatchNorm."""
         return self._state_dict_without(self.config.modalities)
 
     def _state_dict_without(self, modalities: Iterable[str]) -> dict[str, Tensor]:
@@ -434,20 +438,21 @@ class MoPEForClassification(SavedModel):
         """Classify a batch.
 
         Args:
-            inputs: what the encoders read, by the names that the modalities have in a batch. `inspect.signature(model.forward)`
-                lists them, and `mope.modalities.Vision` and `mope.modalities.Text` say what theirs hold.
             labels: (B,) integer, or (B,num_labels) of 0 and 1 with problem_type "multi_label".
-            cross_features: (B,Cc) of `encode_complementary`. The complementary encoders then do not run, and need no inputs.
-            banks: of `build_banks`, to project the prompts once for many batches.
-            router_noise: add router noise in evaluation too.
-            output_attentions: refused.
+            cross_features: (B,Cc), the result of `encode_complementary`. The complementary encoders then do not run, and need no
+                inputs.
+            banks: Result of `build_banks`, with which the prompts are projected only once for many batches.
+            router_noise: Whether to add router noise in evaluation too.
+            output_attentions: Must be False.
+            **inputs: Inputs of the encoders, under the modalities' names in a batch. `inspect.signature(model.forward)` lists them;
+                `mope.modalities.Vision` and `mope.modalities.Text` describe them.
 
         Raises:
-            TypeError: an input is not a tensor, or has a name that no modality knows.
-            ValueError: an input is missing or has another number of items; something has another shape; ids or labels that are on
-                the CPU lie outside of what there is; a text is longer than its encoder has positions; a bank is stale; attention
-                matrices are asked for; or positions cannot be interpolated.
-            RuntimeError: prompts would be skipped, because a backbone was detached or its layers were replaced.
+            TypeError: An input is not a tensor, or its name is unknown to all modalities.
+            ValueError: An input is missing or has another number of items; a shape is wrong; ids or labels on the CPU are out of
+                range; a text is longer than the positions of its encoder; a bank is stale; attention matrices are requested; or
+                positions cannot be interpolated.
+            RuntimeError: Prompts would be skipped, because a backbone was detached or its layers were replaced.
         """
         if output_attentions:
             raise ValueError(
@@ -478,44 +483,48 @@ class MoPEForClassification(SavedModel):
 
     @in_frozen_dtype
     def encode_complementary(self, /, **inputs: Any) -> Tensor:
-        """psi (B,Cc), the features of the complementary encoders, from what `forward` takes; the main encoder's part is ignored.
+        """Compute psi (B,Cc), the features of the complementary encoders, from the inputs of `forward`.
 
-        `forward(..., cross_features=psi)` then runs the main encoder alone, which saves time in every epoch but the first where the
-        complementary encoders train nothing (`trains`).
+        Inputs of the main encoder are ignored. `forward(..., cross_features=psi)` then runs only the main encoder, which saves time
+        in every epoch but the first if the complementary encoders train nothing (`trains`).
 
         Raises:
-            ValueError: the method has no complementary encoder, or its input is missing.
+            ValueError: The method has no complementary encoder, or an input of one is missing.
         """
         if not self.config.complementary:
             raise ValueError(f"method {self.config.method!r} has no complementary encoder")
         return self._encode_complementary(self.read(inputs, self.config.modalities[1:]))
 
     def combine(self, features: Sequence[Tensor]) -> Tensor:
-        """Combine the features of the complementary encoders, in the order of the configuration -> psi (B,Cc)."""
+        """Combine the features of the complementary encoders, in the order of the configuration, to psi (B,Cc)."""
         if len(features) == 1:
             return features[0]
         if self.config.combine == "concat":
             return torch.cat(list(features), dim=-1)
-        # In the widest of their dtypes, whatever their order.
+        # The sum has the widest of the dtypes, whatever their order.
         return reduce(torch.add, features)
 
     def read(self, given: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, EncoderInputs]:
-        """Sort what a batch holds by encoder, and check it. `wanted` names the encoders that have to run.
+        """Sort the contents of a batch by encoder, and check them.
+
+        Args:
+            given: The batch.
+            wanted: Names of the encoders that have to run.
 
         Raises:
-            TypeError: an input is not a tensor, or has a name that no modality knows.
-            ValueError: an input is missing, does not fit its encoder or the others.
+            TypeError: An input is not a tensor, or its name is unknown to all modalities.
+            ValueError: An input is missing, or does not fit its encoder or the other inputs.
         """
         own, flags = self.input_checks.own(self, given, wanted, self.check_takes)
         return {name: self._inputs_of(name, own[name], flags[name]) for name in self.slots}
 
     def check_takes(self, modality: str, flag: str) -> None:
-        """ValueError, with the reason, where an encoder does not take a flag of its modality."""
+        """Raise ValueError, with the reason, if an encoder does not support a flag of its modality."""
         if (why := self.encoder(modality).refusal(flag)) is not None:
             raise ValueError(f"{flag}: {why}")
 
     def check_flag(self, flag: str) -> None:
-        """ValueError, with the reason, where no encoder takes a flag."""
+        """Raise ValueError, with the reason, if no modality of the model has a flag or one of its encoders does not support it."""
         takers = [name for name, slot in self.slots.items() if flag in slot.modality.flags]
         if not takers:
             kind = next((name for name, modality in known().items() if flag in modality.flags), "such")
@@ -538,7 +547,7 @@ class MoPEForClassification(SavedModel):
         return EncoderInputs({**inputs, **flags}, padding)
 
     def check_cross_features(self, psi: Tensor, batch: int) -> Tensor:
-        """Hold a given psi to (B,Cc)."""
+        """Check that a given psi is (B,Cc), and return it."""
         width = self._cross_dim()
         if width is None:
             raise ValueError(f"method {self.config.method!r} has no complementary encoder: cross_features must not be given")
@@ -547,7 +556,7 @@ class MoPEForClassification(SavedModel):
         return psi
 
     def _classify(self, features: Tensor, psi: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Features of both encoders, (B,C) and (B,Cc) -> logits (B,num_labels), and the features that they were made from."""
+        """Classify features (B,C) and psi (B,Cc); return logits (B,num_labels) and the features that they were computed from."""
         if psi is None or self.config.fusion.head == "main":
             return self.head(features.to(_dtype(self.head))), features
         both = torch.cat([features, psi.to(features.dtype)], dim=-1)
@@ -557,7 +566,10 @@ class MoPEForClassification(SavedModel):
         return logits / 2, both
 
     def _importance(self, routing: Sequence[Routing], noise: Sequence[Tensor | None]) -> Tensor:
-        """In training over the batch of all processes; those that evaluate need not all come here."""
+        """Compute the importance loss.
+
+        It spans the batches of all processes in training only, because in evaluation not all processes may get here.
+        """
         config = self.config
         noise_of = {id(r): n for r, n in zip(routing, noise, strict=True)}
         return importance(
@@ -568,7 +580,7 @@ class MoPEForClassification(SavedModel):
         )
 
     def _warn(self) -> None:
-        """Once each."""
+        """Issue warnings about training, once each."""
         config = self.config
         if self.training and config.prompt_owner == "released" and is_distributed() and not self._warned_local:
             self._warned_local = True
@@ -576,7 +588,7 @@ class MoPEForClassification(SavedModel):
         if self.training and config.experts and config.train_top_k == 1 < config.num_experts and not self._warned_top_k:
             self._warned_top_k = True
             warnings.warn(
-                "training with train_top_k=1: the task loss hardly reaches the router (not at all with renormalize); "
+                "training with train_top_k=1: the router gets almost no gradient from the task loss (none with renormalize); "
                 "train with train_top_k=None and set eval_top_k=1",
                 stacklevel=6,
             )
@@ -585,7 +597,7 @@ class MoPEForClassification(SavedModel):
         return self.combine([self._encode(m, read[m]) for m in self.config.modalities[1:]])
 
     def _encode(self, modality: str, inputs: EncoderInputs) -> Tensor:
-        """Run a complementary encoder with its static prompts -> its feature (B,C)."""
+        """Run a complementary encoder with its static prompts, and return its feature (B,C)."""
         with torch.set_grad_enabled(self._needs_graph(modality, *inputs.given.values())):
             encoder = self._ready_encoder(modality)
             if isinstance(encoder, WindowedEncoder):
@@ -600,7 +612,7 @@ class MoPEForClassification(SavedModel):
         noise: Sequence[Tensor | None],
         banks: Sequence[PromptBank | None] | None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """Run the main encoder with its prompts -> its feature (B,C), and the routing of each routed block."""
+        """Run the main encoder with its prompts, and return its feature (B,C) and the routing of each routed block."""
         config, top_k = self.config, self.config.train_top_k if self.training else self.config.eval_top_k
         pool = self._pool(cross)
         with torch.set_grad_enabled(self._needs_graph(config.main, cross, mapped, *noise, *inputs.given.values())):
@@ -639,7 +651,7 @@ class MoPEForClassification(SavedModel):
         return pool
 
     def _ready_encoder(self, modality: str) -> LayerwiseEncoder | WindowedEncoder:
-        """The encoder; RuntimeError where its prompts would be skipped."""
+        """Return the encoder of a modality. RuntimeError if its prompts would be skipped."""
         encoder = self.encoder(modality, recomputing=self._checkpointing if self.training and torch.is_grad_enabled() else None)
         if isinstance(encoder, WindowedEncoder):
             return encoder
@@ -649,12 +661,12 @@ class MoPEForClassification(SavedModel):
         if found != wanted:
             raise RuntimeError(
                 f"layers {wanted} of the {modality} backbone were prompted and layers {found} are: "
-                "others were put in their place after attach(), and prompts would be skipped"
+                "layers were replaced after attach(), and prompts would be skipped"
             )
         return encoder
 
     def _needs_graph(self, modality: str, *given: Any) -> bool:
-        """Whether anything in an encoder, or given to it, asks for gradients."""
+        """Return whether an encoder or its inputs require gradients."""
         asked = any(isinstance(value, Tensor) and value.requires_grad for value in given)
         return torch.is_grad_enabled() and (asked or self.trains(modality))
 
@@ -662,12 +674,12 @@ class MoPEForClassification(SavedModel):
     def build_banks(self) -> tuple[PromptBank | None, ...]:
         """Project the experts of each prompted layer once, for many calls of `forward(..., banks=banks)`.
 
-        Differentiable where gradients are enabled. A bank refuses to run after its prompts have changed; build new ones as well
-        after a change to the backbone's own weights. None for a layer without experts, and for one that changes the keys of prompts
-        after they are projected.
+        The result is differentiable if gradients are enabled. It holds None for layers without experts, and for layers that change
+        the keys of prompts after projecting them. A bank raises an error if its prompts have changed. Changes to the backbone's own
+        weights are not detected; build new banks after them.
 
         Raises:
-            ValueError: the main encoder is a Swin Transformer.
+            ValueError: The main encoder is a Swin Transformer.
         """
         main = self.config.main
         if self._is_swin(main):
@@ -705,19 +717,23 @@ class MoPEForClassification(SavedModel):
         max_graphs: int = 8,
         interpolate_pos_encoding: bool = False,
     ) -> Iterator[Callable[..., MoPEOutput]]:
-        """Evaluation mode, no gradients, prompts projected once (not in a Swin Transformer, see `build_banks`).
+        """Serve the model within the context: evaluation mode, no gradients, prompts projected once (see `build_banks`).
+
+        The prompts of a Swin Transformer are not projected in advance.
 
         Args:
-            prepack: on the CPU, see `prepacked`.
-            graphs: on a GPU, launch all kernels of a call at once, see `mope.CudaGraphRunner`. Calls have to come from this thread.
-            batch_sizes, max_graphs: of the runner; the first needs prompt_owner "instance".
-            interpolate_pos_encoding: in every call, see `forward`.
+            prepack: Whether to prepack weights on the CPU, see `prepacked`.
+            graphs: Whether to launch all kernels of a call at once on a GPU, see `mope.CudaGraphRunner`. Calls have to come from
+                the current thread.
+            batch_sizes: See `mope.CudaGraphRunner`; needs prompt_owner "instance".
+            max_graphs: See `mope.CudaGraphRunner`.
+            interpolate_pos_encoding: Value of this flag in every call, see `forward`.
 
         >>> with model.serving() as predict:
         ...     logits = predict(**batch).logits
         """
         if batch_sizes is not None and not graphs:
-            raise ValueError("serving: batch_sizes are those of graphs: give graphs=True")
+            raise ValueError("serving: batch_sizes has an effect only with graphs=True")
         was_training = self.training
         self.eval()
         try:
@@ -730,7 +746,7 @@ class MoPEForClassification(SavedModel):
                 if not graphs:
                     yield predict
                     return
-                # A graph runs no check of banks.
+                # The guard is needed because replaying a graph does not run the check for stale banks.
                 in_banks = [p for block in self.blocks for name, p in block.named_parameters() if not name.startswith("router.")]
                 with CudaGraphRunner(
                     predict,
@@ -745,7 +761,7 @@ class MoPEForClassification(SavedModel):
 
 def _what_is_added(config: MoPEConfig) -> str:
     lengths = f"static_length={config.static_length}, prompt_length={config.prompt_length}, num_experts={config.num_experts}"
-    return f"what MoPEConfig adds to the encoders with {lengths}; take less, num_experts first"
+    return f"what MoPEConfig adds to the encoders with {lengths}; reduce them, num_experts first"
 
 
 def _dtype(module: nn.Module, without: torch.dtype = torch.float32) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The parts of a `MoPEConfig`: router, prompts, mapper."""
+"""Parts of a `MoPEConfig`: router, prompts and mapper."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from mope.fusion.protocol import with_fields_named
 @with_fields_named()
 @dataclass(frozen=True)
 class RouterConfig:
-    """How experts are chosen.
+    """Configuration of the routers, which choose experts.
 
     Args:
         kind: "multimodal", softmax(q K / temperature + noise) with q = [W_self pool(x); W_cross psi]; or "complementary",
             softmax((W psi + b) / temperature + noise).
-        scope: "layer", a router for each prompted layer; "shared", one for all, which cannot see the tokens of a Swin Transformer;
-            "released", one for each, but one for the first two blocks of a Swin Transformer if both are prompted.
-        temperature, noise_std: of the router; noise only in training. noise_std=None: 1 / num_experts^2.
-        self_width, cross_width: widths of the two parts of the router's query; `self_width=0` routes by psi only.
-        embedding: K, "frozen" or "learned".
-        renormalize: divide the weights of the selected experts by their sum.
-        train_top_k, eval_top_k: selected experts in training and evaluation, None for all. Training with 1 leaves the router
-            almost without a gradient.
+        scope: "layer", a router for each prompted layer; "shared", one router for all layers, which cannot see the tokens of a Swin
+            Transformer; "released", a router for each layer, except that the first two blocks of a Swin Transformer share one if
+            both are prompted.
+        temperature: Softmax temperature.
+        noise_std: Standard deviation of the noise, which is added only in training. None means 1 / num_experts^2.
+        self_width: Width of the part of the query that comes from the tokens; 0 routes by psi only.
+        cross_width: Width of the part of the query that comes from psi.
+        embedding: Expert embedding K, "frozen" or "learned".
+        renormalize: Whether to divide the weights of the selected experts by their sum.
+        train_top_k: Number of experts selected in training, None for all. With 1, the router receives almost no gradient.
+        eval_top_k: Number of experts selected in evaluation, None for all.
     """
 
     kind: str = "multimodal"
@@ -41,27 +44,28 @@ class RouterConfig:
 @with_fields_named()
 @dataclass(frozen=True)
 class PromptConfig:
-    """Which prompts there are.
+    """Configuration of the prompts.
 
     Args:
-        num_experts: K prompt experts in each prompted layer.
-        length: P dynamic prompts, the length of an expert.
-        static_length: S prompts that all instances share, in each prompted layer of the main encoder. Default: 4 with the
-            methods mope and static_mapped, else 0; more than 0 there is deep visual (or text) prompt tuning.
-        depth: "deep", prompts of its own for each layer; "shallow", static and mapped prompts in front of the first layer,
-            which pass through all layers with the tokens (not with the method mope).
-        blind: shallow static prompts see each other only.
-        complementary_length: static prompts in every layer of the complementary encoders, 0 for none.
-        layers: which layers of the main encoder are prompted, None for all; negative indices count from the last. A Swin
-            Transformer is prompted in all.
-        first_blocks: in a Swin Transformer give the first block of each stage prompts of its own too, instead of those that
-            arrive there; the input then has none. In other encoders every layer has its own anyway.
-        init_bound: prompts start as U(-bound, bound). Default: sqrt(3 / C) in pre-LN encoders,
-            sqrt(6 / (3 patch_size^2 + embed_dim)) in a Swin Transformer, else 0.3.
-        dropout: on the prompts in training; in a Swin Transformer on those of the input and on mapped ones, with drop_block also on
-            the blocks' own.
-        owner: whose prompts a window of a Swin Transformer attends: "instance", those of its own image; "released", those of the
-            released code's order, in which items of a batch reach each other.
+        num_experts: Number of prompt experts K in each prompted layer.
+        length: Number of dynamic prompts P, which is the length of an expert.
+        static_length: Number of prompts S in each prompted layer of the main encoder that all instances share. The default is 4
+            with the methods mope and static_mapped and 0 with the others, where more than 0 is deep visual (or text) prompt tuning.
+        depth: "deep", separate prompts for each layer; "shallow", static and mapped prompts in front of the first layer, which
+            pass through all layers with the tokens (not with the method mope).
+        blind: Whether shallow static prompts attend only to each other.
+        complementary_length: Number of static prompts in every layer of the complementary encoders, 0 for none.
+        layers: Prompted layers of the main encoder, None for all; negative indices count from the last. All layers of a Swin
+            Transformer are prompted.
+        first_blocks: Whether the first block of each stage of a Swin Transformer also has its own prompts, instead of those passed
+            on to it; the input then has none. In other encoders every layer has its own prompts anyway.
+        init_bound: Prompts are initialized with U(-bound, bound). The default is sqrt(3 / C) in pre-LN encoders,
+            sqrt(6 / (3 patch_size^2 + embed_dim)) in a Swin Transformer, and 0.3 otherwise.
+        dropout: Dropout probability of the prompts in training. In a Swin Transformer it applies to prompts of the input and to
+            mapped prompts.
+        drop_block: Whether `dropout` also applies to the prompts of the blocks of a Swin Transformer.
+        owner: Prompts that a window of a Swin Transformer attends to: "instance", those of its own image; "released", those in
+            the order of the released code, which mixes the items of a batch.
     """
 
     num_experts: int = 16
@@ -81,15 +85,16 @@ class PromptConfig:
 @with_fields_named()
 @dataclass(frozen=True)
 class MapperConfig:
-    """How psi becomes a prompt.
+    """Configuration of the mapper, which turns psi into a prompt.
 
     Args:
-        use: one prompt made by the mapper from psi; always on in static_mapped.
-        each: a mapper and a mapped prompt for each complementary modality, instead of one from all of psi.
-        hidden: hidden width of the mapper, which all layers share; in a Swin Transformer all layers of a stage, and the hidden
-            layer all stages. 0: one linear map, and none where psi is as wide as the tokens.
-        batchnorm: a BatchNorm in front of the hidden GELU. It keeps its first statistics and so is an affine map.
-        last_gelu: a GELU on the mapped prompt. Both default to what was published: yes in a Swin Transformer, else no.
+        use: Whether to add one prompt that the mapper makes from psi; always on in static_mapped.
+        each: Whether each complementary modality has its own mapper and mapped prompt, instead of one made from all of psi.
+        hidden: Hidden width of the mapper. All layers share the mapper; in a Swin Transformer, all layers of a stage share it, and
+            all stages share its hidden layer. 0 means a single linear map, or the identity if psi is as wide as the tokens.
+        batchnorm: Whether there is a BatchNorm before the hidden GELU. It keeps its initial statistics, so it is an affine map.
+            None means as published: yes in a Swin Transformer, otherwise no.
+        last_gelu: Whether a GELU is applied to the mapped prompt. None means as published, like `batchnorm`.
     """
 
     use: bool = True
@@ -100,7 +105,7 @@ class MapperConfig:
 
 
 PARTS = {"router": RouterConfig, "prompts": PromptConfig, "mapper": MapperConfig}
-# Shorthands: keyword of `MoPEConfig` -> part, and field of the part.
+# Shorthands: keyword of `MoPEConfig` -> (part, field of the part).
 SHORT = {
     "router_scope": ("router", "scope"),
     "temperature": ("router", "temperature"),

@@ -1,8 +1,8 @@
-"""Published configurations, and the fusion methods of the released code under their names there.
+"""Published configurations, and the fusion methods of the released code under their original names.
 
-They are meant for a Swin Transformer as vision and a BERT as text, whose prompts are 6 and 4 long, but run with any known encoder.
-Of two encoders the complementary one is frozen and prompted, as with the released `--train_instructor`;
-`cross_prompt_length=0` leaves it as it is.
+They are intended for a Swin Transformer as vision (prompt length 6) and a BERT as text (prompt length 4), but run with any known
+encoder. The complementary encoder is frozen and prompted, as with `--train_instructor` in the released code;
+`cross_prompt_length=0` removes its prompts.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 _VISION_FIRST = {"main": "vision", "static_length": 6, "prompt_length": 6, "cross_prompt_length": 4}
 _TEXT_FIRST = {"main": "text", "static_length": 4, "prompt_length": 4, "cross_prompt_length": 6}
-# All methods but mope prompt every block of a Swin Transformer, and drop all prompts.
+# All methods except mope prompt every block of a Swin Transformer, and apply dropout to all prompts.
 _EVERY_BLOCK = {"prompt_first_blocks": True, "drop_block_prompts": True, "prompt_dropout": 0.1}
 
-# MoPE, arXiv 2403.10568 v4: three kinds of prompts, the router sees both modalities.
+# MoPE, arXiv 2403.10568 v4: three kinds of prompts, and a router that sees both modalities.
 _MOPE = {
     "method": "mope",
     **_VISION_FIRST,
@@ -31,7 +31,7 @@ _MOPE = {
     "importance_weight": 0.01,
     "importance_threshold": 0.1,
 }
-# The router sees the complementary modality only. The released code adds noise of 1 / K^2 and calls a CV^2 of 0.05 even.
+# The router sees only the complementary modality. The released code adds noise of 1 / K^2, and treats a CV^2 up to 0.05 as even.
 _COMPLEMENTARY = {
     "method": "mope",
     **_EVERY_BLOCK,
@@ -42,11 +42,11 @@ _COMPLEMENTARY = {
     "importance_weight": 0.01,
     "importance_threshold": 0.05,
 }
-# One mapped prompt and static ones. The released code's mapper ends in a GELU.
+# One mapped prompt and static prompts. The mapper of the released code ends in a GELU.
 _INSTRUCT = {"method": "static_mapped", **_EVERY_BLOCK, "mapper_batchnorm": True, "mapper_last_gelu": True}
 _INSTRUCT_V2T = {**_INSTRUCT, **_TEXT_FIRST, "mapper_hidden": 1500}
-# "Modular and Parameter-Efficient Multimodal Fusion with Prompting" (arXiv 2203.08055): a frozen vision encoder's feature and
-# 20 vectors in front of the text.
+# "Modular and Parameter-Efficient Multimodal Fusion with Prompting" (arXiv 2203.08055): the feature of a frozen vision encoder and
+# 20 prompt vectors in front of the text.
 _PROMPTFUSE = {
     "method": "static_mapped",
     "main": "text",
@@ -58,9 +58,9 @@ _PROMPTFUSE = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "mope-v4": _MOPE,
-    # v1 learns the routing embedding.
+    # v1 of the paper learns the routing embedding.
     "mope-v1": {**_MOPE, "router_embedding": "learned"},
-    # Conditional Prompt Tuning, arXiv 2312.03734. It calls a CV of 0.05, a CV^2 of 0.0025, even, and takes the loads without noise.
+    # Conditional Prompt Tuning, arXiv 2312.03734: a CV up to 0.05 (CV^2 of 0.0025) is even, and loads are computed without noise.
     "cpt": {
         **_COMPLEMENTARY,
         **_VISION_FIRST,
@@ -72,7 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "mope": _MOPE,
     "instruct_mm_moe_t2v": _MOPE,
-    # Has no counterpart in the released code.
+    # There is no counterpart in the released code.
     "mope_v2t": {**_MOPE, **_TEXT_FIRST},
     "instruct_moe_t2v": {
         **_COMPLEMENTARY,
@@ -90,7 +90,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "instruct_t2v": {**_INSTRUCT, **_VISION_FIRST, "mapper_hidden": 384},
     "instruct_v2t": _INSTRUCT_V2T,
-    # In the released code this is instruct_v2t under another name.
+    # In the released code, this is another name of instruct_v2t.
     "p_sequential": _INSTRUCT_V2T,
     "sequentialfuse": {
         **_INSTRUCT_V2T,

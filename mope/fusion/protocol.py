@@ -1,4 +1,4 @@
-"""The interface of a configuration to transformers, for classes that are not its own."""
+"""Configuration interface that transformers expects, for classes that do not derive from its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from mope.hints import did_you_mean
 
 C = TypeVar("C")
-# Attributes that transformers writes into a configuration, besides those with an underscore.
+# Attributes that transformers writes into a configuration, in addition to those that start with an underscore.
 WRITTEN = frozenset(
     {
         *("architectures", "auto_map", "bos_token_id", "custom_pipelines", "decoder_start_token_id", "distributed_config", "dtype"),
@@ -21,22 +21,23 @@ WRITTEN = frozenset(
         *("return_dict", "sep_token_id", "torch_dtype", "transformers_version", "use_cache"),
     }
 )
-# Attributes that have no effect here, with the only value that is allowed.
+# Attributes that have no effect here, each with the only allowed value.
 REFUSED = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
 
 
 class ModelConfig(ABC):
-    """Base of configurations that transformers' Trainer, its callbacks and the Auto classes take.
+    """Base class of configurations that work with transformers' Trainer, its callbacks and the Auto classes.
 
-    transformers' own base class takes any keyword, lets any field be changed after a model was built from it, and turns every read
-    of an attribute into two calls of Python. Here a field is checked once and stays: assigning one raises, `replace` makes a
-    changed copy. What transformers writes (`WRITTEN`) is kept beside the fields, and is no part of what is compared or saved.
+    transformers' own base class accepts any keyword, allows fields to change after a model was built from them, and makes every
+    attribute read cost two Python calls. Here, fields are checked once and then immutable: assigning one raises, and `replace`
+    returns a modified copy. Attributes that transformers writes (`WRITTEN`) are stored beside the fields, and are neither compared
+    nor saved.
     """
 
     model_type: ClassVar[str]
     # Keywords of the constructor.
     _keywords: ClassVar[tuple[str, ...]] = ()
-    # Trainer takes these parts of an output for no predictions.
+    # Trainer does not treat these parts of an output as predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["importance_loss", "routing", "features"]
     # transformers reads these from any configuration.
     sub_configs: ClassVar[dict[str, Any]] = {}
@@ -60,43 +61,43 @@ class ModelConfig(ABC):
     def __setattr__(self, name: str, value: Any) -> None:
         fields = self._keywords
         if name in REFUSED and value != REFUSED[name]:
-            raise ValueError(f"{name}={value!r} would change nothing: these models return what their output class says")
+            raise ValueError(f"{name}={value!r} would have no effect: these models always return their own output class")
         if not self.__dict__.get("_complete") or name in WRITTEN or name.startswith("_"):
             object.__setattr__(self, name, value)
             return
         kind = type(self).__name__
         if name in fields:
             raise dataclasses.FrozenInstanceError(
-                f"{name} of a {kind} cannot be changed, since models were built from it: make another one, replace({name}=...)"
+                f"{name} of a {kind} cannot be changed, because models were built from it: make a copy, replace({name}=...)"
             )
         hint = did_you_mean(name, fields)
         raise AttributeError(f"{kind} has no field {name}{hint and '; ' + hint}")
 
     def _freeze(self) -> None:
-        """End the construction: from here on fields stay as they are."""
+        """Finish construction: fields are immutable from now on."""
         object.__setattr__(self, "_complete", True)
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values that JSON can hold."""
+        """Return JSON-serializable values."""
 
     @classmethod
     @abstractmethod
     def from_dict(cls, values: Mapping[str, Any], **options: Any) -> Any:
-        """Return the configuration that `to_dict` gave; `options` are those of transformers."""
+        """Return the configuration that `to_dict` serialized; `options` are those of transformers."""
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> Any:
-        """Return the configuration in a folder, or of a name on the hub.
+        """Load the configuration from a folder or from the hub.
 
         Args:
-            name: see `transformers.AutoConfig.from_pretrained`.
-            options: those of transformers, such as revision and token, and fields to change.
+            name: See `transformers.AutoConfig.from_pretrained`.
+            **options: Options of transformers, such as revision and token, and fields to change.
 
         Raises:
-            OSError: there is none.
-            TypeError: an option is neither.
-            ValueError: it is that of another kind of model.
+            OSError: There is no configuration.
+            TypeError: An option is neither an option of transformers nor a field.
+            ValueError: The configuration belongs to another kind of model.
         """
         from transformers import PreTrainedConfig
 
@@ -107,19 +108,19 @@ class ModelConfig(ABC):
         return cls.from_dict(values, **unused)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return `to_dict`: what equals a default is said as well."""
+        """Return `to_dict`, including values that equal a default."""
         return self.to_dict()
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """Return `to_dict` as JSON, as loggers ask for it."""
+        """Return `to_dict` as JSON, for loggers."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def get_text_config(self, *_: Any, **__: Any) -> Any:
-        """Return the configuration itself: the encoders have theirs."""
+        """Return the configuration itself, because the encoders hold their own configurations."""
         return self
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Write config.json into a folder. A checkpoint of a model has more in it: `model.save_pretrained`."""
+        """Write config.json to a folder. To write a complete checkpoint, call `save_pretrained` of the model."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "config.json").write_text(self.to_json_string())
 
@@ -127,11 +128,11 @@ class ModelConfig(ABC):
 def with_fields_named(
     short: Iterable[str] = (), fold: Callable[[dict[str, Any]], dict[str, Any]] = dict
 ) -> Callable[[type[C]], type[C]]:
-    """Let the constructor of a dataclass say which field an unknown keyword may have meant.
+    """Return a class decorator that makes the constructor of a dataclass suggest a field for each unknown keyword.
 
     Args:
-        short: further keywords.
-        fold: keywords, those among them -> the fields.
+        short: Additional keywords to accept.
+        fold: Function that converts keywords, including the additional ones, to fields.
     """
 
     def decorate(kind: type[C]) -> type[C]:
@@ -146,7 +147,7 @@ def with_fields_named(
             made(self, *args, **fold(values))
 
         kind.__init__ = __init__  # type: ignore[assignment]
-        # Names that raise if they are assigned.
+        # Names that may not be assigned.
         kind._keywords = tuple(fields)  # type: ignore[attr-defined]
         return kind
 
@@ -154,12 +155,12 @@ def with_fields_named(
 
 
 def split_unused(options: dict[str, Any], config: Any, fields: Iterable[str]) -> Any:
-    """Return the configuration, changed by those options of transformers' `from_pretrained` that are fields.
+    """Apply the options of transformers' `from_pretrained` that are fields, and return the resulting configuration.
 
-    With `return_unused_kwargs`, as `AutoModel` asks, also the other options.
+    With `return_unused_kwargs`, which `AutoModel` passes, the remaining options are returned as well.
 
     Raises:
-        TypeError: there are others, and `return_unused_kwargs` is not set.
+        TypeError: There are remaining options, and `return_unused_kwargs` is not set.
     """
     wanted, path = options.pop("return_unused_kwargs", False), options.pop("name_or_path", "")
     if changes := {name: options.pop(name) for name in fields if name in options}:

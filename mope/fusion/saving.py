@@ -1,4 +1,4 @@
-"""Files of a MoPE model: `save_pretrained` and `from_pretrained`."""
+"""Checkpoint files of a MoPE model: `save_pretrained` and `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RECORD = ("stored", "class", "model_type", "source", "dtype", "fingerprint")
 
 
 class SavedModel(FusionModel):
-    """`save_pretrained` and `from_pretrained` of a MoPE model."""
+    """Base class with `save_pretrained` and `from_pretrained` of a MoPE model."""
 
     config: MoPEConfig
     configuration = MoPEConfig
@@ -42,38 +42,40 @@ class SavedModel(FusionModel):
 
     @abstractmethod
     def added_state_dict(self) -> dict[str, Tensor]:
-        """All but the encoders, by name."""
+        """Return all tensors except those of the encoders, by name."""
 
     def saved_state_dict(self) -> dict[str, Tensor]:
-        """Return `added_state_dict`: encoders that train are copied."""
+        """Return `added_state_dict`; encoders that train are saved as copies."""
         return self.added_state_dict()
 
     def given_encoders(self) -> dict[str, GivenEncoder]:
-        """Return each encoder as it was given, by modality."""
+        """Return the original encoders, by modality."""
         return {
             m: GivenEncoder(*original(self.backbone(m)), self._sources[m], _place(m), trains=m in self.config.finetuned)
             for m in self.config.modalities
         }
 
     def records_in_config(self, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Put all records under one name."""
+        """Return the records under a single key."""
         return {"backbones": records}
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **given: Any) -> Self:  # type: ignore[override]
-        """Read a checkpoint; the model comes back in evaluation mode.
+        """Load a checkpoint, and return the model in evaluation mode.
+
+        A warning names unknown keys and tensors.
 
         Args:
-            path: a folder that `save_pretrained` wrote, or a name on the hub, with revision=, token=, cache_dir=,
-                local_files_only= and force_download= as transformers has them, and config=, in place of the one that is there.
-            given: `vision=`, `text=` and so on, the backbones it was trained with, fine-tuned ones with the weights that they have
-                now. Those not given are loaded: from the copies in the folder, else by the name that they had.
+            path: A folder written by `save_pretrained`, or a name on the hub.
+            **given: The backbones that the model was trained with, `vision=`, `text=` and so on; fine-tuned ones with their current
+                weights. Backbones that are not given are loaded from the copies in the folder, or else from their recorded source.
+                `config=` replaces the saved configuration; revision=, token=, cache_dir=, local_files_only= and force_download=
+                have the same meaning as in transformers.
 
         Raises:
-            FileNotFoundError: there is no checkpoint, or a backbone without a copy was loaded from nowhere.
-            ValueError: a backbone is another one than in training, a file is corrupt, tensors are missing or have other shapes.
-
-        Unknown keys and tensors are warned about by name.
+            FileNotFoundError: There is no checkpoint, or a backbone has neither a copy nor a source.
+            ValueError: A backbone differs from the one used in training, a file is corrupt, or tensors are missing or have other
+                shapes.
         """
         folder = folder_of(path, given)
         changed = given.pop("config", None)
@@ -91,7 +93,11 @@ class SavedModel(FusionModel):
         return model.restored(tensors, folder)
 
     def load_saved(self, tensors: dict[str, Tensor], file: Path) -> None:
-        """Take all but the encoders from the tensors of a file. Where one is missing or does not fit, ValueError and no change."""
+        """Load everything except the encoders from the tensors of a file.
+
+        Raises:
+            ValueError: A tensor is missing or does not fit; the model is left unchanged.
+        """
         expected = self.added_state_dict()
         found = compare_tensors(tensors, expected)
         if found.missing:
@@ -105,10 +111,10 @@ class SavedModel(FusionModel):
         ]
         if wrong:
             raise ValueError(f"{file}: {'; '.join(wrong)}")
-        # Fine-tuned encoders are in checkpoints of transformers' Trainer a second time.
+        # Checkpoints of transformers' Trainer also hold the fine-tuned encoders, which are not unknown.
         if strangers := set(found.unknown) - self.trained_state_dict().keys():
             warnings.warn(f"{file}: ignoring unknown tensors {', '.join(sorted(strangers))}", stacklevel=4)
-        # Copied out of the file's mapping, in which tensors are not aligned.
+        # Copy the tensors out of the memory-mapped file, in which they are not aligned.
         device = next(self.backbone(self.config.main).parameters()).device
         on_device = {name: tensors[name].to(device, copy=True) for name in expected}
         self.load_state_dict(on_device, strict=False, assign=True)
@@ -119,18 +125,23 @@ def _place(modality: str) -> Place:
 
 
 def load_backbone(folder: Path, modality: str, record: dict[str, Any]) -> nn.Module:
-    """The encoder of a modality that a checkpoint in `folder` has this record of, see `load_encoder`."""
+    """Load the encoder of a modality from its record in the checkpoint in `folder`, see `load_encoder`."""
     return load_encoder(folder, _place(modality), record)
 
 
 def read_config(folder: Path) -> tuple[MoPEConfig, dict[str, dict[str, Any]]]:
-    """The configuration in a checkpoint, and the record of each backbone that it needs."""
+    """Read the configuration of a checkpoint, and the record of each backbone that it needs.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: The configuration is corrupt or incomplete.
+    """
     file, values = folder / CONFIG, read_values(folder)
     if not isinstance(values, dict) or not isinstance(values.get("backbones"), dict):
-        raise ValueError(f"{file} is no MoPEConfig with records of its backbones")
+        raise ValueError(f"{file} is not a MoPEConfig with records of its backbones")
     for modality, record in values["backbones"].items():
         check_record(file, f"{modality} backbone", record, RECORD)
-    # Else a damaged number of labels would make as many names.
+    # Without this check, a corrupt num_labels would generate that many names.
     if values.get("id2label") is None:
         raise ValueError(f"{file} lacks id2label, the names of the labels")
     try:

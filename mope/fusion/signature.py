@@ -1,4 +1,4 @@
-"""A forward whose signature names the inputs that a model has."""
+"""Give a model's `forward` a signature that lists its inputs by name."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _BASE = "_class_without_signature"
 
 
 def sign_forward(model: nn.Module, tensors: Sequence[str], flags: Sequence[str] = ()) -> None:
-    """Give a model a `forward` whose signature lists its inputs in place of `**inputs`.
+    """Replace the signature of a model's `forward` with one that lists its inputs instead of `**inputs`.
 
-    Whoever asks `inspect.signature(model.forward)`, as transformers' Trainer and torch.export do, finds them by name. The model
-    gets a subclass of its class with the same name, one for all models of the same inputs. Copies and pickles are of the class
-    itself, whose `__setstate__` calls this again. A class that has no `**` in its forward is left alone.
+    `inspect.signature(model.forward)`, which transformers' Trainer and torch.export call, then finds the inputs by name. The class
+    of the model becomes a subclass with the same name, shared by all models with the same inputs. Copies and pickles are of the
+    original class, whose `__setstate__` calls this function again. A model without `**` in its forward is left alone.
 
     Args:
-        model: whose forward has keyword arguments, and one that takes the rest.
-        tensors: names of the inputs, None by default.
-        flags: names of switches, False by default.
+        model: Model whose forward has keyword arguments and `**inputs`.
+        tensors: Names of the inputs, whose default is None.
+        flags: Names of the flags, whose default is False.
     """
     base = getattr(type(model), _BASE, type(model))
     key = (base, tuple(tensors), tuple(flags))
@@ -37,7 +37,7 @@ def sign_forward(model: nn.Module, tensors: Sequence[str], flags: Sequence[str] 
         inputs = [_parameter(name, None, "Tensor | None") for name in tensors if name not in named]
         switches = [_parameter(name, False, "bool") for name in flags if name not in named]
         last = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
-        # A copy: another name for the same function would give every model this signature. No call is added.
+        # A copy, because setting the signature of the shared function would change it for every model. A wrapper would add a call.
         forward = FunctionType(function.__code__, function.__globals__, "forward", function.__defaults__, function.__closure__)
         forward.__dict__.update(function.__dict__)
         forward.__kwdefaults__, forward.__doc__, forward.__qualname__ = (
@@ -52,7 +52,7 @@ def sign_forward(model: nn.Module, tensors: Sequence[str], flags: Sequence[str] 
 
 
 def _parameters(kind: Any) -> list[inspect.Parameter]:
-    """The parameters of a forward, and those of the classes above it that it passes `**` on to."""
+    """Return the parameters of a forward, and those of the base classes' forwards to which it passes `**` on."""
     found: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:
         if "forward" not in vars(base):
@@ -62,7 +62,7 @@ def _parameters(kind: Any) -> list[inspect.Parameter]:
         found |= {p.name: p for p in own if p.name not in found and (first or p.kind is p.KEYWORD_ONLY)}
         if not any(p.kind is p.VAR_KEYWORD for p in own):
             break
-    # A signature lists parameters by kind, and those of a base class were added last.
+    # A signature requires parameters ordered by kind, but those of base classes were added last.
     return sorted(found.values(), key=lambda parameter: parameter.kind)
 
 
@@ -71,7 +71,7 @@ def _parameter(name: str, default: object, annotation: str) -> inspect.Parameter
 
 
 def _reduce(model: Any, protocol: Any) -> Any:
-    """Pickle and copy a model as one of the class that can be imported."""
+    """Pickle and copy a model as an instance of its original class, which can be imported."""
     base = getattr(type(model), _BASE)
     return _new, (base,), *base.__reduce_ex__(model, protocol)[2:]
 

@@ -1,6 +1,6 @@
-"""What users of the released code have: its state dicts, checkpoints, live models and scripts.
+"""Support for users of the released code: its state dicts, checkpoints, live models and scripts.
 
-The names below are imported on first use: the command line takes `run` from here before it needs torch.
+The names below are imported on first use, because the command line imports `run` from here without torch.
 """
 
 from __future__ import annotations

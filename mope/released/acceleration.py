@@ -1,4 +1,4 @@
-"""A live model of the released code, with the forward of this library in place."""
+"""Give a live model of the released code the forward of this library, in place."""
 
 from __future__ import annotations
 
@@ -15,31 +15,33 @@ from .live import Accelerated, replace
 
 
 class Acceleration:
-    """What `accelerate` did to a model.
+    """Result of `accelerate`.
 
-    modules: by name, those that compute otherwise now.
-    unchanged: names of what has parameters and computes as before.
+    Attributes:
+        modules: Accelerated modules by name.
+        unchanged: Names of modules that have parameters and compute as before.
+        mode: Mode of the accelerated modules.
     """
 
     def __init__(self, modules: dict[str, nn.Module], unchanged: list[str], mode: str) -> None:
         self.modules, self.unchanged, self.mode = modules, unchanged, mode
 
     def undo(self) -> None:
-        """Give every module its released class back; a second time it does nothing."""
+        """Restore the released class of every module. Further calls do nothing."""
         for module in self.modules.values():
             if isinstance(module, Accelerated):
                 module.restore()
 
     def __repr__(self) -> str:
         if not self.modules:
-            return f"Acceleration(nothing: {', '.join(self.unchanged)} without prompts runs as it is)"
-        # Without the blocks of encoders.
+            return f"Acceleration(nothing: {', '.join(self.unchanged)} without prompts runs unchanged)"
+        # List encoders without their blocks.
         names = [name for name in self.modules if not any(name != n and name.startswith(f"{n}.".lstrip(".")) for n in self.modules)]
         return f"Acceleration(mode={self.mode!r}, accelerated={names}, unchanged={self.unchanged})"
 
 
 def _unchanged(name: str, module: nn.Module, changed: Collection[nn.Module]) -> Iterator[str]:
-    """The largest modules that hold parameters and neither are changed nor hold what is."""
+    """Yield the names of the largest modules with parameters that are not changed and contain no changed module."""
     if module in changed:
         return
     if any(inner in changed for inner in module.modules()):
@@ -53,35 +55,36 @@ def accelerate(model: nn.Module, *, mode: str = "released", prepack: bool = True
     """Give a live model of the released code this library's forward, in place.
 
     Every prompted Swin Transformer and prompted BERT classifier in `model` keeps its parameters, state-dict keys, return values,
-    dropout and router noise, and computes with `mope_kernels.window_prompt_attention` and `prompt_attention`, without copying
-    experts for each item or waiting for the device. An optimizer made before keeps working. The class of the modules changes, to
-    one that inherits the released class; copies and pickles are accelerated too. Calling it again sets the mode.
+    dropout and router noise, but computes with `mope_kernels.window_prompt_attention` and `prompt_attention`, without copying
+    experts for each item and without device synchronization. Existing optimizers keep working. The class of the modules changes to
+    one that inherits from the released class; copies and pickles are accelerated too. Calling the function again sets the mode.
 
-    In the Swin Transformer random numbers are drawn in the released order, the routers' noise on the device. In BERT prompts are
-    keys and values only, so attention dropout draws others. Position biases are looked up once for each table that needs no
-    gradient; a table written to through `.data` is not noticed.
+    In the Swin Transformer, random numbers are drawn in the released order, and the routers' noise is drawn on the device. In BERT,
+    prompts are only keys and values, so attention dropout draws different numbers. Position biases are looked up once for each
+    table that needs no gradient; changes made to a table through `.data` go unnoticed.
 
     Args:
-        model: a released PromptedSwinTransformer or BertClassifier, or anything that holds one. They are recognised by their parts,
-            not by their class, so changes to the released forward are not seen: compare once with and without, under one seed.
-        mode: "released" repeats the released order of windows, in which items of a batch share prompts; "instance" gives each
-            image its own. For one image they agree.
-        prepack: on a CPU, keep copies of the weights that are frozen when a module is first called, in the order that oneDNN
-            multiplies fastest: as much memory again, twice as much in training. As of a table, what is written to them through
-            `.data` is not noticed.
+        model: A released PromptedSwinTransformer or BertClassifier, or a module that contains one. They are recognized by their
+            parts, not by their class, so changes to the released forward go unnoticed: compare the results with and without
+            acceleration once, with the same seed.
+        mode: "released" reproduces the released order of windows, in which items of a batch share prompts; "instance" gives each
+            image its own prompts. The two agree for a single image.
+        prepack: Whether to keep, on a CPU, copies of the weights that are frozen when a module is first called, in the layout that
+            oneDNN multiplies fastest. The copies take as much memory as the weights, and twice as much in training. Changes made to
+            the weights through `.data` go unnoticed.
 
     Returns:
-        The handle whose `undo()` restores the model. It also says what computes as before; that may be all of it, since a BERT
-        classifier without prompts has nothing to replace.
+        A handle whose `undo()` restores the model. It also lists the modules that compute as before. These may be all modules,
+        because a BERT classifier without prompts has nothing to replace.
 
     Raises:
-        ValueError: `mode` is neither, nothing in `model` is recognised, or something differs from the released code or is part of
-            a segmentation model; the message says how. The model is then as it was.
+        ValueError: `mode` is unknown, nothing in `model` is recognized, or a module differs from the released code or is part of a
+            segmentation model; the message explains the difference. The model is left unchanged.
     """
     if mode not in MODES:
         raise ValueError(f"accelerate: mode must be one of {', '.join(MODES)}, got {mode!r}")
     modules: dict[str, nn.Module] = {}
-    # Recognised, with nothing to replace.
+    # Recognized modules that have nothing to replace.
     idle = []
     replacements: list[tuple[nn.Module, type[Accelerated]]] = []
     problems = []
@@ -106,7 +109,7 @@ def accelerate(model: nn.Module, *, mode: str = "released", prepack: bool = True
         )
     if problems:
         raise ValueError(f"accelerate: {first_of(problems, 8)}")
-    # Some may have been accelerated by an earlier call.
+    # Some modules may have been accelerated by an earlier call.
     before: list[tuple[Any, type[nn.Module]]] = [(part, type(part)) for part, _ in replacements]
     try:
         for part, ours in replacements:

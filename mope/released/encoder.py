@@ -1,4 +1,4 @@
-"""A state dict of the released code's PromptedSwinTransformer as a module of this library."""
+"""Load a state dict of the released code's PromptedSwinTransformer into a module of this library."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ def load_released_encoder(
     image_size: int = 224,
     mode: str = "released",
 ) -> MoPESwinEncoder:
-    """The released code's prompted Swin Transformer, from its state dict; the sizes are read off the tensors.
+    """Build the released code's prompted Swin Transformer from its state dict, with sizes inferred from the tensors.
 
     Args:
-        state_dict: of a PromptedSwinTransformer, Swin weights included.
-        num_heads: heads of each stage; no tensor tells them.
-        window_size, image_size: of the Swin Transformer.
-        mode: "released" repeats the released order of windows, in which items of a batch share prompts; "instance" gives each
-            image its own. For one image they agree.
+        state_dict: State dict of a PromptedSwinTransformer, including Swin weights.
+        num_heads: Number of heads in each stage, which cannot be inferred from the tensors.
+        window_size: Window size of the Swin Transformer.
+        image_size: Image size of the Swin Transformer.
+        mode: "released" reproduces the released order of windows, in which items of a batch share prompts; "instance" gives each
+            image its own prompts. The two agree for a single image.
 
     Returns:
-        The encoder in eval mode, in the dtype of `prompt_embeddings`, without router noise in eval.
+        The encoder in eval mode, in the dtype of `prompt_embeddings`, without router noise in eval mode.
 
     Raises:
-        ValueError: tensors are missing, unknown or of another shape, or `mode` is neither.
+        ValueError: Tensors are missing, unknown or of another shape, or `mode` is unknown.
     """
     if mode not in MODES:
         raise ValueError(f"load_released_encoder: mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -44,9 +45,9 @@ def load_released_encoder(
     needed += [f"deep_prompt_embeddings_{s}" for s in stages]
     missing = [name for name in needed if name not in state_dict]
     if missing or not stages:
-        raise ValueError(f"load_released_encoder: {', '.join(missing) or 'layers.*'} missing: this is no PromptedSwinTransformer")
+        raise ValueError(f"load_released_encoder: {', '.join(missing) or 'layers.*'} missing: not a PromptedSwinTransformer")
     if len(num_heads) != len(stages):
-        raise ValueError(f"load_released_encoder: num_heads must name the heads of {len(stages)} stages, got {tuple(num_heads)}")
+        raise ValueError(f"load_released_encoder: num_heads must hold the heads of {len(stages)} stages, got {tuple(num_heads)}")
     prompts = [state_dict[f"deep_prompt_embeddings_{s}"] for s in stages]
     cross_width, cross_dim = state_dict["layers.0.blocks.1.mm_prompt_cross_proj.weight"].shape
     embed_dim, _, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
@@ -73,13 +74,13 @@ def load_released_encoder(
 
 
 def prompt_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Prompts, routers and mappers under the names of `MoPESwinEncoder`."""
+    """Rename prompts, routers and mappers to their names in `MoPESwinEncoder`."""
     found = {}
     for name, tensor in state_dict.items():
         if name == "prompt_embeddings":
             found["input_prompts"] = tensor[0]
         elif match := re.match(r"deep_prompt_embeddings_(\d+)$", name):
-            # (1 + K, depth, l, C): the static prompts come first.
+            # (1 + K, depth, l, C), static prompts first.
             for i in range(tensor.shape[1]):
                 block = f"stages.{match[1]}.{i}"
                 found |= {f"{block}.static": tensor[0, i], f"{block}.experts.prompts": tensor[1:, i]}
@@ -88,7 +89,7 @@ def prompt_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif match := re.match(r"mm_prompt_instruction_proj\.(.*)", name):
             found[f"mapper.{match[1]}"] = tensor
         elif (match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.mm_(.*)", name)) and int(match[2]):
-            # The routers of first blocks are never used.
+            # Skip the routers of first blocks, which are never used.
             router = f"stages.{match[1]}.{match[2]}.router"
             part = re.sub(r"^prompt_(self|cross)_proj", r"\1_projection", match[3])
             found[f"{router}.{'expert_embedding' if part == 'frozen_expert_key_embed' else part}"] = tensor

@@ -1,4 +1,4 @@
-"""How a live module of the released code gets other methods: its class becomes one that inherits the released class."""
+"""Replace methods of a live module of the released code by changing its class to a subclass of the released class."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mope.fused.prepack import PrepackedLayers, as_before
 
 
 class Accelerated(nn.Module):
-    """In front of a released class it replaces methods and adds no state: parameters, keys and the optimizer stay as they are.
+    """Mixin that replaces methods of a released class without adding state, so parameters, keys and optimizers stay valid.
 
-    Attributes that start with `_cached` are no part of copies and pickles, but for layers in order: copies have theirs.
+    Attributes that start with `_cached` are excluded from copies and pickles, except prepacked layers, which copies keep.
     """
 
     ours: Any
@@ -25,11 +25,11 @@ class Accelerated(nn.Module):
     prepack: bool
 
     def frozen_parts(self) -> Iterable[nn.Module]:
-        """Whose layers are those of a backbone, and read in no other way than by calling them."""
+        """Return the backbone modules whose layers may be prepacked, because they are only used by calling them."""
         return ()
 
     def put_in_order(self, x: Tensor) -> None:
-        """See `mope.fused.prepack`: what is frozen when a module is first called on a CPU, until it is called elsewhere."""
+        """Prepack frozen layers on the first call on a CPU, and undo it on a call elsewhere; see `mope.fused.prepack`."""
         order: PrepackedLayers | None = self.__dict__.get("_cached_order")
         wanted = self.prepack and x.device.type == "cpu"
         if wanted is (order is not None) or torch.compiler.is_compiling():
@@ -38,11 +38,11 @@ class Accelerated(nn.Module):
             self.__dict__["_cached_order"] = PrepackedLayers(self.frozen_parts())
         else:
             del self.__dict__["_cached_order"]
-            # Of two threads that called first, each may have put some layers in order.
+            # If two threads made the first call at the same time, each may have prepacked some of the layers.
             as_before(self.frozen_parts())
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class was made here and cannot be found by name: copies and pickles make it again.
+        # The class was created dynamically and cannot be imported by name, so copies and pickles create it again.
         state = {name: value for name, value in vars(self).items() if not name.startswith("_cached") or name == "_cached_order"}
         return _remake, (self.ours, self.released, self.mode, self.prepack), state
 
@@ -50,7 +50,7 @@ class Accelerated(nn.Module):
         return ", ".join(filter(None, (super().extra_repr(), f"accelerated, mode={self.mode}")))
 
     def restore(self) -> None:
-        """Be the released module again."""
+        """Turn the module back into the released one."""
         as_before(self.frozen_parts())
         for name in [name for name in vars(self) if name.startswith("_cached")]:
             del self.__dict__[name]
@@ -59,7 +59,7 @@ class Accelerated(nn.Module):
 
 @functools.cache
 def _class_for(ours: Any, released: Any, mode: str, prepack: bool) -> Any:
-    """Instances stay instances of the released class, under its name."""
+    """Create a subclass of the released class with the same name."""
     members = {"ours": ours, "released": released, "mode": mode, "prepack": prepack, "__module__": released.__module__}
     return type(released.__name__, (ours, released), members)
 
@@ -70,7 +70,7 @@ def _remake(ours: Any, released: Any, mode: str, prepack: bool) -> nn.Module:
 
 
 def replace(module: nn.Module, ours: Any, mode: str, prepack: bool) -> None:
-    """Put the methods of `ours` in front of those of a module, in place of what an earlier call put there."""
+    """Override methods of a module with those of `ours`, replacing overrides of an earlier call."""
     released: Any = type(module)
     if isinstance(module, Accelerated):
         released = module.released
@@ -79,7 +79,7 @@ def replace(module: nn.Module, ours: Any, mode: str, prepack: bool) -> None:
 
 
 def missing(module: nn.Module, parts: Iterable[str]) -> list[str]:
-    """Those of `parts`, dots in them, that `module` lacks."""
+    """Return the dotted attribute names in `parts` that `module` lacks."""
     found = []
     for part in parts:
         try:

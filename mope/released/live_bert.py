@@ -1,4 +1,4 @@
-"""The released prompted BERT classifier with this library's forward."""
+"""Accelerated forward of the released prompted BERT classifier."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _BERT = BertAdapter()
 
 
 class TextClassifier(Accelerated):
-    """Prompts as keys and values only: in front of a layer they are no rows, and behind it nothing has to be taken out.
+    """Classifier whose prompts are only keys and values, so they are not added to the rows of a layer or removed from them.
 
-    Nothing asks for attention matrices, and no token is read back from the device.
+    Attention matrices are never formed, and no tokens are read back from the device.
     """
 
     bert_encoder: Any
@@ -43,17 +43,17 @@ class TextClassifier(Accelerated):
         vision_embedding: Tensor | None = None,
         blind_prompt: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Texts -> logits (B, n), and with `return_features` what [CLS] became, (B, C)."""
+        """Classify texts; return logits (B, n), and with `return_features` also the final [CLS] features (B, C)."""
         if not self.use_prompt:
-            # Nothing to replace: this way runs the stock model.
+            # There is nothing to replace: without prompts, the released method runs the stock model.
             return cast(Any, super()).forward(text_input, return_features=return_features)
         layers = self.bert_encoder.encoder.layer
         unsupported = {"dump_attn": dump_attn, "blind_prompt": blind_prompt}
         unsupported |= {"prompt_depth_override": prompt_depth_override not in (None, len(layers))}
         if any(unsupported.values()):
             asked = ", ".join(name for name, given in unsupported.items() if given)
-            # Refused and not passed on to the released method: that one needs the patched BertLayer of its own environment.
-            raise NotImplementedError(f"accelerate: {asked} of the released BertClassifier is not supported, undo() it first")
+            # These are not passed on to the released method, because it needs the patched BertLayer of its own environment.
+            raise NotImplementedError(f"accelerate: {asked} of the released BertClassifier is not supported: call undo() first")
         device = self.bert_encoder.device
         encoded = self.tokenizer(text_input, return_tensors="pt", padding=True, truncation=True)
         tokens, types, mask = (encoded[name].to(device) for name in ("input_ids", "token_type_ids", "attention_mask"))
@@ -82,14 +82,14 @@ class TextClassifier(Accelerated):
         return (self.bert_encoder.encoder,)
 
     def _packing(self, mask: Tensor, device: torch.device) -> Packing | None:
-        """The tokenizer's mask is the host's to read."""
+        """Return the packing of a padded batch, or None; a mask on the CPU can be read without a sync."""
         can_pack = mask.device.type == "cpu" and not torch.compiler.is_compiling() and _BERT.is_row_wise(self.bert_encoder)
         return Packing.of(mask.bool(), device) if can_pack else None
 
     def _prompts(self, layer: int, batch: int, given: Sequence[Tensor] | None, mapped: Tensor | None) -> Tensor:
-        """(B, P, C) of a layer, (1, P, C) where all items share them."""
+        """Return the prompts (B, P, C) of a layer, or (1, P, C) if all items share them."""
         if given is None:
-            # Dropout gives each item prompts of its own.
+            # With dropout, each item has different prompts.
             batch = batch if self.prompt_dropout.training else 1
             return self.prompt_dropout(self.prompt_vector[layer].expand(batch, -1, -1))
         if mapped is None:
@@ -98,16 +98,17 @@ class TextClassifier(Accelerated):
 
 
 def recognise(module: nn.Module) -> bool:
+    """Return whether a module looks like the released BERT classifier."""
     return hasattr(module, "bert_encoder") and hasattr(module, "prompt_vector")
 
 
 def replaced(classifier: nn.Module) -> dict[str, tuple[nn.Module, type[Accelerated]]]:
-    """What gets other methods, by name within the classifier; nothing without prompts, where the stock model runs."""
+    """Return the modules to accelerate, by name within the classifier; none without prompts, because the stock model runs."""
     return {"": (classifier, TextClassifier)} if cast(Any, classifier).use_prompt else {}
 
 
 def differences(classifier: Any) -> Iterator[str]:
-    """How a module with a BERT and prompts is not the released classifier."""
+    """Yield the differences between a module with a BERT and prompts and the released classifier."""
     parts = ["tokenizer", "heads", "use_prompt", "bert_encoder.config", "bert_encoder.embeddings", "bert_encoder.encoder.layer"]
     parts += ["prompt_depth", "prompt_dropout"] if getattr(classifier, "use_prompt", False) else []
     if lacking := missing(classifier, parts):

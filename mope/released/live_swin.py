@@ -1,4 +1,4 @@
-"""The released prompted Swin Transformer with this library's forward."""
+"""Accelerated forward of the released prompted Swin Transformer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mope.fused.swin import MoPESwinBlock, position_bias
 
 from .live import Accelerated, missing
 
-# Written as numbers in the released code.
+# Hard-coded in the released code.
 TEMPERATURE, NOISE_STD, IMPORTANCE_THRESHOLD = 0.1, 1 / 16**2, 0.1
-# Never on in the released models, and not repeated here.
+# Never active in the released models, and not implemented here.
 _DROPOUTS = ("drop_path", "attn.attn_drop", "attn.proj_drop")
 
 
 class Block(Accelerated):
-    """A released block has what `MoPESwinBlock` computes with, under other names."""
+    """Released block, which provides the attributes of `MoPESwinBlock` under other names."""
 
     attn: Any
     input_resolution: tuple[int, int]
@@ -41,16 +41,16 @@ class Block(Accelerated):
 
     @property
     def position_bias(self) -> Tensor:
-        """Looked up again only when the table was written to, moved or cast."""
+        """Position bias, looked up again only if the table was written to, moved or cast."""
         table = self.attn.relative_position_bias_table
-        # A compiled graph would be made anew for every table that is kept.
+        # Caching would cause a recompilation for every cached table.
         if table.requires_grad or torch.compiler.is_compiling():
             return position_bias(table, self.attn.window_size[0])
         key = (version(table), table.data_ptr(), table.device, table.dtype)
         if self.__dict__.get("_cached_position_bias", (None,))[0] != key:
-            # Also when a model is first used in inference mode: what is made there could not be trained with later.
+            # Leave inference mode, because inference tensors could not be used in training later.
             with torch.inference_mode(False), torch.no_grad():
-                # With a view of the table: while it is held, no other one can lie at its address.
+                # Keep a view of the table, so that no other table can be allocated at its address.
                 self.__dict__["_cached_position_bias"] = key, position_bias(table, self.attn.window_size[0]), table.detach()
         return self.__dict__["_cached_position_bias"][1]
 
@@ -58,14 +58,14 @@ class Block(Accelerated):
     enter: Any = MoPESwinBlock.enter
 
     def mlp_layers(self) -> list[nn.Module]:
-        """Those of the released Mlp, which also has a dropout behind both; empty where it has to be called."""
+        """Return the layers of the released Mlp without its inactive dropout; empty if the Mlp itself has to be called."""
         mlp: Any = self.mlp
         names = [name for name, _ in mlp.named_children()]
         known = type(mlp).__name__ == "Mlp" and names in (["fc1", "act", "fc2", "drop"], ["fc1", "act", "drop", "fc2"])
         return [] if not known or has_hooks(mlp) or _drops(mlp.drop) else [mlp.fc1, mlp.act, mlp.fc2]
 
     def step(self, x: Tensor, update: Tensor | None = None, own: dict[str, Any] | None = None) -> Any:
-        """`MoPESwinBlock.step`."""
+        """Run `MoPESwinBlock.step`. RuntimeError if dropout or DropPath is active, which is not supported."""
         if dropping := [name for name in _DROPOUTS if _drops(attrgetter(name)(self))]:
             raise RuntimeError(
                 f"accelerate: {', '.join(dropping)} of a block would drop, which is not supported. The released encoder's "
@@ -74,16 +74,23 @@ class Block(Accelerated):
         return MoPESwinBlock.step(cast(Any, self), x, update, own)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, P + R*R, C) -> (B, P + R*R, C)."""
+        """Run the block: (B, P + R*R, C) -> (B, P + R*R, C)."""
         return MoPESwinBlock.forward(cast(Any, self), x)
 
     def of_cross(self) -> CrossPart:
-        """What makes psi's part of the logits."""
+        """Return the parameters that compute psi's part of the routing logits."""
         project, keys = self.mm_prompt_cross_proj, self.mm_frozen_expert_key_embed
         return CrossPart(project.weight, project.bias, keys[-project.out_features :])
 
     def own_prompts(self, static: Tensor, experts: Tensor, mapped: Tensor, cross_logits: Tensor) -> dict[str, Any]:
-        """(l,C), (K,l,C), (B,1,C), (B,K) -> what `step` takes. Noise is added in eval mode too, as the released code does."""
+        """Return the prompt arguments of `step`; noise is added in eval mode too, as in the released code.
+
+        Args:
+            static: (l,C) static prompts.
+            experts: (K,l,C) prompt experts.
+            mapped: (B,1,C) mapped prompt.
+            cross_logits: (B,K) psi's part of the routing logits.
+        """
         project, keys = self.mm_prompt_self_proj, self.mm_frozen_expert_key_embed
         own = {"self_weight": project.weight, "self_bias": project.bias, "self_keys": keys[: project.out_features]}
         noise = torch.randn(cross_logits.shape, device=cross_logits.device) * NOISE_STD
@@ -92,9 +99,9 @@ class Block(Accelerated):
 
 
 class Encoder(Accelerated):
-    """The routed forward, without copying the experts for each item or waiting for the device.
+    """Encoder whose routed forward neither copies the experts for each item nor synchronizes with the device.
 
-    The other methods of the released encoder run unchanged over accelerated blocks.
+    The other methods of the released encoder run unchanged on accelerated blocks.
     """
 
     layers: Any
@@ -112,27 +119,27 @@ class Encoder(Accelerated):
                 yield layer.downsample
 
     def forward_features_instruct_multimodal_moe(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """(B, 3, S, S), psi (B, Cc) -> features (B, C), all rows (B, N, C), {"importance_loss": ()}."""
+        """Encode images (B, 3, S, S) with psi (B, Cc) to features (B, C), all rows (B, N, C) and {"importance_loss": ()}."""
         self.put_in_order(x)
         x = self.incorporate_prompt(x)
         mapper_input = self.mm_prompt_instruction_proj(y)
-        # All of them before the first block: random numbers are drawn in the released order.
+        # Compute all mapped prompts before the first block, so that random numbers are drawn in the released order.
         mapped = [
             self.prompt_dropout(self.prompt_proj_act(getattr(self, f"prompt_proj_{stage}")(mapper_input)))[:, None]
             for stage in range(len(self.layers))
         ]
         of_cross = iter(cross_logits([block.of_cross() for layer in self.layers for block in layer.blocks[1:]], y))
-        # What the last block leaves to be added.
+        # Residual update of the last block that has not been added yet.
         update: Tensor | None = None
         probs = []
         for stage, layer in enumerate(self.layers):
-            # (1 + K, depth, l, C): the static prompts come first.
+            # (1 + K, depth, l, C), static prompts first.
             own = getattr(self, f"deep_prompt_embeddings_{stage}")
             for i, (block, static, experts) in enumerate(zip(layer.blocks, own[0].unbind(0), own[1:].unbind(1), strict=True)):
                 prompts = None
                 if i:
                     prompts = block.own_prompts(static, experts, mapped[stage], next(of_cross))
-                    # What concatenation makes of 16-bit rows under autocast.
+                    # Under autocast, concatenation with prompts would promote 16-bit rows in the same way.
                     x = x.to(torch.promote_types(x.dtype, experts.dtype))
                 if has_hooks(block):
                     x, routing = block.add_up(x, update, prompts)
@@ -147,7 +154,7 @@ class Encoder(Accelerated):
 
 
 def _drops(module: nn.Module) -> bool:
-    """Dropout or timm's DropPath, switched on."""
+    """Return whether a module is an active dropout or timm's DropPath."""
     return module.training and any(getattr(module, name, None) for name in ("p", "drop_prob"))
 
 
@@ -157,7 +164,7 @@ def _blocks(encoder: Any) -> Iterator[tuple[str, nn.Module]]:
             yield f"layers.{stage}.blocks.{i}", block
 
 
-# What the code above reads.
+# Attributes that the code above reads.
 _ENCODER_PARTS = [
     *("forward_features_instruct_multimodal_moe", "incorporate_prompt", "num_prompts", "norm"),
     *("prompt_dropout", "prompt_proj_act", "mm_prompt_instruction_proj"),
@@ -171,16 +178,17 @@ _BLOCK_PARTS = [
 
 
 def recognise(module: nn.Module) -> bool:
+    """Return whether a module looks like the released prompted Swin Transformer."""
     return hasattr(module, "deep_prompt_embeddings_0")
 
 
 def replaced(encoder: nn.Module) -> dict[str, tuple[nn.Module, type[Accelerated]]]:
-    """What gets other methods, by name within the encoder."""
+    """Return the modules to accelerate, by name within the encoder."""
     return {"": (encoder, Encoder)} | {name: (block, Block) for name, block in _blocks(encoder)}
 
 
 def differences(encoder: Any) -> Iterator[str]:
-    """How a module with deep prompts is not the released prompted Swin Transformer."""
+    """Yield the differences between a module with deep prompts and the released prompted Swin Transformer."""
     try:
         blocks, stages = dict(_blocks(encoder)), range(len(encoder.layers))
     except AttributeError as error:
@@ -215,6 +223,6 @@ def _block_differences(block: Any) -> Iterator[str]:
         yield ".attn has hooks, which would not run"
     for name in ("mm_prompt_self_proj", "mm_prompt_cross_proj"):
         if not is_plain(getattr(block, name), nn.Linear):
-            yield f".{name} is not, or not only, a linear layer, and would not be called"
+            yield f".{name} is not a plain linear layer, and would not be called"
     if "forward" in vars(block) or "forward_mm_moe" in vars(block):
         yield " has its forward replaced on the instance"

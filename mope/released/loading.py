@@ -1,4 +1,4 @@
-"""A checkpoint of the released code as a fusion model of this library."""
+"""Load a checkpoint of the released code as a fusion model of this library."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mope.printing import first_of
 from .checkpoint import read_released_checkpoint
 from .encoder import MODES, prompt_tensors
 
-# Of the released text classifier and of first blocks: never used. The pooler plays no part either.
+# Tensors of the released text classifier and of first blocks that are never used. The pooler is not used either.
 _DEAD = re.compile(r"^(prompt_vectors\.|heads\.|bert_encoder\.pooler\.)|^head\.|\.blocks\.0\.mm_")
-# The other released methods do not run, or train what the checkpoint leaves out.
+# The other released methods do not run, or train weights that the checkpoint does not hold.
 _METHODS = ("mope", "instruct_mm_moe_t2v", "instruct_moe_t2v")
 _ENCODER = "vision_classifier.encoder."
 
@@ -27,25 +27,26 @@ _ENCODER = "vision_classifier.encoder."
 def load_released_checkpoint(
     path: str | Path, *, vision: nn.Module, text: nn.Module, mode: str = "released"
 ) -> MoPEForClassification:
-    """A `.ckpt` of the released code, or what `mope convert` made of it, as a `MoPEForClassification`.
+    """Load a `.ckpt` of the released code, or the result of `mope convert`, as a `MoPEForClassification`.
 
-    It was trained with `--use_vpt --use_pbert` and `--fuse_method mope` or `instruct_moe_t2v`, whose routers see the text only.
+    The checkpoint must have been trained with `--use_vpt --use_pbert` and `--fuse_method mope`, `instruct_mm_moe_t2v` (the same)
+    or `instruct_moe_t2v` (routers that see only the text).
 
-    The checkpoint holds prompts, routers, mapper and head, and of the frozen encoders only what their names did not exclude: the
-    encoders are given again. What the checkpoint does hold of them has to be the same.
+    The checkpoint holds prompts, routers, mapper and head, but only some tensors of the frozen encoders, so the encoders have to be
+    passed. The tensors of the encoders that the checkpoint does hold must match.
 
     Args:
-        path: see `read_released_checkpoint`.
-        vision: the transformers `SwinModel` that was trained on.
-        text: the transformers `BertModel` that was trained on.
+        path: See `read_released_checkpoint`.
+        vision: The transformers `SwinModel` used in training.
+        text: The transformers `BertModel` used in training.
         mode: "released", the released order of windows, or "instance"; see `load_released_encoder`.
 
     Returns:
-        The model in eval mode, without router noise, which the released code adds in evaluation too.
+        The model in eval mode, without the router noise that the released code also adds in evaluation.
 
     Raises:
-        ValueError: the file cannot be read or is of another method, tensors are missing, unknown or of another shape, or an encoder
-            is not the one that was trained on.
+        ValueError: The file cannot be read or was trained with another method, tensors are missing, unknown or of another shape, or
+            an encoder is not the one used in training.
     """
     if mode not in MODES:
         raise ValueError(f"load_released_checkpoint: mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -56,11 +57,11 @@ def load_released_checkpoint(
     sees_text_only = method == "instruct_moe_t2v"
     vision_part, text_part = checkpoint.part("vision_classifier."), checkpoint.part("text_classifier.")
     encoder = {name.removeprefix("encoder."): t for name, t in vision_part.items() if name.startswith("encoder.")}
-    # The mapper of the text-only router is no part of the vision encoder.
+    # With the text-only router, the mapper is not part of the vision encoder.
     mapper = "classifier.instruct_proj.0.weight" if sees_text_only else f"{_ENCODER}mm_prompt_instruction_proj.0.weight"
     parts = ["vision_classifier.classifier.weight", f"{_ENCODER}deep_prompt_embeddings_0", mapper, "text_classifier.prompt_vector"]
     if missing := [name for name in parts if name not in checkpoint.tensors]:
-        raise ValueError(f"{path}: {', '.join(missing)} missing: this is no checkpoint of --fuse_method {method}")
+        raise ValueError(f"{path}: {', '.join(missing)} missing: this is not a checkpoint of --fuse_method {method}")
     dimensions = dict(zip(parts, (2, 4, 2, 3), strict=True)) | {f"{_ENCODER}prompt_embeddings": 3}
     for name, tensor in checkpoint.tensors.items():
         wanted = 4 if name.startswith(f"{_ENCODER}deep_prompt_embeddings_") else dimensions.get(name)
@@ -81,7 +82,7 @@ def load_released_checkpoint(
             importance_weight=checkpoint.options.get("w_imp", 0.01),
         )
     except ValueError as error:
-        raise ValueError(f"{path}: its sizes and options make no configuration ({error})") from error
+        raise ValueError(f"{path}: its sizes and options are not a valid configuration ({error})") from error
     known = {name for name in encoder if _DEAD.search(name) or _is_prompt(name)}
     _check_backbone(path, "vision", {n: t for n, t in encoder.items() if n not in known}, swin_state_dict(base_model(vision)))
     known = {"prompt_vector"} | {name for name in text_part if _DEAD.search(name)}
@@ -95,7 +96,7 @@ def load_released_checkpoint(
         prompts = {n: t for n, t in prompts.items() if not re.match(r"input_prompts|mapper\.|.*\.router\.", n)}
         prompts |= _text_only_tensors(checkpoint.part("classifier."), encoder)
     else:
-        # First blocks do not route and have no prompts.
+        # First blocks have neither routers nor prompts.
         prompts = {n: t for n, t in prompts.items() if not re.match(r"stages\.\d+\.0\.", n)}
     state |= {f"vision.{name}": t for name, t in prompts.items()}
     model = MoPEForClassification(config, vision=vision, text=text)
@@ -104,7 +105,7 @@ def load_released_checkpoint(
         model.load_state_dict(state, strict=False)
         return model.eval()
     except BaseException:
-        # The encoders go back as they came.
+        # Restore the encoders.
         model.detach()
         raise
 
@@ -114,11 +115,11 @@ def _is_prompt(name: str) -> bool:
 
 
 def _text_only_tensors(fusion: Mapping[str, Tensor], encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Mapper and routers of `--fuse_method instruct_moe_t2v` under the names of `MoPESwinEncoder`."""
+    """Rename the mapper and routers of `--fuse_method instruct_moe_t2v` to their names in `MoPESwinEncoder`."""
     found = {f"mapper.{n.removeprefix('instruct_proj.')}": t for n, t in fusion.items() if n.startswith("instruct_proj.")}
     depths = [len(encoder[name][0]) for name in sorted(encoder) if name.startswith("deep_prompt_embeddings_")]
     blocks = [f"stages.{stage}.{i}" for stage, depth in enumerate(depths) for i in range(depth)]
-    # The first row is for the first two blocks, which share a router here too.
+    # The first row is for the first two blocks, which share a router in this library too.
     for i, block in enumerate(blocks[1:]):
         row = f"moe_proj.{i}."
         found |= {f"{block}.router.projection.{n.removeprefix(row)}": t for n, t in fusion.items() if n.startswith(row)}
@@ -138,7 +139,7 @@ def _check_shapes(path: str | Path, state: Mapping[str, Tensor], wanted: Mapping
 
 
 def _check_backbone(path: str | Path, modality: str, found: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """What a checkpoint holds of a frozen encoder tells which one it was."""
+    """Check that a given encoder matches the tensors of the frozen encoder in a checkpoint."""
     unknown = sorted(found.keys() - given.keys())
     if unknown:
         raise ValueError(f"{path}: the {modality} encoder has no {', '.join(unknown[:5])}")

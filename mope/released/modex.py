@@ -1,4 +1,4 @@
-"""State dicts of the released code of ModeX, taken into models of transformers."""
+"""Load state dicts of the released code of ModeX into models of transformers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from mope.fusion.checkpoint import LOADABLE
 from mope.printing import first_of
 from mope.released.checkpoint import read_pickle, refuse_strangers, same
 
-# The adapters of a layer stand in every module that uses them: the image's block, the text's layer and up to three modules in it.
+# The adapters of a layer appear in every module that uses them: the image block, the text layer and up to three of its submodules.
 _ADAPTER = re.compile(r"(?:visual_encoder\.blocks|text_encoder\.encoder\.layer)\.(\d+)\.(?:\w+\.)*modex\.(\w+)\.(.+)")
-# Reason -> names of what is left out on purpose.
+# Reason -> names of tensors that are omitted on purpose.
 _IGNORED = {
     "momentum copy": re.compile(r"\w+_m\."),
     "queue of training": re.compile(r"(image|text|idx)_queue$|queue_ptr$|ptr_queue$"),
@@ -60,13 +60,14 @@ _BLIP_VISION = {
 
 @dataclass(frozen=True)
 class ReleasedReport:
-    """What became of a released state dict.
+    """Report on loading a released state dict.
 
-    loaded: names of the model's tensors that have new values.
-    resized: of these, embeddings of positions that were interpolated to the model's number of patches.
-    missing: names of the model's tensors that the file had nothing for, which are as they were.
-    left_over: released names of tensors that the model has no place for.
-    ignored: released name -> why it is left out on purpose.
+    Attributes:
+        loaded: Names of the model's tensors that have new values.
+        resized: Those among `loaded` that are position embeddings interpolated to the model's number of patches.
+        missing: Names of the model's tensors that are not in the file, and keep their values.
+        left_over: Released names of tensors for which the model has no counterpart.
+        ignored: Released names of tensors that are omitted on purpose, with the reason.
     """
 
     loaded: tuple[str, ...]
@@ -85,23 +86,23 @@ class ReleasedReport:
 
 
 def load_released_state_dict(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict: bool = True) -> ReleasedReport:
-    """Load what the released code of ModeX saved into a model with adapters attached, or its encoders into one without.
+    """Load a state dict of the released code of ModeX into a model with attached adapters, or only encoders into one without.
+
+    The released code saves the adapters of a layer under every module that uses them; these copies must agree. The text encoders
+    of ALBEF and BLIP have no token type embeddings, so those of the model are set to zero. Position embeddings for images of
+    another size are interpolated, as in the released code.
 
     Args:
-        model: has one image and one text encoder: an `AlbefModel`, transformers' `BlipForImageTextRetrieval`, or a model that holds
-            one of these, such as a `ModeXForClassification`.
-        source: the state dict, or a file that holds it by itself or as "model" (`checkpoint_best.pth`), or as safetensors.
+        model: Model with one image encoder and one text encoder: an `AlbefModel`, transformers' `BlipForImageTextRetrieval`, or a
+            model that contains one of these, such as a `ModeXForClassification`.
+        source: The state dict, or a file that holds it directly or as "model" (`checkpoint_best.pth`), or as safetensors.
             A `.pth` is a pickle; nothing in it is executed.
-        strict: whether it is an error that something is missing or left over; else the report says so alone.
-
-    The released code saves the adapters of a layer under every module that uses them; these copies must agree. ALBEF's and
-    BLIP's text encoders have no embeddings of token types: ours become zero. Embeddings of positions for images of another size
-    are interpolated, as the released code does.
+        strict: Whether to raise an error if tensors are missing or left over, instead of only reporting them.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read safely, it has adapters and the model has none or the other way round, copies of a tensor
-            differ, or tensors do not fit. Nothing is changed then.
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read safely, only one of file and model has adapters, copies of a tensor differ, or tensors
+            do not fit. The model is left unchanged.
     """
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     state = _state(source, where)
@@ -112,7 +113,7 @@ def load_released_state_dict(model: nn.Module, source: Mapping[str, Tensor] | st
     if adapters and not placed:
         raise ValueError(f"{type(model).__name__} has no adapters: attach(model, ModeXConfig.preset('albef')) first, or 'blip'")
     if placed and not adapters:
-        raise ValueError(f"{where} holds no adapters of ModeX, its names begin {names}: load encoders alone before attach")
+        raise ValueError(f"{where} holds no adapters of ModeX, its names begin {names}: load only encoders before attach")
 
     own = model.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -157,7 +158,7 @@ def _state(source: Mapping[str, Any] | str | Path, where: str) -> Mapping[str, T
     if not isinstance(state, Mapping):
         raise ValueError(f"{where}: expected a state dict, by itself or as 'model', found {type(state).__name__}")
     if strangers := [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]:
-        raise ValueError(f"{where}: these are no tensors: {', '.join(map(str, strangers[:5]))}")
+        raise ValueError(f"{where}: these are not tensors: {', '.join(map(str, strangers[:5]))}")
     if not isinstance(source, Mapping):
         refuse_strangers(state, f"{where}:")
     return state
@@ -177,7 +178,7 @@ def _read(path: Path) -> Any:
 def _sort(
     state: Mapping[str, Tensor], where: str
 ) -> tuple[dict[tuple[int, str], dict[str, Tensor]], dict[str, Tensor], dict[str, str]]:
-    """-> the adapters by (layer, site) and part, each once; all else that counts; name -> reason of what does not."""
+    """Return adapters by (layer, site) and part without copies, all other tensors to load, and reasons of ignored ones by name."""
     adapters: dict[tuple[int, str], dict[str, Tensor]] = {}
     first: dict[tuple[str, ...], str] = {}
     rest, ignored = {}, {}
@@ -196,7 +197,7 @@ def _sort(
 
 
 def _only(model: nn.Module, *kinds: type[nn.Module]) -> str:
-    """The name of the one module of these classes."""
+    """Return the name of the only module of these classes. ValueError if there is not exactly one."""
     names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     if len(names) != 1:
         wanted = " or ".join(kind.__name__ for kind in kinds)
@@ -205,10 +206,10 @@ def _only(model: nn.Module, *kinds: type[nn.Module]) -> str:
 
 
 def _rename(name: str, tensor: Tensor, model: nn.Module, vision: str, text: str) -> dict[str, Tensor]:
-    """A released tensor under the names that it may have in the model."""
+    """Return a released tensor, possibly split, under the names that it may have in the model."""
     encoder, _, below = name.partition(".")
     if encoder == "text_encoder":
-        # As pre-trained, with a head of its own, it has one level more.
+        # A pre-trained text encoder with its own head has an additional level, "bert.".
         return {f"{text}.{below.removeprefix('bert.')}": tensor}
     if encoder == "cls_head":
         return {f"head.{below}": tensor}
@@ -222,12 +223,12 @@ def _rename(name: str, tensor: Tensor, model: nn.Module, vision: str, text: str)
     own = f"{vision}.{below}"
     if ".attention.qkv." not in own or tensor.dim() == 0 or len(tensor) % 3:
         return {own: tensor}
-    # Three projections there, of which the released code makes one.
+    # The released code fuses the three projections of the model into one.
     return {own.replace(".qkv.", f".{part}_proj."): piece for part, piece in zip("qkv", tensor.chunk(3), strict=True)}
 
 
 def _interpolated(embeddings: Tensor, shape: torch.Size) -> Tensor:
-    """Embeddings of a class token and a square of patches (1, 1 + n^2, C), for a square of another size; others as they are."""
+    """Resize position embeddings (1, 1 + n^2, C) of a class token and a square of patches; return others unchanged."""
     if embeddings.shape == shape or embeddings.dim() != 3 or not embeddings.is_floating_point():
         return embeddings
     before, after = (math.isqrt(max(tokens - 1, 0)) for tokens in (embeddings.shape[1], shape[1]))
@@ -240,7 +241,7 @@ def _interpolated(embeddings: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _places(model: nn.Module, vision: str, text: str) -> dict[tuple[int, str], tuple[str, ExpertAdapter]]:
-    """(layer, site) -> name and module of the adapters in the two encoders."""
+    """Return name and module of the adapters in the two encoders, by (layer, site)."""
     found = {}
     for name, module in model.named_modules():
         holder, _, site = name.rpartition(".")
@@ -252,9 +253,9 @@ def _places(model: nn.Module, vision: str, text: str) -> dict[tuple[int, str], t
 
 
 def _adapter(name: str, module: ExpertAdapter, parts: dict[str, Tensor], what: str) -> dict[str, Tensor]:
-    """The tensors of an adapter under their names in the model. `ExpertAdapter` knows the released names."""
+    """Return the tensors of an adapter under their names in the model; `ExpertAdapter` converts the released names."""
     scratch: Any = copy.deepcopy(module)
-    # It would cast them.
+    # Check dtypes first, because load_state_dict would cast silently.
     if strange := [f"{part} is {tensor.dtype}" for part, tensor in parts.items() if tensor.dtype not in LOADABLE]:
         raise ValueError(f"{what} does not fit {name}: {', '.join(strange)}, expected floating point")
     try:

@@ -1,6 +1,6 @@
-"""Teaches training what users of the released code have: its checkpoints, and its order of windows.
+"""Register checkpoints and window modes of the released code with the training commands.
 
-Importing this imports no torch.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def _open(
     path: Path, sources: Mapping[str, str | None], *, mode: str | None, processors: Mapping[str, str | None], format: str
 ) -> FusionModel:
-    """A `.ckpt`, or the `.safetensors` that `mope convert` made of one.
+    """Open a `.ckpt`, or the `.safetensors` that `mope convert` wrote for it.
 
-    It was trained with the published image processor and the tokenizer of its text encoder.
+    The default processors are those of released training: the published image processor and the tokenizer of the text encoder.
     """
     from mope.modalities.vision import PUBLISHED
     from mope.training.loading import load_backbone, set_processors
@@ -30,7 +30,7 @@ def _open(
     backbones: dict[str, Any] = {name: load_backbone(source, name) for name, source in sources.items() if source}
     if missing := [name for name in ("vision", "text") if name not in backbones]:
         raise ValueError(
-            f"{path} holds no encoders: give those that it was trained with, "
+            f"{path} holds no encoders: pass those that it was trained with, "
             + " and ".join(f"--{name} NAME_OR_FOLDER" for name in missing)
         )
     model = load_released_checkpoint(path, **backbones, mode=mode or "released")

@@ -1,4 +1,4 @@
-"""`mope run`: a script of the released code, unmodified, on the versions that are installed here."""
+"""Run an unmodified script of the released code on the installed package versions: `mope run`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 
 from mope.arguments import add_device
 
-# torch and transformers are imported when a script runs: `mope --help` answers at once.
+# torch and transformers are imported only when a script runs, so that `mope --help` is fast.
 
-# What the released code was written for.
+# Versions that the released code was written for.
 _WRITTEN_FOR = {
     "torch": "2.0.0",
     "transformers": "4.34.0",
@@ -27,7 +27,7 @@ _WRITTEN_FOR = {
     "numpy": "1.22.0",
     "scikit_learn": "1.0.2",
 }
-# NLLLoss's own default: no class has this number.
+# Default of NLLLoss, which is not the index of any class.
 _IGNORE_LABEL = -100
 _MODEL = "VisionTextClassifiers"
 
@@ -54,7 +54,7 @@ def _run(options: argparse.Namespace) -> int:
     if not options.script.is_file():
         problem = f"no such script: {options.script}"
     elif options.mode and not options.accelerate:
-        problem = "--mode says how to --accelerate, which is not asked for"
+        problem = "--mode has an effect only with --accelerate"
     if problem:
         print(f"mope run: {problem}", file=sys.stderr)
         return 2
@@ -76,22 +76,21 @@ def run(
     mode: str = "released",
     device: str = "auto",
 ) -> None:
-    """Run a script of the released code as `python script *arguments`, and bridge what has changed since it was written.
+    """Run a script of the released code like `python script *arguments`, bridging incompatibilities with current packages.
 
-    All of it in this process only, and undone afterwards: stand-ins for modules that are not installed, the tuple that `BertLayer`
-    used to return, a Trainer that asks for a GPU where there is none, `ignore_label`. What is bridged is printed to stderr.
+    The bridges affect only this process and are undone afterwards: stand-ins for modules that are not installed, the tuple that
+    `BertLayer` used to return, a Trainer that requests a GPU although there is none, and `ignore_label`. Active bridges are printed
+    to stderr. Exceptions of the script are passed on, including SystemExit.
 
     Args:
-        script: in its checkout, whose modules it imports. Paths are relative to the current folder, as ever.
-        arguments: of the script.
-        accelerate: call `mope.accelerate` on each `VisionTextClassifiers` as soon as it is built.
-        mode: for `mope.accelerate`.
-        device: that of the Trainer: "cpu", "cuda:1", ...; "auto" is a GPU where there is one, as the scripts ask for.
+        script: Script in its checkout, from which it imports modules. Other paths are relative to the current folder.
+        arguments: Arguments of the script.
+        accelerate: Whether to call `mope.accelerate` on each `VisionTextClassifiers` as soon as it is built.
+        mode: Argument of `mope.accelerate`.
+        device: Device of the Trainer: "cpu", "cuda:1", ...; "auto" is a GPU if there is one, which the scripts request.
 
     Raises:
-        ValueError: there is no such device here.
-        ValueError: with `accelerate`, the model that was built is not the released one.
-        Everything that the script raises, SystemExit too.
+        ValueError: There is no such device, or with `accelerate`, the model that was built is not the released one.
     """
     from .acceleration import accelerate as accelerate_live
     from .stand_ins import stand_ins
@@ -129,7 +128,7 @@ def _versions() -> str:
 
 @contextmanager
 def _as_main(script: Path, arguments: Sequence[str]) -> Iterator[None]:
-    """The arguments and the search path that Python gives a script; modules of its folder are forgotten afterwards."""
+    """Set `sys.argv` and `sys.path` as Python does for a script; on exit, remove the modules of its folder from `sys.modules`."""
     from .stand_ins import is_of_checkout
 
     argv, path, modules = sys.argv, sys.path, set(sys.modules)
@@ -154,7 +153,7 @@ def _replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[Non
 
 
 def _bridges(device: str) -> dict[str, Any]:
-    """What is changed, in words -> the context manager that does it."""
+    """Return the context managers of all bridges, by description."""
     import torch
     from transformers.models.bert.modeling_bert import BertLayer
 
@@ -197,7 +196,7 @@ def _bridges(device: str) -> dict[str, Any]:
 def _returning_a_tuple(forward: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = forward(self, *args, **kwargs)
-        # transformers' own calls have more arguments, and take what they get today.
+        # transformers' own calls have other arguments, and expect the current return value.
         return (out,) if kwargs == {"output_attentions": True} and not isinstance(out, tuple) else out
 
     return wrapped
@@ -247,7 +246,7 @@ def _without_gpu(init: Callable[..., None]) -> Callable[..., None]:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("accelerator") in ("gpu", "cuda"):
             kwargs["accelerator"] = "cpu"
-            # On a CPU, Lightning would take bfloat16.
+            # On a CPU, Lightning would use bfloat16.
             if str(kwargs.get("precision")) in ("16", "16-mixed"):
                 kwargs["precision"] = 32
         init(self, *args, **kwargs)
@@ -257,7 +256,7 @@ def _without_gpu(init: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _when_built(then: Callable[[Any], Any]) -> Iterator[None]:
-    """Call `then` with each `VisionTextClassifiers`, wherever its class is defined, and print what it gives."""
+    """Call `then` with each `VisionTextClassifiers`, wherever its class is defined, and print the result."""
     from torch import nn
 
     given = []
@@ -274,7 +273,7 @@ def _when_built(then: Callable[[Any], Any]) -> Iterator[None]:
             given.append(then(self))
             handle = given[-1]
             unchanged = ", ".join(handle.unchanged)
-            _say(str(handle) if handle.modules else f"nothing was accelerated: without prompts {unchanged} runs as it is")
+            _say(str(handle) if handle.modules else f"nothing was accelerated: without prompts {unchanged} runs unchanged")
 
         cls.__init__ = built
 

@@ -1,4 +1,4 @@
-"""Stand-ins for modules that the released code imports and that are not installed here."""
+"""Stand-ins for modules that the released code imports but that are not installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Imported by the scripts for classification, which never use them; with what installs them.
+# Modules that the classification scripts import but never use -> name of the package to install.
 IMPORTED_ONLY = {
     "cv2": "opencv-python-headless",
     "librosa": "librosa",
@@ -26,12 +26,12 @@ IMPORTED_ONLY = {
     "mmcv": "mmcv",
     "pyarrow": "pyarrow",
 }
-# Of torch before 1.13; timm 0.3 asks for it.
+# Module of torch before 1.13, which timm 0.3 imports.
 _SIX = "torch._six"
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: whole items are zeroed in training, with probability `drop_prob`, and the others scaled up."""
+    """Stochastic depth: in training, zero whole items with probability `drop_prob`, and scale up the others."""
 
     def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
@@ -41,25 +41,25 @@ class DropPath(nn.Module):
         if not self.training or not self.drop_prob:
             return x
         keep = 1 - self.drop_prob
-        # In this order: with timm's random numbers, timm's result.
+        # The same order of operations as timm, so that the same random numbers give the same result.
         mask = (keep + torch.rand(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device)).floor()
         return x / keep * mask
 
 
 def to_2tuple(value: Any) -> Any:
-    """What is no sequence, twice."""
+    """Return an iterable unchanged, and any other value twice in a tuple."""
     return value if isinstance(value, Iterable) else (value, value)
 
 
 @torch.no_grad()
 def trunc_normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0) -> Tensor:
-    """Fill with N(mean, std^2) between a and b, by inverting its distribution: torch's own draws other numbers."""
+    """Fill with N(mean, std^2) truncated to [a, b] by inverse transform sampling; torch's version draws other numbers."""
     low, high = (math.erf((bound - mean) / std / math.sqrt(2)) for bound in (a, b))
     return tensor.uniform_(low, high).erfinv_().mul_(std * math.sqrt(2)).add_(mean).clamp_(a, b)
 
 
 def provided() -> dict[str, dict[str, Any]]:
-    """What stands in for modules that are used: their names, and what is in them."""
+    """Return the stand-ins of modules that are used: contents by module name."""
     from . import transforms
 
     kinds = ("CenterCrop", "Compose", "Normalize", "RandAugment", "Resize", "ToTensor")
@@ -75,7 +75,7 @@ def provided() -> dict[str, dict[str, Any]]:
 
 
 class _Unusable(type):
-    """Classes that can be named, compared and taken apart, but not called."""
+    """Metaclass of classes that allow attribute access and comparison, but raise when called."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -85,7 +85,7 @@ class _Unusable(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         module = next(name for name in IMPORTED_ONLY if cls.__name__.startswith(f"{name}."))
         raise ModuleNotFoundError(
-            f"{cls.__name__} is called, and {module} is not installed, only let be imported by mope run: "
+            f"{cls.__name__} is called, but {module} is not installed, mope run only allows importing it: "
             f"pip install {IMPORTED_ONLY[module]}",
             name=module,
         )
@@ -99,11 +99,12 @@ class _ImportedOnly(ModuleType):
 
 
 class StandIns(MetaPathFinder, Loader):
-    """Answers for absent modules where files under `folder` import them.
+    """Import finder and loader that provides absent modules to files under `folder`.
 
-    Others that look for these modules, as libraries do to find out what they may use, still find nothing.
+    Other code, such as libraries that check for optional packages, still does not find these modules.
 
-    absent: names of the modules for which there are stand-ins.
+    Attributes:
+        absent: Names of the modules for which there are stand-ins.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -119,7 +120,7 @@ class StandIns(MetaPathFinder, Loader):
 
     def _asked_from_folder(self) -> bool:
         frame = sys._getframe(2)
-        # The import machinery stands between.
+        # Skip the frames of the import machinery.
         while frame.f_back and frame.f_globals.get("__name__", "").startswith("importlib"):
             frame = frame.f_back
         return is_of_checkout(frame.f_code.co_filename, self.folder)
@@ -137,7 +138,7 @@ class StandIns(MetaPathFinder, Loader):
 
 
 def is_of_checkout(file: str | None, folder: Path) -> bool:
-    """Whether a file is one of a checkout, and not of packages that are installed inside it."""
+    """Return whether a file belongs to a checkout, and not to a package installed inside it."""
     if file is None:
         return False
     path = Path(file).resolve()
@@ -145,7 +146,7 @@ def is_of_checkout(file: str | None, folder: Path) -> bool:
 
 
 def _installed(name: str) -> bool:
-    """Without importing a package to look into it: that could fail."""
+    """Return whether a module is installed, without importing its parent package, which could fail."""
     top, *parts = name.split(".")
     spec = importlib.util.find_spec(top)
     for part in parts:
@@ -156,10 +157,10 @@ def _installed(name: str) -> bool:
 
 @contextmanager
 def stand_ins(folder: Path) -> Iterator[StandIns]:
-    """Stand-ins for what files under `folder` import, until the end of the block."""
+    """Provide stand-ins for absent modules that files under `folder` import, within the context."""
     finder = StandIns(folder)
     _settle_what_libraries_look_for(finder.absent)
-    # Last: what is installed comes first.
+    # Append the finder, so that installed modules take precedence.
     sys.meta_path.append(finder)
     try:
         yield finder
@@ -170,7 +171,7 @@ def stand_ins(folder: Path) -> Iterator[StandIns]:
 
 
 def _settle_what_libraries_look_for(absent: Iterable[str]) -> None:
-    """transformers remembers whether a package is there: let it look before a stand-in is among the imported modules."""
+    """Let transformers check for packages before their stand-ins are imported, because it caches the result."""
     from transformers.utils import import_utils
 
     for name in absent:

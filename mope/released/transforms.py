@@ -1,6 +1,6 @@
-"""The transforms of torchvision that the released code uses, for Pillow images, where torchvision is not installed.
+"""Replacements of the torchvision transforms that the released code uses, for Pillow images.
 
-With the same names, arguments, results and random numbers as torchvision's.
+They are used if torchvision is not installed, and have the same names, arguments, results and random numbers.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from mope.data.augment import LEVELS, OPERATIONS
 
-# Shears, translations, rotation and the four that enhance, in the order of `OPERATIONS`.
+# Shears, translations, rotation and the four enhancements, by position in `OPERATIONS`.
 SIGNED = range(1, 10)
 
 
 class Compose:
-    """One transform after the other."""
+    """Apply transforms in sequence."""
 
     def __init__(self, transforms: Sequence[Callable[[Any], Any]]) -> None:
         self.transforms = transforms
@@ -32,7 +32,7 @@ class Compose:
 
 
 class Resize:
-    """Bilinear; to (height, width), or the shorter side to a number."""
+    """Resize bilinearly to (height, width), or the shorter side to an int."""
 
     def __init__(self, size: int | Sequence[int]) -> None:
         self.size = size
@@ -46,7 +46,7 @@ class Resize:
 
 
 class CenterCrop:
-    """A square of `size`, black where the image ends before."""
+    """Crop a centered square of `size`, with black padding if the image is smaller."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -57,7 +57,7 @@ class CenterCrop:
 
 
 class ToTensor:
-    """A Pillow image -> (C, H, W) float32 in [0, 1]."""
+    """Convert a Pillow image to a tensor (C, H, W), float32 in [0, 1]."""
 
     def __call__(self, image: Image.Image) -> Tensor:
         pixels = torch.from_numpy(np.array(image))
@@ -65,7 +65,7 @@ class ToTensor:
 
 
 class Normalize:
-    """Subtract a mean and divide by a deviation, for each channel of (C, H, W)."""
+    """Subtract the mean and divide by the standard deviation of each channel of (C, H, W)."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
@@ -75,7 +75,7 @@ class Normalize:
 
 
 class RandAugment:
-    """`num_ops` random operations of one strength (arXiv:1909.13719)."""
+    """Apply `num_ops` random operations of the same strength (arXiv:1909.13719)."""
 
     def __init__(self, num_ops: int = 2, magnitude: int = 9) -> None:
         self.num_ops, self.magnitude = num_ops, magnitude
@@ -83,7 +83,7 @@ class RandAugment:
     def __call__(self, image: Image.Image) -> Image.Image:
         for _ in range(self.num_ops):
             drawn = int(torch.randint(len(OPERATIONS), (1,)))
-            # A direction is drawn for those alone that have one.
+            # Draw a direction only for operations that have one.
             is_reversed = drawn in SIGNED and bool(torch.randint(2, (1,)))
             image = OPERATIONS[drawn](image, (-1 if is_reversed else 1) * self.magnitude / LEVELS)
         return image

@@ -1,4 +1,4 @@
-"""The order of windows of the released code, in which items of a batch reach each other."""
+"""Set the order of windows: that of the released code mixes the items of a batch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ MODES = ("released", "instance")
 
 
 def set_prompt_owner(model: FusionModel, mode: str) -> str:
-    """Put a model over a Swin Transformer into "released" or "instance" mode, and return the mode before.
+    """Set the mode of a model with a Swin Transformer to "released" or "instance", and return the previous mode.
 
     Raises:
-        ValueError: the mode is unknown, or the model has no windows.
+        ValueError: The mode is unknown, or the model has no windows.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")

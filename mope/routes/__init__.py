@@ -1,11 +1,11 @@
-"""Where a model sends its examples: which expert is taken how often, for which classes, for which images and words.
+"""Show how a model routes its examples: how often it chooses each expert, and for which classes, images and words.
 
     routes = collect(model, loader, split)
     summary = summarize(routes)
     draw(summary, routes, "out")
     write_html(summary, routes, "out/index.html")
 
-The names below are imported on first use: the command line asks for its options without torch.
+The names below are imported on first use, so that the command line can build its options without importing torch.
 """
 
 from __future__ import annotations

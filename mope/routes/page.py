@@ -1,4 +1,4 @@
-"""The tables, pictures and examples as one HTML page that needs nothing else: no script, no font, no address."""
+"""Write the tables, pictures and examples as one self-contained HTML page, without scripts, fonts or links."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .routing import Routes
 from .summary import Summary
 from .thumbnails import data_uri, thumbnail
 
-# Characters of a text, and of a name of a class.
+# The largest number of characters to show of a text, and of a class name.
 LONGEST_TEXT, LONGEST_NAME = 160, 60
-# Should a text ever be taken for markup: nothing may be loaded or run.
+# This policy keeps a text from loading or running anything, should it ever be parsed as markup.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1d2433; font: 15px/1.5 system-ui, sans-serif; }
@@ -37,13 +37,13 @@ figcaption b { color: #1d2433; }
 
 
 def write_html(summary: Summary, routes: Routes, path: str | Path, *, blocks: Sequence[int] | None = None) -> None:
-    """Write the page.
+    """Write the page to `path`.
 
-    Args:
-        blocks: numbers of the blocks whose classes and experts are shown; None: the one whose routing depends on the example most.
+    Only the blocks with the numbers in `blocks` are shown with their classes and experts; None shows the block whose routing
+    depends most on the example.
     """
     chosen = [summary.most_decided] if blocks is None else list(blocks)
-    # What cannot be encoded, halves of a character that a JSON file may hold, becomes a question mark.
+    # Characters that cannot be encoded, such as lone surrogates from a JSON file, become question marks.
     Path(path).write_text("\n".join(_page(summary, routes, chosen)), encoding="utf-8", errors="replace")
 
 
@@ -114,7 +114,7 @@ def _names(routes: Routes, chosen: NDArray[np.bool_]) -> str:
 
 
 def _text(text: str, length: int | None = None) -> str:
-    """As text, whatever it holds: markup is escaped, and a change of the direction of writing ends with it."""
+    """Format any text for HTML: shorten it, escape markup, and isolate changes of the writing direction."""
     shown = text if length is None or len(text) <= length else f"{text[: length - 1]}…"
     return f"<bdi>{escape(shown)}</bdi>"
 
@@ -124,7 +124,7 @@ def _picture(figure: Figure, description: str) -> str:
 
 
 class _Images:
-    """Thumbnails by the row of an example. Each image file stands in the page once, however many experts show it."""
+    """Thumbnails by the row of an example. The page contains each image file once, even if several experts show it."""
 
     def __init__(self, routes: Routes) -> None:
         self.routes = routes

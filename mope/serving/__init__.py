@@ -1,4 +1,4 @@
-"""Many tasks on one pair of frozen encoders, each item of a batch with the prompts of its own task."""
+"""Serve many tasks on the same frozen encoders; each item of a batch uses the prompts of its own task."""
 
 from .server import MoPEServer, Prediction
 

@@ -1,4 +1,4 @@
-"""A fusion model with the prompts of many tasks."""
+"""Fusion model that holds the prompts of many tasks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .stacks import LayerStatic, StackedHead, StackedModule, StackedPrompts, Sta
 
 
 class SwinStacks(nn.Module):
-    """The parts of a `MoPESwinEncoder` that each task has of its own, without routers."""
+    """Task-specific parts of a `MoPESwinEncoder`, excluding routers."""
 
     def __init__(self, encoder: MoPESwinEncoder, capacity: int) -> None:
         super().__init__()
@@ -37,38 +37,38 @@ class SwinStacks(nn.Module):
         self.stage_mappers: Any = nn.ModuleList(StackedModule(mapper, capacity) for mapper in encoder.stage_mappers)
 
     def mapped(self, task_ids: Tensor, cross: Tensor) -> list[Tensor]:
-        """The mapped prompt of each stage (B,1,C_s) from psi (B,Cc)."""
+        """Compute the mapped prompt of each stage (B,1,C_s) from psi (B,Cc)."""
         hidden = cross if self.mapper is None else self.mapper(task_ids, cross)
         return [mapper(task_ids, hidden)[:, None] for mapper in self.stage_mappers]
 
 
 class TaskPrompts(LayerPrompts):
-    """The prompts of each item's own task, for the layers of an encoder.
+    """Prompts of each item's own task, for the layers of an encoder.
 
     Args:
-        stacks: of each prompted layer, by its index.
+        stacks: Stack of each prompted layer, by layer index.
         task_ids: (B,) slots.
-        of_main: what layers of the main encoder get beside: `cross`, `mapped` and `top_k`.
+        **of_main: Additional arguments of layers of the main encoder: `cross`, `mapped` and `top_k`.
     """
 
     def __init__(self, stacks: Mapping[int, TaskStack], task_ids: Tensor, **of_main: Any) -> None:
         self._stacks, self._given = stacks, {"task_ids": task_ids, **of_main}
 
     def of_layer(self, index: int) -> dict[str, Any] | None:
-        """Return the arguments of `LayerPrompts` or `LayerStatic` of the stacks."""
+        """Return the prompts and the arguments for the stack of a layer; None for a layer without prompts."""
         stack = self._stacks.get(index)
         return None if stack is None else {"prompts": stack, **self._given}
 
 
 class TaskWindowPrompts(WindowPrompts):
-    """The prompts of each item's own task, for a `MoPESwinEncoder`.
+    """Prompts of each item's own task, for a `MoPESwinEncoder`.
 
     Args:
-        encoder: in which they are used.
-        stacks: which hold them.
+        encoder: Encoder that uses the prompts.
+        stacks: Stacks that hold the prompts.
         task_ids: (B,) slots.
-        route: a router, tokens and psi -> the routing of each item.
-        cross: psi (B,Cc) in the main encoder.
+        route: Function of a router, tokens, slots and psi that returns the routing of each item.
+        cross: psi (B,Cc) in the main encoder; None in others.
     """
 
     def __init__(
@@ -83,17 +83,17 @@ class TaskWindowPrompts(WindowPrompts):
         self._stacks, self._task_ids, self._route, self._cross = stacks, task_ids, route, cross
         self._has_input = encoder.input_prompts is not None
         self._mapped = [] if cross is None else stacks.mapped(task_ids, cross)
-        # A router that sees psi only decides once for all its blocks.
+        # A router that sees only psi makes one decision for all its blocks.
         self._decided: dict[int, Routing] = {}
 
     def of_input(self, tokens: Tensor) -> list[Tensor]:
-        """Return the prompts of the input."""
+        """Return the prompts of the encoder's input."""
         return [self._stacks.input["prompts"][self._task_ids].to(tokens.dtype)] if self._has_input else []
 
     def of_block(
         self, place: tuple[int, int], block: MoPESwinBlock, router: Router | None, x: Tensor, update: Tensor | None
     ) -> tuple[Tensor, Tensor | None, dict[str, Any] | None, Routing | None]:
-        """Return the block's static, routed and mapped prompts."""
+        """Return the block's tokens and pending update, its static, routed and mapped prompts, and the routing."""
         (stage, i), task_ids = place, self._task_ids
         stack, prompts, routing = self._stacks.stages[stage][i], [], None
         if block.static is not None:
@@ -111,24 +111,24 @@ class TaskWindowPrompts(WindowPrompts):
         return x, update, {"mapped": torch.cat(prompts, dim=1)} if prompts else None, routing
 
     def decide(self, router: Router | None, routing: Routing | None) -> Routing | None:
-        """Keep what holds for all blocks of a router."""
+        """Keep the routing for the other blocks of the router if it does not depend on the tokens."""
         if router is not None and routing is not None and not router.sees_tokens:
             self._decided[id(router)] = routing
         return routing
 
 
 class MultiTaskModel(nn.Module):
-    """Classifies each item of a batch with prompts, routers, mapper and head of its own task. For inference.
+    """Inference model that classifies each item of a batch with prompts, routers, mapper and head of its own task.
 
-    `task` is a fusion model with the parameters of one task at a time, the last that was staged. `stage` puts a task there and
-    projects its experts, `write` copies the result into a slot. `classify` reads slots only.
+    `task` is a fusion model that holds the parameters of one task at a time, the last one staged. `stage` loads a task into it and
+    projects the experts, `write` copies the result into a slot, and `classify` reads only slots.
 
     Args:
-        config: of the tasks; labels aside, all have the same.
-        backbones: of all tasks, by modality.
-        capacity: number of slots.
-        max_labels: the number of logits that each item gets, -inf behind those of its task.
-        dtype: of frozen weights, see `cast_frozen`.
+        config: Configuration of the tasks, which is the same for all of them except for labels.
+        backbones: Backbones of all tasks, by modality.
+        capacity: Number of slots.
+        max_labels: Number of logits of each item; those after the labels of its task are -inf.
+        dtype: Dtype of frozen weights, see `cast_frozen`.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class MultiTaskModel(nn.Module):
         try:
             self.eval().requires_grad_(False)
             self.task.load_state_dict(self._in_added_dtype(self.task.added_state_dict()), strict=False, assign=True)
-            # Experts are projected by what is left of the weights.
+            # Cast first, because experts are projected with the cast weights.
             self.task.cast_frozen(dtype)
             with torch.no_grad(), self._autocast():
                 self._make_stacks(max_labels)
@@ -157,12 +157,12 @@ class MultiTaskModel(nn.Module):
 
     @property
     def config(self) -> MoPEConfig:
-        """The configuration of the tasks."""
+        """Configuration of the tasks."""
         return self.task.config
 
     @property
     def device(self) -> torch.device:
-        """Where the backbones are."""
+        """Device of the backbones."""
         return self.task.device
 
     def _make_stacks(self, max_labels: int) -> None:
@@ -187,8 +187,8 @@ class MultiTaskModel(nn.Module):
         can_bank = modality != task.config.main or task.frozen_attention(modality, layer).can_bank
         if "attention_bias" in encoder.adapter.own_between or not can_bank:
             raise ValueError(
-                f"the {modality} encoder cannot be served for many tasks: its layers add a bias to scores, or change the keys of "
-                "prompts after they are projected: serve each task by model.serving()"
+                f"the {modality} encoder cannot be served for many tasks, because its layers add a bias to scores or change the "
+                "keys of prompts after projecting them: serve each task with model.serving()"
             )
         if modality == task.config.main:
             router: Any = prompts.router or task.router
@@ -204,17 +204,22 @@ class MultiTaskModel(nn.Module):
         return self.task.head
 
     def stacks(self) -> list[TaskStack]:
-        """All that has slots."""
+        """Return all modules that have slots."""
         return [module for module in self.modules() if isinstance(module, TaskStack)]
 
     def stage(self, config: MoPEConfig, tensors: dict[str, Tensor], file: Path) -> list[tuple[Tensor, Tensor]]:
-        """Put a task there: what goes into its slot, from the tensors of its file.
+        """Load a task into `task`, and return the pairs of stack and tensor to be written to its slot.
+
+        Args:
+            config: Configuration of the task.
+            tensors: Tensors read from its file.
+            file: The file, for errors.
 
         Raises:
-            ValueError: tensors are missing, do not fit, or hold numbers that are not finite. No slot has changed.
+            ValueError: Tensors are missing, do not fit, or hold numbers that are not finite. No slot is changed.
         """
         task = self.task
-        # A damaged file may ask for more labels than there is memory for.
+        # On the meta device: a corrupt file could request more labels than fit in memory.
         with torch.device("meta"):
             task.head = new_head(config, task.widths[config.main]).to(self.added_dtype)
         task.load_saved(self._in_added_dtype(tensors), file)
@@ -229,21 +234,26 @@ class MultiTaskModel(nn.Module):
 
     @torch.no_grad()
     def write(self, slot: int, staged: list[tuple[Tensor, Tensor]]) -> None:
-        """Copy what `stage` gave into a slot."""
+        """Copy the result of `stage` to a slot."""
         for stack, tensor in staged:
             stack[slot].copy_(tensor)
 
     def clear(self, slot: int) -> None:
-        """Forget what a slot holds."""
+        """Zero the contents of a slot."""
         for stack in self.stacks():
             for tensor in stack.buffers(recurse=False):
                 tensor[slot].zero_()
 
     def classify(self, task_ids: Tensor, *, cross_features: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Logits (B,max_labels) from slots (B,) and what `MoPEForClassification.forward` takes.
+        """Classify a batch, and return logits (B,max_labels).
+
+        Args:
+            task_ids: (B,) slots of the items' tasks.
+            cross_features: See `MoPEForClassification.forward`.
+            **inputs: See `MoPEForClassification.forward`.
 
         Raises:
-            ValueError: an input is missing or does not fit, see `forward`.
+            ValueError: An input is missing or does not fit, see `MoPEForClassification.forward`.
         """
         task, (main, *others) = self.task, self.config.modalities
         read = task.read(inputs, (main, *others) if cross_features is None else (main,))
@@ -251,7 +261,7 @@ class MultiTaskModel(nn.Module):
         if tuple(task_ids.shape) != (batch,):
             raise ValueError(f"tasks (task_ids) must be ({batch},), one for each item, got {tuple(task_ids.shape)}")
         if batch == 0:
-            # vmap knows no empty batch for some layers.
+            # vmap does not support an empty batch for some layers.
             return torch.empty(0, self.stacked_head.num_labels, dtype=self.added_dtype, device=self.device)
         with torch.no_grad(), self._autocast():
             if cross_features is None:
@@ -262,7 +272,7 @@ class MultiTaskModel(nn.Module):
             return self.stacked_head(task_ids, features.to(self.added_dtype))
 
     def _encode(self, modality: str, inputs: EncoderInputs, task_ids: Tensor, cross: Tensor | None = None) -> Tensor:
-        """The feature of an encoder (B,C); of the main one if `cross` is given."""
+        """Compute the feature (B,C) of an encoder; `cross` is given for the main encoder only."""
         encoder = self.task.encoder(modality)
         if isinstance(encoder, WindowedEncoder):
             stacks = self.swin_stacks[modality]

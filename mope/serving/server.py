@@ -1,4 +1,4 @@
-"""Many tasks in one batch, loaded and unloaded while serving."""
+"""Server that classifies batches of many tasks, which are loaded and unloaded while serving."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mope.printing import ranked
 
 from .model import MultiTaskModel
 
-# In these the tasks of a server may differ: labels, and what training alone reads.
+# Options in which the tasks of a server may differ: labels, and options that only affect training.
 FREE = {
     *("num_labels", "id2label", "problem_type", "threshold"),
     *("train_top_k", "noise_std", "router_embedding", "prompt_init_bound", "prompt_dropout", "drop_block_prompts"),
@@ -32,19 +32,20 @@ FREE = {
 }
 
 
-# Of backbones, by modality: as config.json has them, and `describe`.
+# Records of backbones by modality, as in config.json and from `describe`.
 _Records = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What one item got from its task.
+    """Prediction for one item.
 
-    task: its name.
-    logits: (num_labels,), in the order of `names`.
-    names: of the labels.
-    problem_type: "single_label" or "multi_label".
-    threshold: of probabilities, with several labels to an item.
+    Attributes:
+        task: Name of the task.
+        logits: (num_labels,), in the order of `names`.
+        names: Names of the labels.
+        problem_type: "single_label" or "multi_label".
+        threshold: Probability above which a label is predicted in a multi-label task.
     """
 
     task: str
@@ -55,13 +56,13 @@ class Prediction:
 
     @property
     def probabilities(self) -> Tensor:
-        """(num_labels,), in float32 (float64); with several labels to an item each by itself."""
+        """Probabilities (num_labels,) in float32, or float64 for float64 logits; independent of each other if multi-label."""
         logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
         return logits.sigmoid() if self.problem_type == "multi_label" else logits.softmax(-1)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The most probable label; with several labels to an item all above the threshold. Waits for the device."""
+        """Most probable label, or for multi-label tasks all labels above the threshold. Synchronizes with the device."""
         if self.problem_type == "multi_label":
             return tuple(name for name, yes in zip(self.names, self._above().tolist(), strict=True) if yes)
         return (self.names[int(self.logits.argmax())],)
@@ -70,7 +71,7 @@ class Prediction:
         return self.probabilities > self.threshold
 
     def __repr__(self) -> str:
-        """Task, labels, and the most probable ones with their probabilities. Waits for the device."""
+        """Show the task, the labels, and the most probable labels with their probabilities. Synchronizes with the device."""
         labels = ", ".join(self.labels) or "none"
         return f"Prediction({self.task}: {labels}; {ranked(self.names, self.probabilities)})"
 
@@ -81,31 +82,33 @@ class _Task(NamedTuple):
 
 
 class MoPEServer:
-    """Classifies batches whose items belong to different tasks, each trained with the same frozen backbones.
+    """Server for batches whose items belong to different tasks, all trained with the same frozen backbones.
 
-    What a task adds to the backbones is small. It lies in one of `capacity` slots, beside those of the other tasks, and each item
-    is computed with what lies in the slot of its task. So one batch runs once through the backbones whatever tasks it is of, and
-    loading or unloading a task changes no address and no shape: nothing is compiled or recorded anew.
+    The parameters that a task adds to the backbones are small. They are held in one of `capacity` slots, and each item is computed
+    with the slot of its task. A batch therefore runs through the backbones once, whatever its tasks, and loading or unloading a
+    task changes no address and no shape, so nothing is recompiled or recorded again.
 
-    Any number of threads may call one server. A call sees a task as it was loaded, whole; loading and unloading wait for calls that
-    are under way, and those for them.
+    Any number of threads may call one server. A call never sees a partly loaded task: loading and unloading wait for running calls,
+    and calls wait for them.
 
-    The backbones are prompted in place, as by `MoPEForClassification`, and given back by `close`.
+    The backbones are prompted in place, as by `MoPEForClassification`, and restored by `close`.
 
     Args:
-        backbones: `vision=`, `text=` and so on, which the tasks were trained with. Those not given come from the folder of the
-            first task.
-        config: what the tasks have in common. Default: that of the first task.
-        capacity: how many tasks there may be at a time.
-        max_labels: the most labels that a task may have. None: as many as the largest task has, and a task with more than any
-            before has graphs recorded anew.
-        device: where to put the backbones. None: where they are.
-        dtype: torch.float16 or torch.bfloat16, see `MoPEForClassification.cast_frozen`. None: as the backbones are.
-        prepack: on the CPU, keep frozen weights a second time, in the order that is fastest there; see
+        config: Configuration that the tasks share. The default is that of the first task.
+        capacity: Maximum number of tasks at a time.
+        max_labels: Maximum number of labels of a task. None means the number of labels of the largest task so far; graphs are then
+            recorded again when a task with more labels is loaded.
+        device: Device to move the backbones to. None leaves them where they are.
+        dtype: torch.float16 or torch.bfloat16, see `MoPEForClassification.cast_frozen`. None keeps the dtype of the backbones.
+        prepack: Whether to keep a second copy of frozen weights on the CPU in the layout that is fastest there; see
             `MoPEForClassification.prepacked`.
-        graphs: call through CUDA graphs, one for each thread and shape, see `CudaGraphRunner`. On the CPU it makes no difference.
-        max_graphs, batch_sizes: of each thread's `CudaGraphRunner`.
-        interpolate_pos_encoding: take images of other sizes than the vision backbone's, see `MoPEForClassification.forward`.
+        graphs: Whether to use CUDA graphs, one for each thread and shape, see `CudaGraphRunner`. No effect on the CPU.
+        max_graphs: Argument of each thread's `CudaGraphRunner`.
+        batch_sizes: Argument of each thread's `CudaGraphRunner`.
+        interpolate_pos_encoding: Whether to accept images of other sizes than the vision backbone's, see
+            `MoPEForClassification.forward`.
+        **backbones: `vision=`, `text=` and so on, with which the tasks were trained. Backbones that are not given are loaded from
+            the folder of the first task.
 
     >>> server = MoPEServer(vision=vision, text=text)
     >>> server.load("food", "runs/food")
@@ -136,7 +139,7 @@ class MoPEServer:
         self.prepack, self.interpolate_pos_encoding = prepack, interpolate_pos_encoding
         self._graph_options: dict[str, Any] | None = {"max_graphs": max_graphs, "batch_sizes": batch_sizes} if graphs else None
         if self._graph_options is not None:
-            # Wrong options are an error now, not in the first call.
+            # Report wrong options now rather than in the first call.
             CudaGraphRunner(self.forward, **self._graph_options)
         for name, backbone in backbones.items():
             if name not in known() and not isinstance(backbone, nn.Module):
@@ -146,32 +149,32 @@ class MoPEServer:
         self._backbones = backbones
         self._tasks: dict[str, _Task] = {}
         self._model: MultiTaskModel | None = None
-        # What `describe` says of each backbone.
+        # Result of `describe` for each backbone.
         self._described: _Records = {}
         self._lock = threading.RLock()
         self._of_thread = threading.local()
-        # What `close` ends.
+        # Contexts that `close` exits.
         self._open = ExitStack()
         if config is not None:
             _check_served("MoPEServer", config)
             if any(backbones.get(name) is None for name in config.modalities):
                 needed = " and ".join(sorted(config.modalities, reverse=True))
-                raise ValueError(f"MoPEServer: config says how to prompt the backbones: give {needed} as well")
+                raise ValueError(f"MoPEServer: config describes how to prompt the backbones: pass {needed} as well")
             self._start(config, {name: backbone for name, backbone in backbones.items() if backbone is not None})
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks that are loaded, first loaded first."""
+        """Names of the loaded tasks, in the order of loading."""
         with self._lock:
             return tuple(self._tasks)
 
     @property
     def config(self) -> MoPEConfig | None:
-        """What the tasks have in common; None before the first one."""
+        """Configuration that the tasks share; None before the first one is loaded."""
         return None if self._model is None else self._model.config
 
     def __repr__(self) -> str:
-        """The tasks, how many slots there are, the encoders and where they are."""
+        """Show the tasks, the number of slots, the encoders, their dtype and device."""
         with self._lock:
             tasks = [f"{name} ({task.config.num_labels} labels)" for name, task in self._tasks.items()]
             model = self._model
@@ -185,17 +188,17 @@ class MoPEServer:
         return f"MoPEServer({loaded}; {encoders}; {str(dtype).removeprefix('torch.')} on {model.device})"
 
     def load(self, task: str, path: str | Path, *, replace: bool = False) -> None:
-        """Load a task from a folder that `MoPEForClassification.save_pretrained` wrote. Of the backbones nothing is read.
+        """Load a task from a folder written by `MoPEForClassification.save_pretrained`, without reading the backbones.
 
         Args:
-            task: a name for it.
-            path: of the folder.
-            replace: put it in the place of the task with this name, if there is one, in one step.
+            task: Name for the task.
+            path: Path of the folder.
+            replace: Whether to replace the task of this name, if there is one, in one step.
 
         Raises:
-            FileNotFoundError: there is no checkpoint.
-            ValueError: the name is taken, or there is no slot left; the task is of another method or kind than the others, of other
-                backbones, or its file is damaged. Nothing has changed then.
+            FileNotFoundError: There is no checkpoint.
+            ValueError: The name is taken or no slot is free; the configuration or backbones differ from those of the other tasks;
+                or the file is corrupt. In all of these cases nothing is changed.
         """
         folder = Path(path)
         self._check_free(task, replace)
@@ -203,7 +206,7 @@ class MoPEServer:
         _check_served(f"task {task!r}", config)
         tensors = read_tensors(folder / WEIGHTS)
         with self._lock:
-            # Others may have been loaded in the meantime.
+            # Check again, because other tasks may have been loaded in the meantime.
             self._check_free(task, replace)
             is_first = self._model is None
             if is_first:
@@ -223,10 +226,10 @@ class MoPEServer:
             self._tasks[task] = _Task(slot, config)
 
     def unload(self, task: str) -> None:
-        """Forget a task; its slot is free again.
+        """Unload a task and free its slot.
 
         Raises:
-            ValueError: there is no such task.
+            ValueError: There is no such task.
         """
         with self._lock:
             slot = self._find(task).slot
@@ -239,19 +242,19 @@ class MoPEServer:
 
         Args:
             tasks: B names, the task of each item.
-            inputs: as `MoPEForClassification` takes them, on any device.
+            **inputs: Inputs of `MoPEForClassification.forward`, on any device.
 
         Returns:
             B predictions.
 
         Raises:
-            ValueError: a task is not loaded, there are more or fewer names than items, or an input is missing, no tensor, or does
-                not fit.
+            ValueError: A task is not loaded, the number of names differs from the number of items, or an input is missing, is not a
+                tensor, or does not fit.
         """
         if isinstance(tasks, str):
             raise ValueError(f"tasks must be a sequence of names, one for each item, got the single name {tasks!r}")
         if "interpolate_pos_encoding" in inputs:
-            raise ValueError("MoPEServer: interpolate_pos_encoding holds for every call: MoPEServer(interpolate_pos_encoding=True)")
+            raise ValueError("MoPEServer: interpolate_pos_encoding is set for all calls: MoPEServer(interpolate_pos_encoding=True)")
         if wrong := [name for name, value in inputs.items() if not (value is None or isinstance(value, Tensor))]:
             raise ValueError(f"MoPEServer: {', '.join(wrong)} must be tensors")
         with self._lock:
@@ -267,21 +270,22 @@ class MoPEServer:
         ]
 
     def slot(self, task: str) -> int:
-        """What stands for a task in the `task_ids` of `forward` until it is unloaded."""
+        """Return the index of a task for the `task_ids` of `forward`, which is valid until the task is unloaded."""
         with self._lock:
             return self._find(task).slot
 
     def forward(self, task_ids: Tensor, **inputs: Tensor) -> Tensor:
-        """The same from tensors to tensors: slots (B,) int64, inputs -> logits (B,max_labels), -inf behind the labels of a task.
+        """Classify a batch from tensors to tensors; return logits (B,max_labels), which are -inf after the labels of the task.
 
-        All on the device of the backbones. On a GPU no value of `task_ids` is looked at: each must be the `slot` of a task that is
-        loaded.
+        Args:
+            task_ids: (B,) int64, the `slot` of each item's task. The values are not checked on a GPU; the tasks must be loaded.
+            **inputs: Inputs of `MoPEForClassification.forward`, on the device of the backbones, like `task_ids`.
         """
         with self._lock, torch.no_grad():
             return self._runner()(task_ids=task_ids, **inputs)
 
     def close(self) -> None:
-        """Unload all tasks and give the backbones back as they were. Another `load` starts anew."""
+        """Unload all tasks and restore the backbones. The server can be used again by calling `load`."""
         with self._lock:
             if self._model is not None:
                 with self._quiet():
@@ -308,7 +312,7 @@ class MoPEServer:
             if self.prepack:
                 self._open.enter_context(model.task.prepacked())
             self._model = model
-        # The next call starts anew, with backbones as they were.
+        # Restore the backbones, so that the next call can start again.
         except BaseException:
             self._open.close()
             for backbone, device in where.items():
@@ -326,20 +330,20 @@ class MoPEServer:
     def _free_slot(self) -> int:
         taken = {task.slot for task in self._tasks.values()}
         if len(taken) == self.capacity:
-            raise ValueError(f"all {self.capacity} slots are taken: unload a task, or make a MoPEServer(capacity=...) of more")
+            raise ValueError(f"all {self.capacity} slots are taken: unload a task, or make a MoPEServer with more capacity")
         return next(slot for slot in range(self.capacity) if slot not in taken)
 
     def _check_fits(self, task: str, config: MoPEConfig, records: _Records, model: MultiTaskModel) -> None:
-        """Whether a task can stand beside those that are there."""
+        """Raise ValueError if a task cannot be served together with the loaded tasks."""
         for modality, record in records.items():
             check_same_encoder(f"{modality} backbone", record, self._described[modality])
         differing = [
-            f"{name} is {theirs!r}, and {ours!r} in the tasks of this server"
+            f"{name} is {theirs!r}, but {ours!r} in the tasks of this server"
             for name, theirs in config.flat().items()
             if name not in FREE and theirs != (ours := model.config.flat()[name])
         ]
         if self.max_labels is not None and config.num_labels > self.max_labels:
-            differing.append(f"num_labels is {config.num_labels}, and this server has max_labels={self.max_labels}")
+            differing.append(f"num_labels is {config.num_labels}, but this server has max_labels={self.max_labels}")
         if differing:
             raise ValueError(f"task {task!r}: {'; '.join(differing)}")
 
@@ -354,13 +358,13 @@ class MoPEServer:
         return self._model
 
     def _runner(self) -> Callable[..., Tensor]:
-        """Graphs belong to the thread that recorded them."""
+        """Return the function that classifies, with a separate graph runner for each thread that records graphs."""
         model = self._running()
         classify = partial(model.classify, interpolate_pos_encoding=True) if self.interpolate_pos_encoding else model.classify
         if self._graph_options is None:
             return classify
         if not hasattr(self._of_thread, "runner"):
-            # Of all that it reads, only the head is ever replaced.
+            # The head is the only module that is ever replaced, so only the head is guarded.
             self._of_thread.runner = CudaGraphRunner(
                 classify, modules=(), guard=lambda: model.stacked_head.num_labels, **self._graph_options
             )
@@ -369,7 +373,7 @@ class MoPEServer:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """While slots change no call is under way, and no call begins before they have changed, on whatever stream."""
+        """Let calls on all streams finish before slots change, and start no call before the change is complete."""
         device = self._running().device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -384,13 +388,13 @@ def _names(config: MoPEConfig) -> tuple[str, ...]:
 
 
 def _check_served(asker: str, config: MoPEConfig) -> None:
-    """Whether such a task can be served at all."""
+    """Raise ValueError if a configuration cannot be served at all; `asker` opens the message."""
     reasons = {
-        f"method is {config.method!r}, and only 'mope' is served": not config.fusion.routes,
-        "prompt_owner is 'released', in which items of a batch reach each other": config.prompt_owner != "instance",
-        f"feature is {config.feature!r}, and only 'first' is served": config.feature != "first",
-        "padding_side is 'left', and only padding on the right is served": config.padding_side != "right",
-        f"finetuned names {', '.join(config.finetuned)}, and encoders are shared by all tasks": bool(config.finetuned),
+        f"method is {config.method!r}, but only 'mope' is served": not config.fusion.routes,
+        "prompt_owner is 'released', which mixes the items of a batch": config.prompt_owner != "instance",
+        f"feature is {config.feature!r}, but only 'first' is served": config.feature != "first",
+        "padding_side is 'left', but only padding on the right is served": config.padding_side != "right",
+        f"finetuned names {', '.join(config.finetuned)}, but encoders are shared by all tasks": bool(config.finetuned),
     }
     if found := [reason for reason, holds in reasons.items() if holds]:
         raise ValueError(f"{asker}: {'; '.join(found)}")

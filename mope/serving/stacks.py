@@ -1,4 +1,4 @@
-"""Small tensors of many tasks side by side, and modules that give each item what those of its own task make of it."""
+"""Stacked tensors of many tasks, and modules that process each item with the tensors of its own task."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from mope_kernels import ExpertBank, Routing
 
 
 class TaskStack(nn.Module):
-    """Tensors of `capacity` tasks; the first axis of each counts slots, one for a task.
+    """Tensors of `capacity` tasks, stacked along the first axis, with one slot per task.
 
-    All memory is taken when the stack is made and stays where it is: what was compiled or recorded with it remains valid.
+    All memory is allocated when the stack is created and never moves, so compiled code and recorded graphs stay valid.
 
     Args:
-        of_task: what the task whose weights the model's own modules hold puts into a slot, by name; None for what is not there.
-        capacity: number of slots.
+        of_task: Function that returns the slot's tensors by name, computed from the weights in the model's own modules; None for
+            tensors that do not exist.
+        capacity: Number of slots.
     """
 
     def __init__(self, of_task: Callable[[], Mapping[str, Tensor | None]], capacity: int) -> None:
@@ -37,20 +38,20 @@ class TaskStack(nn.Module):
             self.register_buffer(_buffer(name), stack, persistent=False)
 
     def __getitem__(self, name: str) -> Tensor:
-        """(capacity, ...), by the name that `of_task` gives."""
+        """Return a stack (capacity, ...) by its name in `of_task`."""
         return self.get_buffer(_buffer(name))
 
     def staged(self) -> list[tuple[Tensor, Tensor]]:
-        """Each stack (capacity, ...), with what goes into one of its slots."""
+        """Return each stack (capacity, ...) with the tensor to be written to one of its slots."""
         return [(self[name], tensor) for name, tensor in self.of_task().items() if tensor is not None]
 
 
 class StackedModule(TaskStack):
-    """A module that treats items one by one, (B, ...) -> (B, ...), with weights of its own for each task.
+    """Module that processes each item, (B, ...) -> (B, ...), with the weights of the item's task.
 
     Args:
-        module: that brings the weights of a task.
-        capacity: number of slots.
+        module: Module that holds the weights of one task; it must treat items independently.
+        capacity: Number of slots.
     """
 
     def __init__(self, module: nn.Module, capacity: int) -> None:
@@ -64,16 +65,17 @@ class StackedModule(TaskStack):
         self._of_items = torch.vmap(of_item)
 
     def forward(self, task_ids: Tensor, *inputs: Tensor) -> Tensor:
-        """(B,), (B, ...) -> (B, ...)."""
+        """Apply the module: slots (B,) and inputs (B, ...) -> outputs (B, ...)."""
         return self._of_items({name: self[name][task_ids] for name in self.names}, inputs)
 
 
 class StackedHead(StackedModule):
-    """Heads with any number of labels up to `num_labels`; the logits behind those of an item's task are -inf.
+    """Heads with any number of labels up to `num_labels`; logits after the labels of an item's task are -inf.
 
     Args:
-        head: gives that of the task whose weights the model's own modules hold.
-        num_labels, capacity: of logits, of slots.
+        head: Function that returns the head in the model's own modules.
+        num_labels: Number of logits.
+        capacity: Number of slots.
     """
 
     def __init__(self, head: Callable[[], nn.Sequential], num_labels: int, capacity: int) -> None:
@@ -82,32 +84,32 @@ class StackedHead(StackedModule):
         self.num_labels = num_labels
 
     def take(self, other: StackedHead) -> None:
-        """The heads of a narrower one."""
+        """Copy the heads of a stack that has fewer labels."""
         for name in self.names:
             self[name].fill_(-math.inf if name.endswith("bias") else 0.0)
             self[name][tuple(map(slice, other[name].shape))] = other[name]
 
 
 class StackedRouter(StackedModule):
-    """A router whose logits are those of each item's own task."""
+    """Router that computes the logits of each item with the weights of the item's task."""
 
     def __init__(self, router: Router, capacity: int) -> None:
         super().__init__(_Logits(router), capacity)
         self.sees_tokens, self.temperature, self.renormalize = router.sees_tokens, router.temperature, router.renormalize
 
     def logits(self, task_ids: Tensor, pooled: Tensor | None, cross: Tensor) -> Tensor:
-        """(B,), (B,C) or None, (B,Cc) -> (B,K)."""
+        """Compute routing logits (B,K) from slots (B,), pooled tokens (B,C) or None, and psi (B,Cc)."""
         return self(task_ids, cross) if pooled is None else self(task_ids, cross, pooled)
 
 
 class StackedPrompts(TaskStack):
-    """Static prompts and experts of one layer, projected when a task is loaded: see `MoPEAttention.build_bank`.
+    """Static prompts and experts of one layer, projected when a task is loaded, see `MoPEAttention.build_bank`.
 
     Args:
-        build: makes the bank of the task whose weights the model's own modules hold.
-        router: of this layer, which layers may share.
-        capacity: number of slots.
-        impl: of the op inside.
+        build: Function that builds the bank from the weights in the model's own modules.
+        router: Router of this layer; layers may share it.
+        capacity: Number of slots.
+        impl: Implementation of the op.
     """
 
     def __init__(self, build: Callable[[], PromptBank], router: StackedRouter, capacity: int, impl: str) -> None:
@@ -118,7 +120,7 @@ class StackedPrompts(TaskStack):
 
         super().__init__(of_task, capacity)
         self.router, self.impl = router, impl
-        # Of the frozen layer, the same for all tasks.
+        # These belong to the frozen layer and are the same for all tasks.
         experts = build().experts
         self.offsets = {"key_offset": experts.key_offset, "value_offset": experts.value_offset}
         self.eps = experts.eps
@@ -136,7 +138,7 @@ class StackedPrompts(TaskStack):
         top_k: int | None,
         token_mask: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
-        """As `MoPEAttention`, with the task (B,) of each item: the output in the shape of x, and the routing among its experts."""
+        """Attend like `MoPEAttention`, with slots (B,); return the output in the shape of x, and the routing."""
         _refuse_mask(token_mask)
         instance_key = instance_value = None
         if mapped is not None:
@@ -147,7 +149,7 @@ class StackedPrompts(TaskStack):
             pooled = mean_over_tokens(x, lengths) if packing is None else packing.mean(x)
         query, key, value = frozen.project(x)
         if packing is not None:
-            # The op takes a batch. Everything around it goes without padding.
+            # The op needs a padded batch. Everything around it runs without padding.
             query, key, value = (_unpacked(heads, packing) for heads in (query, key, value))
             lengths = packing.offsets.diff()
         bank = ExpertBank(
@@ -179,12 +181,12 @@ class StackedPrompts(TaskStack):
 
 
 class LayerStatic(TaskStack):
-    """Static prompts (S,C) of one layer, without experts.
+    """Static prompts (S,C) of a layer without experts.
 
     Args:
-        static: that of the task whose weights the model's own modules hold.
-        capacity: number of slots.
-        impl: of the op inside.
+        static: Function that returns the prompts in the model's own modules.
+        capacity: Number of slots.
+        impl: Implementation of the op.
     """
 
     def __init__(self, static: Callable[[], Tensor | None], capacity: int, impl: str) -> None:
@@ -201,7 +203,7 @@ class LayerStatic(TaskStack):
         packing: Packing | None,
         token_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """As `MoPEAttention`, with the task (B,) of each item: the output in the shape of x."""
+        """Attend like `MoPEAttention`, with slots (B,); return the output in the shape of x, and None for the routing."""
         _refuse_mask(token_mask)
         out = mope_kernels.prompt_attention(
             *frozen.project(x),
@@ -217,11 +219,11 @@ class LayerStatic(TaskStack):
 
 def _refuse_mask(token_mask: Tensor | None) -> None:
     if token_mask is not None:
-        raise ValueError("only padding on the right is served: put what is no padding first in each item")
+        raise ValueError("only padding on the right is served: put the tokens before the padding in each item")
 
 
 class _Logits(nn.Module):
-    """A router up to its logits."""
+    """Part of a router that computes its logits."""
 
     def __init__(self, router: Router) -> None:
         super().__init__()
@@ -232,17 +234,17 @@ class _Logits(nn.Module):
 
 
 def _unpacked(heads: Tensor, packing: Packing) -> Tensor:
-    """(1,H,T,D) -> (B,H,L,D)."""
+    """Unpack heads (1,H,T,D) -> (B,H,L,D)."""
     return split_heads(packing.unpack(heads.transpose(1, 2).flatten(2)), heads.shape[1])
 
 
 def _packed(heads: Tensor, packing: Packing) -> Tensor:
-    """(B,H,L,D) -> (1,H,T,D)."""
+    """Pack heads (B,H,L,D) -> (1,H,T,D)."""
     return split_heads(packing.pack(heads.transpose(1, 2).flatten(2)), heads.shape[1])
 
 
 def _widened(head: nn.Sequential, num_labels: int) -> nn.Sequential:
-    """With more labels, whose logits are -inf."""
+    """Return a head widened to `num_labels` labels, with logits of -inf for the additional ones."""
     *others, last = cast(Any, head)
     more = num_labels - last.out_features
     wide = nn.Linear(last.in_features, num_labels, device="meta")
@@ -256,5 +258,5 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _buffer(name: str) -> str:
-    """A buffer's name holds no dots."""
+    """Return a valid name for a buffer, which may not contain dots."""
     return name.replace(".", "/")

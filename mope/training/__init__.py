@@ -1,6 +1,6 @@
-"""Training and evaluation on a user's data, on transformers' Trainer.
+"""Training and evaluation on your own data, built on transformers' Trainer.
 
-The names below are imported on first use: the command line reads recipes without torch.
+The names below are imported on first use, so that the command line can read recipes without importing torch.
 """
 
 from __future__ import annotations

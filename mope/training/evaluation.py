@@ -1,4 +1,4 @@
-"""How good a trained model is."""
+"""Evaluate a trained model on a split."""
 
 from __future__ import annotations
 
@@ -34,23 +34,27 @@ def evaluate(
     progress: bool = False,
     see: See | None = None,
 ) -> dict[str, float]:
-    """Metrics of a model on a split, on the device where it is -> "accuracy", or "f1_micro" and "f1_macro", and "loss".
+    """Compute the metrics of a model on a split, on the model's device.
 
-    With torch.distributed each process computes its part; every item counts once, and all get the metrics of the whole.
+    Under torch.distributed, each process computes its share. Every item counts once, and all processes get the metrics of the
+    whole split.
 
     Args:
-        model: with tokenizer and image processor.
-        split: of the same classes.
-        batch_size: over all processes.
-        mode: one that is registered, see `mope.training.extensions`: "released" or "instance", of a Swin Transformer, whose prompts
-            a window gets. None: as the model has it.
+        model: the model, with tokenizer and image processor.
+        split: the data, with the same classes as the model.
+        batch_size: the size of a batch over all processes.
+        mode: a registered mode, see `mope.training.extensions`. For a Swin Transformer, "released" or "instance" chooses whose
+            prompts a window gets. None keeps the model's mode.
         features: a `FeatureCache` of the split.
-        num_workers: processes that load images.
-        progress: show a bar.
-        see: is shown the indices, logits and labels of each batch of this process, in order.
+        num_workers: the number of processes that load images.
+        progress: whether to show a progress bar.
+        see: is called with the indices, logits and labels of each batch of this process, in order.
+
+    Returns:
+        "accuracy", or "f1_micro" and "f1_macro"; and "loss".
 
     Raises:
-        ValueError: the classes are others than the model's, or the model has no mode.
+        ValueError: the classes differ from the model's, or the model does not have the mode.
     """
     with in_mode(model, mode):
         items = Examples(split, model, features=features)
@@ -69,7 +73,7 @@ def measure(
     title: str | None = None,
     see: See | None = None,
 ) -> dict[str, float]:
-    """`evaluate` for any items that `collate` makes into arguments of the model."""
+    """Do the work of `evaluate` for any items that `collate` turns into arguments of the model."""
     counts = Counts(model.config.problem_type, model.config.num_labels, model.device, threshold=model.config.threshold)
 
     def count(indices: list[int], logits: Tensor, labels: Tensor) -> None:
@@ -125,9 +129,10 @@ def run(
 def compare_modes(
     model: FusionModel, split: Split, batch_sizes: Sequence[int] = (1, 8, 32), **options: Any
 ) -> list[dict[str, Any]]:
-    """Metrics in each mode at several batch sizes: one dict for each, with "batch_size" and "mode".
+    """Compute the metrics in each mode at several batch sizes: one dict for each pair, with "batch_size" and "mode".
 
-    In the released order of windows the prompts of an image reach others of its batch: there the metric depends on the batch size.
+    In the "released" mode, the order of windows lets the prompts of one image reach other images of its batch, so the metrics
+    depend on the batch size.
 
     Raises:
         ValueError: as in `evaluate`.

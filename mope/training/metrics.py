@@ -1,4 +1,4 @@
-"""Accuracy and F1, from counts that can be added up over batches and processes."""
+"""Accuracy and F1 from counts, which are summed over batches and processes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mope.hints import did_you_mean
 from mope.printing import first_of
 from mope.processes import is_distributed
 
-# A class is predicted where its probability is above this.
+# With several labels per item, a class is predicted if its probability is above this.
 THRESHOLD = 0.5
 # From which one is chosen.
 THRESHOLDS = tuple(n / 100 for n in range(1, 100))
 
 
 def loss_sum(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, weights: Tensor | None = None) -> Tensor:
-    """The task loss before it is divided by the number of labels: logits (B,K), labels (B,) integer or (B,K) of 0 and 1 -> ().
+    """Sum the task loss over all labels: logits (B,K), labels (B,) integer or (B,K) of 0 and 1 -> ().
 
-    `weights` (K,) multiply the loss of items of each class; with several labels the part of the loss of those that have it.
+    `weights` (K,) multiply the loss of items of each class; with several labels, the positive part of it.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weights = None if weights is None else weights.to(logits.dtype)
@@ -34,9 +34,10 @@ def loss_sum(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, we
 
 
 class Counts:
-    """What a metric needs of all batches so far, in a table of float64: exact up to 2^53 items.
+    """Running counts from which metrics are computed, in float64, and so exact up to 2^53 items.
 
-    single_label: items, right ones. multi_label, for each class: true positives, predicted, present.
+    The columns of `table` count true positives, predicted and present items. With multi_label there is a row for each class. With
+    single_label there is one row, which counts right answers and, in both other columns, all items.
     """
 
     def __init__(
@@ -49,13 +50,13 @@ class Counts:
         self.table = torch.zeros(rows, 3, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: logits (B,K), labels (B,) integer or (B,K) of 0 and 1. The host does not wait for the device."""
+        """Count a batch: logits (B,K), labels (B,) integer or (B,K) of 0 and 1. Does not synchronize with the device."""
         self.loss += loss_sum(logits, labels)
         self.labels += labels.numel()
         if self.problem_type == "single_label":
-            # argmax would name the place of a NaN, which is nobody's answer.
+            # argmax returns the index of a NaN, so a row with a NaN counts as wrong.
             right = ((logits.argmax(-1) == labels) & ~logits.isnan().any(-1))[:, None]
-            # Of one "class", that of being right: every item is predicted and present.
+            # A single row, in which every item counts as predicted and present.
             found, predicted, present = right, torch.ones_like(right), torch.ones_like(right)
         else:
             predicted, present = logits.float().sigmoid() > self.threshold, labels > THRESHOLD
@@ -63,16 +64,16 @@ class Counts:
         self.table += torch.stack([found.sum(0), predicted.sum(0), present.sum(0)], dim=-1)
 
     def over_processes(self) -> Counts:
-        """Of the items of all processes together. Every process has to call."""
+        """Add up the counts of all processes, in place. Every process must call it."""
         if is_distributed():
             for tensor in (self.loss, self.labels, self.table):
                 dist.all_reduce(tensor)
         return self
 
     def metrics(self) -> dict[str, float]:
-        """ "loss" (mean task loss), and "accuracy" or "f1_micro" and "f1_macro".
+        """Return "loss" (the mean task loss), and "accuracy" or "f1_micro" and "f1_macro".
 
-        A class that is neither predicted nor present has F1 0.
+        A class that is neither predicted nor present has an F1 of 0.
         """
         values = {"loss": float(self.loss / self.labels)}
         table = self.table.cpu()

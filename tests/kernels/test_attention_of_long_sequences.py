@@ -1,4 +1,4 @@
-"""Long sequences go to the kernels behind torch's attention, and `explain` says so."""
+"""Long sequences use the kernels of torch's attention, and `explain` reports it."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from tests.environment import setenv
 
 @pytest.fixture(autouse=True)
 def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors without memory, which Triton is taken to run on."""
+    """Pretend that Triton runs on meta tensors."""
     monkeypatch.setattr(_libraries, "has_fast_sdpa", lambda device: True)
     for name in ("prompt_attention", "mope_attention"):
         monkeypatch.setitem(_OPERATIONS[name].checks, "triton", lambda *_, **__: [])

@@ -1,4 +1,4 @@
-"""A bad argument is named, with what was found and what to do."""
+"""Errors name the bad argument, what was passed, and the fix."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ WRONG = {
 
 
 def prompted(*shapes):
-    """prompt_attention of query, key and value in one shape, prompts in another."""
+    """Call prompt_attention with query, key and value in one shape and prompts in another."""
     own, prompts = (torch.zeros(shape) for shape in shapes)
     return mope_kernels.prompt_attention(own, own, own, prompts, prompts)
 
@@ -154,7 +154,7 @@ WRONG |= {
         **dict.fromkeys(("query", "key", "value"), torch.zeros(2, 5, 2, 16))
     ),
 }
-# No tensors at all.
+# Arguments that are not tensors.
 OF_ANOTHER_TYPE = {
     "mope_attention: bank must be an ExpertBank, got tuple: give ExpertBank(key, value)": lambda: attention(
         bank=(torch.zeros(3, 2, 4, 16), torch.zeros(3, 2, 4, 16))
@@ -188,7 +188,7 @@ def test_what_is_no_tensor_is_named(message):
 
 @pytest.mark.skipif(not _extension.STATUS.loaded, reason="no C++ extension")
 def test_derivatives_that_requires_grad_does_not_tell_are_not_lost():
-    """Forward mode and torch.func: plain PyTorch knows them, the C++ kernels refuse them."""
+    """Forward mode and torch.func use plain PyTorch, because the C++ kernels do not support them."""
     x, experts, indices = torch.randn(2, 4), torch.randn(3, 1, 4), torch.zeros(1, 1, dtype=torch.int64)
     ops = (
         lambda x, impl: mope_kernels.add_norm(x, None, None, None, impl=impl)[1],

@@ -150,5 +150,5 @@ def test_padding_may_hold_anything():
 def test_refusals():
     with pytest.raises(ValueError, match="feature must be one of 'first', 'mean', 'attention', got 'last'"):
         MoPEConfig(num_labels=2, feature="last")
-    with pytest.raises(ValueError, match="feature is 'mean', and only 'first' is served"):
+    with pytest.raises(ValueError, match="feature is 'mean', but only 'first' is served"):
         MoPEServer(config=MoPEConfig(num_labels=2, feature="mean"), vision=tiny.backbone("vit"), text=tiny.backbone("bert"))

@@ -1,4 +1,4 @@
-"""Checkpoints: both ways of saving, and what is refused."""
+"""Checkpoints: both ways of saving, and errors when loading."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def test_copy_round_trip(vision: str, text: str, options: dict[str, Any], tmp_pa
     assert describe(loaded.backbone("vision")) | {"source": ""} == describe(model.backbone("vision"))
     for name, tensor in model.trained_state_dict().items():
         assert torch.equal(loaded.trained_state_dict()[name], tensor), name
-    # Memory that is aligned otherwise makes torch add in another order.
+    # Differently aligned memory makes torch add in a different order.
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
     assert all(p.requires_grad for n, p in loaded.named_parameters() if not n.startswith(("vision.", "text.")))
 
@@ -101,7 +101,7 @@ def test_another_backbone_is_refused_by_name_and_hash(tmp_path: Path) -> None:
         vision.layers[2].mlp.fc1.bias[0] += 1e-9
     with pytest.raises(ValueError, match="another vision backbone"):
         MoPEForClassification.from_pretrained(tmp_path, vision=vision, text=text)
-    with pytest.raises(FileNotFoundError, match=r"came from no file: give it as from_pretrained\(\.\.\., vision=\.\.\.\)"):
+    with pytest.raises(FileNotFoundError, match=r"was not loaded from a file: give it as from_pretrained\(\.\.\., vision=\.\.\.\)"):
         MoPEForClassification.from_pretrained(tmp_path, text=text)
 
 
@@ -138,7 +138,7 @@ def _swin() -> transformers.SwinModel:
     ],
 )
 def test_fingerprints_are_those_that_checkpoints_have(name: str, fingerprint: str) -> None:
-    """What goes into a digest must never change: checkpoints by name would find no encoder any more."""
+    """The content of the digest must never change, or checkpoints saved by name would no longer find their encoders."""
     model = {**BACKBONES, "swin": _swin}[name]().float()
     assert describe(counted(model))["fingerprint"].startswith(fingerprint)
 
@@ -164,7 +164,7 @@ def test_missing_and_misshapen_tensors_are_named(saved: Path) -> None:
 
 
 def test_tensors_of_another_kind_are_named(saved: Path) -> None:
-    """16 bits are loaded as such: that is how a model in half precision was saved. Integers and 8 bits cannot be computed with."""
+    """Check that 16-bit tensors load in their own dtype, as saved; one cannot compute with integers and 8-bit types."""
     weights = load_file(saved / "model.safetensors")["head.0.weight"]
     edit_tensors(saved, **{"head.0.weight": weights.bfloat16()})
     assert MoPEForClassification.from_pretrained(saved).head[0].weight.dtype == torch.bfloat16
@@ -198,10 +198,10 @@ def test_unknown_keys_and_tensors_are_warned_about(saved: Path) -> None:
     ("file", "content", "message"),
     [
         ("config.json", b"{", "not readable JSON"),
-        ("config.json", b"[]", "no MoPEConfig"),
+        ("config.json", b"[]", "not a MoPEConfig"),
         ("config.json", b'{"backbones": {}, "id2label": ["a", "b"]}', "no record of the vision backbone"),
         ("config.json", b'{"backbones": {}, "id2label": ["a", "b"], "temperature": "warm"}', "config.json: "),
-        ("model.safetensors", b"\x80\x04]q\x00.", "no readable safetensors"),
+        ("model.safetensors", b"\x80\x04]q\x00.", "not a readable safetensors"),
         ("vision/model.safetensors", b"123", "cannot load the vision backbone"),
         ("vision/config.json", b"{", "cannot load the vision backbone"),
     ],
@@ -222,7 +222,7 @@ def test_a_changed_copy_is_noticed(saved: Path) -> None:
 
 
 def test_incomplete_folders(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.raises(FileNotFoundError, match="is no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
         MoPEForClassification.from_pretrained(tmp_path_factory.mktemp("empty"))
     (saved / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="not complete"):
@@ -242,7 +242,7 @@ def test_a_class_name_from_a_file_is_looked_up_among_models_only(saved: Path) ->
     config = json.loads((saved / "config.json").read_text())
     config["backbones"]["vision"]["class"] = "pipeline"
     (saved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="transformers does not have"):
+    with pytest.raises(ValueError, match="transformers has no such class"):
         MoPEForClassification.from_pretrained(saved)
 
 
@@ -262,7 +262,7 @@ def test_tokenizer_travels_with_the_model(tmp_path: Path) -> None:
     model.tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
     model.save_pretrained(tmp_path / "model", backbones="copy")
     loaded = MoPEForClassification.from_pretrained(tmp_path / "model")
-    # Saved again before anyone has used it, elsewhere and where it came from.
+    # Saved again before the tokenizer is used, to another folder and to the one it came from.
     loaded.save_pretrained(tmp_path / "again", backbones="copy")
     loaded.save_pretrained(tmp_path / "model", backbones="copy")
     for folder in ("again", "model"):

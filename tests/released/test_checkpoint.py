@@ -1,4 +1,4 @@
-"""Checkpoints of the released code: read whole, refused by name, never executed."""
+"""Checkpoints of the released code are read completely or refused with a reason, and never execute code."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write(path: Path, content: object) -> Path:
 PLAIN = {**ARGS, "data": "food101"}
 
 
-# The first is what Lightning writes.
+# Lightning writes the first form.
 @pytest.mark.parametrize("options", [PLAIN, argparse.Namespace(**PLAIN), {"args": PLAIN}, {"args": argparse.Namespace(**PLAIN)}])
 def test_reads_each_tensor_once(tmp_path, options):
     found = read_released_checkpoint(write(tmp_path / "a.ckpt", checkpoint(hyper_parameters=options)))
@@ -76,7 +76,7 @@ class Hostile:
 
 def test_a_hostile_file_is_refused_and_nothing_runs(tmp_path):
     hostile = checkpoint(hyper_parameters={"args": Hostile(tmp_path / "executed")})
-    with pytest.raises(ValueError, match=r"a\.ckpt: it asks for (posix|nt)\.mkdir.*Nothing was executed"):
+    with pytest.raises(ValueError, match=r"a\.ckpt: it requires (posix|nt)\.mkdir.*Nothing was executed"):
         read_released_checkpoint(write(tmp_path / "a.ckpt", hostile))
     plain = tmp_path / "b.ckpt"
     plain.write_bytes(pickle.dumps(hostile))
@@ -101,15 +101,15 @@ def test_a_truncated_file_is_named(tmp_path, kept):
     [
         ([1, 2], "a dict with a 'state_dict', this is list"),
         ({"model": {}}, "a dict with a 'state_dict', this is dict"),
-        ({"state_dict": {"vision_classifier.x": 3}}, r"these are no tensors: vision_classifier\.x"),
-        ({"state_dict": {"model.weight": torch.zeros(1)}}, r"no checkpoint of the released code; it holds model\.weight"),
-        # What claims more than there is: building a model of its size would take all memory.
-        ({"state_dict": {"vision_classifier.x": torch.zeros(1).expand(10**12)}}, r"these are no tensors: vision_classifier\.x"),
-        ({"state_dict": {"vision_classifier.x": torch.eye(2).to_sparse()}}, r"these are no tensors: vision_classifier\.x"),
-        ({"state_dict": {7: torch.zeros(1)}}, "these are no tensors: 7"),
-        (checkpoint(hyper_parameters=5), "hyper_parameters hold no options by name, but int"),
-        (checkpoint(hyper_parameters={"args": ["mope"]}), "hyper_parameters hold no options by name, but list"),
-        (checkpoint(hyper_parameters={(1, 2): 3}), "hyper_parameters hold no options by name, but dict"),
+        ({"state_dict": {"vision_classifier.x": 3}}, r"these are not tensors: vision_classifier\.x"),
+        ({"state_dict": {"model.weight": torch.zeros(1)}}, r"not a checkpoint of the released code; it holds model\.weight"),
+        # Tensors that claim to be larger than the file; a model of their size would use up all memory.
+        ({"state_dict": {"vision_classifier.x": torch.zeros(1).expand(10**12)}}, r"these are not tensors: vision_classifier\.x"),
+        ({"state_dict": {"vision_classifier.x": torch.eye(2).to_sparse()}}, r"these are not tensors: vision_classifier\.x"),
+        ({"state_dict": {7: torch.zeros(1)}}, "these are not tensors: 7"),
+        (checkpoint(hyper_parameters=5), "hyper_parameters must hold options by name, got int"),
+        (checkpoint(hyper_parameters={"args": ["mope"]}), "hyper_parameters must hold options by name, got list"),
+        (checkpoint(hyper_parameters={(1, 2): 3}), "hyper_parameters must hold options by name, got dict"),
     ],
 )
 def test_other_files_are_named(tmp_path, content, message):
@@ -127,14 +127,14 @@ def test_copies_that_differ_are_refused(tmp_path):
 def test_tensors_that_diverged_are_named(tmp_path):
     state = tensors()
     state["vision_classifier.classifier.weight"][0, 0] = torch.nan
-    # Both names of the same one.
+    # The same tensor under both of its names.
     state["classifier.vision_model.classifier.weight"] = state["vision_classifier.classifier.weight"].clone()
     with pytest.warns(UserWarning, match=r"1 tensors hold NaN or infinity: vision_classifier\.classifier\.weight"):
         read_released_checkpoint(write(tmp_path / "a.ckpt", {"state_dict": state}))
 
 
 def test_damaged_files_are_named(tmp_path):
-    """Whatever a byte changes: the file is read, or refused by its name."""
+    """Change single bytes: the file is either read or refused by name."""
     path = write(tmp_path / "a.ckpt", checkpoint(hyper_parameters=PLAIN))
     whole = path.read_bytes()
     start, refused = whole.index(b"state_dict"), 0
@@ -160,7 +160,7 @@ def test_tensors_that_share_memory_are_converted(tmp_path):
 
 def test_unknown_tensors_are_named(tmp_path):
     state = tensors() | {"audio_classifier.weight": torch.zeros(1)}
-    with pytest.warns(UserWarning, match=r"1 unknown tensors are left out: audio_classifier\.weight"):
+    with pytest.warns(UserWarning, match=r"ignoring 1 unknown tensors: audio_classifier\.weight"):
         found = read_released_checkpoint(write(tmp_path / "a.ckpt", {"state_dict": state}))
     assert "audio_classifier.weight" not in found.tensors
 

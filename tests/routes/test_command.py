@@ -1,4 +1,4 @@
-"""`mope routes`, as a user calls it."""
+"""`mope routes`, called as by a user."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def test_digits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         np.testing.assert_allclose(tables["load"], probabilities.astype(float).mean(0), rtol=1e-9)
         assert tables["blocks"].tolist() == [f"layer {i}" for i in range(4)]
         assert [tables["classes"][row.argmax()] for row in tables["labels"]] == [line["label"] for line in lines]
-        # The model knows its task: images and texts reached it as they should.
+        # The model is accurate, so images and texts reached it correctly.
         assert (tables["predictions"] == tables["labels"]).all(1).mean() > 0.8
-        # Which experts are taken follows from the sentence: some words belong to some experts.
+        # The choice of experts depends on the sentence: some words are specific to some experts.
         assert (tables["word_scores"][3] > 0).any(-1).sum() >= 4
         for line in printed.splitlines()[2:6]:
             _, name, cv_squared, *_ = (cell.strip() for cell in line.split("|"))
@@ -73,7 +73,7 @@ def test_mistakes_are_named(
 ) -> None:
     assert run(model, "--data", model.parent, "--out", tmp_path / "out", *(a.format(data=model.parent) for a in arguments)) == 1
     error = capsys.readouterr().err
-    # A bar shows the weights being loaded.
+    # Before the error, a progress bar shows the loading of weights.
     assert "Traceback" not in error and message in error.splitlines()[-1]
     assert error.splitlines()[-1].startswith("mope routes: ")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Pictures and page: what they show, and that nothing in the data can become more than text."""
+"""Pictures and the page: their contents, and that nothing in the data can become more than text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """The elements of a page, with attributes, and what stands between them."""
+    """The elements of a page with their attributes, and the text between them."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_pictures(tmp_path: Path) -> None:
     assert not plt.get_fignums()
     first = [path.read_bytes() for path in paths]
     assert [path.read_bytes() for path in draw(tables, routes, tmp_path / "out", blocks=[0, 1])] == first
-    # Without a choice, the block whose routing depends on the example most.
+    # By default, the block whose routing depends most on the example.
     best = tables.most_decided
     assert [path.name for path in draw(tables, routes, tmp_path / "one")] == [names[0], *names[1 + 2 * best : 3 + 2 * best]]
 
@@ -91,7 +91,7 @@ def test_pictures_do_not_depend_on_the_users_style(tmp_path: Path) -> None:
 
 def test_hostile_names_and_texts(tmp_path: Path) -> None:
     routes = made.routes(count=200, classes=(*HOSTILE, "unused"), texts=HOSTILE, images=made.pictures(tmp_path, 3))
-    # Each text has an expert, so that words stand out.
+    # Each text has its own expert, so that some words are characteristic.
     probabilities = np.eye(4, dtype=np.float32)[np.arange(200) % len(HOSTILE) % 4][:, None].repeat(2, axis=1)
     ids = tuple(f"{HOSTILE[i % 2]}{i}" for i in range(200))
     routes = dataclasses.replace(routes, probabilities=probabilities, ids=ids, blocks=("a<b>", "b"))
@@ -112,7 +112,7 @@ def test_hostile_names_and_texts(tmp_path: Path) -> None:
     assert all(url.startswith("data:image/jpeg;base64,") for url in re.findall(r"url\((.*?)\)", page.styles))
     assert page.styles.count("url(") == 3 and "base href" not in page.styles
     assert ("meta", {"http-equiv": "Content-Security-Policy", "content": POLICY}) in page.tags
-    # What was said is to be read, as it was said.
+    # The texts appear unchanged.
     for text in (*HOSTILE[:4], *HOSTILE[5:7]):
         assert text in page.text
     titles = {attributes["title"] for _, attributes in page.tags if attributes.get("role") == "img"}
@@ -135,7 +135,7 @@ def test_page(tmp_path: Path) -> None:
             (truth,), (said,) = np.flatnonzero(routes.labels[row]), np.flatnonzero(routes.predictions[row])
             wrong = "" if truth == said else f", taken for {routes.classes[said]}"
             assert f"{routes.probabilities[row, block, expert]:.2f} {routes.classes[truth]}{wrong}{routes.texts[row]}" in page.text
-    # Each image stands in it once, one or two PNG pictures aside.
+    # Each image is embedded only once.
     used = {routes.images[row] for row in tables.top_examples[block].flat}
     assert page.styles.count("url(") == len(used)
 
@@ -148,7 +148,7 @@ def test_many_experts_and_classes(tmp_path: Path) -> None:
     assert len(experts) == MOST_EXPERTS and len(rows) == MOST_CLASSES
     assert tables.load[0, experts].min() >= np.delete(tables.load[0], experts).max()
     assert tables.class_counts[rows].min() >= np.delete(tables.class_counts, rows).max()
-    # Each picture says what it leaves out.
+    # Each picture states what it omits.
     for figure, cut in (
         (draw_experts(tables, routes, 0), "the 32 of 256 experts"),
         (draw_classes(tables, 0), "the 128 of 150 classes"),
@@ -163,7 +163,7 @@ def test_many_experts_and_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count, experts", [(1, 1), (3, 2)])
 def test_little(count: int, experts: int, tmp_path: Path) -> None:
     routes = made.routes(count=count, blocks=1, experts=experts)
-    # In multi_label an example may have no class.
+    # With multi_label, an example may have no class.
     routes = dataclasses.replace(routes, labels=np.zeros_like(routes.labels))
     tables = summarize(routes)
     assert len(draw(tables, routes, tmp_path, blocks=[0])) == 3

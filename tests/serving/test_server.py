@@ -1,4 +1,4 @@
-"""Loading and unloading while serving: nothing moves, nothing is lost, and what does not fit is refused by name."""
+"""Loading and unloading while serving: nothing moves, nothing is lost, and tasks that do not fit are refused by name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class World:
         return server
 
     def logits(self, server: MoPEServer, *tasks: str) -> list[Tensor]:
-        """Of the batch, items in turn of these tasks."""
+        """Return the logits of the batch, assigning its items to these tasks in turn."""
         return [p.logits for p in server([tasks[i % len(tasks)] for i in range(len(self.batch["input_ids"]))], **self.batch)]
 
 
@@ -139,7 +139,7 @@ REFUSED: dict[str, tuple[Callable[[MoPEServer, World, Path], object], type[Excep
         lambda server, world, _: server(["three"] * 5, pixel_values=world.batch["pixel_values"]),
         ValueError,
     ),
-    r"is no checkpoint": (lambda server, _, folder: server.load("three", folder / "none", replace=True), FileNotFoundError),
+    r"is not a checkpoint": (lambda server, _, folder: server.load("three", folder / "none", replace=True), FileNotFoundError),
 }
 
 
@@ -191,14 +191,14 @@ DAMAGED: dict[str, Callable[[Path], None]] = {
     r"lacks head\.0\.bias": without_bias,
     r"blocks\.2\.experts\.prompts is \(2, 2, 32\), the config says \(3, 2, 32\)": of_other_shape,
     r"numbers that are not finite, in blocks\.1\.static": with_nan,
-    r"no readable safetensors file": cut_short,
-    r"method is 'static_mapped', and only 'mope' is served": configured(method="static_mapped"),
+    r"not a readable safetensors file": cut_short,
+    r"method is 'static_mapped', but only 'mope' is served": configured(method="static_mapped"),
     r"prompt_owner is 'released'": configured(prompt_owner="released"),
     r"padding_side is 'left'": configured(padding_side="left"),
     r"finetuned names text": configured(finetuned=["text"]),
-    r"task 'three': eval_top_k is 2, and None in the tasks of this server": configured(eval_top_k=2),
-    r"temperature is 0\.3, and 0\.5 in .*; renormalize is True, and False in": configured(temperature=0.3, renormalize=True),
-    r"num_labels is 6, and this server has max_labels=5": configured(num_labels=6, id2label=dict(enumerate("abcdef"))),
+    r"task 'three': eval_top_k is 2, but None in the tasks of this server": configured(eval_top_k=2),
+    r"temperature is 0\.3, but 0\.5 in .*; renormalize is True, but False in": configured(temperature=0.3, renormalize=True),
+    r"num_labels is 6, but this server has max_labels=5": configured(num_labels=6, id2label=dict(enumerate("abcdef"))),
     r"id2label must name 0\.\.999999999, its keys are \[0, 1, 2\]": configured(num_labels=10**9),
     r"lacks id2label": configured(num_labels=10**9, id2label=None),
     r"head\.0\.weight is \(3, 32\), the config says \(5, 32\)": configured(num_labels=5, id2label=dict(enumerate("abcde"))),
@@ -207,7 +207,7 @@ DAMAGED: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("message", DAMAGED)
 def test_a_file_that_does_not_fit_changes_nothing(message: str, world: World, tmp_path: Path) -> None:
-    """Neither in the place of another task, nor as the first one."""
+    """Check a damaged file that replaces another task, and one that is loaded first."""
     folder = saved(world.models["three"], tmp_path / "damaged")
     DAMAGED[message](folder)
     server = world.server("three", "five")
@@ -238,7 +238,7 @@ def test_what_fails_first_leaves_the_backbones_as_they_were(world: World, tmp_pa
         server([], **world.batch)
     assert server.tasks == () and server.config is None
     encoders["vision"](world.batch["pixel_values"])
-    # Other tasks may be of another kind.
+    # Different tasks may be loaded now.
     server.load("top", saved(task(world.encoders, eval_top_k=2), tmp_path / "top"))
     assert len(server(["top"] * 5, **world.batch)) == 5
 
@@ -297,7 +297,7 @@ def test_a_configuration_says_what_tasks_have_in_common(world: World) -> None:
     server = world.server(config=config)
     assert server.config == config
     server.load("five", world.folders["five"])
-    with pytest.raises(ValueError, match="num_experts is 3, and 4 in the tasks of this server"):
+    with pytest.raises(ValueError, match="num_experts is 3, but 4 in the tasks of this server"):
         world.server("three", config=config.replace(num_experts=4))
     with pytest.raises(ValueError, match="give vision and text as well"):
         MoPEServer(config=config, text=world.encoders["text"])
@@ -323,7 +323,7 @@ def test_labels_are_those_of_each_task(world: World, tmp_path: Path) -> None:
 
 
 def test_loads_while_other_threads_are_served(world: World) -> None:
-    """Every result is that of a task as it was loaded, whole, and graphs stay in their threads."""
+    """Check that every result belongs to one fully loaded task, and that graphs stay in their threads."""
     server = world.server("three")
     expected = {}
     for name in ("five", "two"):
@@ -345,7 +345,7 @@ def test_loads_while_other_threads_are_served(world: World) -> None:
     for worker in workers:
         worker.start()
     try:
-        # As long as it takes until both have served: how soon they do depends on what else the machine computes.
+        # Continue until both have served, which depends on the load of the machine.
         for i in itertools.count():
             if i >= 6 and (min(served) or failures):
                 break
@@ -372,7 +372,7 @@ def test_images_of_another_size(main: str, tmp_path: Path) -> None:
         expected = [model(**batch, interpolate_pos_encoding=True).logits for model in models]
         for i, prediction in enumerate(found):
             torch.testing.assert_close(prediction.logits, expected[int(prediction.task[-1])][i], rtol=1e-9, atol=1e-9)
-        with pytest.raises(ValueError, match=r"holds for every call: MoPEServer\(interpolate_pos_encoding=True\)"):
+        with pytest.raises(ValueError, match=r"is set for all calls: MoPEServer\(interpolate_pos_encoding=True\)"):
             server(["task 0"], **batch, interpolate_pos_encoding=True)
 
 
@@ -382,7 +382,7 @@ def test_a_server_over_a_swin_transformer_takes_one_size(tmp_path: Path) -> None
     server = MoPEServer(**encoders, interpolate_pos_encoding=True)
     with pytest.raises(ValueError, match="windows of a Swin Transformer"):
         server.load("task", folder)
-    # The encoders are free again.
+    # The encoders can be used again.
     with contextlib.closing(MoPEServer(**encoders)) as other:
         other.load("task", folder)
 

@@ -142,7 +142,7 @@ def test_the_threshold_of_a_model_is_that_of_all_that_names_classes(several: Pat
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--threshold", "auto"], "a threshold is for data with several labels for each item, these have one"),
+        (["--threshold", "auto"], "threshold needs data with several labels per item, and this data has one"),
         (["--class-weights", "{out}/weights.json"], "there is no class 'yess'; did you mean yes?"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Two processes on the CPU compute what one does."""
+"""Two processes on the CPU give the same results as one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.training.two_processes import EXACT, PART, STEPS, TOP_1, batch_of, ru
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes have left their results."""
+    """Run two processes, and return the folder with their results."""
     folder = tmp_path_factory.mktemp("two")
     write_data(folder / "data")
     write_data(folder / "several", several_labels=True)
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*command, "-m", "tests.training.two_processes", str(folder)],
         capture_output=True,
         text=True,
-        # So that a deadlock ends; it limits nothing else.
+        # Only serves to end a deadlock.
         timeout=1800,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -44,13 +44,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> list[dict[str, Any]]:
-    """Of each process."""
+    """Return the results of each process."""
     return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
-    """The whole training in one process."""
+    """Run the whole training in one process."""
     return run_of(folder / "data", folder / "alone").train()
 
 
@@ -62,7 +62,7 @@ def assert_close(folder: Path, one: str, other: str) -> None:
 
 
 def test_training_is_that_of_one_process(folder: Path, results: list[dict[str, Any]], alone: dict[str, Any]) -> None:
-    """Weights of the last step, with a last batch of another size in each epoch; metrics over unequal shares."""
+    """Compare final weights, with a smaller last batch in each epoch, and metrics over unequal shares."""
     assert_close(folder, "alone", "dense")
     for found in results:
         assert found["dense"]["processes"] == 2
@@ -73,7 +73,7 @@ def test_training_is_that_of_one_process(folder: Path, results: list[dict[str, A
 
 
 def test_steps_through_graphs(folder: Path, results: list[dict[str, Any]]) -> None:
-    """DistributedDataParallel averages the gradients of a step; with several parts it does so in the last one."""
+    """DistributedDataParallel averages the gradients once per step, in the last part if there are several."""
     assert_close(folder, "alone", "graphs")
     assert_close(folder, "parts", "graphs-parts")
     for found in results:
@@ -83,7 +83,7 @@ def test_steps_through_graphs(folder: Path, results: list[dict[str, Any]]) -> No
 
 
 def test_experts_that_nobody_used(folder: Path, results: list[dict[str, Any]]) -> None:
-    """Of six experts, one is taken for each of a process's three items."""
+    """Train six experts, with one selected for each of a process's three items."""
     run_of(folder / "data", folder / "alone-top-1", TOP_1).train()
     assert_close(folder, "alone-top-1", "top-1")
 
@@ -99,14 +99,14 @@ def test_features_are_cached_together(folder: Path, results: list[dict[str, Any]
 
 @pytest.mark.usefixtures("alone", "results")
 def test_resuming_on_another_number_of_processes(folder: Path) -> None:
-    """One process began and two ended; two began and one ends."""
+    """Resume on two processes what one began, and on one what two began."""
     assert_close(folder, "alone", "one")
     assert run_of(folder / "data", folder / "two", resume=True).train()["steps"] == STEPS
     assert_close(folder, "alone", "two")
 
 
 def test_f1_counts_every_item_once(folder: Path, results: list[dict[str, Any]]) -> None:
-    """Nine items in batches of one (one process has none), 4, 9 and more than there are."""
+    """Use nine items in batches of 1 (one process has none), 4, 9 and more than nine."""
     splits = read_splits(folder / "several")
     expected = evaluate(make_model(splits, **EXACT), splits["dev"], batch_size=3)
     for found in results:
