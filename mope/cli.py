@@ -1,4 +1,4 @@
-"""Command line: `mope demo`, `train`, `evaluate`, `routes`, `convert`, `run`, `info`, `bench`, `build`."""
+"""Command line: `mope demo`, `train`, `evaluate`, `predict`, `routes`, `convert`, `run`, `info`, `bench`, `build`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from mope.arguments import Parser, ShowVersion, add_device, positive
 from mope.extras import missing
+from mope.predict import add_predict
 from mope.released.run import add_run
 from mope.routes import add_routes
 from mope.training.commands import add_evaluate, add_train
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
     add_train(commands)
     add_evaluate(commands)
+    add_predict(commands)
     add_routes(commands)
     add_run(commands)
 

@@ -9,6 +9,7 @@ EXTRAS = {
     "train": ("accelerate", "pillow", "scikit-learn", "tensorboard"),
     "plot": ("jinja2", "matplotlib"),
     "demo": ("peft",),
+    "data": ("datasets", "pyarrow"),
 }
 _PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 

@@ -32,6 +32,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         ["demo", "--help"],
         ["train", "--help"],
         ["evaluate", "--help"],
+        ["predict", "--help"],
         ["info", "--help"],
         ["bench", "--help"],
         ["build", "--help"],
@@ -68,6 +69,7 @@ def subcommands() -> dict[str, argparse.ArgumentParser]:
 REQUIRED = {
     "train": ["--data", "data", "--out", "out"],
     "evaluate": ["model", "--data", "data"],
+    "predict": ["model", "data.csv", "--out", "out.csv"],
     "routes": ["model", "--data", "data"],
     "convert": ["last.ckpt", "last.safetensors"],
 }

@@ -66,6 +66,7 @@ class MoPEConfig(ModelConfig):
         padding_side: Padding side of the tokenizer. Both sides accept any attention mask. "right" is fast because it uses sequence
             lengths; it first moves tokens in front of padding if the mask is not right-padded. "left" masks padding out.
         impl: Implementation of the ops: "auto", a name, or several names separated by commas, tried in that order.
+        threshold: With problem_type "multi_label", a class is predicted if its probability is above this, between 0 and 1.
 
     Raises:
         ValueError: A value is not allowed; the message names it and the allowed values.
@@ -93,6 +94,7 @@ class MoPEConfig(ModelConfig):
     importance_noise: bool = True
     padding_side: str = "right"
     impl: str = "auto"
+    threshold: float = 0.5
 
     if TYPE_CHECKING:
         # Shorthands (`mope.fusion.parts.SHORT`), which are keywords of the constructor and properties.
@@ -168,6 +170,8 @@ class MoPEConfig(ModelConfig):
             value = getattr(self, name)
             if not (value is None and name == "prompt_init_bound") and not (is_number(value) and value > 0):
                 raise ValueError(f"MoPEConfig: {name} must be positive, got {value!r}")
+        if not (is_number(self.threshold) and 0 < self.threshold < 1):
+            raise ValueError(f"MoPEConfig: threshold must be between 0 and 1, got {self.threshold!r}")
         if not (is_number(self.prompt_dropout) and 0 <= self.prompt_dropout < 1):
             raise ValueError(f"MoPEConfig: prompt_dropout must be in [0, 1), got {self.prompt_dropout!r}")
         assert isinstance(self.router, RouterConfig)

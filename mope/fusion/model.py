@@ -29,6 +29,7 @@ from mope.fusion.base import in_frozen_dtype
 from mope.fusion.config import MoPEConfig
 from mope.fusion.heads import new_head, new_input_prompts, new_mapper, new_pooling, new_swin, router_options, task_loss
 from mope.fusion.inputs import InputChecks, as_encoder_knows
+from mope.fusion.predicting import dense_weights
 from mope.fusion.saving import SavedModel
 from mope.fusion.sources import source_of
 from mope.graphs import CudaGraphRunner
@@ -688,6 +689,23 @@ class MoPEForClassification(SavedModel):
             None if block.experts is None or not frozen[i].can_bank else block.build_bank(frozen[i])
             for i, block in self.prompts_of(main).items()
         )
+
+    @contextmanager
+    def answering(self, *, experts: bool = False) -> Iterator[Callable[..., tuple[Tensor, dict[str, Tensor]]]]:
+        """See `FusionModel.answering`; an expert that is not taken has weight 0."""
+        if experts and not (names := self.routed_blocks()):
+            raise ValueError(f"experts: this model routes nothing (method {self.config.method!r}), so there are none to name")
+        with self.serving() as predict:
+
+            def answer(**batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+                out: MoPEOutput = predict(**batch)
+                assert out.logits is not None
+                if not experts:
+                    return out.logits, {}
+                routing = zip(names, out.routing or (), strict=True)
+                return out.logits, {name: dense_weights(r.weights, r.indices, r.probs.shape[1]) for name, r in routing}
+
+            yield answer
 
     @contextmanager
     def serving(

@@ -162,5 +162,5 @@ def listed(items: Sequence[str]) -> str:
 
 def shown(value: object) -> str:
     """Return a value as JSON, truncated to 60 characters."""
-    text = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -6,6 +6,7 @@ modality.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from keyword import iskeyword
@@ -96,6 +97,13 @@ class Modality:
         except (OverflowError, RuntimeError, TypeError, ValueError):
             raise ValueError(f'"{source.key}" must be numbers, or lists of them of one length, got {shown(value)}') from None
         return value
+
+    def of_cell(self, cell: str) -> Any:
+        """Return what a cell of a CSV file says, as a line of JSON would: by default JSON, such as `[1, 2]`, else a text."""
+        try:
+            return json.loads(cell)
+        except (RecursionError, ValueError):
+            return cell
 
     def finder(self, source: Source) -> Finder:
         """Return a finder that turns results of `parse` into raw items, for all lines of a split."""
@@ -214,6 +222,12 @@ class Slot:
     def column(self) -> str:
         """Key of the raw items in lines of "jsonl" data."""
         return (self.modality.column or self.name) if self.name == self.modality.name else self.name
+
+    @property
+    def raw(self) -> str:
+        """Name of the raw items in a call of `predict`: several items in words, `images`, where the modality has a word for it."""
+        own = self.name == self.modality.name and self.modality.plural != Modality.plural
+        return self.modality.plural if own else self.name
 
     @property
     def processor(self) -> str | None:

@@ -113,6 +113,10 @@ class Text(Modality):
             raise ValueError(f'"{source.key}" must be a text, got {shown(value)}')
         return value
 
+    def of_cell(self, cell: str) -> str:
+        """Return the cell: a text may look like JSON."""
+        return cell
+
     def reader(self, encoder: Any, processor: Any, config: Any) -> Texts:
         """Return a reader that tokenizes texts.
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,17 @@ if TYPE_CHECKING:
 PUBLISHED = "published"
 PUBLISHED_MEAN, PUBLISHED_STD = (0.46777044, 0.44531429, 0.40661017), (0.12221994, 0.12145835, 0.14380469)
 GREY = 128
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image that a table holds: the bytes of a file, and a name for messages."""
+
+    name: str
+    data: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class Vision(Modality):
@@ -65,15 +79,27 @@ class Vision(Modality):
         fix = f"torch.from_numpy({name})" if kind == "ndarray" else f"torch.tensor({name})"
         return f"must be a tensor, got {kind}: {fix}, or model.image_processor(images, return_tensors='pt') for images"
 
-    def parse(self, value: Any, source: Source) -> str | None:
-        """Return the path of an image, None for no image.
+    def parse(self, value: Any, source: Source) -> str | StoredImage | None:
+        """Return the path of an image, or an image stored in a table, None for no image.
 
         Raises:
-            ValueError: If the value is not a path.
+            ValueError: If the value is neither.
         """
+        # The form in which the library datasets stores images.
+        if isinstance(value, Mapping) and value.keys() == {"bytes", "path"}:
+            name, data = value["path"], value["bytes"]
+            value = StoredImage(name or source.key, data) if isinstance(data, bytes) else name
+        if isinstance(value, bytes):
+            value = StoredImage(source.key, value)
+        if isinstance(value, StoredImage):
+            return value
         if not (value is None or isinstance(value, str) or (source.template != "{}" and is_key(value))):
             raise ValueError(f'"{source.key}" must be the path of an image, or null for none, got {shown(value)}')
         return None if value in (None, "") else source.template.format(value)
+
+    def of_cell(self, cell: str) -> str:
+        """Return the cell: the path of an image."""
+        return cell.strip()
 
     def finder(self, source: Source) -> Finder:
         """Return a finder of image files in the data folder."""
@@ -94,23 +120,27 @@ class Vision(Modality):
             return published_image_processor(size if isinstance(size, int) else size[0], format=format)
         return AutoImageProcessor.from_pretrained(source, **options)
 
-    def key(self, raw: Path | None) -> str:
+    def key(self, raw: Path | StoredImage | None) -> str:
         """Return the path, size and modification time of the file."""
         if raw is None:
             return ""
+        if isinstance(raw, StoredImage):
+            return hashlib.sha256(raw.data).hexdigest()
         stat = raw.stat()
         return f"{os.path.abspath(raw)}\n{stat.st_size} {stat.st_mtime_ns}"
 
-    def identity(self, raw: Path | None) -> str | None:
+    def identity(self, raw: Path | StoredImage | None) -> str | None:
         """Return the name of the file."""
+        if isinstance(raw, StoredImage):
+            return self.key(raw)
         return None if raw is None else raw.name
 
-    def text_of(self, raw: Path | None) -> None:
+    def text_of(self, raw: Path | StoredImage | None) -> None:
         """Return None, because an image has no text."""
 
-    def picture_of(self, raw: Path | None) -> Path | None:
-        """Return the image file."""
-        return raw
+    def picture_of(self, raw: Path | StoredImage | None) -> Path | None:
+        """Return the image file, None for an image stored in a table."""
+        return None if isinstance(raw, StoredImage) else raw
 
     def describe(self, given: Mapping[str, Tensor]) -> str | None:
         """Return the size of an image after the image processor."""
@@ -148,7 +178,7 @@ class Images(Reader):
         size = getattr(config, "image_size", None) or 224
         self._grey_size = (size, size) if isinstance(size, int) else tuple(reversed(size))
 
-    def __call__(self, raw: Path | None, *, augment: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+    def __call__(self, raw: Any, *, augment: Callable[[Any], Any] | None = None) -> dict[str, Any]:
         """Return `pixel_values`, float32 (channels,height,width). `augment` maps a PIL image to a PIL image."""
         image = self._read(raw)
         return {"pixel_values": self._pixel_values(augment(image) if augment else image)}
@@ -166,13 +196,16 @@ class Images(Reader):
 
         return [PIL.__version__, super().digest(), self._mode, self._grey_size]
 
-    def _read(self, path: Path | None) -> Any:
+    def _read(self, path: Any) -> Any:
+        """A path, a `StoredImage`, a PIL image or None -> a PIL image as the encoder reads it."""
         from PIL import Image
 
         if path is None:
             return Image.new("RGB", self._grey_size, (GREY,) * 3).convert(self._mode)
         try:
-            with Image.open(path) as image:
+            if isinstance(path, Image.Image):
+                return with_8_bits(path).convert(self._mode)
+            with Image.open(io.BytesIO(path.data) if isinstance(path, StoredImage) else path) as image:
                 return with_8_bits(image).convert(self._mode)
         # Decoders may raise any error for a broken file, and in a worker it would not name the file.
         except Exception as error:
@@ -227,14 +260,14 @@ class ImageFiles(Finder):
         self._found: dict[str, Path | None] = {}
         self._missing: list[str] = []
 
-    def find(self, parsed: str | None) -> Path | None:
+    def find(self, parsed: str | StoredImage | None) -> Path | StoredImage | None:
         """Return the image file, None for no image or a missing one that a grey image replaces.
 
         Raises:
             ValueError: If the file is missing, or outside the data folder.
         """
-        if parsed is None:
-            return None
+        if parsed is None or isinstance(parsed, StoredImage):
+            return parsed
         if parsed not in self._found:
             self._found[parsed] = self._look(parsed)
         return self._found[parsed]

@@ -196,6 +196,7 @@ class ClassifierConfig(ModelConfig):
         id2label: Names of the classes, by index.
         problem_type: "single_label" (integer labels (B,)) or "multi_label" (labels (B,num_labels) of 0 and 1).
         padding_side: Padding side of the tokenizer.
+        threshold: With problem_type "multi_label", a class is predicted if its probability is above this, between 0 and 1.
 
     Raises:
         ValueError: If a value is invalid.
@@ -205,6 +206,7 @@ class ClassifierConfig(ModelConfig):
     id2label: Mapping[int, str]
     problem_type: str = "single_label"
     padding_side: str = "right"
+    threshold: float = 0.5
 
     model_type: ClassVar[str] = SYSTEM
     # The training code reads these from the configuration of any fusion model.
@@ -222,6 +224,8 @@ class ClassifierConfig(ModelConfig):
         self.problem_type = problem_type_of(self.problem_type, "ModeXForClassification")
         if self.padding_side not in SIDES:
             raise ValueError(f"padding_side must be {' or '.join(map(repr, SIDES))}, got {self.padding_side!r}")
+        if not (is_number(self.threshold) and 0 < self.threshold < 1):
+            raise ValueError(f"threshold must be between 0 and 1, got {self.threshold!r}")
         check_labels_of(self, "ModeXForClassification")
         self._freeze()
 
@@ -262,6 +266,8 @@ class ClassifierConfig(ModelConfig):
                 {int(i): name for i, name in values["id2label"].items()},
                 values["problem_type"],
                 values["padding_side"],
+                # Earlier versions had none.
+                values.get("threshold", 0.5),
             )
         except KeyError as error:
             raise ValueError(f"{error} is missing") from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -181,6 +181,38 @@ class ModeXForClassification(FusionModel):
             raise ValueError("this model has no adapters and therefore no routes")
         return self.adapters.routes()
 
+    @contextmanager
+    def answering(self, *, experts: bool = False) -> Iterator[Callable[..., tuple[Tensor, dict[str, Tensor]]]]:
+        """See `FusionModel.answering`; the weights are means over the tokens of an item, by adapter and its run in a call."""
+        with ExitStack() as stack:
+            if not experts:
+                yield stack.enter_context(super().answering())
+                return
+            if self.adapters is None:
+                raise ValueError("experts: this model has no adapters, so there are none to name")
+            answer = stack.enter_context(super().answering())
+
+            def with_experts(**batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+                with self.routes() as found:
+                    logits, _ = answer(**batch)
+                return logits, self._mean_weights(found, batch)
+
+            yield with_experts
+
+    def _mean_weights(self, found: Mapping[str, list[Tensor]], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights (B,T,E) of each run of an adapter -> their means (B,E) over tokens that are no padding."""
+        means = {}
+        for name, runs in found.items():
+            part = next(p for p in self.config.modalities if name.startswith(f"{self._fused.parts[p]}."))
+            mask = batch.get(self.slots[part].mask or "")
+            for run, weights in enumerate(runs, 1):
+                if weights.shape[-1] == 1:
+                    continue
+                shown = torch.ones(weights.shape[:2]) if mask is None else mask
+                shown = shown.to(weights.device, weights.dtype)[..., None]
+                means[name if len(runs) == 1 else f"{name}, run {run}"] = (weights * shown).sum(1) / shown.sum(1)
+        return means
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or an unpickled model."""
         super().__setstate__(state)
@@ -278,6 +310,7 @@ class ModeXForClassification(FusionModel):
             problem_type=config.problem_type,
             padding_side=config.padding_side,
         )
+        built.config = config
         return built.restored(tensors, folder)
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 
 from mope.arguments import add_device, count, positive
 from mope.extras import missing
+from mope.training.columns import add_columns, columns_of
 from mope.training.encoders import add_encoders
 from mope.training.extensions import modes
 from mope.training.recipe import RECIPES
@@ -40,6 +41,7 @@ def add_routes(commands: Any) -> None:
     routes.add_argument("--num-workers", type=count, default=0, metavar="N", help="processes that load images (0: this one does)")
     add_device(routes)
     routes.add_argument("--on-missing-image", default="error", choices=("error", "grey"), help="stop, or use a grey one (error)")
+    add_columns(routes)
     add_encoders(routes, " (as saved)")
     routes.add_argument("--mode", choices=modes(), help="whose prompts a window of a Swin Transformer gets (as saved)")
     routes.set_defaults(command=_routes)
@@ -95,6 +97,7 @@ def _run(options: argparse.Namespace) -> None:
         names=_class_names(model.config),
         on_missing_image=options.on_missing_image,
         modalities=slots_to_read(model.config),
+        **columns_of(options),
     )
     adopt_classes(model, split)
     loader = DataLoader(Examples(split, model), options.batch_size, collate_fn=Collator(model), num_workers=options.num_workers)

@@ -83,13 +83,15 @@ def collect(
             if start > len(split) or (given is not None and not _same(given, labels[part])):
                 raise ValueError(f"the loader does not give the {len(split)} examples of the {split.name} split in their order")
             probs = torch.stack([routing.probs for routing in out.routing], dim=1).float().cpu().numpy()
-            logits = out.logits.float().cpu().numpy()
+            logits = out.logits.float().cpu()
+            chosen = (logits.sigmoid() > model.config.threshold).numpy()
+            logits = logits.numpy()
             broken = ~(np.isfinite(probs).all((1, 2)) & np.isfinite(logits).all(1))
             if broken.any():
                 example = split.examples[part.start + int(broken.argmax())]
                 raise ValueError(f"the model gives numbers that are not finite for example {example.id!r}")
             probabilities[part] = probs
-            predictions[part] = logits > 0 if multi_label else np.eye(labels.shape[1], dtype=bool)[logits.argmax(1)]
+            predictions[part] = chosen if multi_label else np.eye(labels.shape[1], dtype=bool)[logits.argmax(1)]
     if start != len(split):
         raise ValueError(f"the loader gave {start} of the {len(split)} examples of the {split.name} split")
     examples = split.examples

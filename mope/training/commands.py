@@ -12,10 +12,11 @@ from typing import Any
 from mope.arguments import add_device, count, positive
 from mope.extras import missing
 
+from .columns import add_columns, add_dev_share
 from .encoders import add_encoders
 from .extensions import modes
 from .options import GRAPHS, REPORTS
-from .recipe import METRICS, PRECISIONS, RECIPES, Recipe
+from .recipe import AUTO, BALANCED, METRICS, PRECISIONS, RECIPES, Recipe
 
 # Added to the number of the signal that stopped training, to form the exit status that shells report.
 SIGNALLED = 128
@@ -32,6 +33,7 @@ def add_train(commands: Any) -> None:
         "torchrun --nproc-per-node N -m mope.cli train ...",
     )
     _add_data(train)
+    add_dev_share(train)
     train.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets checkpoints, the best model and results")
     model = train.add_argument_group("model")
     model.add_argument(
@@ -65,6 +67,8 @@ def add_train(commands: Any) -> None:
         recipe.add_argument(_flag(name), type=float, metavar="X", help=_RECIPE_HELP[name])
     recipe.add_argument("--milestones", type=int, nargs="*", metavar="EPOCH", help=_RECIPE_HELP["milestones"])
     recipe.add_argument("--precision", choices=PRECISIONS, help=_RECIPE_HELP["precision"])
+    recipe.add_argument("--class-weights", type=_class_weights, metavar="balanced|FILE", help=_RECIPE_HELP["class_weights"])
+    recipe.add_argument("--threshold", type=_threshold, metavar="auto|X", help=_RECIPE_HELP["threshold"])
     recipe.add_argument("--metric", choices=sum(METRICS.values(), ()), help=_RECIPE_HELP["metric"])
 
     run = train.add_argument_group("run")
@@ -125,7 +129,9 @@ def add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "--batch-sizes", type=positive, nargs="+", metavar="N", help="one row for each (32; with --compare-modes 1 8 32)"
     )
-    evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="gets results.json and results.md")
+    evaluate.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="gets results.json, results.md, predictions.jsonl and confusion.csv"
+    )
     add_encoders(evaluate)
     _add_machine(evaluate)
     evaluate.set_defaults(command=_evaluate)
@@ -146,19 +152,42 @@ _RECIPE_HELP = {
     "precision": "precision of activations (auto: fp16 on an accelerator, fp32 on a CPU)",
     "label_smoothing": "for data with one label per example",
     "metric": "metric that chooses the best checkpoint",
+    "class_weights": "class weights of the training loss: balanced, or a JSON file, {class: weight} (all 1)",
+    "threshold": "with several labels: of probabilities; auto: the best one on dev (that of the model, 0.5 for a new one)",
 }
 assert set(_RECIPE_HELP) == {field.name for field in fields(Recipe)}
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="with train.jsonl, dev.jsonl, test.jsonl, ...")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FOLDER", help="with train.jsonl, .csv or .parquet, and dev and test"
+    )
     parser.add_argument("--format", choices=tuple(RECIPES), default="jsonl", help="format of the data (jsonl)")
     parser.add_argument("--on-missing-image", choices=("error", "grey"), default="error", help="stop, or use a grey one (error)")
+    add_columns(parser)
 
 
 def _add_machine(parser: Any) -> None:
     add_device(parser)
     parser.add_argument("--num-workers", type=count, default=0, metavar="N", help="processes that load images (0: this one does)")
+
+
+def _class_weights(text: str) -> str | dict[str, float]:
+    if text == BALANCED:
+        return text
+    try:
+        weights = json.loads(Path(text).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"must be {BALANCED}, or a JSON file with the weights of classes by name: {error}"
+        ) from None
+    if not isinstance(weights, dict):
+        raise argparse.ArgumentTypeError(f'{text} must hold one JSON object, {{"class": weight}}')
+    return weights
+
+
+def _threshold(text: str) -> str | float:
+    return text if text == AUTO else float(text)
 
 
 def _flag(name: str) -> str:

@@ -17,7 +17,10 @@ from mope.processes import rank_and_world
 
 from .batches import Batches, Loader
 from .extensions import in_mode, modes
-from .metrics import Counts
+from .metrics import Counts, ThresholdCounts
+
+# Gets indices of items, their logits (B,K) and labels.
+See = Callable[[list[int], Tensor, Tensor], None]
 
 
 def evaluate(
@@ -29,6 +32,7 @@ def evaluate(
     features: Any = None,
     num_workers: int = 0,
     progress: bool = False,
+    see: See | None = None,
 ) -> dict[str, float]:
     """Compute the metrics of a model on a split, on the model's device.
 
@@ -44,6 +48,7 @@ def evaluate(
         features: a `FeatureCache` of the split.
         num_workers: the number of processes that load images.
         progress: whether to show a progress bar.
+        see: is called with the indices, logits and labels of each batch of this process, in order.
 
     Returns:
         "accuracy", or "f1_micro" and "f1_macro"; and "loss".
@@ -53,9 +58,8 @@ def evaluate(
     """
     with in_mode(model, mode):
         items = Examples(split, model, features=features)
-        return measure(
-            model, items, Collator(model), batch_size=batch_size, num_workers=num_workers, title=split.name if progress else None
-        )
+        title = split.name if progress else None
+        return measure(model, items, Collator(model), batch_size=batch_size, num_workers=num_workers, title=title, see=see)
 
 
 def measure(
@@ -67,25 +71,59 @@ def measure(
     num_workers: int = 0,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     title: str | None = None,
+    see: See | None = None,
 ) -> dict[str, float]:
     """Do the work of `evaluate` for any items that `collate` turns into arguments of the model."""
+    counts = Counts(model.config.problem_type, model.config.num_labels, model.device, threshold=model.config.threshold)
+
+    def count(indices: list[int], logits: Tensor, labels: Tensor) -> None:
+        counts.add(logits, labels)
+        if see is not None:
+            see(indices, logits, labels)
+
+    run(model, items, collate, count, batch_size=batch_size, num_workers=num_workers, autocast=autocast, title=title)
+    return counts.over_processes().metrics()
+
+
+def choose_threshold(
+    model: FusionModel, split: Split, metric: str, *, batch_size: int = 32, features: Any = None, num_workers: int = 0
+) -> float:
+    """Return the threshold at which "f1_micro" or "f1_macro" of a split is highest; all processes get the same."""
+    counts = ThresholdCounts(model.config.num_labels, model.device)
+    items = Examples(split, model, features=features)
+    see: See = lambda indices, logits, labels: counts.add(logits, labels)  # noqa: E731
+    run(model, items, Collator(model), see, batch_size=batch_size, num_workers=num_workers)
+    return counts.over_processes().best(metric)
+
+
+def run(
+    model: FusionModel,
+    items: Dataset[Any],
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+    see: See,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    title: str | None = None,
+) -> None:
+    """Show `see` the indices, logits and labels of each batch of this process, in order."""
     process, processes = rank_and_world()
     batches = Batches(items, batch_size, process=process, processes=processes)
-    counts = Counts(model.config.problem_type, model.config.num_labels, model.device)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), model.prepacked():
             loader = Loader(batches, collate, workers=num_workers, pin=model.device.type == "cuda")
-            for batch in tqdm(loader, desc=title, leave=False, disable=title is None or process > 0):
+            bar = tqdm(loader, desc=title, leave=False, disable=title is None or process > 0)
+            for indices, batch in zip(batches, bar, strict=True):
                 batch = model.on_device(batch)
                 labels = batch.pop("labels")
                 with autocast():
                     logits = model(**batch).logits
-                counts.add(logits, labels)
+                see(indices, logits, labels)
     finally:
         model.train(was_training)
-    return counts.over_processes().metrics()
 
 
 def compare_modes(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,17 @@ import torch
 from accelerate import PartialState
 
 from mope import environment
-from mope.data import Examples, Split, read_split
-from mope.data.formats import SPLITS, NoLabelsError, slots_to_read
+from mope.data import Examples, Split, hold_out, read_split
+from mope.data.formats import JSONL, NoLabelsError, files_of, slots_to_read
 from mope.devices import find_device
 from mope.finite import NotFiniteError, infinite
 from mope.fusion.base import FusionModel
+from mope.fusion.predicting import predictions
 from mope.modalities import Slot, slots_of
 
 from . import report
+from .columns import DEV_SHARE, columns_of
+from .confusion import CONFUSION, PREDICTIONS, Answers, Confusion, write_predictions
 from .encoders import processors_of, sources_of
 from .evaluation import evaluate
 from .extensions import in_mode, modes
@@ -50,6 +53,9 @@ class TrainingJob:
         given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)}
         self.recipe = RECIPES[options.format].replace(**{name: value for name, value in given.items() if value is not None})
         self.splits = _read_splits(options)
+        # Training examples that became the dev split.
+        self.held_out = 0
+        self._hold_out_dev()
         # Check only the first run: the others differ in nothing that could be wrong.
         self._first: TrainingRun | None = self._make_run(self.seeds[0])
         self.description = self._describe(self._first)
@@ -91,6 +97,23 @@ class TrainingJob:
         if diverged:
             raise NotFiniteError("; ".join(f"seed {s}: {e}" if len(self.seeds) > 1 else e for s, e in diverged.items()))
         return None
+
+    def _hold_out_dev(self) -> None:
+        """Take a dev split from the training split, where there is none, by default of tables only."""
+        options, train = self.options, self.splits["train"]
+        share = options.dev_share
+        if share is None:
+            share = 0.0 if files_of(options.data, "train")[0].suffix == JSONL else DEV_SHARE
+        if "dev" in self.splits or not share or len(train) < 2:
+            return
+        kept, held = hold_out(train, share, options.dev_seed)
+        self.held_out = len(held)
+        # Dev before test, as where it is read.
+        self.splits = {"train": kept, "dev": held, **{name: split for name, split in self.splits.items() if name != "train"}}
+        self.state.print(
+            f"{options.data} has no dev split: {len(held)} of {len(train)} training examples (--dev-share {share:g} "
+            f"--dev-seed {options.dev_seed}) are held out to choose the best weights, and do not train"
+        )
 
     def _out(self, seed: int) -> Path:
         out: Path = self.options.out
@@ -182,7 +205,7 @@ class TrainingJob:
             self.state.print(f"full batches go {where}{lengths}")
         elif run.trainer.args.device.type == "cuda" and self.options.graphs == "auto":
             self.state.print(f"no CUDA graphs: {stepping.why_not}")
-        if "test" not in run.splits and any((self.options.data / file).is_file() for file in SPLITS["test"]):
+        if "test" not in run.splits and files_of(self.options.data, "test"):
             self.state.print(f"{self.options.data}: the test split is skipped because none of its examples has a label")
         if (gpus := torch.cuda.device_count()) > self.state.num_processes and run.trainer.args.device.type == "cuda":
             self.state.print(
@@ -193,7 +216,13 @@ class TrainingJob:
         return {
             "config": run.model.config.to_dict(),
             "recipe": dataclasses.asdict(run.recipe),
-            "data": {"folder": str(self.options.data), "format": self.options.format, "shots": self.options.shots},
+            "data": {
+                "folder": str(self.options.data),
+                "format": self.options.format,
+                "shots": self.options.shots,
+                **columns_of(self.options),
+                "held_out": self.held_out,
+            },
             **_how(self.options, run.trainer.args.device),
         }
 
@@ -239,21 +268,35 @@ class EvaluationJob:
     def evaluate(self) -> list[dict[str, Any]]:
         """Evaluate the model, and print and write the results -> a dict for each row of the printed table.
 
+        Classes and predictions are those of the first row.
+
         Raises:
             NotFiniteError: a metric is not finite.
         """
         wanted = modes() if self.options.compare_modes else (None,)
-        rows = []
+        rows: list[dict[str, Any]] = []
+        answers = Answers()
         for size in self.batch_sizes:
             for mode in wanted:
                 metrics = evaluate(
-                    self.model, self.split, batch_size=size, mode=mode, num_workers=self.options.num_workers, progress=True
+                    self.model,
+                    self.split,
+                    batch_size=size,
+                    mode=mode,
+                    num_workers=self.options.num_workers,
+                    progress=True,
+                    see=None if rows else answers.see,
                 )
                 rows.append({"batch_size": size, **({"mode": mode} if mode else {}), **metrics})
+        logits = answers.all()
         if self.state.is_main_process:
-            text = report.metrics_table(rows)
+            found = predictions(self.model.config, logits, {})
+            confusion = Confusion.of(self.split, found)
+            text = f"{report.metrics_table(rows)}\n{confusion.table()}"
             print(text)
             if self.options.out is not None:
+                write_predictions(self.split, found, self.options.out / PREDICTIONS)
+                confusion.write(self.options.out / CONFUSION)
                 description = {
                     "model": str(self.options.model),
                     "data": {"folder": str(self.options.data), "format": self.options.format, "split": self.options.split},
@@ -261,7 +304,8 @@ class EvaluationJob:
                     "processes": self.state.num_processes,
                     **_how(self.options, self.device),
                 }
-                report.write(self.options.out, {**description, "rows": rows}, text)
+                classes = {"classes": confusion.classes(), "confusion": confusion.matrix.tolist()}
+                report.write(self.options.out, {**description, "rows": rows, **classes}, text)
         if wrong := sorted({name for row in rows for name in infinite({n: v for n, v in row.items() if isinstance(v, float)})}):
             raise NotFiniteError(
                 f"{' and '.join(wrong)} of {self.split.name} is not finite: the model or the images contain values that are not "
@@ -272,12 +316,14 @@ class EvaluationJob:
 
 def _read_splits(options: argparse.Namespace) -> dict[str, Split]:
     """Read train, and dev and test if they exist. Skip a test split without labels, because many are published that way."""
-    read = partial(
-        read_split, options.data, options.format, on_missing_image=options.on_missing_image, modalities=_slots_to_train(options)
-    )
+    wanted: dict[str, Any] = {"modalities": _slots_to_train(options), **columns_of(options)}
+
+    def read(split: str, names: Sequence[str] | None = None) -> Split:
+        return read_split(options.data, options.format, split, names=names, on_missing_image=options.on_missing_image, **wanted)
+
     splits = {"train": read("train")}
     for name in ("dev", "test"):
-        if any((options.data / file).is_file() for file in SPLITS[name]):
+        if files_of(options.data, name):
             try:
                 splits[name] = read(name, names=splits["train"].names)
             # Dev chooses the best checkpoint, so missing labels (for example a wrong key) must be reported before training.
@@ -340,6 +386,7 @@ def _read_split(options: argparse.Namespace, model: FusionModel) -> Split:
         names=known,
         on_missing_image=options.on_missing_image,
         modalities=slots_to_read(config),
+        **columns_of(options),
     )
 
 

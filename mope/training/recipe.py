@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 METRICS = {"single_label": ("accuracy",), "multi_label": ("f1_micro", "f1_macro")}
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+BALANCED, AUTO = "balanced", "auto"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Recipe:
         augment: the magnitude, from 1 to 30, of RandAugment with two operations on training images; 0 for none.
         metric: the metric that chooses the best checkpoint: "accuracy" for data with one label per item, "f1_micro" or
             "f1_macro" for data with several. None chooses the first that fits the data.
+        class_weights: the weights of classes in the training loss: "balanced", or weights by class name, 1 for other classes; see
+            `mope.training.metrics.class_weights`. None weights all classes equally.
+        threshold: with several labels per item, the probability above which a class is predicted: a number between 0 and 1, or
+            "auto" for the one with the best metric on the dev split. None keeps the model's, 0.5 for a new model.
 
     Raises:
         ValueError: a value is not allowed. The message names it and the allowed values.
@@ -55,6 +60,8 @@ class Recipe:
     label_smoothing: float = 0.0
     augment: int = 0
     metric: str | None = None
+    class_weights: str | Mapping[str, float] | None = None
+    threshold: float | str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(sorted(self.milestones)))
@@ -75,6 +82,18 @@ class Recipe:
             raise ValueError(f"Recipe: augment must be an integer from 0 to 30, got {self.augment!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"Recipe: precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        weights, threshold = self.class_weights, self.threshold
+        if isinstance(weights, str) and weights != BALANCED:
+            raise ValueError(f"Recipe: class_weights must be {BALANCED!r}, or weights by the names of classes, got {weights!r}")
+        if isinstance(weights, Mapping) and (wrong := {name: w for name, w in weights.items() if not (_is_real(w) and w > 0)}):
+            name, value = next(iter(wrong.items()))
+            raise ValueError(f"Recipe: class_weights must be positive numbers, got {value!r} for {name!r}")
+        if threshold not in (None, AUTO) and not (_is_real(threshold) and 0 < float(threshold) < 1):
+            raise ValueError(f"Recipe: threshold must be {AUTO!r} or between 0 and 1, got {threshold!r}")
 
     def replace(self, **changes: Any) -> Recipe:
         """Return a changed copy. Raise TypeError for names that are not fields."""
@@ -105,7 +124,13 @@ class Recipe:
             raise ValueError(f"Recipe: metric must be one of {', '.join(fitting)} with {problem_type} data, got {metric!r}")
         if self.label_smoothing and problem_type == "multi_label":
             raise ValueError("Recipe: label_smoothing needs data with one label per item, and this data has several")
+        if self.threshold is not None and problem_type != "multi_label":
+            raise ValueError("Recipe: threshold needs data with several labels per item, and this data has one")
         return self.replace(metric=metric)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # The published recipe of each data set; "jsonl" stands for any other data.

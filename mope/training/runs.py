@@ -21,9 +21,10 @@ from mope.modalities import complementary_of, slots_of
 from mope.processes import wait_for_all
 
 from .encoders import processor_options
-from .evaluation import evaluate
+from .evaluation import choose_threshold, evaluate
+from .metrics import class_weights
 from .options import RunOptions
-from .recipe import Recipe
+from .recipe import AUTO, Recipe
 from .trainer import FusionTrainer, last_checkpoint, read_state
 
 CACHE = ("auto", "on", "off")
@@ -76,6 +77,8 @@ class TrainingRun:
             raise ValueError(f"the only class is {splits['train'].names[0]!r}: there is nothing to learn")
         self.model, self.splits, self.out, self.seed = model, dict(splits), Path(out), options.seed
         self.recipe = recipe.for_problem(splits["train"].problem_type)
+        self._check_threshold()
+        weights = self.recipe.class_weights
         self.features_folder = self.out / "features" if features is None else Path(features)
         self.num_workers, self.eval_batch_size = options.num_workers, options.eval_batch_size or recipe.batch_size
         self.copy_backbones, self.progress = copy_backbones, options.progress
@@ -91,11 +94,33 @@ class TrainingRun:
             collate=Collator(model),
             train_items=items["train"],
             dev_items=items.get("dev"),
+            class_weights=None if weights is None else class_weights(weights, splits["train"]),
             options=options,
         )
         self._check_first_example()
         if self.checkpoint is not None:
             self._check_steps(read_state(self.checkpoint))
+
+    def _check_threshold(self) -> None:
+        """Give the model the threshold of the recipe, where that is a number. ValueError where there is nothing to choose it by."""
+        threshold = self.recipe.threshold
+        if threshold == AUTO and "dev" not in self.splits:
+            raise ValueError("threshold='auto' is chosen on the dev split, and there is none: give one, or a number")
+        if threshold not in (None, AUTO):
+            self.model.config = self.model.config.replace(threshold=float(threshold))  # type: ignore[arg-type]
+
+    def _choose_threshold(self, features: FeatureCache | None) -> float:
+        """Give the model the threshold with the best metric on dev."""
+        threshold = choose_threshold(
+            self.model,
+            self.splits["dev"],
+            str(self.recipe.metric),
+            batch_size=self.eval_batch_size,
+            features=features,
+            num_workers=self.num_workers,
+        )
+        self.model.config = self.model.config.replace(threshold=threshold)
+        return threshold
 
     def _check_first_example(self) -> None:
         """Raise ValueError if the encoders cannot process the first example, so that the run fails now and not at step 1."""
@@ -161,6 +186,10 @@ class TrainingRun:
             results["graphs"] = trainer.stepping.describe()
         if not results["stopped"]:
             results["best_step"] = trainer.load_best()
+            if self.recipe.threshold == AUTO:
+                self._choose_threshold(caches.get("dev"))
+            if self.model.config.problem_type == "multi_label":
+                results["threshold"] = self.model.config.threshold
             for name in [name for name in self.splits if name != "train"]:
                 results[name] = evaluate(
                     self.model,

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -99,6 +99,7 @@ class FusionTrainer(Trainer):
         out: the folder for checkpoints and TensorBoard's files.
         collate: a function of items that returns the arguments of the model and the labels.
         train_items, dev_items: the items. Without dev_items nothing is evaluated.
+        class_weights: the weight of each class in the training loss, see `loss_sum`. The recipe's are not used here.
         options: how to carry out the run; `changes` are fields of it.
 
     Raises:
@@ -115,6 +116,7 @@ class FusionTrainer(Trainer):
         collate: Collate,
         train_items: Dataset[Any],
         dev_items: Dataset[Any] | None = None,
+        class_weights: Sequence[float] | None = None,
         options: RunOptions | None = None,
         **changes: Any,
     ) -> None:
@@ -193,6 +195,7 @@ class FusionTrainer(Trainer):
                 "this trainer keeps the whole model on each device: launch it without FSDP and DeepSpeed, "
                 "or shard the model with torch.distributed.fsdp.fully_shard in a training loop of your own"
             )
+        self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=self.args.device)
         # It prints every log line if progress bars are off.
         self.remove_callback(PrinterCallback)
         self.monitor = RoutingMonitor().attach(self) if routed_model(fusion) is not None else None
@@ -292,7 +295,9 @@ class FusionTrainer(Trainer):
         logits, importance = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
         # A mean per part would weight items differently if parts differ in size.
         count = labels.numel() if num_items_in_batch is None else num_items_in_batch
-        loss = loss_sum(logits, labels, label_smoothing=self.recipe.label_smoothing) * self.args.world_size / count
+        weights = self.class_weights if self.fusion.training else None
+        loss = loss_sum(logits, labels, label_smoothing=self.recipe.label_smoothing, weights=weights)
+        loss = loss * self.args.world_size / count
         if importance is not None:
             loss = loss + self.fusion.config.importance_weight / self.current_gradient_accumulation_steps * importance
         return loss, logits

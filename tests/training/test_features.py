@@ -401,8 +401,16 @@ def test_the_page_about_data_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     (data / "labels.txt").write_text("apple_pie\nwaffles\n")
     (lines,) = re.findall(r"^```json\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-    _, error = re.findall(r"^```text\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    _, error, table = re.findall(r"^```text\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     (data / "train.jsonl").write_text(lines)
     with pytest.raises(DataError) as raised:
         read_split("data", "jsonl", "train")
     assert f"{raised.value}\n" == error
+
+    (data / "train.jsonl").unlink()
+    (data / "train.csv").write_text(table)
+    split = read_split("data", "jsonl", "train", on_missing_image="grey")
+    assert [(example.inputs["text"], example.labels) for example in split.examples] == [
+        ("how to bake", (0,)),
+        ("flour, eggs and milk", (1,)),
+    ]
