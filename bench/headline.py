@@ -306,7 +306,7 @@ class Headline:
         smoke = self.files["smoke"].rows
         right = sum("error" in row for row in smoke)
         said = [f"Against float64: {right} of {len(smoke)} small cases are correct.", *self.notes]
-        failed = "\n".join(["## Failed, and tried again by the next call", "", *lines]) if lines else "Nothing failed."
+        failed = "\n".join(["## Failed (retried by the next call)", "", *lines]) if lines else "Nothing failed."
         products = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in self.ceilings.get("matmul", {}).items())
         versions = ", ".join(f"{name} {v}" for name, v in self.header["versions"].items() if v != "not installed")
         steps = ["| step | came out | seconds | start | device |", "|---|---|---|---|---|"]

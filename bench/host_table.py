@@ -21,40 +21,40 @@ HEAD = """
 ## Host time
 
 CPU time of one thread, measured by `python -m bench.host` ([calls](../bench/host_cases.py)) without a GPU. Triton's own
-launchers run up to the call of the driver, which a stand-in answers. Torch's operations run on the CPU, on inputs so small that
-their *arithmetic* is a small share: the time they take beyond the same operations on tensors of at most two rows. The time that
-torch and the driver need on a GPU for torch's own launches is not included. Each time is that of the fastest turn. A dispatch
-mode counts the operations; under it launchers run as well, while calls without a mode replay [tapes](design.md), which make
-fewer.
+launchers run up to the driver call, which a fake driver answers. Torch operations run on the CPU, on inputs so small that their
+*arithmetic* is a small share. Arithmetic is the time beyond that of the same operations on tensors of size at most two per axis.
+The time that torch and the driver need on a GPU for torch's own launches is not included. Each time is that of the fastest turn.
+Operations are counted under a dispatch mode, where the launchers run; calls without a mode replay [tapes](design.md), which
+dispatch fewer.
 """
 OF_FILE = """
 ### Host time: {device}, Triton {triton}
 
-{now}. torch {torch}; an addition of four numbers took {add} µs.{before}
+{now}. torch {torch}; adding four numbers took {add} µs.{before}
 """
 MODELS_HEAD = """
 Models of full depth and tiny widths. They alternate with the released way (Swin Transformer and BERT) or with what a user would
 write by hand (ViT and BERT). Under autocast, here to bfloat16, torch's products on a CPU take longer than a launch. The goal is
-{goal:g} of the other way; it is judged if arithmetic is less than {share:g} % of both. *launches*: ours, by Triton; *kernels*:
-including torch's, ours and the other way's. *operations*: torch's, without views.
+{goal:g} of the time of the other way; it is judged if arithmetic is less than {share:g} % of both. *launches*: our Triton
+launches; *kernels*: including torch's, for ours and the other way; *operations*: torch operations except views.
 
 {table}
 """
 PARTS_HEAD = """
-Where the time of ours goes, in ms: the time above, split as in a profile. A profile slows Python down more than the code that
-Python calls, so *operations of torch* and *Triton's launchers* take rather more than this says.
+How our time above is spent, in ms, split in the proportions of a profile. Profiling slows down Python more than the code that
+Python calls, so *operations of torch* and *Triton's launchers* actually take somewhat more.
 
 {table}
 """
 OPS_HEAD = """
-Ops in µs, with Triton's launches, on float16. For each of them the arithmetic of torch is {most} at most. The goal is {goal:g}
+Ops in µs, with Triton launches, in float16. For each of them the arithmetic of torch is {most} at most. The goal is {goal:g}
 of the time before.
 
 {table}
 """
 RAW_HEAD = """
-The overhead of a public op over its raw op, in µs, without gradients. Triton: `torch.ops.mope_triton`. CPU:
-`torch.ops.mope_cpu` on float32, which computes, though little. The goal is at most {goal:g} times the raw op.
+Overhead of a public op over its raw op, in µs, without gradients. Triton: `torch.ops.mope_triton`. CPU: `torch.ops.mope_cpu`
+in float32, which does compute, on tiny inputs. The goal is at most {goal:g} times the raw op.
 
 {table}
 """

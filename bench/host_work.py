@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     shape = dataclasses.replace(shapes.MODELS[options.shape], batch=1)
     print(
-        f"| way ({options.shape}) | graphs | operations beside them | gradients added one by one | with gradients there already |"
+        f"| way ({options.shape}) | graphs | operations outside the graphs | gradients added one by one | with gradients present |"
     )
     print("|---|---|---|---|---|")
     for way in WAYS:

@@ -41,7 +41,7 @@ def roofline(rows: Sequence[Row], path: Path) -> bool:
         axes.annotate(f"{100 * share:g} %", (ends[1], ends[1] / share), fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("least time that the device allows, ms")
+    axes.set_xlabel("lower bound of the device, ms")
     axes.set_ylabel("time, ms")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

@@ -158,7 +158,7 @@ TARGETS = (
         for batch, goal in ((16, 5.0), (64, 3.3))
     ),
     Target(
-        "the same, beside the released way without waiting for the device, compiled, in CUDA graphs",
+        "the same, compared with the released way without waiting for the device, compiled, in CUDA graphs",
         1.35,
         faster_than(_COMPILED, "model", _MODEL.format("(16|64)", "inference")),
     ),
@@ -168,7 +168,7 @@ TARGETS = (
         faster_than("released", "model", _MODEL.format("(16|64)", "training")),
     ),
     Target(
-        "peak memory of a training step, beside that of the released way",
+        "peak memory of a training step, relative to the released way",
         0.5,
         memory_beside("released", "model", _MODEL.format("(16|64)", "training")),
         at_most=True,
@@ -189,17 +189,17 @@ TARGETS = (
         faster_than(_SDPA, "mope_attention", "(vit-l|bert-512)-b64 dense inference"),
     ),
     Target(
-        "router and mixture in front of a block: times as fast as the released chain of operations",
+        "router and mixture before a block: times as fast as the released chain of operations",
         15.0,
         faster_than("released", "prompted_norm", ".* inference"),
     ),
     Target(
-        "top-1 with a prebuilt bank: time with 64 experts beside that with 4",
+        "top-1 with a prebuilt bank: time with 64 experts relative to 4",
         1.05,
         growth("mope_attention", "vit-b-b64 top-1 inference", "vit-b-b64-k64 top-1 inference"),
         at_most=True,
     ),
-    Target("the first training step with an empty Triton cache, in seconds", 30.0, first_step, at_most=True),
+    Target("first training step with an empty Triton cache, in seconds", 30.0, first_step, at_most=True),
     Target("every listed shape: times as fast as the best opponent", 1.0, faster_than(".*")),
 )
 _MODEL_ON_CPU = r"swin-b\+bert-base-t32-b\d+ {}"
@@ -222,12 +222,12 @@ CPU_TARGETS = (
         faster_than("released", "model", _MODEL_ON_CPU.format("inference")),
     ),
     Target(
-        "the same, beside the released way compiled",
+        "the same, compared with the released way, compiled",
         1.9,
         faster_than("released compiled", "model", _MODEL_ON_CPU.format("inference")),
     ),
     Target(
-        "bfloat16: times as fast as the released way in bfloat16, under autocast or all of it",
+        "bfloat16: times as fast as the released way in bfloat16, with autocast or throughout",
         1.6,
         faster_than("released( half)?", "model", _MODEL_ON_CPU.format("bfloat16 inference")),
     ),
@@ -242,14 +242,14 @@ CPU_TARGETS = (
         faster_than("released", "model", _MODEL_ON_CPU.format("training")),
     ),
     Target(
-        "router and mixture in front of a block: times as fast as the released chain of operations",
+        "router and mixture before a block: times as fast as the released chain of operations",
         5.0,
         faster_than("released", "prompted_norm", ".* inference"),
     ),
     Target("adapter: times as fast as the released one", 2.0, faster_than("released", "expert_adapter", ".* inference")),
     *(
         Target(
-            f"peak memory of a {what}, float32, beside that of the released way",
+            f"peak memory of a {what}, float32, relative to the released way",
             0.6,
             memory_beside("released", "model", _MODEL_ON_CPU.format(kind)),
             at_most=True,

@@ -132,7 +132,7 @@ def first_derivative_only(op: str) -> None:
     """Raise if a backward is being differentiated: it has no derivative, and torch would only warn and treat it as constant."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            f"{op}: its kernels have no gradients of gradients, which create_graph=True asks for: use impl='reference' "
+            f"{op}: its kernels have no gradients of gradients, which create_graph=True requests: use impl='reference' "
             "(everywhere: MOPE_IMPL=reference)"
         )
 

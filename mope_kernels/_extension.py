@@ -14,7 +14,7 @@ from .build import LIBRARY, cached_library
 
 
 class ExtensionStatus(NamedTuple):
-    """Whether the C++ kernels are loaded, their path, the reason if they are not, and the instruction set in use."""
+    """Status of the C++ kernels: whether they are loaded, their path, the reason if not, and the instruction set in use."""
 
     loaded: bool
     path: Path | None

@@ -51,7 +51,7 @@ def define(name: str, schema: str, fake: Fake) -> None:
     Args:
         name: the name of the raw op.
         schema: "(Tensor x, ...) -> (Tensor out, ...)", in torch.library's schema syntax.
-        fake: receives the arguments by name and the `namespace`; returns uninitialised results.
+        fake: receives the arguments by name and the `namespace`; returns uninitialized results.
     """
     parsed = torch._C.parse_schema(f"{name}{schema}")
     names = [argument.name for argument in parsed.arguments]

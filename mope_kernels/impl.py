@@ -195,5 +195,5 @@ def extension_check(*tensors: Tensor) -> list[str]:
     if others := dtypes - {torch.float32, torch.bfloat16}:
         reasons.append(f"the C++ kernels take float32 and bfloat16, got {', '.join(sorted(str(d) for d in others))}")
     if not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
-        reasons.append("the C++ kernels know neither transforms of torch.func nor forward mode")
+        reasons.append("the C++ kernels support neither torch.func transforms nor forward mode")
     return reasons

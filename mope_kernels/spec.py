@@ -92,7 +92,7 @@ class RawOp(NamedTuple):
     name: the op's name, with "_backward" appended for the backward.
     arguments, results: the two halves of the schema, in torch.library's syntax. Tensors may have any strides as long as the last
         dimension is contiguous.
-    fake: (arguments by name, and `namespace`) -> uninitialised results.
+    fake: (arguments by name, and `namespace`) -> uninitialized results.
     """
 
     name: str
