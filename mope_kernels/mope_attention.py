@@ -38,12 +38,15 @@ class ExpertBank:
     the projection of their mixture. If the layer first normalizes its input, `gram` provides the variance of the mixture:
     LN(sum_j w_j E_j) = gamma * (sum_j w_j Ec_j) / sqrt(w' G_p w + eps) + beta.
 
-    key, value: (K,H,P,D), W (gamma * Ec_j), or W E_j without LayerNorm. Keep them in float32: if experts nearly cancel,
-        a bfloat16 bank is off by several percent.
-    gram: (P,K,K) float32, G_p[i,j] = <Ec_i[p], Ec_j[p]> / d for the centered experts Ec, where d is the model width. None if
-        there is no LayerNorm.
-    key_offset, value_offset: (H,D), W beta + b.
-    eps: epsilon of the LayerNorm.
+    Args:
+        key: (K,H,P,D), W (gamma * Ec_j), or W E_j without LayerNorm. Keep it in float32: if experts nearly cancel, a bfloat16 bank is
+            off by several percent.
+        value: (K,H,P,D), likewise.
+        gram: (P,K,K) float32, G_p[i,j] = <Ec_i[p], Ec_j[p]> / d for the centered experts Ec, where d is the model width. None if
+            there is no LayerNorm.
+        key_offset: (H,D), W beta + b.
+        value_offset: (H,D), likewise.
+        eps: Epsilon of the LayerNorm.
     """
 
     key: Tensor

@@ -59,3 +59,13 @@ def test_documents_name_tests_that_exist(document):
     named = set(re.findall(r"`(test_\w+)`", text))
     assert len(named) > 10
     assert not {name for name in named if f"def {name}(" not in sources}
+
+
+@pytest.mark.parametrize("folder", ["mope", "mope_kernels", "bench", "tests", "examples", "docs"])
+def test_no_docstring_opens_with_a_riddle(folder):
+    """Check that no docstring opens with "What" or "Of": "Return the dtype of the parameters", not "Of its parameters"."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            opening = ((isinstance(node, kinds) and ast.get_docstring(node)) or "").split(" ")[0]
+            assert opening not in ("What", "Of"), f"{path}: {getattr(node, 'name', '')}"

@@ -275,7 +275,7 @@ def _columns(format: _Format, slots: Sequence[Slot], folder: Path, on_missing: s
 
 
 def _renamed(format: _Format, slots: Sequence[Slot], columns: Mapping[str, str]) -> _Format:
-    """A format whose keys have other names. ValueError where there is no such key."""
+    """Return a format whose keys have other names; ValueError if there is no such key."""
     if not columns:
         return format
     own = {name: slot.name for slot in slots for name in (slot.column, slot.name)}
@@ -373,7 +373,7 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
 
 
 def _in_table(file: Path, columns: _Columns, *, labelled: bool = True) -> _Columns:
-    """The columns as a table has them. DataError where it lacks one; that of labels only where they are needed."""
+    """Return the columns that a table has; DataError if it lacks one. The column of labels may be absent where none is needed."""
     if not tables.is_table(file):
         return columns
     format, names = columns.format, tables.header(file)
@@ -444,7 +444,7 @@ def _encodable(text: str) -> bool:
 
 
 def _names_in_table(file: Path, columns: _Columns) -> tuple[str, ...] | None:
-    """The classes that a folder of `datasets` names itself."""
+    """Return the classes that a folder of `datasets` names."""
     if not tables.is_table(file):
         return None
     found = (tables.class_names(file, key) for key in (columns.format.single, columns.format.multi) if key)

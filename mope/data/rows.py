@@ -148,7 +148,7 @@ class Rows:
         return Row(line, read.id, inputs, self._known(given))
 
     def _known(self, given: Any) -> tuple[int, ...] | None:
-        """The classes of a row, where it says some that the model knows."""
+        """Return the classes of a row that the model knows."""
         values = given if isinstance(given, list) else [given]
         if given in (None, "") or not all(map(is_key, values)) or not (self.several or len(values) == 1):
             return None

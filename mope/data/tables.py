@@ -72,13 +72,15 @@ def class_names(file: Path, column: str) -> tuple[str, ...] | None:
 def as_line(
     record: Record, *, cells: Mapping[str, Modality] | None, id: str, label: str | None, labels: str | None, separator: str
 ) -> Record:
-    """Return a row as a line of JSON would say it.
+    """Return a row with the values that a line of JSON would have.
 
     Args:
-        record: the row.
-        cells: of a CSV file, where all is text: the modality of each column that has one. None: of any other table.
-        id, label, labels: names of columns: that of an id, of one class, of several.
-        separator: between the names of several classes in one cell.
+        record: The row.
+        cells: For a CSV file, in which all cells are text: the modality of each column that has one. None for other tables.
+        id: Column of the id.
+        label: Column of a single class.
+        labels: Column of several classes.
+        separator: String between several classes in one cell.
     """
     line = dict(record)
     if cells is not None:
@@ -138,13 +140,13 @@ def _csv_row(cells: list[str], names: list[str], delimiter: str) -> Record | Val
 
 
 def _not_utf8(cells: Iterable[str]) -> str | None:
-    """The first byte that could not be decoded."""
+    """Return the first byte that could not be decoded."""
     strange = (ord(letter) for cell in cells for letter in cell if "\udc80" <= letter <= "\udcff")
     return next((f"0x{code - 0xDC00:02x}" for code in strange), None)
 
 
 def _checked(file: Path, names: list[str]) -> list[str]:
-    """The header of a CSV file."""
+    """Return the header of a CSV file."""
     names = [name.strip() for name in names]
     if wrong := _not_utf8(names):
         raise DataError(f"{file}:1: not UTF-8 ({wrong}): save the file as UTF-8")
@@ -164,7 +166,7 @@ def _arrow_rows(file: Path) -> Iterator[Record]:
 
 
 def _without_nan(record: Record) -> Record:
-    """What pandas calls NaN is nothing."""
+    """Treat a NaN of pandas as a missing value."""
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
 
 

@@ -55,7 +55,7 @@ class FrozenAttention:
 
     @property
     def can_bank(self) -> bool:
-        """Whether prompts can be projected before mixing: apart from a LayerNorm, their keys are an affine function of them."""
+        """True if prompts can be projected before mixing: apart from a LayerNorm, their keys are an affine function of them."""
         return self.prepare_prompts is None and (self.norm is None or isinstance(self.norm, nn.LayerNorm))
 
     def normalize(self, x: Tensor) -> Tensor:

@@ -242,7 +242,7 @@ class FusionModel(PreTrainedModel, ABC):
 
     @contextmanager
     def answering(self, *, experts: bool = False) -> Iterator[Callable[..., tuple[Tensor, dict[str, Tensor]]]]:
-        """Evaluation mode, no gradients -> for a while, a call of the model that gives logits, and weights of experts.
+        """Yield a function that classifies in evaluation mode without gradients: inputs -> logits and weights of the experts.
 
         The logits are (B,num_labels); the weights (B,K), by the name of each routed block, are {} unless they are asked for.
 

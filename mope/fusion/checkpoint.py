@@ -102,6 +102,7 @@ def describe(encoder: nn.Module, state: Mapping[str, Tensor] | None = None) -> d
 
 
 def fingerprint_of(identity: Any, tensors: Mapping[str, Tensor]) -> str:
+    """Hash an encoder: its identity, and the names, shapes, dtypes and values of its tensors."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
     for name, tensor in sorted(tensors.items(), key=itemgetter(0)):
         tensor = tensor.detach().cpu().contiguous()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one item.
+    """Prediction of a model for one item.
 
     labels: the names of its classes: one with problem type "single_label", else those above the threshold, the likeliest first.
     scores: the probability of each class by its name.

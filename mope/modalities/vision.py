@@ -197,7 +197,7 @@ class Images(Reader):
         return [PIL.__version__, super().digest(), self._mode, self._grey_size]
 
     def _read(self, path: Any) -> Any:
-        """A path, a `StoredImage`, a PIL image or None -> a PIL image as the encoder reads it."""
+        """Return a PIL image as the encoder reads it, from a path, a `StoredImage`, a PIL image or None."""
         from PIL import Image
 
         if path is None:

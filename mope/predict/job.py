@@ -1,4 +1,4 @@
-"""What `mope predict` does with its options."""
+"""The work of `mope predict`."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class PredictionJob:
         return fields + (["error"] if self.options.on_error == "skip" else [])
 
     def _told(self) -> dict[str, Any]:
-        """The options on which predictions depend."""
+        """Return the options on which predictions depend."""
         names = ("format", "experts", "on_missing_image", "label_separator", "mode")
         return {**{name: getattr(self.options, name) for name in names}, "columns": dict(self.options.columns)}
 
@@ -173,7 +173,7 @@ class _Counts:
 
 
 def _identity(model: FusionModel, preprocessing: Preprocessing) -> str:
-    """What changes with the predictions of a model."""
+    """Return everything of a model that its predictions depend on."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in ("mope_version", "transformers_version")}
     parts = {"config": config, "encoders": model.fingerprints(), "reading": preprocessing.digest()}
     with model.weights_as_given():

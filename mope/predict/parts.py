@@ -1,4 +1,4 @@
-"""What each process has written so far, and whose it is: a run that was stopped goes on behind it.
+"""Files that each process has written so far, with a record of their origin, so that a stopped run can continue them.
 
 PREDICTIONS.parts/identity.json    model, file, options and number of processes
 PREDICTIONS.parts/0.jsonl          of the first process, a line for each of its rows

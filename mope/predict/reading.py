@@ -61,7 +61,7 @@ class RowBatches(IterableDataset[Batch]):
             yield self._collated([self._read(row) for _, row in found])
 
     def _batch(self, index: int) -> int:
-        """The number of the batch of a row; negative of one that was written before."""
+        """Return the number of a row's batch; negative if the row was written before."""
         return (self.parts.place(index) - self.done) // self.batch_size
 
     def _read(self, row: Row | Unread) -> tuple[Answered, dict[str, Any] | None]:

@@ -1,4 +1,4 @@
-"""What a page says about where its routes come from, and how good the model is there."""
+"""Origin of the routes on a page, and the model's accuracy there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .routing import Routes
 
 @dataclass(frozen=True)
 class About:
-    """Where routes come from: names of the model, the data and the split, and the date."""
+    """Origin of routes: names of the model, the data and the split, and the date."""
 
     model: str = ""
     data: str = ""

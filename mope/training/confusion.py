@@ -1,4 +1,4 @@
-"""What a model takes for what: precision, recall and F1 of each class, and the confusion matrix."""
+"""Precision, recall and F1 of each class, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def write_predictions(split: Split, found: Sequence[Prediction], file: Path) -> 
 
 
 def _rows(indices: Sequence[Sequence[int]], count: int) -> Tensor:
-    """Indices of classes -> (N,count), True where an item has one."""
+    """Mark the classes of each item: indices -> (N,count) bool."""
     rows = torch.zeros(len(indices), count, dtype=torch.bool)
     for row, of_item in zip(rows, indices, strict=True):
         row[list(of_item)] = True

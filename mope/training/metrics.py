@@ -83,7 +83,7 @@ class Counts:
 
 
 class ThresholdCounts:
-    """What F1 needs of all batches so far at each of some thresholds: true positives, predicted and present, by class."""
+    """Counts for F1 at several thresholds, over all batches so far: true positives, predicted and present, by class."""
 
     def __init__(self, num_labels: int, device: torch.device | str = "cpu", *, thresholds: Sequence[float] = THRESHOLDS) -> None:
         self.thresholds = tuple(thresholds)
@@ -98,13 +98,13 @@ class ThresholdCounts:
             row += torch.stack([(predicted & present).sum(0), predicted.sum(0), present.sum(0)], dim=-1)
 
     def over_processes(self) -> ThresholdCounts:
-        """Of the items of all processes together. Every process has to call."""
+        """Add up the counts of all processes. Every process has to call it."""
         if is_distributed():
             dist.all_reduce(self.table)
         return self
 
     def best(self, metric: str) -> float:
-        """The threshold at which "f1_micro" or "f1_macro" is highest; of several the one nearest to 0.5."""
+        """Find the threshold with the highest "f1_micro" or "f1_macro"; among several, the one nearest to 0.5."""
         table = self.table.cpu()
         values = _f1(table.sum(1)) if metric == "f1_micro" else _f1(table).mean(1)
         return max(zip(values.tolist(), self.thresholds, strict=True), key=lambda each: (each[0], -abs(each[1] - THRESHOLD)))[1]

@@ -148,7 +148,7 @@ class RoutingMonitor(TrainerCallback):
 
 
 class _Sums:
-    """What the routers of a model said, added up on its device.
+    """Sums over the routing of a model, kept on its device.
 
     A forward pass *writes* its numbers to one place, and `add` adds them up after the step: a CUDA graph repeats the writing, and
     forward passes that warm up a recording leave no trace.

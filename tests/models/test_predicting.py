@@ -34,7 +34,7 @@ def raw(split: Split) -> dict[str, list[Any]]:
 
 
 def outputs(model: Any, split: Split) -> Any:
-    """Of all examples at once."""
+    """Run all examples at once."""
     items = Examples(split, model)
     batch = Collator(model)([items[i] for i in range(len(items))])
     batch.pop("labels")

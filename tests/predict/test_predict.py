@@ -32,7 +32,7 @@ SIZE = 21
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/, and a saved model."""
+    """Make data/ and a saved model."""
     folder = tmp_path_factory.mktemp("predict")
     write_data(folder / "data", sizes={"train": SIZE})
     save(make_model({"train": read_split(folder / "data", "jsonl", "train")}), folder / "model")
@@ -209,7 +209,7 @@ def test_rows_that_cannot_be_read(folder: Path, tmp_path: Path, capsys: pytest.C
 
 
 class Stopped(Exception):
-    """As if the power failed."""
+    """Stop as if the power failed."""
 
 
 @pytest.mark.parametrize("before", [0, 1, 3])

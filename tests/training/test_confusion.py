@@ -1,4 +1,4 @@
-"""What `mope evaluate` says of each class, and the predictions that it writes."""
+"""Scores of each class and predictions that `mope evaluate` writes."""
 
 from __future__ import annotations
 

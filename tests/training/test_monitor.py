@@ -138,7 +138,7 @@ def test_selected_experts_count_as_taken() -> None:
 
 
 def test_no_step_reads_on_the_host(splits: dict[str, Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done in each step reads no value of a tensor; sums are read where the log is written, and where it is evaluated."""
+    """Steps read no value of a tensor; sums are read when the log is written and when the model is evaluated."""
     model = make_model(splits)
     trainer = plain_trainer(model, splits, tmp_path, eval_strategy="steps", eval_steps=3)
     RoutingMonitor().attach(trainer)

@@ -1,4 +1,4 @@
-"""Which experts each sentence takes, as pictures."""
+"""Pictures of the experts that each sentence takes."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ PROMPT_RATE, HEAD_RATE = 1e-2, 3e-3
 
 @dataclass(frozen=True)
 class Settings:
-    """How much to compute. A round is what is trained between two looks at the validation split: 48 * `draws` questions."""
+    """Amount of computation. A round is the training between two evaluations on the validation split, 48 * `draws` questions."""
 
     rounds: int = 20
     draws: int = 100
