@@ -12,12 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
+from mope.fusion.config import MoPEConfig
 from mope.fusion.model import MoPEForClassification
 from mope.processes import is_distributed
 from mope_kernels import Routing
 
 # What the names of the numbers in the log begin with.
 PREFIX = "routing/"
+# Examples for each expert that an interval has at least: of fewer, balanced routers may leave an expert out by chance.
+LEAST_EXAMPLES = 8
 
 
 class RoutingMonitor(TrainerCallback):
@@ -28,7 +31,8 @@ class RoutingMonitor(TrainerCallback):
     `load_entropy` and `example_entropy` (shares of log K), and `unused` (how many experts no example took). An example takes the
     expert with the largest probability; with `train_top_k`, the experts that are selected.
 
-    A block of which an expert was never taken since the last evaluation is named in a warning, once.
+    A block of which an expert was never taken since the last evaluation is named in a warning, once. Where that is fewer than 8
+    training examples for each expert, the interval goes on to the next evaluation.
 
     Forward passes add up on the device, in CUDA graphs too, and the host reads the sums in logging steps and evaluations only.
     Nothing that is trained depends on them.
@@ -128,23 +132,36 @@ class RoutingMonitor(TrainerCallback):
 
     def _check(self, state: Any) -> None:
         """Warn of blocks that took an expert not once since the last check. Every process has to call."""
-        steps, self._checked_at = state.global_step - self._checked_at, state.global_step
+        steps = state.global_step - self._checked_at
         if self._sums is None or not steps:
             return
-        config = self._sums.model.config
-        for block, taken in zip(self._sums.blocks, self._sums.taken(), strict=True):
-            never = [expert for expert, count in enumerate(taken) if not count]
+        taken, examples = self._sums.interval()
+        if examples < LEAST_EXAMPLES * len(taken[0]):
+            return
+        self._sums.begin_interval()
+        self._checked_at = state.global_step
+        self._warn(taken, steps, state)
+
+    def _warn(self, taken: list[list[float]], steps: int, state: Any) -> None:
+        """Name the blocks that took an expert not once, and were not named before."""
+        assert self._sums is not None
+        for block, counts in zip(self._sums.blocks, taken, strict=True):
+            never = [expert for expert, count in enumerate(counts) if not count]
             if not never or block in self._warned:
                 continue
             self._warned.add(block)
             if state.is_world_process_zero:
-                warnings.warn(
-                    f"{block}: no example took {'expert' if len(never) == 1 else 'experts'} {', '.join(map(str, never))} of "
-                    f"{len(taken)} (counted from 0) in {steps} steps up to step {state.global_step}: raise importance_weight "
-                    f"(now {config.importance_weight:g}), lower importance_threshold (now {config.importance_threshold:g}), or "
-                    "take fewer experts (num_experts)",
-                    stacklevel=2,
-                )
+                when = f"in {steps} step{'s' if steps > 1 else ''} up to step {state.global_step}"
+                warnings.warn(_never_taken(block, never, when, self._sums.model.config), stacklevel=2)
+
+
+def _never_taken(block: str, never: list[int], when: str, config: MoPEConfig) -> str:
+    """Say which experts of a block were not taken, and what to change."""
+    listed = f"expert{'s' if len(never) > 1 else ''} {', '.join(map(str, never))} of {config.num_experts}"
+    return (
+        f"{block}: no example took {listed} (counted from 0) {when}: raise importance_weight (now {config.importance_weight:g}), "
+        f"lower importance_threshold (now {config.importance_threshold:g}), or take fewer experts (num_experts)"
+    )
 
 
 class _Sums:
@@ -181,13 +198,18 @@ class _Sums:
         self._since_log.zero_()
         return found
 
-    def taken(self) -> list[list[float]]:
-        """Return how many examples took each expert of each block since the last call. Every process has to call."""
-        found = _over_processes(self._before + self._since_log)[:, self._experts : 2 * self._experts]
-        # What is not logged yet is added to it by the next reading, and belongs to this interval.
+    def interval(self) -> tuple[list[list[float]], float]:
+        """Return how many examples of an interval took each expert of each block, and how many there were, over all processes.
+
+        Every process has to call.
+        """
+        found = _over_processes(self._before + self._since_log)
+        taken: list[list[float]] = found[:, self._experts : 2 * self._experts].tolist()
+        return taken, float(found[0, -1])
+
+    def begin_interval(self) -> None:
+        """Count anew. What is not logged yet is added by the next reading, and belongs to the interval before."""
         self._before.copy_(-self._since_log)
-        taken: list[list[float]] = found.tolist()
-        return taken
 
 
 def _over_processes(sums: Tensor) -> Tensor:

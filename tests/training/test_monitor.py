@@ -143,7 +143,7 @@ def test_no_step_reads_on_the_host(splits: dict[str, Split], tmp_path: Path, mon
     trainer = plain_trainer(model, splits, tmp_path, eval_strategy="steps", eval_steps=3)
     RoutingMonitor().attach(trainer)
     read_at: list[int] = []
-    for name in ("read", "taken"):
+    for name in ("read", "interval"):
         own = getattr(_Sums, name)
         monkeypatch.setattr(_Sums, name, lambda sums, own=own: read_at.append(trainer.state.global_step) or own(sums))
     with warnings.catch_warnings():
@@ -263,6 +263,16 @@ def test_each_interval_counts_for_itself(splits: dict[str, Split], tmp_path: Pat
     RoutingMonitor().attach(trainer)
     (said,) = caught(trainer)
     assert said.startswith("layer 2: no example took expert 0 of 2 (counted from 0) in 3 steps up to step 6")
+
+
+def test_of_few_examples_nothing_is_said(splits: dict[str, Split], tmp_path: Path) -> None:
+    """Evaluated after each step of 6 examples: the third interval of them is long enough, 16 for two experts."""
+    model = balanced(splits)
+    shy_of(model, 1, "layer 1")
+    trainer = plain_trainer(model, splits, tmp_path, eval_strategy="steps", eval_steps=1)
+    RoutingMonitor().attach(trainer)
+    (said,) = caught(trainer)
+    assert "in 3 steps up to step 3:" in said
 
 
 def test_tensorboard_and_no_bar(splits: dict[str, Split], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
