@@ -1,4 +1,4 @@
-"""Count the operations that one prompted layer dispatches in forward: `python -m bench.launches` prints the README's tables.
+"""Count the operations that one prompted layer dispatches in forward: `python -m bench.launches` prints the tables of docs/ops.md.
 
 It counts, rather than times, operations below autograd except views. On a GPU each is at least one kernel launch, and the forward
 pass of `mope_attention` is exactly one (checked in `tests/kernels`). The count for one layer is a model of three layers minus a

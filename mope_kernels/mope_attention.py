@@ -39,8 +39,8 @@ class ExpertBank:
     LN(sum_j w_j E_j) = gamma * (sum_j w_j Ec_j) / sqrt(w' G_p w + eps) + beta.
 
     Args:
-        key: (K,H,P,D), W (gamma * Ec_j), or W E_j without LayerNorm. Keep it in float32: if experts nearly cancel, a bfloat16 bank is
-            off by several percent.
+        key: (K,H,P,D), W (gamma * Ec_j), or W E_j without LayerNorm. Keep it in float32: if experts nearly cancel, a bfloat16 bank
+            is off by several percent.
         value: (K,H,P,D), likewise.
         gram: (P,K,K) float32, G_p[i,j] = <Ec_i[p], Ec_j[p]> / d for the centered experts Ec, where d is the model width. None if
             there is no LayerNorm.
