@@ -80,7 +80,7 @@ def test_the_headline_leaves_a_page_and_rows_and_continues_them(tmp_path):
         "both sides",
         "add_norm tiny inference: released",
         "Nothing failed.",
-        "2 of 2 small cases are right",
+        "2 of 2 small cases are correct",
     ):
         assert said in page
 
@@ -124,7 +124,7 @@ def test_an_accident_costs_its_row_and_is_tried_again(tmp_path):
         "- ops: add_norm tiny inference, released: AcceleratorError: CUDA error: an illegal memory access",
         "- model: model tiny-swin inference, released: OutOfMemoryError: CUDA out of memory",
         "- smoke: route tiny top-2 inference, ours: ended by SIGABRT",
-        "1 of 2 small cases are right",
+        "1 of 2 small cases are correct",
     ):
         assert said in page
 
