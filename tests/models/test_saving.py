@@ -84,7 +84,7 @@ def test_backbones_are_found_by_the_name_they_had(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot load the text backbone, a BertModel, from .*text=\.\.\."):
         MoPEForClassification.from_pretrained(tmp_path / "model")
     shutil.rmtree(tmp_path / "bert")
-    with pytest.raises(FileNotFoundError, match=r"its text backbone, a BertModel, .* is not here .*text=\.\.\."):
+    with pytest.raises(FileNotFoundError, match=r"its text backbone, a BertModel, .* does not exist .*text=\.\.\."):
         MoPEForClassification.from_pretrained(tmp_path / "model")
 
 

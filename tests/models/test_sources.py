@@ -129,7 +129,7 @@ def test_a_modex_encoder_is_found_again_too(tmp_path: Path, elsewhere: Path, mon
     shutil.move(home, elsewhere / "all")
     ModeXForClassification.from_pretrained("all/model")
     shutil.rmtree("all/blip")
-    with pytest.raises(FileNotFoundError, match=r"its encoder, a .* is not here"):
+    with pytest.raises(FileNotFoundError, match=r"its encoder, a .* does not exist"):
         ModeXForClassification.from_pretrained("all/model")
 
 

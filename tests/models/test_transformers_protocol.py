@@ -149,7 +149,7 @@ def test_gradient_checkpointing_refuses_what_it_does_not_do(kind: str) -> None:
     model = MODELS[kind]()
     for given, options, message in (
         ({"use_reentrant": True}, {}, "use_reentrant=True is not supported"),
-        ({"preserve_rng_state": False}, {}, "no preserve_rng_state"),
+        ({"preserve_rng_state": False}, {}, "got preserve_rng_state"),
         (None, {"every_n_layers": 0}, "every_n_layers must be an integer from 1 on, got 0"),
         (None, {"every_n_layers": True}, "every_n_layers must be"),
         (None, {"offload": 1}, "offload must be true or false, got 1"),

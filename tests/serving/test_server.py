@@ -299,7 +299,7 @@ def test_a_configuration_says_what_tasks_have_in_common(world: World) -> None:
     server.load("five", world.folders["five"])
     with pytest.raises(ValueError, match="num_experts is 3, but 4 in the tasks of this server"):
         world.server("three", config=config.replace(num_experts=4))
-    with pytest.raises(ValueError, match="give vision and text as well"):
+    with pytest.raises(ValueError, match="pass vision and text as well"):
         MoPEServer(config=config, text=world.encoders["text"])
     with pytest.raises(ValueError, match="MoPEServer: method is 'late_concat'"):
         world.server(config=config.replace(method="late_concat"))
