@@ -19,7 +19,7 @@ GPU_PYTHON ?= python3
 OUT ?= bench/results
 STAGE ?= headline
 
-.PHONY: demo test test-all test-oldest test-gpu-stack test-newest lint compile asan levels abi bench gpu gpu-cache wheel \
+.PHONY: demo test test-all test-oldest test-gpu-stack test-newest lint docs compile asan levels abi bench gpu gpu-cache wheel \
 	aot aot-gpu-stack clean
 
 demo: $(READY)
@@ -59,6 +59,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
+
+# The documentation as a site, with search and an API reference; a warning or a link that leads nowhere is an error.
+docs: $(READY)
+	$(BIN)/python docs/site/build.py out/site
 
 # The short list of kernels, for the GPU that most have: no spills, and they fit.
 compile: $(READY)
@@ -125,5 +129,5 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=24" "setuptools>=77" wheel
 	$(BIN)/python -m pip install -q $(TORCH) $(addsuffix ",$(addprefix ",$(TRITON)))
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev,train,plot,bench]" $(PINS)
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev,train,plot,bench,demo,docs]" $(PINS)
 	touch $@

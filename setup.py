@@ -1,7 +1,7 @@
-"""Builds the C++ kernels into the wheel; the metadata stands in pyproject.toml.
+"""Build the C++ kernels into the wheel; the metadata is in pyproject.toml.
 
-MOPE_BUILD_NATIVE=0 builds a pure wheel, =1 insists on the kernels. Otherwise they are built where torch and a C++ compiler are
-found, and the wheel is pure where not; it carries the sources, and `mope build` compiles them later.
+MOPE_BUILD_NATIVE=0 builds a pure wheel; MOPE_BUILD_NATIVE=1 fails if the kernels cannot be built. By default they are built if
+torch and a C++ compiler are found; otherwise the wheel is pure. It contains the sources, so `mope build` can compile them later.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def _load_builder():
-    # By its path: importing the package would import torch, which need not be installed here.
+    # Loaded by path, because importing the package would import torch, which may not be installed here.
     spec = importlib.util.spec_from_file_location("_mope_build", ROOT / "mope_kernels" / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -30,6 +30,7 @@ builder = _load_builder()
 
 
 def build_native() -> bool:
+    """Return whether to build the C++ kernels; exit if they are required but cannot be built."""
     wish = os.environ.get("MOPE_BUILD_NATIVE", "")
     if wish == "0":
         return False
@@ -42,7 +43,7 @@ def build_native() -> bool:
 
 
 class BuildKernels(build_ext):
-    """Compiles with `mope_kernels.build`, which wants no Python headers and puts no Python version into the file's name."""
+    """Compile with `mope_kernels.build`, which needs no Python headers and puts no Python version into the file name."""
 
     def get_ext_filename(self, fullname):
         return os.path.join(*fullname.split(".")[:-1], builder.LIBRARY)
@@ -52,7 +53,7 @@ class BuildKernels(build_ext):
 
 
 class BuildWithSources(build_py):
-    """Puts csrc/ into the wheel as mope_kernels/_csrc. An editable install finds the checkout's own."""
+    """Copy csrc/ into the wheel as mope_kernels/_csrc. An editable install uses csrc/ in the checkout."""
 
     def run(self):
         super().run()
@@ -67,7 +68,7 @@ class BuildWithSources(build_py):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """The kernels use no Python symbol, so that only the platform limits a wheel that holds them."""
+    """Tag the wheel for any Python version: the kernels use no Python symbols, so it depends only on the platform."""
 
     def get_tag(self):
         _, _, platform = super().get_tag()

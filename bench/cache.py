@@ -1,4 +1,4 @@
-"""Triton's cache for the headline of `make gpu`, filled where no GPU is: `python -m bench.cache FOLDER` says what is in one."""
+"""Triton cache for the headline of `make gpu`, filled without a GPU: `python -m bench.cache FOLDER` describes its contents."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from .recording import note
 
 
 def specializations(arch: str) -> list[Specialization]:
-    """Return what the headline compiles."""
+    """Return the kernels that the headline compiles."""
     return recording.of_cases(plan.with_dtypes(), arch).kernels
 
 
 def look(folder: Path, arch: str) -> tuple[list[str], list[Specialization] | None]:
-    """Return sentences about a cache, and the kernels that its manifest lists; None if it was made from other code."""
+    """Return messages about a cache, and the kernels that its manifest lists; None instead if it was made from other code."""
     try:
         manifest = warm.Manifest.read(folder)
     except ValueError as damaged:
         return [str(damaged)], None
     if manifest is None:
-        return [f"{folder} has no manifest: make gpu-cache fills it where no GPU is"], None
+        return [f"{folder} has no manifest: make gpu-cache fills it without a GPU"], None
     if manifest.arch != arch:
         return [f"the cache was made for {manifest.arch}, this is {arch}"], None
     warm.settle(folder)
-    lines = [f"the cache is of no use: {each}" for each in manifest.made.differences(warm.Made.here(arch))]
+    lines = [f"the cache cannot be used: {each}" for each in manifest.made.differences(warm.Made.here(arch))]
     lines.append(str(warm.look(folder, manifest)))
     if manifest.note == note():
         return lines, list(manifest.kernels.values())
-    return [*lines, "the cache was made from other sources: what is launched is recorded again"], None
+    return [*lines, "the cache was made from other sources: the launches are recorded again"], None
 
 
 def complete(folder: Path, arch: str) -> list[str]:
-    """Compile what a cache lacks, in as many processes as there are cores -> sentences about what was there."""
+    """Compile what a cache lacks, with one process per core, and return messages about what it had and has now."""
     lines, kernels = look(folder, arch)
     manifest = warm.fill(folder, specializations(arch) if kernels is None else kernels, arch, note=note(), jobs=jobs())
     return [*lines, f"now {warm.look(folder, manifest)}"]

@@ -1,7 +1,7 @@
-"""What Triton compiles for the first training step of a model, and how long it takes: `python -m bench.cold_start`.
+"""Count the kernels that Triton compiles for a model's first training step, and time it: `python -m bench.cold_start`.
 
-The step is recorded by `bench.record`. Then each distinct kernel is compiled for a GPU, one after the other into an empty cache,
-as the first step on a new machine does.
+`bench.record` records the step. Then each distinct kernel is compiled for a GPU, one after the other into an empty cache,
+as in the first step on a new machine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Each way of each case is one test: checked, then timed in turns with ours, then written down; what stands there is skipped.
+"""Run each way of each case as one test: check it, time it in alternation with ours, and store the row; skip stored rows.
 
-`--out FOLDER` says where (out/), `--seconds` how long a row may take, `--tiny` runs one small case of each op. What a CPU of fewer
-instructions would do, torch, oneDNN and the C++ kernels say with ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MOPE_CPU_TARGET=avx2.
+`--out FOLDER` sets the result folder (out/), `--seconds` the time for a row, and `--tiny` runs one small case of each op. To
+measure as on a CPU with fewer instructions, set ATEN_CPU_CAPABILITY (torch), ONEDNN_MAX_CPU_ISA (oneDNN) and MOPE_CPU_TARGET (the
+C++ kernels) to avx2.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What says most comes first: time may run out. Compilers take most of it."""
+    """Sort the most informative tests first, because time may run out; compilation takes most of the time."""
     if config.pluginmanager.hasplugin("benchmark"):
         for item in items:
             item.add_marker(pytest.mark.benchmark(timer=CLOCK.now))
@@ -42,14 +43,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def rank(item: Any) -> tuple[bool, bool]:
         found = item.callspec.params if hasattr(item, "callspec") else {}
         later, compiled = getattr(found.get("case"), "later", False), is_compiled(found.get("way", ""))
-        # On a GPU what is compiled for the main shapes says more than other shapes do.
+        # On a GPU, compiled ways on the main shapes are more informative than other shapes.
         return (later, compiled) if DEVICE.type == "cuda" else (compiled, later)
 
     items.sort(key=rank)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test named after an op gets that op's cases."""
+    """Parametrize a test named after an op with that op's cases."""
     if "case" in metafunc.fixturenames:
         op = metafunc.function.__name__.removeprefix("test_")
         where = "tiny" if metafunc.config.getoption("--tiny") else DEVICE.type
@@ -57,7 +58,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case, way", pairs, ids=[f"{case} {way}".replace(" ", "-") for case, way in pairs])
 
 
-# The ways of a case follow each other.
+# The ways of a case run consecutively, so one cached problem is enough.
 @functools.lru_cache(maxsize=1)
 def build(case: Case) -> Problem:
     return problems.build(case, DEVICE, DTYPE)
@@ -65,7 +66,7 @@ def build(case: Case) -> Problem:
 
 @pytest.fixture(scope="session")
 def results(pytestconfig: pytest.Config) -> Callable[[str], rows.Rows]:
-    """Of a stage, "ops" or "model"; the device's ceilings are measured when a file is begun."""
+    """Return a function that opens the results of a stage, "ops" or "model", and measures the device's ceilings for a new file."""
 
     @functools.cache
     def of(stage: str) -> rows.Rows:
@@ -84,15 +85,15 @@ Measured = Callable[..., None]
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest, results: Callable[[str], rows.Rows]) -> Measured:
-    """measured(case, way, build, stage): one row, of the problem that `build(case)` gives."""
+    """Return a function (case, way, build, stage) that measures one row for the problem that `build(case)` returns."""
 
     def run(case: Any, way: str, build: Callable[[Any], Problem] = build, stage: str = "ops") -> None:
         found, key = results(stage), {"op": case.op, "case": str(case), "way": way}
         if found.has(**key):
-            pytest.skip("stands in the results")
+            pytest.skip("already in the results")
         rounds = None
         if request.config.pluginmanager.hasplugin("benchmark"):
-            # Asked for only where something is timed.
+            # Request the fixture only if something is timed.
             rounds = lambda *run: pedantic(request.getfixturevalue("benchmark"), f"{case.op} {case}", *run)  # noqa: E731
         ceilings, seconds = Ceilings(**found.header["ceilings"]), request.config.getoption("--seconds")
         try:
@@ -100,27 +101,27 @@ def measured(request: pytest.FixtureRequest, results: Callable[[str], rows.Rows]
         except (Unavailable, WrongResult) as reason:
             if isinstance(reason, WrongResult) and way.startswith("ours"):
                 raise
-            # An opponent that is wrong measures nothing.
+            # Timing an opponent with wrong results is meaningless.
             found.add(key | {"unavailable": str(reason)})
             pytest.skip(str(reason))
         except Failed as reason:
-            # The next run tries it again.
+            # The next run retries it.
             found.add(key | {"failed": str(reason)})
             pytest.skip(str(reason))
         except torch.AcceleratorError as error:
-            # Nothing that this process computes from now on can be trusted.
+            # This process can no longer compute anything reliably.
             found.add(key | {"failed": str(error).splitlines()[0]})
-            pytest.exit(f"the device is lost to this process: {error}", returncode=1)
+            pytest.exit(f"this process has lost the device: {error}", returncode=1)
         found.add(key | row)
 
     return run
 
 
 def pedantic(benchmark: Any, group: str, once: Callable[[], None], setup: Callable[[], object], rounds: int) -> list[float]:
-    """pytest-benchmark's rounds."""
+    """Time rounds with pytest-benchmark and return their seconds."""
 
     def setup_without_result() -> None:
-        # A result would be taken for arguments.
+        # pytest-benchmark would use a result as arguments.
         setup()
 
     benchmark.group = group

@@ -1,4 +1,4 @@
-"""Records the torch operations that a call dispatches, with the lines of ours that call them, and times their arithmetic."""
+"""Record the torch operations that a call dispatches, with the lines of our code that call them, and time their arithmetic."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mope.benchmark import rows
 
-# The folder of our sources, and the prefix to drop from their names.
+# The folder of our sources, also the prefix to drop from file names.
 ROOT = str(rows.ROOT) + "/"
 OURS = tuple(ROOT + package for package in ("mope/", "mope_kernels/"))
-# The key below autograd, where a raw op's own launcher runs.
+# The dispatch key below autograd, at which a raw op's launcher runs.
 BELOW = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 OF_KERNELS = ("mope_triton", "mope_cpu")
-# Not views, but they compute nothing.
+# These are not views, but compute nothing.
 FREE = ("aten._unsafe_view.default", "aten.detach.default", "aten.lift_fresh.default")
 
 
 class Call(NamedTuple):
-    """An operation with its arguments, so that it can be repeated."""
+    """Operation with its arguments, so that it can be repeated."""
 
     function: Any
     arguments: tuple[Any, ...]
@@ -36,7 +36,7 @@ class Call(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """The layout from which a tensor is made again."""
+    """Layout from which a tensor can be recreated."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -45,7 +45,11 @@ class Memory(NamedTuple):
 
 @dataclass
 class Dispatched:
-    """Counts. operations, views: by name. lines: by operation and line. calls: by description of the call."""
+    """Counts of dispatched operations.
+
+    operations, views: by name. lines: by operation and line. calls: by description of the call. raw: calls to our raw ops.
+    examples: a call for each description.
+    """
 
     operations: Counter[str] = field(default_factory=Counter)
     views: Counter[str] = field(default_factory=Counter)
@@ -55,14 +59,15 @@ class Dispatched:
     examples: dict[str, Call] = field(default_factory=dict)
 
     def aten(self) -> int:
-        """Return the number of torch's operations, without views."""
+        """Return the number of torch operations, excluding views."""
         return sum(count for name, count in self.operations.items() if name.startswith("aten."))
 
 
 class Record(TorchDispatchMode):
-    """Collects everything that is dispatched while it is active, including backward and the inside of our own ops.
+    """Mode that collects everything dispatched while it is active, including backward and the inside of our own ops.
 
-    lines: also record which line of ours calls. For backward this needs torch.autograd.detect_anomaly around the forward pass.
+    lines: also record the calling line of our code. For backward this needs torch.autograd.detect_anomaly around the forward
+        pass.
     """
 
     def __init__(self, lines: bool = False) -> None:
@@ -90,7 +95,7 @@ class Record(TorchDispatchMode):
 
 
 def _line(frame: FrameType | None) -> str:
-    """Return the line of ours that a call comes from; in backward, the line of forward, or the line of our own backward."""
+    """Return the line of our code that a call comes from; in backward, the line of forward or of our own backward."""
     while frame is not None and not frame.f_code.co_filename.startswith(OURS):
         frame = frame.f_back
     here = "" if frame is None else f"{frame.f_code.co_filename.removeprefix(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}"
@@ -123,10 +128,10 @@ def _described(call: Call) -> Call:
 
 
 def _made(memory: Memory) -> Tensor:
-    """Make a tensor of ones, which arithmetic handles at full speed, or of zeros for integers, which are valid indices."""
+    """Create a tensor of ones (which arithmetic handles at full speed) or, for integers, of zeros (which are valid indices)."""
     tensor = torch.empty_strided(memory.shape, memory.strides, dtype=memory.dtype)
     if tensor.numel():
-        # Write the memory of expanded tensors once.
+        # Fill the storage, so that the memory of expanded tensors is written once.
         tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,)).fill_(
             1 if memory.dtype.is_floating_point else 0
         )
@@ -134,7 +139,7 @@ def _made(memory: Memory) -> Tensor:
 
 
 def _smallest(call: Call) -> Call:
-    """Return the call with tensors of one or two rows along each axis."""
+    """Return the call with each tensor axis shrunk to at most 2."""
 
     def shrink(value: Any) -> Any:
         if not isinstance(value, Memory):
@@ -143,7 +148,7 @@ def _smallest(call: Call) -> Call:
         return Memory(tuple(shape), tuple(2**i for i in reversed(range(len(shape)))), value.dtype)
 
     def sizes(value: Any) -> Any:
-        """Shrink lists of numbers, which are sizes unless they are dimensions."""
+        """Shrink tensors and lists of integers, which are sizes: the caller excludes lists of dimensions."""
         listed = isinstance(value, list) and value and all(type(n) is int for n in value)
         return [min(n, 2) for n in value] if listed else _map(value, shrink)
 
@@ -154,7 +159,7 @@ def _smallest(call: Call) -> Call:
 
 
 def _seconds(call: Call, least: float) -> float:
-    """Return the seconds of one call, at best."""
+    """Return the seconds of the fastest call."""
     made = _changed(call, lambda value: _made(value) if isinstance(value, Memory) else value)
     run = functools.partial(call.function, *made.arguments, **made.options)
     run()
@@ -173,20 +178,20 @@ def _rounds(run: Callable[[], object], least: float, rounds: int = 5) -> Iterato
 
 
 def arithmetic(found: Dispatched, least: float = 2e-3) -> float:
-    """Return the seconds that torch's operations compute on the CPU, beyond the time of the same on tensors of at most two rows.
+    """Return the CPU seconds of torch operations beyond those of the same operations on tensors of size at most 2 per axis.
 
-    Each different call is timed separately and below autograd, so that the overhead, which remains on a GPU, does not count. If
+    Each distinct call is timed separately and below autograd, so that overhead, which would remain on a GPU, does not count. If
     an operation cannot run on such small tensors, the fastest call of the same name replaces it.
 
     Args:
-        found: recorded from a call.
-        least: the seconds to spend on each call.
+        found: Record of a call.
+        least: Seconds to spend on each call.
     """
     return sum(seconds for _, seconds in by_call(found, least))
 
 
 def by_call(found: Dispatched, least: float) -> Iterator[tuple[str, float]]:
-    """Yield the summands of `arithmetic`: each different call, and the seconds of all calls like it."""
+    """Yield the summands of `arithmetic`: each distinct call and the total seconds of all calls like it."""
     times, floors = dict[str, float](), dict[str, float]()
     with torch.no_grad():
         for key, call in found.examples.items():

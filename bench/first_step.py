@@ -1,6 +1,6 @@
-"""`python -m bench.first_step SHAPE`: seconds from nothing to the first training step, and of the second, as JSON.
+"""Print the seconds for imports, model, first and second training step as JSON: `python -m bench.first_step SHAPE`.
 
-For a fresh process with an empty Triton cache: `test_bench_cold_start.py` starts it like that.
+Meant for a fresh process with an empty Triton cache, which `test_bench_cold_start.py` provides.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Where the time of a whole model goes on the CPU, and the least that it could be: `python -m bench.floor --out FOLDER`.
+"""Measure where a whole model spends its time on the CPU, and its lower bound (floor): `python -m bench.floor --out FOLDER`.
 
-Every operation below autograd that is no view is timed by itself, in the released way and in ours, and beside it stands its
-floor: the larger of the operations of its products at the speed of a large product, its weight in oneDNN's order or not, and of the
-bytes of its inputs and outputs at the speed of a copy that stays in the processor's caches, where the rows of a layer mostly are. A
-product that is formed again in backward is no part of the floor. What is left of a call, in Python and between operations, is a
-line of its own. Leaves floor-<device>.json, which `bench.report` makes a table of; `--tiny` does it for a small model.
+Every operation below autograd, except views, is timed separately, in the released way and in ours, and compared with its floor.
+The floor is the larger of two times: its FLOPs at the speed of a large matrix product (with the weight in oneDNN's order or not),
+and the bytes of its inputs and outputs at the speed of a copy within the processor's caches, which usually hold the rows of a
+layer. Products recomputed in backward do not count toward the floor. The rest of a call, in Python and between operations, has its
+own line. Writes floor-<device>.json, which `bench.report` turns into a table; `--tiny` uses a small model.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from mope.benchmark.measure import Ceilings, Clock, name_of, sample
 from mope.fused import prepack
 
 MODEL = "swin-b+bert-base-t32-b4"
-# The fastest way to run the released model in that dtype.
+# The fastest way to run the released model in each dtype.
 RELEASED = {"float32": "released", "bfloat16": "released half"}
 CALLS = 3
-# The first that matches a name says what it is.
+# Kinds of operations. The first pattern that matches a name determines its kind.
 KINDS = {
     "attention": r"attention|bmm|softmax",
     "frozen layers and other products": r"linear|mm\b|convolution",
@@ -48,7 +48,7 @@ FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"
 
 @dataclass
 class Share:
-    """Of one kind of operations: how many, seconds, and the least that they could take."""
+    """Count, seconds and floor (least possible seconds) of one kind of operations."""
 
     count: int = 0
     seconds: float = 0.0
@@ -56,7 +56,7 @@ class Share:
 
 
 class Ledger(TorchDispatchMode):
-    """The share of each kind in what is computed meanwhile, backward too."""
+    """Mode that measures the share of each kind in everything computed while it is active, including backward."""
 
     def __init__(self, floor: Callable[[float, float, torch.dtype], float]) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Ledger(TorchDispatchMode):
             share.count += 1
             share.seconds += seconds
             tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-            # What is written in place is an input and an output.
+            # Tensors written in place are both inputs and outputs.
             moved = sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
             dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
             share.floor += self.floor(moved, flops(func, args, kwargs, out), dtype)
@@ -85,21 +85,21 @@ class Ledger(TorchDispatchMode):
 
 
 def flops(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> float:
-    """Of the products of an operation: two for each multiplication."""
+    """Return the FLOPs of the products in an operation, two per multiplication."""
     name = func.overloadpacket.__name__
     if func.overloadpacket in flop_registry:
         return flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
     if name == "_linear_pointwise":
         return 2.0 * args[0].numel() * out.shape[-1]
     backward = name.endswith("_backward")
-    # Scores and outputs; in backward the gradients of both factors of each.
+    # Scores and outputs; in backward, the gradients of both factors of each.
     products = 4 if backward else 2
     if name.startswith("window_prompt_attention"):
         qkv, _, prompts, _, resolution, window, *_ = args[backward:]
         windows, of_window = max(resolution // window, 1) ** 2, prompts + min(resolution, window) ** 2
         return products * 2.0 * len(qkv) * windows * of_window**2 * qkv.shape[-1] / 3
     if name.startswith(("prompt_attention", "_scaled_dot_product")):
-        # Behind the gradient of the output come inputs in torch's backward, and in ours the output and its statistics first.
+        # In torch's backward, the inputs follow the gradient of the output; in ours, the output and its statistics come between.
         query, key, *rest = args[backward * (1 if name.startswith("_") else 3) :]
         keys = key.shape[-2] + (rest[1].shape[-2] if name.startswith("prompt") else 0)
         return products * 2.0 * query.numel() * keys
@@ -107,14 +107,14 @@ def flops(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> f
 
 
 def copy_in_cache(clock: Clock) -> float:
-    """Bytes a second, read and written, of a copy of 4 MiB, about the rows of a layer."""
+    """Return the bytes read and written per second by a copy of 4 MiB, about the size of the rows of a layer."""
     source = torch.zeros(2**22, dtype=torch.int8)
     target = torch.empty_like(source)
     return 2 * source.numel() / min(sample(clock, lambda: target.copy_(source), 0.3)[0])
 
 
 def products(clock: Clock, plain: dict[str, float]) -> dict[str, float]:
-    """Operations a second of a large product by dtype: the faster of a plain one and one of oneDNN's order."""
+    """Return the FLOPs per second of a large product by dtype: the faster of a plain weight and one in oneDNN's order."""
     found = dict(plain)
     for dtype in filter(prepack.available, prepack.DTYPES):
         layer, x = nn.Linear(1024, 1024, dtype=dtype).requires_grad_(False), torch.randn(1024, 1024).to(dtype)
@@ -124,7 +124,7 @@ def products(clock: Clock, plain: dict[str, float]) -> dict[str, float]:
 
 
 def profile(once: Callable[[], Any], clock: Clock, floor: Callable[[float, float, torch.dtype], float]) -> dict[str, Any]:
-    """ms: the fastest of a few calls. kinds: of the fastest of as many under a `Ledger`."""
+    """Return "ms", the fastest of a few calls, and "kinds", the shares in the fastest of CALLS calls under a `Ledger`."""
     seconds = min(sample(clock, once, 0.0)[0])
     ledgers = []
     for _ in range(CALLS):
@@ -132,13 +132,13 @@ def profile(once: Callable[[], Any], clock: Clock, floor: Callable[[float, float
             once()
         ledgers.append(ledger.shares)
     shares = min(ledgers, key=lambda found: sum(share.seconds for share in found.values()))
-    # Under the ledger Python takes longer, and operations do not.
+    # The ledger slows down Python, but not the operations.
     shares[REST] = Share(0, max(seconds - sum(share.seconds for share in shares.values()), 0.0))
     return {"ms": 1e3 * seconds, "kinds": {kind: asdict(share) for kind, share in shares.items()}}
 
 
 def measure(cases: Sequence[Case]) -> dict[str, Any]:
-    """What stands in the file: a header with the ceilings, and each case in both ways."""
+    """Return the content of the file: a header with the ceilings, and each case in both ways."""
     device = torch.device("cpu")
     clock, dtypes = Clock.of(device), [torch.bfloat16, torch.float32]
     ceilings, copies = Ceilings.measure(device, dtypes), copy_in_cache(clock)
@@ -159,7 +159,7 @@ def measure(cases: Sequence[Case]) -> dict[str, Any]:
 
 
 def table(case: dict[str, Any]) -> str:
-    """Markdown: a line for each kind, and what follows from the first."""
+    """Return a Markdown table with a line for each kind, and the conclusions from it."""
     (released_way, released), (_, ours) = case["ways"].items()
     lines = [("", f"{released_way}, ms", "ours, ms", "operations", "floor of ours, ms"), (":--", *("--:",) * 4)]
     for kind, share in ours["kinds"].items():
@@ -171,15 +171,15 @@ def table(case: dict[str, Any]) -> str:
     products = ours["kinds"]["frozen layers and other products"]["floor"]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + (
         f"\n\nOurs is {show.digits(released['ms'] / ours['ms'], 3)} times as fast as {released_way}; at the floor it would be "
-        f"{show.digits(released['ms'] / (1e3 * total), 3)} times, and {show.digits(released['ms'] / (1e3 * products), 3)} times if "
-        "everything but its frozen layers and other products took no time.\n"
+        f"{show.digits(released['ms'] / (1e3 * total), 3)} times as fast, or {show.digits(released['ms'] / (1e3 * products), 3)} "
+        "times if everything except frozen layers and other products took no time.\n"
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the result")
-    parser.add_argument("--tiny", action="store_true", help="a small model, to see whether it works")
+    parser.add_argument("--tiny", action="store_true", help="use a small model, to check that it works")
     options = parser.parse_args(arguments)
     shape = "tiny-swin" if options.tiny else MODEL
     cases = [Case("model", shape, graphs=False), Case("model", shape, dtype="bfloat16", graphs=False)]

@@ -1,21 +1,21 @@
-"""`make gpu`: benchmarks and tests on the GPU of this machine, in ten minutes at most.
+"""Run benchmarks and tests on this machine's GPU in at most ten minutes: `make gpu`.
 
-Runs from a bare checkout with the machine's own Python: nothing is installed and nothing fetched. Results go to the folder in OUT
-(bench/results), a line for each test and each row as soon as it is there: called again after it was stopped, it does the rest.
+It runs from a bare checkout with the machine's own Python, without installing or downloading anything. Results go to the folder
+in OUT (bench/results), one line per test and row, written immediately, so that a stopped run can be continued by calling it again.
 An empty OUT starts from the results of this code and this device in bench/results.
 
-STAGE picks what runs, several with commas between them:
+STAGE selects what runs; separate several stages with commas:
 
-    headline  what says most, each step in a process of its own (bench/headline.py)
+    headline  the most informative rows, each step in its own process (bench/headline.py)
     tests     the kernels against float64, on the GPU
-    ops       the ops beside what a user would write instead
-    model     whole models, a layer and a block as released or with the prompts concatenated, many tasks, a cold start
+    ops       the ops compared with what a user would write instead
+    model     whole models, a layer and a block as released or with concatenated prompts, many tasks, a cold start
     timeline  a trace of one block, the released way and ours
     sanitize  small cases under compute-sanitizer: memcheck, then racecheck
 
-The default is headline, in less than 400 seconds; the others are for a second call. DRY=1 goes through the motions without a GPU,
-with one small case each, so that it stays ready. CACHE is the folder of Triton's cache, which `make gpu-cache` fills where no
-GPU is (build/gpu-cache).
+The default is headline, which takes less than 400 seconds; run the others in a second call. DRY=1 is a dry run without a GPU,
+with one small case each, to keep the stages in working order. CACHE is the folder of Triton's cache (build/gpu-cache), which
+`make gpu-cache` fills without a GPU.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ RESULTS = ROOT / "bench" / "results"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no"]
 TESTS = ["tests/kernels", "tests/contract", "tests/gpu"]
 DRY_TESTS = ["tests/kernels/test_route.py", "tests/gpu/test_ops.py"]
-# Of every op, forward and backward, on small tensors.
+# Tests that run every op forward and backward on small tensors.
 SMALL_CASES = "triton and test_bitwise_repeatable"
-# What has a row for each op, in the order in which they are measured, and what has one for each model.
+# Benchmarks of ops, in the order in which they are measured, and of models.
 FIRST = ("window_prompt_attention", "mope_attention", "prompt_attention", "add_norm", "prompted_norm", "gelu_mlp", "expert_adapter")
 OPS = [*FIRST, *(op for op, found in BENCHMARKS.items() if found.stage == "ops" and op not in FIRST)]
 MODELS = ["cold_start", "model", "swin_block", "layer", "tasks"]
 STAGES = ("headline", "tests", "ops", "model", "timeline", "sanitize")
-# pytest: no test was selected. Those that passed before are not.
+# pytest's exit status if no tests were selected, because those that passed before are deselected.
 NOTHING_LEFT = 5
-# The folders whose digest is in the header of a file of tests.
+# The folders whose digest is in the header of a file of test results.
 TEST_SOURCES = ("mope", "mope_kernels", "tests")
-NO_DEVICE = "make gpu: no CUDA device here; DRY=1 goes through the motions on the CPU"
+NO_DEVICE = "make gpu: no CUDA device here; DRY=1 does a dry run on the CPU"
 
 
 def commands(stage: str, out: Path, device: str, dry: bool) -> list[list[str]]:
-    """What a stage runs, one after the other."""
+    """Return the commands that a stage runs, in order."""
     resume = [*PYTEST, "-p", "bench.resume", "--resume"]
     if stage == "tests":
-        # Most of the time goes into compiling. What takes much memory runs in one worker.
+        # Compilation takes most of the time. Tests that use much memory share one worker.
         workers = ["-n", "1" if dry else str(min(os.cpu_count() or 1, 8)), "--dist", "loadgroup"] if installed("xdist") else []
         which = DRY_TESTS if dry else [*TESTS, "-k", "triton or xformers or gpu"]
         return [[*resume, str(out / f"tests-{device}.jsonl"), *workers, *which, "-m", "not slow"]]
@@ -86,7 +86,7 @@ def installed(module: str) -> bool:
 
 
 def missing() -> list[str]:
-    """What this machine lacks, and what that changes."""
+    """Return a message for each optional package that this machine lacks, with the consequence."""
     consequences = {
         "pytest_benchmark": "rows are timed by a plain loop",
         "xdist": "tests run one after the other",
@@ -97,7 +97,7 @@ def missing() -> list[str]:
 
 
 def take_over(begun: Path, out: Path, device: str, digest: str = "") -> None:
-    """Copy a device's files that `out` lacks, so that they are continued there; with a digest only those of these sources."""
+    """Copy a device's files that `out` lacks, to continue them there; with a digest, only those of the current sources."""
     out.mkdir(parents=True, exist_ok=True)
     of_this_code = (digest, rows.sources(*TEST_SOURCES))
     for path in (*begun.glob(f"*-{device}.jsonl"), *begun.glob(f"*-{device}.json")):
@@ -119,7 +119,7 @@ def main() -> int:
     stages = (os.environ.get("STAGE") or "headline").split(",")
     for stage in stages:
         if stage not in STAGES:
-            raise SystemExit(f"STAGE must be of {', '.join(STAGES)}, got {stage!r}")
+            raise SystemExit(f"STAGE must be among {', '.join(STAGES)}, got {stage!r}")
     out = Path(os.environ.get("OUT") or RESULTS).resolve()
     status = 0
     if "headline" in stages:
@@ -142,7 +142,7 @@ def main() -> int:
 
 
 def run_headline(out: Path, dry: bool) -> int:
-    """Run the headline -> the exit status. This process never touches the device: those that it forks could not."""
+    """Run the headline and return the exit status. This process never touches the device, because then its forks could not."""
     out.mkdir(parents=True, exist_ok=True)
     folder = Path(os.environ.get("CACHE") or ROOT / "build" / "gpu-cache")
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,9 +158,9 @@ def run_headline(out: Path, dry: bool) -> int:
 
 
 def run(stage: str, command: list[str], deadline: float) -> int:
-    """The exit status, 124 where the time was up."""
+    """Run a command and return its exit status, or 124 if it ran out of time."""
     start = time.monotonic()
-    # The sanitizer sees only what CUDA itself allocates.
+    # The sanitizer sees only allocations by CUDA itself, so turn off torch's caching allocator.
     environment = {**os.environ, **({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if stage == "sanitize" else {})}
     try:
         code = subprocess.run(command, cwd=ROOT, env=environment, timeout=max(deadline - start, 1), check=False).returncode

@@ -1,8 +1,8 @@
-"""Run the first stage of `make gpu`: the most telling numbers first, in less than seven minutes.
+"""Run the first stage of `make gpu`: the most informative numbers first, in less than seven minutes.
 
-Each step (`bench.steps`) reports its rows as soon as they are there; they go into the files that the other stages continue. Rows
-that failed are written down as such and tried again by the next call. After each step headline-<device>.md says which targets are
-met, what failed and why.
+Each step (`bench.steps`) reports its rows as soon as they are ready; they go into the files that the other stages continue. Failed
+rows are stored as such and retried by the next call. After each step headline-<device>.md is updated: which targets are met, what
+failed, and why.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from . import cache, plan, targets, timeline
 from .steps import Channel, Event, Outcome, Runner, Step
 
 DTYPES = (torch.bfloat16, torch.float32)
-# Seconds for the rounds of a row.
+# Seconds for the timing rounds of a row.
 SECONDS, DRY_SECONDS = 0.3, 0.02
-# Blocks of a model are compiled one by one; beyond this many torch runs the others uncompiled.
+# Blocks of a model are compiled one by one; beyond this many, torch runs the rest uncompiled.
 RECOMPILE_LIMIT = 256
-# Threads of the compiler, of each opponent that is compiled beside the other steps.
+# Compiler threads for each opponent that is compiled concurrently with other steps.
 COMPILE_THREADS = 4
-# The files of the Triton kernels.
+# Source files of the Triton kernels.
 KERNELS = [
     path for path in sorted((rows.ROOT / "mope_kernels").glob("*_details/_[!_]*.py")) if path.stem not in ("_launch", "_libraries")
 ]
-# Exit status without a device.
+# Exit status if there is no device.
 NO_DEVICE = 2
 COLD_START = {True: "tiny-swin", False: "swin-b+bert-base-b16"}
 PAGE = """\
@@ -61,9 +61,9 @@ PAGE = """\
 
 
 def import_everything() -> None:
-    """Import what steps need, so that they are forked with it. Nothing here may ask how many GPUs there are.
+    """Import the modules that steps need, so that forked steps have them.
 
-    A process that has asked cannot fork another that uses one.
+    Nothing here may query the number of GPUs, because a process that has done so cannot fork one that uses a GPU.
     """
     names = ["torch._dynamo", "torch._inductor.config", "transformers"]
     if HAS_TRITON:
@@ -73,13 +73,13 @@ def import_everything() -> None:
 
 
 class Headline:
-    """One call of the stage.
+    """Single run of the headline stage.
 
     Args:
-        out: folder of the results.
-        dry: go through the motions on the CPU, with small cases.
-        cache_folder: Triton's cache, filled before or by the first step.
-        take_over: copies the results of a device, by its slug, into `out`.
+        out: Folder of the results.
+        dry: Do a dry run on the CPU, with small cases.
+        cache_folder: Triton's cache, filled earlier or by the first step.
+        take_over: Function (slug of a device, digest of the sources) that copies existing results into `out`.
     """
 
     def __init__(self, out: Path, dry: bool, cache_folder: Path, take_over: Callable[[str, str], None]) -> None:
@@ -95,7 +95,7 @@ class Headline:
         self.log = out / "gpu.log"
 
     def run(self, seconds: float) -> int:
-        """Run everything that has no result yet, and return the exit status."""
+        """Run everything that has no result yet, for at most `seconds`, and return the exit status."""
         until = time.monotonic() + seconds
         self.log.unlink(missing_ok=True)
         begun = time.monotonic()
@@ -106,7 +106,7 @@ class Headline:
         if self.is_absent:
             return NO_DEVICE
         if not self.header:
-            print(f"make gpu: the device does not answer: {self.ended[-1].why}; see {self.log}", file=sys.stderr)
+            print(f"make gpu: the device does not respond: {self.ended[-1].why}; see {self.log}", file=sys.stderr)
             return 1
         self.take_over(self.slug, self.header["sources"])
         for stage in ("smoke", "ops", "model"):
@@ -130,7 +130,7 @@ class Headline:
         return 1 if failed or unfinished or any(outcome.why for outcome in self.ended) else 0
 
     def steps(self) -> list[Step]:
-        """Return the steps that have something left to find, in order."""
+        """Return the steps that have something left to do, in order."""
         found = []
         for op, of_op in plan.smoke(self.dry).items():
             parts = self.left("smoke", op, [(str(case), "ours") for case in of_op])
@@ -149,13 +149,13 @@ class Headline:
         return found
 
     def left(self, stage: str, op: str, wanted: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Return those of (case, way) that have no row yet, or one that failed."""
+        """Return the pairs (case, way) that have no row yet, or a failed one."""
         return [(case, way) for case, way in wanted if not self.files[stage].has(op=op, case=case, way=way)]
 
-    # In the processes of the steps.
+    # The following methods run in the processes of the steps.
 
     def wake(self, channel: Channel) -> None:
-        """Make the device ready, and say how long that took."""
+        """Initialize the device and report how long that took."""
         start = time.monotonic()
         if not self.dry:
             torch.zeros(1, device=self.device)
@@ -173,7 +173,7 @@ class Headline:
         channel.send("look", **found)
 
     def fill_cache(self, channel: Channel, parts: Sequence[str]) -> None:
-        """Compile what the cache lacks. A dry run only looks."""
+        """Compile what the cache lacks. A dry run only inspects it."""
         lines = cache.look(self.cache_folder, self.arch)[0] if self.dry else cache.complete(self.cache_folder, self.arch)
         for line in lines:
             channel.send("note", text=line)
@@ -183,7 +183,7 @@ class Headline:
         channel.send("ceilings", ceilings=vars(Ceilings.measure(self.device, DTYPES)))
 
     def smoke(self, channel: Channel, parts: Sequence[str], cases: dict[str, Case]) -> None:
-        """Hold ours to float64."""
+        """Check our results against float64."""
         self.wake(channel)
         for part in parts:
             channel.begin(part)
@@ -201,19 +201,22 @@ class Headline:
             torch._inductor.config.compile_threads = COMPILE_THREADS
         problem = problems.build(planned.case, self.device, torch.float32 if self.dry else torch.bfloat16)
         if self.dry:
-            # The model is traced, and not compiled.
+            # The model is traced but not compiled.
             problem.compiler = "eager"
         for way in parts:
             channel.begin(way)
             key = {"op": planned.case.op, "case": str(planned.case), "way": way}
             self.send_row(channel, planned.stage, way, key | self.row(problem, way, channel.wait_for_device))
-            # A way that was compiled or recorded keeps memory.
+            # Free the memory that compiled or recorded ways hold on to.
             gc.collect()
             if not self.dry:
                 torch.cuda.empty_cache()
 
     def row(self, problem: problems.Problem, way: str, when_ready: Callable[[], None]) -> dict[str, Any]:
-        """Return what came of a way. An error of the device is raised: its process can compute nothing more."""
+        """Measure a way and return its results, or the reason why there are none.
+
+        Device errors are raised, because the process cannot compute anything after one.
+        """
         seconds = DRY_SECONDS if self.dry else SECONDS
         try:
             return measure(
@@ -222,7 +225,7 @@ class Headline:
         except Unavailable as why:
             return {"unavailable": str(why)}
         except WrongResult as wrong:
-            # An opponent that is wrong measures nothing, this time or another.
+            # Timing an opponent with wrong results is meaningless, and a retry would not help.
             return {"failed" if way.startswith("ours") else "unavailable": f"wrong: {wrong}"}
         except Failed as failed:
             return {"failed": str(failed)}
@@ -230,7 +233,7 @@ class Headline:
             return {"failed": reason(error)}
 
     def cold_start(self, channel: Channel, parts: Sequence[str]) -> None:
-        """Time the first step of a fresh process, with an empty cache, beside the other steps."""
+        """Time the first training step of a fresh process with an empty cache, concurrently with other steps."""
         for part in parts:
             channel.begin(part)
             with tempfile.TemporaryDirectory() as empty:
@@ -253,7 +256,7 @@ class Headline:
     def send_row(channel: Channel, stage: str, part: str, row: dict[str, Any]) -> None:
         channel.send("row", stage=stage, part=part, row=row)
 
-    # In the parent.
+    # The following methods run in the parent process.
 
     def on_event(self, step: Step, event: Event) -> None:
         kind = event["kind"]
@@ -274,7 +277,7 @@ class Headline:
             self.slug, self.arch = event.get("slug", self.slug), event.get("arch", self.arch)
 
     def row_of(self, step: Step, part: str) -> tuple[str, dict[str, Any]]:
-        """Return the stage and the key of the row that a part of a step would have written."""
+        """Return the stage and key of the row that a part of a step would have written."""
         if step.name == "cold start":
             return "model", {"op": "cold start", "case": part, "way": "ours"}
         if step.group == "smoke":
@@ -302,8 +305,8 @@ class Headline:
         lines += [f"- {outcome.step}: {outcome.why}" for outcome in self.ended if outcome.why and not outcome.parts]
         smoke = self.files["smoke"].rows
         right = sum("error" in row for row in smoke)
-        said = [f"Against float64: {right} of {len(smoke)} small cases are right.", *self.notes]
-        failed = "\n".join(["## Failed, and tried again by the next call", "", *lines]) if lines else "Nothing failed."
+        said = [f"Against float64: {right} of {len(smoke)} small cases are correct.", *self.notes]
+        failed = "\n".join(["## Failed (retried by the next call)", "", *lines]) if lines else "Nothing failed."
         products = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in self.ceilings.get("matmul", {}).items())
         versions = ", ".join(f"{name} {v}" for name, v in self.header["versions"].items() if v != "not installed")
         steps = ["| step | came out | seconds | start | device |", "|---|---|---|---|---|"]

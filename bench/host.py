@@ -1,17 +1,17 @@
-"""Measures the host's time of calls without a GPU: `python -m bench.host`, in CPU time of one thread.
+"""Measure the host time of calls without a GPU: `python -m bench.host`, in CPU time of one thread.
 
-Triton's own launchers run up to the call of the driver, which a stand-in answers. Torch's operations run on the CPU, on inputs so
-small that their arithmetic hardly counts; its share is reported. So this is the time for which a GPU waits for its next launch,
-without what torch and the driver do for torch's own launches, of which the other way has more.
+Triton's own launchers run up to the driver call, which a fake driver answers. Torch operations run on the CPU, on inputs so small
+that their arithmetic hardly counts; its share is reported. So this approximates how long a GPU waits for its next launch. It
+excludes the work of torch and the driver for torch's own launches, of which the other way has more.
 
-Each op is called without gradients, forward, and forward and backward. Its raw ops are called without gradients too, both Triton's
-and the C++ kernels of the CPU, which do compute. Whole models alternate with the released way or, for a ViT, with what a user would
-write by hand: a forward pass, and a training step without an optimizer. They run in float32, and under autocast with the rules of
-a GPU; there, torch's products on the CPU take more than the few microseconds that they take in float32.
+Each op is called without gradients, forward, and forward and backward. Its raw ops are also called without gradients, both
+Triton's and the C++ kernels for the CPU, which do compute. Whole models alternate with the released way or, for a ViT, with what
+a user would write by hand: a forward pass, and a training step without an optimizer. They run in float32, and under autocast with
+GPU rules; there, torch's products on the CPU take longer than the few microseconds that they take in float32.
 
 Writes host-<device>-triton-<version>.jsonl, from which `bench.report` makes tables. `--before COMMIT` marks it as the measurement
-of an earlier tree, with which later ones are compared. `--profile NAME` prints where the time of one op or model goes, and which
-line of ours calls which of torch's operations: "add_norm", "swin inference", "swin training".
+of an earlier tree, with which later ones are compared. `--profile NAME` prints where one op or model spends its time, and which
+lines of our code call which torch operations: "add_norm", "swin inference", "swin training".
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ from .stand_in_driver import give_autocast_the_rules_of_a_gpu, stand_in_for_the_
 Calls = dict[str, Callable[[], object]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PASSES = {"inference": False, "training": True}
-# The ways of an op that are called with autograd off.
+# Ways of an op that are called with autograd off.
 WITHOUT_GRADIENTS = ("no gradient", "raw")
-# The least seconds of a turn; shorter calls are repeated.
+# Minimum seconds of a turn; shorter calls are repeated.
 SHORTEST = 1e-3
-# The number of lines of a profile.
+# Number of lines in a profile.
 LINES = 50
 
 
 class Timed(NamedTuple):
-    """Seconds of a call: the fastest turn, and the median of all."""
+    """Seconds per call: the fastest turn, and the median of all turns."""
 
     least: float
     median: float
 
 
 def autograd_for(way: str) -> torch.set_grad_enabled:
-    """Turn autograd on or off around calls of this way of an op."""
+    """Return the context that turns autograd on or off for calls of this way of an op."""
     return torch.set_grad_enabled(way not in WITHOUT_GRADIENTS)
 
 
 def in_turns(calls: Calls, turns: int) -> dict[str, Timed]:
-    """Time calls in alternating turns, by the CPU time of this thread, after two calls of each.
+    """Time calls in alternating turns, in CPU time of this thread, after two warm-up calls of each.
 
     Args:
-        calls: by the name of their way.
-        turns: the number of timings of each. A turn repeats short calls.
+        calls: Calls by the name of their way.
+        turns: Number of timings of each call. A turn repeats short calls.
 
     Returns:
         Seconds of one call, by name.
@@ -94,7 +94,7 @@ def in_turns(calls: Calls, turns: int) -> dict[str, Timed]:
 
 
 def recorded(call: Callable[[], object]) -> Dispatched:
-    """Record what a call dispatches."""
+    """Record the operations that a call dispatches."""
     record = Record()
     with record:
         call()
@@ -102,9 +102,9 @@ def recorded(call: Callable[[], object]) -> Dispatched:
 
 
 def counted(call: Callable[[], object], launches: Callable[[], int]) -> dict[str, Any]:
-    """Count a call's launches of ours, its kernels including torch's on a GPU, and torch's operations without views.
+    """Count a call's own launches, all kernels it would launch on a GPU including torch's, and torch operations excluding views.
 
-    "arithmetic" is the time in seconds that those operations compute.
+    "arithmetic" is the arithmetic time of these operations in seconds.
     """
     before = launches()
     call()
@@ -117,9 +117,9 @@ def counted(call: Callable[[], object], launches: Callable[[], int]) -> dict[str
 
 
 def calls_of(name: str, size: Size, dtype: torch.dtype) -> Calls:
-    """Return the calls of an op in its three ways and, as "raw", of its raw ops, if it has any.
+    """Return calls of an op in three ways and, if it has raw ops, a call of these as "raw".
 
-    The caller turns autograd off for those in `WITHOUT_GRADIENTS`.
+    The caller turns autograd off for the ways in `WITHOUT_GRADIENTS`.
     """
     op = OPS[name](size, dtype)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def calls_of(name: str, size: Size, dtype: torch.dtype) -> Calls:
 
 
 def of_ops(names: Sequence[str], turns: int, launches: Callable[[], int]) -> Iterator[dict[str, Any]]:
-    """Measure ops with the stand-in for the driver, in float16 -> rows."""
+    """Measure ops with the fake driver, in float16, and yield rows."""
     for name in names:
         calls = calls_of(name, STUBBED, torch.float16)
         for way, timed in in_turns(calls, turns).items():
@@ -151,7 +151,7 @@ def of_ops(names: Sequence[str], turns: int, launches: Callable[[], int]) -> Ite
 
 
 def of_cpu_ops(names: Sequence[str], turns: int) -> Iterator[dict[str, Any]]:
-    """Measure ops with the C++ kernels for the CPU, in float32 without gradients -> rows; no rows without the extension."""
+    """Measure ops with the C++ kernels for the CPU, in float32 without gradients; yield rows, none without the extension."""
     if not _extension.STATUS.loaded:
         return
     for name in names:
@@ -169,7 +169,7 @@ def _times(timed: Timed, unit: str, arithmetic: float | None = None) -> dict[str
 
 
 def of_models(names: Sequence[str], dtypes: Sequence[str], turns: int, launches: Callable[[], int]) -> Iterator[dict[str, Any]]:
-    """Measure models and their opponents -> rows."""
+    """Measure models and their opponents, and yield rows."""
     for dtype in dtypes:
         if dtype != "float32":
             give_autocast_the_rules_of_a_gpu()
@@ -196,7 +196,7 @@ def said(row: dict[str, Any]) -> str:
 
 
 def measure(options: argparse.Namespace) -> Path:
-    """Measure what the options ask for -> the file of the rows."""
+    """Run the measurements selected by the options and return the file of the rows."""
     both = options.ops is None and options.models is None
     ops, models = (options.ops or list(OPS)), (options.models or list(MODELS))
     import triton
@@ -231,7 +231,7 @@ def measure(options: argparse.Namespace) -> Path:
 
 
 def profile(name: str, dtype: str) -> None:
-    """Print where the time of an op, forward and backward, or of a model goes. Raise ValueError for other names."""
+    """Print where an op, forward and backward, or a model spends its time. Raise ValueError for other names."""
     with stand_in_for_the_driver():
         if name in OPS:
             call, repeats = calls_of(name, STUBBED, torch.float16)["forward + backward"], 1000
@@ -241,7 +241,7 @@ def profile(name: str, dtype: str) -> None:
             of, passes = name.split()
             call, repeats = model(of, MODELS[of], DTYPES[dtype], PASSES[passes])["ours"], 20
         else:
-            raise ValueError(f"there is no {name!r} to profile, only {', '.join([*OPS, *names])}")
+            raise ValueError(f"cannot profile {name!r}: choose one of {', '.join([*OPS, *names])}")
         for _ in range(2):
             call()
         trained = name in OPS or name.endswith("training")
@@ -249,7 +249,7 @@ def profile(name: str, dtype: str) -> None:
         with torch.autograd.set_detect_anomaly(True, check_nan=False) if trained else nullcontext(), Record(lines=True) as record:
             call()
         found = record.found
-        print(f"{found.aten()} operations of torch and {found.views.total()} views, by the line that they come from:")
+        print(f"{found.aten()} torch operations and {found.views.total()} views, by calling line:")
         for (operation, line), count in found.lines.most_common():
             print(f"{count:6} {operation:48} {line}")
         profiler = cProfile.Profile()
@@ -265,21 +265,21 @@ def profile(name: str, dtype: str) -> None:
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", nargs="*", choices=OPS, metavar="OP", help="these ops alone; without names, all")
+    parser.add_argument("--ops", nargs="*", choices=OPS, metavar="OP", help="only these ops; without names, all")
     parser.add_argument("--models", nargs="*", choices=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}; without names, all")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of models")
-    parser.add_argument("--turns", type=int, default=30, help="how often everything is timed")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="dtypes of models")
+    parser.add_argument("--turns", type=int, default=30, help="number of timings of each call")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the rows")
-    parser.add_argument("--json", type=Path, help="their file, in place of one in that folder")
-    parser.add_argument("--before", metavar="COMMIT", help="measure for others to be put beside it: the commit that this is")
-    parser.add_argument("--profile", metavar="NAME", help="print where the time of an op or a model goes, and measure nothing")
+    parser.add_argument("--json", type=Path, help="file of the rows, instead of one in that folder")
+    parser.add_argument("--before", metavar="COMMIT", help="mark this as the measurement of an earlier COMMIT, to compare with")
+    parser.add_argument("--profile", metavar="NAME", help="print where an op or model spends its time, and measure nothing")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     torch.set_num_threads(1)
-    # The memory that no kernel has written may hold denormal numbers, on which arithmetic is slow.
+    # Memory that no kernel has written may contain denormals, which slow down arithmetic.
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     if options.profile:

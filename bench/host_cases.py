@@ -1,4 +1,4 @@
-"""The calls of `bench.host`: ops on tiny inputs, and models of full depth and tiny widths."""
+"""Calls for `bench.host`: ops on tiny inputs, and models of full depth and tiny widths."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mope_kernels import ExpertBank
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of an op's inputs: B items, a Swin block of resolution^2 tokens of width C and P prompts, T tokens of an attention.
+    """Sizes of an op's inputs: batch, shape of a Swin block (resolution^2 tokens, prompts, width), and tokens of an attention.
 
-    They do not matter if nothing is computed. The kernels for the CPU do compute, so they get smaller inputs.
+    They do not matter if nothing is computed. The CPU kernels do compute, so they get smaller inputs.
     """
 
     batch: int = 1
@@ -34,7 +34,7 @@ class Size:
 
     @property
     def rows(self) -> int:
-        """Return the rows of a Swin block: prompts and tokens."""
+        """Number of rows of a Swin block: prompts and tokens."""
         return 2 * self.prompts + 1 + self.resolution**2
 
 
@@ -42,14 +42,14 @@ STUBBED, COMPUTED = Size(), Size(resolution=4, window=2, heads=1, prompts=1, tok
 
 
 class Op(NamedTuple):
-    """A call of a public op -> the output that gets a gradient, and the inputs that get one."""
+    """Call of a public op that returns the output that gets a gradient, and the inputs that get one."""
 
     call: Callable[[], Tensor]
     trained: Sequence[Tensor]
 
 
 def window_prompt_attention(size: Size, dtype: torch.dtype) -> Op:
-    # Heads here have 16 columns, whatever the size says.
+    # Heads have 16 columns here; `size.width` is ignored.
     qkv = torch.randn(size.batch, size.rows, 3 * 16 * size.heads, dtype=dtype)
     bias = torch.randn(size.heads, size.window**2, size.window**2)
     options: dict[str, Any] = {"num_prompts": 2 * size.prompts + 1, "num_heads": size.heads, "resolution": size.resolution}
@@ -58,7 +58,7 @@ def window_prompt_attention(size: Size, dtype: torch.dtype) -> Op:
 
 
 def _stream(size: Size, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw x in float32, an update, and a LayerNorm's weight and bias."""
+    """Draw x in float32, an update in `dtype`, and a LayerNorm's weight and bias."""
     x = torch.randn(size.batch, size.rows, size.width)
     return x, torch.randn_like(x, dtype=dtype), torch.randn(size.width), torch.randn(size.width)
 
@@ -79,7 +79,7 @@ def prompted_norm(size: Size, dtype: torch.dtype) -> Op:
 
 
 def gelu_mlp(size: Size, dtype: torch.dtype) -> Op:
-    # With few rows torch computes the second product.
+    # With few rows, torch computes the second product.
     x, width = torch.randn(size.batch, 2, size.width, dtype=dtype), size.width
     layers = [torch.randn(*shape, dtype=dtype) for shape in ((4 * width, width), (4 * width,), (width, 4 * width), (width,))]
     return Op(lambda: mope_kernels.gelu_mlp(x, *layers), (x,))
@@ -150,8 +150,8 @@ OPS: dict[str, Callable[[Size, torch.dtype], Op]] = {
     )
 }
 
-# Full depth, all three kinds of prompts and shifted windows, but as narrow as the kernels allow. One item and one head leave
-# torch, and thus the other ways, less to copy.
+# Full depth, all three kinds of prompts and shifted windows, but as narrow as the kernels allow. With one item and one head,
+# torch, and thus the other ways, have less to copy.
 _TINY: dict[str, Any] = {"batch": 1, "tokens": 2, "hidden": 16, "layers": 12, "prompts": 1, "ratio": 1}
 MODELS = {
     "swin": shapes.Model(**_TINY, image=64, embed=16, head=128, depths=(2, 2, 18, 2), window=2),
@@ -162,19 +162,19 @@ OPPONENTS = {"swin": "released", "vit": "concatenated"}
 
 
 def model(name: str, shape: shapes.Model, dtype: torch.dtype, training: bool) -> dict[str, Callable[[], None]]:
-    """Return calls of our model and of its opponent, with equal weights: a forward pass, or a training step.
+    """Return calls of our model and its opponent with equal weights, by name: a forward pass, or a training step.
 
-    A training step runs forward, and backward from the logits and, for a Swin Transformer, from the importance loss, into `grad`
-    of the same parameters.
+    A training step runs forward, then backward from the logits and, for a Swin Transformer, from the importance loss. Both models
+    get gradients for the same parameters.
 
     Args:
-        name: one of `OPPONENTS`.
-        shape: its widths may be tiny.
+        name: One of `OPPONENTS`.
+        shape: Shape of the model; widths may be tiny.
         dtype: torch.float32, or the dtype for autocast.
-        training: whether to run backward.
+        training: Whether to run backward.
 
     Raises:
-        RuntimeError: the two do not train the same parameters.
+        RuntimeError: The two models do not train the same parameters.
     """
     case = Case("model", name, training=training)
     ours, called = models.new_ours(shape, case, dtype)
@@ -190,7 +190,7 @@ def model(name: str, shape: shapes.Model, dtype: torch.dtype, training: bool) ->
     inputs = tuple(models.new_inputs(shape).values())
     trained = [{n: p for n, p in module.named_parameters() if p.requires_grad} for module in (ours, source)]
     if list(trained[0]) != list(trained[1]):
-        raise RuntimeError(f"{name}: both ways must train the same parameters, and {trained[0].keys() ^ trained[1].keys()} differ")
+        raise RuntimeError(f"{name}: both ways must train the same parameters, but {trained[0].keys() ^ trained[1].keys()} differ")
     grads = (torch.ones(shape.batch, models.LABELS), torch.ones(()))
 
     def step(module: torch.nn.Module, parameters: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Splits the host's time of a call by the part of the software that spends it."""
+"""Split the host time of a call by the part of the software that spends it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from mope.benchmark import rows
 
-# Substrings of a function's file in a profile, or of its name if it is not Python. The first match counts.
+# Substrings of a function's file in a profile, or of its name if it is not a Python function. The first match counts.
 PARTS: dict[str, tuple[str, ...]] = {
     "Triton's launchers": ("triton/", "cuda_utils.launch"),
     "replay of launchers": ("<tape of a launcher>", f"{rows.ROOT}/mope_kernels/tape.py"),
@@ -22,16 +22,16 @@ OTHER = "Python and others"
 
 
 def part_of(file: str, function: str) -> str:
-    """Return the part that a function of a profile belongs to."""
-    # A profile has no file for functions that are not Python.
+    """Return the part that a function in a profile belongs to."""
+    # Profiles have no file for functions that are not written in Python.
     where = function if file == "~" else file
     return next((part for part, signs in PARTS.items() if any(sign in where for sign in signs)), OTHER)
 
 
 def parts_of(call: Callable[[], object], repeats: int = 20) -> dict[str, float]:
-    """Profile calls -> the share of each part in the functions' own time; the shares sum to 1.
+    """Profile calls and return the share of each part in the functions' own time; the shares sum to 1.
 
-    A profile slows down Python's calls more than C++, so the actual shares of C++ are larger.
+    Profiling slows down Python calls more than C++, so the actual shares of C++ are larger.
     """
     call()
     profiler = cProfile.Profile()

@@ -1,4 +1,4 @@
-"""Makes tables from the rows of `bench.host`, and judges them by the goals for the host's time."""
+"""Make tables from the rows of `bench.host`, and compare them with the goals for host time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .host_cases import MODELS, OPPONENTS, OPS
 
 Row = dict[str, Any]
 File = tuple[dict[str, Any], list[Row]]
-# Goals: a model as a part of its opponent's time; an op as a part of its time before; a public op as a multiple of its raw op.
+# Goals: time of a model relative to its opponent, of an op relative to before, and of a public op relative to its raw op.
 OF_OPPONENT, OF_BEFORE, OF_RAW = 0.45, 0.5, 1.7
-# The largest share of arithmetic for which a model is judged.
+# The largest share of arithmetic at which a model is still judged.
 ARITHMETIC = 0.1
 WAYS = ("no gradient", "forward", "forward + backward")
 
@@ -21,47 +21,47 @@ HEAD = """
 ## Host time
 
 CPU time of one thread, measured by `python -m bench.host` ([calls](../bench/host_cases.py)) without a GPU. Triton's own
-launchers run up to the call of the driver, which a stand-in answers. Torch's operations run on the CPU, on inputs so small that
-their *arithmetic* is a small share: the time they take beyond the same operations on tensors of at most two rows. The time that
-torch and the driver need on a GPU for torch's own launches is not included. Each time is that of the fastest turn. A dispatch
-mode counts the operations; under it launchers run as well, while calls without a mode replay [tapes](design.md), which make
-fewer.
+launchers run up to the driver call, which a fake driver answers. Torch operations run on the CPU, on inputs so small that their
+*arithmetic* is a small share. Arithmetic is the time beyond that of the same operations on tensors of size at most two per axis.
+The time that torch and the driver need on a GPU for torch's own launches is not included. Each time is that of the fastest turn.
+Operations are counted under a dispatch mode, where the launchers run; calls without a mode replay [tapes](design.md), which
+dispatch fewer.
 """
 OF_FILE = """
 ### Host time: {device}, Triton {triton}
 
-{now}. torch {torch}; an addition of four numbers took {add} µs.{before}
+{now}. torch {torch}; adding four numbers took {add} µs.{before}
 """
 MODELS_HEAD = """
 Models of full depth and tiny widths. They alternate with the released way (Swin Transformer and BERT) or with what a user would
 write by hand (ViT and BERT). Under autocast, here to bfloat16, torch's products on a CPU take longer than a launch. The goal is
-{goal:g} of the other way; it is judged if arithmetic is less than {share:g} % of both. *launches*: ours, by Triton; *kernels*:
-including torch's, ours and the other way's. *operations*: torch's, without views.
+{goal:g} of the time of the other way; it is judged if arithmetic is less than {share:g} % of both. *launches*: our Triton
+launches; *kernels*: including torch's, for ours and the other way; *operations*: torch operations except views.
 
 {table}
 """
 PARTS_HEAD = """
-Where the time of ours goes, in ms: the time above, split as in a profile. A profile slows Python down more than the code that
-Python calls, so *operations of torch* and *Triton's launchers* take rather more than this says.
+How our time above is spent, in ms, split in the proportions of a profile. Profiling slows down Python more than the code that
+Python calls, so *operations of torch* and *Triton's launchers* actually take somewhat more.
 
 {table}
 """
 OPS_HEAD = """
-Ops in µs, with Triton's launches, on float16. For each of them the arithmetic of torch is {most} at most. The goal is {goal:g}
+Ops in µs, with Triton launches, in float16. For each of them the arithmetic of torch is {most} at most. The goal is {goal:g}
 of the time before.
 
 {table}
 """
 RAW_HEAD = """
-The overhead of a public op over its raw op, in µs, without gradients. Triton: `torch.ops.mope_triton`. CPU:
-`torch.ops.mope_cpu` on float32, which computes, though little. The goal is at most {goal:g} times the raw op.
+Overhead of a public op over its raw op, in µs, without gradients. Triton: `torch.ops.mope_triton`. CPU: `torch.ops.mope_cpu`
+in float32, which does compute, on tiny inputs. The goal is at most {goal:g} times the raw op.
 
 {table}
 """
 
 
 def section(files: Sequence[File]) -> str:
-    """Return markdown with tables for each device and version of Triton, "" without files."""
+    """Return Markdown with tables for each device and version of Triton, or "" without files."""
     groups: dict[tuple[str, str], list[File]] = {}
     for header, rows in files:
         groups.setdefault((header["device"], header["versions"]["triton"]), []).append((header, rows))
@@ -71,7 +71,7 @@ def section(files: Sequence[File]) -> str:
 def _of_group(device: str, triton: str, files: Sequence[File]) -> str:
     before = next((file for file in files if file[0]["before"]), None)
     now = next((file for file in files if not file[0]["before"]), None)
-    # Without another measurement, show this one.
+    # If there is only an earlier measurement, show that.
     header, rows = now or files[0]
     said = f" *Before* is commit {before[0]['commit']}, {_measured(before[0])}." if before and now else ""
     if not now:
@@ -99,7 +99,7 @@ def _measured(header: dict[str, Any]) -> str:
 
 
 def judged(value: float, goal: float) -> str:
-    """Format a quotient and whether it meets the goal."""
+    """Format a quotient with whether it meets the goal."""
     return f"{show.digits(value, 3)}: {'met' if value <= goal else '**not met**'}"
 
 
@@ -196,6 +196,6 @@ def _raw(rows: Sequence[Row]) -> str:
 
 
 def _table(lines: Sequence[tuple[str, ...]]) -> str:
-    """Return a markdown table with numbers on the right, "" if it has only a head."""
+    """Return a Markdown table with right-aligned numbers, or "" if it has only a head."""
     rule = (":--", *("--:",) * (len(lines[0]) - 1))
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])) if len(lines) > 1 else ""

@@ -1,9 +1,9 @@
-"""Counts what a training step leaves to the host, for each way to put it into CUDA graphs: `python -m bench.host_work`.
+"""Count the host work left in a training step for each way to put it into CUDA graphs: `python -m bench.host_work`.
 
-It counts instead of timing, because there is no GPU: torch's own code and this library's run on tapes of operations in place of
-graphs (tests/tape.py), and a profile shows what is dispatched besides their replays. On a GPU each operation is a call from Python
-or C++ and at least one launch. `mode="reduce-overhead"` counts as one replay per compiled graph, which is what it does once it has
-recorded.
+It counts rather than times, because it needs no GPU: torch's code and this library's use tapes of operations in place of graphs
+(tests/tape.py), and a profile shows what is dispatched outside their replays. On a GPU each operation is a call from Python
+or C++ and at least one launch. `mode="reduce-overhead"` counts as one replay per compiled graph, which is its behavior once it
+has recorded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ ACCUMULATE = "torch::autograd::AccumulateGrad"
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Counts for one step. operations: those dispatched outside graphs. additions: gradients that autograd handles one by one."""
+    """Counts for one step.
+
+    operations: dispatched outside graphs. additions: gradients that autograd accumulates one by one.
+    """
 
     replays: int
     operations: int
@@ -41,7 +44,7 @@ class Counts:
 
 
 class _Loss(nn.Module):
-    """The loss of a model as a function of positional tensors, as `make_graphed_callables` needs it."""
+    """Loss of a model as a function of positional tensors, as `make_graphed_callables` requires."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -61,7 +64,7 @@ def _as_a_replay(graph: Any, inputs: Any) -> Any:
 
 
 def prepare(way: str, model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:
-    """Return a forward and backward pass of a model on a batch with labels."""
+    """Return a function that runs a model forward and backward on a batch with labels."""
     module = _Loss(model, tuple(batch))
     if way == "GraphedStep":
         step = GraphedStep(lambda **given: model(**given).loss, modules=[model])
@@ -78,7 +81,7 @@ def prepare(way: str, model: nn.Module, batch: dict[str, Tensor]) -> Callable[[]
 
 
 class _Recorded(Tapes):
-    """Tapes whose replays show in a profile. Here the ids and labels that the host reads are on the CPU."""
+    """Tapes whose replays are visible in a profile. The ids and labels that the host reads are on the CPU here."""
 
     def __init__(self) -> None:
         super().__init__(reads=True)
@@ -94,12 +97,12 @@ class _Recorded(Tapes):
 
 
 def count(once: Callable[[], object]) -> Counts:
-    """Profile one call."""
+    """Profile one call and return its counts."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         once()
     events: list[Any] = profiler.events()
     outside = [event for event in events if not _is_below(event, lambda name: name == REPLAY)]
-    # Leave out operations that another operation calls. Views and new tensors launch nothing, but are calls and count.
+    # Exclude operations that another operation calls. Views and new tensors launch nothing, but count, because they are calls.
     operations = sum(event.name.startswith(("aten::", "mope_")) and not _is_below(event, _is_operation) for event in outside)
     return Counts(
         replays=sum(event.name == REPLAY for event in outside),
@@ -123,7 +126,7 @@ def _is_below(event: Any, wanted: Callable[[str], bool]) -> bool:
 
 def of_step(way: str, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Counts, Counts]:
     """Count a step that writes gradients, and one that adds to existing gradients."""
-    # Compute padding and hide it, as on a GPU.
+    # Compute padding and mask it, as on a GPU.
     with mock.patch.object(Packing, "of", lambda *_: None):
         once = prepare(way, model, batch)
         for _ in range(2):
@@ -136,11 +139,11 @@ def of_step(way: str, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Count
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="swin-b+bert-base-b16", help="of mope.benchmark.shapes.MODELS; the batch is one item")
+    parser.add_argument("--shape", default="swin-b+bert-base-b16", help="one of mope.benchmark.shapes.MODELS; batch of one item")
     options = parser.parse_args(arguments)
     shape = dataclasses.replace(shapes.MODELS[options.shape], batch=1)
     print(
-        f"| way ({options.shape}) | graphs | operations beside them | gradients added one by one | with gradients there already |"
+        f"| way ({options.shape}) | graphs | operations outside the graphs | gradients added one by one | with gradients present |"
     )
     print("|---|---|---|---|---|")
     for way in WAYS:

@@ -1,10 +1,11 @@
-"""How many operations one prompted layer dispatches, forward: `python -m bench.launches` prints the tables of the README.
+"""Count the operations that one prompted layer dispatches in forward: `python -m bench.launches` prints the tables of docs/ops.md.
 
-Counted, not timed: operations below autograd that are no views. On a GPU each is at least one kernel launch, and the forward pass
-of `mope_attention` is exactly one (`tests/kernels` hold it to that). One layer is a model of three layers minus one of two.
+It counts, rather than times, operations below autograd except views. On a GPU each is at least one kernel launch, and the forward
+pass of `mope_attention` is exactly one (checked in `tests/kernels`). The count for one layer is a model of three layers minus a
+model of two.
 
-Of a block of the Swin Transformer the Triton kernels are counted: every launch, as the launchers would make it on a GPU. It is
-given what is computed once for all blocks, psi's part of its router's logits, the router's noise and the mapped prompt.
+For a Swin Transformer block, every Triton launch that the launchers would make on a GPU is counted. The block receives everything
+that is computed once for all blocks: the cross-modal part of its router logits, the router noise and the mapped prompt.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ BACKBONES: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-# No kernel of a GPU runs for these.
+# Operations that launch no kernel on a GPU.
 NO_LAUNCH = ("promote_types", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view")
 
 
 class CountLaunches(TorchDispatchMode):
-    """Counts operations; in place of a Triton op what its launcher starts, which is not run."""
+    """Mode that counts operations. For a Triton op it counts the launches of its launcher, which are not run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,16 +101,23 @@ def per_layer(name: str, impl: str, serving: bool) -> Counter[str]:
 
 
 def swin_block(way: str, *, routed: bool = True, batch: int = 64, backward: bool = False, half: bool = False) -> Counter[str]:
-    """Of one block, its windows shifted: "released", "definition" or "fused", forward, or backward to its own prompts alone.
+    """Count the operations of one block with shifted windows, in forward or in backward.
 
-    The frozen weights ask for no gradients. Sizes are those of stage 3 of a Swin-B; nothing is computed but the released way,
-    which looks at its results, on small ones. With `half` under autocast, the frozen weights cast before.
+    Frozen weights get no gradients. Sizes are those of stage 3 of Swin-B, and nothing is computed. Only the released way computes,
+    on small sizes, because it reads its own results.
+
+    Args:
+        way: "released", "definition" or "fused".
+        routed: Whether the block has its own routed prompts.
+        batch: Number of images.
+        backward: Count backward, with gradients for inputs and own prompts only, rather than forward.
+        half: Run under float16 autocast, with the frozen weights already cast.
     """
     small = way == "released"
     batch, dim, heads, cross_dim = (2, 32, 1, 16) if small else (batch, 512, 16, 768)
     own: dict[str, Any] = {"own": BlockPrompts(6, 4), "cross_dim": cross_dim} if routed else {}
     impl = {"released": "auto", "definition": "reference", "fused": "triton"}[way]
-    # The launchers are given tensors of the CPU, as by Triton's interpreter; nothing is launched.
+    # The launchers get CPU tensors, as with Triton's interpreter; nothing is launched.
     with nullcontext() if small else FakeTensorMode(), mock.patch.object(mope_kernels.impl, "interpreting", lambda: True):
         block: Any = MoPESwinBlock(dim, heads, 14, shift=3, num_prompts=13, impl=impl, **own)
         for module in block.swin_modules():
@@ -130,7 +138,7 @@ def swin_block(way: str, *, routed: bool = True, batch: int = 64, backward: bool
             if released is not None:
                 out = (released(x, cross, mapped) if routed else released(x))[:1]
             else:
-                # The next block adds the second to the first.
+                # Residual stream and update; the next block adds them.
                 out = block.step(x, update, prompts)[:2]
         if not backward:
             return forward.operations
@@ -141,7 +149,7 @@ def swin_block(way: str, *, routed: bool = True, batch: int = 64, backward: bool
 
 
 def swin_encoder(training: bool = False, batch: int = 64) -> Counter[str]:
-    """Of a whole Swin-B of 24 blocks, 20 of them routed, with 13 prompts: inference, or a step forward and backward."""
+    """Count the operations of a Swin-B with 24 blocks, 20 of them routed, and 13 prompts: inference, or a training step."""
     with FakeTensorMode(), mock.patch.object(mope_kernels.impl, "interpreting", lambda: True):
         encoder = MoPESwinEncoder(impl="triton").train(training)
         pixels, cross = torch.randn(batch, 3, 224, 224), torch.randn(batch, 768)

@@ -1,4 +1,4 @@
-"""Pictures of a device's rows: how near each comes to the least time that there is, and what more experts or items cost."""
+"""Plots of a device's rows: each time against its lower bound, and the cost of more experts or items."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 from mope.benchmark import show
 
 Row = dict[str, Any]
-# Of those that are drawn over the number of experts and of items.
+# Ways that are drawn over the number of experts and of items.
 WAYS = ("ours", "released", "cat+sdpa")
 
 
 def roofline(rows: Sequence[Row], path: Path) -> bool:
-    """Time over the least time, a point for each row of ours and of the fastest opponent; False without any such row."""
+    """Plot time against the lower bound, with a point for each row of ours and of the fastest opponent.
+
+    Return False, without a plot, if there is no such row.
+    """
     from matplotlib.figure import Figure
 
     ours = [row for row in rows if row["way"] == "ours" and "floor_ms" in row]
@@ -38,7 +41,7 @@ def roofline(rows: Sequence[Row], path: Path) -> bool:
         axes.annotate(f"{100 * share:g} %", (ends[1], ends[1] / share), fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("least time that the device allows, ms")
+    axes.set_xlabel("lower bound of the device, ms")
     axes.set_ylabel("time, ms")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
@@ -47,7 +50,10 @@ def roofline(rows: Sequence[Row], path: Path) -> bool:
 
 
 def cost(rows: Sequence[Row], path: Path) -> bool:
-    """Time over the number of experts, and time of an item over the number of items; False without a curve of three points."""
+    """Plot time over the number of experts, and time per item over the number of items.
+
+    Return False, without a plot, if there is no curve of three points.
+    """
     from matplotlib.figure import Figure
 
     curves = {of: list(_curves(rows, of)) for of in ("k", "b")}
@@ -65,7 +71,7 @@ def cost(rows: Sequence[Row], path: Path) -> bool:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_yscale("log")
         axes.set_xlabel("experts" if of == "k" else "items")
-        axes.set_ylabel("ms" if of == "k" else "ms for each item")
+        axes.set_ylabel("ms" if of == "k" else "ms per item")
         axes.spines[["top", "right"]].set_visible(False)
         if found:
             axes.legend(frameon=False, fontsize=7)
@@ -74,7 +80,7 @@ def cost(rows: Sequence[Row], path: Path) -> bool:
 
 
 def _curves(rows: Sequence[Row], of: str) -> Iterator[tuple[str, str, list[tuple[int, float]]]]:
-    """Name, way and points (count, ms) of the cases that differ in nothing but experts ("k") or items ("b"); three or more."""
+    """Yield name, way and points (count, ms) of cases that differ only in experts ("k") or items ("b"), if there are three."""
     found: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:
         sizes = split(row["case"])
@@ -88,6 +94,6 @@ def _curves(rows: Sequence[Row], of: str) -> Iterator[tuple[str, str, list[tuple
 
 
 def split(case: str) -> tuple[str, int, int, str] | None:
-    """What stands before the numbers of items and of experts, these, and what stands behind; 4 experts where none are named."""
+    """Split a case into the text before its sizes, the numbers of items and experts (by default 4), and the text after them."""
     match = re.fullmatch(r"(.*?)-?b(\d+)(?:-k(\d+))?(.*)", case)
     return None if match is None else (match[1], int(match[2]), int(match[3] or 4), match[4])

@@ -1,4 +1,4 @@
-"""List what the headline of `make gpu` measures, the most telling rows first."""
+"""List what the headline of `make gpu` measures, most informative rows first."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from mope.benchmark.cases import BENCHMARKS, WITH_OPTIMIZER, Case, cases, is_com
 GRAPHS = "released without waiting compiled+graphs"
 WINDOW_WAYS = ("ours", "cat+sdpa", "cat+sdpa efficient", "cat+sdpa cudnn")
 ATTENTION_WAYS = ("ours", "cat+sdpa", "cat+sdpa flash", "cat+sdpa efficient", "cat+sdpa cudnn")
-# For inference and for training. The ways with graphs, three more than without, come last, when the other rows are already
-# written. Each costs a few calls for recording, its rounds and those of ours beside it. Their time on a GPU is not known yet.
+# For inference and for training. The three additional ways with graphs come last, when the other rows are already stored. Each
+# costs a few calls for recording, its own rounds and the alternating rounds of ours. Their time on a GPU is not known yet.
 RECORDED_WAYS = ("ours graphed", f"ours graphed{WITH_OPTIMIZER}", "released without waiting graphed")
 MODEL_WAYS = {
     False: ("ours", "ours without graphs", "released", "released half"),
@@ -25,9 +25,9 @@ MODEL = "swin-b+bert-base-b{}"
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Ways of a case to measure, in a process of their own.
+    """Ways of a case to measure in one separate process.
 
-    stage: whose file they go to. limit: seconds for all of them. beside: they are compiled beside the steps before.
+    stage: selects the file of the rows. limit: seconds for all ways. beside: compile them concurrently with earlier steps.
     """
 
     case: Case
@@ -42,7 +42,7 @@ class Rows:
 
 
 def plan(dry: bool = False) -> list[Rows]:
-    """Return the rows in the order in which they are measured. `dry`: the first of each kind, on a small case."""
+    """Return the rows in measuring order; with `dry`, only the first of each kind, on a small case."""
     found = []
     for shape in WINDOWS:
         found += [Rows(Case("window_prompt_attention", shape, training), WINDOW_WAYS, "ops", 20) for training in (False, True)]
@@ -59,7 +59,7 @@ def plan(dry: bool = False) -> list[Rows]:
         found.append(Rows(Case("prompted_norm", shape), ("ours", "released", "branchless"), "ops", 20))
     for training in (False, True):
         found.append(Rows(Case("expert_adapter", "modex-t8k", training), ("ours", "released"), "ops", 20))
-    # Every way of ours for every shape of its table. They are many, so they come last.
+    # Every way of ours for every shape in the tuning table. There are many, so they come last.
     for case in cases("gelu_mlp", "cuda"):
         found.append(Rows(case, tuple(way for way in case.ways if not is_compiled(way)), "ops", 20))
     return list(_small(found)) if dry else found
@@ -77,7 +77,7 @@ def _small(planned: Sequence[Rows]) -> Iterator[Rows]:
 
 
 def smoke(dry: bool = False) -> dict[str, list[Case]]:
-    """Return small cases of each op, in both dtypes, forward and backward."""
+    """Return small cases of each op in both dtypes, forward and backward."""
     return {
         op: [
             dataclasses.replace(small, shape=cases(op, "tiny")[0].shape if dry else small.shape, training=training, dtype=dtype)
@@ -90,6 +90,6 @@ def smoke(dry: bool = False) -> dict[str, list[Case]]:
 
 
 def with_dtypes(dry: bool = False) -> list[tuple[Case, str]]:
-    """Return every case in which a GPU runs kernels of ours, each with its dtype."""
+    """Return every case that runs our kernels on a GPU, with its dtype."""
     found = [rows.case for rows in plan(dry)] + [case for of_op in smoke(dry).values() for case in of_op]
     return list(dict.fromkeys((case, case.dtype or "bfloat16") for case in found))

@@ -1,7 +1,7 @@
-"""Write down what a list of benchmark cases launches on a GPU: `python -m bench.record ARCH FILE`, where no GPU has to be.
+"""Record the GPU launches of benchmark cases without a GPU: `python -m bench.record ARCH FILE`.
 
-A process of its own, as it has a stand-in for the device, which has to be there before torch is. It reads cases from its standard
-input, a JSON list of the arguments of `Case` with a dtype each, and writes what they compile to FILE.
+This is a separate process, because it uses a fake device, which must be loaded before torch. It reads cases from standard
+input, a JSON list of pairs (arguments of `Case`, dtype), and writes the kernels that they compile to FILE.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 
 
 def stand_in_for_the_device() -> None:
-    """Let torch take a device for a GPU that has none: it holds no memory and has one stream.
+    """Make torch believe that there is a GPU: a fake device without memory and with one stream.
 
     Raises:
-        RuntimeError: torch is loaded already, or the C++ compiler is missing or fails.
+        RuntimeError: torch is already loaded, or the C++ compiler is missing or fails.
     """
     if "torch" in sys.modules:
-        raise RuntimeError("torch is imported already, and knows its devices")
+        raise RuntimeError("torch is already imported and has detected its devices: call this before importing torch")
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None
     home = Path(spec.origin).parent
@@ -44,7 +44,7 @@ def stand_in_for_the_device() -> None:
 def main() -> None:
     arch, target = sys.argv[1], Path(sys.argv[2])
     stand_in_for_the_device()
-    # After the stand-in.
+    # Imports torch, so it must come after the fake device.
     from bench.recording import record
 
     record(json.load(sys.stdin), arch, target)

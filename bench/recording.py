@@ -1,7 +1,7 @@
-"""Which kernels a benchmark launches on a GPU, found where no GPU is.
+"""Find the kernels that a benchmark launches on a GPU, without a GPU.
 
-Ours is called on fake tensors on CUDA, so that every choice is made as on a GPU, under CUDA's rules of autocast too, and each
-launch is written down in place of being made. `bench.record` starts it in a process of its own, with a stand-in for the device.
+Our way runs on fake CUDA tensors, so that every choice is made as on a GPU, including CUDA's autocast rules, and each launch is
+recorded instead of executed. `bench.record` runs this in a separate process with a fake device.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from mope_kernels._triton import compiling_for, record_launches
 from mope_kernels.aot import Specialization
 
 CUDA = torch.device("cuda", 0)
-# An H100's and an H200's. It decides over numbers of programs alone.
+# The number on an H100 and H200. It affects only the number of programs.
 MULTIPROCESSORS = 132
-# A kernel, its arguments, and its constants and options of the compiler.
+# A kernel, its arguments, and its constants and compiler options.
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
 class _Record(TorchDispatchMode):
-    """Collects what the launchers of the Triton ops launch."""
+    """Mode that collects the launches of the Triton ops' launchers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _Record(TorchDispatchMode):
 
 
 class _ConstantsFromTheHost(TorchFunctionMode):
-    """Makes torch.tensor(...) on the host and moves it: a fake device has no memory to write numbers to."""
+    """Mode that creates torch.tensor(...) on the host and moves it, because a fake device has no memory for the values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -72,20 +72,20 @@ class _ConstantsFromTheHost(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _on_a_gpu(arch: str) -> Iterator[FakeTensorMode]:
-    """Let fake tensors be made on CUDA, and everything choose as on a GPU of this architecture."""
+    """Allow fake tensors on CUDA, and make all choices as on a GPU of this architecture."""
     *major, minor = arch.removeprefix("sm_")
     capability = (int("".join(major)), int(minor))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with contextlib.ExitStack() as stack:
         for place, name, instead in (
-            # autocast asks whether there is a GPU, and whether it knows bfloat16.
+            # Autocast checks whether there is a GPU and whether it supports bfloat16.
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
             (fake_tensor, "init_gpu_context", lambda *_: None),
             (nn.Module, "to", _to),
             (torch.cuda, "get_device_capability", lambda *_: capability),
             (torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=MULTIPROCESSORS)),
-            # Parameters of layers that were joined lie side by side on a GPU; those of fake tensors have no addresses.
+            # Parameters of joined layers are adjacent in GPU memory, but fake tensors have no addresses to check this.
             (projections, "_ROWS", _EveryLayer()),
             (projections, "_joined", _joined),
         ):
@@ -98,7 +98,7 @@ def _on_a_gpu(arch: str) -> Iterator[FakeTensorMode]:
 
 
 def _to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """Move a module by giving it other parameters: torch swaps fake ones, which fails where somebody refers to them."""
+    """Move a module by replacing its parameters: torch would swap fake tensors, which fails if there are other references."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
@@ -110,14 +110,14 @@ def _to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
 
 
 class _EveryLayer:
-    """Stands for the layers that were joined."""
+    """Fake collection of joined layers that contains every layer."""
 
     def __contains__(self, layer: nn.Module) -> bool:
         return True
 
 
 def _joined(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
-    """Return what the layers would be joined to, if they would."""
+    """Return the joined weight and bias of layers, or None if they would not be joined."""
     if not all(modules.is_plain(layer, nn.Linear) and not any(p.requires_grad for p in layer.parameters()) for layer in layers):
         return None
     biases = [layer.bias for layer in layers if layer.bias is not None]
@@ -125,14 +125,14 @@ def _joined(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
 
 
 def launches(case: Case, dtype: torch.dtype, arch: str) -> list[Launch]:
-    """Return what ours launches in one call of a case in each of its ways, forward and, in training, backward."""
+    """Return the launches of one call of a case in each of our ways, forward and, in training, backward."""
     dtype = dtype if case.dtype is None else getattr(torch, case.dtype)
     if case.op == "model":
         return _of_model(case, dtype, arch)
     record = _Record()
     with _on_a_gpu(arch):
         problem = problems.build(case, CUDA, dtype)
-        # Where a table chooses between several ways of ours, each of them is measured.
+        # If the tuning table chooses between several of our ways, each of them is measured.
         ours = [way for way in case.ways if way.split()[0] == "ours" and callable(problem.ways[base_of(way)])]
         for way in ours:
             with record:
@@ -141,14 +141,14 @@ def launches(case: Case, dtype: torch.dtype, arch: str) -> list[Launch]:
 
 
 def _of_model(case: Case, dtype: torch.dtype, arch: str) -> list[Launch]:
-    """Build the model in memory: transformers looks at the values of what it initialises."""
+    """Record a model. It is built with real memory, because transformers reads the values that it initializes."""
     shape = shapes.MODELS[case.shape]
     model = models.new_ours(shape, case, dtype)[0]
 
     def forward(model: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
         banks = None
         if not case.training and not shape.depths:
-            # Whoever serves builds them beforehand, not under autocast.
+            # Serving builds the banks beforehand and without autocast.
             with torch.autocast(CUDA.type, enabled=False):
                 banks = model.build_banks()
         return models.outputs_of(shape, case, banks)(model, *inputs)
@@ -172,20 +172,20 @@ def _of_model(case: Case, dtype: torch.dtype, arch: str) -> list[Launch]:
 
 
 class Recorded(NamedTuple):
-    """kernels: what cases compile, each once. launches: of each case, in one call."""
+    """Distinct kernels that cases compile, and the number of launches in one call of each case."""
 
     kernels: list[Specialization]
     launches: list[int]
 
 
 def of_cases(cases: Sequence[tuple[Case, str]], arch: str, processes: int = 0) -> Recorded:
-    """Record cases, each with the name of its dtype, in processes of their own (0: one for each core, four at most).
+    """Record cases, each with the name of its dtype, in separate processes (0: one per core, at most four).
 
     Raises:
-        RuntimeError: a case cannot be recorded, or there is no C++ compiler.
+        RuntimeError: A case cannot be recorded, or there is no C++ compiler.
     """
     count = min(processes or min(os.cpu_count() or 1, 4), len(cases))
-    # In turns, as those beside each other take about as long.
+    # Distribute cases round-robin, because neighboring cases take about equally long.
     parts = [list(cases[i::count]) for i in range(count)]
     with ThreadPoolExecutor(count) as workers:
         found = list(workers.map(lambda part: _in_a_process(part, arch), parts))
@@ -199,7 +199,7 @@ def _in_a_process(cases: Sequence[tuple[Case, str]], arch: str) -> Recorded:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "recorded.json")
         command = [sys.executable, "-m", "bench.record", arch, str(target)]
-        # Triton's interpreter has no launches to record.
+        # Under Triton's interpreter there are no launches to record.
         environment = {**os.environ, "TRITON_INTERPRET": "0"}
         done = subprocess.run(command, input=asked, cwd=rows.ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -209,14 +209,14 @@ def _in_a_process(cases: Sequence[tuple[Case, str]], arch: str) -> Recorded:
 
 
 def note() -> str:
-    """Return a digest of what decides which kernels are launched."""
+    """Return a digest of the sources that determine which kernels are launched."""
     return rows.sources("mope", "mope_kernels", "bench")
 
 
 def record(asked: Sequence[tuple[dict[str, Any], str]], arch: str, target: Path) -> None:
-    """Write what cases compile, each kernel once, and how many launches each case has.
+    """Write the distinct kernels that cases compile, and the number of launches of each case, to `target`.
 
-    asked: the arguments of a `Case` and the name of a dtype, each.
+    asked: pairs of the arguments of a `Case` and the name of a dtype.
     """
     found, counts = dict[str, Specialization](), []
     for arguments, dtype in asked:

@@ -1,4 +1,4 @@
-"""A pytest plugin for runs that may be killed: `-p bench.resume --resume FILE` writes outcomes down and leaves out what passed."""
+"""Pytest plugin for runs that may be killed: `-p bench.resume --resume FILE` stores outcomes and skips tests that passed before."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mope.benchmark import rows
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--resume", type=Path, required=True, metavar="FILE", help="JSON lines, one for each test")
+    parser.addoption("--resume", type=Path, required=True, metavar="FILE", help="JSON lines, one per test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def name(nodeid: str) -> str:
-    """Without the group that pytest-xdist appends."""
+    """Return the id of a test without the group that pytest-xdist appends."""
     return nodeid.split("@")[0]
 
 
@@ -29,13 +29,13 @@ class Resume:
         worker: dict[str, Any] | None = getattr(config, "workerinput", None)
         self.rows = None
         if worker is not None:
-            # Workers of pytest-xdist have to agree on what is left: they are told, and one process writes.
+            # Workers of pytest-xdist must agree on the remaining tests, so they receive the list, and one process writes.
             self.passed = set(worker["passed"])
             return
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         header = {"stage": "tests"} | rows.header(device) | {"sources": rows.sources("mope", "mope_kernels", "tests")}
         self.rows = rows.Rows(config.getoption("--resume"), header)
-        # A test that was run again counts as it came out last.
+        # For tests that ran more than once, the last outcome counts.
         outcomes = {row["test"]: row["outcome"] for row in self.rows.rows}
         self.passed = {test for test, outcome in outcomes.items() if outcome == "passed"}
 

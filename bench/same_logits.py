@@ -1,10 +1,10 @@
-"""Whether the digit model computes what it computed at another commit, bit for bit.
+"""Check that the digit model computes bit for bit the same as at another commit.
 
     python -m bench.same_logits HEAD~1
 
-Both run on this machine, one after the other, each in a process of its own with one thread: the logits and features of 64 held-out
-scans, each with a sentence, in evaluation, and the loss and the gradients of what trains in training.
-`--record FILE` writes the logits instead of comparing them; the tests hold every machine to those in tests/data within 1e-5.
+Both run on this machine, one after the other, each in its own single-threaded process. In evaluation they compute the logits and
+features of 64 held-out scans, each with a sentence; in training, the loss and the gradients of the trained parameters.
+`--record FILE` writes the logits instead of comparing them; on every machine, tests compare with those in tests/data within 1e-5.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 ITEMS = 64
-# Runs at other commits too, so it takes names that all of them have.
+# Also runs at other commits, so it uses only names that all of them have.
 PROGRAM = f"""
 import sys, torch
 from safetensors.torch import save_file
@@ -51,7 +51,7 @@ save_file({{n: t.contiguous() for n, t in found.items()}}, sys.argv[1])
 
 
 def run(tree: Path, file: Path) -> dict[str, torch.Tensor]:
-    """Run the program in a tree of files -> what it found, by name."""
+    """Run the program in a source tree and return its tensors by name."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     subprocess.run([sys.executable, "-c", PROGRAM, str(file)], cwd=tree, env=environment, check=True)
     return load_file(file)
@@ -59,7 +59,7 @@ def run(tree: Path, file: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def checked_out(revision: str) -> Iterator[Path]:
-    """The files of a commit in a folder of their own, with the C++ kernels of here."""
+    """Check out a commit into a temporary folder, with the C++ kernels of the current tree."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), revision], cwd=ROOT, check=True)
@@ -74,7 +74,7 @@ def checked_out(revision: str) -> Iterator[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("revision", nargs="?", default="HEAD", help="commit to compare with (HEAD)")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write the logits to a file, and compare nothing")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write the logits to a file instead of comparing")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         now = run(ROOT, Path(folder) / "now.safetensors")

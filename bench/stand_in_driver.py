@@ -1,7 +1,7 @@
-"""Runs Triton's launches without a GPU: its own JIT and launchers, for sm_90, up to the driver, which a stand-in replaces.
+"""Run Triton launches without a GPU: Triton's own JIT and launchers, for sm_90, with a fake driver.
 
-Kernels are compiled as for a GPU but never run, so results are whatever the memory held. CPU tensors pass for a GPU's, and autocast
-on the CPU can be given the rules of autocast on a GPU.
+Kernels are compiled as for a GPU but never run, so results are uninitialized memory. CPU tensors pass as GPU tensors, and
+autocast on the CPU can be given the rules of autocast on a GPU.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ DRIVER, AUTOCAST = (Path(__file__).with_name(name) for name in ("stand_in_driver
 
 @contextlib.contextmanager
 def stand_in_for_the_driver() -> Iterator[Callable[[], int]]:
-    """Let Triton launch on CPU tensors, for sm_90, and models run as on a GPU -> a function that counts the launches so far.
+    """Let Triton launch on CPU tensors, for sm_90, and models run as on a GPU; yield a function that counts launches so far.
 
     Raises:
-        RuntimeError: there is no C compiler; Triton's kernels are interpreted and launch nothing; or there is a GPU, whose driver
+        RuntimeError: There is no C compiler; Triton's kernels are interpreted and launch nothing; or there is a GPU, whose driver
             library has the same name.
     """
     if interpreting():
-        raise RuntimeError("with TRITON_INTERPRET=1 nothing is launched: unset it")
+        raise RuntimeError("nothing is launched with TRITON_INTERPRET=1: unset it")
     if torch.cuda.is_available():
-        raise RuntimeError("there is a GPU, and its driver has the name of the stand-in: hide it with CUDA_VISIBLE_DEVICES=''")
+        raise RuntimeError("there is a GPU, whose driver has the same name as the fake one: hide it with CUDA_VISIBLE_DEVICES=''")
     path = _compiled(DRIVER, "libcuda.so.1", os.environ.get("CC", "cc"), "-Wl,-soname,libcuda.so.1")
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     count = library.stand_in_launches
     count.restype = ctypes.c_ulonglong
     with contextlib.ExitStack() as stack:
-        # The folder where Triton links its launchers.
+        # The folder of the library that Triton links its launchers against.
         stack.enter_context(mock.patch.dict(os.environ, {"TRITON_LIBCUDA_PATH": str(path.parent)}))
         stack.enter_context(_active_driver())
         for place, name, answer in ANSWERS:
@@ -75,7 +75,7 @@ def _active_driver() -> Iterator[None]:
     from triton.runtime import driver
 
     class Driver(CudaDriver):  # type: ignore[misc]
-        """Triton's driver with its own answers where Triton asks torch about the device."""
+        """Triton's driver with fixed answers to queries that Triton sends to torch."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -96,7 +96,7 @@ def _active_driver() -> Iterator[None]:
 
 
 def _unread(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `Padding.of` to act as on a GPU, where masks are not read, just as when torch.compile traces."""
+    """Wrap `Padding.of` to act as on a GPU, where masks are not read, the same as while torch.compile traces."""
 
     @functools.wraps(method)
     def unread(*args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,7 @@ def give_autocast_the_rules_of_a_gpu() -> None:
     """Make autocast on the CPU compute LayerNorms and softmax in float32, for the rest of this process.
 
     Raises:
-        RuntimeError: the C++ compiler is missing or fails.
+        RuntimeError: The C++ compiler is missing or fails.
     """
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None
@@ -127,12 +127,12 @@ def give_autocast_the_rules_of_a_gpu() -> None:
 
 
 def _compiled(source: Path, name: str, *compiler: str, libraries: Sequence[str] = ()) -> Path:
-    """Return the library compiled from a source. Compile it unless it exists."""
+    """Return the library compiled from a source file, compiling it first if it does not exist."""
     target = rows.ROOT / "build" / "stand_in" / hashlib.sha256(source.read_bytes()).hexdigest()[:12] / name
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Move it into place in one step, because other processes may compile it as well.
+    # Move it into place atomically, because other processes may compile it at the same time.
     part = target.with_name(f"{name}.{os.getpid()}")
     command = [*compiler, "-O2", "-shared", "-fPIC", str(source), "-o", str(part), *libraries]
     try:

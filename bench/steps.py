@@ -1,8 +1,8 @@
-"""Run steps one after the other, each in a process of its own with a limit of its own, so that none can spoil another.
+"""Run steps one after the other, each in its own process with its own time limit, so that failures stay isolated.
 
-A step is forked from a process that has imported everything and never touched the device, so that imports are paid once. It ends
-in one of the ways that a process ends: it returns, raises, is killed by a signal, or is killed at its limit. What it started ends
-with it. It reports through a pipe what it begins and what it found; the parent alone writes that down.
+A step is forked from a process that has imported everything and never touched the device, so that imports run only once. It ends
+when it returns, raises, is killed by a signal, or reaches its limit; then all processes that it started are killed too. It reports
+the parts that it begins and their results through a pipe; only the parent stores them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 DEVICE_LOST = 70
 # Option of prctl: orphans of a step become children of this process, which then finds them.
 PR_SET_CHILD_SUBREAPER = 36
-# Seconds after which the parent looks whether a step has ended or reached its limit.
+# Seconds between checks whether a step has ended or reached its limit.
 LOOK_AGAIN = 0.05
 
 Event = dict[str, Any]
@@ -34,12 +34,13 @@ Event = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A piece of work.
+    """Unit of work.
 
-    run: what the process does, given a channel to report to and the parts that are left. It has to report each part that it
-        begins. limit: seconds that it may have the device. parts: what it finds, by name; when the process dies, the part that was
-        begun has failed and the others run in another process. beside: it starts at once, beside other steps, and asks for the
-        device when it is ready, within `prepare` seconds. group: steps of a group have the device at the same time.
+    run: function (channel for reports, remaining parts) that the process executes. It must report each part that it begins.
+    limit: maximum seconds with the device.
+    parts: names of its results. If the process dies, the part in progress has failed, and the others run in another process.
+    beside: start immediately, concurrently with other steps, and request the device when ready, within `prepare` seconds.
+    group: steps of the same group share the device.
     """
 
     name: str
@@ -53,10 +54,10 @@ class Step:
 
 @dataclasses.dataclass
 class Outcome:
-    """How a process ended.
+    """Outcome of a process.
 
-    parts: of which it was asked. why: empty where nothing failed. started: seconds until its first statement ran. device: seconds
-    until the device answered, if it said so. seconds: from the start to the end.
+    parts: the requested parts. why: reason of the failure, or "". started: seconds until its first statement ran. device: seconds
+    until the device responded, if reported. seconds: total time.
     """
 
     step: str
@@ -68,7 +69,7 @@ class Outcome:
 
 
 class Channel:
-    """A step's way to its parent."""
+    """Channel from a step to its parent."""
 
     def __init__(self, reports: int, permission: int, has_device: bool) -> None:
         self._reports, self._permission, self._has_device = reports, permission, has_device
@@ -80,7 +81,7 @@ class Channel:
         self.send("begin", part=part)
 
     def wait_for_device(self) -> None:
-        """Return once no other step measures anything."""
+        """Block until no other step is measuring."""
         if not self._has_device:
             self.send("ready")
             os.read(self._permission, 1)
@@ -89,7 +90,7 @@ class Channel:
 
 @dataclasses.dataclass
 class _Process:
-    """A step that runs. deadline: the moment at which it is killed."""
+    """Running step. deadline: time at which it is killed."""
 
     step: Step
     pid: int
@@ -108,13 +109,13 @@ class _Process:
 
 
 class Runner:
-    """Runs steps.
+    """Runner of steps.
 
     Args:
-        on_event: gets each report of a step but for its beginning, and for a part that failed {"kind": "failed", "part", "why"}.
-        on_end: gets how each process ended.
-        log: gets what steps print.
-        at_once: how many steps of a group run at a time.
+        on_event: Receives each result that a step reports, and {"kind": "failed", "part", "why"} for each failed part.
+        on_end: Receives the outcome of each process.
+        log: File that receives the output of steps.
+        at_once: Maximum number of steps of a group that run at the same time.
     """
 
     def __init__(
@@ -131,7 +132,10 @@ class Runner:
         self._selector = selectors.DefaultSelector()
 
     def run(self, steps: Sequence[Step], until: float) -> list[Step]:
-        """Run steps in this order, those beside others when they are ready -> steps that `until` (a time.monotonic()) cut off."""
+        """Run steps in order; a `beside` step waits at its turn until it is ready.
+
+        Return the steps that did not finish by `until`, a `time.monotonic()` value.
+        """
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._waiting, self._strangers = list(steps), _children(os.getpid())
@@ -158,7 +162,7 @@ class Runner:
         return next((p for p in self._running if p.step is step), None)
 
     def _give_the_device(self) -> None:
-        """Start the next step, or all that fit of its group, or let one go on that is ready."""
+        """Start the next step, or as many of its group as fit, or let a ready `beside` step continue."""
         have = [p for p in self._running if p.has_device]
         for step in list(self._waiting):
             process = self._process_of(step)
@@ -166,7 +170,7 @@ class Runner:
             if have and not joins:
                 return
             if process is None and step.beside:
-                # It ended before its turn came.
+                # The step ended before its turn.
                 self._waiting.remove(step)
             elif process is None:
                 self._waiting.remove(step)
@@ -196,12 +200,12 @@ class Runner:
         return process
 
     def _listen(self) -> None:
-        """Hear what steps report within a moment, and see which ended."""
+        """Handle reports for up to LOOK_AGAIN seconds, then handle processes that have ended."""
         for key, _ in self._selector.select(LOOK_AGAIN):
             self._read(key.data)
         for process in list(self._running):
             if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                # Its children may hold its pipe open, and then the pipe never ends.
+                # Check the process, not the pipe: its children may hold the pipe open.
                 self._read(process)
                 self._end(process)
 
@@ -231,7 +235,7 @@ class Runner:
             self.on_event(process.step, event)
 
     def _end(self, process: _Process) -> None:
-        """Write down what a process that died has not found, and let another do the rest of its parts."""
+        """Report the failed parts of an ended process, and queue its remaining parts for another process."""
         step, status = process.step, self._forget(process)
         why = process.why or _reason(status)
         seconds = time.monotonic() - process.start
@@ -239,7 +243,7 @@ class Runner:
         if step in self._waiting:
             self._waiting.remove(step)
         left = [part for part in step.parts if part not in process.settled]
-        # Where no part was begun, all need what failed.
+        # If no part was in progress, the failure affects all parts.
         failed = [process.begun] if process.begun in left else left
         for part in failed:
             self.on_event(step, {"kind": "failed", "part": part, "why": why or "ended without a result"})
@@ -247,11 +251,11 @@ class Runner:
             self._waiting.insert(0, dataclasses.replace(step, parts=again, beside=False))
 
     def _forget(self, process: _Process) -> int:
-        """End a process and everything that it started -> its status, as `os.waitpid` gives it."""
+        """Kill a process and everything that it started, and return its status as from `os.waitpid`."""
         self._running.remove(process)
         self._selector.unregister(process.reports)
         family = _descendants(process.pid)
-        # Its group first, for what it starts meanwhile; it may have died before it had one.
+        # Kill its group first, to catch processes started meanwhile. It may have died before it created a group.
         with _already_gone():
             os.killpg(process.pid, signal.SIGKILL)
         for pid in (process.pid, *family):
@@ -264,7 +268,7 @@ class Runner:
         return status
 
     def _end_orphans(self) -> None:
-        """End orphans: children of this process that no step is, and that it did not have before."""
+        """Kill orphans: new children of this process that are not steps."""
         for pid in _children(os.getpid()) - self._strangers - {p.pid for p in self._running}:
             with _already_gone():
                 os.kill(pid, signal.SIGKILL)
@@ -272,7 +276,7 @@ class Runner:
 
 
 class _already_gone:
-    """Ignore that a process to kill is gone, or is no child of this one."""
+    """Ignore errors because a process to kill is gone or is not a child of this one."""
 
     def __enter__(self) -> None: ...
 
@@ -281,15 +285,15 @@ class _already_gone:
 
 
 def _become(step: Step, channel: Channel, log: Path, start: float) -> NoReturn:
-    """Do a step's work in the process that was forked for it, and end."""
+    """Run a step in the process forked for it, and exit."""
     status = 1
     try:
-        # A group of its own, so that it can be killed with what it starts.
+        # Its own process group, so that it can be killed with all processes that it starts.
         os.setsid()
         sys.stdout = sys.stderr = log.open("a", buffering=1)
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stdout.fileno(), 2)
-        # A crash leaves there where it happened.
+        # On a crash, write the traceback to the log.
         faulthandler.enable(sys.stdout)
         with open(os.devnull) as nothing:
             os.dup2(nothing.fileno(), 0)
@@ -305,7 +309,7 @@ def _become(step: Step, channel: Channel, log: Path, start: float) -> NoReturn:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        # Not the parent's exit handlers, nor a device's, which may hang.
+        # Skip exit handlers of the parent and of the device, which may hang.
         os._exit(status)
 
 
@@ -317,11 +321,11 @@ def _reason(status: int) -> str:
 
 
 def _children(pid: int) -> set[int]:
-    """Return the children of a process, on Linux; elsewhere none are known."""
+    """Return the children of a process on Linux, and none on other systems."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            # The name before may have anything in it.
+            # The process name before the last ")" may contain any characters.
             parent = stat.read_text().rpartition(")")[2].split()[1]
         except OSError:
             continue

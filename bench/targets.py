@@ -1,4 +1,4 @@
-"""Hold the rows of a device against the targets: for an H100 or H200, and for a CPU with AVX-512."""
+"""Compare the rows of a device with the targets for an H100 or H200, and for a CPU with AVX-512."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from mope.benchmark import show
 
 Row = dict[str, Any]
-# The ways of ours that a user can choose between; the fastest counts.
+# Our ways that a user can choose between; the fastest counts.
 CHOICES = ("ours", "ours graphed", "ours compiled+graphs", "ours without graphs")
-# How many cases of a target are named with both sides, the worst first.
+# Number of cases of a target that are listed with both sides, worst first.
 NAMED = 3
 
 
 class Quotient(float):
-    """A number, and what was divided by what."""
+    """Quotient that remembers what was divided by what."""
 
     def __new__(cls, value: float, over: str, under: str) -> Quotient:
         made = super().__new__(cls, value)
@@ -29,20 +29,20 @@ class Quotient(float):
 
 
 def quotient(value: float, over: Row, under: Row, unit: str = "ms") -> Quotient:
-    """Return a value that compares two rows, with the way and the number of each."""
+    """Return `value`, a comparison of two rows, labeled with the way and the number of each row."""
     scale = {"ms": 1.0, "memory": 2.0**-20}[unit]
     shown = "ms" if unit == "ms" else "MB"
     sides = (f"{row['way']} {show.digits(scale * row[unit], 3)} {shown}" for row in (over, under))
     return Quotient(value, *sides)
 
 
-# Of the rows of a device: a value for each case that has one.
+# Rows of a device -> a value for each case that has one.
 Measure = Callable[[Sequence[Row]], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Target:
-    """at_most: the values must not exceed the goal; else they must reach it. In every case."""
+    """Goal for a measure in every case: a maximum with `at_most`, otherwise a minimum."""
 
     what: str
     goal: float
@@ -60,7 +60,7 @@ class Target:
         return "; ".join([*named, f"and {len(found) - NAMED} more"] if len(found) > NAMED else named)
 
     def result(self, rows: Sequence[Row]) -> str:
-        """What was measured, and whether that is enough."""
+        """Return the range of measured values with whether they meet the goal."""
         found = self.measure(rows)
         if not found:
             return "not measured"
@@ -71,7 +71,7 @@ class Target:
 
 
 def of_cases(rows: Sequence[Row], op: str, cases: str) -> dict[str, dict[str, Row]]:
-    """The rows of an op (any, if empty) whose cases match, by op and case and then by way; those that were timed."""
+    """Return the timed rows of an op (any op if empty) whose cases match, by op and case and then by way."""
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
         if op in ("", row["op"]) and "ms" in row and re.fullmatch(cases, row["case"]):
@@ -80,9 +80,9 @@ def of_cases(rows: Sequence[Row], op: str, cases: str) -> dict[str, dict[str, Ro
 
 
 def faster_than(ways: str, op: str = "", cases: str = ".*") -> Measure:
-    """How many times as fast as the fastest of the opponents that match: the best of ours, if a model can be run in several ways.
+    """Measure the speedup of ours over the fastest matching opponent. If a model has several ways to run, our fastest counts.
 
-    Ways that a table chooses from are none of them: what counts is what it has chosen.
+    For ops whose tuning table chooses between ways, only the choice of the table counts.
     """
 
     def measure(rows: Sequence[Row]) -> dict[str, float]:
@@ -99,7 +99,7 @@ def faster_than(ways: str, op: str = "", cases: str = ".*") -> Measure:
 
 
 def memory_beside(way: str, op: str, cases: str) -> Measure:
-    """Peak memory as a multiple of that of `way`."""
+    """Measure our peak memory as a multiple of that of `way`."""
 
     def measure(rows: Sequence[Row]) -> dict[str, float]:
         found = of_cases(rows, op, cases)
@@ -113,7 +113,7 @@ def memory_beside(way: str, op: str, cases: str) -> Measure:
 
 
 def growth(op: str, few: str, many: str) -> Measure:
-    """The time of one case as a multiple of that of another."""
+    """Measure our time in the case `many` as a multiple of that in `few`."""
 
     def measure(rows: Sequence[Row]) -> dict[str, float]:
         ends = [list(of_cases(rows, op, re.escape(case)).values()) for case in (few, many)]
@@ -126,7 +126,7 @@ def growth(op: str, few: str, many: str) -> Measure:
 
 
 def apart(op: str, cases: str, way: str, dtype: str) -> Measure:
-    """How many times as fast as `way` in the case without `dtype` in its name. The two were not measured in turns."""
+    """Measure the speedup over `way` in the same case without `dtype` in its name. The two were not timed in alternation."""
 
     def measure(rows: Sequence[Row]) -> dict[str, float]:
         found = {}
@@ -141,7 +141,7 @@ def apart(op: str, cases: str, way: str, dtype: str) -> Measure:
 
 
 def first_step(rows: Sequence[Row]) -> dict[str, float]:
-    """Seconds of the first training step where nothing was compiled."""
+    """Return the seconds of the first training step with an empty Triton cache."""
     return {row["case"]: row["seconds"]["first"] for row in rows if row["op"] == "cold start"}
 
 
@@ -158,7 +158,7 @@ TARGETS = (
         for batch, goal in ((16, 5.0), (64, 3.3))
     ),
     Target(
-        "the same, beside the released way without waiting for the device, compiled, in CUDA graphs",
+        "the same, compared with the released way without waiting for the device, compiled, in CUDA graphs",
         1.35,
         faster_than(_COMPILED, "model", _MODEL.format("(16|64)", "inference")),
     ),
@@ -168,7 +168,7 @@ TARGETS = (
         faster_than("released", "model", _MODEL.format("(16|64)", "training")),
     ),
     Target(
-        "peak memory of a training step, beside that of the released way",
+        "peak memory of a training step, relative to the released way",
         0.5,
         memory_beside("released", "model", _MODEL.format("(16|64)", "training")),
         at_most=True,
@@ -189,17 +189,17 @@ TARGETS = (
         faster_than(_SDPA, "mope_attention", "(vit-l|bert-512)-b64 dense inference"),
     ),
     Target(
-        "router and mixture in front of a block: times as fast as the released chain of operations",
+        "router and mixture before a block: times as fast as the released chain of operations",
         15.0,
         faster_than("released", "prompted_norm", ".* inference"),
     ),
     Target(
-        "top-1 with a prebuilt bank: time with 64 experts beside that with 4",
+        "top-1 with a prebuilt bank: time with 64 experts relative to 4",
         1.05,
         growth("mope_attention", "vit-b-b64 top-1 inference", "vit-b-b64-k64 top-1 inference"),
         at_most=True,
     ),
-    Target("the first training step with an empty Triton cache, in seconds", 30.0, first_step, at_most=True),
+    Target("first training step with an empty Triton cache, in seconds", 30.0, first_step, at_most=True),
     Target("every listed shape: times as fast as the best opponent", 1.0, faster_than(".*")),
 )
 _MODEL_ON_CPU = r"swin-b\+bert-base-t32-b\d+ {}"
@@ -222,12 +222,12 @@ CPU_TARGETS = (
         faster_than("released", "model", _MODEL_ON_CPU.format("inference")),
     ),
     Target(
-        "the same, beside the released way compiled",
+        "the same, compared with the released way, compiled",
         1.9,
         faster_than("released compiled", "model", _MODEL_ON_CPU.format("inference")),
     ),
     Target(
-        "bfloat16: times as fast as the released way in bfloat16, under autocast or all of it",
+        "bfloat16: times as fast as the released way in bfloat16, with autocast or throughout",
         1.6,
         faster_than("released( half)?", "model", _MODEL_ON_CPU.format("bfloat16 inference")),
     ),
@@ -242,14 +242,14 @@ CPU_TARGETS = (
         faster_than("released", "model", _MODEL_ON_CPU.format("training")),
     ),
     Target(
-        "router and mixture in front of a block: times as fast as the released chain of operations",
+        "router and mixture before a block: times as fast as the released chain of operations",
         5.0,
         faster_than("released", "prompted_norm", ".* inference"),
     ),
     Target("adapter: times as fast as the released one", 2.0, faster_than("released", "expert_adapter", ".* inference")),
     *(
         Target(
-            f"peak memory of a {what}, float32, beside that of the released way",
+            f"peak memory of a {what}, float32, relative to the released way",
             0.6,
             memory_beside("released", "model", _MODEL_ON_CPU.format(kind)),
             at_most=True,
@@ -260,9 +260,9 @@ CPU_TARGETS = (
 
 
 def table(devices: dict[str, list[Row]], targets: Sequence[Target] = TARGETS, sides: bool = False) -> str:
-    """Return Markdown: a line for each target, a column for each device; "not measured" where there is none.
+    """Return a Markdown table with a line for each target and a column for each device (without devices, "not measured").
 
-    sides: name both sides of each quotient, in one more column for each device.
+    sides: list both sides of each quotient in an additional column for each device.
     """
     names = list(devices) or ["measured"]
     lines = [("target", "goal", *names, *("both sides" for _ in names if sides))]

@@ -1,4 +1,4 @@
-"""Residual add and LayerNorm beside one operation for each."""
+"""Compare `add_norm` with a separate addition and LayerNorm."""
 
 
 def test_add_norm(measured, case, way):

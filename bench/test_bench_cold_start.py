@@ -1,4 +1,4 @@
-"""What the first training step of a model takes where no kernel was compiled before."""
+"""Time the first training step of a model when no kernels are compiled yet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_cold_start(results, pytestconfig, tmp_path):
     found, shape = results("model"), SHAPES["tiny" if pytestconfig.getoption("--tiny") else DEVICE.type]
     key = {"op": "cold start", "case": f"{shape} training", "way": "ours"}
     if found.has(**key):
-        pytest.skip("stands in the results")
+        pytest.skip("already in the results")
     done = subprocess.run(
         [sys.executable, "-m", "bench.first_step", shape],
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},

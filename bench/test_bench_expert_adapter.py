@@ -1,4 +1,4 @@
-"""`expert_adapter` beside linear layers for each expert, whole adapters side by side, and all of it in two products."""
+"""Compare `expert_adapter` with a linear layer per expert, the composition of an adapter library, and two products by hand."""
 
 
 def test_expert_adapter(measured, case, way):

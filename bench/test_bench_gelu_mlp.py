@@ -1,4 +1,4 @@
-"""The MLP of a block beside two products and a GELU between them."""
+"""Compare `gelu_mlp` with two products and a GELU between them."""
 
 
 def test_gelu_mlp(measured, case, way):

@@ -1,4 +1,4 @@
-"""`importance_loss` of all routed blocks of a model in one launch, beside one block after the other."""
+"""Compare `importance_loss` of all routed blocks of a model in one launch with one call per block."""
 
 
 def test_importance_loss(measured, case, way):

@@ -1,4 +1,4 @@
-"""A prompted attention layer, projections included, beside the released way: prompts go through the layer with the tokens."""
+"""Compare a prompted attention layer, including projections, with the released way of passing prompts through it as tokens."""
 
 
 def test_layer(measured, case, way):

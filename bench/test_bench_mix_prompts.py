@@ -1,4 +1,4 @@
-"""`mix_prompts` beside einsum (or gather and sum) and embedding_bag."""
+"""Compare `mix_prompts` with einsum (or gather and sum) and embedding_bag."""
 
 
 def test_mix_prompts(measured, case, way):

@@ -1,4 +1,4 @@
-"""A whole fusion model, serving and one training step, beside the released way or with its prompts concatenated by hand."""
+"""Compare a whole fusion model, serving and training, with the released way or with prompts concatenated by hand."""
 
 
 def test_model(measured, case, way):

@@ -1,4 +1,4 @@
-"""`mope_attention` beside mixing, concatenation and attention: as released from the experts, the libraries from the same bank."""
+"""Compare `mope_attention` with mixing, concatenation and attention: as released from experts, in libraries from the same bank."""
 
 
 def test_mope_attention(measured, case, way):

@@ -1,4 +1,4 @@
-"""`prompt_attention` beside concatenation and an attention of one's own or of a library."""
+"""Compare `prompt_attention` with concatenation and hand-written or library attention."""
 
 
 def test_prompt_attention(measured, case, way):

@@ -1,4 +1,4 @@
-"""`prompted_norm`, router and mixture with what stands around them, beside the released chain of ops."""
+"""Compare `prompted_norm` (residual add, router, mixture and LayerNorm) with the released chain of ops."""
 
 
 def test_prompted_norm(measured, case, way):

@@ -1,4 +1,4 @@
-"""`route` and `importance_loss` together, beside the released code, which looks at the loss on the host, and the same without."""
+"""Compare `route` plus `importance_loss` with the released code, with and without its read of the loss on the host."""
 
 
 def test_route(measured, case, way):

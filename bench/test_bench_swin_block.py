@@ -1,4 +1,4 @@
-"""A routed block of a Swin Transformer beside the released way."""
+"""Compare a routed Swin Transformer block with the released way."""
 
 
 def test_swin_block(measured, case, way):

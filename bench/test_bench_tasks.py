@@ -1,4 +1,4 @@
-"""Many tasks in one batch, beside a model for each of them."""
+"""Compare many tasks in one batch with one model per task."""
 
 
 def test_tasks(measured, case, way):

@@ -1,4 +1,4 @@
-"""`window_prompt_attention` beside rolled, cut and concatenated windows in an attention of one's own or a library's."""
+"""Compare `window_prompt_attention` with rolled, partitioned and concatenated windows in hand-written or library attention."""
 
 
 def test_window_prompt_attention(measured, case, way):

@@ -1,8 +1,8 @@
-"""A routed block of a Swin Transformer as two timelines, the released way over ours, from traces of torch's profiler.
+"""Draw a routed Swin Transformer block as two timelines, the released way above ours, from traces of torch's profiler.
 
-`python -m bench.timeline --out FOLDER` traces one forward pass of each, after a few, and leaves timeline-<device>.json; `--tiny` a
-small block. On a GPU every kernel is a bar; on a CPU every operation that no other called, and the picture says so. `bench.report`
-draws it.
+`python -m bench.timeline --out FOLDER` traces one forward pass of each after a warm-up and writes timeline-<device>.json; `--tiny`
+uses a small block. On a GPU every kernel is a bar; on a CPU every top-level operation, as the plot states. `bench.report` draws
+the plot.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mope.benchmark.cases import Case
 SHAPES = {"cuda": "swin-b-stage3-shifted-b64", "cpu": "swin-b-stage3-shifted-b4"}
 WAYS = ("released", "ours")
 WARM_UP = 5
-# The first that matches a name says what it is.
+# Kinds of operations. The first pattern that matches a name determines its kind.
 KINDS = {
     "attention": r"window|attention|flash|fmha",
     "normalisation": r"norm",
@@ -35,7 +35,7 @@ KINDS = {
     "the rest": "",
 }
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-# To wait for the whole device is what this file and the profiler do, at the end.
+# cudaDeviceSynchronize does not count, because this file and the profiler call it at the end.
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 
 # Name, start and duration in microseconds.
@@ -43,13 +43,13 @@ Bar = tuple[str, float, float]
 
 
 def trace(once: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:
-    """The events of one call, after a few."""
+    """Return the events of one call after a warm-up."""
     for _ in range(WARM_UP):
         once()
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(device)
-    # The host's own operations are left out on a GPU: to record them makes it slower.
+    # On a GPU, host operations are not recorded, because recording slows down the host.
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         once()
         if on_gpu:
@@ -62,7 +62,7 @@ def trace(once: Callable[[], object], device: torch.device) -> list[dict[str, An
 
 
 def bars(events: list[dict[str, Any]]) -> list[Bar]:
-    """What ran, in order, from time 0: on the device where anything did, else operations that no other called."""
+    """Return the operations that ran on the device or, if there are none, top-level CPU operations, in order from time 0."""
     timed = sorted((e for e in events if e.get("ph") == "X"), key=lambda e: (e["ts"], -e["dur"]))
     found = [e for e in timed if e.get("cat") in ON_DEVICE]
     if not found:
@@ -76,12 +76,12 @@ def bars(events: list[dict[str, Any]]) -> list[Bar]:
 
 
 def waits(events: list[dict[str, Any]]) -> int:
-    """How often the host waited for the device."""
+    """Count how often the host waited for the device."""
     return sum(e.get("name") in WAITS for e in events)
 
 
 def short(name: str) -> str:
-    """A kernel's name without its templates, namespaces and return type."""
+    """Return a kernel's name without template arguments, namespaces and return type."""
     plain = re.sub(r"<.*", "", name.removeprefix("void "))
     return plain.split("::")[-1].split("(")[0].strip() or name
 
@@ -97,7 +97,7 @@ def summary(found: list[Bar], host_waits: int, unit: str) -> str:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """The picture of what `main` wrote."""
+    """Draw the record that `main` wrote."""
     from matplotlib.figure import Figure
 
     unit = "kernels" if record["header"]["type"] == "cuda" else "operations"
@@ -111,7 +111,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
             spans = [(start / 1e3, duration / 1e3) for label, start, duration in found if kind(label) == name]
             axes.broken_barh(spans, (0, 1), color=colour, label=name, edgecolor="white", linewidth=0.2)
         for label, start, duration in found:
-            # What has room for its name, cut to it.
+            # Label bars that are wide enough, truncating names to fit.
             if (letters := int(110 * duration / end)) >= 4:
                 axes.text((start + duration / 2) / 1e3, 0.5, label[:letters], ha="center", va="center", fontsize=6)
         axes.set_title(f"{way}: {summary(found, record[way]['waits'], unit)}", loc="left", fontsize=9)
@@ -127,7 +127,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the result")
-    parser.add_argument("--tiny", action="store_true", help="a small block, to see whether it works")
+    parser.add_argument("--tiny", action="store_true", help="use a small block, to check that it works")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = "tiny" if options.tiny else SHAPES[device.type]

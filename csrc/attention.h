@@ -1,7 +1,7 @@
-// Attention of one head over its prompts and the tokens that it may see. Included once for each target.
+// Attention of one head over its prompts and visible tokens. Included once per target.
 //
-// Queries are taken kQueries at a time, and scores are held keys by queries: a vector holds queries, so that the softmax needs no
-// sums across a vector, and keys need no padding. All keys of a head are scored before the softmax of a block.
+// Queries are processed in blocks of kQueries, and scores are stored keys by queries. A vector holds several queries, so the
+// softmax needs no sums across lanes and the keys need no padding. All keys of a head are scored before the softmax of a block.
 
 inline constexpr int64_t kQueries = 64;
 
@@ -25,7 +25,7 @@ class Scratch {
   float* next_;
 };
 
-// What the heads of one thread work in. Rows of D floats are padded with zeros to whole vectors.
+// Scratch memory for the heads of one thread. Rows of D floats are padded with zeros to whole vectors.
 struct Workspace {
   Workspace(const MopeAttention& op, bool backward)
       : width(vectors(op.D) * kLanes),
@@ -60,7 +60,7 @@ struct Workspace {
   }
 };
 
-// Copies rows of `columns` numbers, times `scale`, into rows of `width` floats.
+// Copies rows of `columns` elements, multiplied by `scale`, to rows of `width` floats.
 template <class T>
 inline void pack(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t width, float scale = 1.0f) {
   for (int64_t i = 0; i < rows; ++i, from += from_stride, to += width) {
@@ -69,14 +69,14 @@ inline void pack(const T* from, int64_t from_stride, int64_t rows, int64_t colum
   }
 }
 
-// The same of rows of a head from `first` on.
+// The same for the rows of a head from `first` on.
 inline void pack(
     const AnyInput<4>& from, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t columns, float* to, int64_t width,
     float scale = 1.0f) {
   from.visit([&](auto view) { pack(view.row(b, h, first), view.stride[2], rows, columns, to, width, scale); });
 }
 
-// Transposes up to kQueries packed rows; what is missing to whole vectors of rows is filled with zeros.
+// Transposes up to kQueries packed rows, zero-padded to a multiple of kLanes rows.
 inline void transpose_queries(float* rows, int64_t count, int64_t width, float* to) {
   std::fill(rows + count * width, rows + vectors(count) * kLanes * width, 0.0f);
   for (int64_t i = 0; i < count; i += kLanes)
@@ -97,7 +97,7 @@ inline void mix_bank(
   }
 }
 
-// The rows that a head attends: [static; instance; routed prompts; visible tokens]. Returns how many.
+// Gathers the rows that a head attends to: [static; instance; routed prompts; visible tokens]. Returns their number.
 inline int64_t gather_rows(
     const MopeAttention& op, int64_t b, int64_t h, const Selection& selection, const float* inverse_std, Input<4> fixed,
     Input<4> instance, Input<4> bank, Input<2> offset, const AnyInput<4>& tokens, float* to, int64_t width) {
@@ -118,7 +118,7 @@ inline int64_t gather(
       work.width);
 }
 
-// Scores of `count` queries from `first` on, `rows` of them: of prompts, then of tokens. The queries are packed and scaled.
+// Computes `rows` rows of scores, prompts before tokens, of `count` queries from `first` on. The queries are packed and scaled.
 inline void score(
     const MopeAttention& op, int64_t b, int64_t h, int64_t first, int64_t count, int64_t rows, const Workspace& work) {
   transpose_queries(work.queries, count, work.width, work.queries_by_width);
@@ -133,19 +133,19 @@ inline void score(
       for (int64_t i = 0; i < count; ++i) scores[i] += bias[i * of_query];
     }
   }
-  // Token t is seen by the queries from t on.
+  // Token t is visible to queries from t on.
   for (int64_t row = op.prompts() + first + 1; row < rows && op.is_causal; ++row)
     std::fill_n(
         work.scores + row * kQueries, std::min(count, row - op.prompts() - first), -std::numeric_limits<float>::infinity());
 }
 
-// Turns kN vectors of columns of scores into e^(score - highest), with the sum of each column. As a factor of pairs, those of two
-// keys go into one row, and behind the last of an odd number of keys comes 0.
+// Replaces kN vectors of score columns by e^(score - highest) and computes the sum of each column. As a factor of Pairs, two keys
+// share one row, and an odd number of keys is padded with 0.
 template <int kN, class Factors>
 inline void exponentials(float* scores, int64_t keys, const float* highest, float* sums) {
   Vec top[kN], sum[kN];
   MOPE_UNROLL for (int n = 0; n < kN; ++n) {
-    // Where every score is -inf, e^(-inf - 0) = 0 and not NaN.
+    // Use a finite maximum if every score is -inf, so that the exponentials are 0 and not NaN.
     top[n] = max(load(highest + n * kLanes), splat(std::numeric_limits<float>::lowest()));
     sum[n] = splat(0.0f);
   }
@@ -167,7 +167,7 @@ inline void exponentials(float* scores, int64_t keys, const float* highest, floa
   MOPE_UNROLL for (int n = 0; n < kN; ++n) store(sums + n * kLanes, sum[n]);
 }
 
-// The highest of each of kN vectors of columns.
+// Finds the maximum of each column in kN vectors of columns.
 template <int kN>
 inline void highest_scores(const float* scores, int64_t keys, float* highest) {
   Vec top[kN];
@@ -192,7 +192,7 @@ inline void attend(
     });
     product<false>(count, op.D, keys, {work.scores, 1, kQueries}, work.values, width, work.out, width);
     for (int64_t i = 0; i < count; ++i) {
-      // No visible key: output 0, and a log-sum-exp that makes every recomputed probability 0.
+      // Without a visible key, the output is 0 and lse = inf makes every recomputed probability 0.
       const bool nothing = sums[i] == 0.0f;
       const float factor = nothing ? 0.0f : 1.0f / sums[i];
       float& lse = result.lse[(b * op.H + h) * op.Lq + first + i];
@@ -202,19 +202,19 @@ inline void attend(
   }
 }
 
-// Which gradients a head has to find, and so how many of its keys have to be looked at.
+// The gradients that a head must compute, and hence the number of its keys that must be processed.
 struct Needed {
   int64_t grad_keys, grad_values;  // rows
   bool query;
 
-  // Rows of the gradient of the scores, and of the probabilities.
+  // Number of rows needed of the gradient of the scores, and of the scores.
   int64_t grad_scores(int64_t keys) const { return query ? keys : grad_keys; }
   int64_t scores(int64_t keys) const { return std::max(grad_scores(keys), grad_values); }
 };
 
-// Turns `rows` rows of scores into probabilities, and `grad_rows` rows of the probabilities' gradient into that of the scores.
-// `mean` is the expectation of that gradient, out * grad_out. With all keys at hand, sums and expectations are taken anew: the
-// log-sum-exp and the output are rounded, and their errors would be common to all keys of a query.
+// Replaces `rows` rows of scores by probabilities, and `grad_rows` rows of the gradient of the probabilities by that of the scores.
+// `mean` is the expectation of the gradient of the probabilities, sum(out * grad_out). If all keys are available, sums and
+// expectations are recomputed, because rounding errors of the log-sum-exp and the output would affect all keys of a query alike.
 template <int kN>
 inline void softmax_backward(
     float* scores, float* grad, int64_t keys, int64_t rows, int64_t grad_rows, const float* lse, const float* mean) {
@@ -244,7 +244,7 @@ inline void softmax_backward(
     }
 }
 
-// Leaves the gradients of the head's keys and values in the workspace, and writes that of its queries.
+// Computes the gradients of the head's keys and values in the workspace, and stores the gradient of its queries.
 inline void attend_backward(
     const MopeAttention& op, const MopeAttentionBackward& back, int64_t b, int64_t h, int64_t keys, const Needed& needed,
     Workspace& work) {
@@ -272,7 +272,7 @@ inline void attend_backward(
     }
     in_blocks<4>(vectors(count), [&](auto block, int64_t n) {
       const int64_t at = n * kLanes;
-      // No scale here: the packed queries have it, and the gradient of the queries gets it at the end.
+      // No scale here: the packed queries include it, and the gradient of the queries is scaled at the end.
       softmax_backward<block()>(work.scores + at, work.grad_scores + at, keys, rows, grad_rows, lse + at, mean + at);
     });
 

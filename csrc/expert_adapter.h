@@ -1,13 +1,13 @@
-// The adapter whose up-projections are routed for each row, and its backward. Included once for each target.
+// The adapter with up-projections that are routed per row, and its backward. Included once per target.
 //
-// A row goes through a product with the down-projection, and one with the router, becomes [w_1 h ... w_E h | w_1 ... w_E], and goes
-// through one with the up-projections above their biases. The same matrices, the other way round, take its gradient back.
+// Each row is multiplied by the down-projection and by the router, which gives the mixed row [w_1 h ... w_E h | w_1 ... w_E]. The
+// mixed row is multiplied by the up-projections stacked on their biases. The backward pass uses the transposed matrices.
 
-// Rows that a thread takes at a time, and at least so many for which it adds up gradients of the parameters: the order of the sums
-// depends on their number, not on that of the threads.
+// Rows per block, minimum rows per chunk, and maximum number of chunks. Parameter gradients are summed per chunk, so the order of
+// summation depends on the number of rows, not on the number of threads.
 inline constexpr int64_t kAdapterRows = 48, kAdapterChunk = 4 * kAdapterRows, kAdapterChunks = 64;
 
-// Widths of a row before the mixture, [down | logits], and after it, and the same in whole vectors.
+// Widths of a row before the mixture, [down | logits], and after it, exact and rounded up to whole vectors.
 struct AdapterSizes {
   explicit AdapterSizes(const ExpertAdapter& op)
       : in(op.r + (op.router_weight ? op.E : 0)),
@@ -19,8 +19,8 @@ struct AdapterSizes {
   int64_t in, hidden, out, in_padded, out_padded, d_padded;
 };
 
-// The down-projection (d, r) and [up-projections; biases] (out, d) as right factors forwards; back [down-projection; router] (in, d) and
-// the up-projections (d, hidden).
+// These functions pack the right factors of the products: the down-projection (d, r) and [up-projections; biases] (out, d) for the
+// forward pass, [down-projection; router] (in, d) and the up-projections (d, hidden) for the backward pass.
 inline void pack_down(const ExpertAdapter& op, const AdapterSizes& size, float* down) {
   for (int64_t c = 0; c < op.d; ++c, down += size.in_padded) {
     for (int64_t k = 0; k < op.r; ++k) down[k] = op.down_weight[k * op.d + c];
@@ -69,7 +69,7 @@ inline void dot_tile(int64_t n, Input<2> a, Input<2> b, float* to, int64_t to_st
     }
 }
 
-// to[i][j] = sum of a[i] b[j], of rows of n numbers: for the few columns that a product would round up to whole vectors.
+// to[i][j] = dot product of rows a[i] and b[j] of n elements. For few columns, which `product` would round up to whole vectors.
 inline void dots(int64_t rows, int64_t columns, int64_t n, Input<2> a, Input<2> b, float* to, int64_t to_stride) {
   in_blocks<kVecs>(columns, [&](auto j_count, int64_t j) {
     in_blocks<4>(rows, [&](auto i_count, int64_t i) {
@@ -89,7 +89,7 @@ inline float activation_gradient(const ExpertAdapter& op, float x) {
   return 0.5f * (1.0f + std::erf(x * 0.70710678f)) + x * 0.39894228f * std::exp(-0.5f * x * x);
 }
 
-// From what the first product gave for a row, [down | logits], to [down | weights] in its place, biases added.
+// Turns a row of the first product, [down | logits], into [down | weights] in place, and adds the biases.
 inline void route_row(const ExpertAdapter& op, float* row) {
   for (int64_t k = 0; k < op.r; ++k) row[k] += op.down_bias[k];
   if (!op.router_weight) return;
@@ -103,7 +103,7 @@ inline void route_row(const ExpertAdapter& op, float* row) {
   for (int64_t e = 0; e < op.E; ++e) weights[e] /= sum;
 }
 
-// From [down | weights] to [w_1 h ... w_E h | w_1 ... w_E].
+// Turns [down | weights] into [w_1 h ... w_E h | w_1 ... w_E].
 inline void mix_row(const ExpertAdapter& op, const float* row, float* mixed) {
   for (int64_t k = 0; k < op.r; ++k) mixed[k] = activation(op, row[k]);
   if (!op.router_weight) {
@@ -116,7 +116,7 @@ inline void mix_row(const ExpertAdapter& op, const float* row, float* mixed) {
   std::copy_n(weights, op.E, mixed + op.E * op.r);
 }
 
-// `count` rows of d numbers from `first` on, as floats in whole vectors: where they lie, or in `scratch`.
+// Returns `count` rows of d elements from `first` on as floats in whole vectors, in place if possible, else copied to `scratch`.
 inline Input<2> block_of(
     const ExpertAdapter& op, const AdapterSizes& size, const AnyInput<2>& from, int64_t first, int64_t count, float* scratch) {
   if (!from.is_bfloat16 && op.d == size.d_padded) return {from.as<float>().row(first), {from.stride[0]}};
@@ -124,14 +124,14 @@ inline Input<2> block_of(
   return {scratch, {size.d_padded}};
 }
 
-// How many steps of a product a depth takes.
+// Number of product steps for a depth.
 template <class Factors>
 inline int64_t steps(int64_t depth) {
   return (depth + Factors::kDepth - 1) / Factors::kDepth;
 }
 
-// Floats as factors: `count` rows of n numbers of a left one, where they lie or in `scratch`; and, in their place, rows of either that
-// are multiplied row by row.
+// Conversion to factors. `left_factor` makes a left factor of `count` rows of n floats, in place or in `scratch`. `factor_in_place`
+// converts rows in place if the product sums over rows.
 inline Left left_factor(Floats, Input<2> rows, int64_t, int64_t, float*) { return {rows.data, rows.stride[0], 1}; }
 inline void factor_in_place(Floats, float*, int64_t, int64_t) {}
 #if MOPE_PAIRS
@@ -153,7 +153,7 @@ inline void factor_in_place(Pairs, float* rows, int64_t count, int64_t width) {
 }
 #endif
 
-// What is before the mixture, for `count` rows x: `inner` gets [down | weights], `mixed` what mix_row gives.
+// Computes `inner`, [down | weights], and `mixed`, the result of mix_row, for `count` rows x.
 template <class Factors>
 inline void mix_rows(
     const ExpertAdapter& op, const AdapterSizes& size, const float* down, Input<2> x, int64_t count, float* left, float* inner,
@@ -168,7 +168,7 @@ inline void mix_rows(
   }
 }
 
-// The product is summed by itself: it may be small beside the residual.
+// Sums the product separately before adding the residual, because the product may be much smaller.
 template <class Factors, int kM, int kN, class T>
 inline void residual_tile(int64_t depth, Left a, const float* b, int64_t b_stride, Input<2> residual, View<T, 2> to) {
   Vec sum[kM][kN];
@@ -186,7 +186,7 @@ inline void residual_tile(int64_t depth, Left a, const float* b, int64_t b_strid
     MOPE_UNROLL for (int n = 0; n < kN; ++n) store(to.row(m) + n * kLanes, load(residual.row(m) + n * kLanes) + sum[m][n]);
 }
 
-// to = residual + left right, for `count` rows of whole vectors.
+// to = residual + left * right, for `count` rows of whole vectors.
 template <class Factors, class T>
 inline void add_product(
     const AdapterSizes& size, int64_t count, int64_t depth, Left left, const float* right, Input<2> residual, View<T, 2> to) {
@@ -201,7 +201,7 @@ inline void add_product(
   });
 }
 
-// The same from row `first` of `to` on. Rows that are no whole vectors are made in `scratch`.
+// The same, written to `to` from row `first` on. Rows that are not whole vectors are computed in `scratch`.
 template <class Factors>
 inline void add_product(
     const ExpertAdapter& op, const AdapterSizes& size, int64_t first, int64_t count, int64_t depth, Left left, const float* right,
@@ -252,7 +252,7 @@ inline void expert_adapter(const ExpertAdapter& op, AnyOutput<2> out, float* wei
   adapt<Floats>(op, out, weights);
 }
 
-// The gradients of [down | logits] in a row, from that of the mixed row and of the weights.
+// Computes the gradient of a row [down | logits] from the gradients of the mixed row and of the weights.
 inline void mix_row_backward(
     const ExpertAdapter& op, const float* row, const float* grad_mixed, const float* grad_weights, float* grad) {
   if (!op.router_weight) {
@@ -279,7 +279,7 @@ inline void mix_row_backward(
 template <class Factors>
 inline void adapt_backward(const ExpertAdapter& op, const ExpertAdapterBackward& back) {
   const AdapterSizes size(op);
-  // Which rows of the second matrix, and of the first, get a gradient: (out, d) and (in, d).
+  // Rows with a gradient in the second matrix (out, d) and in the first (in, d).
   const int64_t up_begin = back.up_weight ? 0 : size.hidden, up_end = back.up_bias ? size.out : size.hidden;
   const int64_t in_begin = back.down_weight ? 0 : op.r, in_end = back.router_weight ? size.in : op.r;
   const bool need_inner = back.x || in_begin < in_end || back.down_bias || back.router_bias;
@@ -299,7 +299,7 @@ inline void adapt_backward(const ExpertAdapter& op, const ExpertAdapterBackward&
   const int64_t blocks = (op.T + kAdapterRows - 1) / kAdapterRows;
   const int64_t blocks_of_chunk = std::max(kAdapterChunk / kAdapterRows, (blocks + kAdapterChunks - 1) / kAdapterChunks);
   const int64_t chunks = (blocks + blocks_of_chunk - 1) / blocks_of_chunk;
-  // Of each chunk: the gradients of the second matrix, of the first, and of the biases of the first.
+  // Each chunk stores gradients of the second matrix, of the first matrix, and of the first one's biases.
   const int64_t up_size = up_begin < up_end ? size.out * size.d_padded : 0;
   const int64_t in_size = in_begin < in_end ? size.in * size.d_padded : 0, part_size = up_size + in_size + size.in;
   std::vector<float> parts(chunks * part_size);
@@ -338,7 +338,7 @@ inline void adapt_backward(const ExpertAdapter& op, const ExpertAdapterBackward&
         const Left factor = left_factor(Factors(), {grad_inner, {size.in_padded}}, count, size.in, left);
         add_product<Factors>(op, size, first, count, size.in, factor, to_x.data(), grad_out, rows, back.x);
       }
-      // Pairs take the place of the rows, of which nobody needs the floats any more: those of bfloat16s are copies.
+      // Pairs overwrite the float rows, which are no longer needed: with bfloat16 they are copies.
       if (in_begin < in_end) {
         factor_in_place(Factors(), grad_inner, count, size.in_padded);
         factor_in_place(Factors(), rows_of_x, count, size.d_padded);
@@ -356,7 +356,7 @@ inline void adapt_backward(const ExpertAdapter& op, const ExpertAdapterBackward&
     }
   });
 
-  // Sums a row of the parts, at `place`, over the chunks, in order.
+  // Sums the row at `place` in the parts over the chunks, in order.
   const auto sum_row = [&](int64_t place, int64_t n, float* to) {
     std::fill_n(to, n, 0.0f);
     for (int64_t c = 0; c < chunks; ++c) add_scaled(to, 1.0f, parts.data() + c * part_size + place, n);

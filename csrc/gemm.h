@@ -1,16 +1,15 @@
-// Small matrix products on packed scratch, the only heavy arithmetic here. Included once for each target.
+// Small matrix products on packed scratch memory, the only heavy arithmetic in this library. Included once per target.
 
-// Rows x vectors of accumulators that fit into the registers beside a row of B and a broadcast: 32 registers or 16.
+// Rows x vectors of accumulators that fit in 32 or 16 registers, together with a row of B and a broadcast.
 inline constexpr int kRows = 6, kVecs = MOPE_VECS;
 
-// The left factor of C[m][n] = sum_k A(m, k) B[k][n]; it is read float by float, so that either index may be the contiguous one.
+// The left factor of C[m][n] = sum_k A(m, k) B[k][n]. It is read one float at a time, so either index may be the contiguous one.
 struct Left {
   const float* data;
   int64_t row, depth;  // the strides of m and of k
 };
 
-// What a product's factors hold, and how they are multiplied. Others may hold in the place of a float what counts as kDepth of
-// them.
+// Element type of a product's factors and their multiplication. Other types may store kDepth elements in the place of one float.
 struct Floats {
   static constexpr int64_t kDepth = 1;
   static float left(const float* p) { return *p; }
@@ -34,7 +33,7 @@ inline void product_tile(
       MOPE_UNROLL for (int n = 0; n < kN; ++n) sum[m][n] = Factors::multiply_add(left, right[n], sum[m][n]);
     }
   }
-  // C is read here and not at first: from sums that were loaded, GCC makes a loop of half the speed for 16 registers.
+  // Read C here rather than before the loop: with initially loaded sums, GCC's loop for 16 registers is half as fast.
   MOPE_UNROLL for (int m = 0; m < kM; ++m)
     MOPE_UNROLL for (int n = 0; n < kN; ++n) {
       float* to = c + m * c_stride + n * kLanes;
@@ -42,16 +41,16 @@ inline void product_tile(
     }
 }
 
-// C (+)= A B for `rows` rows and whole vectors of columns: B and C are readable and writable up to a multiple of kLanes.
+// C (+)= A B for `rows` rows. Columns are rounded up to whole vectors, so B and C must be accessible up to a multiple of kLanes.
 template <bool kAdd, class Factors = Floats>
 inline void product(
     int64_t rows, int64_t columns, int64_t depth, Left a, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
-  // So many rows of B stay in the first-level cache while the rows of A pass.
+  // This many rows of B stay in the L1 cache while all rows of A are processed.
   constexpr int64_t kDepth = 128;
   for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {
     const int64_t part = depth - k < kDepth ? depth - k : kDepth;
     in_blocks<kVecs>(vectors(columns), [&](auto n_count, int64_t n) {
-      // Tiles of few columns have more rows: registers enough for all sums that are on their way.
+      // Narrow tiles have more rows, because registers suffice and more independent sums hide the latency.
       in_blocks<n_count() <= kVecs / 2 ? 2 * kRows : kRows>(rows, [&](auto m_count, int64_t m) {
         const Left left{a.data + m * a.row + k * a.depth, a.row, a.depth};
         const float* right = b + k * b_stride + n * kLanes;

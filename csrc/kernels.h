@@ -1,5 +1,6 @@
-// Everything that is compiled once for each target: MOPE_TARGET its name, MOPE_LANES floats in a vector, MOPE_VECS vectors in a row
-// of a matrix product's accumulators, MOPE_PAIRS if it multiplies pairs of bfloat16s. No include guard, on purpose; the order of the includes matters.
+// Everything that is compiled once per target. MOPE_TARGET is the name of the target, MOPE_LANES the number of floats in a vector,
+// MOPE_VECS the number of vectors in a row of a matrix product's accumulators; MOPE_PAIRS is set if the target multiplies pairs of
+// bfloat16s. There is intentionally no include guard. The order of the includes matters.
 
 namespace mope::MOPE_TARGET {
 namespace {

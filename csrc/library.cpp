@@ -1,4 +1,5 @@
-// The ops of the namespace mope_cpu: from tensors to kernels. Schemas, fakes and conventions stand in mope_kernels/_ops.py.
+// Ops of the namespace mope_cpu, which pass tensors to the kernels. mope_kernels/_ops.py describes the conventions; the schemas and
+// fakes are in mope_kernels/<op>_details/spec.py.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -110,7 +111,7 @@ Tensor importance_loss_backward(Tensor grad_loss, Tensor load, double threshold)
   return grad_load;
 }
 
-// The arguments that both directions have; a macro because TORCH_BOX wants every one of them as a parameter.
+// The arguments of both forward and backward. This is a macro because TORCH_BOX needs each of them as a parameter.
 #define MOPE_ATTENTION_PARAMETERS                                                                                           \
   Tensor query, Tensor key, Tensor value, Tensor logits, Optional noise, Tensor bank_key, Tensor bank_value, Optional gram, \
     Optional key_offset, Optional value_offset, Optional static_key, Optional static_value, Optional instance_key,          \
@@ -180,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mope_attention(MOPE_ATTENTION
   return {out, lse, probs, weights, indices};
 }
 
-// In the order of MOPE_ATTENTION_GRADIENTS.
+// In the order of GRADIENTS in mope_attention_details/spec.py.
 using Gradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -194,7 +195,7 @@ Gradients mope_attention_backward(
   back.grad_out = arguments.any_rows<4>("grad_out", grad_out, {B, H, op.Lq, D});
   back.out = arguments.any_rows<4>("out", out, {B, H, op.Lq, D});
   back.grad_probs = arguments.rows<2>("grad_probs", grad_probs, {B, K});
-  // Dense weights are the probabilities, and their gradient comes as that of those.
+  // Dense weights are the probabilities, and their gradient is part of grad_probs.
   if (!op.dense) back.grad_weights = arguments.rows<2>("grad_weights", grad_weights, {B, top_k});
   back.lse = arguments.dense<float>("lse", lse, {B, H, op.Lq});
   back.probs = arguments.dense<float>("probs", probs, {B, K});
@@ -205,7 +206,7 @@ Gradients mope_attention_backward(
   const auto needed = [&](bool given) {
     const bool asked = needs >> bit++ & 1;
     STD_TORCH_CHECK(
-        given || !asked, "mope_attention_backward: the gradient of a tensor that was not given is asked for, bit ", bit - 1);
+        given || !asked, "mope_attention_backward: bit ", bit - 1, " of needs requests the gradient of a tensor that is not given");
     return asked;
   };
   const auto tokens = [&](AnyOutput<4>& to, const Tensor& like, int64_t length) {
@@ -218,14 +219,14 @@ Gradients mope_attention_backward(
   const auto dense = [&](float*& to, const Optional& like, auto... sizes) {
     return needed(like.has_value()) ? results.like(*like, to, sizes...) : empty_like(query, 0);
   };
-  // In float32 whatever the dtype of the logits, because the gradient of the noise is made of it.
+  // Always float32, regardless of the dtype of the logits, because the gradient of the noise is derived from it.
   const auto of_logits = [&] {
     if (!needed(true)) return empty_like(query, 0);
     Tensor grad = empty(B, K);
     back.logits = grad.mutable_data_ptr<float>();
     return grad;
   };
-  // Braces: evaluated from left to right.
+  // Braced initialisers are evaluated from left to right.
   Gradients gradients{
       tokens(back.query, query, op.Lq),
       tokens(back.key, key, op.Lk),
@@ -246,14 +247,14 @@ Gradients mope_attention_backward(
   return gradients;
 }
 
-// The arguments that both directions have.
+// The arguments of both forward and backward.
 #define PROMPT_ATTENTION_PARAMETERS                                                                                     \
   Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor prompt_value, Optional lengths, Optional attn_bias, \
     [[maybe_unused]] Optional seed, bool is_causal, double scale, double dropout_p
 #define PROMPT_ATTENTION_ARGUMENTS \
   query, key, value, prompt_key, prompt_value, lengths, attn_bias, seed, is_causal, scale, dropout_p
 
-// Without experts. Prompts that all items share are static, those of each item instance prompts.
+// The problem without experts. Prompts shared by all items are passed as static prompts, others as instance prompts.
 MopeAttention prompt_attention_problem(Arguments& arguments, PROMPT_ATTENTION_PARAMETERS) {
   STD_TORCH_CHECK(
       query.dim() == 4 && key.dim() == 4 && prompt_key.dim() == 4 && prompt_value.dim() == 4,
@@ -292,7 +293,7 @@ std::tuple<Tensor, Tensor> prompt_attention(PROMPT_ATTENTION_PARAMETERS) {
   return {out, lse};
 }
 
-// In the order of PROMPT_ATTENTION_GRADIENTS.
+// In the order of GRADIENTS in prompt_attention_details/spec.py.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_attention_backward(
     Tensor grad_out, Tensor out, Tensor lse, PROMPT_ATTENTION_PARAMETERS, int64_t needs) {
   Arguments arguments("prompt_attention_backward");
@@ -322,7 +323,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_attention_backward(
   return {query_grad, key_grad, value_grad, prompt_key_grad, prompt_value_grad};
 }
 
-// The arguments that both directions have.
+// The arguments of both forward and backward.
 #define WINDOW_ATTENTION_PARAMETERS                                                                                        \
   Tensor qkv, Tensor position_bias, int64_t num_prompts, int64_t num_heads, int64_t resolution, int64_t window_size,       \
     int64_t shift, bool owner_is_instance
@@ -336,7 +337,7 @@ WindowAttention window_attention_problem(Arguments& arguments, WINDOW_ATTENTION_
       to_string(qkv.sizes()));
   STD_TORCH_CHECK(
       window_size > 0 && resolution % window_size == 0 && 0 <= shift && shift < window_size && num_prompts >= 0,
-      "window_prompt_attention: window_size must divide resolution and be more than shift, got ", window_size, ", ", resolution,
+      "window_prompt_attention: window_size must divide resolution and exceed shift, got ", window_size, ", ", resolution,
       " and ", shift);
   const int64_t B = qkv.size(0), width = qkv.size(2), tokens = window_size * window_size;
   WindowAttention op{};
@@ -420,7 +421,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_adapte
   const auto gradient = [&](float*& data, const Optional& like, auto... sizes) {
     return needs >> bit++ & 1 ? results.like(like.value(), data, sizes...) : empty_like(grad_out, 0);
   };
-  // In the order of EXPERT_ADAPTER_GRADIENTS.
+  // In the order of GRADIENTS in expert_adapter_details/spec.py.
   Tensor grad_down_weight = gradient(back.down_weight, down_weight, op.r, op.d);
   Tensor grad_down_bias = gradient(back.down_bias, down_bias, op.r);
   Tensor grad_up_weight = gradient(back.up_weight, up_weight, op.E, op.d, op.r);
@@ -432,7 +433,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_adapte
   return {grad_x, grad_down_weight, grad_down_bias, grad_up_weight, grad_up_bias, grad_router_weight, grad_router_bias};
 }
 
-// What rows may be of.
+// The dtype of output rows, checked.
 int32_t row_dtype(const char* op, ScalarType dtype) {
   STD_TORCH_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, ": the dtype of rows must be float32 or bfloat16, got ",
@@ -443,7 +444,7 @@ int32_t promoted_dtype(const Tensor& x, const Optional& update) {
   return dtype_of(update && !is_bfloat16(*update) ? *update : x);
 }
 
-// The axes in front of the last one as one.
+// Views of tensors as rows, with all axes before the last one merged.
 struct FlatRows {
   explicit FlatRows(const Tensor& x) : sizes(x.sizes().begin(), x.sizes().end()), C(sizes.empty() ? 0 : sizes.back()) {
     STD_TORCH_CHECK(!sizes.empty(), "add_norm: x must have a last axis C, got a scalar");
@@ -482,7 +483,7 @@ std::tuple<Tensor, Tensor> add_norm(
   return {total, normed};
 }
 
-// In the order of ADD_NORM_GRADIENTS.
+// In the order of GRADIENTS in add_norm_details/spec.py.
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(
     Optional grad_total, Optional grad_normed, Tensor total, Optional weight, double eps, ScalarType x_dtype,
     ScalarType update_dtype, int64_t needs) {
@@ -503,7 +504,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(
   return {grad_x, grad_update, grad_weight, grad_bias};
 }
 
-// What both directions of `prompted_norm` are told about the LayerNorm, the experts and the router.
+// Sets the parameters of LayerNorm, experts and router, in forward and backward of `prompted_norm`.
 void set_parameters(
     Arguments& arguments, PromptedNorm& op, const Optional& weight, const Optional& experts, const Optional& self_weight,
     const Optional& self_bias, const Optional& self_keys, double temperature, bool renormalize, double eps) {
@@ -599,7 +600,7 @@ PromptedNormGradients prompted_norm_backward(
   op.S = num_static, op.M = num_mapped;
   set_parameters(arguments, op, weight, experts, self_weight, self_bias, self_keys, temperature, renormalize, eps);
   const int64_t B = op.B, C = op.C, K = op.K, rows = op.prompts() + num_rows - num_replaced;
-  // Without weights of their own the experts have the probabilities.
+  // Without weights, the routing is dense: the weights are the probabilities.
   op.dense = weights.size(1) == 0, op.k = indices.size(1);
 
   PromptedNormBackward back{};
@@ -614,7 +615,7 @@ PromptedNormGradients prompted_norm_backward(
   back.grad_probs = arguments.rows<2>("grad_probs", grad_probs, {B, probs.size(1)});
   back.grad_weights = arguments.rows<2>("grad_weights", grad_weights, {B, weights.size(1)});
 
-  // Bits in the order of PROMPTED_NORM_GRADIENTS.
+  // Bits in the order of GRADIENTS in prompted_norm_details/spec.py.
   constexpr int64_t kRows = 0b11, kCross = 1 << 7, kRouter = 0b111 << 8;
   back.needs_router = routed && (needs & kCross || (self_keys && needs & (kRows | kRouter)));
   if (needs & kRouter) back.pooled = arguments.dense<float>("pooled", pooled, {B, C});
@@ -641,7 +642,7 @@ PromptedNormGradients prompted_norm_backward(
   const auto like = [&](const Optional& given, float*& to, auto... sizes) {
     return needs >> bit++ & 1 ? results.like(*given, to, sizes...) : empty(0);
   };
-  // Braces: evaluated from left to right.
+  // Braced initialisers are evaluated from left to right.
   PromptedNormGradients gradients{
       of_rows(back.x, x_dtype),
       of_rows(back.update, update_dtype),
@@ -690,7 +691,7 @@ STABLE_TORCH_LIBRARY_IMPL(mope_cpu, CPU, m) {
   m.impl("window_prompt_attention_backward", TORCH_BOX(&mope::window_attention_backward));
 }
 
-// The instruction set whose kernels run here; for a report, through ctypes.
+// Returns the name of the instruction set in use. Called through ctypes for reports.
 #if defined(_WIN32)
 #define MOPE_EXPORT __declspec(dllexport)
 #else

@@ -1,10 +1,10 @@
-// The weighted sum of selected experts, and its backward. Included once for each target.
+// The weighted sum of selected experts, and its backward. Included once per target.
 
-// Columns that a thread works on at a time: an output and the experts' parts stay in the first-level cache. In the gradient of the
-// experts each thread has columns of its own, so that items are added up in the same order whatever the number of threads.
+// Number of columns that a thread processes at a time: an output and the experts' parts then stay in the L1 cache. In the gradient
+// of the experts, each thread has its own columns, so the order of summation over items does not depend on the number of threads.
 inline constexpr int64_t kColumns = 256;
 
-// Calls f(first, columns) for blocks of an expert's columns, side by side.
+// Calls f(first, columns) in parallel for blocks of an expert's columns.
 template <class F>
 inline void over_columns(int64_t width, const F& f) {
   parallel_for(0, (width + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
@@ -13,7 +13,7 @@ inline void over_columns(int64_t width, const F& f) {
   });
 }
 
-// Where every expert counts, mixing is a matrix product with these weights (B,K); nothing where it is not, or would need padding.
+// If every expert is selected, mixing is a matrix product with these weights (B,K). Empty otherwise, or if padding would be needed.
 inline std::vector<float> dense_weights(const MixPrompts& op) {
   if (op.k != op.K || op.width % kLanes) return {};
   std::vector<float> dense(op.B * op.K);
@@ -53,14 +53,14 @@ inline void add_dots(
     MOPE_UNROLL for (int n = 0; n < kN; ++n) to[m * to_stride + n] += sum_lanes(sum[m][n]);
 }
 
-// The gradient of the weights (B,k): how much of each selected expert is in the gradient of an item.
+// The gradient of the weights (B,k): the dot product of each selected expert with the gradient of the item.
 inline void mix_weights_backward(const MixPrompts& op, Input<2> grad_out, float* grad_weights) {
-  // Where every expert counts all are taken, in their order: several items and experts at a time read less of either.
+  // If every expert is selected, process all in order, several items and experts at a time, which reads less memory.
   const bool dense = op.k == op.K && op.width % kLanes == 0;
   parallel_for(0, op.B, 4, [&](int64_t begin, int64_t end) {
     std::vector<float> of_experts(dense ? (end - begin) * op.K : 0);
     std::fill(grad_weights + begin * op.k, grad_weights + end * op.k, 0.0f);
-    // Between the sums of lanes there are more columns where a few rows only have to stay in the cache.
+    // Use more columns per lane reduction if only a few rows have to stay in the cache.
     const int64_t block = dense ? 4 * kColumns : kColumns;
     for (int64_t first = 0; first < op.width; first += block) {
       const int64_t columns = std::min(block, op.width - first);

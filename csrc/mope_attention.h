@@ -1,4 +1,4 @@
-// The one-pass op: router, routed prompts, attention; and its backward. Included once for each target.
+// The fused op (router, routed prompts and attention) and its backward. Included once per target.
 
 inline Selection selection_of(
     const MopeAttention& op, const float* probs, const float* weights, const int64_t* indices, int64_t b) {
@@ -26,8 +26,8 @@ inline void mope_attention(const MopeAttention& op, const MopeAttentionForward& 
   });
 }
 
-// Backward. Each head leaves its part of a shared gradient in a place of its own, and the parts are then summed in a fixed order:
-// the result does not depend on the number of threads.
+// Backward pass. Each head stores its part of a shared gradient separately, and the parts are then summed in a fixed order, so the
+// result does not depend on the number of threads.
 class MopeAttentionGradients {
  public:
   MopeAttentionGradients(const MopeAttention& op, const MopeAttentionBackward& back)
@@ -96,7 +96,7 @@ class MopeAttentionGradients {
       }
   }
 
-  // The gradients of a head's tokens; those of hidden tokens are 0.
+  // Stores the gradients of a head's tokens; those of hidden tokens are 0.
   void tokens(const AnyOutput<4>& to, int64_t b, int64_t h, int64_t visible, const float* from, int64_t width) const {
     to.visit([&](auto view) {
       for (int64_t l = 0; l < visible; ++l) convert(from + (op_.prompts() + l) * width, op_.D, view.row(b, h, l));
@@ -111,7 +111,7 @@ class MopeAttentionGradients {
       for (int64_t m = 0; m < op_.M; ++m) std::copy_n(from + (op_.S + m) * width, op_.D, instance + (at * op_.M + m) * op_.D);
   }
 
-  // The gradients of the mixture's weights and variances, from <bank, gradient of the routed prompts>; and of the logits.
+  // Computes the gradients of an item's weights and variances from <bank, gradient of the routed prompts>, then that of its logits.
   void item(int64_t b) {
     const Selection selected = selection(b);
     std::vector<float> products(op_.k * op_.P), grad_weights(op_.k), grad_probs(op_.K);
@@ -125,7 +125,7 @@ class MopeAttentionGradients {
         total += selected.weights[j] * products[j * op_.P + p];
       }
       if (!op_.gram) continue;
-      // max(variance, 0) lets no gradient through below 0.
+      // max(variance, 0) has zero gradient below 0.
       const bool clamped = variances_[b * op_.P + p] < 0.0f;
       const float grad_variance = clamped ? 0.0f : -0.5f * inverse * inverse * inverse * total;
       grad_variances_[b * op_.P + p] = grad_variance;
@@ -137,7 +137,7 @@ class MopeAttentionGradients {
     route_item_backward(op_, back_.probs + b * op_.K, selected, grad_weights.data(), grad_probs.data(), back_.logits + b * op_.K);
   }
 
-  // What all items share, from the gradients of the prompts' keys, or of their values.
+  // Computes the gradients shared by all items from the gradients of the prompt keys or of the prompt values.
   void shared(float* fixed, float* bank, float* offset, const std::vector<float>& grads) const {
     const auto grad = [&](int64_t b, int64_t h, int64_t prompt) {
       return grads.data() + ((b * op_.H + h) * op_.prompts() + prompt) * op_.D;

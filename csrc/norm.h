@@ -1,20 +1,20 @@
-// Residual add and LayerNorm, row by row, and their backward. Included once for each target.
+// Residual add and LayerNorm of rows, and their backward. Included once per target.
 
-// So many numbers are worth a thread.
+// Minimum number of elements per thread.
 inline constexpr int64_t kNormGrain = 1 << 14;
 
-// Rows whose gradients are summed up together: at least so many, and no more than so many chunks of them. The order of the sums depends
-// on the number of rows, not on that of the threads.
+// Minimum rows per chunk and maximum number of chunks. Gradients are summed per chunk, so the order of summation depends on the
+// number of rows, not on the number of threads.
 inline constexpr int64_t kNormRows = 32, kNormChunks = 64;
 
 inline int64_t norm_grain(int64_t numbers) { return std::max<int64_t>(1, kNormGrain / std::max<int64_t>(numbers, 1)); }
 
-// A vector of a row.
+// A whole vector of a row.
 struct WholeVec {
   Vec read(const float* p) const { return load(p); }
   Vec keep(Vec x) const { return x; }
 };
-// What is left of a row behind its whole vectors; zeros in the other lanes.
+// The rest of a row after its whole vectors, with zeros in the other lanes.
 struct PartOfVec {
   int64_t lanes;
 
@@ -26,7 +26,7 @@ struct PartOfVec {
   Vec keep(Vec x) const { return read(reinterpret_cast<const float*>(&x)); }
 };
 
-// Calls f(vec, first, j) for the vectors of a row, where j says which of several sums the vector goes to.
+// Calls f(vec, first, j) for the vectors of a row. The vector is added to the j-th of kSums independent sums.
 inline constexpr int kSums = 4;
 template <class F>
 inline void over_vectors(int64_t n, const F& f) {
@@ -39,7 +39,7 @@ inline void over_vectors(int64_t n, const F& f) {
 
 inline float sum_up(const Vec (&sum)[kSums]) { return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])); }
 
-// A row that was given, or so many times the same number.
+// A given row, or n copies of `number`.
 struct RowOr {
   RowOr(const float* given, int64_t n, float number) : filled(given ? 0 : n, number), data(given ? given : filled.data()) {}
   RowOr(const RowOr&) = delete;
@@ -47,7 +47,7 @@ struct RowOr {
   const float* data;
 };
 
-// A LayerNorm of rows of `width`.
+// A LayerNorm of rows of `width` elements.
 struct Norm {
   Norm(int64_t width, float eps, const float* weight, const float* bias)
       : width(width), eps(eps), weight(weight, width, 1.0f), bias(bias, width, 0.0f) {}
@@ -55,7 +55,7 @@ struct Norm {
   struct Moments {
     float mean, inverse_std;
   };
-  // In two passes over a row that is in the cache: the squares of what is left without the mean do not cancel.
+  // Uses two passes over the cached row, because squares of deviations from the mean do not cancel.
   Moments moments(const float* row) const {
     Vec sum[kSums] = {}, squares[kSums] = {};
     over_vectors(width, [&](auto vec, int64_t i, int j) { sum[j] += vec.read(row + i); });
@@ -73,8 +73,8 @@ struct Norm {
     MOPE_SIMD for (int64_t i = 0; i < width; ++i) to[i] = (row[i] - of.mean) * of.inverse_std * scale[i] + shift[i];
   }
 
-  // to = the gradient of a row: what comes through its LayerNorm, from `grad`, and what comes directly, `first` and `second`. What the
-  // row adds to the gradients of weight and bias goes to sums, where they are there.
+  // to = the gradient of a row: the gradient `grad` of its LayerNorm, propagated to the row, plus the direct gradients `first` and
+  // `second`. The row's contributions to the gradients of weight and bias are added to the sums, unless these are null.
   void backward(
       const float* row, const float* MOPE_RESTRICT grad, const float* MOPE_RESTRICT first, const float* MOPE_RESTRICT second,
       float* MOPE_RESTRICT to, float* MOPE_RESTRICT weight_sum, float* MOPE_RESTRICT bias_sum) const {
@@ -104,7 +104,7 @@ struct Norm {
   const std::vector<float> zeros = std::vector<float>(width);
 };
 
-// Has f write n floats: where the row of `to` lies if it is of floats, else to `scratch`, from where they go there in its type.
+// Lets f write n floats directly to a row of `to` if its type is float. Otherwise f writes to `scratch`, which is then converted.
 template <int kDims, class F, class... Index>
 inline void write_row(const AnyOutput<kDims>& to, int64_t n, float* scratch, const F& f, Index... index) {
   if (!to.is_bfloat16) return f(to.template as<float>().row(index...));
@@ -112,7 +112,7 @@ inline void write_row(const AnyOutput<kDims>& to, int64_t n, float* scratch, con
   put_row(scratch, n, to, index...);
 }
 
-// The same for two rows, those of them that are there; f gets nullptr where none is.
+// The same for two optional rows. f gets nullptr if both are missing.
 template <int kDims, class F, class... Index>
 inline void write_both(
     const AnyOutput<kDims>& first, const AnyOutput<kDims>& second, int64_t n, float* scratch, const F& f, Index... index) {
@@ -122,7 +122,7 @@ inline void write_both(
   if (second) put_row(scratch, n, second, index...);
 }
 
-// What a thread needs for rows that are not of floats.
+// Scratch memory of a thread for rows that are not float.
 struct NormScratch {
   explicit NormScratch(int64_t width)
       : memory(4 * Scratch::padded(width)),
@@ -134,7 +134,7 @@ struct NormScratch {
   float *x, *update, *total, *out;
 };
 
-// total = x + update, or a copy of x. Returns the row as total holds it.
+// total = x + update, or a copy of x. Returns the row as stored in total, after rounding.
 template <int kDims, class... Index>
 inline const float* add_row(
     const float* x, const float* update, int64_t n, const AnyOutput<kDims>& total, NormScratch& scratch, Index... index) {
@@ -162,7 +162,7 @@ inline void add_norm(const AddNorm& op, AnyOutput<2> total, AnyOutput<2> normed)
   });
 }
 
-// Calls f(row, weight_sum, bias_sum, scratch) for every row. The sums, where wanted, are added to weight and bias.
+// Calls f(row, weight_sum, bias_sum, scratch) for every row. The sums are added to weight and bias, unless these are null.
 template <class F>
 inline void over_norm_rows(int64_t rows, int64_t width, float* weight, float* bias, const F& f) {
   const int64_t of_chunk = std::max(kNormRows, (rows + kNormChunks - 1) / kNormChunks), chunks = (rows + of_chunk - 1) / of_chunk;
@@ -180,7 +180,7 @@ inline void over_norm_rows(int64_t rows, int64_t width, float* weight, float* bi
   }
 }
 
-// The gradient of a row, from those of its LayerNorm and of its own, and from what all rows of an item share; nullptr: nothing.
+// The gradient of a row, from the gradients of its LayerNorm, of the row itself, and one shared by all rows of an item, or nullptr.
 inline void norm_row_backward(
     const Norm& norm, const float* row, const float* grad_normed, const float* grad_total, const float* shared, float* to,
     float* weight_sum, float* bias_sum) {

@@ -1,7 +1,7 @@
-// Products of pairs of bfloat16s with sums in float: rows of a left factor, or two rows of a right one, as they lie in memory.
-// Included for the targets that have an instruction for it.
+// Products of pairs of bfloat16s with float sums. A pair holds two adjacent elements in a row of a left factor, or elements from
+// two adjacent rows of a right factor. Included for targets with an instruction for this.
 
-// Each in the place of a float, the first in its lower half.
+// Each pair is stored in the place of one float, with the first element in the lower half.
 struct Pairs {
   static constexpr int64_t kDepth = 2;
   static __m512bh left(const float* p) {
@@ -12,7 +12,7 @@ struct Pairs {
   static __m512bh right(const float* p) { return (__m512bh)load(p); }
   static Vec multiply_add(__m512bh a, __m512bh b, Vec sum) { return (Vec)_mm512_dpbf16_ps((__m512)sum, a, b); }
 
-  // Rounded to nearest.
+  // Rounds to nearest.
   static Vec join(Vec first, Vec second) { return join(first, second, std::make_integer_sequence<int, kLanes>()); }
 
  private:
@@ -23,13 +23,13 @@ struct Pairs {
   }
 };
 
-// The n numbers of a row, two by two, and zeros up to `pairs`.
+// Copies the n elements of a row as pairs, zero-padded to `pairs`.
 inline void pair_columns(const BFloat16* from, int64_t n, float* to, int64_t pairs) {
   std::memcpy(to, from, n * sizeof *from);
   std::memset(reinterpret_cast<BFloat16*>(to) + n, 0, (2 * pairs - n) * sizeof *from);
 }
 
-// The n numbers of two rows, each with that below it, and zeros up to `pairs`.
+// Pairs the n elements of one row with those of the next, zero-padded to `pairs`.
 inline void pair_rows(const BFloat16* first, const BFloat16* second, int64_t n, float* to, int64_t pairs) {
   MOPE_SIMD for (int64_t i = 0; i < n; ++i)
     to[i] = std::bit_cast<float>(uint32_t{first[i].bits} | uint32_t{second[i].bits} << 16);

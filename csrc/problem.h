@@ -1,7 +1,7 @@
-// What the ops hand to the kernels: sizes, options and plain views of the tensors.
+// Arguments passed from the ops to the kernels: sizes, options and plain views of the tensors.
 //
-// Sizes: B batch, H heads, L tokens (Lq queries, Lk keys), D width of a head, K experts, k selected experts,
-// S static, M instance and P routed prompts, T tasks. A tensor that was not given, or an output that is not wanted, has data == nullptr.
+// Sizes: B batch, H heads, L tokens (Lq queries, Lk keys), D head width, K experts, k selected experts,
+// S static, M instance and P routed prompts, T tasks. A missing tensor, or an output that is not requested, has data == nullptr.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ using Input = View<const float, kDims>;
 template <int kDims>
 using Output = View<float, kDims>;
 
-// The same of floats or of bfloat16s. Void is void or const void.
+// The same with float or bfloat16 elements. Void is void or const void.
 template <class Void, int kDims>
 struct AnyView {
   Void* data = nullptr;
@@ -50,7 +50,7 @@ struct AnyView {
     for (int i = 0; i + 1 < kDims; ++i) view.stride[i] = stride[i];
     return view;
   }
-  // Calls f with a view of what it holds.
+  // Calls f with a view of the actual element type.
   template <class F>
   void visit(const F& f) const {
     if (is_bfloat16)
@@ -71,7 +71,7 @@ struct Lengths {
   int64_t stride = 0;
   bool is_int64 = false;
 
-  // How many of the first tokens item b may attend.
+  // Number of tokens, counted from the first, that item b may attend to.
   int64_t visible(int64_t b, int64_t tokens) const {
     if (!data) return tokens;
     const int64_t length =
@@ -80,7 +80,7 @@ struct Lengths {
   }
 };
 
-// What is added to the scores of tokens, (B,H,Lq,Lk) with a stride of 0 wherever it is broadcast.
+// Bias added to the scores of tokens, (B,H,Lq,Lk), with stride 0 along broadcast axes.
 struct AttentionBias {
   const float* data = nullptr;
   int64_t stride[4] = {};
@@ -95,24 +95,25 @@ struct Route {
 
 struct RouteForward {
   float* probs;      // (B,K)
-  float* weights;    // (B,k), dense: nothing
-  int64_t* indices;  // (B,k), dense: nothing
+  float* weights;    // (B,k), empty if dense
+  int64_t* indices;  // (B,k), empty if dense
 };
 
 struct RouteBackward {
   Input<2> grad_probs, grad_weights;  // (B,K), (B,k)
   const float* probs;                 // (B,K)
-  const float* weights;               // (B,k), dense: nothing
-  const int64_t* indices;             // (B,k), dense: nothing
+  const float* weights;               // (B,k), empty if dense
+  const int64_t* indices;             // (B,k), empty if dense
   float* logits;                      // the gradient
 };
 
 struct ImportanceLoss {
-  int64_t L, B, K;  // of L blocks
+  int64_t L, B, K;  // L blocks
   float threshold;
 };
 
-// Attention whose first keys are prompts, some of them routed. Without experts (K = P = 0) it is `prompt_attention`, which alone has bias and is_causal.
+// Attention whose first keys are prompts, some of them routed. Without experts (K = P = 0) it is `prompt_attention`; only that op
+// supports bias and is_causal.
 struct MopeAttention : Route {
   int64_t H, Lq, Lk, D, S, M, P;
   AnyInput<4> query, key, value;         // (B,H,L,D)
@@ -122,7 +123,7 @@ struct MopeAttention : Route {
   Input<4> static_key, static_value;     // (T,H,S,D)
   Input<4> instance_key, instance_value; // (B,H,M,D)
   Lengths lengths;
-  const int64_t* task_ids;  // (B); nullptr: one task, whose tensors all items share
+  const int64_t* task_ids;  // (B), or nullptr for one task, whose tensors all items share
   AttentionBias bias;
   bool is_causal;
   float eps, scale;
@@ -141,29 +142,29 @@ struct MopeAttentionBackward {
   Input<2> grad_probs, grad_weights;    // (B,K), (B,k)
   const float* lse;                     // (B,H,Lq)
   const float* probs;                   // (B,K)
-  const float* weights;                 // (B,k), dense: nothing
-  const int64_t* indices;               // (B,k), dense: nothing
-  AnyOutput<4> query, key, value;       // the gradients, contiguous but for the order of heads and tokens
+  const float* weights;                 // (B,k), empty if dense
+  const int64_t* indices;               // (B,k), empty if dense
+  AnyOutput<4> query, key, value;       // the gradients, contiguous except for the order of heads and tokens
   float *logits, *bank_key, *bank_value, *gram, *key_offset, *value_offset;
   float *static_key, *static_value, *instance_key, *instance_value;
 };
 
 struct MixPrompts {
-  int64_t B, K, k, width;  // width: of an expert, P * D
+  int64_t B, K, k, width;  // width of an expert, P * D
   const float* experts;    // (K, width)
   Input<2> weights;        // (B,k)
   View<const int64_t, 2> indices;
 };
 
 struct WindowAttention {
-  int64_t B, H, D, P, R, W, shift;  // R tokens on a side of the image, W on a side of a window
+  int64_t B, H, D, P, R, W, shift;  // R tokens per side of the image, W per side of a window
   bool owner_is_instance;
   float scale;
   AnyInput<3> qkv;    // (B, P + R*R, 3 * H * D)
   const float* bias;  // (H, W*W, W*W)
 
   int64_t windows() const { return (R / W) * (R / W); }
-  // Of [prompts; tokens of a window].
+  // Number of rows of [prompts; tokens of a window].
   int64_t rows() const { return P + W * W; }
   int64_t chunks(int64_t size) const { return (windows() + size - 1) / size; }
 };
@@ -174,13 +175,13 @@ struct WindowAttentionBackward {
   float* bias;
 };
 
-// T rows of d numbers through a bottleneck of r, and back by E experts. All but x is dense.
+// T rows of width d are projected down to width r, and up again by E experts. All tensors except x are contiguous.
 struct ExpertAdapter {
   int64_t T, d, r, E;
   AnyInput<2> x;
   const float *down_weight, *down_bias;      // (r,d), (r)
   const float *up_weight, *up_bias;          // (E,d,r), (E,d)
-  const float *router_weight, *router_bias;  // (E,d), (E); nullptr: one expert, which has all the weight
+  const float *router_weight, *router_bias;  // (E,d), (E), or nullptr for a single expert with weight 1
   float temperature;
   bool is_gelu;
 };
@@ -192,10 +193,10 @@ struct ExpertAdapterBackward {
   float *down_weight, *down_bias, *up_weight, *up_bias, *router_weight, *router_bias;
 };
 
-// R rows of C numbers.
+// R rows of C elements.
 struct AddNorm {
   int64_t R, C;
-  AnyInput<2> x, update;      // in backward their sum, and nothing
+  AnyInput<2> x, update;      // in backward, x is their sum and update is missing
   const float *weight, *bias; // (C)
   float eps;
 };
@@ -206,8 +207,8 @@ struct AddNormBackward {
   float *weight, *bias;
 };
 
-// N rows of C numbers in, of which the first `replaced` make room for S + P + M prompts. A routing that was given has k weights and is not
-// dense; else weights and indices come out of the router, whose query is `query` wide.
+// N input rows of C elements, the first `replaced` of which are replaced by S + P + M prompts. A given routing has k weights and is
+// not dense. Otherwise the router, whose query has width `query`, computes weights and indices.
 struct PromptedNorm : Route {
   int64_t N, C, S, P, M, replaced, query;
   const float* weight;                            // (C)
@@ -235,11 +236,11 @@ struct PromptedNormBackward {
   Input<2> grad_probs, grad_weights;           // (B,K), (B,k)
   const float *probs, *weights, *pooled;       // (B,K), (B,k), (B,C)
   const int64_t* indices;                      // (B,k)
-  bool needs_router;                           // or anything that only the router's gradient leads to
+  bool needs_router;                           // whether any requested gradient depends on the router's
   AnyOutput<3> x, update;                      // the gradients
   float *weight, *bias, *static_prompts, *experts, *cross_logits, *self_weight, *self_bias, *self_keys;
-  float* routing_weights;  // (B,k), there too where the router's gradient is needed
-  float* prompts;          // (B, S+P+M, C), there where anything but x is needed
+  float* routing_weights;  // (B,k), also given if needs_router
+  float* prompts;          // (B, S+P+M, C), given if needs_router or if any gradient except x and update is requested
 };
 
 // The kernels, compiled for one instruction set.
@@ -263,7 +264,7 @@ struct Kernels {
   void (*prompted_norm_backward)(const PromptedNorm&, const PromptedNormBackward&);
 };
 
-// Those for the best instruction set that this processor has.
+// Returns the kernels for the best instruction set of this processor.
 const Kernels& kernels();
 
 }  // namespace mope

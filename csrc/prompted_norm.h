@@ -1,14 +1,14 @@
-// The beginning of a routed block: residual add, router, mixture of prompts, LayerNorm; and its backward. Included once for each target.
+// The start of a routed block (residual add, router, mixture of prompts, LayerNorm) and its backward. Included once per target.
 
-// Rows of an item that are summed up together, for the mean that the router sees.
+// Rows of an item per partial sum of the mean that the router uses.
 inline constexpr int64_t kPooledRows = 32;
 
-// Adds and normalises the rows of tokens. Where the router sees them, `sums` (B, chunks, C) gets what each chunk of rows adds to the mean.
+// Adds and normalises the token rows. If `sums` (B, chunks, C) is not empty, it receives the sum of each chunk of rows.
 inline void norm_tokens(
     const PromptedNorm& op, const PromptedNormForward& io, const Norm& norm, int64_t chunks, std::vector<float>& sums) {
   parallel_for(0, op.B * chunks, norm_grain(kPooledRows * op.C), [&](int64_t begin, int64_t end) {
     NormScratch scratch(op.C);
-    // Rows that are replaced count for the mean, and are written nowhere.
+    // Replaced rows contribute to the mean but are not stored.
     std::vector<float> nowhere(op.C);
     const AnyOutput<3> replaced{nowhere.data(), {0, 0}, io.total.is_bfloat16};
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -32,7 +32,7 @@ inline void router_query(const PromptedNorm& op, const float* mean, float* query
     query[i] = dot(mean, op.self_weight + i * op.C, op.C) + (op.self_bias ? op.self_bias[i] : 0.0f);
 }
 
-// The logits of all items (B,K), from the sums of their rows and from what psi adds; the means go to `pooled`, if it is there.
+// The logits of all items (B,K), from the sums of their rows and from cross_logits. The means are stored in `pooled`, if given.
 inline void router_logits(
     const PromptedNorm& op, Input<2> cross_logits, int64_t chunks, const std::vector<float>& sums, float* pooled, float* logits) {
   parallel_for(0, op.B, norm_grain(chunks * op.C), [&](int64_t begin, int64_t end) {
@@ -52,7 +52,7 @@ inline void router_logits(
   });
 }
 
-// Experts, as they are mixed: (K, P*C) by the weights that came out of the router, or that were given.
+// The mixture of the experts (K, P*C) with the weights of the router or with given weights.
 inline MixPrompts mixture(const PromptedNorm& op, Input<2> weights, View<const int64_t, 2> indices) {
   return {op.B, op.K, op.k, op.P * op.C, op.experts, weights, indices};
 }
@@ -75,7 +75,7 @@ inline void prompted_norm(const PromptedNorm& op, const PromptedNormForward& io)
       for (int64_t b = 0; b < op.B; ++b) std::iota(io.indices + b * op.K, io.indices + (b + 1) * op.K, int64_t{0});
     weights = {op.dense ? io.probs : io.weights, {op.k}}, indices = {io.indices, {op.k}};
   }
-  // Where rows are of floats the mixture is made where it stays.
+  // If the output rows are floats, compute the mixture directly in them.
   std::vector<float> mixed;
   Output<2> routed;
   if (op.K && !io.total.is_bfloat16) {
@@ -100,12 +100,12 @@ inline void prompted_norm(const PromptedNorm& op, const PromptedNormForward& io)
   });
 }
 
-// What the router hands back: gradients of the logits (B,K), and of the query (B,s) that it made of the mean.
+// Gradients of the router's logits (B,K), and of its query (B,s), which it computes from the mean.
 struct RouterGradients {
   std::vector<float> logits, query;
 };
 
-// From the gradient of the weights (B,k), which is spent.
+// Computes them from the gradient of the weights (B,k), which is overwritten.
 inline RouterGradients router_backward(const PromptedNorm& op, const PromptedNormBackward& back, float* grad_weights) {
   RouterGradients grads{std::vector<float>(op.B * op.K), std::vector<float>(op.B * op.query)};
   // Dense weights are the probabilities.
@@ -123,7 +123,7 @@ inline RouterGradients router_backward(const PromptedNorm& op, const PromptedNor
   return grads;
 }
 
-// Gradients of the router's own parameters: sums over the items, in order.
+// Gradients of the router's own parameters, summed over the items in order.
 inline void router_parameters_backward(const PromptedNorm& op, const PromptedNormBackward& back, const RouterGradients& grads) {
   if (back.self_keys) {
     std::vector<float> query(op.query);
@@ -161,7 +161,7 @@ inline void prompted_norm_backward(const PromptedNorm& op, const PromptedNormBac
     norm_row_backward(norm, row, grad_normed, grad_total, shared, to, weight_sum, bias_sum);
   };
 
-  // Those of the prompts' own rows (B, prompts, C) come first, as the router's come from them.
+  // First the gradients of the prompt rows (B, prompts, C), because the router's gradients depend on them.
   if (back.prompts)
     over_norm_rows(op.B * prompts, C, back.weight, back.bias, [&](int64_t r, float* weight_sum, float* bias_sum, NormScratch& scratch) {
       row_backward(r / prompts, r % prompts, nullptr, back.prompts + r * C, weight_sum, bias_sum, scratch);

@@ -1,6 +1,6 @@
-// The router, and the statistics of the LayerNorm that its mixture would have gone through. Included once for each target.
+// The router, and the statistics of the LayerNorm folded into its mixture. Included once per target.
 
-// So many items or rows of light work are worth a thread.
+// Minimum number of items or rows of light work per thread.
 inline constexpr int64_t kGrain = 16;
 
 struct Selection {
@@ -12,7 +12,7 @@ struct Selection {
   int64_t expert(int64_t j) const { return indices ? indices[j] : j; }
 };
 
-// to = e^(from - highest) -> their sum.
+// to = e^(from - highest). Returns the sum.
 inline float exponentials_of_row(const float* from, float highest, float* to, int64_t n) {
   Vec sum = splat(0.0f);
   int64_t i = 0;
@@ -26,7 +26,7 @@ inline float exponentials_of_row(const float* from, float highest, float* to, in
   return total;
 }
 
-// r = softmax(logits / temperature + noise). `ranked` gets what the selection is made on.
+// probs = softmax(logits / temperature + noise). `ranked` receives the scores by which experts are selected.
 inline void softmax(const Route& op, int64_t b, float* probs, float* ranked) {
   const float* logits = op.logits.row(b);
   float highest = -std::numeric_limits<float>::infinity();
@@ -39,10 +39,10 @@ inline void softmax(const Route& op, int64_t b, float* probs, float* ranked) {
   for (int64_t j = 0; j < op.K; ++j) probs[j] /= sum;
 }
 
-// The k highest of `ranked`, sorted, ties to the lowest index. `order` is scratch for K.
+// Selects the k highest of `ranked`, sorted; ties go to the lowest index. `order` is scratch memory for K indices.
 inline void select(
     const Route& op, const float* probs, float* ranked, int64_t* order, float* weights, int64_t* indices) {
-  // A row with a NaN has no order: it takes the first experts.
+  // A row with NaN has no order, so select the first experts.
   if (std::isnan(probs[0])) std::fill_n(ranked, op.K, 0.0f);
   std::iota(order, order + op.K, int64_t{0});
   std::partial_sort(order, order + op.k, order + op.K, [&](int64_t i, int64_t j) {
@@ -57,8 +57,8 @@ inline void select(
     for (int64_t j = 0; j < op.k; ++j) weights[j] /= sum;
 }
 
-// The gradient of the logits from that of the routing weights, by way of renormalisation, selection and softmax.
-// `grad_probs` (K) comes with what reaches the probabilities directly.
+// Computes the gradient of the logits from that of the routing weights, through renormalisation, selection and softmax.
+// `grad_probs` (K) initially holds the direct gradient of the probabilities.
 inline void route_item_backward(
     const Route& op, const float* probs, const Selection& selection, const float* grad_weights, float* grad_probs,
     float* grad_logits) {
@@ -94,7 +94,7 @@ inline void route_backward(const Route& op, const RouteBackward& back) {
       std::fill(grad_probs.begin(), grad_probs.end(), 0.0f);
       if (back.grad_probs) std::copy_n(back.grad_probs.row(b), op.K, grad_probs.data());
       if (back.grad_weights) std::copy_n(back.grad_weights.row(b), op.k, grad_weights.data());
-      // Dense weights are the probabilities, and their gradient has come as that of those.
+      // Dense weights are the probabilities, and their gradient is part of grad_probs.
       const Selection selection =
           op.dense ? Selection{0, nullptr, nullptr} : Selection{op.k, back.weights + b * op.k, back.indices + b * op.k};
       route_item_backward(op, back.probs + b * op.K, selection, grad_weights.data(), grad_probs.data(), back.logits + b * op.K);
@@ -102,11 +102,11 @@ inline void route_backward(const Route& op, const RouteBackward& back) {
   });
 }
 
-// The squared coefficient of variation of the experts' loads, from sums in float64: nearly even loads cancel.
+// The squared coefficient of variation of the expert loads. Uses float64 sums, because nearly even loads cancel.
 struct Unevenness {
   Unevenness(const double* load, int64_t experts) {
     for (int64_t j = 0; j < experts; ++j) mean += load[j] / experts;
-    // Probabilities sum to 1, so a mean of 0 is that of an empty batch, whose loads do not vary.
+    // Probabilities sum to 1, so only an empty batch has a mean of 0; its loads do not vary.
     if (mean == 0.0) mean = 1.0;
     for (int64_t j = 0; j < experts; ++j) squared += (load[j] - mean) * (load[j] - mean) / (experts - 1);
     squared /= mean * mean;
@@ -142,7 +142,7 @@ inline void importance_loss_backward(const ImportanceLoss& op, const float* grad
   }
 }
 
-// (G w)_i and (G' w)_i summed, for a selected expert i of prompt p; half of it is the gradient of w'Gw if G is symmetric.
+// ((G + G') w)_i for a selected expert i of prompt p: the gradient of w' G_p w.
 inline float gram_weights(const MopeAttention& op, const Selection& selection, int64_t p, int64_t i) {
   const int64_t expert = selection.expert(i);
   const float* row = op.gram.row(selection.task, p, expert);
@@ -152,7 +152,7 @@ inline float gram_weights(const MopeAttention& op, const Selection& selection, i
   return sum;
 }
 
-// w' G_p w, the variance of the mixed expert before any clamping.
+// w' G_p w, the variance of the mixed expert before clamping.
 inline float variance(const MopeAttention& op, const Selection& selection, int64_t p) {
   float sum = 0.0f;
   for (int64_t i = 0; i < selection.k; ++i) {

@@ -1,4 +1,4 @@
-// One vector register of floats. Included once for each target, with MOPE_LANES floats in a vector.
+// A vector register of MOPE_LANES floats, and operations on it. Included once per target.
 
 inline constexpr int kLanes = MOPE_LANES;
 
@@ -36,19 +36,19 @@ inline void store(BFloat16* p, Vec x) {
 }
 inline Vec splat(float x) { return x - Vec{}; }
 
-// Where a is NaN the result is b.
+// The result is b where a is NaN.
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 inline Vec reciprocal_or_zero(Vec x) { return x == 0.0f ? Vec{} : 1.0f / x; }
 
-// e^x to 1 ulp for x <= 88; inf above; 0 where the result would be denormal. NaN stays NaN.
+// e^x to 1 ulp for x <= 88, inf above that, 0 if the result would be denormal. NaN stays NaN.
 inline Vec exp(Vec x) {
-  // x = n ln 2 + r with |r| <= ln(2) / 2. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+  // x = n ln 2 + r with |r| <= ln(2) / 2. Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
   const Vec shift = splat(12582912.0f), clamped = x > 88.4f ? splat(88.4f) : x;
   const Vec shifted = clamped * 1.44269504f + shift, n = shifted - shift;
-  // ln 2 in two parts, of which n times the first is exact.
+  // Split ln 2 into two parts, such that n times the first is exact.
   const Vec r = clamped - n * 0.693359375f - n * -2.12194440e-4f;
-  // e^r = 1 + r + r^2 q(r), a minimax fit of the relative error.
+  // e^r = 1 + r + r^2 q(r), with a minimax fit of the relative error.
   Vec q = r * 0.00138145988f + 0.00836871658f;
   q = q * r + 0.041668389f;
   q = q * r + 0.166665211f;
@@ -78,12 +78,12 @@ inline Vec interleave_high(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
 }
 #undef MOPE_SHUFFLE
 
-// to[j][i] = from[i][j] for a square of kLanes rows.
+// to[j][i] = from[i][j] for a square of kLanes rows and columns.
 inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
   Vec row[kLanes], next[kLanes];
   MOPE_UNROLL for (int i = 0; i < kLanes; ++i) row[i] = load(from + i * from_stride);
-  // Shuffling two halves of a pack into each other log2(kLanes) times transposes it.
+  // Interleaving the two halves of the rows log2(kLanes) times transposes the square.
   MOPE_UNROLL for (int width = 1; width < kLanes; width *= 2) {
     MOPE_UNROLL for (int i = 0; i < kLanes / 2; ++i) {
       next[2 * i] = interleave_low(row[i], row[i + kLanes / 2], lanes);
@@ -94,7 +94,7 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
   MOPE_UNROLL for (int i = 0; i < kLanes; ++i) store(to + i * to_stride, row[i]);
 }
 
-#else  // no vector extensions: arrays, which the compiler may turn into vectors
+#else  // Without vector extensions, use arrays, which the compiler may vectorise.
 
 struct Vec {
   float lane[kLanes];
@@ -151,7 +151,7 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
 
 inline int64_t vectors(int64_t floats) { return (floats + kLanes - 1) / kLanes; }
 
-// Calls f(count, first) for blocks of up to kMost of `total`, with the count as a compile-time constant.
+// Calls f(count, first) for blocks of at most kMost of `total` elements, with the count as a compile-time constant.
 template <int kMost, class F>
 inline void in_blocks(int64_t total, const F& f, int64_t first = 0) {
   for (; first + kMost <= total; first += kMost) f(std::integral_constant<int, kMost>(), first);
@@ -159,7 +159,7 @@ inline void in_blocks(int64_t total, const F& f, int64_t first = 0) {
     if (first < total) in_blocks<kMost == 6 ? 4 : kMost / 2>(total, f, first);
 }
 
-// Halves upon halves: one lane after the other would take longer than what is summed up in a short row.
+// Adds halves recursively: adding one lane after the other would take longer than summing a short row.
 inline float sum_lanes(Vec x) {
   alignas(64) float lanes[kLanes];
   store(lanes, x);
@@ -179,7 +179,7 @@ inline float dot(const float* a, const float* b, int64_t n) {
   return total;
 }
 
-// to = scale * from, from either type to either.
+// to = scale * from. Either type may be float or BFloat16.
 template <class From, class To>
 inline void convert(const From* MOPE_RESTRICT from, int64_t n, To* MOPE_RESTRICT to, float scale = 1.0f) {
   int64_t i = 0;
@@ -187,7 +187,7 @@ inline void convert(const From* MOPE_RESTRICT from, int64_t n, To* MOPE_RESTRICT
   for (; i < n; ++i) put(to + i, scale * to_float(from[i]));
 }
 
-// A row of n numbers as floats: where it lies if it is of floats, else converted into `scratch`.
+// Returns a row of n elements as floats: in place if its type is float, else converted to `scratch`.
 template <int kDims, class... Index>
 inline const float* floats(const AnyInput<kDims>& from, int64_t n, float* scratch, Index... index) {
   if (!from.is_bfloat16) return from.template as<float>().row(index...);
@@ -195,7 +195,7 @@ inline const float* floats(const AnyInput<kDims>& from, int64_t n, float* scratc
   return scratch;
 }
 
-// Writes n floats as a row of either type.
+// Stores n floats to a row of either type.
 template <int kDims, class... Index>
 inline void put_row(const float* from, int64_t n, const AnyOutput<kDims>& to, Index... index) {
   to.visit([&](auto view) { convert(from, n, view.row(index...)); });

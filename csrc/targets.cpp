@@ -1,5 +1,5 @@
-// Compiles the kernels once for each instruction set that is worth it, and chooses when the library is loaded: one binary for every
-// processor, with none built for the machine that it was compiled on.
+// Compiles the kernels for several instruction sets and chooses one at run time, so that one binary suits every processor and does
+// not depend on the machine that compiled it.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -84,7 +84,7 @@
 #pragma GCC pop_options
 #endif
 
-// Products of bfloat16s. Compilers of before 2020 do not know them.
+// Products of bfloat16s, which compilers from before 2020 do not support.
 #if (defined(__clang__) && __clang_major__ >= 10) || (!defined(__clang__) && __GNUC__ >= 10)
 #define MOPE_AVX512_BF16
 #if defined(__clang__)
@@ -110,7 +110,7 @@
 namespace mope {
 
 static const Kernels& choose() {
-  // MOPE_CPU_TARGET asks for a lesser instruction set, to test it where a better one is present.
+  // MOPE_CPU_TARGET selects a lesser instruction set than the best one available, for tests.
   const char* variable = std::getenv("MOPE_CPU_TARGET");
   const std::string_view wish = variable ? variable : "";
 #if defined(MOPE_X86_TARGETS)

@@ -1,4 +1,4 @@
-// From tensors to views: what the ops check about their arguments, with the shapes in the message.
+// Conversion of tensors to views, with checks of the ops' arguments. Error messages contain the shapes.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -31,12 +31,12 @@ std::string to_string(const Range& sizes) {
 
 inline bool is_bfloat16(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; }
 
-// The arguments of one call of an op. Keeps what had to be copied to make rows contiguous, or to make floats of it.
+// The arguments of one call of an op. Owns the copies that were needed for contiguous rows or for conversion to float.
 class Arguments {
  public:
   explicit Arguments(const char* op) : op_(op) {}
 
-  // A float32 or bfloat16 tensor of these sizes, where it lies; nothing if it was not given.
+  // A view of a float32 or bfloat16 tensor of these sizes, or an empty view if it is missing.
   template <size_t kDims>
   AnyInput<kDims> any_rows(const char* name, const Optional& given, const int64_t (&sizes)[kDims]) {
     AnyInput<kDims> result;
@@ -52,7 +52,7 @@ class Arguments {
       copy(view<const float>(name, given, sizes, ScalarType::Float));
     return result;
   }
-  // The same as floats, which takes a copy of a bfloat16 tensor: for small ones.
+  // The same as floats. Copies a bfloat16 tensor, so it is meant for small tensors.
   template <size_t kDims>
   Input<kDims> rows(const char* name, const Optional& tensor, const int64_t (&sizes)[kDims]) {
     return view<const float>(name, floats(tensor), sizes, ScalarType::Float);
@@ -62,14 +62,14 @@ class Arguments {
     return view<const int64_t>(name, tensor, sizes, ScalarType::Long);
   }
 
-  // A tensor of these sizes, the first of which counts tasks; without tasks it has the others only, and belongs to any task.
+  // A tensor of these sizes, the first of which is the number of tasks. Without tasks, the tensor lacks that axis.
   Input<4> rows_of_tasks(const char* name, const Optional& tensor, bool tasks, const int64_t (&sizes)[4]) {
     if (tasks) return rows<4>(name, tensor, sizes);
     const Input<3> shared = rows<3>(name, tensor, {sizes[1], sizes[2], sizes[3]});
     return {shared.data, {0, shared.stride[0], shared.stride[1]}};
   }
 
-  // The same, dense in memory.
+  // The same, contiguous in memory.
   template <class T, size_t kDims>
   const T* dense(const char* name, const Tensor& given, const int64_t (&sizes)[kDims]) {
     const Tensor tensor = std::is_same_v<T, float> ? *floats(given) : given;
@@ -90,7 +90,7 @@ class Arguments {
     return {tensor->const_data_ptr(), tensor->stride(0), is_int64};
   }
 
-  // Broadcastable to these sizes, with any strides.
+  // A bias that must be broadcastable to these sizes, with any strides.
   AttentionBias bias(const char* name, const Optional& given, const int64_t (&sizes)[4]) {
     if (!given) return {};
     const Optional tensor = floats(given);
@@ -113,7 +113,7 @@ class Arguments {
   }
 
  private:
-  // What is bfloat16 becomes float32.
+  // Converts bfloat16 to float32.
   Optional floats(const Optional& tensor) {
     if (!tensor || !is_bfloat16(*tensor)) return tensor;
     return keep(torch::stable::to(*tensor, ScalarType::Float));
@@ -126,7 +126,7 @@ class Arguments {
     check(name, *given, sizes, dtype);
     const bool contiguous_rows = sizes[kDims - 1] <= 1 || given->stride(kDims - 1) == 1;
     const Tensor& tensor = contiguous_rows ? *given : keep(torch::stable::contiguous(*given));
-    // An empty tensor may have no memory, and still it was given.
+    // An empty tensor may have no memory, but it must not look missing.
     static constexpr std::remove_const_t<T> kNothing{};
     result.data = tensor.numel() ? static_cast<T*>(tensor.const_data_ptr()) : &kNothing;
     for (size_t i = 0; i + 1 < kDims; ++i) result.stride[i] = tensor.stride(i);
@@ -168,13 +168,13 @@ Tensor allocate_dense(int32_t dtype, Size... size) {
   return allocate(dtype, sizes, strides);
 }
 
-// An uninitialised tensor of these sizes.
+// An uninitialised contiguous tensor of these sizes.
 template <class T = float, class... Size>
 Tensor empty(Size... sizes) {
   return allocate_dense(std::is_same_v<T, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_int64(), sizes...);
 }
 
-// The same in the dtype of another, float32 or bfloat16.
+// The same in the dtype of another tensor, float32 or bfloat16.
 inline int32_t dtype_of(const Tensor& like) {
   return is_bfloat16(like) ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
 }
@@ -183,7 +183,7 @@ Tensor empty_like(const Tensor& like, Size... sizes) {
   return allocate_dense(dtype_of(like), sizes...);
 }
 
-// (B,H,L,D) laid out as (B,L,H,D), as the projections beside the attention want it.
+// (B,H,L,D) in the layout of (B,L,H,D), which the projections around the attention need.
 inline Tensor empty_heads_last(const Tensor& like, int64_t batch, int64_t heads, int64_t length, int64_t width) {
   return allocate(dtype_of(like), {batch, heads, length, width}, {length * heads * width, width, heads * width, 1});
 }
@@ -195,10 +195,10 @@ AnyOutput<kDims> any_rows(const Tensor& tensor) {
   return result;
 }
 
-// Results that the kernels write as floats, whatever the dtype of the tensors that are returned.
+// Results that the kernels write as floats, regardless of the dtype of the returned tensors.
 class FloatResults {
  public:
-  // A tensor of these sizes in the dtype of `like`; `data` is where its numbers are to be written.
+  // A tensor of these sizes in the dtype of `like`. The kernels must write its elements to `data`.
   template <class... Size>
   Tensor like(const Tensor& like, float*& data, Size... sizes) {
     Tensor result = empty_like(like, sizes...), floats = is_bfloat16(like) ? empty(sizes...) : result;
@@ -206,7 +206,7 @@ class FloatResults {
     if (is_bfloat16(like)) rounded_.emplace_back(result, floats);
     return result;
   }
-  // Once they are written.
+  // Rounds the results. Must be called after the kernels have written them.
   void finish() {
     for (auto& [result, floats] : rounded_) torch::stable::copy_(result, floats);
   }

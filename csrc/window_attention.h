@@ -1,14 +1,14 @@
-// Attention in the windows of an image, each with the image's prompts, read and written where they lie; and its backward. Included
-// once for each target.
+// Attention in the windows of an image, each extended by prompts, read and written in image order; and its backward. Included once
+// per target.
 //
-// Of [prompts; tokens of the window] row n < P is prompt n, row P + y * W + x the token at (y, x) of the window. Scores are held
-// keys by queries, as in attention.h.
+// In the rows [prompts; tokens of the window], row n < P is prompt n, and row P + y * W + x is the token at (y, x) of the window.
+// Scores are stored keys by queries, as in attention.h.
 
-// So many heads of so many windows are one task. Not so many as there are threads: the order of sums would depend on it.
+// Windows and heads per task. Fixed, because if they depended on the number of threads, so would the order of summation.
 inline constexpr int64_t kWindows = 8, kHeads = 4;
 
-// What scores of each kind of window are raised by, keys by queries: the position bias of a head, and -100 between tokens that a
-// shift brings together from afar. A window is cut below if it is in the last row of windows, and on the right in the last column.
+// The bias of each kind of window, keys by queries: the position bias of a head, and -100 between tokens that are adjacent only
+// because of the shift. A window has a horizontal cut in the last row of windows, and a vertical cut in the last column.
 class WindowBias {
  public:
   explicit WindowBias(const WindowAttention& op)
@@ -21,7 +21,7 @@ class WindowBias {
   void take_heads(int64_t first) {
     for (int64_t h = first; h < std::min(first + kHeads, op_.H); ++h) take_head(h, biases_.data() + h % kHeads * kinds_ * size_);
   }
-  // Turns kN vectors of columns of products, of the queries from `first` on, into scores, and finds the highest of each.
+  // Turns kN vectors of columns of products, for the queries from `first` on, into scores, and finds the maximum of each column.
   template <int kN>
   void raise(int64_t h, int64_t window, int64_t first, float scale, float* scores, float* highest) const {
     const int64_t side = op_.R / op_.W, kind = (window / side == side - 1) + 2 * (window % side == side - 1);
@@ -62,7 +62,7 @@ class WindowBias {
   std::vector<float> biases_;
 };
 
-// What the windows of one thread work in.
+// Scratch memory for the windows of one thread.
 struct WindowWorkspace {
   WindowWorkspace(const WindowAttention& op, bool backward)
       : width(vectors(op.D) * kLanes),
@@ -86,7 +86,7 @@ struct WindowWorkspace {
     grad_scores = scratch.take(op.rows() * kQueries);
   }
 
-  // Finds the rows of a window in an image of (P + R*R) rows.
+  // Finds the rows of a window among the P + R*R rows of an image.
   static void find(const WindowAttention& op, int64_t window, std::vector<int64_t>& place) {
     const int64_t side = op.R / op.W, top = window / side * op.W + op.shift, left = window % side * op.W + op.shift;
     int64_t* to = place.data();
@@ -97,7 +97,7 @@ struct WindowWorkspace {
     }
   }
 
-  const int64_t width, pairs;  // of a row of floats, and of pairs of bfloat16s
+  const int64_t width, pairs;  // width of a row of floats, and of a row of bfloat16 pairs
   Scratch scratch;
   float *queries, *keys, *values, *by_width, *scores, *out;
   float *grad_out = nullptr, *grad_queries = nullptr, *grad_keys = nullptr, *grad_values = nullptr, *grad_scores = nullptr;
@@ -115,12 +115,12 @@ struct WindowWorkspace {
   }
 };
 
-// A window of one head; the prompts are those of image `owner`, and what they add up to is kept by parts.
+// A window of one head. It uses the prompts of image `owner`, and adds its results for prompts to the sum with index `part`.
 struct Window {
   int64_t h, owner, item, index, part;
 };
 
-// Copies the rows of a window from one column on.
+// Copies the rows of a window, starting at a column.
 inline void gather_window(
     const WindowAttention& op, const AnyInput<3>& from, int64_t column, const Window& window, const WindowWorkspace& work,
     float* to) {
@@ -130,7 +130,7 @@ inline void gather_window(
   });
 }
 
-// Asks for what a window reads or writes from one column on, but for its prompts.
+// Prefetches the token rows that a window reads or writes, starting at a column.
 template <class Void>
 inline void prefetch_window(
     const WindowAttention& op, const AnyView<Void, 3>& rows, int64_t column, int64_t item, const std::vector<int64_t>& place) {
@@ -141,20 +141,21 @@ inline void prefetch_window(
   });
 }
 
-// Calls f(window, workspace) for all windows of all heads, after their rows have been found, and prefetch(window, place) for each
-// before the one in front of it is worked on: rows lie too far apart for the processor to guess where the next are.
+// Finds the rows of each window of each head, and calls f(window, workspace). Calls prefetch(window, place) before it processes the
+// preceding window, because rows are too far apart for the processor's own prefetcher.
 template <class Prefetch, class F>
 inline void over_windows(const WindowAttention& op, bool backward, const Prefetch& prefetch, const F& f) {
   constexpr int64_t kTask = kWindows * kHeads;
   const int64_t chunks = op.chunks(kWindows), groups = (op.H + kHeads - 1) / kHeads;
-  // The n-th, heads innermost: those of a token are neighbours. Groups of heads are outermost, as each head has a bias of its own.
+  // The n-th window. Heads are innermost, because a token's heads are adjacent in memory; groups of heads are outermost, because
+  // each head has its own bias.
   const auto window = [&](int64_t n) {
     const int64_t h = n / kTask / chunks / op.B * kHeads + n % kHeads, owner = n / kTask / chunks % op.B;
     const int64_t chunk = n / kTask % chunks, j = chunk * kWindows + n % kTask / kHeads;
     const int64_t i = op.owner_is_instance ? owner * op.windows() + j : j * op.B + owner;
     return Window{h, owner, i / op.windows(), i % op.windows(), (owner * op.H + h) * chunks + chunk};
   };
-  // The last chunk and the last group may have fewer.
+  // The last chunk and the last group may be smaller.
   const auto exists = [&](int64_t n) {
     return n / kTask % chunks * kWindows + n % kTask / kHeads < op.windows() &&
            n / kTask / chunks / op.B * kHeads + n % kHeads < op.H;
@@ -180,7 +181,7 @@ inline void over_windows(const WindowAttention& op, bool backward, const Prefetc
   });
 }
 
-// Sums parts (B, H, chunks, P, D) over the chunks, in order, times `scale`, into prompts of one of [query | key | value].
+// Stores `scale` times the sum of parts (B, H, chunks, P, D) over the chunks, in order, to the prompt rows from `column` on.
 inline void sum_chunks(
     const WindowAttention& op, const std::vector<float>& parts, float scale, int64_t column, const AnyOutput<3>& to) {
   const int64_t chunks = op.chunks(kWindows), size = op.P * op.D;
@@ -197,7 +198,7 @@ inline void sum_chunks(
   });
 }
 
-// Gathers queries, keys and values of a window as factors of products.
+// Gathers the queries, keys and values of a window as factors of products.
 inline void gather_factors(Floats, const WindowAttention& op, const Window& window, WindowWorkspace& work) {
   const int64_t C = op.H * op.D, column = window.h * op.D;
   gather_window(op, op.qkv, column, window, work, work.queries);
@@ -231,7 +232,7 @@ inline void attend_window(
   gather_factors(Factors(), op, window, work);
   for (int64_t first = 0; first < op.rows(); first += kQueries) {
     const int64_t count = std::min(kQueries, op.rows() - first);
-    // The rows behind the last are no query's: filling them up overwrites none that comes later.
+    // There are spare rows after the last query, so zero padding overwrites nothing.
     transpose_queries(work.queries + first * width, count, width, work.by_width);
     product<false, Factors>(
         keys, count, steps(op.D), {work.keys, width, 1}, work.by_width, kQueries, work.scores, kQueries);
@@ -290,7 +291,7 @@ inline void window_attention_backward(const WindowAttention& op, const WindowAtt
     const int64_t width = work.width, column = window.h * op.D, keys = op.rows();
     gather_factors(Floats(), op, window, work);
     gather_window(op, back.grad_out, column, window, work, work.grad_out);
-    // A prompt's output is a mean.
+    // A prompt's output is a mean over windows, so its gradient is divided by their number.
     MOPE_SIMD for (int64_t i = 0; i < op.P * width; ++i) work.grad_out[i] /= op.windows();
     std::fill_n(work.grad_keys, keys * width, 0.0f);
     std::fill_n(work.grad_values, keys * width, 0.0f);

@@ -1,4 +1,4 @@
-"""Command line: `mope demo`, `train`, `evaluate`, `routes`, `convert`, `run`, `info`, `bench`, `build`."""
+"""Command line: `mope demo`, `train`, `evaluate`, `predict`, `routes`, `convert`, `run`, `info`, `bench`, `build`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mope.arguments import Parser, ShowVersion, add_device, positive
 from mope.extras import missing
+from mope.predict import add_predict
 from mope.released.run import add_run
 from mope.routes import add_routes
 from mope.training.commands import add_evaluate, add_train
@@ -39,6 +41,14 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--system", choices=("mope", "modex"), default="mope", help="prompt experts, or ModeX adapters in a fused model (mope)"
     )
+    demo.add_argument(
+        "--task",
+        choices=("scenes", "digits"),
+        default="scenes",
+        help="of --system mope: sentences about a place in a scene of four digits, or about a single digit (scenes)",
+    )
+    demo.add_argument("--pretrain", action="store_true", help="of scenes: train the encoders too, instead of reading them")
+    demo.add_argument("--lora", action="store_true", help="of scenes: compare with LoRA as well, which needs peft")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for results, pictures and the model (out/)")
     demo.add_argument("--seeds", type=positive, default=1, metavar="N", help="repeat with N seeds, for mean and deviation (1)")
     add_device(demo)
@@ -53,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
     add_train(commands)
     add_evaluate(commands)
+    add_predict(commands)
     add_routes(commands)
     add_run(commands)
 
@@ -86,6 +97,12 @@ def _demo(options: argparse.Namespace) -> int:
     if options.export and options.system == "modex":
         print("mope demo: --export supports only --system mope, whose data and encoders modex can use too", file=sys.stderr)
         return 1
+    if (options.pretrain or options.lora) and (options.system, options.task) != ("mope", "scenes"):
+        print("mope demo: --pretrain and --lora belong to --task scenes", file=sys.stderr)
+        return 1
+    if options.lora and (problem := missing("peft", extras=("demo",))) is not None:
+        print(f"mope demo: {problem}", file=sys.stderr)
+        return 1
     if options.export:
         from mope.demo.export import export
 
@@ -96,10 +113,15 @@ def _demo(options: argparse.Namespace) -> int:
 
     # Plots are written to files, so no display is needed.
     matplotlib.use("Agg")
+    more: dict[str, Any] = {}
     if options.system == "modex":
         from mope.demo.modex.run import demo
-    else:
+    elif options.task == "digits":
         from mope.demo.run import demo
+    else:
+        from mope.demo.scenes.run import demo
+
+        more = {"anew": options.pretrain, "with_lora": options.lora}
     from mope.finite import NotFiniteError
 
     try:
@@ -110,6 +132,7 @@ def _demo(options: argparse.Namespace) -> int:
             device=options.device,
             threads=options.threads,
             command=options.command_line,
+            **more,
         )
     except (NotFiniteError, OSError) as error:
         print(f"\nmope demo: {error}", file=sys.stderr)

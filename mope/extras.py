@@ -5,7 +5,12 @@ from __future__ import annotations
 import importlib
 
 # As in pyproject.toml. The packages are listed by name, because the library itself is not on PyPI.
-EXTRAS = {"train": ("accelerate", "pillow", "scikit-learn", "tensorboard"), "plot": ("matplotlib",)}
+EXTRAS = {
+    "train": ("accelerate", "pillow", "scikit-learn", "tensorboard"),
+    "plot": ("jinja2", "matplotlib"),
+    "demo": ("peft",),
+    "data": ("datasets", "pyarrow"),
+}
 _PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 

@@ -1,7 +1,7 @@
 """Fused ops of Mixture-of-Prompt-Experts models: tensors in, tensors out.
 
-Each op is defined in plain PyTorch in `mope_kernels.reference` and implemented in Triton (GPU) and C++ (CPU) where
-`explain(op, ...)` says so. Importing this package needs torch only.
+Each op is defined in plain PyTorch in `mope_kernels.reference`, and most have Triton (GPU) and C++ (CPU) implementations;
+`explain(op, ...)` tells which one runs. Importing this package requires only torch.
 """
 
 from .add_norm import add_norm

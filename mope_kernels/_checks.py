@@ -1,4 +1,4 @@
-"""Checks of arguments. An error names the op, the offending argument, the shapes and the fix."""
+"""Argument checks. Each error names the op, the offending argument, the shapes and the fix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import _triton, settings
 
 
 class Arguments:
-    """The arguments of one call of an op: binds the sizes of named axes and holds every later tensor to them.
+    """Arguments of one call to an op: bind the sizes of named axes and check every later tensor against them.
 
     >>> arguments = Arguments("mix_prompts")
     >>> arguments.tensor("experts", experts, "K P D")
@@ -32,7 +32,7 @@ class Arguments:
     def tensor(
         self, name: str, value: Tensor | None, axes: str, *, integer: bool = False, dtype: torch.dtype | None = None
     ) -> None:
-        """Hold `value` to the axes; one letter, one size. `None` (an optional argument that was not given) passes."""
+        """Check `value` against the axes; each letter stands for one size. `None` (an omitted optional argument) passes."""
         if value is None:
             return
         self._is_tensor(name, value)
@@ -42,7 +42,7 @@ class Arguments:
         self._hold(name, value, names, tuple(value.shape), integer, dtype)
 
     def rows(self, name: str, value: Tensor | None, axes: str, *, dtype: torch.dtype | None = None) -> None:
-        """Check `value` (..., C) against two axes, "R C", where R counts the rows over all leading axes."""
+        """Check `value` (..., C) against two axes, "R C", where R is the product of all leading axes."""
         if value is None:
             return
         self._is_tensor(name, value)
@@ -79,7 +79,7 @@ class Arguments:
             raise self.error(f"{name} is on {value.device}, the other tensors on {self.device}: use {name}.to('{self.device}')")
 
     def _layout_hint(self, axis: str, value: Tensor) -> str:
-        """What to do where query, key and value have rows in front of heads, as they come out of a projection."""
+        """Suggest a transpose if query, key and value have rows before heads, the layout that a projection returns."""
         if axis != "H" or self.sizes.get("Lq") not in value.shape[1:3]:
             return ""
         return ": if query, key and value are (B,L,H,D), transpose(1, 2) makes them (B,H,L,D), heads first"
@@ -95,7 +95,7 @@ class Arguments:
             raise self.error(f"top_k must be between 1 and the {num_experts} experts, or None for dense routing, got {top_k}")
 
     def number(self, name: str, value: object) -> None:
-        """Refuse a tensor that asks for a gradient: the kernels would take it as a number, and lose its gradient in silence."""
+        """Reject a tensor that requires a gradient: the kernels read it as a number and would silently drop its gradient."""
         if isinstance(value, Tensor) and value.requires_grad:
             raise self.error(f"{name} is a number and gets no gradient: pass {name}.item(), or learn what it acts on")
 
@@ -114,13 +114,13 @@ class Arguments:
             raise self.error(f"{name} must be in [0, 1), got {value}")
 
     def may_read(self, value: Tensor) -> bool:
-        """Return whether values may be read: on the CPU always, elsewhere only with MOPE_DEBUG=1, which makes the host wait."""
+        """Return whether values may be read: always on the CPU, elsewhere only with MOPE_DEBUG=1, because reading syncs."""
         if torch.compiler.is_compiling() or _triton.recording():
             return False
         return _triton.device_of(value).type == "cpu" or debugging()
 
     def indices(self, name: str, value: Tensor, bound: int) -> None:
-        """Check that values are in 0..bound-1, if they may be read."""
+        """Check that all values are in 0..bound-1, if they may be read."""
         if value.numel() == 0 or not self.may_read(value):
             return
         lowest, highest = map(int, value.aminmax())
@@ -129,18 +129,18 @@ class Arguments:
 
 
 def first_derivative_only(op: str) -> None:
-    """For backwards, which have no derivative themselves: torch would warn, and go on as if they were constant."""
+    """Raise if a backward is being differentiated: it has no derivative, and torch would only warn and treat it as constant."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            f"{op}: its kernels have no gradients of gradients, which create_graph=True asks for: use impl='reference' "
+            f"{op}: its kernels have no gradients of gradients, which create_graph=True requests: use impl='reference' "
             "(everywhere: MOPE_IMPL=reference)"
         )
 
 
 def any_needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to see what is made of these tensors. Where not, a raw op is called as it is, which is quicker.
+    """Return whether autograd has to see operations on these tensors. If not, the raw op is called directly, which is faster.
 
-    `requires_grad` says nothing of forward mode, whose tangents raw ops would lose in silence; a Function refuses them.
+    Always true in forward mode, which `requires_grad` does not reveal: raw ops would silently drop tangents, a Function raises.
     """
     if forward_ad._current_level >= 0:
         return True
@@ -148,17 +148,17 @@ def any_needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def debugging() -> bool:
-    """Whether checks that make the host wait for the device are asked for."""
+    """Return whether checks that make the host wait for the device are enabled."""
     return settings.current().debug
 
 
 def last_dim_contiguous(tensor: Tensor) -> Tensor:
-    """The kernels take any strides but for the last dimension."""
+    """Return the tensor, copied if its last dimension is strided: the kernels accept any other strides."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
 def to_copy(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-    """Return the positions of the tensors that `last_dim_contiguous` would copy. All calls of a signature have the same ones."""
+    """Return the positions of the tensors that `last_dim_contiguous` would copy. They are the same for equal signatures."""
     return tuple(i for i, t in enumerate(tensors) if t is not None and last_dim_contiguous(t) is not t)
 
 
@@ -168,7 +168,7 @@ def copied(tensors: Sequence[Any], which: tuple[int, ...]) -> list[Any]:
 
 
 def kernel_lengths(lengths: Tensor | None) -> Tensor | None:
-    """Lengths of any integer dtype in one that the kernels read."""
+    """Convert lengths of any integer dtype to one that the kernels read."""
     if lengths is None:
         return None
     return last_dim_contiguous(lengths if lengths.dtype in (torch.int32, torch.int64) else lengths.long())

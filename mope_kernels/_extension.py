@@ -1,4 +1,4 @@
-"""Loads the C++ kernels once, when the package is imported, and remembers why if it cannot."""
+"""Load the C++ kernels once, when the package is imported. If that fails, keep the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .build import LIBRARY, cached_library
 
 
 class ExtensionStatus(NamedTuple):
-    """Whether the C++ kernels are loaded, from where, and if not, why; and for which instruction set they were chosen."""
+    """Status of the C++ kernels: whether they are loaded, their path, the reason if not, and the instruction set in use."""
 
     loaded: bool
     path: Path | None
@@ -22,23 +22,23 @@ class ExtensionStatus(NamedTuple):
     target: str = ""
 
 
-# As csrc/targets.cpp names them, the least first.
+# In ascending order, named as in csrc/targets.cpp.
 TARGETS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 def _check_target() -> None:
-    """ValueError if MOPE_CPU_TARGET names no instruction set: the C++ would take the best instead."""
+    """Raise ValueError if MOPE_CPU_TARGET is not a known instruction set: the C++ code would silently use the best one."""
     wish = os.environ.get("MOPE_CPU_TARGET", "")
     if wish and wish not in TARGETS:
         raise ValueError(f"MOPE_CPU_TARGET must be one of {', '.join(TARGETS)}, got {wish!r}")
 
 
 def _candidates() -> Iterator[Path]:
-    # Another build of the same sources, such as one with sanitizers.
+    # MOPE_EXTENSION selects another build of the same sources, such as one with sanitizers.
     if chosen := os.environ.get("MOPE_EXTENSION"):
         yield Path(chosen)
         return
-    # Looked for one after the other: the cache's name is a digest of the sources, which the bundled library makes superfluous.
+    # Lazily: the cache path needs a digest of the sources, which is wasted work if the bundled library loads.
     yield Path(__file__).with_name(LIBRARY)
     yield cached_library()
 
@@ -54,7 +54,7 @@ def _load() -> ExtensionStatus:
     if os.environ.get("MOPE_DISABLE_EXTENSION", "0") not in ("", "0"):
         return ExtensionStatus(False, None, "the C++ extension is switched off by MOPE_DISABLE_EXTENSION")
     failures = []
-    # Whatever is wrong with the library, the package works without it: the reason is kept for whoever asks for the kernels.
+    # The package works without the library, so keep the reason; it is reported when the kernels are requested.
     try:
         for path in _candidates():
             if path.is_file():
@@ -66,7 +66,7 @@ def _load() -> ExtensionStatus:
     except (OSError, RuntimeError) as error:
         failures.append(str(error))
     if not failures and (chosen := os.environ.get("MOPE_EXTENSION")):
-        failures.append(f"MOPE_EXTENSION names {chosen}, which is no file")
+        failures.append(f"MOPE_EXTENSION names {chosen}, which is not a file")
     return ExtensionStatus(False, None, "; ".join(failures) or "the C++ extension is not built (mope build)")
 
 
@@ -74,5 +74,5 @@ STATUS = _load()
 
 
 def status() -> ExtensionStatus:
-    """Whether the C++ kernels are loaded, from where, and if not, why."""
+    """Return whether the C++ kernels are loaded, their path, and the reason if they are not."""
     return STATUS

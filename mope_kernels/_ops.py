@@ -1,9 +1,8 @@
-"""The two namespaces of raw ops; defines, implements and calls them. Imports torch only.
+"""Definition, registration and lookup of raw ops in two namespaces. Imports only torch.
 
-Each compiled implementation has a namespace, `mope_triton` and `mope_cpu`, with the same schemas and the same fakes; both
-follow from the specs of the ops (`spec.RawOp`). Triton launchers are registered by the op's own folder, C++ kernels by the
-extension when it is loaded. No raw op has an autograd kernel: differentiable use goes through the autograd Functions of the
-public functions.
+Each compiled implementation has a namespace, `mope_triton` or `mope_cpu`. Both have the same schemas and fakes, which come
+from the op specs (`spec.RawOp`). Each op's folder registers its Triton launchers; the extension registers the C++ kernels when
+it is loaded. Raw ops have no autograd kernels: the public functions go through autograd Functions where gradients are needed.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from .tape import Tape
 NAMESPACES = ("mope_triton", "mope_cpu")
 LIBRARIES = {namespace: Library(namespace, "DEF") for namespace in NAMESPACES}
 
-# Triton launchers by the name of their raw op, for calls that skip torch's dispatcher.
+# Triton launchers by raw op name, for calls that bypass torch's dispatcher.
 _LAUNCHERS: dict[str, Callable[..., Any]] = {}
-# Tapes of the raw backwards, whose arguments no plan can foresee.
+# Tapes of the raw backwards. Plans cannot record these, because the arguments of a backward are not known in advance.
 _tapes: dict[str, Callable[..., Any]] = {}
 
 Launcher = TypeVar("Launcher", bound=Callable[..., object])
@@ -37,12 +36,12 @@ Kernel = Callable[..., Any]
 
 
 def empty_heads_last(query: Tensor, batch: int, heads: int, length: int, width: int) -> Tensor:
-    """Allocate (B,H,L,D) laid out as (B,L,H,D), so that the projections beside the attention read and write it without a copy."""
+    """Allocate (B,H,L,D) with memory laid out as (B,L,H,D), so that the projections around the attention need no copy."""
     return query.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
 def not_needed(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the empty tensor that a backward returns for a gradient that was not requested."""
+    """Return the empty tensor that stands for a gradient that was not requested."""
     return like.new_empty(0, dtype=dtype)
 
 
@@ -51,8 +50,8 @@ def define(name: str, schema: str, fake: Fake) -> None:
 
     Args:
         name: the name of the raw op.
-        schema: "(Tensor x, ...) -> (Tensor out, ...)", in the language of torch.library.
-        fake: takes the arguments by name and the `namespace`; returns uninitialised results.
+        schema: "(Tensor x, ...) -> (Tensor out, ...)", in torch.library's schema syntax.
+        fake: receives the arguments by name and the `namespace`; returns uninitialized results.
     """
     parsed = torch._C.parse_schema(f"{name}{schema}")
     names = [argument.name for argument in parsed.arguments]
@@ -70,7 +69,7 @@ def define(name: str, schema: str, fake: Fake) -> None:
 
 
 def triton_kernel(name: str) -> Callable[[Launcher], Launcher]:
-    """Register the launcher of `mope_triton::name`. On CPU tensors it runs in Triton's interpreter."""
+    """Return a decorator that registers the launcher of `mope_triton::name`. CPU tensors run in Triton's interpreter."""
 
     def register(launcher: Launcher) -> Launcher:
         tuned = tunable(launcher)
@@ -84,7 +83,7 @@ def triton_kernel(name: str) -> Callable[[Launcher], Launcher]:
 
 
 class _Schema(NamedTuple):
-    """The number of leading tensors of a raw op, and the kind of each number by its position."""
+    """Number of leading tensor arguments of a raw op, and the Python type of each number by position."""
 
     tensors: int
     numbers: dict[int, type]
@@ -104,8 +103,8 @@ def _schema(name: str) -> _Schema:
 def _as_the_op(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the launcher so that it behaves as if torch's dispatcher called it.
 
-    Convert numbers to the schema's kinds, for which kernels are compiled, and turn autocast off. Also make sure that autograd
-    does not take results for views, which it would refuse to change in place.
+    Convert numbers to the types in the schema, because kernels are compiled for those, and turn autocast off. Also keep autograd
+    from treating results as views, which it would refuse to change in place.
     """
 
     @functools.wraps(launcher)
@@ -114,7 +113,7 @@ def _as_the_op(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
         for place, kind in _schema(name).numbers.items():
             if place < len(given) and type(given[place]) is not kind:
                 if kind is bool or type(given[place]) not in (bool, int):
-                    # Call the op: it reports what is wrong.
+                    # The op itself reports the wrong type.
                     return _overload("triton", name)(*args)
                 given[place] = kind(given[place])
         with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowADInplaceOrView():
@@ -129,7 +128,7 @@ def _overload(implementation: str, name: str) -> Callable[..., Any]:
 
 
 def forward_kernel(implementation: str, name: str, direct: bool) -> Callable[..., Any]:
-    """Return the callable for a raw op: Triton's launcher itself with `direct`, if nothing has to see the op; otherwise the op."""
+    """Return the callable for a raw op. With `direct` (nothing has to see the op) it is the Triton launcher, else the op."""
     if torch.compiler.is_compiling():
         return getattr(getattr(torch.ops, f"mope_{implementation}"), name).default
     if not direct or implementation != "triton":
@@ -138,13 +137,13 @@ def forward_kernel(implementation: str, name: str, direct: bool) -> Callable[...
 
 
 def backward_kernel(implementation: str, name: str) -> Callable[..., Any]:
-    """Return the callable for a raw backward. Modes may have changed since forward, so check them again."""
+    """Return the callable for a raw backward. Modes are checked again, because they may have changed since forward."""
     if torch.compiler.is_compiling():
         return getattr(getattr(torch.ops, f"mope_{implementation}"), name).default
     if implementation != "triton":
         return _overload(implementation, name)
     if _triton.recording():
-        # While launches are recorded, the launchers make them, on fake tensors too.
+        # Recording needs the launchers themselves to run, even on fake tensors.
         return _LAUNCHERS[name]
     if not plans.nothing_watches():
         return _overload(implementation, name)
@@ -152,7 +151,7 @@ def backward_kernel(implementation: str, name: str) -> Callable[..., Any]:
 
 
 class _Tapes(plans.Plans):
-    """The tapes of one raw op, by all of its arguments. Calls without a signature go to the op."""
+    """Tapes of one raw op, keyed by the signature of all its arguments. Calls without a signature go to the op."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What every Triton launcher needs. Imports torch only: Triton itself is imported by the first launch."""
+"""Helpers shared by all Triton launchers. Imports only torch: the first launch imports Triton."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from torch import Tensor
 
 from . import tape
 
-# While not None, launches are written down here instead of run: (kernel, arguments, constants and options).
+# While not None, launches are recorded here instead of run: (kernel, arguments, constants and options).
 _recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
 
 
 @contextlib.contextmanager
 def record_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Collect the launches made inside, so that they can be compiled where no GPU is. For tensors on the meta device."""
+    """Record the launches made inside the context instead of running them, so that kernels can be compiled without a GPU.
+
+    For tensors without memory, such as those on the meta device.
+    """
     global _recorded
     outer, _recorded = _recorded, []
     try:
@@ -26,13 +29,13 @@ def record_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any
         _recorded = outer
 
 
-# While not None, the architecture that kernels are compiled for where no GPU of it is.
+# While not None, the architecture that kernels are compiled for on a machine without such a GPU.
 _target: str | None = None
 
 
 @contextlib.contextmanager
 def compiling_for(arch: str) -> Iterator[None]:
-    """Let launchers choose as on GPUs of this architecture: "sm_90", "gfx942"."""
+    """Make launchers choose configurations as on a GPU of this architecture, such as "sm_90" or "gfx942"."""
     global _target
     outer, _target = _target, arch
     try:
@@ -42,12 +45,12 @@ def compiling_for(arch: str) -> Iterator[None]:
 
 
 def target() -> str | None:
-    """The architecture that is compiled for; None where kernels run."""
+    """Return the architecture that kernels are compiled for ahead of time, or None if kernels run."""
     return _target
 
 
 def on_amd() -> bool:
-    """Whether kernels run, or are compiled, for AMD's GPUs."""
+    """Return whether kernels run on, or are compiled for, AMD GPUs."""
     return bool(torch.version.hip) if _target is None else _target.startswith("gfx")
 
 
@@ -57,12 +60,12 @@ _stood_for: torch.device | None = None
 
 @contextlib.contextmanager
 def standing_in() -> Iterator[None]:
-    """Launch on CPU tensors as if they were on a GPU. Used with a stand-in for Triton's driver, which runs no kernels."""
+    """Launch on CPU tensors as if they were on a GPU. Use it with a fake Triton driver, which runs no kernels."""
     global _stood_for
     from . import plans
 
     outer, _stood_for = _stood_for, torch.device("cuda", 0)
-    # Other implementations can run now.
+    # Cached plans may have chosen implementations that no longer apply.
     plans.forget()
     try:
         yield
@@ -72,12 +75,12 @@ def standing_in() -> Iterator[None]:
 
 
 def device_of(tensor: Tensor) -> torch.device:
-    """Return the device on which kernels would run for this tensor."""
+    """Return the device on which kernels for this tensor would run."""
     return tensor.device if _stood_for is None else _stood_for
 
 
 def recording() -> bool:
-    """Whether launches are written down instead of run."""
+    """Return whether launches are recorded instead of run."""
     return _recorded is not None
 
 
@@ -86,13 +89,13 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
 
     All grids are one-dimensional: CUDA allows 2^31 - 1 blocks along x, but only 65535 along y and z.
     """
-    # Said explicitly, because Triton's default changes between versions.
+    # Explicit, because Triton's default differs between versions.
     constants["enable_fp_fusion"] = True
     if _recorded is not None:
         _recorded.append((kernel, args, constants))
         return
     if programs == 0:
-        # A tape needs no line for this either, because the number of programs follows from shapes.
+        # A tape can omit this launch too, because the number of programs depends only on shapes.
         return
     from triton import JITFunction
 
@@ -113,10 +116,10 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
 
 
 def hash_callees_first(kernel: Any) -> None:
-    """Let Triton hash the functions that a kernel calls before the kernel itself.
+    """Make Triton hash the functions that a kernel calls before it hashes the kernel.
 
-    Triton 3.6 leaves the constants of a function that it has not hashed yet out of the hash of its caller. Then the name of a
-    kernel in Triton's cache would depend on what the process launched before.
+    Triton 3.6 omits the constants of a function that is not hashed yet from the hash of its caller. Without this, the name of a
+    kernel in Triton's cache would depend on what the process launched earlier.
     """
     for name in kernel.fn.__code__.co_names:
         callee = kernel.fn.__globals__.get(name)
@@ -126,18 +129,20 @@ def hash_callees_first(kernel: Any) -> None:
 
 
 def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def cdiv(n: int, block: int) -> int:
+    """Return n / block, rounded up."""
     return -(-n // block)
 
 
 def splits_in_one_wave(programs: int, pieces: int, slots: int) -> int:
-    """Among how many programs to split each of `programs`, which has so many pieces of work, if `slots` of them run at once.
+    """Return into how many programs to split each of `programs`, which has `pieces` pieces of work, if `slots` can run at once.
 
-    A few programs more than there are slots take as long as twice as many, so it rounds down. Of the numbers with which the
-    longest program is as short it is the smallest.
+    It rounds down, because slightly more programs than slots take as long as twice as many. Among splits whose longest program
+    has equally few pieces, it returns the smallest.
     """
     pieces = max(pieces, 1)
     most = max(1, min(slots // max(programs, 1), pieces))

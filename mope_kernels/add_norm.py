@@ -1,4 +1,4 @@
-"""Residual add and LayerNorm: where one branch of a block ends and the next begins."""
+"""Residual add followed by LayerNorm, as between two branches of a block."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from .plans import Plan
 
 
 class AddNormFunction(torch.autograd.Function):
-    """(implementation, kernel, eps, norm_dtype, x, update, weight, bias) -> total, normed.
+    """Autograd of `add_norm`: (implementation, kernel, eps, norm_dtype, x, update, weight, bias) -> total, normed.
 
-    Keep only total and weight for backward. Without update, total is empty and has no gradient, because it would repeat x.
+    Only total (x if there is no update) and weight are saved for backward. Without an update, total would repeat x, so it is
+    empty and has no gradient.
     """
 
     @staticmethod
@@ -43,7 +44,7 @@ class AddNormFunction(torch.autograd.Function):
         first_derivative_only("add_norm")
         grad_total, grad_normed = grads
         if ctx.nothing_added:
-            # Nobody has what stands in for `total`, and torch.compile gives zeros of its shape.
+            # Without `update`, `total` is a placeholder; torch.compile still passes zeros as its gradient.
             grad_total = None
         x, update, weight, bias = ctx.needs_input_grad[4:]
         if grad_total is None and grad_normed is None:
@@ -62,12 +63,12 @@ class AddNormFunction(torch.autograd.Function):
         )
 
 
-# The longest row that one program holds in registers.
+# Length of the longest row that one program holds in registers.
 TRITON_WIDTH = 16384
 
 
 def triton_norm_check(x: Tensor, norm_dtype: torch.dtype, *others: Tensor | None) -> list[str]:
-    """What speaks against the Triton kernels of a LayerNorm over the last axis of x."""
+    """Return the reasons why the Triton kernels cannot run a LayerNorm over the last axis of x; empty if they can."""
     reasons = triton_check(x, *(t for t in others if t is not None))
     if x.shape[-1] > TRITON_WIDTH:
         reasons.append(f"the Triton kernel takes rows of at most {TRITON_WIDTH} numbers, got {x.shape[-1]}")
@@ -77,7 +78,7 @@ def triton_norm_check(x: Tensor, norm_dtype: torch.dtype, *others: Tensor | None
 
 
 def cpu_norm_check(x: Tensor, norm_dtype: torch.dtype, *others: Tensor | None) -> list[str]:
-    """What speaks against the C++ kernels of a LayerNorm over the last axis of x."""
+    """Return the reasons why the C++ kernels cannot run a LayerNorm over the last axis of x; empty if they can."""
     reasons = extension_check(x, *(t for t in others if t is not None))
     if norm_dtype not in (torch.float32, torch.bfloat16):
         reasons.append(f"the C++ kernels write float32 and bfloat16, norm_dtype is {norm_dtype}")
@@ -121,21 +122,22 @@ def add_norm(
     norm_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """total = x + update and normed = LayerNorm(total) * weight + bias.
+    """Add and normalize: total = x + update and normed = LayerNorm(total) * weight + bias.
 
     Args:
-        x: (..., C), floating point: the residual stream.
-        update: (..., C), what a branch adds to it; None: nothing, and `total` is `x` itself.
-        weight, bias: (C,), or None.
-        eps: added to the variance, positive.
-        norm_dtype: of `normed`; that of `total` if None. Statistics are float32 (float64) in any case.
+        x: (..., C), floating point, the residual stream.
+        update: (..., C), the output of a branch. If None, nothing is added and `total` is `x` itself.
+        weight: (C,) or None.
+        bias: (C,) or None.
+        eps: Positive, added to the variance.
+        norm_dtype: dtype of `normed`, by default that of `total`. Statistics are always float32 (float64).
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
-        total (..., C) in the dtype that x and update promote to, and normed (..., C).
+        The pair (total, normed), both (..., C). `total` has the dtype that x and update promote to.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or `impl` cannot run.
+        ValueError: Shapes, dtypes or devices do not match, or `impl` cannot run.
     """
     return _ADD_NORM.plans.run(_plan, (x, update, weight, bias), (eps, norm_dtype, impl))
 

@@ -1,15 +1,15 @@
-"""Compile the Triton kernels where no GPU is, and report what they take: `python -m mope_kernels.aot --arch sm_90 gfx942`.
+"""Compile the Triton kernels without a GPU and report their resource use: `python -m mope_kernels.aot --arch sm_90 gfx942`.
 
-The launchers run on fake tensors of representative shapes, and what they would have launched is compiled for each target,
-with the very specialisations that a launch makes. A kernel that spills registers or needs more shared memory than the
-target has is named at the end, and makes the exit status 1.
+The launchers run on fake tensors of representative shapes. Each launch is recorded and compiled for each target with exactly
+the specializations that a real launch would use. Kernels that spill registers or need more shared memory than the target has
+are listed at the end, and the exit status is then 1.
 
-All of it is every op x dtype x head_dim, without options and with all of them that cost registers together; and, for bfloat16,
-float32 and the head_dims that others are padded to, each option that changes the code alone. `--short` is a list of at most
-300 kernels in which each of these occurs, but not each with each. What was compiled is kept in Triton's cache
-(TRITON_CACHE_DIR): a second run only reads it.
+The full list covers every op x dtype x head_dim, once without options and once with all options that cost registers. For
+bfloat16, float32 and the head_dims that others are padded to, it also covers each option that changes the code, on its own.
+`--short` selects at most 300 kernels that cover each feature, but not every combination. Compiled kernels stay in Triton's
+cache (TRITON_CACHE_DIR), so a second run only reads them.
 
-`--warm DIR` reports nothing, and fills a cache that another machine can use: see `mope_kernels.warm`.
+`--warm DIR` skips the report and fills a cache that another machine can use: see `mope_kernels.warm`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .configs import family
 from .impl import interpreting
 from .spec import SPECS, Spec, Variant
 
-# Shared memory that one block (workgroup) can have, in bytes.
+# Maximum shared memory per block (workgroup), in bytes.
 SHARED_MEMORY = {
     "sm_80": 163 << 10,
     "sm_86": 99 << 10,
@@ -65,13 +65,13 @@ _TYPES = {
     torch.int64: "i64",
 }
 
-# What takes part in matrix products, in SASS (Hopper's, Blackwell's, and mma.sync) and in AMD's assembly.
+# Matrix instructions in SASS (Hopper, Blackwell, and mma.sync) and in AMD assembly.
 _MATRIX_INSTRUCTIONS = {"wgmma": r"\bHGMMA", "tcgen05": r"\bUTC[A-Z]*MMA", "mma": r"\b[HD]MMA", "mfma": r"\bv_mfma"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a compiled kernel takes: registers per thread, bytes of stack per thread and of shared memory per block."""
+    """Resource use of a compiled kernel: registers per thread, bytes of stack per thread and of shared memory per block."""
 
     variant: str
     kernel: str
@@ -90,7 +90,7 @@ class Report:
 
 
 def launch(spec: Spec, variant: Variant) -> None:
-    """Run the Triton kernels of an op: forward, then backward for the gradients that the variant wants."""
+    """Run the Triton kernels of an op: forward, then backward for the gradients that the variant requests."""
     tensors, options = spec.draw(variant.dtype, **variant.sizes)
     wanted = spec.leaves(tensors) if variant.wanted is None else [name for name in variant.wanted if tensors[name] is not None]
     leaves = [tensor.requires_grad_() for name in wanted if (tensor := tensors[name]) is not None]
@@ -102,7 +102,7 @@ def launch(spec: Spec, variant: Variant) -> None:
 
 
 def variants(short: bool = False) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yield (name, function that launches it) for each variant that the specs of the ops declare."""
+    """Yield (name, function that launches it) for each variant that the op specs declare."""
     for spec in SPECS.values():
         for variant in spec.variants(short):
             yield f"{spec.name} {variant.label}", functools.partial(launch, spec, variant)
@@ -110,10 +110,10 @@ def variants(short: bool = False) -> Iterator[tuple[str, Callable[[], None]]]:
 
 @dataclasses.dataclass(frozen=True)
 class Specialization:
-    """What the JIT compiles for one launch: a kernel by name, since only so can it be sent to another process or to a file.
+    """Input of the JIT compiler for one launch. The kernel is given by name, so that this can be pickled or written to a file.
 
-    signature: the type of each argument. constants, attributes: by the path of an argument, (position,) or (position, index).
-    options: those of the compiler.
+    signature: the type of each argument. constants, attributes: keyed by the path of an argument, (position,) or
+    (position, index). options: compiler options.
     """
 
     module: str
@@ -125,13 +125,13 @@ class Specialization:
 
     @classmethod
     def of(cls, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], arch: str = "sm_90") -> Specialization:
-        """Ask the JIT itself, by a launch for `arch` that is stopped before it compiles.
+        """Let the JIT specialize a launch for `arch`, stopping it before compilation.
 
-        `args` may hold fake tensors; their storage counts as aligned, as the allocator's is.
+        `args` may contain fake tensors; their storage counts as aligned, because allocators align it.
         """
         hash_callees_first(kernel)
         with _device_of(arch):
-            # Made for this architecture, and not kept: a later launch must find no kernel that was never compiled.
+            # Temporary, for this architecture: a later launch must not find a kernel that was never compiled.
             kernel.device_caches[arch] = kernel.create_binder()
             compile, found = kernel.compile, list[Any]()
             kernel.compile = lambda src, **_: found.append(src)
@@ -141,12 +141,12 @@ class Specialization:
                 del kernel.device_caches[arch]
                 kernel.compile = compile
         (source,) = found
-        # What is no argument of the kernel is an option of the compiler.
+        # Constants that are not kernel arguments are compiler options.
         options = {name: value for name, value in constants.items() if name not in kernel.arg_names}
         return cls(kernel.__module__, kernel.__name__, source.signature, source.constants, source.attrs, options)
 
     def source(self) -> Any:
-        """Triton's own description of it."""
+        """Return Triton's own description of the launch, an `ASTSource`."""
         from triton.compiler import ASTSource
 
         kernel = getattr(importlib.import_module(self.module), self.kernel)
@@ -154,7 +154,7 @@ class Specialization:
         return ASTSource(kernel, self.signature, self.constants, self.attributes)
 
     def key(self, arch: str) -> str:
-        """The name under which Triton's cache keeps the compiled kernel."""
+        """Return the key of the compiled kernel in Triton's cache."""
         from triton._C.libtriton import get_cache_invalidating_env_vars
         from triton.compiler import make_backend
         from triton.runtime.cache import get_cache_key
@@ -179,7 +179,7 @@ def gpu_target(arch: str) -> Any:
 
 
 class _Device:
-    """Stands in for Triton's driver where a launch gets no further than the compiler."""
+    """Fake Triton driver for launches that never get past the compiler."""
 
     def __init__(self, arch: str) -> None:
         self.arch = arch
@@ -207,7 +207,7 @@ def _device_of(arch: str) -> Iterator[None]:
 
 
 class _Pointer:
-    """A tensor, as far as the JIT looks at it."""
+    """The properties of a tensor that the JIT inspects."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
@@ -235,7 +235,7 @@ def _nvidia_tool(name: str, *args: str) -> str:
 
 
 def measure(variant: str, compiled: Any, arch: str) -> Report:
-    """Read what a compiled kernel takes from its binary or assembly."""
+    """Read the resource use of a compiled kernel from its binary or assembly."""
 
     def number(pattern: str, text: str) -> int:
         found = re.search(pattern, text)
@@ -255,7 +255,7 @@ def measure(variant: str, compiled: Any, arch: str) -> Report:
             code = _nvidia_tool("nvdisasm", "-c", file.name)
         registers, shared = number(r"REG:(\d+)", usage), 0
         stack = number(r"STACK:(\d+)", usage)
-        # Local memory holds nothing else in these kernels, which have no arrays.
+        # These kernels have no arrays, so every access to local memory is a spill.
         spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
     counts = {name: len(re.findall(pattern, code)) for name, pattern in _MATRIX_INSTRUCTIONS.items()}
     matrix = " ".join(f"{count} {name}" for name, count in counts.items() if count)
@@ -264,7 +264,7 @@ def measure(variant: str, compiled: Any, arch: str) -> Report:
 
 
 def specializations(only: str = "", short: bool = False, arch: str = "sm_90") -> Iterator[tuple[str, Specialization]]:
-    """Each distinct launch of the declared variants once, with the name of the first variant that makes it."""
+    """Yield each distinct launch of the declared variants once, with the name of the first variant that makes it."""
     seen = set()
     for name, run in variants(short):
         with FakeTensorMode(), compiling_for(arch), record_launches() as launches:
@@ -277,23 +277,23 @@ def specializations(only: str = "", short: bool = False, arch: str = "sm_90") ->
 
 
 def report(task: tuple[str, Specialization, str]) -> Report:
-    """Compile one launch for one target, and measure it."""
+    """Compile one launch for one target and report its resource use."""
     name, found, arch = task
     try:
         return measure(name, found.compile(arch), arch)
     except Exception as error:
-        # Errors of compilers cannot all be sent to another process.
+        # Not all compiler errors can be pickled and sent to another process.
         raise RuntimeError(f"{name}: {found.kernel} does not compile for {arch}: {error!r}") from None
 
 
 def reports(architectures: Iterable[str], only: str = "", short: Collection[str] = (), jobs: int = 1) -> Iterator[Report]:
-    """Compile the variants whose name or kernel contains `only`, in `jobs` processes; for targets in `short` the short list."""
+    """Compile the variants whose name or kernel contains `only`, in `jobs` processes; targets in `short` get the short list."""
 
     def kind(arch: str) -> tuple[str, bool]:
         return family(arch), arch in short
 
     tasks = []
-    # What is launched depends on the family alone.
+    # The launches depend only on the GPU family.
     for (_, is_short), group in groupby(sorted(architectures, key=kind), key=kind):
         alike = list(group)
         tasks += [(*found, arch) for found in specializations(only, is_short, alike[0]) for arch in alike]
@@ -316,7 +316,7 @@ def _print_table(found: Iterable[Report]) -> None:
 
 
 def _print_markdown(found: list[Report], short: Collection[str]) -> None:
-    """docs/resources-triton-<version>.md."""
+    """Print docs/resources-triton-<version>.md."""
     import triton
 
     def op(each: Report) -> str:
@@ -330,15 +330,16 @@ def _print_markdown(found: list[Report], short: Collection[str]) -> None:
     if short:
         others = {each.arch for each in found} - set(short)
         of_these = f" for {', '.join(sorted(short))}" if others else ""
-        of_short = f" Compiled{of_these} was the short list: every feature once, but not each with each."
+        of_short = f" The short list was compiled{of_these}: every feature once, but not every combination."
     print(
         f"""# Resources under Triton {version}
 
-What the Triton kernels take on each target, compiled without a GPU by Triton {triton.__version__}. Written by `make aot`, that is
-`python -m mope_kernels.aot --markdown`; not edited by hand.{of_short}
+Resource use of the Triton kernels on each target, compiled without a GPU by Triton {triton.__version__}.
+Generated by `make aot`, which runs
+`python -m mope_kernels.aot --markdown`; do not edit by hand.{of_short}
 
-Registers are those of a thread, spills the instructions that spill (AMD: the registers), stack is bytes of a thread, shared
-bytes of a block. A launch that several variants have in common is listed with the first of them.
+Registers are counted per thread, spills are the instructions that spill (AMD: the registers), stack is in bytes per thread, shared
+in bytes per block. A launch that several variants share is listed under the first of them.
 
 ## Summary
 """
@@ -379,23 +380,24 @@ def _warm(options: argparse.Namespace, short: bool) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m mope_kernels.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", nargs="+", choices=sorted(SHARED_MEMORY), default=list(DEFAULT_ARCHITECTURES))
     parser.add_argument(
-        "--short", nargs="*", choices=sorted(SHARED_MEMORY), metavar="ARCH", help="every feature once, for these (default: all)"
+        "--short", nargs="*", choices=sorted(SHARED_MEMORY), metavar="ARCH", help="compile the short list for these (default: all)"
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="only variants whose name or kernel contains this")
     parser.add_argument(
-        "--jobs", type=int, default=_usable_cores(), metavar="N", help="processes (default: one a core, %(default)s)"
+        "--jobs", type=int, default=_usable_cores(), metavar="N", help="processes (default: one per core, %(default)s)"
     )
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="one JSON object a line")
-    output.add_argument("--markdown", action="store_true", help="a page of docs/resources.md, to the standard output")
-    output.add_argument("--warm", type=Path, metavar="DIR", help="fill a cache for one --arch, and say what is in it")
+    output.add_argument("--json", action="store_true", help="print one JSON object per line")
+    output.add_argument("--markdown", action="store_true", help="print a page for docs/resources.md")
+    output.add_argument("--warm", type=Path, metavar="DIR", help="fill a cache for one --arch and report its contents")
     parser.add_argument(
-        "--launches", metavar="MODULE", help="of --warm: what MODULE.specializations(arch) returns, not the declared variants"
+        "--launches", metavar="MODULE", help="with --warm: compile MODULE.specializations(arch), not the declared variants"
     )
     options = parser.parse_args(arguments)
     if interpreting():
@@ -403,7 +405,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     short = options.arch if options.short == [] else options.short or []
     if options.launches and not options.warm:
-        parser.error("--launches goes with --warm")
+        parser.error("--launches requires --warm")
     if options.warm:
         if len(options.arch) != 1:
             parser.error(f"--warm takes one --arch, got {' '.join(options.arch)}")

@@ -1,7 +1,7 @@
-"""Compiles the C++ kernels, csrc/, against the installed torch.
+"""Compile the C++ kernels in csrc/ against the installed torch.
 
-They use LibTorch's stable ABI only and no Python symbol, so that one binary serves every torch from 2.10 on and every Python.
-Imports nothing but the standard library at first: `setup.py` loads this file by its path to build the wheel with the same commands.
+The kernels use only LibTorch's stable ABI and no Python symbols, so one binary works with torch 2.10 and later and with every
+Python version. At import this module needs only the standard library, because `setup.py` loads it by path to build the wheel.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 
 LIBRARY = "_C.dll" if sys.platform == "win32" else "_C.so"
 
-# The oldest torch whose stable ABI has all that the kernels use; `parallel_for` came last.
+# The target is the oldest torch whose stable ABI has everything that the kernels use; the newest part is `parallel_for`.
 _DEFINES = ("TORCH_STABLE_ONLY", "TORCH_TARGET_VERSION=0x020a000000000000")
-# Contracting a * b + c is wanted, the rest of -ffast-math is not: NaN and infinity mean something here.
+# Contract a * b + c, but without the rest of -ffast-math, because the kernels rely on NaN and infinity.
 _GNU_FLAGS = (
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-ffp-contract=fast"),
     *("-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"),
@@ -30,11 +30,11 @@ _MSVC_FLAGS = ("/nologo", "/std:c++20", "/O2", "/EHsc", "/MD")
 
 
 class BuildError(RuntimeError):
-    """The C++ kernels cannot be built; the message says why and what helps."""
+    """Raised if the C++ kernels cannot be built; the message gives the reason and the fix."""
 
 
 def source_directory() -> Path:
-    """Where the sources lie: inside the package as installed from a wheel, beside it in a checkout."""
+    """Return the directory of the sources: inside the package if it was installed from a wheel, next to it in a checkout."""
     here = Path(__file__).resolve().parent
     for directory in (here / "_csrc", here.parent / "csrc"):
         if (directory / "library.cpp").is_file():
@@ -43,7 +43,7 @@ def source_directory() -> Path:
 
 
 def why_not() -> str:
-    """What is missing to compile the kernels here; empty if nothing is."""
+    """Return what is missing to compile the kernels here; empty if nothing is."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed where the extension is built (pip: --no-build-isolation)"
     if _compiler() is None:
@@ -54,7 +54,11 @@ def why_not() -> str:
 
 
 def compile_library(output: Path, sources: Path | None = None) -> None:
-    """Compile the C++ files in `sources` into the shared library `output`; `BuildError` with the compiler's words if that fails."""
+    """Compile the C++ files in `sources` into the shared library `output`.
+
+    Raises:
+        BuildError: Something is missing, or the compiler failed; the message contains the compiler's output.
+    """
     missing = why_not()
     if missing:
         raise BuildError(f"the C++ kernels cannot be built: {missing}")
@@ -63,14 +67,14 @@ def compile_library(output: Path, sources: Path | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [Path(scratch) / f"{file.stem}.o" for file in files]
         list(pool.map(_run, (_compile_command(*pair) for pair in zip(files, objects, strict=True))))
-        # Renamed into its place: two processes that build at once, or a reader, never see half a file.
+        # Renamed into place, so that concurrent builds and readers never see a partial file.
         linked = output.with_name(f".{os.getpid()}.{output.name}")
         _run(_link_command(objects, linked))
         os.replace(linked, output)
 
 
 def cached_library() -> Path:
-    """Where `build` puts the library for these sources, these flags and this torch."""
+    """Return the path at which `build` puts the library for these sources, flags and torch version."""
     import torch
 
     parts = [torch.__version__, platform.machine(), *_DEFINES, *(_MSVC_FLAGS if sys.platform == "win32" else _GNU_FLAGS)]
@@ -82,12 +86,18 @@ def cached_library() -> Path:
 
 
 def build(*, force: bool = False) -> Path:
-    """Compile the C++ kernels from the installed sources into the user's cache, unless they are there.
+    """Compile the C++ kernels from the installed sources into the user's cache, unless it already has them.
 
-    The library is loaded when `mope_kernels` is next imported. The cache is $XDG_CACHE_HOME or ~/.cache.
+    The library is loaded when `mope_kernels` is next imported. The cache is in $XDG_CACHE_HOME or ~/.cache.
+
+    Args:
+        force: Compile even if the cache has the library.
+
+    Returns:
+        The path of the library.
 
     Raises:
-        BuildError: the compiler, torch's headers or the sources are missing, or the compiler failed.
+        BuildError: The compiler, torch's headers or the sources are missing, or the compiler failed.
     """
     library = cached_library()
     if force or not library.is_file():

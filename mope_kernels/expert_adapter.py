@@ -17,12 +17,12 @@ from .impl import Operation, extension_check, reference_check, triton_check
 from .plans import Plan
 
 ACTIVATIONS = ("relu", "gelu")
-# What the Triton kernels hold for a row.
+# Limits of the Triton kernels, which hold this much for each row.
 MAX_EXPERTS, MAX_BOTTLENECK = 8, 64
 
 
 class _Options(NamedTuple):
-    """What is not a tensor, in the order of the raw op's schema."""
+    """Non-tensor arguments of the raw op, in schema order."""
 
     temperature: float
     is_gelu: bool
@@ -30,9 +30,10 @@ class _Options(NamedTuple):
 
 
 class ExpertAdapterFunction(torch.autograd.Function):
-    """(implementation, kernel, options, whether to return the weights, x (T,d), parameters, seed) -> out, weights.
+    """Autograd of `expert_adapter`.
 
-    Keep only the inputs for backward.
+    (implementation, kernel, options, whether to return the weights, x (T,d), parameters, seed) -> out, weights. Only the inputs
+    are saved for backward.
     """
 
     @staticmethod
@@ -51,7 +52,7 @@ class ExpertAdapterFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         first_derivative_only("expert_adapter")
         tensors = ctx.saved_tensors
-        # torch.compile gives zeros of the shape of what stands in for weights that nobody asked for.
+        # If the weights were not requested, they are a placeholder; torch.compile still passes zeros as its gradient.
         grad_out, grad_weights = grads[0], grads[1] if ctx.return_weights else None
         grad_out = torch.zeros_like(tensors[0]) if grad_out is None else last_dim_contiguous(grad_out)
         # The tensors follow the options; the seed comes last and has no gradient.
@@ -95,27 +96,30 @@ def expert_adapter(
     return_weights: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x + sum_e w_e (U_e h + b_e), h = activation(W x + b), w = softmax((R x + c) / temperature), for each token.
+    """Apply a residual adapter with routed up-projections to each token.
+
+    out = x + sum_e w_e (U_e h + b_e) with h = activation(W x + b) and w = softmax((R x + c) / temperature). For backward only
+    the arguments are saved; h is recomputed. From ModeX (Sci. China Inf. Sci. 67(12) 220107), modality-expert coordinator.
 
     Args:
         x: (..., d), floating point.
-        down_weight, down_bias: (r,d), (r,), floating point of any dtype, that of all parameters; may be rounded to that of x.
-        up_weight, up_bias: (E,d,r), (E,d).
-        router_weight, router_bias: (E,d), (E,). Without a router there is one expert: the plain adapter.
-        temperature: positive.
+        down_weight: W (r,d), floating point. All parameters share its dtype; they may be rounded to the dtype of x.
+        down_bias: b (r,).
+        up_weight: U (E,d,r).
+        up_bias: (E,d).
+        router_weight: R (E,d). Without a router there must be one expert: a plain adapter.
+        router_bias: c (E,); required exactly if there is a `router_weight`.
+        temperature: Positive.
         activation: "relu" or "gelu" (exact).
-        dropout_p: of h.
-        return_weights: also return the routing weights, all 1 without a router.
+        dropout_p: Dropout probability for h.
+        return_weights: Also return the routing weights, which are all 1 without a router.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
-        (..., d) in the dtype of x, residual included; with `return_weights` also (..., E) float32 (float64).
+        (..., d) in the dtype of x, including the residual; with `return_weights` also (..., E) float32 (float64).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or `impl` cannot run.
-
-    Where gradients are needed only the arguments are kept; h is computed again.
-    ModeX (Sci. China Inf. Sci. 67(12) 220107), modality-expert coordinator.
+        ValueError: Shapes, dtypes or devices do not match, or `impl` cannot run.
     """
     tensors = (x, down_weight, down_bias, up_weight, up_bias, router_weight, router_bias)
     return _EXPERT_ADAPTER.plans.run(_plan, tensors, (temperature, activation, dropout_p, return_weights, impl))
@@ -157,7 +161,7 @@ def _plan(direct: bool, x: Tensor, *given: Any) -> Plan:
         return lambda *tensors: run(*tensors, None)[0]
 
     def planned(x: Tensor, *parameters: Tensor | None) -> Any:
-        # Make the seed a new tensor on the device: this does not sync, and a graph replay can be given a new one.
+        # The seed is a new tensor on the device, which needs no sync and can be replaced for a graph replay.
         seed = torch.randint(2**62, (1,), device=x.device) if dropout_p else None
         out, weights = run(last_dim_contiguous(x.reshape(-1, shape[-1])), *parameters, seed)
         if not return_weights:

@@ -1,4 +1,4 @@
-"""The MLP of a transformer block, with the exact GELU."""
+"""MLP of a transformer block with exact GELU."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from .gelu_mlp_details.spec import GRADIENTS
 from .impl import Operation, reference_check, triton_check
 from .plans import Plan
 
-# One of WAYS instead of the table's; "" for the table's.
+# One of WAYS to override the tuning table, or "" to follow it.
 _way = ""
 
 
 @contextlib.contextmanager
 def taking(way: str) -> Iterator[None]:
-    """Let the calls inside, and their gradients, go one of the `WAYS`, whatever the table says. For benchmarks and tests."""
+    """Force one of the `WAYS` for calls in this context and their gradients, overriding the tuning table.
+
+    For benchmarks and tests.
+    """
     global _way
     if way not in WAYS:
         raise ValueError(f"way must be one of {', '.join(WAYS)}, got {way!r}")
@@ -37,7 +40,10 @@ def taking(way: str) -> Iterator[None]:
 
 
 class GeluMlpFunction(torch.autograd.Function):
-    """(kernel, way, whether to keep h for backward, x (..., C), weight1, bias1, weight2, bias2) -> out (N,O)."""
+    """Autograd of `gelu_mlp`.
+
+    (kernel, way, whether to save h for backward, x (..., C), weight1, bias1, weight2, bias2) -> out (N,O).
+    """
 
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, way: str, keep_hidden: bool, *tensors: Any) -> Tensor:
@@ -70,7 +76,7 @@ def _triton_check(x: Tensor, *_: Any, **__: Any) -> list[str]:
 
 
 def _left_to_the_library(x: Tensor, *_: Any, **__: Any) -> list[str]:
-    """On NVIDIA's tensor cores float32 loses digits, and without them the library multiplies faster than Triton does."""
+    """Prefer cuBLAS for float32: tensor cores would lose digits, and without them cuBLAS is faster than Triton."""
     if x.dtype == torch.float32 and x.is_cuda and not torch.version.hip:
         return ["in float32 the products take longer than the GELU's memory traffic, and cuBLAS is faster at them"]
     return []
@@ -96,21 +102,24 @@ _GELU_MLP = Operation(
 def gelu_mlp(
     x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *, impl: str = "auto"
 ) -> Tensor:
-    """gelu(x W1' + b1) W2' + b2 with gelu(h) = h Phi(h), Phi the normal distribution: by erf, not by tanh.
+    """Apply an MLP with exact GELU: gelu(h) W2' + b2 with h = x W1' + b1.
+
+    gelu(h) = h Phi(h), where Phi is the normal CDF, computed with erf rather than the tanh approximation. If gradients are
+    needed, h (..., F) is saved, and also x if weight1 is trained.
 
     Args:
         x: (..., C), floating point.
-        weight1, bias1: (F,C), and (F,) or None, as of `nn.Linear`, in the dtype of x.
-        weight2, bias2: (O,F), and (O,) or None.
+        weight1: W1 (F,C), laid out as in `nn.Linear`. All parameters have the dtype of x.
+        bias1: b1 (F,) or None.
+        weight2: W2 (O,F).
+        bias2: b2 (O,) or None.
         impl: "auto", "triton" or "reference".
 
     Returns:
-        (..., O) in the dtype of x, products accumulated in float32 (float64).
+        (..., O) in the dtype of x; products are accumulated in float32 (float64).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or `impl` cannot run.
-
-    Where gradients are needed h is kept, (..., F), and x where weight1 is trained.
+        ValueError: Shapes, dtypes or devices do not match, or `impl` cannot run.
     """
     return _GELU_MLP.plans.run(_plan, (x, weight1, bias1, weight2, bias2), (impl, _way))
 
@@ -140,12 +149,12 @@ def _plan(
     kernel = forward_kernel("triton", "gelu_mlp", direct)
     run: Plan
     if any_needs_gradient(x, weight1, bias1, weight2, bias2):
-        # h is not needed for the gradient of the last bias alone.
+        # If only the last bias needs a gradient, h is not needed.
         run = partial(GeluMlpFunction.apply, kernel, way, any_needs_gradient(x, weight1, bias1, weight2))
     else:
 
         def run(x: Tensor, *weights: Tensor | None) -> Tensor:
             return kernel(_rows(x), *weights, False, way)[0]
 
-    # Not in the Function: a view that is made there may not be changed in place.
+    # Outside the Function, because a view made inside could not be changed in place.
     return run if x.dim() == 2 else lambda *tensors: run(*tensors).view(shape)

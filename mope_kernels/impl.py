@@ -1,9 +1,8 @@
-"""Which implementation of an op runs, and why.
+"""Choice of the implementation of an op, with reasons.
 
-`impl="auto"` takes the first in the order of `IMPLEMENTATIONS` that has nothing against the arguments. The environment variable
-MOPE_IMPL replaces "auto" by a name, or by several with commas between them, tried in that order. A name that cannot run
-raises with every reason; nothing falls back in silence: a CUDA tensor that lands on the plain PyTorch definition
-warns once for each op.
+`impl="auto"` uses the first of `IMPLEMENTATIONS` that accepts the arguments. The environment variable MOPE_IMPL replaces "auto"
+by a name or by several comma-separated names, tried in that order. If none of the named implementations can run, the error
+lists every reason. There are no silent fallbacks: each op warns once if CUDA tensors reach the plain PyTorch definition.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from .plans import Plans
 
 IMPLEMENTATIONS = ("triton", "cpu", "sdpa", "xformers", "reference")
 
-# A check gets the op's own arguments and returns what speaks against running it on them.
+# A check receives the op's arguments and returns the reasons why an implementation cannot run on them; empty if it can.
 Check = Callable[..., list[str]]
-# Where an implementation has several ways to run, this says which it goes on the op's own arguments.
+# For implementations with several ways to run: describes the way chosen for the op's arguments.
 Way = Callable[..., str]
 
 _OPERATIONS: dict[str, Operation] = {}
@@ -35,9 +34,10 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` answers. `impl` is None if nothing can run; `reasons` says for each other implementation why it would not.
+    """Result of `explain`.
 
-    `way` says how it would run, where `impl` has several ways.
+    impl: the implementation that would run, or None if none can. reasons: for each of the others, why it would not run.
+    way: how `impl` would run, if it has several ways.
     """
 
     op: str
@@ -52,9 +52,9 @@ class Explanation:
 
 
 class Operation:
-    """One op and its implementations, each with the check that says what speaks against it.
+    """An op and its implementations, each with a check that returns the reasons why it cannot run.
 
-    `left_out` has checks that count where no implementation is named: why one that could run is better left out.
+    The checks in `left_out` apply only if no implementation is named: they return reasons to skip one that could run.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class Operation:
         return [f"{self.name} has no {impl} implementation"] if check is None else check(*args, **kwargs)
 
     def _reasons(self, name: str, preferences: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-        """What speaks against an implementation, or, where none was named, for leaving it out."""
+        """Return the reasons why an implementation cannot run or, if none was named, should be skipped."""
         reasons = self.against(name, args, kwargs)
         if not reasons and preferences == IMPLEMENTATIONS and name in self.left_out:
             return self.left_out[name](*args, **kwargs)
         return reasons
 
     def choose(self, impl: str, *args: Any, **kwargs: Any) -> str:
-        """The implementation that runs on these arguments of the op; ValueError with every reason if none can."""
+        """Return the implementation to run on these arguments. If none can run, raise ValueError with every reason."""
         preferences = self._preferences(impl)
         for name in preferences:
             if not self._reasons(name, preferences, args, kwargs):
@@ -118,7 +118,7 @@ class Operation:
 
 
 def names_in(impl: str, asker: str) -> tuple[str, ...]:
-    """The implementations that `impl` names, in its order; ValueError, in the name of `asker`, if one of them does not exist."""
+    """Return the implementations named in `impl`, in order. Unknown names raise ValueError, with `asker` as its prefix."""
     if impl == "auto":
         return IMPLEMENTATIONS
     names = tuple(impl.split(","))
@@ -129,9 +129,9 @@ def names_in(impl: str, asker: str) -> tuple[str, ...]:
 
 
 def explain(op: str | Callable[..., Any], *args: Any, impl: str = "auto", **kwargs: Any) -> Explanation:
-    """Which implementation of `op` would run on these arguments, and why the others would not.
+    """Explain which implementation of `op` would run on these arguments, and why the others would not.
 
-    `op` is a public function of this package or its name, the arguments are those of a call.
+    `op` is a public function of this package or its name; the other arguments are those of a call to it.
 
     >>> print(explain(mope_kernels.mix_prompts, experts, weights, indices))
     mix_prompts: cpu would run
@@ -144,7 +144,7 @@ def explain(op: str | Callable[..., Any], *args: Any, impl: str = "auto", **kwar
 
 
 def reference_check(*args: Any, **kwargs: Any) -> list[str]:
-    """Plain PyTorch runs everywhere."""
+    """Return no reasons, because plain PyTorch runs everywhere."""
     return []
 
 
@@ -155,23 +155,23 @@ def _installed(package: str) -> bool:
         return False
 
 
-# Looked for once, without importing it.
+# Checked once, without importing Triton.
 HAS_TRITON = _installed("triton")
 
 
 def interpreting() -> bool:
-    """Whether Triton's kernels are interpreted on the CPU (the variable is read when Triton is first imported)."""
+    """Return whether Triton kernels are interpreted on the CPU. Triton itself reads the variable when it is first imported."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def triton_check(*tensors: Tensor) -> list[str]:
-    """What speaks against Triton for tensors of this device and dtype."""
+    """Return the reasons why Triton cannot run on tensors of this device and these dtypes; empty if it can."""
     device, dtypes = _triton.device_of(tensors[0]).type, {t.dtype for t in tensors}
     reasons = []
     if not HAS_TRITON:
         reasons.append("Triton is not installed (pip install triton)")
     if _triton.recording():
-        # Launches for a GPU are recorded, whatever device the tensors are on.
+        # Recorded launches are for a GPU, whatever device the tensors are on.
         device = "cuda"
     if device == "cpu" and not interpreting():
         reasons.append("Triton runs on GPUs, these tensors are on the CPU")
@@ -185,7 +185,7 @@ def triton_check(*tensors: Tensor) -> list[str]:
 
 
 def extension_check(*tensors: Tensor) -> list[str]:
-    """What speaks against the C++ extension for tensors of this device and dtype."""
+    """Return the reasons why the C++ extension cannot run on tensors of this device and these dtypes; empty if it can."""
     device, dtypes = tensors[0].device.type, {t.dtype for t in tensors}
     reasons = []
     if not _extension.STATUS.loaded:
@@ -195,5 +195,5 @@ def extension_check(*tensors: Tensor) -> list[str]:
     if others := dtypes - {torch.float32, torch.bfloat16}:
         reasons.append(f"the C++ kernels take float32 and bfloat16, got {', '.join(sorted(str(d) for d in others))}")
     if not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
-        reasons.append("the C++ kernels know neither transforms of torch.func nor forward mode")
+        reasons.append("the C++ kernels support neither torch.func transforms nor forward mode")
     return reasons

@@ -1,4 +1,4 @@
-"""The loss that balances the loads of the experts."""
+"""Loss that balances the load of the experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .plans import Plan
 
 
 class ImportanceLossFunction(torch.autograd.Function):
-    """(implementation, kernel, threshold, probs (L,B,K)) -> loss (L,)."""
+    """Autograd of `importance_loss`: (implementation, kernel, threshold, probs (L,B,K)) -> loss (L,)."""
 
     @staticmethod
     def forward(ctx: Any, implementation: str, kernel: Kernel, threshold: float, probs: Tensor) -> Tensor:
@@ -44,11 +44,14 @@ _IMPORTANCE_LOSS = Operation(
 
 
 def importance_loss(probs: Tensor, *, threshold: float = 0.1, impl: str = "auto") -> Tensor:
-    """Return how uneven the experts' loads are: CV^2 = var(I) / mean(I)^2 with I = sum of probs over the batch, unbiased variance.
+    """Return the squared coefficient of variation of the experts' loads.
+
+    CV^2 = var(I) / mean(I)^2, where I is the sum of probs over the batch and var is unbiased. This is the importance loss of
+    MoPE (arXiv 2403.10568), with the unbiased variance of the released code.
 
     Args:
         probs: (B,K) softmax over all experts, `Routing.probs`; or (L,B,K) for L blocks in one launch.
-        threshold: if CV^2 is at most this, the loads count as even, and the loss and its gradient are 0. No device sync.
+        threshold: If CV^2 is at most this, the loads count as even, and the loss and its gradient are 0. There is no device sync.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -56,8 +59,6 @@ def importance_loss(probs: Tensor, *, threshold: float = 0.1, impl: str = "auto"
 
     Raises:
         ValueError: `probs` is not floating point or has other axes, or `impl` cannot run.
-
-    MoPE (arXiv 2403.10568), importance loss; the released code's unbiased variance.
     """
     return _IMPORTANCE_LOSS.plans.run(_plan, (probs,), (threshold, impl))
 

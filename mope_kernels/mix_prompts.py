@@ -1,4 +1,4 @@
-"""Dynamic prompts: the mixture of the selected prompt experts."""
+"""Dynamic prompts: a mixture of the selected prompt experts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .plans import Plan
 
 
 class MixPromptsFunction(torch.autograd.Function):
-    """(implementation, kernel, experts, weights, indices) -> out."""
+    """Autograd of `mix_prompts`: (implementation, kernel, experts, weights, indices) -> out."""
 
     @staticmethod
     def forward(ctx: Any, implementation: str, kernel: Kernel, experts: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -45,22 +45,20 @@ _MIX_PROMPTS = Operation(
 
 
 def mix_prompts(experts: Tensor, weights: Tensor, indices: Tensor, *, impl: str = "auto") -> Tensor:
-    """P_d = sum_j w_j E_j over the selected experts.
+    """Mix the selected experts into dynamic prompts: P_d = sum_j w_j E_j, from MoPE (arXiv 2403.10568).
 
     Args:
         experts: (K,P,D) prompt experts, floating point.
         weights: (B,k) routing weights, floating point (float32 from `route`).
-        indices: (B,k) which expert each weight belongs to, integer; an expert may come twice.
+        indices: (B,k) integer, the expert that each weight belongs to. An expert may occur more than once.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
         (B,P,D) dynamic prompts in the dtype of `experts`, accumulated in float32 (float64).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, an index is outside 0..K-1 (looked at on the CPU, elsewhere with
+        ValueError: Shapes, dtypes or devices do not match, an index is outside 0..K-1 (checked on the CPU, elsewhere only with
             MOPE_DEBUG=1), or `impl` cannot run.
-
-    MoPE (arXiv 2403.10568), dynamic prompts.
     """
     return _MIX_PROMPTS.plans.run(_plan, (experts, weights, indices), (impl,))
 
@@ -83,7 +81,7 @@ def _plan(direct: bool, experts: Tensor, weights: Tensor, indices: Tensor, impl:
     as_given = implementation == "reference" or (indices.dtype == torch.int64 and not to_copy((experts, weights, indices)))
 
     def planned(experts: Tensor, weights: Tensor, indices: Tensor) -> Any:
-        # Check in every call, because this reads values.
+        # Checked in every call rather than once per plan, because this depends on values.
         arguments.indices("indices", indices, bound)
         if not as_given:
             experts, weights, indices = map(last_dim_contiguous, (experts, weights, indices.long()))

@@ -1,4 +1,4 @@
-"""One pass: route, gather from the expert bank, attend over prompts and tokens."""
+"""Routing, gathering from the expert bank, and attention over prompts and tokens, in one pass."""
 
 from __future__ import annotations
 
@@ -32,17 +32,21 @@ from .route import Routing, check_routing, dense_routing, noise_gradient
 
 @dataclass(frozen=True, eq=False)
 class ExpertBank:
-    """Prompt experts projected through the keys and values of one frozen layer, once for all instances.
+    """Prompt experts projected to the keys and values of one frozen layer, once for all instances.
 
-    Prompts enter attention only through the layer's W_k and W_v, and a mixture of projections is the projection of the mixture.
-    Where the layer normalises its input first, `gram` gives the standard deviation that the mixture would have had:
+    Prompts enter attention only through the layer's W_k and W_v, and projection is linear, so a mixture of projected experts is
+    the projection of their mixture. If the layer first normalizes its input, `gram` provides the variance of the mixture:
     LN(sum_j w_j E_j) = gamma * (sum_j w_j Ec_j) / sqrt(w' G_p w + eps) + beta.
 
-    key, value: (K,H,P,D), W (gamma * Ec_j), or W E_j without LayerNorm. Keep them in float32: with nearly cancelling experts
-        a bfloat16 bank is several percent wrong.
-    gram: (P,K,K) float32, G_p[i,j] = <Ec_i[p], Ec_j[p]> / d of the centred experts, d the width of the model; None: no LayerNorm.
-    key_offset, value_offset: (H,D), W beta + b.
-    eps: of the LayerNorm.
+    Args:
+        key: (K,H,P,D), W (gamma * Ec_j), or W E_j without LayerNorm. Keep it in float32: if experts nearly cancel, a bfloat16 bank
+            is off by several percent.
+        value: (K,H,P,D), likewise.
+        gram: (P,K,K) float32, G_p[i,j] = <Ec_i[p], Ec_j[p]> / d for the centered experts Ec, where d is the model width. None if
+            there is no LayerNorm.
+        key_offset: (H,D), W beta + b.
+        value_offset: (H,D), likewise.
+        eps: Epsilon of the LayerNorm.
     """
 
     key: Tensor
@@ -55,7 +59,7 @@ class ExpertBank:
 
 
 class _Options(NamedTuple):
-    """The arguments of the raw op that are not tensors, in schema order."""
+    """Non-tensor arguments of the raw op, in schema order."""
 
     top_k: int
     temperature: float
@@ -66,7 +70,7 @@ class _Options(NamedTuple):
 
 
 class MoPEAttentionFunction(torch.autograd.Function):
-    """(implementation, kernel, options, *tensors) -> out, probs, weights, indices.
+    """Autograd of `mope_attention`: (implementation, kernel, options, *tensors) -> out, probs, weights, indices.
 
     The tensors are in schema order.
     """
@@ -88,7 +92,7 @@ class MoPEAttentionFunction(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         needed = dict(zip(TENSORS, ctx.needs_input_grad[3:], strict=True))
-        # The gradient of the noise is made of that of the logits.
+        # The gradient of the noise is computed from that of the logits.
         asked = needed | {"logits": needed["logits"] or needed["noise"]}
         found = backward_kernel(ctx.implementation, "mope_attention_backward")(
             last_dim_contiguous(grad_out),
@@ -140,7 +144,7 @@ def _sdpa_check(
 ) -> list[str]:
     reasons = _libraries.nothing_visible_check(key, bank.key, lengths, None)
     of_bank = (bank.key, bank.value, bank.gram, bank.key_offset, bank.value_offset)
-    # explain() passes the numbers of a call on as well.
+    # explain() also passes numbers.
     tensors = [t for t in others.values() if isinstance(t, Tensor)]
     return reasons + _libraries.sdpa_gradient_check(query, key, value, logits, *of_bank, *tensors)
 
@@ -153,7 +157,7 @@ _MOPE_ATTENTION = Operation(
     reference=reference_check,
     left_out={"triton": _libraries.long_sequence_check},
 )
-# How each attends to prompts that were mixed before.
+# Attention functions for prompts that are already mixed. Their gradients come from autograd.
 _BY_AUTOGRAD: dict[str, Callable[..., Tensor]] = {
     "sdpa": partial(_libraries.sdpa, attn_bias=None, is_causal=False),
     "reference": reference.prompt_attention,
@@ -189,35 +193,41 @@ def mope_attention(
     task_ids: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Routing]:
-    """Attention over [static; instance; routed prompts; tokens], where the routed prompts are a mixture of experts.
+    """Attend over [static; instance; routed prompts; tokens], where the routed prompts are a mixture of experts.
 
-    softmax(q [Ks; Ki; Kr; K]' * scale) [Vs; Vi; Vr; V], Kr and Vr mixed from `bank` with the weights of
-    `route(logits, ...)`. Router, gather, LayerNorm fold and attention are one kernel where one runs.
+    out = softmax(q [Ks; Ki; Kr; K]' * scale) [Vs; Vi; Vr; V], where Kr and Vr are mixed from `bank` with the weights of
+    `route(logits, ...)`. The Triton and C++ implementations fuse routing, gathering, LayerNorm and attention into one kernel.
+    Router and dynamic prompts are from MoPE (arXiv 2403.10568).
 
     Args:
         query: (B,H,Lq,D), floating point.
-        key, value: (B,H,Lk,D), dtype of `query`.
+        key: (B,H,Lk,D), dtype of `query`.
+        value: (B,H,Lk,D), dtype of `query`.
         logits: (B,K) router logits, floating point.
-        bank: the projected experts; differentiable.
-        static_key, static_value: (H,S,D), prompts that all items share.
-        instance_key, instance_value: (B,H,M,D), prompts of each item: the mapped prompts.
-        top_k, temperature, noise, renormalize: as in `route`; noise is differentiable.
-        lengths: (B,) integer; the tokens of item b from lengths[b] on are hidden, prompts never are.
-        dropout_p: of the attention probabilities, those of prompts too.
-        scale: of the scores; D^-0.5 if None.
-        task_ids: (B,) integer, for inference with the prompts of T tasks side by side: `bank` then has `key` and `value`
-            (T*K,H,P,D), those of task t from row t*K on, and `gram` (T,P,K,K); static prompts are (T,H,S,D). Item b has the
-            experts and static prompts of task task_ids[b], `logits` and the indices of the routing count within these.
-        impl: "auto", "triton", "cpu", "sdpa" (which mixes the prompts before) or "reference".
+        bank: The projected experts; differentiable.
+        static_key: (H,S,D), keys of the prompts that all items share.
+        static_value: (H,S,D); required exactly if there is a `static_key`.
+        instance_key: (B,H,M,D), keys of the prompts of each item (the mapped prompts).
+        instance_value: (B,H,M,D); required exactly if there is an `instance_key`.
+        top_k: As in `route`.
+        temperature: As in `route`.
+        noise: As in `route`; differentiable.
+        renormalize: As in `route`.
+        lengths: (B,) integer. The tokens of item b from lengths[b] on are masked; prompts never are.
+        dropout_p: Dropout probability for the attention weights, including those of prompts.
+        scale: Factor for the scores, by default D^-0.5.
+        task_ids: (B,) integer, for inference with the prompts of T tasks in one batch. `bank` then has `key` and `value`
+            (T*K,H,P,D), with those of task t starting at row t*K, and `gram` (T,P,K,K); static prompts are (T,H,S,D). Item b uses
+            the experts and static prompts of task task_ids[b]; `logits` and routing indices are relative to that task's experts.
+        impl: "auto", "triton", "cpu", "sdpa" (mixes the prompts first) or "reference".
 
     Returns:
-        (B,H,Lq,D) in the dtype of `query`, in memory (B,Lq,H,D), and the `Routing`.
+        (B,H,Lq,D) in the dtype of `query`, with memory laid out as (B,Lq,H,D), and the `Routing`.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, `top_k` > K, or `impl` cannot run; with `task_ids`, a gradient is asked
-            for, or there is no such task (looked at on the CPU, elsewhere with MOPE_DEBUG=1).
-
-    MoPE (arXiv 2403.10568), router and dynamic prompts.
+        TypeError: `bank` is not an `ExpertBank`.
+        ValueError: Shapes, dtypes or devices do not match, `top_k` > K, or `impl` cannot run; with `task_ids`, a gradient is
+            needed, or a task does not exist (checked on the CPU, elsewhere only with MOPE_DEBUG=1).
     """
     if not isinstance(bank, ExpertBank):
         raise TypeError(f"mope_attention: bank must be an ExpertBank, got {type(bank).__name__}: give ExpertBank(key, value)")
@@ -245,7 +255,7 @@ def mope_attention(
 
 
 def _plan(direct: bool, *given: Any) -> Plan:
-    """Plan a call. `given` holds the tensors of the raw op without its seed, task_ids, and the options."""
+    """Plan a call. `given` contains the tensors of the raw op except its seed, then task_ids and the options."""
     *tensors, task_ids, top_k, temperature, renormalize, eps, scale, dropout_p, impl = given
     named = dict(zip(TENSORS, tensors, strict=False))
     arguments = Arguments("mope_attention")
@@ -292,14 +302,14 @@ def _plan(direct: bool, *given: Any) -> Plan:
 
 
 def _by_kernel(implementation: str, direct: bool, options: _Options, needs_gradient: bool, copies: tuple[int, ...]) -> Plan:
-    """Return the plan: the tensors of the raw op without its seed, and task_ids -> out, probs, weights, indices."""
+    """Return the plan: (tensors of the raw op except its seed, task_ids) -> out, probs, weights, indices."""
     kernel = forward_kernel(implementation, "mope_attention", direct)
 
     def attend(*tensors: Tensor | None) -> Any:
         *inputs, lengths, task_ids = tensors
         laid_out = copied(inputs, copies) if copies else inputs
         lengths = kernel_lengths(lengths)
-        # Make the seed a new tensor on the device: this does not sync, and a graph replay can be given a new one.
+        # The seed is a new tensor on the device, which needs no sync and can be replaced for a graph replay.
         seed = torch.randint(2**62, (1,), device=tensors[0].device) if options.dropout_p else None  # type: ignore[union-attr]
         if needs_gradient:
             return MoPEAttentionFunction.apply(implementation, kernel, options, *laid_out, lengths, seed)
@@ -311,7 +321,7 @@ def _by_kernel(implementation: str, direct: bool, options: _Options, needs_gradi
 
 
 def _mix_and_attend(*tensors: Tensor | None, **options: Any) -> Any:
-    """Compute the same by the plain definition, with any attention."""
+    """Compute the op by its plain definition with a given attention function."""
     *inputs, task_ids = tensors
     named: dict[str, Any] = dict(zip(TENSORS, inputs, strict=False))
     out, weights, indices, probs = reference.mope_attention(**named, **options, task_ids=task_ids)
@@ -321,7 +331,7 @@ def _mix_and_attend(*tensors: Tensor | None, **options: Any) -> Any:
 def _check(
     arguments: Arguments, named: dict[str, Tensor | None], task_ids: Tensor | None, top_k: int | None, temperature: float
 ) -> None:
-    """Check the tensors against each other; `named` has the names of the raw op."""
+    """Check the tensors against each other. `named` uses the raw op's argument names."""
     get: Any = named.get
     check_attention(arguments, get("query"), get("key"), get("value"), get("lengths"), 0.0)
     check_routing(arguments, get("logits"), get("noise"), top_k, temperature)

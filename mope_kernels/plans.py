@@ -1,12 +1,12 @@
-"""Plans: the results of checking a call, kept for later calls with the same signature.
+"""Plans: the results of checking a call, cached for later calls with the same signature.
 
 Calling an op checks the arguments, chooses an implementation and inspects layouts. All of that depends only on the signature of
 the call: the shapes, strides, dtypes, devices and alignment of the tensors, which of them require a gradient, the options, and a
-few switches of torch. The first call with a signature makes a plan, a function of the tensors that does the remaining work; later
-calls run it directly. An op keeps MAX_PLANS of them.
+few torch settings. The first call with a signature makes a plan, a function of the tensors that does the remaining work; later
+calls run it directly. Each op keeps up to MAX_PLANS plans.
 
 A call has no signature, and is checked every time, while something has to see the ops themselves: dispatch and function modes,
-transforms of torch.func, forward mode, tracing, subclasses of Tensor.
+torch.func transforms, forward mode, tracing, or Tensor subclasses.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TENSORS = frozenset((Tensor, nn.Parameter))
 _OPTIONS = frozenset((bool, int, float, str, type(None), torch.dtype))
 _ON_AMD = bool(torch.version.hip)
 _every_op: list[Plans] = []
-# Counts changes of the things that plans depend on. `forget` increments it, so that a plan begun before is not kept.
+# Version of the state that plans depend on. `forget` increments it, so that plans begun earlier are not kept.
 _generation = 0
 _lock = threading.Lock()
 
@@ -49,23 +49,23 @@ def nothing_watches() -> bool:
 def signature(tensors: Iterable[Any], options: tuple[Any, ...]) -> Hashable | None:
     """Return everything about a call that checks and choices depend on, or None if every such call must be checked.
 
-    Two properties of an address count: whether it is a multiple of 16 bytes, for which Triton compiles, and the tensor's offset
-    into its storage modulo 16 elements.
+    Two properties of an address count: the address modulo 16 bytes, because Triton compiles separately for aligned pointers, and
+    the tensor's offset into its storage modulo 16 elements.
     """
     return signature_of_arguments(tensors, options) if nothing_watches() else None
 
 
 def signature_of_arguments(tensors: Iterable[Any], options: tuple[Any, ...]) -> Hashable | None:
-    """Return the signature of arguments, or None unless tensors are plain tensors and options plain numbers, texts or dtypes."""
+    """Return the signature of arguments, or None unless all are plain tensors, numbers, strings, dtypes or None."""
     kinds = tuple(map(type, options))
-    # A tensor passed as a number has no signature either, because a signature does not contain its value.
+    # This also excludes tensors passed as numbers, because a signature would not contain their values.
     if not _OPTIONS.issuperset(kinds):
         return None
-    # Include the types: 2 == 2.0 and 1 == True, but an op may not accept both.
+    # The types matter: 2 == 2.0 and 1 == True, but an op may not accept both.
     key: list[Any] = [torch.is_grad_enabled(), _triton.target(), options, kinds]
     try:
         for t in tensors:
-            # Inlined: every call runs this loop, so it calls no function per tensor.
+            # Inlined, to avoid a function call per tensor in every call of an op.
             if t is None:
                 key.append(None)
                 continue
@@ -73,11 +73,11 @@ def signature_of_arguments(tensors: Iterable[Any], options: tuple[Any, ...]) -> 
                 return None
             address = t.data_ptr()
             if not address and t.numel():
-                # A tensor without memory, such as a fake one.
+                # A tensor without memory, such as a fake tensor.
                 return None
             key.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad, address & 15, t.storage_offset() & 15))
             if _ON_AMD:
-                # Kernels are compiled with 32-bit addresses if storages are small.
+                # Kernels are compiled with 32-bit offsets if storages are small.
                 key.append(t.untyped_storage().nbytes() < 2**31)
     except RuntimeError:
         # The tensor has no strides or no memory, for example because it is sparse.
@@ -86,7 +86,7 @@ def signature_of_arguments(tensors: Iterable[Any], options: tuple[Any, ...]) -> 
 
 
 class Plans:
-    """The plans of one op by signature. Beyond MAX_PLANS the oldest one is dropped."""
+    """Plans of one op, keyed by signature. Beyond MAX_PLANS the oldest is dropped."""
 
     def __init__(self) -> None:
         self._plans: dict[Hashable, Plan] = {}
@@ -102,7 +102,7 @@ class Plans:
         return self._plans.get(key)
 
     def put(self, key: Hashable, plan: Plan, generation: int) -> Plan:
-        """Keep a plan that was begun in this generation, unless the things it depends on have changed since."""
+        """Keep a plan that was begun in this generation, unless the state it depends on has changed since."""
         with _lock:
             if generation == _generation:
                 if len(self._plans) >= MAX_PLANS and key not in self._plans:
@@ -111,16 +111,16 @@ class Plans:
         return plan
 
     def run(self, make: Callable[..., Plan], tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
-        """Run the plan for a call. If there is none yet, make it with `make(direct, *tensors, *options)`.
+        """Run the plan for a call. If there is none yet, create it with `make(direct, *tensors, *options)`.
 
-        `make` raises the errors for wrong arguments. `direct` tells it that it may call kernels without torch's dispatcher. The
-        plan is called with the tensors.
+        `make` validates the arguments and raises if they are wrong. If `direct` is true, the plan may call kernels without torch's
+        dispatcher. The plan is called with the tensors.
         """
         if torch.compiler.is_compiling():
             return make(False, *tensors, *options)(*tensors)
         key = signature(tensors, options)
         if key is None:
-            # While launches are recorded, the launchers make them, on fake tensors too.
+            # Recording needs the launchers themselves to run, even on fake tensors.
             return make(_triton.recording(), *tensors, *options)(*tensors)
         plan = self._plans.get(key)
         if plan is None:
@@ -130,7 +130,7 @@ class Plans:
 
 
 def forget() -> None:
-    """Drop the plans of all ops, after a change of something that they depend on, such as the settings."""
+    """Drop the plans of all ops. Call this after a change to something that they depend on, such as the settings."""
     global _generation
     with _lock:
         _generation += 1

@@ -29,7 +29,10 @@ from .prompt_attention_details.spec import GRADIENTS, HEAD_DIMS
 
 
 class PromptAttentionFunction(torch.autograd.Function):
-    """(implementation, kernel, raw op, options, *tensors) -> out. The tensors are in schema order."""
+    """Autograd of `prompt_attention`: (implementation, kernel, raw op, options, *tensors) -> out.
+
+    The tensors are in schema order.
+    """
 
     @staticmethod
     def forward(
@@ -43,7 +46,7 @@ class PromptAttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only("prompt_attention")
-        # The tensors follow implementation, direct, op and options. Those that can have a gradient come first.
+        # The tensors follow the first four arguments. Those that can have a gradient come first.
         asked = dict(zip(GRADIENTS.names, ctx.needs_input_grad[4:], strict=False))
         found = backward_kernel(ctx.implementation, f"{ctx.op}_backward")(
             last_dim_contiguous(grads[0]), *ctx.saved_tensors, *ctx.options, GRADIENTS.needs(asked)
@@ -55,7 +58,7 @@ class PromptAttentionFunction(torch.autograd.Function):
 
 
 def triton_attention_check(query: Tensor, *tensors: Tensor) -> list[str]:
-    """What speaks against the Triton kernels of attention."""
+    """Return the reasons why the Triton attention kernels cannot run on these tensors; empty if they can."""
     reasons = triton_check(query, *tensors)
     if query.shape[-1] not in HEAD_DIMS:
         reasons.append(f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {query.shape[-1]}")
@@ -94,7 +97,7 @@ _PROMPT_ATTENTION = Operation(
     ways={"xformers": _libraries.xformers_way},
     left_out={"triton": _libraries.long_sequence_check},
 )
-# Those whose gradients autograd finds by itself.
+# Implementations in plain torch operations, which autograd differentiates.
 _BY_AUTOGRAD: dict[str, Callable[..., Tensor]] = {
     "sdpa": _libraries.sdpa,
     "xformers": _libraries.xformers,
@@ -105,7 +108,7 @@ _BY_AUTOGRAD: dict[str, Callable[..., Tensor]] = {
 def check_attention(
     arguments: Arguments, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, dropout_p: float
 ) -> None:
-    """The checks that every attention over tokens shares."""
+    """Check the arguments that all ops with attention over tokens share."""
     arguments.tensor("query", query, "B H Lq D")
     arguments.tensor("key", key, "B H Lk D", dtype=query.dtype)
     arguments.tensor("value", value, "B H Lk D", dtype=query.dtype)
@@ -129,9 +132,9 @@ def _check_packed(
     arguments: Arguments, query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, max_length: int | None, has_other: bool
 ) -> None:
     if has_other:
-        raise arguments.error("offsets say which tokens an item has: give neither lengths nor attn_bias beside them")
+        raise arguments.error("offsets say which tokens an item has: pass neither lengths nor attn_bias with them")
     if max_length is None:
-        raise arguments.error("offsets need max_length, the tokens of the longest item: to read them would make the host wait")
+        raise arguments.error("offsets need max_length, the tokens of the longest item: reading it from offsets would sync")
     arguments.tensor("offsets", offsets, "N", integer=True)
     arguments.tensor("query", query, "1 H T D")
     arguments.tensor("key", key, "1 H T D", dtype=query.dtype)
@@ -142,7 +145,7 @@ def _check_packed(
 
 
 def _look_at_offsets(arguments: Arguments, offsets: Tensor, num_rows: int, max_length: int) -> None:
-    """Check offsets against the available rows, if that costs no device sync."""
+    """Check offsets against the number of rows, if they may be read."""
     if not arguments.may_read(offsets):
         return
     bounds = offsets.tolist()
@@ -169,27 +172,30 @@ def prompt_attention(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """softmax(q [Kp; K]' * scale) [Vp; V]: scaled dot product attention whose first keys are prompts.
+    """Compute scaled dot-product attention over prompts and tokens: softmax(q [Kp; K]' * scale) [Vp; V].
 
     Args:
         query: (B,H,Lq,D), floating point.
-        key, value: (B,H,Lk,D), dtype of `query`.
-        prompt_key, prompt_value: (B,H,P,D), or (1,H,P,D) where all items share their prompts; floating point.
-        lengths: (B,) integer; the tokens of item b from lengths[b] on are hidden from it, prompts never are.
-        attn_bias: floating point, broadcastable to (B,H,Lq,Lk); added to the scores of tokens. Not differentiable.
-        offsets: (B+1,) integer, of packed items: query, key and value are (1,H,T,D), the tokens of all items one after the other
-            without padding, those of item b in rows offsets[b] to offsets[b+1]. In place of `lengths` and `attn_bias`.
-        max_length: with `offsets`, the number of tokens of the longest item (or more).
-        is_causal: query i sees tokens 0..i and every prompt; needs Lq = Lk.
-        dropout_p: of the attention probabilities, those of prompts too.
-        scale: of the scores; D^-0.5 if None.
+        key: (B,H,Lk,D), dtype of `query`.
+        value: (B,H,Lk,D), dtype of `query`.
+        prompt_key: (B,H,P,D), or (1,H,P,D) if all items share their prompts; floating point.
+        prompt_value: Same shapes as `prompt_key`.
+        lengths: (B,) integer. The tokens of item b from lengths[b] on are masked; prompts never are.
+        attn_bias: Floating point, broadcastable to (B,H,Lq,Lk); added to the scores of tokens. Not differentiable.
+        offsets: (B+1,) integer, for packed items. query, key and value are then (1,H,T,D), the concatenated tokens of all items
+            without padding; item b has rows offsets[b] to offsets[b+1]. Excludes `lengths` and `attn_bias`.
+        max_length: With `offsets`, the number of tokens of the longest item, or an upper bound.
+        is_causal: Query i sees tokens 0..i and all prompts; requires Lq = Lk.
+        dropout_p: Dropout probability for the attention weights, including those of prompts.
+        scale: Factor for the scores, by default D^-0.5.
         impl: "auto", "triton", "cpu", "sdpa" (concatenation and torch's scaled_dot_product_attention), "xformers" or "reference".
 
     Returns:
-        In the shape and dtype of `query`, in memory (B,Lq,H,D). Zero where an item has neither prompts nor tokens.
+        A tensor of the shape and dtype of `query`, with memory laid out as (B,Lq,H,D). Items with neither prompts nor tokens
+        get zeros.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, `attn_bias` requires a gradient, or `impl` cannot run.
+        ValueError: Shapes, dtypes or devices do not match, `attn_bias` requires a gradient, or `impl` cannot run.
     """
     tensors = (query, key, value, prompt_key, prompt_value, lengths, attn_bias, offsets)
     return _PROMPT_ATTENTION.plans.run(_plan, tensors, (max_length, is_causal, dropout_p, scale, impl))
@@ -235,13 +241,13 @@ def _plan(direct: bool, *given: Any) -> Plan:
     num_rows, copies, packed = query.shape[2], to_copy(tensors), offsets is not None
     fitting = lengths is None or kernel_lengths(lengths) is lengths
     if fitting and not (copies or dropout_p or packed):
-        # offsets comes last and is None. It serves as the seed, which is None too without dropout.
+        # offsets comes last and is None. It is passed in place of the seed, which is also None without dropout.
         return attend
 
     def planned(*given: Any) -> Tensor:
         lengths, attn_bias, offsets = given[5:]
         laid_out = copied(given[:5], copies)
-        # Make the seed a new tensor on the device: this does not sync, and a graph replay can be given a new one.
+        # The seed is a new tensor on the device, which needs no sync and can be replaced for a graph replay.
         seed = torch.randint(2**62, (1,), device=laid_out[0].device) if dropout_p else None
         if not packed:
             return attend(*laid_out, kernel_lengths(lengths), attn_bias, seed)
@@ -263,13 +269,13 @@ def _attend_by_autograd(
     attn_bias: Tensor | None,
     _: None,
 ) -> Tensor:
-    # The op computes in the dtypes of its arguments, and concatenates tensors of dtypes that autocast may not know.
+    # The op computes in the dtypes of its arguments, and concatenates tensors whose dtypes autocast may not support.
     with reference.autocast_off(query.device):
         return attention(query, key, value, prompt_key, prompt_value, lengths=lengths, attn_bias=attn_bias, **options)
 
 
 def _pad_and_attend(arguments: Arguments, max_length: int, options: dict[str, Any], *tensors: Any) -> Tensor:
-    """Attend to packed items without a kernel for them: pad them, attend, pack the result."""
+    """Attend over packed items without a kernel for them: pad the items, attend, and pack the result."""
     query, key, value, prompt_key, prompt_value, _, _, offsets = tensors
     _look_at_offsets(arguments, offsets, query.shape[2], max_length)
     num_rows = query.shape[2]

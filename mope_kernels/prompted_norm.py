@@ -1,4 +1,4 @@
-"""The beginning of a routed block: residual add, router, mixture of prompts, LayerNorm."""
+"""Start of a routed block: residual add, router, mixture of prompts and LayerNorm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .route import Routing, noise_gradient
 
 
 class _Options(NamedTuple):
-    """The arguments of the raw op that are not tensors, in schema order."""
+    """Non-tensor arguments of the raw op, in schema order."""
 
     num_replaced: int
     top_k: int
@@ -32,7 +32,7 @@ class _Options(NamedTuple):
 
 
 class PromptedNormFunction(torch.autograd.Function):
-    """(implementation, kernel, options, *tensors) -> total, normed, probs, weights, indices.
+    """Autograd of `prompted_norm`: (implementation, kernel, options, *tensors) -> total, normed, probs, weights, indices.
 
     The tensors are in schema order.
     """
@@ -61,12 +61,12 @@ class PromptedNormFunction(torch.autograd.Function):
         x_dtype, update_dtype = ctx.dtypes["x"], ctx.dtypes["update"] or ctx.dtypes["x"]
         shared = x_dtype == update_dtype
         asked = needed | {"x": needed["x"] or (shared and needed["update"]), "update": needed["update"] and not shared}
-        # That of the logits, which the gradient of the noise is made of, whether psi is a part of them or not.
+        # The gradient of the noise is computed from that of the logits, whether or not cross_logits contribute to them.
         asked["cross_logits"] = needed["cross_logits"] or needed["noise"]
         num_rows, num_static, num_mapped = ctx.sizes
-        # Without a router nothing comes out of one, and torch.compile gives zeros of the shape of what stands there.
+        # Without a router its outputs are placeholders; torch.compile still passes zeros as their gradients.
         grads = grads[: 4 if ctx.routes else 2] + (None,) * (0 if ctx.routes else 2)
-        # A list: torch.compile begins again where it meets strides here, and torch 2.14 then trips over a generator left half-way.
+        # A list: torch.compile restarts tracing when it reads strides here, and torch 2.14 then fails on a half-consumed generator.
         laid_out = [None if grad is None else last_dim_contiguous(grad) for grad in grads]
         found = backward_kernel(ctx.implementation, "prompted_norm_backward")(
             *laid_out,
@@ -91,7 +91,7 @@ class PromptedNormFunction(torch.autograd.Function):
 
 
 def _check_with(norm_check: Callable[..., list[str]]) -> Check:
-    """What speaks against an implementation, of all tensors but indices."""
+    """Return a check of all tensors except indices that collects the reasons why an implementation cannot run."""
 
     def check(x: Tensor, *tensors: Tensor | None, norm_dtype: torch.dtype | None = None, **others: Any) -> list[str]:
         routing: Routing | None = others.pop("routing", None)
@@ -109,7 +109,7 @@ _PROMPTED_NORM = Operation(
 def _check_router(
     arguments: Arguments, named: dict[str, Any], routing: tuple[Any, Any] | None, top_k: int | None, temperature: float
 ) -> None:
-    """Check the tensors of a router against each other. Experts need a router or a routing; without experts there is neither."""
+    """Check the router's tensors against each other. Experts require a router or `routing`; without experts, both are errors."""
     experts, noise = named["experts"], named["noise"]
     arguments.tensor("experts", experts, "K P C")
     arguments.both_or_neither("self_weight", named["self_weight"], "self_keys", named["self_keys"])
@@ -117,10 +117,10 @@ def _check_router(
     if experts is None:
         decided_by = [*routed_by, *(name for name, value in (("routing", routing), ("noise", noise)) if value is not None)]
         if decided_by:
-            raise arguments.error(f"{decided_by[0]} routes to experts, and there are none: give experts")
+            raise arguments.error(f"{decided_by[0]} routes to experts, but there are none: pass experts")
         return
     if routing is not None and (routed_by or noise is not None):
-        raise arguments.error(f"routing is given ready-made, and {(routed_by or ['noise'])[0]} too: give one of them")
+        raise arguments.error(f"routing and {(routed_by or ['noise'])[0]} exclude each other: pass one of them")
     if routing is None and not routed_by:
         raise arguments.error("experts need cross_logits, self_weight and self_keys, or routing")
     if routing is None:
@@ -161,36 +161,41 @@ def prompted_norm(
     norm_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Routing | None]:
-    """Add, route, put the block's own prompts in place of those that arrive, normalise.
+    """Add the update, route, replace the incoming prompts with the block's own, and normalize.
 
-    s = x + update; r = route((mean(s) W' + b) keys + cross_logits, ...), mean over all N rows, those of prompts too;
+    s = x + update; r = route((mean(s) W' + b) keys + cross_logits, ...), with the mean over all N rows, including prompts;
     total = [static; sum_j r_j E_j; mapped; s without its first `num_replaced` rows]; normed = LayerNorm(total).
+    From MoPE (arXiv 2403.10568), prompted Swin Transformer.
 
     Args:
-        x: (B,N,C), floating point: the residual stream, prompts first.
-        update: (B,N,C), what the last branch adds to it; None: nothing.
-        weight, bias: (C,) of the LayerNorm, or None.
-        num_replaced: how many of the N rows are prompts that go.
+        x: (B,N,C), floating point, the residual stream with prompts first.
+        update: (B,N,C), the output of the previous branch. If None, nothing is added.
+        weight: (C,) of the LayerNorm, or None.
+        bias: (C,) of the LayerNorm, or None.
+        num_replaced: Number of leading rows of x that are prompts to be replaced.
         static: (S,C), prompts that all items share.
-        experts: (K,P,C), prompt experts; they need a router or `routing`.
+        experts: (K,P,C), prompt experts; they require a router or `routing`.
         mapped: (B,M,C), prompts of each item.
-        cross_logits: (B,K), what the complementary modality adds to the logits.
-        self_weight, self_bias, self_keys: (s,C), (s,), (s,K): the router's view of the block's own rows. Logits are
-            float32 (float64). `self_bias` may be left out, and all three where the router sees the other modality only.
-        noise, top_k, temperature, renormalize: as in `route`; noise is differentiable.
-        routing: ready-made, in place of the router.
-        eps: added to the variance, positive.
-        norm_dtype: of `normed`; that of `total` if None.
+        cross_logits: (B,K), the contribution of the complementary modality to the logits.
+        self_weight: W (s,C), projects the mean of the block's own rows. Omit it and `self_keys` if the router sees only the other
+            modality. Logits are float32 (float64).
+        self_bias: b (s,) or None.
+        self_keys: keys (s,K), required exactly if there is a `self_weight`.
+        noise: As in `route`; differentiable.
+        routing: A given routing, in place of the router.
+        top_k: As in `route`.
+        temperature: As in `route`.
+        renormalize: As in `route`.
+        eps: Positive, added to the variance.
+        norm_dtype: dtype of `normed`, by default that of `total`.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
-        total (B,S+P+M+N-num_replaced,C) in the dtype that x and update promote to; normed, the same shape; the `Routing`, None
-        without experts.
+        The triple (total, normed, routing). total and normed are (B,S+P+M+N-num_replaced,C); total has the dtype that x and
+        update promote to. routing is None without experts.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, `top_k` > K, or `impl` cannot run.
-
-    MoPE (arXiv 2403.10568), prompted Swin Transformer.
+        ValueError: Shapes, dtypes or devices do not match, `top_k` > K, or `impl` cannot run.
     """
     ready_made = (None, None) if routing is None else (routing.weights, routing.indices)
     tensors = (
@@ -214,7 +219,7 @@ def prompted_norm(
 
 
 def _plan(direct: bool, *given: Any) -> Plan:
-    """Plan a call: the tensors of the raw op, and options -> total, normed, and weights, indices and probs if it routes."""
+    """Plan a call. The plan maps the raw op's tensors to total, normed and, if it routes, (weights, indices, probs), else None."""
     *tensors, num_replaced, top_k, temperature, renormalize, eps, norm_dtype, impl = given
     named = dict(zip(TENSORS, tensors, strict=True))
     x, update, experts = named["x"], named["update"], named["experts"]
@@ -247,7 +252,7 @@ def _plan(direct: bool, *given: Any) -> Plan:
     num_experts = experts.shape[0]
 
     def planned(*tensors: Any) -> Any:
-        # Check in every call, because this reads values.
+        # Checked in every call rather than once per plan, because this depends on values.
         arguments.indices("routing.indices", tensors[-2], num_experts)
         return run(*tensors)
 
@@ -257,7 +262,7 @@ def _plan(direct: bool, *given: Any) -> Plan:
 def _by_definition(options: dict[str, Any], *tensors: Any) -> Any:
     named = dict(zip(TENSORS, tensors, strict=True))
     weights, indices = named.pop("routing_weights"), named.pop("routing_indices")
-    # (weights, indices, probs); the definition does not read the probs of a given routing.
+    # (weights, indices, probs); the definition ignores the probs of a given routing.
     routing = None if weights is None else (weights, indices, weights)
     total, normed, found = reference.prompted_norm(**named, routing=routing, **options)
     return total, normed, None if routing is not None else found

@@ -1,4 +1,4 @@
-"""The router: softmax over experts, and selection."""
+"""Router: softmax over experts, and selection of the top k."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .route_details import _launch as _launch
 
 
 class Routing(NamedTuple):
-    """How a batch was routed.
+    """Routing of a batch.
 
     weights: (B,k) weights of the selected experts, float32 (float64 for float64 logits), in descending order.
-    indices: (B,k) the selected experts, int64; arange(K) in dense routing, where k = K.
+    indices: (B,k) the selected experts, int64; arange(K) in dense routing, for which k = K.
     probs: (B,K) softmax over all experts, dtype of weights.
     """
 
@@ -30,17 +30,17 @@ class Routing(NamedTuple):
 
 
 def dense_routing(probs: Tensor) -> Routing:
-    """(B,K) -> the routing in which every expert takes part."""
+    """Return the routing that uses every expert, from probs (B,K)."""
     return Routing(probs, torch.arange(probs.shape[1], device=probs.device).expand_as(probs), probs)
 
 
 def noise_gradient(grad_logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    """The gradient of the noise, which is added to logits / temperature: from that of the logits, in float32."""
+    """Compute the gradient of the noise from the float32 gradient of the logits: noise is added to logits / temperature."""
     return (grad_logits * temperature).to(dtype)
 
 
 class _Options(NamedTuple):
-    """The arguments of the raw op that are not tensors, in schema order."""
+    """Non-tensor arguments of the raw op, in schema order."""
 
     top_k: int
     temperature: float
@@ -48,7 +48,7 @@ class _Options(NamedTuple):
 
 
 class RouteFunction(torch.autograd.Function):
-    """(implementation, kernel, options of the raw op, logits, noise) -> probs, weights, indices."""
+    """Autograd of `route`: (implementation, kernel, options of the raw op, logits, noise) -> probs, weights, indices."""
 
     @staticmethod
     def forward(
@@ -87,7 +87,7 @@ _ROUTE = Operation("route", triton=lambda logits, **_: triton_check(logits), cpu
 def check_routing(
     arguments: Arguments, logits: Tensor, noise: Tensor | None, top_k: int | None, temperature: float, batch: str = "B"
 ) -> None:
-    """The checks that every routed op shares."""
+    """Check the arguments that all routed ops share."""
     arguments.tensor("logits", logits, f"{batch} K")
     arguments.tensor("noise", noise, f"{batch} K")
     arguments.top_k(top_k, logits.shape[1])
@@ -103,25 +103,26 @@ def route(
     renormalize: bool = False,
     impl: str = "auto",
 ) -> Routing:
-    """Route a batch: r = softmax(logits / temperature + noise), and the `top_k` experts of each item.
+    """Route a batch: compute softmax(logits / temperature + noise) and select the `top_k` experts of each item.
+
+    This is the multimodal router of MoPE (arXiv 2403.10568).
 
     Args:
         logits: (B,K), floating point.
-        top_k: how many experts to select, by logits / temperature + noise; ties go to the lowest index. None: all, in order.
-        temperature: positive, a number: to learn one, divide the logits by it.
+        top_k: Number of experts to select by logits / temperature + noise; ties go to the lowest index. None selects all, in
+            index order.
+        temperature: Positive number. To learn a temperature, divide the logits by it instead.
         noise: (B,K), floating point, added after the temperature; differentiable, so it may be learned.
-        renormalize: divide the selected weights by their sum. With `top_k=1` the router then gets no gradient through them.
+        renormalize: Divide the selected weights by their sum. With `top_k=1` the router then gets no gradient through them.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
-        `Routing`. Gradients flow through weights and probs to logits and noise. A row that holds NaN has NaN weights and
+        `Routing`. Gradients flow through weights and probs to logits and noise. A row that contains NaN gets NaN weights and
         indices 0..k-1.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, `top_k` > K, `temperature` is a tensor that requires a gradient, or `impl`
-            cannot run.
-
-    MoPE (arXiv 2403.10568), the multimodal router.
+        ValueError: Shapes, dtypes or devices do not match, `top_k` > K, `temperature` is a tensor that requires a gradient, or
+            `impl` cannot run.
     """
     return _ROUTE.plans.run(_plan, (logits, noise), (top_k, temperature, renormalize, impl))
 

@@ -1,4 +1,4 @@
-"""Environment variables for the ops. They are read once, when an op first runs, and again by `reread_environment`."""
+"""Environment variables for the ops. They are read when an op first runs, and again by `reread_environment`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import plans
 
 
 class Settings(NamedTuple):
-    """impl: MOPE_IMPL, the implementations to use for "auto"; debug: MOPE_DEBUG; autotune: MOPE_AUTOTUNE."""
+    """Values of MOPE_IMPL (the implementations to use for "auto"), MOPE_DEBUG and MOPE_AUTOTUNE."""
 
     impl: str
     debug: bool
@@ -31,7 +31,7 @@ def current() -> Settings:
     """Return the settings. The first call reads them from the environment."""
     global _settings
     if torch.compiler.is_compiling():
-        # The compiled code would guard on cached settings and compare them in each call.
+        # With cached settings, compiled code would guard on them and compare them in every call.
         return _read()
     found = _settings
     if found is None:
@@ -45,7 +45,7 @@ def _read() -> Settings:
 
 
 def reread_environment() -> None:
-    """Read MOPE_IMPL, MOPE_DEBUG and MOPE_AUTOTUNE again after a running process has changed them."""
+    """Reread MOPE_IMPL, MOPE_DEBUG and MOPE_AUTOTUNE after a change in the running process."""
     global _settings
     with _lock:
         _settings = None

@@ -1,7 +1,7 @@
-"""The spec of an op, `<op>_details/spec.py`: everything about it except its kernels, in one place.
+"""Op specs. `<op>_details/spec.py` describes everything about an op except its kernels.
 
 The schemas and fakes of the raw ops, the bits that request gradients, the kernels compiled ahead of time, the inputs of the
-benchmarks and the cases of the contract tests are all derived from it.
+benchmarks and the cases of the contract tests are all derived from the spec.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mope_kernels
 
 from . import _ops
 
-# The sizes and options of an example, by name.
+# Sizes and options of an example, by name.
 Sizes = dict[str, Any]
 Tensors = dict[str, Tensor | None]
 Options = dict[str, Any]
@@ -28,10 +28,10 @@ Example = Callable[[torch.dtype, str, Sizes], tuple[Tensors, Options]]
 
 
 class Choose(Protocol):
-    """Chooses values at random, or as a test decides."""
+    """Source of values, chosen at random or by a test."""
 
     def integers(self, low: int, high: int) -> int:
-        """Return an integer from low to high, both included."""
+        """Return an integer from low to high, inclusive."""
 
     def booleans(self) -> bool: ...
 
@@ -39,17 +39,17 @@ class Choose(Protocol):
         """Return one of the values."""
 
 
-# (chooser, implementation) -> sizes that a user may have.
+# (chooser, implementation) -> sizes that a user may pass.
 AnySizes = Callable[[Choose, str], Sizes]
 
-# Names of dtypes in the labels of variants.
+# Names of dtypes in variant labels.
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 SPECS: dict[str, Spec] = {}
 
 
 class Gradients:
-    """The inputs whose gradients an op's raw backward can compute, in the order of its results.
+    """Inputs whose gradients an op's raw backward can compute, in the order of its results.
 
     The last argument of the raw backward, `needs`, has bit i set if the i-th gradient is requested. A gradient that was not
     requested is returned as an empty tensor of shape (0,).
@@ -68,12 +68,12 @@ class Gradients:
         return needs
 
     def asked(self, needs: int) -> set[str]:
-        """Return the names of the gradients whose bits are set."""
+        """Return the names of the requested gradients, from their bits."""
         return {name for bit, name in enumerate(self.names) if needs >> bit & 1}
 
     @property
     def results(self) -> str:
-        """Return the results of the raw backward in schema syntax."""
+        """Results of the raw backward in schema syntax."""
         return ", ".join(f"Tensor grad_{name}" for name in self.names)
 
     def fake(self, like: Callable[[Any, str], Tensor], absent: Callable[[Any, str], Tensor]) -> _ops.Fake:
@@ -89,10 +89,10 @@ class Gradients:
 class RawOp(NamedTuple):
     """A raw op in both namespaces.
 
-    name: the op's name, or the op's name and "_backward".
-    arguments, results: the two halves of the schema, in the language of torch.library. Tensors may have any strides as long as the
-        last dimension is contiguous.
-    fake: (arguments by name, and `namespace`) -> uninitialised results.
+    name: the op's name, with "_backward" appended for the backward.
+    arguments, results: the two halves of the schema, in torch.library's syntax. Tensors may have any strides as long as the last
+        dimension is contiguous.
+    fake: (arguments by name, and `namespace`) -> uninitialized results.
     """
 
     name: str
@@ -104,8 +104,8 @@ class RawOp(NamedTuple):
 class Variant(NamedTuple):
     """A call whose kernels are compiled ahead of time.
 
-    label: follows the op's name. wanted: the tensors whose gradients are requested, None: all that have one; () runs the
-    forward pass alone. incoming: the outputs that receive a gradient, None: all.
+    label: text after the op's name. wanted: the tensors whose gradients are requested; None means all that have one, and ()
+    runs only the forward pass. incoming: the indices of the outputs that receive a gradient; None means all.
     """
 
     label: str
@@ -125,28 +125,28 @@ def _no_variants(short: bool) -> Iterable[Variant]:
 
 @dataclass(frozen=True)
 class Spec:
-    """One op.
+    """Description of an op.
 
-    name: the name of the public function, which takes `impl`.
+    name: name of the public function, which accepts `impl`.
     definition: (options, tensors) -> outputs computed by the plain definition.
     example: (dtype, device, sizes) -> fresh random tensors and options; sizes are `base` with changes.
-    gradients: those of the raw backward; `also`: tensors whose gradient is derived from another one, "noise": "logits".
+    gradients: gradients of the raw backward; `also`: tensors whose gradient is derived from another one, "noise": "logits".
     raw: the raw ops.
-    implementations: those besides the definition.
-    base: the sizes of an example; cases: changes of them, for which accuracy is measured. any_sizes: draws arbitrary changes.
+    implementations: all implementations except the definition.
+    base: sizes of an example; cases: changes to them, for which accuracy is measured. any_sizes: draws arbitrary changes.
     varied: changes that together run each part of the code once; full: one change that uses as many features as possible.
-    of_items: number of items -> the changes that make a batch of that many.
-    arguments: (options, tensors) -> the arguments of the public function, by name.
+    of_items: number of items -> changes that produce a batch of that size.
+    arguments: (options, tensors) -> arguments of the public function, by name.
     outputs: (result of the function, options) -> its floating point tensors that may have a gradient.
-    statistics: the indices of outputs that are float32 (float64) whatever the dtype.
-    around: options -> the context in which to call the function, None: no context.
-    per_item: the tensors whose first axis counts the items of a batch; items must not influence each other.
-    padded: the tensors that `lengths` partly hides.
+    statistics: indices of the outputs that are float32 (float64) for any dtype.
+    around: options -> context in which to call the function; None means no context.
+    per_item: tensors whose first axis is the batch; items must not influence each other.
+    padded: tensors that `lengths` partly masks.
     refused: other floating point tensors, which have no gradient; requesting one is an error.
-    shared_gradient: tensors whose gradient may be that of another one, computed once for both.
-    last_axes: by tensor, the number of last axes that belong together: their elements must not overlap in memory.
+    shared_gradient: tensors whose gradient may equal that of another one and is then computed once for both.
+    last_axes: by tensor, the number of trailing axes whose elements must not overlap in memory.
     small: cases with so few numbers that a single draw shows luck rather than accuracy.
-    variants: whether the list is short -> the calls whose kernels are compiled ahead of time.
+    variants: whether the list is short -> calls whose kernels are compiled ahead of time.
     """
 
     name: str
@@ -175,7 +175,7 @@ class Spec:
     variants: Callable[[bool], Iterable[Variant]] = _no_variants
 
     def register(self) -> Spec:
-        """Define the raw ops, and add the spec to SPECS."""
+        """Define the raw ops, add the spec to SPECS, and return it."""
         for op in self.raw:
             _ops.define(op.name, f"({op.arguments}) -> ({op.results})", op.fake)
         SPECS[self.name] = self
@@ -183,31 +183,31 @@ class Spec:
 
     @property
     def differentiable(self) -> tuple[str, ...]:
-        """Return the tensors that can have a gradient."""
+        """Names of the tensors that can have a gradient."""
         return (*self.gradients.names, *self.also)
 
     @property
     def same_gradient(self) -> dict[str, str]:
-        """Return the tensors whose gradient costs nothing once another one's is computed."""
+        """Tensors whose gradient costs nothing once that of another tensor is computed, by name."""
         return self.shared_gradient | self.also
 
     def draw(self, dtype: torch.dtype, device: str = "cpu", **changes: Any) -> tuple[Tensors, Options]:
-        """Return fresh random tensors and options to call the op with. Sizes are `base` with the changes."""
+        """Return fresh random tensors and options for a call to the op. Sizes are `base` with the changes."""
         if unknown := changes.keys() - self.base.keys():
             raise ValueError(f"{self.name}: no such sizes: {', '.join(sorted(unknown))}; there are {', '.join(self.base)}")
         return self.example(dtype, device, self.base | changes)
 
     def run(self, impl: str, options: Options, tensors: Tensors) -> Outputs:
-        """Call the op."""
+        """Call the op and return its floating point outputs."""
         function = getattr(mope_kernels, self.name)
         if self.around is None:
-            # Benchmarks time this call, so do little else here.
+            # Benchmarks time this call, so keep overhead low.
             return self.outputs(function(**self.arguments(options, tensors), impl=impl), options)
         with self.around(options):
             return self.outputs(function(**self.arguments(options, tensors), impl=impl), options)
 
     def explain(self, options: Options, tensors: Tensors) -> mope_kernels.Explanation:
-        """Return which implementation would run."""
+        """Explain which implementation would run."""
         with nullcontext() if self.around is None else self.around(options):
             return mope_kernels.explain(self.name, **self.arguments(options, tensors))
 

@@ -1,13 +1,13 @@
-"""Tapes: record what a launcher does for a signature that comes often, and replay it in later calls.
+"""Tapes: record what a launcher does for a frequent signature, and replay it in later calls.
 
-A launcher is Python code that allocates results, looks up blocks, computes strides and grids, and launches kernels through
-Triton's JIT, which inspects every argument again. For calls of one signature (see `plans`) only the addresses change. After a
-number of calls the launcher's work is recorded as a straight-line Python function: allocations, the few torch operations that a
-launcher uses, and launches of compiled kernels, whose pointers are computed from the addresses of the arguments. Later calls run
-that function. It never creates views that only kernels see.
+A launcher is Python code that allocates results, looks up block sizes, computes strides and grids, and launches kernels through
+Triton's JIT, which inspects every argument again. Between calls with the same signature (see `plans`) only the addresses change.
+After a number of calls the launcher's work is recorded as a straight-line Python function: allocations, the few torch operations
+that a launcher uses, and launches of compiled kernels, whose pointers are computed from the addresses of the arguments. Later
+calls run that function. It does not create views that are passed only to kernels.
 
-Some launchers cannot be recorded: those that read a value on the host, or use a tensor that they neither received nor created.
-They run every time. The launcher also runs when Triton has launch hooks, or the current device is not that of the tensors.
+Launchers cannot be recorded if they read a value on the host or use a tensor that they neither received nor created; they run
+every time. The launcher also runs if Triton has launch hooks or the current device is not that of the tensors.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mod
 
 Launcher = Callable[..., Any]
 
-# Recording costs as much as several calls of the launcher. Each batch of packed text has another number of tokens, and each layer
-# of a model calls an op once with it: such signatures are not worth recording.
+# Recording costs as much as several calls of the launcher. Each batch of packed text has a different number of tokens, and each
+# layer of a model calls an op once with it: such signatures are not worth recording.
 RECORD_AFTER = 16
 
 _aten = torch.ops.aten
@@ -53,7 +53,7 @@ def recorder() -> Recorder | None:
 
 
 class _Place(NamedTuple):
-    """The place of a tensor: `bytes` after the start of the tensor in slot `root`, which is its own slot unless it is a view."""
+    """Place of a tensor: `bytes` after the start of the tensor in slot `root`, which is its own slot unless it is a view."""
 
     root: int
     bytes: int
@@ -64,7 +64,7 @@ class _Refused(Exception):
 
 
 class Recorder(TorchDispatchMode):
-    """Records allocations, torch operations and launches. `lines` is the body of the function so far.
+    """Recorder of allocations, torch operations and launches. `lines` is the body of the function so far.
 
     Slot i is the variable t<i> of the function. A view gets a variable only if a torch operation, the interpreter or the caller
     needs the tensor.
@@ -75,13 +75,13 @@ class Recorder(TorchDispatchMode):
         self.share_empty = share_empty
         self.lines: list[str] = []
         self.constants: dict[str, Any] = {"as_strided": torch.as_strided, "empty_strided": torch.empty_strided}
-        # Keep the tensors, so that no other tensor reuses their ids.
+        # Keep the tensors alive, so that no other tensor reuses their ids.
         self.tensors: list[Tensor] = []
         self.places: list[_Place] = []
         self.slots: dict[int, int] = {}
         self.named: set[int] = set()
         self.pointers: set[int] = set()
-        # The line of each allocated slot; `asked` holds the slots whose own layout something needs.
+        # The line of each allocated slot. `asked` holds the slots whose layout must stay as allocated.
         self.allocated: dict[int, int] = {}
         self.asked: set[int] = set()
         self.computes = False
@@ -105,13 +105,13 @@ class Recorder(TorchDispatchMode):
         return name
 
     def variable(self, tensor: Tensor) -> str:
-        """Return the variable of a tensor. If it is a view without one, add a line that creates the view."""
+        """Return the variable of a tensor. For a view without a variable, add a line that creates the view."""
         slot = self.slots.get(id(tensor))
         if slot is None:
             raise _Refused("a tensor that was neither given nor made")
         if slot not in self.named:
             root, offset = self.places[slot]
-            # Relative to the root, whose own storage offset differs from call to call.
+            # Relative to the root, whose storage offset may differ between calls.
             sizes, strides = self.constant(tuple(tensor.shape)), self.constant(tuple(tensor.stride()))
             start = f"t{root}.storage_offset() + {offset // tensor.itemsize}"
             self.lines.append(f"t{slot} = as_strided(t{root}, {sizes}, {strides}, {start})")
@@ -139,7 +139,7 @@ class Recorder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch this thread's operations. Entering the mode as a context would also set flags of the whole process."""
+        """Watch this thread's operations. Entering the mode as a context would also set process-wide flags."""
         _active.recorder = self
         _push_mode(self)
         try:
@@ -174,7 +174,7 @@ class Recorder(TorchDispatchMode):
         given_tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if not all(isinstance(o, Tensor) for o in outs):
             if not given_tensors:
-                # The value follows from dtypes, so it is the same in each call.
+                # The value depends only on dtypes, so it is the same in each call.
                 return
             raise _Refused(f"{func} gives the host a value")
         if not func._schema.is_mutable and all(self._is_view(o, given_tensors) for o in outs):
@@ -199,7 +199,7 @@ class Recorder(TorchDispatchMode):
         return f"t{slot} = empty_strided({given[0]}, {given[1]}, dtype={given[2]}, device={given[3]})"
 
     def _result(self, tensor: Tensor) -> str:
-        """Return the variable of a result. If it is a view of an allocation, allocate with the layout of the view instead."""
+        """Return the variable of a result. If it is a view of a whole allocation, allocate with the view's layout instead."""
         slot = self.slots.get(id(tensor))
         if slot is not None and slot not in self.asked:
             root, offset = self.places[slot]
@@ -217,7 +217,7 @@ class Recorder(TorchDispatchMode):
             slot = self.slots.get(id(base))
             if slot is not None and base.untyped_storage()._cdata == storage and base.dtype == out.dtype:
                 if id(out) not in self.slots and _laid_out_alike(out, base):
-                    # An alias, such as `detach` or a `view` of the same shape returns.
+                    # An alias, such as the result of `detach` or of a `view` with the same shape.
                     self.tensors.append(out)
                     self.places.append(self.places[slot])
                     self.slots[id(out)] = slot
@@ -243,13 +243,13 @@ class Recorder(TorchDispatchMode):
                 grid, options = self.constant(kernel[(programs,)]), self.constant(constants)
                 self.lines.append(f"{grid}({', '.join(arguments)}, **{options})")
             else:
-                # The kernel's constants follow the other arguments, in the order of its signature.
+                # The kernel's constants follow the other arguments, in signature order.
                 if missing := [name for name in kernel.arg_names[len(args) :] if name not in constants]:
                     raise _Refused(f"{missing[0]} is left to its default")
                 others = [constants[name] for name in kernel.arg_names[len(args) :]]
                 arguments = [self.expression(a, self.pointer) for a in args] + [self.expression(a, self.pointer) for a in others]
                 run, function, packed = (self.constant(v) for v in (compiled.run, compiled.function, compiled.packed_metadata))
-                # Keep the kernel alive: Triton would unload it when its own cache is cleared.
+                # Keep the kernel alive, because Triton would unload it when Triton's cache is cleared.
                 self.constant(compiled)
                 head = f"{run}({programs}, 1, 1, stream, {function}, {packed}, None, None, None"
                 self.lines.append(f"{head}, {', '.join(arguments)})")
@@ -261,14 +261,14 @@ class Recorder(TorchDispatchMode):
         """Return the recorded function.
 
         Raises:
-            _Refused: the launcher cannot be recorded.
+            _Refused: The launcher cannot be recorded.
         """
         if self.refusal:
             raise _Refused(self.refusal)
         results = list(result) if isinstance(result, tuple | list) else [result]
         if not all(isinstance(r, Tensor) for r in results):
             raise _Refused("a result that is not a tensor")
-        # Keep the layout of allocations that are returned as they are.
+        # Allocations that are returned unchanged keep their layout.
         self.asked |= {slot for r in results if (slot := self.slots.get(id(r))) in self.allocated}
         names = [self._result(r) for r in results]
         returned = ", ".join(names)
@@ -292,7 +292,7 @@ class Recorder(TorchDispatchMode):
             self.constants["without_autocast"] = torch._C._DisableAutocast
             body = ["with without_autocast():", *(f"    {line}" for line in body)]
         if any(self.places[int(name[1:])].root != int(name[1:]) for name in names):
-            # Autograd would otherwise refuse in-place changes of a view that was created out of its sight.
+            # Otherwise autograd would refuse in-place changes to a view whose creation it did not see.
             self.constants["below_autograd"] = torch._C._AutoDispatchBelowADInplaceOrView
             body = ["with below_autograd():", *(f"    {line}" for line in body)]
         source = "\n".join([f"def replay({parameters}):", *(f"    {line}" for line in body)])
@@ -304,7 +304,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _freed(lines: list[str], kept: Sequence[str]) -> list[str]:
-    """Delete each tensor that the lines make, but for those kept, after the last line that has it or its address in it."""
+    """Return the lines, with a `del` for each tensor they create after its last use by name or address; `kept` ones stay."""
     made, last = set[str](), dict[str, int]()
     for i, line in enumerate(lines):
         targets, equals, _ = line.partition(" = ")
@@ -322,7 +322,7 @@ def _laid_out_alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Return whether a tensor fills its memory without gaps, in any order of its axes."""
+    """Return whether a tensor fills its memory without gaps, in any order of axes."""
     steps = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1)
     expected = 1
     for stride, size in steps:
@@ -333,14 +333,14 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 class Elsewhere(Exception):
-    """Raised if a tape must not be replayed in this call, because of another device or launch hooks."""
+    """Raised if a tape must not be replayed in this call because of launch hooks or a different current device."""
 
 
 class Tape:
-    """A launcher for calls of one signature. It is recorded after RECORD_AFTER calls.
+    """Launcher for calls with one signature, recorded after RECORD_AFTER calls.
 
-    share_empty: return the same tensors of shape (0,), which stand for gradients not asked for, from every call. For launchers
-        whose results are inspected and dropped, such as those of raw backwards.
+    share_empty: return the same tensors of shape (0,), which stand for gradients that were not requested, from every call. For
+        launchers whose results are inspected and dropped, such as those of raw backwards.
     """
 
     def __init__(self, launcher: Launcher, *, share_empty: bool = False) -> None:
@@ -365,7 +365,7 @@ class Tape:
 
         tensors = [a for a in args if isinstance(a, Tensor)]
         if len({id(t) for t in tensors}) != len(tensors):
-            # The same tensor twice would get one slot, but another call may pass two tensors.
+            # A tensor passed twice would get one slot, but another call may pass two different tensors.
             return self.launcher(*args)
         recorder = Recorder(args, self.share_empty)
         with recorder.watching():

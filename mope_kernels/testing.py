@@ -1,7 +1,7 @@
-"""For tests of ops, this library's and others': the memory layouts in which tensors and gradients reach an op.
+"""Memory layouts in which tensors and gradients reach an op, for tests of ops in this library and elsewhere.
 
-A kernel that takes its inputs, or the gradients that come in, to be contiguous gives wrong numbers after a transpose, an
-`expand` or a slice, and neither gradcheck nor opcheck sees it.
+A kernel that assumes contiguous inputs or gradients returns wrong numbers after a transpose, an `expand` or a slice, and
+neither gradcheck nor opcheck notices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["strided_gradients", "strided_variants"]
 
 
 def strided_variants(tensor: Tensor) -> Iterator[Tensor]:
-    """The same values in other memory layouts: transposed, cut out of a larger tensor, with a strided last dimension.
+    """Yield the same values in other memory layouts: transposed, sliced from a larger tensor, with a strided last dimension.
 
     >>> for x in strided_variants(torch.randn(4, 6)):
     ...     torch.testing.assert_close(op(x), op(x.contiguous()))
@@ -24,15 +24,15 @@ def strided_variants(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor.mT.contiguous().mT
     if tensor.dim() > 0:
         yield torch.cat([tensor, tensor], dim=-1)[..., tensor.shape[-1] :]
-    # The first of each pair: from the second on, the next number in memory is the right one.
+    # Take the first of each pair: after the second, the next number in memory happens to be the right one.
     yield torch.stack([tensor, tensor], dim=-1)[..., 0]
 
 
 def strided_gradients(outputs: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Random gradients for the outputs of an op, in the layouts in which autograd hands them over.
+    """Yield random gradients for the outputs of an op, in the layouts that autograd produces.
 
-    Contiguous; expanded from one number, as after `sum`; transposed; with heads and rows exchanged, as after a projection; and
-    cut out of a larger tensor, as after `cat`.
+    These are contiguous; expanded from one number, as after `sum`; transposed; with heads and rows swapped, as after a
+    projection; and sliced from a larger tensor, as after `cat`.
 
     >>> for gradients in strided_gradients([out]):
     ...     found = torch.autograd.grad(out, inputs, gradients, retain_graph=True)

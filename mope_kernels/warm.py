@@ -1,9 +1,9 @@
-"""Fill a Triton cache where no GPU is, so that the machine with the GPU compiles nothing: `python -m mope_kernels.aot --warm DIR`.
+"""Fill a Triton cache without a GPU, so that a machine with a GPU compiles nothing: `python -m mope_kernels.aot --warm DIR`.
 
-The cache holds compiled kernels and, for a Triton that compiles a C module for each signature (3.6 does), these modules. A
-kernel's name in the cache hashes Triton itself, libtriton.so included, of which there is another one for each version of Python:
-fill the cache with the Python and the Triton that will read it. The manifest beside the kernels says what they were made with,
-and lists the kernels, so that whoever reads the cache can see what is missing and compile it.
+The cache holds compiled kernels and, for Triton versions that compile a C module per signature (such as 3.6), these modules. A
+kernel's name in the cache includes a hash of Triton itself, including libtriton.so, which differs between Python versions. So
+fill the cache with the same Python and Triton versions that will read it. The manifest beside the kernels records the versions
+and lists the kernels, so that a reader can tell which are missing and compile them.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ MANIFEST = "manifest.json"
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """What a cache was made with. Triton finds nothing in a cache made with anything else.
+    """Versions that a cache was made with. Triton finds nothing in a cache made with other versions.
 
-    triton: version and digest of everything that Triton hashes of itself. ptxas: version of the assembler. suffix: of C modules.
+    triton: version, and a digest of everything that Triton hashes about itself. ptxas: version of the assembler. suffix: file
+    name suffix of C modules.
     """
 
     triton: str
@@ -44,30 +45,30 @@ class Made:
 
     @classmethod
     def here(cls, arch: str) -> Made:
-        """What a cache that is filled or read by this process is made with."""
+        """Return the versions that this process uses to fill or read a cache."""
         from triton.compiler import make_backend
         from triton.runtime.cache import triton_key
 
         key = triton_key()
         version = key.partition("-")[0][:-64]
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-        # The backend's hash is what the assembler says of itself, and the architecture.
+        # The backend's hash contains the assembler's version output and the architecture.
         said = make_backend(gpu_target(arch)).hash()
         release = re.search(r"V(\d+\.\d+\.\d+)", said)
         return cls(f"{version} {digest}", release[1] if release else said, str(sysconfig.get_config_var("EXT_SUFFIX")))
 
     def differences(self, other: Made) -> list[str]:
-        """Return a sentence for each way in which `other` is something else."""
+        """Return a message for each field in which `other` differs."""
         pairs = zip(dataclasses.fields(self), dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return [f"{field.name} is {theirs} here, the cache was made with {ours}" for field, ours, theirs in pairs if ours != theirs]
 
 
 @dataclasses.dataclass
 class Manifest:
-    """The contents of a cache.
+    """Contents of a cache.
 
-    note: what the list of kernels was made from, a digest of sources for example. kernels: what each launch compiles, by name of
-    its folder. modules: the files of C modules, relative to the cache.
+    note: the source of the list of kernels, such as a digest of source files. kernels: specializations, keyed by the name of
+    their folder. modules: the files of C modules, relative to the cache.
     """
 
     arch: str
@@ -89,10 +90,10 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """Return the manifest of a cache, None if it has none.
+        """Return the manifest of a cache, or None if it has none.
 
         Raises:
-            ValueError: the file is damaged.
+            ValueError: The file is damaged.
         """
         path = folder / MANIFEST
         if not path.exists():
@@ -106,17 +107,20 @@ class Manifest:
 
 
 def encoded(kernels: Iterable[Specialization]) -> list[Any]:
-    """Return what JSON can hold of kernels, without loss."""
+    """Encode kernels as JSON values, without loss."""
     return [_encoded(tuple(vars(kernel).values())) for kernel in kernels]
 
 
 def decoded(kernels: Iterable[Any]) -> list[Specialization]:
-    """Return the kernels again."""
+    """Decode kernels from the output of `encoded`."""
     return [Specialization(*_decoded(kernel)) for kernel in kernels]
 
 
 def _encoded(value: Any) -> Any:
-    """Tell tuples from lists, and keep the order of dictionaries and keys that are no strings: Triton hashes both."""
+    """Encode a value so that tuples stay distinct from lists, and dicts keep their order and non-string keys.
+
+    Triton hashes these.
+    """
     if isinstance(value, tuple):
         return {"tuple": [_encoded(v) for v in value]}
     if isinstance(value, list):
@@ -139,7 +143,7 @@ def _decoded(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """How much of a manifest a cache holds."""
+    """Number of a manifest's kernels and modules that a cache holds."""
 
     kernels: int
     of_kernels: int
@@ -151,12 +155,12 @@ class Found:
 
 
 def folder_of(key: str) -> str:
-    """Return the name of the folder in which Triton's cache keeps what has this key."""
+    """Return the name of the folder in Triton's cache for this key."""
     return b32encode(bytes.fromhex(key)).decode().rstrip("=")
 
 
 def settle(folder: Path) -> None:
-    """Make a cache that was moved or copied here usable: Triton keeps the absolute paths of the files of a kernel."""
+    """Make a cache usable after a move or copy: Triton stores absolute paths to the files of a kernel."""
     folder = folder.resolve()
     for group in folder.glob("*/__grp__*.json"):
         paths = {Path(path).name: str(group.parent / Path(path).name) for path in _files_of(group)}
@@ -173,7 +177,7 @@ def has(folder: Path, name: str, kernel: Specialization) -> bool:
 
 
 def _files_of(group: Path) -> list[str]:
-    """Return the files of a kernel; none, if the list is missing or was cut off while it was written."""
+    """Return the files of a kernel, or none if the list is missing or truncated."""
     try:
         return list(json.loads(group.read_text())["child_paths"].values())
     except (OSError, ValueError, KeyError, AttributeError):
@@ -181,7 +185,7 @@ def _files_of(group: Path) -> list[str]:
 
 
 def look(folder: Path, manifest: Manifest) -> Found:
-    """Count what a cache holds of its manifest; nothing, if it was made with something else."""
+    """Count the kernels and modules of the manifest that a cache holds; 0 if it was made with other versions."""
     if manifest.made.differences(Made.here(manifest.arch)):
         return Found(0, len(manifest.kernels), 0, len(manifest.modules))
     names = {kernel.key(manifest.arch): kernel for kernel in manifest.kernels.values()}
@@ -191,9 +195,9 @@ def look(folder: Path, manifest: Manifest) -> Found:
 
 
 def fill(folder: Path, kernels: Iterable[Specialization], arch: str, *, note: str = "", jobs: int = 1) -> Manifest:
-    """Compile what the cache in `folder` lacks of `kernels`, in `jobs` processes, and write its manifest.
+    """Compile the `kernels` that the cache in `folder` lacks, in `jobs` processes, and write its manifest.
 
-    Of what Triton keeps only the machine code is kept, about a tenth.
+    Only machine code is kept, about a tenth of what Triton normally stores.
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,7 +212,7 @@ def fill(folder: Path, kernels: Iterable[Specialization], arch: str, *, note: st
         if jobs == 1 or len(missing) < 2:
             modules.update(*map(work, missing))
         else:
-            # Spawned, as threads of the compiler do not survive a fork.
+            # Spawn, because compiler threads do not survive a fork.
             with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=multiprocessing.get_context("spawn")) as workers:
                 modules.update(*workers.map(work, missing))
     manifest = Manifest(arch, Made.here(arch), note, wanted, sorted(modules))
@@ -217,7 +221,7 @@ def fill(folder: Path, kernels: Iterable[Specialization], arch: str, *, note: st
 
 
 def _modules_of_an_earlier_fill(folder: Path, arch: str) -> list[str] | None:
-    """Return the C modules that an earlier fill made; None if there was none, or not all are there: then they are made again."""
+    """Return the C modules of an earlier fill, or None if there was none or a module is missing, so that all are rebuilt."""
     try:
         manifest = Manifest.read(folder)
     except ValueError:
@@ -228,18 +232,18 @@ def _modules_of_an_earlier_fill(folder: Path, arch: str) -> list[str] | None:
 
 
 def _compile(kernel: Specialization, arch: str, folder: Path) -> set[str]:
-    """Compile a kernel and its C modules into the cache, and return their files."""
+    """Compile a kernel and its C modules into the cache and return the files of the modules."""
     try:
         compiled = kernel.compile(arch)
         return _modules(compiled, folder) if arch.startswith("sm_") else set()
     except Exception as error:
-        # Errors of compilers cannot all be sent to another process.
+        # Not all compiler errors can be pickled and sent to another process.
         raise RuntimeError(f"{kernel.kernel} does not compile for {arch}: {error!r}") from None
 
 
 @contextlib.contextmanager
 def _something_to_link(scratch: Path) -> Iterator[None]:
-    """Let C modules be linked where no driver is installed, against an empty library of its name."""
+    """Make linking of C modules work without an installed driver, against an empty library of the same name."""
     from triton.backends.nvidia import driver
 
     try:
@@ -261,20 +265,20 @@ def _something_to_link(scratch: Path) -> Iterator[None]:
 
 
 class _NotLoaded:
-    """Stands for a C module that was compiled and, for want of a driver, not loaded."""
+    """Placeholder for a C module that was compiled but not loaded, because there is no driver."""
 
     def __getattr__(self, name: str) -> Any:
         return None
 
 
 def _modules(compiled: Any, folder: Path) -> set[str]:
-    """Let Triton compile what it compiles before a first launch, and return the files."""
+    """Let Triton compile the C modules that it needs before a first launch, and return their files."""
     from triton.backends.nvidia import driver
     from triton.runtime import build
 
     loaded: set[str] = set()
     if hasattr(build, "_get_cache_manager"):
-        # This Triton has one module, whose name in the cache hashes where the driver's library lies.
+        # This Triton has a single module, whose name in the cache includes a hash of the path of the driver's library.
         return loaded
 
     def load(name: str, path: str) -> _NotLoaded:
@@ -283,7 +287,7 @@ def _modules(compiled: Any, folder: Path) -> set[str]:
 
     try:
         with mock.patch.object(build, "_load_module_from_path", load):
-            # It is one object for each process otherwise.
+            # Otherwise the singleton of this process would be reused.
             with contextlib.suppress(AttributeError):
                 del driver.CudaUtils.instance
             driver.CudaUtils()
@@ -295,7 +299,7 @@ def _modules(compiled: Any, folder: Path) -> set[str]:
 
 
 def report(folder: Path, manifest: Manifest) -> Sequence[str]:
-    """Return lines that say what is in a cache, and how large it is."""
+    """Return lines that describe the contents and size of a cache."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     lines = [f"{folder}: {look(folder, manifest)}, {size / 2**20:.1f} MiB"]
     return [*lines, f"made with Triton {manifest.made.triton}, ptxas {manifest.made.ptxas}, {manifest.made.suffix}"]

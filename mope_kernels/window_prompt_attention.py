@@ -19,7 +19,7 @@ from .window_prompt_attention_details.spec import GRADIENTS
 
 
 class _Options(NamedTuple):
-    """The arguments of the raw op that are not tensors, in schema order."""
+    """Non-tensor arguments of the raw op, in schema order."""
 
     num_prompts: int
     num_heads: int
@@ -30,7 +30,10 @@ class _Options(NamedTuple):
 
 
 class WindowPromptAttentionFunction(torch.autograd.Function):
-    """(implementation, kernel, options, qkv, position_bias) -> out. Keep only the two tensors for backward."""
+    """Autograd of `window_prompt_attention`: (implementation, kernel, options, qkv, position_bias) -> out.
+
+    Only the two tensors are saved for backward.
+    """
 
     @staticmethod
     def forward(ctx: Any, implementation: str, kernel: Kernel, options: _Options, qkv: Tensor, position_bias: Tensor) -> Tensor:
@@ -77,27 +80,30 @@ def window_prompt_attention(
     prompt_owner: str = "instance",
     impl: str = "auto",
 ) -> Tensor:
-    """(Shifted) window attention in which every window also holds the prompts of its image.
+    """Compute (shifted) window attention in which every window also contains the prompts of its image.
+
+    From MoPE (arXiv 2403.10568), prompted Swin Transformer.
 
     Args:
-        qkv: (B, P + R*R, 3C), the projections [query | key | value] with heads inside each, prompts first, tokens row by row.
+        qkv: (B, P + R*R, 3C), the projections [query | key | value], each split into heads. Prompts come first, then tokens in
+            row-major order.
         position_bias: (H, w*w, w*w), added to the scores between tokens; prompts get none.
         num_prompts: P.
-        num_heads: H; the scores are scaled by (C / H)^-0.5.
-        resolution: R, tokens on a side of the image.
-        window_size: w; must divide R. R <= w: one window of R*R tokens, no shift, and position_bias is (H, R*R, R*R).
-        shift: cyclic shift of the windows, 0 <= shift < w; tokens that it brings together from afar see each other with -100.
+        num_heads: H; scores are scaled by (C / H)^-0.5.
+        resolution: R, the number of tokens along one side of the image.
+        window_size: w; must divide R. If R <= w, there is one window of R*R tokens without shift, and position_bias is
+            (H, R*R, R*R).
+        shift: Cyclic shift of the windows, 0 <= shift < w. Scores between tokens that meet in a window only through wrap-around
+            get -100 added.
         prompt_owner: "instance": a window uses the prompts of its own image. "released": window i = b*nW + w uses those of
             image i % B, as the released code does.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
-        (B, P + R*R, C): tokens in the order of the input; the output of a prompt is the mean over the windows that used it.
+        (B, P + R*R, C), in the row order of `qkv`. The output of a prompt is the mean over the windows that used it.
 
     Raises:
-        ValueError: shapes or sizes do not fit, or `impl` cannot run.
-
-    MoPE (arXiv 2403.10568), prompted Swin Transformer.
+        ValueError: Shapes or sizes do not match, or `impl` cannot run.
     """
     options = (num_prompts, num_heads, resolution, window_size, shift, prompt_owner, impl)
     return _WINDOW_PROMPT_ATTENTION.plans.run(_plan, (qkv, position_bias), options)
@@ -123,9 +129,9 @@ def _plan(
             f"qkv must have num_prompts + resolution^2 = {num_prompts} + {resolution**2} rows, got shape {tuple(qkv.shape)}"
         )
     if width % (3 * num_heads):
-        raise arguments.error(f"the last axis of qkv must divide by 3 * num_heads = {3 * num_heads}, got shape {tuple(qkv.shape)}")
+        raise arguments.error(f"qkv's last axis must be divisible by 3 * num_heads = {3 * num_heads}, got shape {tuple(qkv.shape)}")
     if resolution > window_size and resolution % window_size:
-        raise arguments.error(f"resolution must divide by window_size, got {resolution} and {window_size}: pad the image")
+        raise arguments.error(f"resolution must be divisible by window_size, got {resolution} and {window_size}: pad the image")
     if not 0 <= shift < window_size:
         raise arguments.error(f"shift must be in 0..window_size-1, got {shift} for windows of {window_size}")
     if prompt_owner not in PROMPT_OWNERS:

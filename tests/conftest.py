@@ -1,4 +1,4 @@
-"""One thread for each test process: tests run side by side, and results then do not depend on how many there are."""
+"""Shared setup; each test process uses one thread, so that results do not depend on how many processes run in parallel."""
 
 import os
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from mope_kernels.impl import interpreting
 from tests.interpreter import leave_out_needless_work, take_loop_bounds_of_any_numpy
 
 torch.set_num_threads(1)
-# So that tests, which call an op a few times, replay what they record.
+# Tests call an op only a few times, so replays must be recorded from the first call.
 tape.RECORD_AFTER = 0
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if interpreting():

@@ -1,4 +1,4 @@
-"""Triton's interpreter, without what takes more than half of its time and changes nothing, and with any NumPy."""
+"""Patches for Triton's interpreter: skip needless work, more than half of its time, and support any NumPy."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 
 
 def leave_out_needless_work() -> None:
-    """Call it once, before any kernel runs. With a Triton whose insides have other names, all is as it was, and slower."""
+    """Patch the interpreter once, before any kernel runs; a Triton with other internals is left unpatched, and slower."""
     from triton.runtime import interpreter
 
     with suppress(AttributeError, TypeError):
         options = interpreter.interpreter_builder.options
-        # Whether a sum or product of integers overflows would be asserted, and without `debug` no assertion is.
+        # The interpreter would check integer sums and products for overflow, although assertions are off without `debug`.
         if not options.debug:
             interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
         _patch_once_per_launch(interpreter)
 
 
 def take_loop_bounds_of_any_numpy() -> None:
-    """Call it once, before any kernel runs: Triton 3.6 then interprets loops with NumPy >= 2.4 too, as later ones do unasked.
+    """Support loops with NumPy >= 2.4 in Triton 3.6, as later versions do; call it once, before any kernel runs.
 
-    A bound of a loop is an array of one number, and `int` of an array that has a dimension is an error since NumPy 2.4.
+    Loop bounds are arrays with one element, and since NumPy 2.4 `int` raises an error for arrays with a dimension.
     """
     from triton.runtime import interpreter
 
@@ -38,10 +38,10 @@ def take_loop_bounds_of_any_numpy() -> None:
 
 
 def _patch_once_per_launch(interpreter: Any) -> None:
-    """Have it look through `triton.language` once per launch and module, and not in every call of a device function.
+    """Patch `triton.language` once per launch and module instead of in every call of a device function.
 
-    A launch swaps the builtins of the modules that its kernel sees for interpreted ones, and puts them back at its end. Device
-    functions, those of Triton's own library among them, do it again in each call, and swap what has been swapped.
+    A launch replaces the builtins of the modules that its kernel uses with interpreted ones, and restores them at the end. Device
+    functions, including those of Triton's own library, do it again in each call, and replace what is already replaced.
     """
     tl, patch, launch = interpreter.tl, interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[str] = set()

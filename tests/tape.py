@@ -1,7 +1,7 @@
-"""A stand-in for CUDA graphs without a GPU: a list of the operations below autograd, run again on the same tensors.
+"""A stand-in for CUDA graphs without a GPU: a list of operations below autograd, run again on the same tensors.
 
-Like a graph, it knows nothing of Python, so it repeats the numbers and the values that the recorded call read on the host. A
-recording leaves memory unchanged and fails if the host reads a value. Each replay draws new random numbers.
+Like a graph, it does not rerun Python, so it reuses the numbers and values that the recorded call read on the host. Recording
+leaves memory unchanged and fails if the host reads a value. Each replay draws new random numbers.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _place(tensor: Tensor) -> int:
-    # Tensors in oneDNN's own layouts have no such address.
+    # Tensors in oneDNN's own layouts have no address.
     return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
 
 
 class Tape(TorchDispatchMode):
-    """Records while it is entered. reads: whether the host may read values, which a graph would forbid."""
+    """Record operations while active. reads: whether the host may read values, which a graph would forbid."""
 
     def __init__(self, reads: bool = False) -> None:
         super().__init__()
@@ -54,8 +54,8 @@ class Tape(TorchDispatchMode):
         return out
 
     def _remember(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Save tensors from before the recording that this operation writes."""
-        # The schema of batch norm does not say that it writes statistics.
+        """Save the earlier contents of the tensors that this operation overwrites."""
+        # The schema of batch norm does not declare that it writes statistics.
         silent = ("running_mean", "running_var") if func.overloadpacket.__name__ == "native_batch_norm" else ()
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         for argument in func._schema.arguments:
@@ -83,7 +83,7 @@ class Tape(TorchDispatchMode):
 
 
 class Tapes:
-    """Replaces `mope.graphs._CudaGraphs`."""
+    """A replacement for `mope.graphs._CudaGraphs`."""
 
     def __init__(self, reads: bool = False) -> None:
         self.reads = reads

@@ -1,4 +1,4 @@
-"""The command line, as a user calls it."""
+"""The command line, called as by a user."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         ["demo", "--help"],
         ["train", "--help"],
         ["evaluate", "--help"],
+        ["predict", "--help"],
         ["info", "--help"],
         ["bench", "--help"],
         ["build", "--help"],
@@ -53,7 +54,7 @@ def test_wrong_arguments_exit_with_two(arguments: list[str], capsys: pytest.Capt
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The last line that a call prints which the parser refuses."""
+    """Return the last line printed by a call that the parser refuses."""
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
@@ -68,6 +69,7 @@ def subcommands() -> dict[str, argparse.ArgumentParser]:
 REQUIRED = {
     "train": ["--data", "data", "--out", "out"],
     "evaluate": ["model", "--data", "data"],
+    "predict": ["model", "data.csv", "--out", "out.csv"],
     "routes": ["model", "--data", "data"],
     "convert": ["last.ckpt", "last.safetensors"],
 }
@@ -95,7 +97,7 @@ def test_a_device_that_computes_nothing_is_refused(
 def test_every_option_that_is_misspelt_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     tried = 0
     for command, parser in subcommands().items():
-        # What follows the name of a script is the script's.
+        # Arguments after the name of a script belong to the script.
         required = [] if command == "run" else REQUIRED.get(command, [])
         for option in (option for action in parser._actions for option in action.option_strings if len(option) > 5):
             wrong = option[:4] + option[5:]
@@ -190,6 +192,7 @@ def test_build_without_a_compiler_fails_and_says_why(tmp_path: Path) -> None:
         ("train", "accelerate", "accelerate", ("train",)),
         ("evaluate", "PIL", "pillow", ("train",)),
         ("routes", "matplotlib", "matplotlib", ("train", "plot")),
+        ("routes", "jinja2", "jinja2", ("train", "plot")),
     ],
 )
 def test_a_command_without_its_extras_says_what_to_install(

@@ -1,4 +1,4 @@
-"""`make gpu` cannot be tried often, so its way through the stages is tried here."""
+"""A rehearsal of `make gpu`, which can rarely be run: all its stages without a GPU."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    # This process may be one of several that pytest runs side by side, in which nothing is timed; the harness is none of them.
+    # Nothing is timed in parallel pytest workers, which these variables mark; the harness is not one of them.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     values = {**inherited, "OUT": str(out), **environment}
     return subprocess.run([sys.executable, "-m", "bench.gpu"], cwd=ROOT, env=values, capture_output=True, text=True, check=False)
 
 
-# The smallest plan that has a step of each kind: an op, a model, one that is compiled beside others.
+# The smallest plan with a step of each kind: an op, a model, and a compiled model beside others.
 SMALL_PLAN = """
 import os, sys
 from bench import gpu, headline, plan
@@ -49,7 +49,7 @@ def headline(out: Path, more: str = "", **environment: str) -> subprocess.Comple
 
 
 def ways(out: Path, stage: str) -> dict[tuple[str, str], str]:
-    """What came of each row: "ms", "unavailable", "failed" or, of small cases against float64, "error"."""
+    """Return the result of each row: "ms", "unavailable", "failed", "seconds" or, for small cases against float64, "error"."""
     _, found = rows.read(out / f"{stage}-dry.jsonl")
     return {
         (row["op"], row["way"]): next(k for k in ("ms", "unavailable", "failed", "seconds", "error") if k in row) for row in found
@@ -61,7 +61,7 @@ def test_the_headline_leaves_a_page_and_rows_and_continues_them(tmp_path):
     done = headline(out)
     assert done.returncode == 0, done.stdout + done.stderr
     names = {"smoke-dry.jsonl", "ops-dry.jsonl", "model-dry.jsonl", "timeline-dry.json", "headline-dry.md", "gpu.log"}
-    # As many files as a machine that is lent gives back.
+    # At most as many files as come back from a lent machine.
     assert {path.name for path in out.iterdir()} == names and len(names) <= 8
     assert ways(out, "ops") == {("add_norm", "ours"): "ms", ("add_norm", "released"): "ms"}
     assert ways(out, "model") == {
@@ -89,7 +89,7 @@ def test_the_headline_leaves_a_page_and_rows_and_continues_them(tmp_path):
     assert ways(out, "ops") == {("add_norm", "ours"): "ms", ("add_norm", "released"): "ms"}
 
 
-# The opponents of an op and of a model fail, and the process of a small case dies.
+# The competitors of an op and of a model fail, and the process of a small case dies.
 ACCIDENTS = """
 from mope.benchmark import problems
 import torch
@@ -135,9 +135,9 @@ def test_an_accident_costs_its_row_and_is_tried_again(tmp_path):
 
 
 def test_the_parent_asks_nothing_that_would_keep_its_children_from_the_gpu():
-    """A process that asked how many GPUs there are cannot fork one that uses them."""
+    """Check that the parent does not initialise CUDA, after which forked children could not use the GPU."""
     if not hasattr(torch._C, "_cuda_isInBadFork"):
-        pytest.skip("torch was built without CUDA, and marks no process")
+        pytest.skip("torch was built without CUDA and does not mark forked processes")
     script = "from bench import gpu, headline; headline.import_everything()\nimport os, torch\n"
     script += "if os.fork() == 0: os._exit(int(torch._C._cuda_isInBadFork()))\nassert os.wait()[1] == 0"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
@@ -161,7 +161,7 @@ def test_dry_run_leaves_results_and_continues_them(tmp_path):
     timed = {(row["op"], row["way"]) for row in models if "ms" in row}
     assert {("model", "ours"), ("model", "released"), ("model", "concatenated"), ("swin_block", "released")} <= timed
 
-    # As if it had been killed while it wrote its last line; and the machine it goes on on has no pytest-benchmark.
+    # As if killed while writing the last line, then resumed on a machine without pytest-benchmark.
     text = (tmp_path / "ops-dry.jsonl").read_text()
     (tmp_path / "ops-dry.jsonl").write_text(text[:-20])
     again = run(tmp_path, DRY="1", STAGE="tests,ops", PYTEST_ADDOPTS="-p no:benchmark")
@@ -189,7 +189,7 @@ def test_the_sanitizer_sees_every_op(tmp_path):
 
 def test_unknown_stage_is_named(tmp_path):
     done = run(tmp_path, DRY="1", STAGE="quick")
-    assert done.returncode and "STAGE must be of headline, tests, ops, model, timeline, sanitize, got 'quick'" in done.stderr
+    assert done.returncode and "STAGE must be among headline, tests, ops, model, timeline, sanitize, got 'quick'" in done.stderr
 
 
 def test_without_a_gpu_it_says_so(tmp_path):

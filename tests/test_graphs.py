@@ -1,4 +1,4 @@
-"""CudaGraphRunner without a GPU: something that calls the function again on the same buffers stands in for CUDA graphs."""
+"""CudaGraphRunner without a GPU; the stand-in for CUDA graphs calls the function again on the same buffers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Pair(NamedTuple):
 
 
 class StandIn:
-    """Replays by running the function on the static inputs and writing what it gives to where the first results lie."""
+    """Replay by running the function on the static inputs and copying its results into the first ones."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = self.released = 0
@@ -43,7 +43,7 @@ class StandIn:
                 if isinstance(target, Tensor):
                     target.copy_(value)
 
-        # A recording leaves no results behind.
+        # Recording does not produce results.
         for tensor in pytree.tree_leaves(outputs):
             if isinstance(tensor, Tensor):
                 tensor.fill_(7)
@@ -78,7 +78,7 @@ def test_one_graph_for_all_calls_of_the_same_shapes() -> None:
         assert torch.equal(found["pair"].first, 2 * x) and torch.equal(found["pair"].second, y)
         assert torch.equal(found["sum"][0], x.sum())
     assert (backend.recorded, backend.replayed, run.num_graphs) == (1, 3, 1)
-    # Strides, and the order of the arguments, are no other shape.
+    # Strides and the order of arguments do not count as another shape.
     x = torch.randn(3, 2).t()
     assert torch.equal(run(y=y, x=x)["pair"].first, 2 * x)
     assert backend.recorded == 1
@@ -207,7 +207,7 @@ def test_autocast_is_another_graph() -> None:
     run(x=torch.zeros(2))
     for dtype in (torch.bfloat16, torch.float16):
         context = torch.autocast("cuda", dtype=dtype)
-        # Without a GPU it would do nothing.
+        # Without a GPU, autocast would disable itself.
         context._enabled = True
         with context:
             run(x=torch.zeros(2))
@@ -226,7 +226,7 @@ def test_batches_are_rounded_up_and_cut() -> None:
         x, mask = torch.randn(batch, 2), torch.randint(2, (batch,))
         out, same = run(x=x, mask=mask)
         assert torch.equal(out, x * mask[:, None]) and torch.equal(same, mask)
-        # Added items are ones that were given, so that they are as good as any.
+        # The padding repeats the first item.
         assert (seen[-1][batch:] == x[0]).all()
     assert backend.recorded == 3 and {len(x) for x in seen} == {1, 4, 8}
     assert run(x=torch.zeros(0, 2), mask=torch.zeros(0))[0].shape == (0, 2)
@@ -250,7 +250,7 @@ def test_items_are_not_added_where_they_influence_others() -> None:
     module[0].prompt_owner = "released"
     with pytest.raises(ValueError, match="prompt_owner='released'"):
         CudaGraphRunner(module, batch_sizes=(4,))
-    # Without rounding up it is as good as any.
+    # Without rounding up, the same module is accepted.
     run, _ = runner(module)
     assert run(input=torch.ones(3)).tolist() == [1, 1, 1]
     module[0].prompt_owner = "instance"

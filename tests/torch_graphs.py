@@ -1,4 +1,4 @@
-"""torch.cuda.make_graphed_callables without a GPU: torch's own code, with tapes of operations (tests/tape.py) as its graphs."""
+"""torch.cuda.make_graphed_callables without a GPU: torch's own code, with tapes of operations (tests/tape.py) as graphs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPLAY = "replay of a graph"
 
 
 class _Graph:
-    """Replaces torch.cuda.CUDAGraph."""
+    """A replacement for torch.cuda.CUDAGraph."""
 
     def __init__(self) -> None:
         self.tape = Tape(reads=True)
@@ -38,7 +38,7 @@ def _capture(graph: _Graph, **options: Any) -> Iterator[None]:
 
 @contextmanager
 def torch_graphs() -> Iterator[None]:
-    """Let `torch.cuda.make_graphed_callables` record tapes of operations on the CPU."""
+    """Make `torch.cuda.make_graphed_callables` record tapes of operations on the CPU."""
     with (
         mock.patch.multiple(
             torch.cuda,

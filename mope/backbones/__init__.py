@@ -1,4 +1,4 @@
-"""How prompts and adapters get into the encoders of transformers: what has to be known of each, in a file for each family."""
+"""Support for prompts and adapters in transformers encoders, one file per model family."""
 
 from . import bert, blip, clip, swin, vit
 from .attaching import Attachment, PromptedLayer, attach, base_model, original_state_dict, wrapped_by_peft

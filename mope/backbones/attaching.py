@@ -1,4 +1,4 @@
-"""Putting prompted layers into a transformers model, and taking them out again."""
+"""Attach prompted layers to a transformers model, and detach them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .registry import find_adapter, find_architecture
 
 
 def original_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a backbone under the names that it has without prompts; what plays no part here is left out."""
+    """Return the state dict of a backbone under the names it has without prompts, excluding the adapter's `unused` parameters."""
     unused = find_architecture(backbone).unused
     return {name: t for name, t in _under_original_names(backbone).items() if not (unused and name.startswith(unused))}
 
@@ -35,14 +35,14 @@ def _under_original_names(backbone: nn.Module) -> dict[str, Tensor]:
 
 
 def _save_under_original_names(backbone: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """`save_pretrained` of an encoder while it is prompted."""
+    """Run `save_pretrained` for a prompted encoder, saving weights under their original names."""
     if len(args) < 3:
         kwargs.setdefault("state_dict", _under_original_names(backbone))
     return type(backbone).save_pretrained(backbone, *args, **kwargs)
 
 
 def wrapped_by_peft(backbone: nn.Module) -> str:
-    """Return the class of peft around or in a backbone, "" if there is none."""
+    """Return the name of the first peft class around or in a backbone, "" if there is none."""
     for module in backbone.modules():
         if type(module).__module__.partition(".")[0] == "peft":
             return type(module).__name__
@@ -50,13 +50,21 @@ def wrapped_by_peft(backbone: nn.Module) -> str:
 
 
 def base_model(backbone: nn.Module) -> nn.Module:
-    """The bare model under a task head: ViTModel of a ViTForImageClassification. TypeError or ValueError: see `check_encoder`."""
+    """Return the bare model under a task head, such as the ViTModel of a ViTForImageClassification.
+
+    Raises:
+        TypeError: See `check_encoder`.
+        ValueError: See `check_encoder`.
+    """
     check_encoder(backbone)
     return backbone.base_model if isinstance(backbone, PreTrainedModel) else backbone
 
 
 class PromptedLayer(nn.Module):
-    """Stands for a frozen block and runs it with prompts. Without prompts it refuses: they would be skipped in silence."""
+    """Replacement for a frozen block that runs it with prompts.
+
+    It refuses to run without prompts, because they would be skipped silently.
+    """
 
     def __init__(self, layer: nn.Module, adapter: BackboneAdapter) -> None:
         super().__init__()
@@ -65,10 +73,13 @@ class PromptedLayer(nn.Module):
     def forward(
         self, hidden_states: Tensor, *args: Any, prompts: MoPEAttention | None = None, context: Any = None, **inputs: Any
     ) -> tuple[Tensor, Routing | None]:
-        """(B,L,C) -> (B,L,C) and the routing; `context` is that of the adapter, `inputs` are the other arguments of `prompts`."""
+        """Run the block with prompts on (B,L,C), giving (B,L,C) and the routing.
+
+        `context` is the result of `BackboneAdapter.context`, and `inputs` are the other arguments of `prompts`.
+        """
         if prompts is None:
             raise RuntimeError(
-                "this backbone has prompts attached and was called by itself, which would skip them: call the fusion model, "
+                "this backbone has prompts attached and was called directly, which would skip them: call the fusion model, "
                 "or detach() the prompts first"
             )
         attention_output, routing = prompts(hidden_states, frozen=self.adapter.attend(self.layer, context), **inputs)
@@ -76,7 +87,7 @@ class PromptedLayer(nn.Module):
 
 
 class Attachment:
-    """A backbone that is frozen (unless it is fine-tuned), in eval mode, and prompted in some of its layers. `detach` undoes it."""
+    """Prompted layers attached to a backbone, which is in eval mode and frozen unless fine-tuned; undone by `detach`."""
 
     def __init__(self, backbone: nn.Module, layers: Sequence[int], adapter: BackboneAdapter, finetune: bool = False) -> None:
         self.backbone, self.adapter, self.attached = backbone, adapter, True
@@ -92,12 +103,12 @@ class Attachment:
             for i, layer in self._original.items():
                 blocks[i] = PromptedLayer(layer, adapter).eval()
             if isinstance(backbone, PreTrainedModel):
-                # The prompted layers add a part to the names of weights, and such a file could not be loaded.
+                # Prompted layers add a component to the names of weights, and a file with such names could not be loaded.
                 vars(backbone)["save_pretrained"] = partial(_save_under_original_names, backbone)
             if not finetune and (peft := wrapped_by_peft(backbone)):
                 warnings.warn(
-                    f"{peft}: the adapters of peft in this encoder are frozen like all of it; prompts, routers and head train. "
-                    "Call merge_and_unload() on it before to make them a part of its weights",
+                    f"{peft}: the peft adapters in this encoder are frozen with the rest of it; prompts, routers and head train. "
+                    "Call merge_and_unload() first to merge the adapters into its weights",
                     stacklevel=4,
                 )
             self.join_projections()
@@ -106,7 +117,7 @@ class Attachment:
             raise
 
     def join_projections(self) -> None:
-        """Let one product compute query, key and value of a layer, where they are frozen. Again after parameters were moved."""
+        """Compute the frozen query, key and value projections of each layer in one product; repeat after moving parameters."""
         for attention in self._attentions():
             attention.join()
 
@@ -115,7 +126,7 @@ class Attachment:
             yield self.adapter.attention(block.layer if isinstance(block, PromptedLayer) else block)
 
     def detach(self) -> None:
-        """Put the same modules back, with the training mode and requires_grad that they had. A second call does nothing."""
+        """Put the original modules back, and restore training modes and requires_grad. A second call does nothing."""
         if not self.attached:
             return
         for attention in self._attentions():
@@ -132,19 +143,19 @@ class Attachment:
 
 
 def attach(backbone: nn.Module, layers: Sequence[int] | None = None, *, finetune: bool = False) -> Attachment:
-    """Freeze a transformers model and make its `layers` (all of them by default) wait for prompts.
+    """Freeze a transformers model and prepare its `layers` (default: all) to be called with prompts.
 
-    With `finetune` its own parameters train as well, all that play a part here.
+    With `finetune`, its own parameters train too, except for those that the adapter lists as `unused` or `unreached`.
 
     Raises:
-        ValueError: the architecture is unknown or its config cannot be honoured, prompts are attached already, or a layer
-            does not exist.
+        ValueError: If the architecture or its config is not supported, prompts or ModeX adapters are already attached, or a
+            layer does not exist.
     """
     adapter = find_adapter(backbone)
     blocks = adapter.layers(backbone)
     if any(isinstance(block, PromptedLayer) for block in blocks):
         raise ValueError(
-            f"{type(backbone).__name__} has prompts attached already: detach() them first, or give each model its own copy"
+            f"{type(backbone).__name__} already has prompts attached: detach() them first, or give each model its own copy"
         )
     if any(isinstance(getattr(block, kind, None), ExpertAdapter) for block in blocks for kind in ("visual_msa", "textual_msa")):
         raise ValueError(
@@ -152,5 +163,5 @@ def attach(backbone: nn.Module, layers: Sequence[int] | None = None, *, finetune
         )
     layers = range(len(blocks)) if layers is None else layers
     if any(not 0 <= i < len(blocks) for i in layers):
-        raise ValueError(f"layers to prompt must lie in 0..{len(blocks) - 1}, got {list(layers)}")
+        raise ValueError(f"layers to prompt must be in 0..{len(blocks) - 1}, got {list(layers)}")
     return Attachment(backbone, layers, adapter, finetune)

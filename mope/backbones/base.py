@@ -1,8 +1,8 @@
-"""How prompts get into a transformers model: one small adapter class for each architecture.
+"""Base classes that describe how to prompt a transformers model: one small adapter class per architecture.
 
-An adapter says where the layers are, which modules make up a layer's attention, and what a block does after it. It has no
-state; modules that are no plain layers are called, and their weights never touched. `attach` replaces layers by `PromptedLayer`,
-which runs only when it is given prompts; `Attachment.detach` puts the same modules back.
+An adapter names the layers, the modules of a layer's attention, and the computation of a block after its attention. It has no
+state. Modules that are not plain layers are called, and their weights are never accessed. `attach` replaces layers with
+`PromptedLayer`, which runs only with prompts; `Attachment.detach` puts the original modules back.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ INTERPOLATE = "interpolate_pos_encoding"
 
 
 class Architecture:
-    """Say which models of an architecture are the same, however prompts get into them."""
+    """Description of an architecture, independent of how it is prompted; also defines when two models count as the same."""
 
     modality: ClassVar[str]
-    # Parameters under these names play no part here: not fingerprinted, not copied; `load_options` keeps them from being made.
+    # Prefixes of parameters that are not used here: not fingerprinted, not copied, and with `load_options` never created.
     unused: ClassVar[tuple[str, ...]] = ()
-    # Parameters that no input given here reaches, so that fine-tuning leaves them out, beside those of `unused`.
+    # Prefixes of further parameters that affect no output here, which fine-tuning therefore does not train.
     unreached: ClassVar[tuple[str, ...]] = ()
     load_options: ClassVar[dict[str, Any]] = {}
-    # Fields of the config that change what the model computes with the same weights.
+    # Config fields that change what the model computes from the same weights.
     identity: ClassVar[tuple[str, ...]] = (
         "hidden_size",
         "num_hidden_layers",
@@ -38,26 +38,26 @@ class Architecture:
         "layer_norm_eps",
     )
 
-    # The class of the model, where it is not one of transformers' own: a checkpoint names it, and cannot import it.
+    # The model class if it is not from transformers: a checkpoint names the class but cannot import it.
     model_class: ClassVar[Any] = None
 
     def hidden_size(self, model: Any) -> int:
-        """C."""
+        """Return the token width C."""
         return model.config.hidden_size
 
     def stable_name(self, name: str) -> str:
-        """The name under which a tensor goes into the fingerprint, where versions of transformers name it differently."""
+        """Return the name of a tensor in the fingerprint, which is the same for all versions of transformers."""
         return name
 
     def stable_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors that the fingerprint covers, from those of `original_state_dict`."""
+        """Return the tensors covered by the fingerprint, given the result of `original_state_dict`."""
         return {self.stable_name(name): tensor for name, tensor in state.items()}
 
     def objections(self, config: Any) -> list[str]:
-        """Why a model with this config cannot be prompted here."""
+        """Return the reasons why a model with this config cannot be prompted; an empty list if it can."""
         found = []
         if getattr(config, "is_decoder", False):
-            found.append("is_decoder=True: causal attention and its cache are not supported, use the encoder")
+            found.append("is_decoder=True: causal attention and its cache are not supported; use the encoder")
         if getattr(config, "add_cross_attention", False):
             found.append("add_cross_attention=True: blocks with cross-attention are not supported")
         position = getattr(config, "position_embedding_type", None) or "absolute"
@@ -69,69 +69,71 @@ class Architecture:
 
 
 class BackboneAdapter(Architecture, ABC):
-    """How prompts get into the layers of an architecture. Subclass it and `register_backbone` the class.
+    """Base class of adapters for architectures that are prompted layer by layer.
 
-    A block has to be: attention over its (normalised) input with separate query, key and value projections, all tokens attending
-    to all, then anything. Between projections and scores there may be norms and rotations of queries and keys (`prepare`), and
-    beside the scores a bias (`attention_bias`). A class without one of the abstract methods cannot be registered.
+    Subclass it and register the subclass with `register_backbone`; it must implement all abstract methods.
+
+    A block must consist of bidirectional attention over its (normalised) input, with separate query, key and value projections,
+    followed by any computation. Queries and keys may be normalised or rotated after projection (`prepare`), and the scores may have
+    a bias (`attention_bias`).
     """
 
     @abstractmethod
     def layers(self, model: Any) -> nn.ModuleList:
-        """The blocks, in order."""
+        """Return the blocks in order."""
 
     @abstractmethod
     def embed(self, model: Any, inputs: dict[str, Any], token_mask: Tensor | None) -> Tensor:
-        """Embed the inputs, which have the encoder's own names -> the input of the first block (B,L,C).
+        """Embed inputs, given under the encoder's own names, as the input (B,L,C) of the first block.
 
-        The modality's flags are among them where they are asked for, and only if the adapter `takes` them.
-        `token_mask` (B,L) bool is given where padding may stand anywhere, so that positions can be counted without it.
+        The inputs include those flags of the modality that are set; the adapter must support them (see `takes`). A bool
+        `token_mask` (B,L) is given if padding may be anywhere, so that positions can be counted without padding.
         """
 
     @abstractmethod
     def attention(self, layer: Any) -> FrozenAttention:
-        """The modules of the block's attention."""
+        """Return the modules of the block's attention."""
 
     @abstractmethod
     def finish(self, layer: Any, hidden_states: Tensor, attention_output: Tensor) -> Tensor:
-        """The block from its attention on: input of the block (B,L,C), output projection (B,L,C) -> output of the block (B,L,C)."""
+        """Compute the block's output (B,L,C) from its input (B,L,C) and the attention's output projection (B,L,C)."""
 
     @abstractmethod
     def pool(self, model: Any, hidden_states: Tensor, padding: Padding) -> Tensor:
-        """Return the model's feature (B,C) from its tokens (B,L,C) after the last block, before `normalize`.
+        """Pool the tokens (B,L,C) after the last block into the model's feature (B,C), before `normalize`.
 
-        Nothing is said by default, since the first token of a model without a class token is its first patch:
-        `padding.first_tokens(hidden_states)`, or `padding.mean_of_tokens(hidden_states)`.
+        Use `padding.first_tokens(hidden_states)` or `padding.mean_of_tokens(hidden_states)`. There is no default, because the first
+        token of a model without a class token is its first patch.
         """
 
     def takes(self, flag: str) -> bool:
-        """Return whether `embed` knows a flag of the modality, by its name."""
+        """Return whether `embed` supports the modality's flag of this name."""
         return False
 
     def token_mask(self, model: Any, mask: Tensor) -> Tensor:
-        """Return the mask of tokens (B,L) from that of the input, where embedding changes the length."""
+        """Return the mask of the tokens (B,L), given the mask of the input; they differ if embedding changes the length."""
         return mask
 
     def context(self, model: Any, tokens: Tensor, padding: Padding) -> Any:
-        """Return what the blocks need beside their tokens, such as rotations and relative biases, computed once in a forward.
+        """Compute what the blocks need besides their tokens, such as rotations or relative biases, once per forward pass.
 
-        `tokens` (B,L,C) is what `embed` gave. None: nothing.
+        `tokens` (B,L,C) is the result of `embed`. Return None if nothing is needed.
         """
         return None
 
     def prepare(self, layer: Any, query: Tensor, key: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """Change queries and keys (B,H,L,D) of tokens between projection and scores: rotary positions, norms."""
+        """Transform the queries and keys (B,H,L,D) of tokens after projection, for example by rotary positions or norms."""
         return query, key
 
     def prepare_prompts(self, layer: Any, key: Tensor) -> Tensor:
-        """Change keys (B,H,P,D) of prompts, which have no position, as `prepare` changes those of tokens: norms."""
+        """Transform the keys (B,H,P,D) of prompts as `prepare` does for tokens, except for positions, which prompts lack."""
         return key
 
     def attention_bias(self, layer: Any, context: Any) -> Tensor | None:
-        """Return what is added to the scores of tokens, broadcastable to (B,H,L,L), None for nothing."""
+        """Return a bias on the scores of tokens, broadcastable to (B,H,L,L), or None."""
         return None
 
-    # The methods between projections and scores that a class has of its own. Looked up once, since every layer asks.
+    # The methods between projections and scores that a class overrides. Computed once per class, because every layer needs it.
     own_between: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -140,13 +142,13 @@ class BackboneAdapter(Architecture, ABC):
         cls.own_between = frozenset(name for name in between if getattr(cls, name) is not getattr(BackboneAdapter, name))
 
     def attend_to_prompts(self, layer: Any) -> FrozenAttention:
-        """Return `attention` as it is for prompts, whatever the tokens are."""
+        """Return `attention` with the transformation of prompt keys, which does not depend on the tokens."""
         if "prepare_prompts" not in self.own_between:
             return self.attention(layer)
         return replace(self.attention(layer), prepare_prompts=partial(self.prepare_prompts, layer))
 
     def attend(self, layer: Any, context: Any = None) -> FrozenAttention:
-        """Return `attention` with what stands between projections and scores."""
+        """Return `attention` with all overridden steps between projections and scores."""
         if not self.own_between:
             return self.attention(layer)
         between: dict[str, Any] = {}
@@ -157,18 +159,18 @@ class BackboneAdapter(Architecture, ABC):
         return replace(self.attend_to_prompts(layer), **between)
 
     def is_row_wise(self, model: Any) -> bool:
-        """Whether `finish` makes of each row what it makes of it alone, so that rows may be left out and put anywhere."""
+        """Return whether `finish` treats each row independently, so that rows may be dropped and reordered."""
         return False
 
     def normalize(self, model: Any, features: Tensor) -> Tensor:
-        """Apply the norm after the last block to features: (..., C) -> (..., C)."""
+        """Apply the norm after the last block to features (..., C)."""
         return features
 
 
 class VisionAdapter(BackboneAdapter):
-    """An encoder of images whose feature is that of its class token.
+    """Base class of adapters for image encoders.
 
-    `interpolates` says whether `embed` takes images of other sizes, with `interpolate_pos_encoding`.
+    `interpolates` tells whether `embed` supports images of other sizes, with `interpolate_pos_encoding`.
     """
 
     modality = "vision"
@@ -176,9 +178,10 @@ class VisionAdapter(BackboneAdapter):
     identity = (*BackboneAdapter.identity, "image_size", "patch_size", "num_channels")
 
     def takes(self, flag: str) -> bool:
-        """Return whether `embed` interpolates, if it is that."""
+        """Return True for `interpolate_pos_encoding` if `embed` interpolates."""
         return flag == INTERPOLATE and self.interpolates
 
 
 def interpolating(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the `interpolate_pos_encoding` flag among the inputs, if it is given, as keyword arguments."""
     return {name: inputs[name] for name in (INTERPOLATE,) if name in inputs}

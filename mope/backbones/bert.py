@@ -1,4 +1,4 @@
-"""BERT and RoBERTa."""
+"""Adapters and layouts for BERT and RoBERTa."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .feed_forward import add_then_norm, is_untouched, linear_gelu_linear
 from .layouts import Layout, register_layout
 from .registry import register_backbone
 
-# After dropout and before the sum is normalised.
+# Adapters go after dropout and before the residual sum is normalised.
 POST_NORM = Layout(
     "textual", "attention.output.dropout", "output.dropout", "output.LayerNorm", "crossattention.output.dropout", adapts_input=True
 )
 
 
 class BertAdapter(BackboneAdapter):
-    """Post-LN: the projections read the block input itself."""
+    """Adapter for BERT, whose blocks are post-LN: the projections read the block input itself."""
 
     modality = "text"
     unused, load_options = ("pooler.",), {"add_pooling_layer": False}
@@ -58,20 +58,20 @@ class BertAdapter(BackboneAdapter):
         return add_then_norm(hidden_states, output.dropout(update), output.LayerNorm)
 
     def pool(self, model: Any, hidden_states: Tensor, padding: Padding) -> Tensor:
-        """Return the class token's."""
+        """Return the features of the class tokens."""
         return padding.first_tokens(hidden_states)
 
     def is_row_wise(self, model: Any) -> bool:
-        # Chunks ask for a number of rows that they divide.
+        # With chunking, the number of rows must be divisible by the chunk size.
         return not model.config.chunk_size_feed_forward
 
 
 class RobertaAdapter(BertAdapter):
-    """Its embeddings count positions themselves, of all tokens that are not the padding token."""
+    """Adapter for RoBERTa, whose embeddings compute positions from the token ids, skipping padding tokens."""
 
     def embed(self, model: Any, inputs: dict[str, Any], token_mask: Tensor | None) -> Tensor:
         if token_mask is not None:
-            # Whatever stands where the mask hides it is not counted.
+            # Masked positions get the padding token, so that they are not counted.
             padding = model.embeddings.padding_idx
             inputs = {**inputs, "input_ids": inputs["input_ids"].masked_fill(~token_mask, padding)}
         return model.embeddings(**inputs)

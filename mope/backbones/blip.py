@@ -1,4 +1,4 @@
-"""BLIP."""
+"""Fusion and layouts for BLIP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .layouts import register_layout, register_pre_hook
 
 
 def fuse(model: Any, inputs: Mapping[str, Mapping[str, Any]]) -> Tensor:
-    """Run both parts: images and texts -> the fused text (B,L,C). BLIP has no token types, and reads none."""
+    """Run both parts on images and texts, giving the fused text (B,L,C). Token types are dropped, because BLIP has none."""
     image = model.vision_model(**inputs["vision"]).last_hidden_state
     visible = torch.ones(image.shape[:2], dtype=torch.long, device=image.device)
     text = {name: value for name, value in inputs["text"].items() if name != "token_type_ids"}
@@ -24,9 +24,9 @@ def fuse(model: Any, inputs: Mapping[str, Mapping[str, Any]]) -> Tensor:
 
 
 def embed_apart(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Forward pre-hook of BLIP's text embeddings: looks the ids up, and gives a copy of what was found.
+    """Look up the token ids and pass on a copy of the embeddings; a forward pre-hook of BLIP's text embeddings.
 
-    For gradient checkpointing transformers makes what was found a leaf that requires gradients, and BLIP adds to it in place.
+    For gradient checkpointing, transformers makes the embeddings a leaf that requires gradients, and BLIP adds to it in place.
     """
     ids = kwargs.get("input_ids")
     if args or ids is None or not torch.is_grad_enabled():
@@ -39,7 +39,7 @@ _FUSED = FusedEncoder(
     {"vision": "vision_model", "text": "text_encoder"},
     fuse,
     refused=("position_ids",),
-    # The part of BLIP for VQA that writes answers: nothing in it is called.
+    # The answer decoder of BLIP for VQA is never called.
     unread=("text_decoder.",),
 )
 for _name in ("BlipForImageTextRetrieval", "BlipForQuestionAnswering"):

@@ -1,4 +1,4 @@
-"""The towers of CLIP, and of SigLIP."""
+"""Adapters and layouts for the towers of CLIP and SigLIP."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ IN_TOWER = {modality: Layout(modality, "self_attn", "mlp", "layer_norm1") for mo
 
 
 class CLIPVisionAdapter(VisionAdapter):
+    """Adapter for CLIP's vision tower."""
+
     interpolates = True
 
     def layers(self, model: Any) -> nn.ModuleList:
@@ -35,7 +37,7 @@ class CLIPVisionAdapter(VisionAdapter):
         return hidden_states + update
 
     def pool(self, model: Any, hidden_states: Tensor, padding: Padding) -> Tensor:
-        """Return the class token's."""
+        """Return the features of the class tokens."""
         return padding.first_tokens(hidden_states)
 
     def normalize(self, model: Any, features: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ class CLIPVisionAdapter(VisionAdapter):
 
 
 def _in_tower(layer: nn.Module) -> Layout:
-    """The same class stands in both towers: the layer's config says in which one this is."""
+    """Return the layout of a layer. Both towers use the same class; the layer's config tells which tower it belongs to."""
     config = getattr(getattr(layer, "self_attn", None), "config", None)
     return IN_TOWER["textual" if getattr(config, "model_type", "").endswith("_text_model") else "visual"]
 

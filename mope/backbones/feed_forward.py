@@ -17,13 +17,13 @@ _GELU = nn.GELU()
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether a call of the module is what its class in transformers says, and nothing else."""
+    """Return whether a module is of a class from transformers, without hooks or an overridden `forward`."""
     return type(module).__module__.startswith("transformers.models.") and not has_hooks(module) and "forward" not in module.__dict__
 
 
 def norm_and_mlp(x: Tensor, update: Tensor, norm: nn.Module, mlp: nn.Module) -> tuple[Tensor, Tensor]:
-    """x + update, and the MLP of its LayerNorm, which is still to be added to it (pre-LN)."""
-    # DINOv2's has another name in transformers 5.17.
+    """Return x + update and the MLP of its LayerNorm, which the caller adds to it (pre-LN)."""
+    # The attribute of DINOv2's MLP has another name in transformers 5.17.
     activation = "activation_fn" if hasattr(mlp, "activation_fn") else "activation"
     layers: list[Any] = [getattr(mlp, name, None) for name in ("fc1", activation, "fc2")]
     if None in layers or not is_untouched(mlp):
@@ -34,14 +34,14 @@ def norm_and_mlp(x: Tensor, update: Tensor, norm: nn.Module, mlp: nn.Module) -> 
 
 
 def linear_gelu_linear(x: Tensor, first: nn.Module, activation: nn.Module, last: nn.Module) -> Tensor:
-    """The three, one after the other."""
+    """Apply the three modules in sequence, fused if the activation is the exact GELU."""
     if is_plain(activation, GELUActivation) and activation.act is F.gelu:
         activation = _GELU
     return gelu_mlp(cast(Any, lambda x: last(activation(first(x)))), (first, activation, last), x)
 
 
 def add_then_norm(x: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
-    """LayerNorm(x + update), without returning the sum (post-LN), in the dtype that torch gives it."""
+    """Return LayerNorm(x + update) (post-LN), in the dtype that torch would use."""
     if not is_plain(norm, nn.LayerNorm):
         return norm(add(x, update))
     of, plain = norm._parameters, cast(nn.LayerNorm, norm)

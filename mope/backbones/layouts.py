@@ -1,4 +1,4 @@
-"""Where adapters go: the parts of a layer, by the name of its class, registered in the file of its family."""
+"""Registry of the places for adapters in a layer, by the name of its class; each model family registers its own."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of a layer are, as paths below it.
+    """Paths of the parts of a layer, relative to it.
 
     Args:
         modality: "visual" or "textual".
-        msa, ffn: the modules whose outputs are adapted.
-        norm: a LayerNorm as wide as the layer.
-        cross: as `msa`, of the cross-attention. None: such a layer never has any.
-        adapts_input: whether the input of the layer is adapted as well, as in published text layers.
-        attention, cross_attention: the modules that are called with text alone and with an image.
+        msa: Module of the attention part whose output is adapted.
+        ffn: Module of the feed-forward part whose output is adapted.
+        norm: A LayerNorm as wide as the layer.
+        cross: Module of the cross-attention whose output is adapted; None if such layers never have cross-attention.
+        adapts_input: Whether the input of the layer is adapted too, as in the published text layers.
+        attention: The self-attention, which is called with text alone.
+        cross_attention: The cross-attention, which is called with an image.
     """
 
     modality: str
@@ -36,7 +38,7 @@ class Layout:
         return self.cross is not None and hasattr(layer, self.cross_attention)
 
 
-# A forward pre-hook with keyword arguments.
+# A forward pre-hook that also receives keyword arguments.
 PreHook = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[Any, Any]]
 
 _LAYOUTS: dict[str, Layout | Callable[[nn.Module], Layout]] = {}
@@ -44,11 +46,11 @@ _PRE_HOOKS: dict[str, PreHook] = {}
 
 
 def register_layout(class_name: str, layout: Layout | Callable[[nn.Module], Layout]) -> None:
-    """Teach the library where adapters go in a class of layers. A second registration replaces the first.
+    """Register where adapters go in a class of layers. A second registration replaces the first.
 
     Args:
-        class_name: of the layer.
-        layout: of it, or a function of the layer, where the class stands in encoders of several modalities.
+        class_name: Name of the layer's class.
+        layout: Its layout, or a function that returns the layout of a layer, for classes used in encoders of several modalities.
     """
     _LAYOUTS[class_name] = layout
 
@@ -59,26 +61,29 @@ def unregister_layout(class_name: str) -> None:
 
 
 def register_pre_hook(class_name: str, hook: PreHook) -> None:
-    """Teach the library what a class of modules needs before its forward in a model that has adapters."""
+    """Register a forward pre-hook for a class of modules, used if the model has adapters."""
     _PRE_HOOKS[class_name] = hook
 
 
 def known_layouts() -> tuple[str, ...]:
-    """Return the names of the classes of layers that are known."""
+    """Return the class names of the registered layers."""
     return tuple(_LAYOUTS)
 
 
 def layout_of(module: nn.Module) -> Layout | None:
-    """The layout of a layer that is known, None of other modules. Subclasses count, such as those that FSDP makes."""
+    """Return the layout of a registered layer, None for other modules.
+
+    Subclasses of registered classes, such as those that FSDP creates, are recognised too.
+    """
     known = next((_LAYOUTS[base.__name__] for base in type(module).__mro__ if base.__name__ in _LAYOUTS), None)
     if known is None:
         return None
     found = known if isinstance(known, Layout) else known(module)
-    # Others use these names as well, for layers that are made differently.
+    # Other libraries use the same class names for layers with other parts.
     below = {name for name, _ in module.named_modules(remove_duplicate=False)}
     return found if {found.msa, found.ffn, found.norm} <= below else None
 
 
 def pre_hook_of(module: nn.Module) -> PreHook | None:
-    """Return the hook that a module needs before its forward if its model has adapters; None for most modules."""
+    """Return the registered forward pre-hook of a module, None for most modules."""
     return _PRE_HOOKS.get(type(module).__name__)

@@ -1,4 +1,4 @@
-"""Which architectures are known."""
+"""Registry of the supported architectures."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from torch import nn
 from .base import Architecture, BackboneAdapter
 
 _ADAPTERS: dict[str, Architecture] = {}
-# Models that hold an encoder of each modality: model_type -> modality -> the class of that encoder in transformers.
+# Models with an encoder for each modality: model_type -> modality -> class of that encoder in transformers.
 _TOWERS: dict[str, dict[str, str]] = {}
 
 
 def register_backbone(model_type: str, adapter_class: type[Architecture]) -> None:
-    """Teach the library the architecture whose config says `model_type`. A second registration replaces the first.
+    """Register the adapter of the architecture with this `model_type` in its config.
+
+    A second registration replaces the first.
 
     Raises:
-        TypeError: `adapter_class` leaves abstract methods of `BackboneAdapter` out; the message names them.
+        TypeError: If `adapter_class` does not implement all abstract methods of `BackboneAdapter`; the message names them.
     """
     _ADAPTERS[model_type] = adapter_class()
 
@@ -29,10 +31,14 @@ def unregister_backbone(model_type: str) -> None:
 
 
 def architecture_for(model_type: str | None) -> Architecture:
-    """Return the adapter that is registered for an architecture; ValueError if there is none."""
+    """Return the adapter registered for an architecture.
+
+    Raises:
+        ValueError: If there is none.
+    """
     if model_type not in _ADAPTERS:
         raise ValueError(
-            f"model_type {model_type!r} is not known; known are {', '.join(sorted(_ADAPTERS))}. Write a subclass of "
+            f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(_ADAPTERS))}. Write a subclass of "
             "mope.backbones.BackboneAdapter (about 30 lines) and call mope.register_backbone(model_type, YourAdapter)."
         )
     return _ADAPTERS[model_type]
@@ -42,22 +48,22 @@ def find_architecture(backbone: nn.Module, modality: str | None = None, name: st
     """Return the adapter of a backbone.
 
     Args:
-        backbone: the model.
-        modality: that it has to be of, None for any.
-        name: of the backbone in errors; default: the modality.
+        backbone: The model.
+        modality: Modality that it must have, None for any.
+        name: Name of the backbone in error messages. Default: the modality.
 
     Raises:
-        ValueError: its architecture is unknown, it is of another modality, or its config cannot be honoured.
+        ValueError: If its architecture or config is not supported, or it has another modality.
     """
     config = getattr(backbone, "config", None)
     kind = type(backbone).__name__
     try:
         architecture = architecture_for(getattr(config, "model_type", None))
     except ValueError as error:
-        # A model of both, such as CLIP's.
+        # A model with encoders of both modalities, such as CLIP.
         part = f"{modality}_model"
         if modality is not None and isinstance(getattr(backbone, part, None), nn.Module):
-            raise ValueError(f"{kind} holds encoders of both modalities: give its {modality} encoder, model.{part}") from None
+            raise ValueError(f"{kind} has encoders of both modalities: pass its {modality} encoder, model.{part}") from None
         raise ValueError(f"{kind}: {error}") from None
     if modality not in (None, architecture.modality):
         raise ValueError(f"{name or modality} was given {kind}, a {architecture.modality} model")
@@ -67,32 +73,36 @@ def find_architecture(backbone: nn.Module, modality: str | None = None, name: st
 
 
 def find_adapter(backbone: nn.Module, modality: str | None = None, name: str | None = None) -> BackboneAdapter:
-    """The adapter of a backbone that is prompted layer by layer; ValueError as in `find_architecture`, or if it is not."""
+    """Return the adapter of a backbone that is prompted layer by layer.
+
+    Raises:
+        ValueError: As in `find_architecture`, or if the backbone is not prompted layer by layer.
+    """
     adapter = find_architecture(backbone, modality, name)
     if not isinstance(adapter, BackboneAdapter):
         raise ValueError(
-            f"{type(backbone).__name__} is not prompted layer by layer: give the model of transformers itself, without wrappers, "
+            f"{type(backbone).__name__} is not prompted layer by layer: pass the transformers model itself, without wrappers, "
             "to MoPEForClassification"
         )
     return adapter
 
 
 def known() -> dict[str, Architecture]:
-    """Return the registered architectures by the `model_type` of their configs."""
+    """Return the registered architectures by `model_type`."""
     return dict(_ADAPTERS)
 
 
 def register_towers(model_type: str, **classes: str) -> None:
-    """Teach the library a model that holds several encoders, each of which transformers can load alone from the model's files.
+    """Register a model with several encoders, each of which transformers can load separately from the model's files.
 
     Args:
-        model_type: of the whole.
-        classes: modality -> the name of the encoder's class in transformers, `vision="CLIPVisionModel"`.
+        model_type: `model_type` of the whole model.
+        classes: Name of the encoder's class in transformers for each modality, such as `vision="CLIPVisionModel"`.
     """
     _TOWERS[model_type] = classes
 
 
 def tower_class(model_type: str, modality: str) -> Any:
-    """Return the class of the encoder of a modality in a model that holds several, None where none is known."""
+    """Return the class of a modality's encoder in a model with several encoders, None if none is registered."""
     name = _TOWERS.get(model_type, {}).get(modality)
     return None if name is None else getattr(transformers, name)

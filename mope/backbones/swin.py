@@ -1,4 +1,4 @@
-"""The Swin Transformer, which is prompted in windows."""
+"""Registration of the Swin Transformer, which is prompted in windows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .swin_weights import swin_state_dict
 
 
 class SwinArchitecture(Architecture):
-    """Prompted in windows, by `MoPESwinEncoder`; not layer by layer."""
+    """Swin Transformer, which `MoPESwinEncoder` prompts in windows, not layer by layer."""
 
     modality = "vision"
     unused, load_options = ("pooler.",), {"add_pooling_layer": False}
@@ -30,7 +30,7 @@ class SwinArchitecture(Architecture):
             if getattr(config, name) != only:
                 found.append(f"{name}={getattr(config, name)!r}: only {only!r} is supported")
         found += [
-            f"{name}={getattr(config, name)!r}: only squares are supported, given as one integer"
+            f"{name}={getattr(config, name)!r}: only squares are supported, given as a single integer"
             for name in ("image_size", "patch_size", "window_size")
             if not isinstance(getattr(config, name), int)
         ]

@@ -1,4 +1,4 @@
-"""Weights of Swin Transformers: the original checkpoints' names and those of transformers."""
+"""Conversion of Swin Transformer weights between the original checkpoints' names and transformers' names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import SwinConfig, SwinModel
 
 from mope.printing import first_of
 
-# transformers' names for what the original Swin Transformer's checkpoints call otherwise; both of transformers' generations.
+# Patterns of transformers' names, old and new, and the names in the original Swin checkpoints.
 _RENAMED = (
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^embeddings\.norm\.", "patch_embed.norm."),
@@ -29,15 +29,15 @@ _RENAMED = (
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.blocks\.(\d+)\.output\.dense\.", r".blocks.\1.mlp.fc2."),
 )
-# Tensors of a checkpoint that are not needed: they follow from the sizes, or belong to the head of another task.
+# Tensors of a checkpoint that are not needed: they follow from the sizes, or belong to a task head.
 _SUPERFLUOUS = re.compile(r"relative_position_index$|attn_mask$|^head\.|^pooler\.|position_ids$")
 
 
 def swin_state_dict(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a Swin Transformer under the original checkpoints' names: from a transformers `SwinModel` or an original `.pth`.
+    """Return Swin Transformer weights, from a transformers `SwinModel` or an original `.pth`, under the original names.
 
-    A `.pth` is given as what `torch.load(path, weights_only=True)` returns, with its tensors under "model" or at the top.
-    Query, key and value of transformers' models become one projection.
+    Pass a `.pth` as the result of `torch.load(path, weights_only=True)`, with its tensors under "model" or at the top level.
+    The query, key and value projections of transformers models are concatenated into one.
     """
     state: Any = source.state_dict() if isinstance(source, nn.Module) else source.get("model", source)
     named: dict[str, Tensor] = {}
@@ -56,7 +56,7 @@ def _original_name(name: str) -> str:
 
 
 def transformers_state_dict(model: SwinModel, original: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """From the names of `swin_state_dict` to those of `model`, query, key and value apart; what is missing is left out."""
+    """Convert a `swin_state_dict` to the names of `model`, splitting query, key and value; missing tensors are omitted."""
     state = {}
     for name in model.state_dict():
         known_as = _original_name(name)
@@ -70,16 +70,16 @@ def transformers_state_dict(model: SwinModel, original: Mapping[str, Tensor]) ->
 
 
 def swin_model_from_checkpoint(source: str | Path | Mapping[str, Any], *, image_size: int | None = None) -> SwinModel:
-    """A transformers `SwinModel` with the weights of an original Swin checkpoint; all other sizes are read off the tensors.
+    """Build a transformers `SwinModel` from an original Swin checkpoint; all sizes but `image_size` come from the tensors.
 
     Args:
-        source: an original `.pth` (or `.safetensors`) file, read without running anything in it, or what `torch.load` made of one.
-        image_size: in pixels. Default: what the checkpoint's shift masks were made for, without masks that whose last stage is
-            one window (224 with windows of 7, 384 with windows of 12).
+        source: An original `.pth` (or `.safetensors`) file, which is loaded without executing code, or the result of `torch.load`.
+        image_size: Image size in pixels. Default: the size that the checkpoint's shift masks were made for, or, without masks, the
+            size whose last stage is one window (224 for windows of 7, 384 for windows of 12).
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint of a Swin Transformer (version 1, without absolute positions), or tensors are missing,
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a checkpoint of a Swin Transformer (version 1, without absolute positions), or tensors are missing,
             unknown or of another shape; the message names them.
 
     >>> vision = swin_model_from_checkpoint("swin_base_patch4_window7_224_22k.pth")
@@ -91,7 +91,7 @@ def swin_model_from_checkpoint(source: str | Path | Mapping[str, Any], *, image_
     needed = ["patch_embed.proj.weight", "layers.0.blocks.0.mlp.fc1.weight"]
     tables = [name for name in state if name.endswith("attn.relative_position_bias_table")]
     if missing := [name for name in needed if name not in state] or ([] if tables else ["relative_position_bias_table"]):
-        raise ValueError(f"{what} has no {', '.join(missing)}: this is no Swin Transformer's")
+        raise ValueError(f"{what} has no {', '.join(missing)}: it is not a Swin Transformer checkpoint")
     blocks = [(int(m[1]), int(m[2])) for name in tables if (m := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name))]
     stages = 1 + max(stage for stage, _ in blocks)
     depths = [1 + max((i for s, i in blocks if s == stage), default=-1) for stage in range(stages)]
@@ -122,7 +122,7 @@ def swin_model_from_checkpoint(source: str | Path | Mapping[str, Any], *, image_
         if expected[name].shape != state[name].shape:
             wrong.append(f"{name} is {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}")
     if wrong:
-        raise ValueError(f"{what} does not hold the Swin Transformer that its sizes tell of: {first_of(sorted(wrong), 8)}")
+        raise ValueError(f"{what} does not match the Swin Transformer that its tensor sizes imply: {first_of(sorted(wrong), 8)}")
     model.load_state_dict(transformers_state_dict(model, state), strict=False)
     return model.eval()
 
@@ -133,9 +133,9 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         loaded: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # A pickle's first line is advice to switch the check off.
-        reason = "it holds something else" if isinstance(error, pickle.UnpicklingError) else str(error).splitlines()[0]
-        raise ValueError(f"{path} is not readable as tensors alone: {reason}") from error
+        # The first line of an unpickling error advises disabling the check, so it is not shown.
+        reason = "it contains other objects" if isinstance(error, pickle.UnpicklingError) else str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as tensors only: {reason}") from error
     if not isinstance(loaded, Mapping):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}, not the tensors of a model by name")
+        raise ValueError(f"{path} contains a {type(loaded).__name__}, not a mapping of names to tensors")
     return loaded

@@ -1,4 +1,4 @@
-"""ViT and DINOv2."""
+"""Adapters and layouts for ViT and DINOv2."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from .registry import register_backbone
 
 
 class ViTAdapter(VisionAdapter):
+    """Adapter for ViT."""
+
     interpolates = True
     unreached = ("embeddings.mask_token",)
     unused, load_options = ("pooler.",), {"add_pooling_layer": False}
@@ -35,7 +37,7 @@ class ViTAdapter(VisionAdapter):
         return layer.dropout(update) + hidden_states
 
     def pool(self, model: Any, hidden_states: Tensor, padding: Padding) -> Tensor:
-        """Return the class token's."""
+        """Return the features of the class tokens."""
         return padding.first_tokens(hidden_states)
 
     def normalize(self, model: Any, features: Tensor) -> Tensor:
@@ -43,7 +45,9 @@ class ViTAdapter(VisionAdapter):
 
 
 class Dinov2Adapter(VisionAdapter):
-    # Always, whether asked or not.
+    """Adapter for DINOv2."""
+
+    # DINOv2 always interpolates, whether the flag is set or not.
     interpolates = True
     unreached = ("embeddings.mask_token",)
 
@@ -67,7 +71,7 @@ class Dinov2Adapter(VisionAdapter):
         return layer.drop_path(layer.layer_scale2(update)) + hidden_states
 
     def pool(self, model: Any, hidden_states: Tensor, padding: Padding) -> Tensor:
-        """Return the class token's."""
+        """Return the features of the class tokens."""
         return padding.first_tokens(hidden_states)
 
     def normalize(self, model: Any, features: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The ops beside what a user would write instead: named shapes, opponents, and measurements that follow a check.
+"""Benchmarks of the ops against what a user would write instead, on named shapes. Every result is checked before it is timed.
 
-`mope bench` runs it on the user's own device; `bench/` of the repository runs it under pytest-benchmark and keeps the results.
+`mope bench` runs them on the user's own device. `bench/` in the repository runs them under pytest-benchmark and keeps the results.
 """

@@ -1,4 +1,4 @@
-"""Common parts of the benchmarks of attention: inputs, ways of the opponents, and the size of pieces of the definition."""
+"""Common parts of the attention benchmarks: inputs, opponents, and the number of pieces in which the definition is computed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .baselines import Attend, Unavailable
 from .problems import Way
 from .shapes import Attention
 
-# " compiled": under torch.compile, once per shape. FlexAttention needs it.
+# Ways with " compiled", and FlexAttention, run under torch.compile, once per shape.
 WAYS = ("ours", "released", "released compiled", "cat+sdpa", *baselines.BACKENDS, "cat+sdpa compiled", "flex", "xformers")
 
 
@@ -41,5 +41,5 @@ def over_prompts(shape: Attention, tensors: dict[str, Tensor | None], training: 
 
 
 def pieces(batch: int, scores: int) -> int:
-    """Return the number of pieces for which the scores of one piece take a gigabyte in float64."""
+    """Return the number of pieces of a batch so that the float64 scores of each need about 1 GiB. `scores`: of the whole batch."""
     return min(batch, -(-scores * 8 // 2**30))

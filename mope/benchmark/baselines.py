@@ -1,8 +1,8 @@
 """Opponents of our attention on the same tensors, as a user would write them. Other opponents are in the modules of the ops.
 
-*released* is the algorithm of the released systems, written plainly: experts are mixed for each item, then projected, put before
-the tokens, and attended with a softmax of its own. *cat+sdpa*, *flex* and *xformers* start from the same expert bank as ours,
-mix, concatenate and call the library. All compute what the op computes and are checked as ours is. Masks are made beforehand.
+*released* is the algorithm of the released systems, written plainly: experts are mixed for each item, projected, put before the
+tokens, and attended with an explicit softmax. *cat+sdpa*, *flex* and *xformers* start from the same expert bank as ours, mix,
+concatenate, and call the library. All compute what the op computes and are checked like ours. Masks are made beforehand.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # query (B,H,Lq,D), keys and values (B,H,P+Lk,D) -> (B,H,Lq,D)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# "cat+sdpa" leaves the choice to torch.
+# The backends of torch's attention. With plain "cat+sdpa", torch chooses one.
 BACKENDS = {
     "cat+sdpa flash": SDPBackend.FLASH_ATTENTION,
     "cat+sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cat+sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "cat+sdpa math": SDPBackend.MATH,
 }
-# Of attention.
+# The kinds of attention.
 KINDS = ("released", "cat+sdpa", *BACKENDS, "flex", "xformers")
 
 
 class Unavailable(Exception):
-    """Why an opponent cannot run here."""
+    """Raised if an opponent cannot run here; the message says why."""
 
 
 def concatenate(tokens: Tensor, *prompts: Tensor) -> Tensor:
-    """(B,H,L,D) behind prompts (B,H,P,D) or, for all items, (H,P,D)."""
+    """Put prompts, (B,H,P,D) or for all items (H,P,D), before tokens (B,H,L,D)."""
     return torch.cat([*(p.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1) for p in prompts), tokens], dim=2)
 
 
 def attention(kind: str, query: Tensor, num_keys: int, num_prompts: int, lengths: Tensor | None, training: bool) -> Attend:
-    """Attention over prompts and tokens, keys beyond `lengths` hidden, its mask made here and now.
+    """Return an attention over prompts and tokens that hides keys beyond `lengths`. Its mask is made in this call.
 
-    kind: "released" (softmax of its own), "cat+sdpa" or one of `BACKENDS`, "flex" (to be compiled) or "xformers".
+    kind: "released" (an explicit softmax), "cat+sdpa" or one of `BACKENDS`, "flex" (to be compiled) or "xformers".
 
     Raises:
         Unavailable: it cannot run on this device.
@@ -52,7 +52,7 @@ def attention(kind: str, query: Tensor, num_keys: int, num_prompts: int, lengths
     total, mask = num_prompts + num_keys, None
     if lengths is not None:
         hidden = torch.arange(total, device=query.device) >= (lengths + num_prompts)[:, None]
-        # In the dtype of the query: some kernels misread any other.
+        # The mask must have the query's dtype, because some kernels misread any other.
         mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill(hidden, -math.inf)
         mask = aligned(mask)[:, None, None]
     if kind == "released":
@@ -67,12 +67,14 @@ def attention(kind: str, query: Tensor, num_keys: int, num_prompts: int, lengths
 
 
 def aligned(mask: Tensor) -> Tensor:
-    """The same in rows that start at multiples of 16 elements, which SDPA and xformers otherwise copy in every call, or refuse."""
+    """Align the rows of a mask to 16 elements, because SDPA and xformers otherwise copy it in each call or refuse it."""
     width = mask.shape[-1]
     return F.pad(mask, (0, -width % 16))[..., :width]
 
 
 def sdpa(kind: str, mask: Tensor | None) -> Attend:
+    """Return torch's attention with a mask to add. `kind`: one of `BACKENDS`, or anything else to let torch choose."""
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if kind not in BACKENDS:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -80,7 +82,7 @@ def sdpa(kind: str, mask: Tensor | None) -> Attend:
             try:
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             except RuntimeError as error:
-                # On a CPU and on a GPU torch says so in other words.
+                # Torch's message differs between CPU and GPU.
                 if re.search("No (viable backend|available kernel)", str(error)):
                     raise Unavailable("torch has no such kernel for these tensors") from error
                 raise
@@ -89,6 +91,7 @@ def sdpa(kind: str, mask: Tensor | None) -> Attend:
 
 
 def own_softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend with an explicit softmax and a mask to add."""
     scores = query @ key.mT * query.shape[-1] ** -0.5
     return (scores if mask is None else scores + mask).softmax(-1) @ value
 
@@ -113,6 +116,11 @@ def _flex(query: Tensor, total: int, lengths: Tensor | None, num_prompts: int, t
 
 
 def xformers(query: Tensor, mask: Tensor | None) -> Attend:
+    """Return xformers' attention with a mask to add.
+
+    Raises:
+        Unavailable: xformers is not installed, or the device is a CPU.
+    """
     if importlib.util.find_spec("xformers") is None:
         raise Unavailable("xformers is not installed")
     if query.device.type == "cpu":

@@ -11,35 +11,37 @@ import torch
 if TYPE_CHECKING:
     from .problem import Problem
 
-# "cpu", "cuda", or "tiny", a quick check that everything works.
+# "cpu", "cuda", or "tiny" for a quick check that everything works.
 Where = str
 BENCHMARKS: dict[str, Benchmark] = {}
-# Suffix of a way that is recorded as one CUDA graph, forward and backward: the optimizer is recorded too.
+# Suffix of a way whose forward and backward are one CUDA graph: the optimizer is recorded too.
 WITH_OPTIMIZER = " with AdamW"
 
 
 def is_compiled(way: str) -> bool:
+    """Return whether a way runs under torch.compile."""
     return way == "flex" or " compiled" in way
 
 
 def uses_graphs(way: str) -> bool:
+    """Return whether torch.compile records the way in CUDA graphs."""
     return way.endswith("+graphs")
 
 
 def is_graphed(way: str) -> bool:
-    """Return whether the call, forward and backward, is one CUDA graph: ours by `mope.GraphedStep`, others recorded directly."""
+    """Return whether forward and backward are recorded as CUDA graphs: ours by `mope.GraphedStep`, others directly."""
     return way.removesuffix(WITH_OPTIMIZER).endswith(" graphed")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op on one named shape. Its text is complete and names the rows.
+    """One op on one named shape. `str` of a case identifies it completely within its op, and names its rows.
 
-    top_k: the number of selected experts, None: all.
-    dtype: "float32" or "bfloat16"; None: the usual one on the device.
-    detailed: also measure the ways that few cases need, such as each backend of torch's attention.
-    graphs: for models, whether to measure with and without CUDA graphs.
-    later: measure it after all others, and do not compile anything for it.
+    top_k: the number of selected experts; None selects all.
+    dtype: "float32" or "bfloat16"; None uses the device's default.
+    detailed: whether to measure also the ways that few cases need, such as each backend of torch's attention.
+    graphs: for models, whether to measure both with and without CUDA graphs.
+    later: whether to measure it after all others, and without compiling anything for it.
     """
 
     op: str
@@ -74,17 +76,19 @@ def both(op: str, *shapes: str, top_k: int | None = None, later: bool = False) -
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The benchmark of one op. Each is a module of `mope.benchmark.ops`.
+    """The benchmark of one op. Each is defined by a module of `mope.benchmark.ops`.
 
-    op: the name of the op. rank: the position of the op on pages; those without one come last.
+    op: the name of the op.
+    rank: the position of the op on pages. Ops without a rank come last.
     ways: the names of the ways to compute it, ours first.
-    build: (case, dtype) -> the problem, on torch's default device.
-    shapes: by name. cases: for each place.
-    smoke: a case with the widths of models that can be compared with float64 quickly on a GPU; its dtype and pass are ignored.
-    stage: the file for its rows, "ops", or "model" for anything built from ops and layers.
+    build: a function (case, dtype) that returns the problem, on torch's default device.
+    shapes: the shapes, by name.
+    cases: the cases for each place.
+    smoke: a case with widths of real models that can be compared with float64 quickly on a GPU. Its dtype and pass are ignored.
+    stage: the file for its rows: "ops", or "model" for anything built from ops and layers.
     selects: whether the text of a case gives the number of selected experts even if it is all of them.
     detailed: the ways that only cases with `detailed` have.
-    has: (case, way) -> whether the case is measured that way.
+    has: a function (case, way) that returns whether the case is measured that way.
     """
 
     op: str

@@ -1,4 +1,4 @@
-"""The cases to time: for each op its shapes and opponents, from the modules of `mope.benchmark.ops`."""
+"""The cases to time: the shapes and opponents of each op, from the modules of `mope.benchmark.ops`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WAYS = {op: found.ways for op, found in BENCHMARKS.items()}
 
 
 def cases(op: str, where: str) -> list[Case]:
-    """where: "cpu", "cuda" or "tiny"."""
+    """Return the cases of an op for a place: "cpu", "cuda" or "tiny"."""
     # A CPU has a single kernel for attention, and no graphs.
     on_cpu = where == "cpu"
     found = BENCHMARKS[op].cases.get(where, [])

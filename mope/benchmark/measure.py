@@ -1,4 +1,4 @@
-"""Check, then time, memory and the least time that the hardware allows."""
+"""Check a result, then measure time and memory, and compute the least time that the hardware allows."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ from .baselines import Unavailable
 from .problem import Problem
 from .shapes import Work
 
-# No row has fewer rounds, or where they take longer than so many seconds, fewer than the second number.
+# The smallest number of rounds of a row; a round above this many seconds is long; the smallest number of long rounds.
 ROUNDS, LONG, ROUNDS_IF_LONG = 7, 3.0, 4
-# A result is wrong if its error against float64 is more than this many times that of plain PyTorch in the same dtype and of one
-# rounding together. That leaves the libraries room for their approximations, and plain PyTorch a lucky number; our own
-# implementations are held to 2 and 3 by the tests.
+# A result is wrong if its error against float64 exceeds this many times the sum of plain PyTorch's error in the same dtype and one
+# rounding. That allows for the libraries' approximations, and for a plain result that is accurate by chance. The tests hold our own
+# implementations to factors of 2 and 3.
 FACTOR = 5.0
 
 
 class Failed(Exception):
-    """A way that did not run this time: no memory, an error of the device, a compiler that gave up. It may run another time."""
+    """Raised if a way did not run, but may run another time: out of memory, a device error, or a compiler that gave up."""
 
 
 class WrongResult(Exception):
-    """A way whose result is not that of the op, and by how much."""
+    """Raised if the result of a way is not that of the op; the message gives the error."""
 
 
 def check(problem: Problem, way: str, found: list[Tensor]) -> float:
     """Compare results with float64 -> the largest relative error.
 
-    Errors are Euclidean norms, of each output and of all gradients together: in one draw, a gradient of a few numbers has its luck.
+    Errors are Euclidean norms, one for each output and one for all gradients together, because the error of a gradient with few
+    elements varies too much by chance.
 
     Raises:
-        WrongResult: too far off, or not a number.
+        WrongResult: an error is too large or NaN.
     """
     outputs = len(found) - len(problem.trained)
     groups = {f"output {i}": slice(i, i + 1) for i in range(outputs)} | (
@@ -65,7 +66,7 @@ def check(problem: Problem, way: str, found: list[Tensor]) -> float:
 
 
 class Stamp:
-    """A moment on the GPU. The difference of two waits for the later one and is in seconds."""
+    """A point in time on the GPU. Subtracting one from another waits for the later one and gives seconds."""
 
     def __init__(self) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
@@ -82,10 +83,10 @@ Run = Callable[[Callable[[], None], Callable[[], object], int], Sequence[float]]
 
 @dataclass(frozen=True)
 class Clock:
-    """How times are taken on a device.
+    """The method of timing on a device.
 
-    CPU: wall time; short functions are called several times in a round. CUDA: between two events on the device, behind a write that
-    empties its second-level cache. Meanwhile the host runs ahead, so that launches count only as far as it cannot.
+    On a CPU it is wall time, and a round calls short functions several times. On CUDA it is the time between two events on the
+    device, after a write that flushes its L2 cache. The host runs ahead during that write, so launches count only if it cannot.
     """
 
     now: Callable[[], Any]
@@ -94,12 +95,14 @@ class Clock:
 
     @classmethod
     def of(cls, device: torch.device) -> Clock:
+        """Return the clock of a device."""
         if device.type != "cuda":
             return cls(time.perf_counter, lambda: None, 1e-3)
         buffer = torch.empty(2**28, dtype=torch.int8, device=device)
         return cls(Stamp, buffer.zero_, 0.0)
 
     def run(self, once: Callable[[], None], setup: Callable[[], object], rounds: int) -> list[float]:
+        """Call `setup` and then `once` in each round -> seconds of `once`."""
         times = []
         for _ in range(rounds):
             setup()
@@ -109,15 +112,15 @@ class Clock:
         return times
 
     def seconds(self, once: Callable[[], object], calls: int = 1) -> float:
-        """Of one call."""
+        """Return the seconds of one call, averaged over `calls`."""
         return self.run(functools.partial(_repeat, once, calls), self.flush, 1)[0] / calls
 
     def calls(self, once: Callable[[], object]) -> tuple[int, float]:
-        """How many calls make a round, and what a round costs in seconds, after warming up."""
+        """Warm up -> the number of calls in a round, and the seconds that a round takes."""
         self.seconds(once)
         one = self.seconds(once)
         calls = max(1, round(self.shortest / one))
-        # A call as long as a round should be needs no other to be timed well.
+        # A single call that is long enough for a round has already been timed well.
         return calls, one if calls == 1 and self.shortest else calls * self.seconds(once, calls)
 
 
@@ -129,9 +132,9 @@ def _repeat(once: Callable[[], object], calls: int) -> None:
 def sample(
     clock: Clock, once: Callable[[], object], seconds: float, beside: Callable[[], object] | None = None, run: Run | None = None
 ) -> tuple[list[float], list[float]]:
-    """Seconds of a call in each round, and of `beside`, taken in turns, so that both see the same machine.
+    """Measure the seconds of a call in each round, and of `beside`, in turns, so that both see the machine in the same state.
 
-    run: what runs the rounds, `Clock.run` or another.
+    run: the function that runs the rounds; the default is `Clock.run`.
     """
     (calls, cost), others = clock.calls(once), list[float]()
     if beside is None:
@@ -150,10 +153,10 @@ def sample(
 
 
 def peak_memory(once: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that a call holds at once, beyond what there was before it.
+    """Return the peak memory of a call in bytes, beyond what was allocated before it.
 
-    CUDA: the allocator's own count. CPU: the largest running total of allocations that torch's profiler sees; what C++ code takes
-    elsewhere is not in it.
+    On CUDA, this is the allocator's count. On a CPU, it is the largest running total of allocations that torch's profiler sees,
+    which does not include memory that C++ code allocates in other ways.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -172,9 +175,10 @@ def peak_memory(once: Callable[[], object], device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The best that the device did here.
+    """The best measured throughput of the device.
 
-    copy: bytes a second, read and written, of a large copy. matmul: operations a second of a large square product, by dtype.
+    copy: bytes per second, read and written, in a large copy.
+    matmul: operations per second in a large square product, by dtype.
     """
 
     copy: float
@@ -182,6 +186,7 @@ class Ceilings:
 
     @classmethod
     def measure(cls, device: torch.device, dtypes: Sequence[torch.dtype]) -> Ceilings:
+        """Measure the ceilings of a device."""
         cuda, clock = device.type == "cuda", Clock.of(device)
         source = torch.zeros(2**30 if cuda else 2**27, dtype=torch.int8, device=device)
         target = torch.empty_like(source)
@@ -193,11 +198,12 @@ class Ceilings:
         return cls(2 * source.numel() / copy, matmul)
 
     def floor(self, work: Work, dtype: torch.dtype) -> float:
-        """Seconds below which nobody comes, unless the data are in a cache."""
+        """Return the least seconds that some work can take, unless its data is in a cache."""
         return max(work.bytes / self.copy, work.flops / self.matmul[name_of(dtype)])
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -211,19 +217,22 @@ def measure(
     run: Run | None = None,
     when_ready: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Check, then memory and time of one way: a row.
+    """Check one way, then measure its memory and time -> a row.
 
-    when_ready: called once the way is compiled, before anything is measured.
+    when_ready: called after the way is compiled and before anything is measured.
 
-    error: relative, against float64. memory: bytes; none where graphs keep theirs between calls. ms, spread_ms: median and half
-    the interquartile range. ratio, ratio_spread: the same of the quotient with ours, measured in turns; above 1 ours is faster.
-    floor_ms, roofline: the least time that the ceilings allow, and which fraction of the median it is.
+    The row has these fields:
+    error: the relative error against float64.
+    memory: the peak in bytes; missing on a GPU if graphs keep their memory between calls.
+    ms, spread_ms: median and half the interquartile range of the time.
+    ratio, ratio_spread: the same for the quotient with our time, measured in turns. Above 1, ours is faster.
+    floor_ms, roofline: the least time that the ceilings allow, and its fraction of the median time.
 
     Raises:
-        Unavailable: why an opponent cannot run here.
+        Unavailable: an opponent cannot run here; the message says why.
         Failed: an opponent did not run this time.
-        torch.AcceleratorError: the device is lost to this process.
-        WrongResult: it does not compute the op.
+        torch.AcceleratorError: this process can no longer use the device.
+        WrongResult: the way does not compute the op.
     """
     try:
         once = problem.prepare(way)
@@ -257,6 +266,6 @@ def reason(error: BaseException) -> str:
 
 
 def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Median and half the interquartile range."""
+    """Return median and half the interquartile range."""
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
     return median, (upper - lower) / 2

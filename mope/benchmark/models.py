@@ -1,7 +1,7 @@
-"""Whole models compared with the released way and with what a user would write by hand.
+"""Whole models against the released way and against what a user would write by hand.
 
-Encoders stand in float32 under autocast, as they are trained. Ours has its frozen weights cast once. Dropout and noise are off, so
-that all compute the same, and the importance loss has no threshold, at which rounding would decide.
+Encoders are in float32 under autocast, as in training, and ours casts its frozen weights once. Dropout and noise are off, so that
+all compute the same. The importance loss has no threshold, because rounding could decide on which side of it a value falls.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ON_CPU = "without a GPU there are no graphs, and ours is this"
 
 
 class Called(nn.Module):
-    """What `forward` makes of `module`, under autocast to `dtype` unless that is more than 16 bits, or the inputs are float64."""
+    """Module that calls `forward(module, ...)`, under autocast if `dtype` has 16 bits and the first input is float32."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, forward: Callable[..., Outputs]) -> None:
         super().__init__()
@@ -44,12 +44,12 @@ class Called(nn.Module):
 
 
 def trained_parameters(module: nn.Module, training: bool) -> Inputs:
-    """The parameters that get gradients, under the names that they have in a `Called`."""
+    """Return the parameters that get gradients, by the names that they have in a `Called`; none without `training`."""
     return {f"module.{name}": p for name, p in module.named_parameters() if p.requires_grad} if training else {}
 
 
 def windows_run_by(block: MoPESwinBlock, dtype: torch.dtype) -> str:
-    """Which implementation of the attention in windows."""
+    """Return the implementation that computes a block's attention in windows."""
     assert block.position_bias is not None
     rows, dim = block.num_prompts + block.resolution**2, block.proj.in_features
     found = mope_kernels.explain(
@@ -66,12 +66,12 @@ def windows_run_by(block: MoPESwinBlock, dtype: torch.dtype) -> str:
 
 
 def layers_run_by(model: MoPEForClassification) -> str:
-    """Which implementations of the ops of a prompted layer."""
+    """Return the implementations that compute the ops of a model's prompted layers."""
     return ", ".join(sorted({answer.impl or "" for answer in plain.explain_ops(model).values()}))
 
 
 def new_config(shape: shapes.Model, case: Case, impl: str = "auto", prompt_owner: str = "released") -> MoPEConfig:
-    """As published where there is a Swin Transformer, which alone has a `prompt_owner`."""
+    """Make a config: the published one for a Swin Transformer, and otherwise one without a `prompt_owner`."""
     options: dict[str, Any] = {"num_labels": LABELS, "num_experts": shape.experts, "noise_std": 0.0}
     options |= {"static_length": shape.prompts, "prompt_length": shape.prompts}
     options |= {"eval_top_k": case.top_k, "importance_threshold": 0.0, "impl": impl}
@@ -81,7 +81,7 @@ def new_config(shape: shapes.Model, case: Case, impl: str = "auto", prompt_owner
 
 
 def new_backbones(shape: shapes.Model) -> dict[str, nn.Module]:
-    """The same numbers every time."""
+    """Create encoders with random weights, which are the same every time."""
     torch.manual_seed(0)
     size: dict[str, Any] = {"hidden_size": shape.hidden, "num_hidden_layers": shape.layers}
     size |= {"num_attention_heads": max(shape.hidden // 64, 1)}
@@ -99,18 +99,20 @@ def new_backbones(shape: shapes.Model) -> dict[str, nn.Module]:
 
 
 def new_model(shape: shapes.Model, case: Case, impl: str = "auto") -> MoPEForClassification:
+    """Create our model of a case, on torch's default device. Its weights are the same every time."""
     model = MoPEForClassification(new_config(shape, case, impl), **new_backbones(shape))
     return model.to(torch.get_default_device()).train(case.training)
 
 
 def model(case: Case, dtype: torch.dtype) -> Problem:
-    """Serving: logits. Training step: logits, importance loss (Swin), and the gradients behind them; no optimizer."""
+    """Build the problem. Serving computes logits; a training step also the importance loss (Swin) and gradients, no optimizer."""
     shape = shapes.MODELS[case.shape]
     build = _swin_model if shape.depths else _vit_model
     return build(shape, case, dtype)
 
 
 def new_inputs(shape: shapes.Model) -> Inputs:
+    """Draw images and texts without padding."""
     return {
         "pixel_values": torch.randn(shape.batch, 3, shape.image, shape.image),
         "input_ids": torch.randint(5, 30000, (shape.batch, shape.tokens)),
@@ -119,7 +121,7 @@ def new_inputs(shape: shapes.Model) -> Inputs:
 
 
 def outputs_of(shape: shapes.Model, case: Case, banks: Any = None) -> Callable[..., Outputs]:
-    """Return what calls a model: logits and, of a training step with a Swin Transformer, the importance loss."""
+    """Return a function that calls a model and returns its logits and, for training with a Swin, the importance loss."""
 
     def forward(model: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
         output = model(pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask, banks=banks)
@@ -129,9 +131,9 @@ def outputs_of(shape: shapes.Model, case: Case, banks: Any = None) -> Callable[.
 
 
 def new_ours(shape: shapes.Model, case: Case, dtype: torch.dtype) -> tuple[MoPEForClassification, nn.Module]:
-    """Return our model, its frozen weights in `dtype` if that has 16 bits, and the module that computes the outputs of the case.
+    """Return our model and the module that computes the outputs of the case.
 
-    For serving, banks are built beforehand.
+    The frozen weights are cast to `dtype` if it has 16 bits. For serving with a ViT, banks are built beforehand.
     """
     model, banks = new_model(shape, case), None
     if dtype.itemsize == 2:
@@ -143,8 +145,8 @@ def new_ours(shape: shapes.Model, case: Case, dtype: torch.dtype) -> tuple[MoPEF
 
 
 def _ours(model: MoPEForClassification, called: nn.Module, graphs: bool) -> Callable[..., Outputs]:
-    """Return `called` as a way; through CUDA graphs if wanted. On a CPU the model's frozen layers are in oneDNN's order."""
-    # They stay so as long as somebody holds this.
+    """Return `called` as a way, optionally through CUDA graphs. On a CPU, frozen layers are packed for oneDNN."""
+    # The layers stay packed while `run` holds a reference to this.
     in_order = model.prepacked()
     in_order.__enter__()
 
@@ -159,7 +161,7 @@ def _ours(model: MoPEForClassification, called: nn.Module, graphs: bool) -> Call
 
 def _swin_model(shape: shapes.Model, case: Case, dtype: torch.dtype) -> Problem:
     (model, ours), source, twin = new_ours(shape, case, dtype), new_model(shape, case), new_model(shape, case, "reference")
-    # In float64 the activations of all blocks do not fit beside each other.
+    # The activations of all blocks together do not fit into memory in float64.
     twin.gradient_checkpointing_enable()
     inputs = new_inputs(shape)
     on_gpu, half = inputs["pixel_values"].is_cuda, dtype.itemsize == 2

@@ -1,4 +1,4 @@
-"""An op on one input, every way to compute it, and what has to come out."""
+"""Problems to benchmark: an op on one input, every way to compute it, and its correct results."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .baselines import Unavailable
 from .case import WITH_OPTIMIZER, is_compiled, is_graphed, uses_graphs
 from .shapes import Work
 
-# Calls before a graph is recorded: kernels are compiled, workspaces allocated.
+# Calls before a graph is recorded, which compile kernels and allocate workspaces.
 WARM_UPS = 3
 
 Outputs = tuple[Tensor, ...]
-# A tensor for each name, or None where there is none.
+# A tensor or None for each name.
 Inputs = dict[str, Any]
 
 
 def base_of(way: str) -> str:
-    """Return the way without what is done with it: "released without waiting" for "released without waiting compiled"."""
+    """Strip the suffixes from a way: "released without waiting" for "released without waiting compiled"."""
     return way.removesuffix(WITH_OPTIMIZER).removesuffix(" graphed").partition(" compiled")[0]
 
 
@@ -36,14 +36,14 @@ def check_graphs() -> None:
 
 
 def adamw(leaves: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """Return an optimizer that does all its work but changes nothing (its rate is 0), so that results stay the same."""
+    """Return an optimizer with a learning rate of 0. It does all its work without changing the results."""
     return torch.optim.AdamW(leaves, lr=0.0, fused=True, capturable=leaves[0].is_cuda)
 
 
 def stepped(
     function: Callable[..., Outputs], inputs: Inputs, trained: Sequence[str], gradients: tuple[Tensor, ...], optimizes: bool
 ) -> Callable[[], list[Tensor]]:
-    """Run a call, forward and backward, and with `optimizes` the optimizer, through the library's own graphs for training.
+    """Wrap a call so that forward, backward and, with `optimizes`, the optimizer run through `mope.GraphedStep`.
 
     Raises:
         Unavailable: there is no GPU.
@@ -54,7 +54,7 @@ def stepped(
 
     def with_loss(**given: Tensor) -> dict[str, Any]:
         outputs = function(**given, **dict(zip(trained, leaves, strict=True)))
-        # The backward of this loss passes each output the gradient given for it.
+        # The gradient of this loss with respect to each output is the one given for it.
         loss = sum((o * g.to(o)).sum() for o, g in zip(outputs, gradients, strict=True))
         return {"loss": loss, "outputs": outputs}
 
@@ -74,7 +74,7 @@ def stepped(
 
 
 def optimized(once: Callable[[], list[Tensor]], leaves: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-    """Add a step of the optimizer to a call whose last results are the gradients."""
+    """Add an optimizer step to a call whose last results are the gradients."""
     optimizer = adamw(leaves)
 
     def whole() -> list[Tensor]:
@@ -115,16 +115,18 @@ def graphed(once: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
 class Problem:
     """Inputs, the ways to compute the op from them, and its definition.
 
-    inputs: what every way is called with, by name.
-    ways: name -> function, or the reason why it cannot run.
-    definition: the op in plain PyTorch, in the dtype of the tensors that it is given.
-    implementation: which one of ours runs; where that has several ways, with a comma and the one that its table chooses.
-    work: what the op must at least do; None: not said.
-    trained: the names of the inputs that get a gradient, none in inference; `gradients`: what then comes in for each output.
-    pieces: by how many parts of the batch the definition is computed, for want of memory; only where items are apart.
+    inputs: the arguments of every way, by name.
+    ways: the function of each way, or the reason why it cannot run.
+    definition: the op in plain PyTorch, computed in the dtype of its arguments.
+    implementation: our implementation that runs. If it has several ways, a comma and the chosen one follow.
+    work: the least work that the op must do; None if that is not specified.
+    dtype: the dtype in which the ways compute.
+    trained: the names of the inputs that get a gradient; empty in inference.
+    gradients: the gradient of each output, for training.
+    pieces: the number of parts of the batch in which the definition is computed, to save memory. Items must be independent.
     recorded: whether ours replays a CUDA graph.
-    compiler: what torch.compile compiles with.
-    inputs_of: by way, inputs that replace those of the same names.
+    compiler: the backend of torch.compile.
+    inputs_of: for each way, the inputs that replace those of the same names.
     per_item: the inputs that have one row per item, needed with `pieces`.
     """
 
@@ -143,17 +145,17 @@ class Problem:
     per_item: tuple[str, ...] = ()
 
     def prepare(self, way: str) -> Callable[[], list[Tensor]]:
-        """A function that computes the outputs, and in training the gradients behind them.
+        """Return a function that computes the outputs and, in training, appends the gradients to them.
 
         Raises:
-            Unavailable: why this way cannot run.
+            Unavailable: this way cannot run; the message says why.
         """
         base = base_of(way)
         function = self.ways[base]
         if isinstance(function, str):
             raise Unavailable(function)
         if is_compiled(way):
-            # Each is compiled for itself: none finds the cache full, or what another left there.
+            # Compile each way from scratch, so that earlier ones neither fill the cache nor leave compiled code in it.
             torch.compiler.reset()
             mode = "reduce-overhead" if uses_graphs(way) and self.compiler == "inductor" else None
             function = torch.compile(function, dynamic=False, mode=mode, backend=self.compiler)
@@ -166,7 +168,7 @@ class Problem:
         return graphed(optimized(once, [inputs[name] for name in self.trained]) if optimizes else once)
 
     def keeps_memory(self, way: str) -> bool:
-        """Whether CUDA graphs hold on to their memory between calls."""
+        """Return whether CUDA graphs keep their memory between calls."""
         return uses_graphs(way) or is_graphed(way) or (way == "ours" and self.recorded)
 
     def _evaluate(self, function: Callable[..., Outputs], inputs: Inputs, gradients: tuple[Tensor, ...]) -> list[Tensor]:
@@ -179,12 +181,12 @@ class Problem:
 
     @functools.cached_property
     def exact(self) -> list[Tensor]:
-        """The results in float64."""
+        """Results of the definition in float64."""
         return self._define(torch.float64)
 
     @functools.cached_property
     def plain(self) -> list[Tensor]:
-        """The results of the definition in the dtype of the inputs."""
+        """Results of the definition in the dtype of the inputs."""
         return self._define(None)
 
     def _define(self, dtype: torch.dtype | None) -> list[Tensor]:

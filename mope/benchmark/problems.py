@@ -1,4 +1,4 @@
-"""Builds the timed problems from cases and from the specs of ops."""
+"""Build the timed problems from cases and from the specs of ops."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .problem import Outputs, Problem
 from .shapes import Work
 
 TEMPERATURE = 0.1
-# A way to compute an op. It is called with the tensors of the spec by name, and takes those it needs.
+# A way to compute an op. It is called with the tensors of the spec as keyword arguments, and ignores those it does not need.
 Way = Callable[..., Any]
 
 
 def build(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Return the problem of a case, with the same numbers every time. `dtype`: used if the case has none."""
+    """Return the problem of a case. Its numbers are the same every time. `dtype` is used if the case has none."""
     # Import here, because the modules of the ops import this one.
     from .ops import BENCHMARKS
 
@@ -34,7 +34,7 @@ def build(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
 class Example:
     """An op and inputs drawn by its spec, from which a problem is made.
 
-    tensors, options: the arguments of the op. Change them before making anything else from them.
+    tensors, options: the arguments of the op. To change them, do so before using them for anything else.
     """
 
     def __init__(self, op: str, case: Case, dtype: torch.dtype, **sizes: Any) -> None:
@@ -42,15 +42,17 @@ class Example:
         self.tensors, self.options = self.spec.draw(dtype, torch.get_default_device().type, **sizes)
 
     def ours(self, **changes: Any) -> Way:
-        """Return the op as a way, with some options changed."""
+        """Return our op as a way, with some options changed."""
         spec, options = self.spec, self.options | changes
         return lambda **tensors: spec.run("auto", options, tensors)
 
     def definition(self, **tensors: Tensor | None) -> Outputs:
+        """Compute the op by its definition."""
         return self.spec.definition(self.options, tensors)
 
     @property
     def explanation(self) -> Explanation:
+        """Explanation of which implementation runs."""
         return self.spec.explain(self.options, self.tensors)
 
     def problem(
@@ -67,12 +69,13 @@ class Example:
         """Return the problem of the op and its opponents.
 
         Args:
-            work: the least that the op must do.
-            opponents: by name, functions or the reason why one cannot run. They return only the outputs that count.
+            work: the least work that the op must do.
+            opponents: for each name, a function, or the reason why it cannot run. Functions return only the outputs to compare.
             frozen: the tensors that get no gradient in training.
-            outputs: the indices of the spec's outputs that count, None: all.
+            outputs: the indices of the spec's outputs to compare; None compares all.
             pieces: as in `Problem`.
-            ours, definition: replace the spec's, if more than the op is timed.
+            ours: replaces the spec's op if more than the op is timed.
+            definition: replaces the spec's definition if more than the op is timed.
         """
         spec, dtype = self.spec, self.dtype
         trained = tuple(name for name in spec.leaves(self.tensors) if name not in frozen) if self.training else ()

@@ -1,9 +1,10 @@
-"""What users of the released systems run today: their Swin Transformer and BERT, written plainly over the weights of our modules.
+"""The Swin Transformer and BERT of the released systems, rewritten plainly over the weights of our modules.
 
-Prompts are copied into every window, in the released order, where window i of a batch of B images holds those of image i mod B;
-projected there once more for each window; concatenated, rolled, cut, put together again; text prompts go through the whole
-layer and are cut off behind it. The host draws noise, copies zeros to the device and looks at two values in every routed block.
-With `waits=False` it does not: that is what one would write by hand for torch.compile.
+Users of the released systems run this computation today. Prompts are copied into every window, in the released order: window i
+of a batch of B images gets the prompts of image i mod B. They are projected again in each window. The image is rolled, cut into
+windows, concatenated with the prompts, and put together again. Text prompts go through the whole layer, and their outputs are
+cut off after it. In every routed block, the host draws noise, copies zeros to the device, and reads two values from it. With
+`waits=False` it does none of that; this is how one would write the block by hand for torch.compile.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ class ReleasedBlock(nn.Module):
     """A block of the prompted Swin Transformer.
 
     Args:
-        block: holds the weights.
-        waits: whether the host waits for the device as in the released code.
-        threshold: up to which the importance loss counts as 0.
+        block: our block, whose weights are used.
+        waits: whether the host waits for the device, as in the released code.
+        threshold: the largest importance loss that counts as 0.
     """
 
     table: Tensor
@@ -51,19 +52,19 @@ class ReleasedBlock(nn.Module):
         self.register_buffer("mask", mask)
 
     def route(self, x: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,N,C), psi (B,Cc) -> scores (B,K), and the importance loss ()."""
+        """Route by tokens (B,N,C) and psi (B,Cc) -> scores (B,K), and the importance loss ()."""
         router: Any = self.block.router
         pooled = F.adaptive_avg_pool1d(x.transpose(1, 2), 1).squeeze(-1)
         query = torch.cat([router.self_projection(pooled), router.cross_projection(cross)], dim=1)
         logits = query @ router.expert_embedding
-        # As much of it as the model asks for, which is none where results are compared.
+        # The noise is scaled by the model's noise_std, which is 0 when results are compared.
         if self.waits:
             noise = torch.randn(logits.shape).to(logits.device) * router.noise_std
         else:
             noise = torch.randn_like(logits) * router.noise_std
         scores = F.softmax(logits / router.temperature + noise, dim=-1)
         if self.waits:
-            # Nobody uses it.
+            # The released code computes this selection but never uses it.
             selected = torch.zeros(scores.shape).to(scores.device)
             selected.scatter_(1, torch.topk(scores, k=1, dim=-1)[1], 1)
         load = scores.sum(0)
@@ -75,12 +76,15 @@ class ReleasedBlock(nn.Module):
         return scores, unevenness if unevenness > self.threshold else torch.zeros_like(unevenness)
 
     def forward(self, x: Tensor, cross: Tensor | None = None, mapped: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(B, P + R*R, C), psi (B,Cc), mapped prompts (B,1,C) -> (B, P + R*R, C), and the importance loss of a routed block."""
+        """Run the block. The importance loss is None unless the block is routed.
+
+        (B, P + R*R, C), psi (B,Cc), mapped prompts (B,1,C) -> (B, P + R*R, C), and the importance loss ().
+        """
         block, unevenness = self.block, None
         if block.router is not None and cross is not None and mapped is not None:
             assert block.experts is not None and block.static is not None
             scores, unevenness = self.route(x, cross)
-            # The bank of every image.
+            # The experts, expanded for every image.
             experts = block.experts.prompts.expand(len(x), -1, -1, -1)
             dynamic = torch.einsum("bk,bkpc->bpc", scores.to(experts.dtype), experts)
             static = block.static.expand(len(x), -1, -1)
@@ -89,7 +93,7 @@ class ReleasedBlock(nn.Module):
         return x + block.mlp(block.norm2(x)), unevenness
 
     def attend(self, x: Tensor) -> Tensor:
-        """(B, P + R*R, C) -> (B, P + R*R, C)."""
+        """Attend in windows, including partition and reversal: (B, P + R*R, C) -> (B, P + R*R, C)."""
         block, (batch, _, dim) = self.block, x.shape
         side, window, shift, count = block.resolution, block.window_size, block.shift, block.num_prompts
         prompts, image = x[:, :count], x[:, count:].view(batch, side, side, dim)
@@ -108,7 +112,10 @@ class ReleasedBlock(nn.Module):
         return torch.cat([prompts, image.view(batch, -1, dim)], dim=1)
 
     def attend_in_windows(self, x: Tensor, windows_per_image: int) -> Tensor:
-        """(B*nW, P + w*w, C) -> (B*nW, P + w*w, C). Bias and mask grow their rows and columns for prompts in every call."""
+        """Attend in each window: (B*nW, P + w*w, C) -> (B*nW, P + w*w, C).
+
+        As released, every call pads the position bias and the mask with rows and columns for the prompts.
+        """
         block, (windows, rows, dim) = self.block, x.shape
         count, tokens, heads = block.num_prompts, block.window_size**2, block.num_heads
         query, key, value = block.qkv(x).reshape(windows, rows, 3, heads, -1).permute(2, 0, 3, 1, 4)
@@ -132,10 +139,10 @@ class ReleasedBlock(nn.Module):
 
 
 class ReleasedModel(nn.Module):
-    """A fusion model of a Swin Transformer and a BERT, method "mope", with the weights of `model`.
+    """The released fusion model of a Swin Transformer and a BERT, method "mope", with the weights of `model`.
 
     Args:
-        model: with `prompt_owner="released"`, so that both compute the same.
+        model: our model. It needs `prompt_owner="released"`, so that both compute the same.
         waits: see `ReleasedBlock`.
     """
 
@@ -149,7 +156,7 @@ class ReleasedModel(nn.Module):
         )
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B,num_labels), and the mean importance loss of the routed blocks."""
+        """Return logits (B,num_labels), and the mean importance loss () of the routed blocks."""
         vision: Any = self.model.vision
         psi = self.encode_text(input_ids, attention_mask)
         hidden = vision.mapper(psi)
@@ -169,7 +176,7 @@ class ReleasedModel(nn.Module):
 
     @staticmethod
     def merge(merging: Any, x: Tensor) -> Tensor:
-        """(B, P + R*R, C) -> (B, P + R*R/4, 2C)."""
+        """Merge patches, and prompts with copies of themselves: (B, P + R*R, C) -> (B, P + R*R/4, 2C)."""
         prompts, image = x[:, : merging.num_prompts], x[:, merging.num_prompts :]
         image = image.view(len(x), merging.resolution, merging.resolution, -1)
         corners = [image[:, y::2, z::2] for z in (0, 1) for y in (0, 1)]
@@ -177,7 +184,7 @@ class ReleasedModel(nn.Module):
         return merging.reduction(merging.norm(torch.cat([torch.cat([prompts] * 4, dim=-1), image], dim=1)))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B,L), (B,L) -> psi (B,Cc). Prompts stand behind the first token, in one layer after the other."""
+        """Encode tokens and mask, (B,L) each -> psi (B,Cc). Each layer inserts its prompts after the first token."""
         text: Any = self.model.text
         x = text.embeddings(input_ids)
         blocks: Any = self.model.cross_blocks
@@ -192,7 +199,7 @@ class ReleasedModel(nn.Module):
 
     @staticmethod
     def text_layer(layer: Any, x: Tensor, mask: Tensor) -> Tensor:
-        """The attention weights are asked for in the released code, so they are formed."""
+        """Run a layer of the BERT. Attention weights are materialized, because the released code requests them."""
         attention = layer.attention
         heads = attention.self.num_attention_heads
         query, key, value = (

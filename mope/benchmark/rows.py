@@ -1,4 +1,4 @@
-"""Results in a file that nothing is lost from: a header and then one JSON line for each row, as soon as it is measured."""
+"""Result files: a header, then one JSON line for each row, which is appended as soon as it is measured so that nothing is lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def header(device: torch.device) -> dict[str, Any]:
-    """What the rows of a file have in common."""
+    """Return what all rows of a file have in common: device, versions and sources."""
     return {
         "device": environment.device_name(device) + (f", {lower} only" if (lower := lower_target(device)) else ""),
         "slug": slug(device),
@@ -32,7 +32,10 @@ def header(device: torch.device) -> dict[str, Any]:
 
 
 def sources(*folders: str) -> str:
-    """Digest of sources. A commit says nothing without git or where files differ from it, and too much where others do."""
+    """Return a digest of the sources in folders.
+
+    Unlike a commit, it is known without git, covers uncommitted changes, and ignores changes of other files.
+    """
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted(p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h")):
@@ -41,7 +44,7 @@ def sources(*folders: str) -> str:
 
 
 def slug(device: torch.device) -> str:
-    """The device in a file's name."""
+    """Return the device's name in a form for file names."""
     if device.type == "cuda":
         return re.sub(r"[^A-Za-z0-9.]+", "-", torch.cuda.get_device_name(device))
     threads, lower = torch.get_num_threads(), lower_target(device)
@@ -49,15 +52,15 @@ def slug(device: torch.device) -> str:
 
 
 def lower_target(device: torch.device) -> str:
-    """The instruction set that the C++ kernels are held to, where somebody asks for less than the best."""
+    """Return the instruction set that MOPE_CPU_TARGET restricts the C++ kernels to, or "" if it is not set."""
     return os.environ.get("MOPE_CPU_TARGET", "") if device.type == "cpu" else ""
 
 
 class Rows:
-    """The rows of one file, old ones first.
+    """The rows of one file, including those of earlier runs, which come first.
 
-    A file with the same header is continued; one with another header is put aside as `<name>.old`. Not compared are what `begin`
-    adds, which stays as it was the first time, and the commit: the digest of the sources says more.
+    A file with the same header is continued. A file with another header is renamed to `<name>.old`. The comparison ignores the
+    values that `begin` adds, which keep their first values, and the commit, because the digest of the sources is more precise.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
@@ -68,25 +71,26 @@ class Rows:
             found, rows = read(path)
             if all(found.get(name) == value for name, value in self.header.items() if name != "commit"):
                 self.header, self.rows = found, rows
-                # Without what was half written.
+                # Rewrite the file without a line that was only partly written.
                 path.write_text("".join(json.dumps(line) + "\n" for line in (found, *rows)))
             else:
                 path.rename(path.with_name(path.name + ".old"))
 
     def begin(self, **measured: Any) -> None:
-        """Write the header, with what takes time to find out, unless it stands there."""
+        """Write the header unless the file has one. `measured`: values that take time to measure, added to the header."""
         if not self.path.exists():
             self.header |= measured
             self._append(self.header)
 
     def add(self, row: dict[str, Any]) -> None:
+        """Append a row. It replaces failed rows with the same key."""
         self.begin()
         self.rows = [r for r in self.rows if "failed" not in r or key_of(r) != key_of(row)]
         self.rows.append(row)
         self._append(row)
 
     def has(self, **key: Any) -> bool:
-        """Return whether there is a row with these values that need not be tried again."""
+        """Return whether there is a row with these values that did not fail."""
         return any(key.items() <= row.items() and "failed" not in row for row in self.rows)
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -95,14 +99,14 @@ class Rows:
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what a row is about: only the last row about the same is of interest, if that before failed."""
+    """Return the key of a row. A failed row is ignored if a later row has the same key."""
     return tuple(row.get(name) for name in ("op", "case", "way", "test", "step"))
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the header and the rows, without failed ones that were tried again.
 
-    The last line may have been cut off when the writer was killed; then it is left out.
+    The last line is dropped if it is incomplete because the writer was killed.
     """
     header: dict[str, Any] = {}
     rows = []

@@ -1,4 +1,4 @@
-"""`mope bench`: check the ops on the user's own device, then time them beside what a user would write instead."""
+"""`mope bench`: check the ops on the user's own device, then time them against what a user would write instead."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .baselines import Unavailable
 from .cases import BENCHMARKS, WAYS, Case, cases, is_compiled
 from .measure import Ceilings, Clock, Failed, WrongResult, check, measure, name_of
 
-# For the rounds of a row: quick, and not.
+# Seconds of measurement for a row, by `quick`.
 ROUNDS_SECONDS = {True: 0.3, False: 1.0}
 
 NOT_QUICK = tuple(op for op, found in BENCHMARKS.items() if found.stage != "ops")
 
-# In a process of its own, without the rest of the package: what a first call costs where nothing was compiled before.
+# Measures the cost of a first call, in a separate process without the rest of the package, where nothing has been compiled.
 COLD_START = """
 import json, sys, time
 start = time.perf_counter()
@@ -46,20 +46,21 @@ print(json.dumps(times))
 
 
 def bench(*, out: Path, quick: bool, everything: bool = False, device: str = "auto", threads: int = 1) -> int:
-    """Print tables, draw a picture -> the exit status, 1 where an op is wrong.
+    """Check and time the ops, print tables and draw a picture -> the exit status, 1 if an op is wrong.
 
     Args:
-        out: folder for bench.jsonl and bench.svg.
-        quick: one shape of each op, nothing compiled: about a minute. Otherwise the main shapes and torch.compile: minutes.
-        everything: all shapes that are listed.
-        device: "auto" takes CUDA where there is one.
-        threads: of torch, on the CPU.
+        out: the folder for bench.jsonl and bench.svg.
+        quick: whether to time one shape of each op without torch.compile, which takes about a minute. Otherwise the main shapes
+            and torch.compile are timed, which takes minutes.
+        everything: whether to time all listed shapes.
+        device: the device; "auto" uses CUDA if it is available.
+        threads: the number of torch's threads on the CPU.
     """
     torch.set_num_threads(threads)
     place = find_device(device)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     ops = [op for op in WAYS if not (quick and op in NOT_QUICK)]
-    # Inference and training of the first shape.
+    # A quick run has only inference and training of the first shape.
     planned = [case for op in ops for case in cases(op, place.type)[: 2 if quick else None] if everything or not case.later]
     header = rows.header(place)
     print(f"{header['device']}, torch {header['versions']['torch']}, triton {header['versions']['triton']}, {dtype}")
@@ -101,6 +102,7 @@ def bench(*, out: Path, quick: bool, everything: bool = False, device: str = "au
 def measure_case(
     found: rows.Rows, case: Case, device: torch.device, dtype: torch.dtype, clock: Clock, ceilings: Ceilings, quick: bool
 ) -> None:
+    """Measure all ways of a case, and add their rows to `found`. If quick, skip compiled ways."""
     problem = problems.build(case, device, dtype)
     for way in case.ways:
         if quick and is_compiled(way):
@@ -109,14 +111,14 @@ def measure_case(
         try:
             found.add(key | measure(problem, way, device, ceilings, clock, ROUNDS_SECONDS[quick]))
         except (Unavailable, WrongResult) as reason:
-            # Ours was checked before; an opponent that is wrong is no measure of anything.
+            # Ours was checked before, and timing an opponent that computes something else would mean nothing.
             found.add(key | {"unavailable": str(reason)})
         except Failed as reason:
             found.add(key | {"failed": str(reason)})
 
 
 def cold_start(device: torch.device) -> list[float]:
-    """Seconds of the import, of the first call and of the second, in a fresh process with an empty Triton cache."""
+    """Time the import, the first call and the second, in seconds, in a fresh process with an empty Triton cache."""
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
             [sys.executable, "-c", COLD_START, str(device)],

@@ -1,4 +1,4 @@
-"""The named shapes on which several ops are timed, and the least that an op must move and compute."""
+"""Named shapes that several ops share, and the least data and arithmetic that an op needs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# How the items of a batch spread over the experts.
+# Distributions of the items of a batch over the experts.
 SKEWS = ("uniform", "zipf", "all-to-one")
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One layer's attention: B items, H heads of D, L tokens; P routed, S static and M instance prompts, K experts.
+    """Attention of one layer: B items, H heads of width D, L tokens; P routed, S static and M instance prompts, K experts.
 
-    padding: share of the tokens that are padding in the most padded item; lengths go down evenly.
+    padding: the share of padding in the most padded item; lengths decrease evenly over the batch.
     norm: whether a LayerNorm precedes the projections (pre-LN layers, ViT) or not (post-LN layers, BERT).
     """
 
@@ -38,16 +38,18 @@ class Attention:
 
     @property
     def all_prompts(self) -> int:
+        """Number of prompts of all kinds."""
         return self.static + self.instance + self.prompts
 
     def lengths(self) -> list[int]:
+        """Return the number of tokens of each item without padding."""
         steps = max(self.batch - 1, 1)
         return [round(self.tokens * (1 - self.padding * b / steps)) for b in range(self.batch)]
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Attention in a block of a Swin Transformer: B images of resolution^2 tokens, H heads of D, windows of window^2, P prompts."""
+    """Attention in a Swin block: B images of resolution^2 tokens, H heads of width D, windows of window^2 tokens, P prompts."""
 
     batch: int
     resolution: int
@@ -63,13 +65,13 @@ class Windows:
 
     @property
     def rows(self) -> int:
-        """Of an image: prompts and tokens."""
+        """Number of prompts and tokens of an image."""
         return self.prompts + self.resolution**2
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """R rows of width C through 4C and back."""
+    """An MLP on R rows of width C, with hidden width 4C."""
 
     rows: int
     dim: int
@@ -77,12 +79,13 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Model:
-    """A vision encoder, prompted, beside a BERT: B items of image^2 pixels and T tokens, K experts.
+    """A fusion model of a prompted vision encoder and a BERT: B items of image^2 pixels and T tokens, K experts.
 
-    hidden, layers: of the BERT, and of the ViT where there is no Swin Transformer.
-    embed, depths, window: of the Swin Transformer: width of the first stage, blocks per stage, windows of window^2.
-    head: width of a head of the Swin Transformer, unless a stage is narrower.
-    prompts: the number of static prompts, and of prompts per expert. ratio: width of the MLPs, as a multiple of the tokens'.
+    hidden, layers: width and depth of the BERT, and of the ViT if there is no Swin Transformer.
+    embed, depths, window: for a Swin Transformer, the width of the first stage, blocks per stage, and windows of window^2 tokens.
+    head: the width of a head of the Swin Transformer, unless a stage is narrower.
+    prompts: the number of static prompts, and of prompts per expert.
+    ratio: the hidden width of the MLPs as a multiple of the token width.
     """
 
     batch: int
@@ -112,7 +115,7 @@ ATTENTION = {
     "long-2k-b16": Attention(16, heads=12, width=64, tokens=2048),
     "long-8k-b4": Attention(4, heads=16, width=128, tokens=8192),
 }
-# Shifted and not: the two blocks of the stages of a Swin-B of 224 pixels. The last stage is one window.
+# The two kinds of blocks, shifted and not, in each stage of a Swin-B for 224 pixels. The last stage is a single window.
 WINDOWS = {
     "tiny": Windows(2, resolution=4, heads=2, width=16, window=2, shift=1, prompts=3),
     **{
@@ -151,10 +154,13 @@ MODELS = {
 
 
 def logits(batch: int, experts: int, skew: str, temperature: float) -> Tensor:
-    """(B,K) router logits with a little noise, in which each item prefers one expert by twice the temperature.
+    """Draw router logits (B,K) with a little noise, in which each item prefers one expert by twice the temperature.
 
-    uniform: every expert is preferred equally often. zipf: the i-th with a probability in proportion to 1/i.
-    all-to-one: always the first.
+    With skew "uniform", all experts are preferred equally often. With "zipf", the probability of the i-th is proportional to 1/i.
+    With "all-to-one", the first is always preferred.
+
+    Raises:
+        ValueError: the skew is unknown.
     """
     if skew == "uniform":
         preferred = torch.arange(batch) % experts
@@ -170,31 +176,31 @@ def logits(batch: int, experts: int, skew: str, temperature: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Work:
-    """What an op must at least do in one pass, whoever implements it: bytes to and from memory, floating point operations."""
+    """The least that any implementation of an op must do in one pass: bytes to and from memory, and floating point operations."""
 
     bytes: float
     flops: float
 
     @classmethod
     def of(cls, read: float, written: float, flops: float, training: bool) -> Work:
-        """From the forward pass alone.
+        """Derive the work of a pass from its forward work.
 
-        Forward: each input is read once and each output written once. Backward: the inputs and the outputs' gradients are read,
-        the inputs' gradients written, and each product of the forward pass becomes two. What is computed again is not counted.
+        Forward reads each input once and writes each output once. Backward reads the inputs and the outputs' gradients, writes the
+        inputs' gradients, and computes two products for each product of forward. Recomputation is not counted.
         """
         return cls(3 * read + 2 * written, 3 * flops) if training else cls(read + written, flops)
 
 
 def attention_work(shape: Attention, selected: int | None, element: int, training: bool) -> Work:
-    """Of `mope_attention` with `selected` experts for each item (bank in float32), or of `prompt_attention` (None: given prompts).
+    """Return the work of `mope_attention` with `selected` experts per item and a float32 bank; with None, of `prompt_attention`.
 
-    element: bytes of a token's number. Padding is neither read nor attended; queries and outputs have it.
+    element: bytes per element of the tokens. Padding counts in queries and outputs, but not in keys and values.
     """
     row = shape.dim * element
     visible = sum(shape.lengths())
     prompts = shape.all_prompts
     queries = shape.batch * shape.tokens
-    # One multiplication and one addition each in scores and output, for each query and each key that it sees.
+    # Scores and output each need a multiplication and an addition for each query and each key that it attends to.
     seen = visible + shape.batch * prompts
     flops = 4.0 * shape.tokens * seen * shape.dim
     read = (queries + 2 * visible) * row

@@ -1,4 +1,4 @@
-"""Rows as a table and as a picture."""
+"""Show rows as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ COLUMNS = ("case", "way", "ms", "ratio", "memory", "of the roofline")
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line for each way of each case of one op, and what did not run."""
+    """Format a Markdown table with a line for each way of each case of one op, followed by what did not run."""
     lines, before = [], ""
-    # Those of a case need not have been measured one after the other.
+    # The rows of a case need not have been measured consecutively.
     place = {case: i for i, case in enumerate(dict.fromkeys(row["case"] for row in rows))}
     for row in sorted(rows, key=lambda row: place[row["case"]]):
         if "ms" in row:
@@ -22,7 +22,7 @@ def table(rows: Sequence[Row]) -> str:
             before = row["case"]
             lines.append((case, way_of(row), number(row, "ms"), number(row, "ratio"), memory(row), share(row)))
     widths = [max(map(len, column)) for column in zip(COLUMNS, *lines, strict=True)]
-    # Words to the left, numbers to the right.
+    # Align words left and numbers right.
     rule = [":".ljust(w, "-") if i < 2 else ":".rjust(w, "-") for i, w in enumerate(widths)]
     cells = [[c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))] for line in lines]
     head = [c.ljust(w) for c, w in zip(COLUMNS, widths, strict=True)]
@@ -30,6 +30,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def not_run(rows: Sequence[Row]) -> str:
+    """Describe the ways that did not run, and why; "" if all did."""
     kinds = ("unavailable", "failed")
     reasons = Counter((row["way"], row[kind]) for row in rows for kind in kinds if kind in row)
     listed = "; ".join(f"{way} in {count} case{'s' if count > 1 else ''} ({why})" for (way, why), count in reasons.items())
@@ -37,32 +38,36 @@ def not_run(rows: Sequence[Row]) -> str:
 
 
 def way_of(row: Row) -> str:
+    """Return the name of the row's way, for ours with its implementation."""
     return f"ours ({row['implementation']})" if row["way"] == "ours" else row["way"]
 
 
 def number(row: Row, name: str) -> str:
+    """Format a value of a row, "ms" or "ratio", with its spread; "" if the row lacks it."""
     spread = {"ms": "spread_ms", "ratio": "ratio_spread"}[name]
     return f"{digits(row[name], 3)} ± {digits(row[spread], 1)}" if name in row else ""
 
 
 def memory(row: Row) -> str:
+    """Format the memory of a row in units of 2^20 bytes; "" if the row lacks it."""
     return f"{digits(row['memory'] / 2**20, 3)} MB" if "memory" in row else ""
 
 
 def share(row: Row) -> str:
+    """Format the share of the roofline that a row reaches; "" if the row lacks it."""
     return f"{digits(100 * row['roofline'], 2)} %" if "roofline" in row else ""
 
 
 def digits(value: float, count: int) -> str:
-    """Rounded to so many digits, never with an exponent."""
+    """Format a value with `count` significant digits and without an exponent."""
     return f"{float(f'{value:.{count}g}'):.9f}".rstrip("0").rstrip(".")
 
 
 def picture(rows: Sequence[Row], path: Path) -> None:
-    """The time of every way in multiples of ours, for each case of each op.
+    """Draw the time of every way as a multiple of ours, for each case of each op.
 
     Raises:
-        ModuleNotFoundError: without matplotlib.
+        ModuleNotFoundError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -97,7 +102,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         axes.set_ylim(place - 0.6, -1)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    # Twice and half as fast are equally far from the line.
+    # On a logarithmic scale, twice and half as fast are equally far from the line.
     all_axes[-1].set_xscale("log", base=2)
     all_axes[-1].xaxis.set_major_formatter("{x:g}")
     all_axes[-1].set_xlabel("time as a multiple of ours: right of the line ours is faster")
@@ -107,7 +112,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """As SVG; the same figure gives the same file."""
+    """Save a figure as SVG. The same figure gives the same file."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 

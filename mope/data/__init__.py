@@ -7,6 +7,7 @@ from .augment import RandAugment
 from .examples import Collator, Examples, check_classes
 from .features import FeatureCache, cached_features
 from .formats import FORMATS, Example, Split, read_split
+from .holding_out import hold_out
 
 __all__ = [
     "FORMATS",
@@ -19,6 +20,7 @@ __all__ = [
     "Split",
     "cached_features",
     "check_classes",
+    "hold_out",
     "published_image_processor",
     "read_split",
 ]

@@ -5,6 +5,8 @@
     snli-ve     {"gold_label", "sentence2", "Flickr30K_ID"}           images in Flickr30K/flickr30k_images/<id>.jpg
     jsonl       {"label" | "labels": [...], "text", "image"}
 
+The same keys can be the columns of a table, see `tables`: train.csv, train.parquet, or a folder of the library `datasets`.
+
 Text and image are read by default. Other modalities have their own keys, and are read if requested.
 
 All lines are read and checked at the start, so that training does not fail after hours because of a bad line.
@@ -19,7 +21,7 @@ import filecmp
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -27,10 +29,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mope.hints import did_you_mean
 from mope.modalities import DataError, Slot, Source, find_modality, slots_of
 from mope.modalities.reading import SHOWN, is_key, listed, shown
 
-SPLITS = {"train": ("train.jsonl",), "dev": ("dev.jsonl", "val.jsonl"), "test": ("test.jsonl",)}
+from . import tables
+
+SPLITS = {"train": ("train",), "dev": ("dev", "val", "validation"), "test": ("test",)}
+JSONL = ".jsonl"
+# What may be renamed beside the raw items.
+COLUMNS = ("id", "label", "labels")
 LABELS = "labels.txt"
 # Modalities that are read by default.
 READ = ("text", "vision")
@@ -142,10 +150,14 @@ FORMATS = tuple(_FORMATS)
 
 
 class _Columns(NamedTuple):
-    """Keys of ids, labels and raw items of each slot in the lines of a split."""
+    """Keys of ids, labels and raw items of each slot in the lines of a split.
+
+    `separator` separates labels in a cell of a table; None means the default, and only in a column of several labels.
+    """
 
     format: _Format
     items: tuple[tuple[Slot, Source], ...]
+    separator: str | None = None
 
 
 class _Row(NamedTuple):
@@ -188,12 +200,15 @@ def read_split(
     names: Sequence[str] | None = None,
     on_missing_image: str = "error",
     modalities: Iterable[str | Slot] | None = None,
+    columns: Mapping[str, str] | None = None,
+    separator: str | None = None,
 ) -> Split:
     """Read and check one split.
 
     Args:
         folder: Folder with {train,dev|val,test}.jsonl and labels.txt; paths of images are relative to it. Absolute paths and paths
             with ".." must be inside the folder too; use a symbolic link in the folder for images that are elsewhere.
+            Instead of .jsonl, files can be .csv or .parquet, or the folder can be one that `datasets` saved.
         format: "food101", "mm-imdb", "snli-ve" or "jsonl".
         split: "train", "dev" (dev.jsonl or val.jsonl) or "test".
         names: Names of the classes, such as those of a trained model. The default is the lines of labels.txt, or without that file
@@ -202,6 +217,10 @@ def read_split(
             and warn. Images that are null or "" are always gray.
         modalities: Names of the modalities to read, or the slots of a model, `model.config.slots.values()`. The default is text and
             image. The key of an item is that of the format, else that of the modality, else its name in the model.
+        columns: Other names of keys, such as {"text": "sentence", "label": "genre"}. The keys are names of modalities or of their
+            keys, "id", "label" (one class) and "labels" (several).
+        separator: Separator of labels in a cell of a table. If given, the column "label" also holds several labels. The default is
+            "|", in a column "labels".
 
     Raises:
         DataError: A file is missing, empty or ambiguous, or some of its lines cannot be used; the first ten are listed as
@@ -221,14 +240,14 @@ def read_split(
     place = Path(folder)
     file = _find(place, split)
     slots = slots_named(READ if modalities is None else modalities)
-    columns = _columns(_FORMATS[format], slots, place, on_missing_image)
-    rows, multi, problems, labelled = _read(file, columns)
+    where = _columns(_renamed(_FORMATS[format], slots, columns or {}), slots, place, on_missing_image)._replace(separator=separator)
+    rows, multi, problems, labelled = _read(file, where)
     if names is None:
-        names = _read_names(place / LABELS)
+        names = _read_names(place / LABELS) or _names_in_table(file, where)
     if names is None:
-        names = _names_in(file, rows) if split == "train" else _training_names(place, columns)
-    labels = _Labels(names)
-    finders = {slot.name: slot.modality.finder(source) for slot, source in columns.items}
+        names = _names_in(file, rows) if split == "train" else _training_names(place, where)
+    labels = _Labels(names, cells=file.suffix == tables.CSV)
+    finders = {slot.name: slot.modality.finder(source) for slot, source in where.items}
     examples = []
     for row in rows:
         try:
@@ -238,8 +257,10 @@ def read_split(
             problems.add(row.line, problem)
     problems.raise_if_any(DataError if labelled else NoLabelsError)
     if not examples:
-        raise DataError(f"{file} holds no examples: write one JSON object in each line")
+        raise DataError(f"{file} holds no examples: write one JSON object in each line, or one row in a table")
     _warn_of_duplicates(file, rows)
+    if file.suffix == tables.CSV and not multi and separator is None:
+        _warn_of_separators(file, rows)
     for finder in finders.values():
         finder.warn(file)
     return Split(split, tuple(examples), tuple(names), "multi_label" if multi else "single_label", slots)
@@ -253,16 +274,50 @@ def _columns(format: _Format, slots: Sequence[Slot], folder: Path, on_missing: s
     return _Columns(format, tuple(sources))
 
 
+def _renamed(format: _Format, slots: Sequence[Slot], columns: Mapping[str, str]) -> _Format:
+    """Return a format whose keys have other names; ValueError if there is no such key."""
+    if not columns:
+        return format
+    own = {name: slot.name for slot in slots for name in (slot.column, slot.name)}
+    if unknown := [name for name in columns if name not in (*COLUMNS, *own)]:
+        known = (*COLUMNS, *own)
+        raise ValueError(f"columns: there is no {unknown[0]!r}; {did_you_mean(unknown[0], known) or 'there are ' + listed(known)}")
+    keys = dict(format.keys) | {own[name]: column for name, column in columns.items() if name in own}
+    format = format._replace(id=columns.get("id", format.id), keys=keys)
+    if not columns.keys() & {"label", "labels"}:
+        return format
+    single, multi = columns.get("label"), columns.get("labels")
+    if format.single is None:
+        # Each example has several labels: "label" is the column of these.
+        single, multi = None, multi or single
+    return format._replace(single=single, multi=multi)
+
+
+def files_of(folder: Path, split: str) -> list[Path]:
+    """Return the files that may be a split, a folder of `datasets` among them. Tables do not count beside JSONL."""
+    names = SPLITS[split]
+    if lines := [file for name in names if (file := folder / f"{name}{JSONL}").is_file()]:
+        return lines
+    found = [folder / f"{name}{suffix}" for name in names for suffix in (tables.CSV, tables.PARQUET, "")]
+    return [path for path in (*found, *([folder] if split == "train" else [])) if tables.is_table(path)]
+
+
 def _find(folder: Path, split: str) -> Path:
+    if folder.is_file():
+        raise DataError(f"{folder} is a file: give the folder that it is in, and call it {split}{folder.suffix}")
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
-    wanted = SPLITS[split]
-    found = [folder / name for name in wanted if (folder / name).is_file()]
+    found = files_of(folder, split)
     if not found:
-        others = sorted(path.name for path in folder.glob("*.jsonl"))
-        raise DataError(f"{folder} has no {' or '.join(wanted)}; it has {', '.join(others) or 'no .jsonl file at all'}")
-    if len(found) == 2 and not filecmp.cmp(found[0], found[1], shallow=False):
-        raise DataError(f"{found[0]} and {found[1]} differ, and both are the {split} split: keep one of them")
+        wanted = [f"{name}{JSONL}" for name in SPLITS[split][:2]]
+        others = sorted(path.name for path in folder.iterdir() if path.suffix == JSONL or tables.is_table(path))
+        raise DataError(
+            f"{folder} has no {' or '.join(wanted)}; it has {', '.join(others) or 'no .jsonl file at all'} "
+            f"(data may also be {SPLITS[split][0]}.csv, {SPLITS[split][0]}.parquet, or a folder of datasets)"
+        )
+    for other in found[1:]:
+        if not (other.is_file() and found[0].is_file() and filecmp.cmp(found[0], other, shallow=False)):
+            raise DataError(f"{found[0]} and {other} differ, and both are the {split} split: keep one of them")
     return found[0]
 
 
@@ -271,9 +326,39 @@ def _read(file: Path, columns: _Columns) -> tuple[list[_Row], bool, _Problems, b
 
     Returns the rows, whether examples have several labels, the problems found so far, and whether any line has a label.
     """
+    columns = _in_table(file, columns)
     rows, problems, labelled, format = [], _Problems(file), False, columns.format
     # If None, the first readable line decides.
     multi = None if format.single and format.multi else format.multi is not None
+    for number, record in records(file, columns):
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            labelled |= any(record.get(key) not in (None, "") for key in (format.single, format.multi) if key)
+            if multi is None and (format.single in record or format.multi in record):
+                multi = format.multi in record
+            rows.append(_row(number, record, columns, bool(multi)))
+        except ValueError as problem:
+            problems.add(number, problem)
+    return rows, bool(multi), problems, labelled
+
+
+def records(file: Path, columns: _Columns) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Yield each line, or row, with its number; what is wrong with it takes its place."""
+    if not tables.is_table(file):
+        yield from _lines(file)
+        return
+    format = columns.format
+    cells = {source.key: slot.modality for slot, source in columns.items} if file.suffix == tables.CSV else None
+    names: dict[str, Any] = {"id": format.id, "label": format.single, "labels": format.multi}
+    for number, record in tables.rows(file):
+        if isinstance(record, ValueError):
+            yield number, record
+        else:
+            yield number, tables.as_line(record, cells=cells, **names, separator=columns.separator or tables.SEPARATOR)
+
+
+def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if number == 1:
@@ -282,14 +367,30 @@ def _read(file: Path, columns: _Columns) -> tuple[list[_Row], bool, _Problems, b
             if not line:
                 continue
             try:
-                record = _parse(line)
-                labelled |= any(record.get(key) not in (None, "") for key in (format.single, format.multi) if key)
-                if multi is None and (format.single in record or format.multi in record):
-                    multi = format.multi in record
-                rows.append(_row(number, record, columns, bool(multi)))
+                yield number, _parse(line)
             except ValueError as problem:
-                problems.add(number, problem)
-    return rows, bool(multi), problems, labelled
+                yield number, problem
+
+
+def _in_table(file: Path, columns: _Columns, *, labelled: bool = True) -> _Columns:
+    """Return the columns that a table has; DataError if it lacks one. The column of labels may be absent where none is needed."""
+    if not tables.is_table(file):
+        return columns
+    format, names = columns.format, tables.header(file)
+    single = format.single if format.multi not in names else None
+    if single in names and (columns.separator is not None or tables.holds_lists(file, str(single))):
+        format = format._replace(single=None, multi=single)
+    lacking = {slot.column: source.key for slot, source in columns.items if source.key not in names}
+    unlabelled = labelled and not {format.single, format.multi} & {*names}
+    if unlabelled and not lacking:
+        lacking["label"] = str(format.single or format.multi)
+    if names and lacking:
+        options = " ".join(f"{name}=COLUMN" for name in lacking)
+        raise (NoLabelsError if "label" in lacking else DataError)(
+            f"{file} lacks the column {_quoted(lacking.values())}; its columns are {_quoted(names)}: say which it is, "
+            f"--columns {options}"
+        )
+    return columns._replace(format=format)
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -310,7 +411,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _row(number: int, record: dict[str, Any], columns: _Columns, multi: bool) -> _Row:
-    format, items = columns
+    format, items = columns.format, columns.items
     label = (format.multi if multi else format.single) or ""
     other = format.single if multi else format.multi
     if other in record:
@@ -340,6 +441,14 @@ def _encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _names_in_table(file: Path, columns: _Columns) -> tuple[str, ...] | None:
+    """Return the classes that a folder of `datasets` names."""
+    if not tables.is_table(file):
+        return None
+    found = (tables.class_names(file, key) for key in (columns.format.single, columns.format.multi) if key)
+    return next(filter(None, found), None)
 
 
 def _read_names(file: Path) -> tuple[str, ...] | None:
@@ -379,7 +488,7 @@ def _names_in(file: Path, rows: Sequence[_Row]) -> tuple[str, ...]:
 
 
 def _training_names(folder: Path, columns: _Columns) -> tuple[str, ...]:
-    if not (folder / "train.jsonl").is_file():
+    if not files_of(folder, "train"):
         raise DataError(f"{folder} has neither {LABELS} nor train.jsonl, so the names of the classes are unknown")
     file = _find(folder, "train")
     rows, _, problems, _ = _read(file, columns)
@@ -390,8 +499,8 @@ def _training_names(folder: Path, columns: _Columns) -> tuple[str, ...]:
 class _Labels:
     """Lookup of class indices by name."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
+    def __init__(self, names: Sequence[str], *, cells: bool = False) -> None:
+        self._names, self._cells = names, cells
         self._index = {name: i for i, name in enumerate(names)}
         self._unknown = 0
 
@@ -399,6 +508,9 @@ class _Labels:
         return tuple(sorted({self._find(label) for label in labels}))
 
     def _find(self, label: str | int) -> int:
+        if self._cells and isinstance(label, str) and label not in self._index and label.isdecimal():
+            # In a CSV file all is text.
+            label = int(label)
         if isinstance(label, int):
             if 0 <= label < len(self._names):
                 return label
@@ -426,6 +538,16 @@ def _warn_of_duplicates(file: Path, rows: Sequence[_Row]) -> None:
     ]
     if twice:
         warnings.warn(f"{file}: {len(twice)} of its lines repeat an id: {listed(twice)}", stacklevel=3)
+
+
+def _warn_of_separators(file: Path, rows: Sequence[_Row]) -> None:
+    count = sum(tables.SEPARATOR in str(label) for row in rows for label in row.labels)
+    if count:
+        warnings.warn(
+            f"{file}: {count} labels hold {tables.SEPARATOR!r}, and each counts as one class: if these are several, call the "
+            f'column "labels", or say so (--label-separator "{tables.SEPARATOR}")',
+            stacklevel=3,
+        )
 
 
 def _quoted(keys: Iterable[str]) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from torch import Tensor
 
-from mope.modalities import DataError, Reader, Slot, UnreadableError, slots_of
+from mope.fusion.predicting import readers_of
+from mope.modalities import DataError, UnreadableError
 
 from .formats import Example
 
@@ -32,14 +33,7 @@ class Preprocessing:
 
     def __init__(self, model: FusionModel, modalities: Sequence[str]) -> None:
         self.modalities = tuple(modalities)
-        slots = slots_of(model.config)
-        self._readers: list[tuple[Slot, Reader]] = []
-        for name in self.modalities:
-            slot, processor = slots[name], model.processor(name)
-            if slot.processor is not None and processor is None:
-                how = f"model.{slot.processor}" if not slot.prefix else f"it with model.set_processor({name!r}, ...)"
-                raise ValueError(f"the model has no {slot.processor}: set {how}, for example to the one of its {name} backbone")
-            self._readers.append((slot, slot.modality.reader(model.backbone(name), processor, model.config)))
+        self._readers = readers_of(model, self.modalities)
 
     def __call__(self, example: Example, *, augment: Callable[[Any], Any] | None = None) -> dict[str, Any]:
         """Convert an example to inputs of the encoders, by their names in a batch.

@@ -1,4 +1,4 @@
-"""The main job on real input, small enough for a CPU: handwritten digits, sentences about them, does the sentence hold?"""
+"""Demos on real input, small enough for a CPU: handwritten digits and sentences about them."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def digit_model() -> Path:
-    """The folder of a trained MoPE model of this task, for `mope.MoPEForClassification.from_pretrained`."""
+    """Return the folder of a trained model of the digits task, for `mope.MoPEForClassification.from_pretrained`."""
     return Path(__file__).parent / "assets" / "digit_model"

@@ -23,7 +23,7 @@ SUBJECTS = ("it", "this", "the digit", "this digit", "the number here")
 
 @dataclass(frozen=True)
 class Statement:
-    """A claim about a digit: where it holds, and the ways to say it. `wordings[held_out]` is kept for the test."""
+    """Claim about a digit: the digits it holds for, and its wordings. `wordings[held_out]` is kept for the test."""
 
     digits: frozenset[int]
     wordings: tuple[str, ...]
@@ -31,11 +31,11 @@ class Statement:
 
     @property
     def title(self) -> str:
-        """How pictures and tables call it."""
+        """The wording shown in pictures and tables."""
         return self.wordings[0]
 
     def sentences(self, *, held_out: bool = False) -> list[str]:
-        """Every subject with every wording that belongs to this side of the split."""
+        """Combine every subject with every wording on this side of the split."""
         return [f"{subject} {wording}" for wording in self.predicates(held_out=held_out) for subject in SUBJECTS]
 
     def predicates(self, *, held_out: bool = False) -> list[str]:
@@ -47,7 +47,10 @@ def _article(noun: str) -> str:
 
 
 def _families() -> Iterator[list[tuple[set[int], tuple[str, ...]]]]:
-    """Statements that are worded alike, each followed by its opposite: what is held out of one, another member still shows."""
+    """Yield families of statements with similar wordings, each statement followed by its opposite.
+
+    The words of a held-out wording occur in other statements of the family.
+    """
     family: list[tuple[set[int], tuple[str, ...]]] = []
     everything = set(range(10))
 
@@ -110,7 +113,7 @@ def _families() -> Iterator[list[tuple[set[int], tuple[str, ...]]]]:
 
 @lru_cache(maxsize=1)
 def statements() -> tuple[Statement, ...]:
-    """All 38; statement 2i and 2i + 1 are opposites. The wording that is held out goes round within a family."""
+    """Return all 38 statements; 2i and 2i + 1 are opposites. The position of the held-out wording rotates within a family."""
     result = []
     for family in _families():
         for i, (digits, wordings) in enumerate(family):
@@ -133,7 +136,7 @@ class Digits:
 
 
 def load_digits(*, seed: int = 0) -> dict[str, Digits]:
-    """The scans as train (about 1,200), validation (200) and test (400), with the ten classes in equal shares."""
+    """Split the scans by class into train (about 1,200), validation (200) and test (400)."""
     from sklearn.datasets import load_digits as scans
     from sklearn.model_selection import train_test_split
 
@@ -160,7 +163,7 @@ class Examples:
 
 
 def draw_examples(digits: Digits, draws_per_pair: int, rng: np.random.Generator, *, held_out_phrasings: bool = False) -> Examples:
-    """4 examples for each draw: 19 * draws_per_pair * 4 in all, in random order.
+    """Draw 4 examples for each draw and pair, 19 * draws_per_pair * 4 in all, in random order.
 
     Args:
         digits: The scans to ask about.
@@ -186,12 +189,12 @@ def draw_examples(digits: Digits, draws_per_pair: int, rng: np.random.Generator,
 
 
 def to_pixel_values(pixels: NDArray[np.float32]) -> Tensor:
-    """What the ViT reads: (N,8,8) from 0 to 16 -> (N,1,8,8) from -1 to 1."""
+    """Scale scans for the ViT: (N,8,8) from 0 to 16 -> (N,1,8,8) from -1 to 1."""
     return torch.from_numpy(pixels).float()[:, None] / 8 - 1
 
 
 def facts(seed: int = 0) -> list[str]:
-    """A text without images to learn words from: the training wordings, of digits' names for which they hold and of subjects.
+    """Return sentences to learn words from, without images: the training wordings, about names of digits and about subjects.
 
     >>> facts()[0]
     'zero is a zero'
@@ -206,5 +209,5 @@ def facts(seed: int = 0) -> list[str]:
 
 
 def vocabulary(sentences: Sequence[str]) -> list[str]:
-    """The words of the sentences, in alphabetical order."""
+    """Return the words of the sentences in alphabetical order."""
     return sorted({word for sentence in sentences for word in sentence.split()})

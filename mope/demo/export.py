@@ -1,4 +1,4 @@
-"""The demo's questions and frozen encoders as files, in the form in which a user's own data would come."""
+"""Export the demo's questions and frozen encoders as files, in the format of a user's own data."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mope.demo import digit_model
 from mope.demo.data import Digits, draw_examples, load_digits
 from mope.demo.pretrain import build_image_processor
 
-# From the scans' 17 grey levels, 0 to 16, to those of a PNG file: what is read back is exactly what was there.
+# Maps the scans' 17 grey levels, 0 to 16, to those of a PNG file without loss.
 LEVEL = 15
 SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 
 
 def export(folder: Path, *, draws: int = 20, seed: int = 0) -> None:
-    """Write data for `mope train --format jsonl`, and the encoders of the committed digit model, as transformers saves them.
+    """Write data for `mope train --format jsonl`, and the encoders of the committed digit model in transformers' format.
 
         train.jsonl  dev.jsonl  test.jsonl     {"id", "image", "text", "label"} in each line
         labels.txt                             no, yes
@@ -29,9 +29,11 @@ def export(folder: Path, *, draws: int = 20, seed: int = 0) -> None:
         model/                                 the committed digit model, for these images
 
     Args:
-        folder: made if need be; files of the same names are replaced.
-        draws: for each of the 19 pairs of statements in training, 76 * draws questions in all; a quarter of it in dev and test.
-        seed: of the split of the scans and of the questions. The committed encoders have seen the training scans of seed 0.
+        folder: the output folder. It is created if needed, and files of the same names are replaced.
+        draws: the number of draws for each of the 19 pairs of statements in training, which gives 76 * draws questions. Dev and
+            test get a quarter of the draws.
+        seed: the seed of the scans' split and of the questions. The committed encoders were trained on the training scans of
+            seed 0.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "labels.txt").write_text("no\nyes\n")
@@ -56,12 +58,12 @@ def export(folder: Path, *, draws: int = 20, seed: int = 0) -> None:
 
 
 def image_name(index: int) -> str:
-    """The file of a scan, by its place in scikit-learn's set."""
+    """Return the file name of a scan, given its index in scikit-learn's data set."""
     return f"images/{index:04d}.png"
 
 
 def questions(digits: Digits, draws: int, rng: np.random.Generator) -> list[dict[str, str]]:
-    """Lines of a JSONL file."""
+    """Draw questions as the lines of a JSONL file."""
     drawn = draw_examples(digits, draws, rng)
     return [
         {

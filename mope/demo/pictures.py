@@ -1,4 +1,4 @@
-"""What the router has learned, as pictures."""
+"""Pictures of what the router has learned."""
 
 from __future__ import annotations
 
@@ -44,10 +44,14 @@ QUESTIONS = ("is a seven", "is even", "is larger than four", "is a power of two"
 
 @dataclass(frozen=True)
 class Grid:
-    """Every statement asked of every one of S scans.
+    """Answers and routing for each of T statements about each of S scans.
 
-    scans: (S,) places in the test split. classes: (S,) digits. yes: (S,T) probability of the answer yes.
-    routing: (S,T,K) of the block whose router tells the statements apart best. block: its number, from 1. blocks: how many route.
+    scans: (S,) indices in the test split.
+    classes: (S,) digits.
+    yes: (S,T) probability of the answer yes.
+    routing: (S,T,K) routing weights in the block whose router distinguishes the statements best.
+    block: the number of that block, counted from 1.
+    blocks: the number of routed blocks.
     """
 
     scans: NDArray[np.int64]
@@ -60,7 +64,7 @@ class Grid:
 
 @torch.no_grad()
 def ask_everything(model: MoPEForClassification, task: Task) -> Grid:
-    """The first twelve test scans of each digit, with every statement in its first wording."""
+    """Ask every statement, in its first wording, about the first twelve test scans of each digit."""
     digits = task.splits["test"]
     scans = np.concatenate([np.flatnonzero(digits.classes == digit)[:SCANS_OF_EACH_DIGIT] for digit in range(10)])
     sentences = [f"the digit {statement.title}" for statement in statements()]
@@ -77,7 +81,7 @@ def ask_everything(model: MoPEForClassification, task: Task) -> Grid:
 
 
 def _information(routing: NDArray[np.float32]) -> float:
-    """Mutual information of statement and expert: (S,T,K) -> nats."""
+    """Compute the mutual information of statement and expert from (S,T,K), in nats."""
 
     def entropy(p: NDArray[np.float32]) -> NDArray[np.float32]:
         return -(p * np.log(p.clip(1e-12))).sum(-1)
@@ -87,7 +91,7 @@ def _information(routing: NDArray[np.float32]) -> float:
 
 
 def draw_all(model: MoPEForClassification, task: Task, out: Path) -> list[Path]:
-    """Write the three pictures as PNG -> their paths."""
+    """Write the three pictures as PNG files -> their paths."""
     grid = ask_everything(model, task)
     figures = {
         "routing_by_statement": lambda: routing_by_statement(grid),
@@ -96,7 +100,7 @@ def draw_all(model: MoPEForClassification, task: Task, out: Path) -> list[Path]:
     }
     out.mkdir(parents=True, exist_ok=True)
     paths = []
-    # Without a display, whatever the user's own backend and style are.
+    # Draw in this style, whatever the user's own style is.
     with plt.style.context("default"), matplotlib.rc_context(STYLE):
         for name, draw in figures.items():
             figure = draw()
@@ -107,7 +111,7 @@ def draw_all(model: MoPEForClassification, task: Task, out: Path) -> list[Path]:
 
 
 def routing_by_statement(grid: Grid) -> Figure:
-    """Heat map of the mean routing weights: 38 statements x K experts."""
+    """Draw a heat map of the mean routing weights, 38 statements x K experts."""
     weights = grid.routing.mean(0)
     count = weights.shape[1]
     names = [statement.title for statement in statements()]
@@ -120,7 +124,7 @@ def routing_by_statement(grid: Grid) -> Figure:
     axes.set_xlabel("expert")
     for spine in axes.spines.values():
         spine.set_visible(False)
-    # White lines between cells, wider between pairs of opposites.
+    # Draw white lines between cells, wider between pairs of opposite statements.
     for row in range(1, len(names)):
         axes.axhline(row - 0.5, color="white", linewidth=3 if row % 2 == 0 else 0.8)
     for column in range(1, count):
@@ -140,7 +144,7 @@ def routing_by_statement(grid: Grid) -> Figure:
 
 
 def what_experts_like(grid: Grid, task: Task) -> Figure:
-    """For each expert the statements and the scans that give it the largest share of their routing."""
+    """Draw for each expert the statements and the scans that give it the largest share of their routing."""
     count = grid.routing.shape[-1]
     names = [statement.title for statement in statements()]
     by_statement, by_scan = grid.routing.mean(0), grid.routing.mean(1)
@@ -150,7 +154,7 @@ def what_experts_like(grid: Grid, task: Task) -> Figure:
     figure = plt.figure(figsize=(width, height))
 
     def place(left: float, top: float, wide: float, high: float) -> Axes:
-        """Axes by inches from the upper left corner."""
+        """Add axes, placed in inches from the upper left corner."""
         return figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
 
     def write(left: float, top: float, text: str, **style: Any) -> None:
@@ -194,8 +198,8 @@ def _draw_scan(axes: Axes, pixels: NDArray[np.float32]) -> None:
 
 
 def one_digit_four_statements(grid: Grid, task: Task, digit: int = 7) -> Figure:
-    """One scan; for each of four statements the experts that its router chooses, and the answer."""
-    # The most typical of its scans: the nearest to their mean.
+    """Draw one scan and, for each of four statements about it, the experts that the router chooses, and the answer."""
+    # The most typical scan of the digit, which is the one nearest to their mean.
     candidates = np.flatnonzero(grid.classes == digit)
     pixels = task.splits["test"].pixels[grid.scans[candidates]]
     index = int(candidates[np.square(pixels - pixels.mean(0)).sum((1, 2)).argmin()])

@@ -1,13 +1,13 @@
-"""The model once more, in plain PyTorch: prompts are concatenated with the tokens and run through the whole frozen layer."""
+"""The model written again in plain PyTorch: prompts are concatenated with the tokens and run through the whole frozen layer."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mope_kernels
 from mope import MoPEForClassification
-from mope.demo.train import Task
 
 BATCH = 128
+
+
+class Asked(Protocol):
+    """A task of the demo: questions of the test split, in batches of inputs and labels."""
+
+    device: torch.device
+    test: Any
+
+    def batches(self, split: str, questions: Any, size: int, /) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield the keyword arguments of a model, and labels (B,)."""
+        ...
 
 
 def forward(
     model: MoPEForClassification, *, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Logits (B,2) and the routing probabilities (B,K) of each block, with the model's weights and none of its ops."""
+    """Compute logits (B,2) and the routing probabilities (B,K) of each block with the model's weights and none of its ops."""
     vision: Any = model.vision
     text: Any = model.text
     blocks: Any = model.blocks
@@ -45,7 +55,7 @@ def forward(
 
 
 def loss(model: MoPEForClassification, labels: Tensor, **inputs: Tensor) -> Tensor:
-    """Cross-entropy and the importance loss, mean over the blocks."""
+    """Compute cross-entropy plus the importance loss, averaged over the blocks."""
     logits, routing = forward(model, **inputs)
     loads = torch.stack([probs.sum(0) for probs in routing])
     cv2 = loads.var(-1) / loads.mean(-1).square()
@@ -55,7 +65,7 @@ def loss(model: MoPEForClassification, labels: Tensor, **inputs: Tensor) -> Tens
 
 @dataclass(frozen=True)
 class Comparison:
-    """The model against this file, on one batch. Times in milliseconds, None where nothing compiled ran."""
+    """Comparison of the model with this file on one batch. Times are in milliseconds; None if nothing compiled ran."""
 
     implementations: dict[str, str]
     reasons: dict[str, dict[str, list[str]]]
@@ -65,13 +75,13 @@ class Comparison:
     milliseconds: dict[str, dict[str, float]] | None
 
     def ratio(self, what: str) -> float:
-        """How many times as fast as plain the model is."""
+        """Return how many times as fast as plain PyTorch the model is."""
         assert self.milliseconds is not None
         return self.milliseconds[what]["plain"] / self.milliseconds[what]["fused"]
 
 
 class CountOps(TorchDispatchMode):
-    """Counts the compiled ops that really run."""
+    """Count the compiled ops that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,8 +93,8 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def compare(model: MoPEForClassification, task: Task, *, repeats: int = 15) -> Comparison:
-    """Which implementation runs for each op, the errors, and the times where it is a compiled one."""
+def compare(model: MoPEForClassification, task: Asked, *, repeats: int = 15) -> Comparison:
+    """Compare the model with this file: implementation of each op, errors, and times if a compiled one runs."""
     model.eval()
     inputs, labels = next(task.batches("test", task.test, BATCH))
     parameters = list(model.trainable_parameters())
@@ -120,11 +130,12 @@ def compare(model: MoPEForClassification, task: Task, *, repeats: int = 15) -> C
 
 
 def explain_ops(model: MoPEForClassification) -> dict[str, mope_kernels.Explanation]:
-    """For the shapes of the model's first block."""
+    """Explain the choice of implementations for the shapes of the model's first block."""
     bank = model.build_banks()[0]
     assert bank is not None
     experts, heads, _, width = bank.experts.key.shape
-    query = bank.experts.key.new_zeros(BATCH, heads, 17, width)
+    vision: Any = model.vision
+    query = bank.experts.key.new_zeros(BATCH, heads, vision.embeddings.position_embeddings.shape[1], width)
     mapped, logits = query[:, :, :1], query.new_zeros(BATCH, experts)
     prompts: dict[str, Any] = {"static_key": bank.static_key, "static_value": bank.static_value}
     prompts |= {"instance_key": mapped, "instance_value": mapped}
@@ -135,7 +146,7 @@ def explain_ops(model: MoPEForClassification) -> dict[str, mope_kernels.Explanat
 
 
 def interleaved(fused: Callable[[], Any], plain: Callable[[], Any], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, taken in turns so that both see the same machine."""
+    """Return the median milliseconds of each, timed in turns so that both see the same machine."""
 
     def milliseconds(function: Callable[[], Any]) -> float:
         start = time.perf_counter()

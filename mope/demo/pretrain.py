@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ PIXEL_NOISE = 0.1
 
 @dataclass(frozen=True)
 class Backbones:
-    """Frozen encoders, and how well each does what it was trained for."""
+    """Frozen encoders, with the accuracy of each on what it was trained for."""
 
     vision: ViTModel
     text: BertModel
@@ -36,10 +36,10 @@ class Backbones:
     word_accuracy: float
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word of the training sentences; everything else is [UNK]."""
+def build_tokenizer(known: Sequence[str] | None = None) -> PreTrainedTokenizerFast:
+    """Give each known word a token, by default each word of the training sentences; everything else is [UNK]."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = special + vocabulary(facts())
+    words = special + list(vocabulary(facts()) if known is None else known)
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -58,12 +58,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_image_processor() -> ViTImageProcessorPil:
-    """The same as `to_pixel_values`, for scans of (8,8,1) from 0 to 16."""
+    """Build a processor that does the same as `to_pixel_values`, for scans (8,8,1) from 0 to 16."""
     return ViTImageProcessorPil(do_resize=False, rescale_factor=1 / 16, image_mean=[0.5], image_std=[0.5])
 
 
 def build_vision() -> ViTModel:
-    """A ViT for one grey 8 x 8 image: 16 patches of 2 x 2, and CLS."""
+    """Build a ViT for a grey 8 x 8 image: 16 patches of 2 x 2, and [CLS]."""
     config = ViTConfig(
         image_size=8,
         patch_size=2,
@@ -77,7 +77,7 @@ def build_vision() -> ViTModel:
 
 
 def build_text(vocabulary_size: int, layers: int = TEXT_LAYERS) -> BertModel:
-    """A BERT for a sentence of at most 14 words, without dropout."""
+    """Build a BERT without dropout for sentences of at most 14 words."""
     config = BertConfig(
         vocab_size=vocabulary_size,
         hidden_size=WIDTH,
@@ -93,7 +93,7 @@ def build_text(vocabulary_size: int, layers: int = TEXT_LAYERS) -> BertModel:
 
 
 def augment(pixel_values: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the scans of (N,1,8,8) moved by at most one pixel in each direction, and noise on all of them."""
+    """Shift half of the scans (N,1,8,8) by at most one pixel in each direction, and add noise to all."""
     count = len(pixel_values)
     windows = F.pad(pixel_values, (1, 1, 1, 1), value=-1.0).unfold(2, 8, 1).unfold(3, 8, 1)
     moves = torch.rand(count, generator=generator) < 0.5
@@ -112,8 +112,9 @@ def optimize(
     generator: torch.Generator,
     title: str,
     batch_size: int = 64,
+    clip: float | None = None,
 ) -> None:
-    """AdamW over shuffled batches of indices, with a warm-up and a cosine to zero."""
+    """Train by AdamW over shuffled batches of indices, with a warm-up and a cosine to zero; `clip` bounds the gradient's norm."""
     steps = epochs * -(-size // batch_size)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2), pct_start=0.1)
@@ -123,6 +124,8 @@ def optimize(
                 loss = loss_of_batch(batch)
                 optimizer.zero_grad()
                 loss.backward()
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(parameters, clip)
                 optimizer.step()
                 schedule.step()
                 if not math.isfinite(now := loss.item()):
@@ -134,8 +137,8 @@ def optimize(
 def pretrain_vision(splits: dict[str, Digits], *, epochs: int, seed: int, device: torch.device) -> tuple[ViTModel, float]:
     """Train on the ten classes of the training scans -> the encoder, and its accuracy on the validation scans.
 
-    The class is read off [CLS] after each of the last three blocks, with one head: an encoder that knows the digit at its very end
-    only has nothing to compare with a sentence before that.
+    One head reads the class off [CLS] after each of the last three blocks: an encoder that knows the digit only at its very end has
+    nothing to compare with a sentence before that.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -167,8 +170,8 @@ def pretrain_text(
 ) -> tuple[BertModel, float]:
     """Train on masked words of `facts` -> the encoder, and its accuracy on masked words of the same text.
 
-    A masked word is read off its own last state. Besides, every word is read off the last state of [CLS] and its position:
-    masked words alone teach [CLS] nothing about the sentence, and [CLS] is what a fusion model uses of it.
+    A masked word is predicted from its own last state, and every word also from the last state of [CLS] and its position. Masked
+    words alone would teach [CLS] nothing about the sentence, and [CLS] is all that a fusion model uses.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -181,7 +184,7 @@ def pretrain_text(
     is_word = attention_mask.bool() & (words != tokenizer.cls_token_id) & (words != tokenizer.sep_token_id)
 
     def predict(batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> scores of the masked words, scores of all words from [CLS], and which words (B,L) were masked."""
+        """Return scores of the masked words, scores of all words from [CLS], and the mask (B,L)."""
         masked = is_word[batch] & (torch.rand(words[batch].shape, generator=generator) < MASKED_SHARE)
         # At least one word of each sentence: all have a second one.
         masked[:, 2] |= ~masked.any(1)
@@ -213,7 +216,7 @@ def pretrain_text(
 
 
 def freeze(module: Module) -> Module:
-    """No parameter of the module will ask for a gradient."""
+    """Turn off gradients for all parameters of a module."""
     return module.requires_grad_(False)
 
 
@@ -226,7 +229,7 @@ def pretrain(
     device: torch.device,
     text_layers: int = TEXT_LAYERS,
 ) -> Backbones:
-    """Both encoders and the tokenizer, from the training split alone."""
+    """Train both encoders and build the tokenizer, from the training split alone."""
     tokenizer = build_tokenizer()
     vision, digit_accuracy = pretrain_vision(splits, epochs=vision_epochs, seed=seed, device=device)
     text, word_accuracy = pretrain_text(tokenizer, epochs=text_epochs, seed=seed, device=device, layers=text_layers)

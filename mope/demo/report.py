@@ -19,7 +19,7 @@ from mope_kernels import _extension
 
 @dataclass(frozen=True)
 class Run:
-    """One seed: how well the frozen encoders do what they were trained for, and the lines of the table."""
+    """One seed: the accuracy of the frozen encoders on what they were trained for, and the lines of the table."""
 
     seed: int
     digit_accuracy: float
@@ -29,13 +29,13 @@ class Run:
 
 
 def spread(values: Sequence[float], form: str = ".1f", scale: float = 100.0) -> str:
-    """Mean, with the standard deviation over the seeds where there are several."""
+    """Format the mean, with the standard deviation if there are several seeds."""
     mean = f"{scale * statistics.mean(values):{form}}"
     return mean if len(values) == 1 else f"{mean} ± {scale * statistics.stdev(values):{form}}"
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Markdown, one line for each method."""
+    """Write a line of Markdown for each method."""
     header = ["method", "held-out digits", "held-out phrasings", "trained parameters", "share of all", "router gradient"]
     lines = []
     for of_method in zip(*(run.results for run in runs), strict=True):
@@ -55,7 +55,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def aligned(header: list[str], lines: list[list[str]]) -> str:
-    """Markdown: names on the left, numbers on the right."""
+    """Align a Markdown table: names left, numbers right."""
     widths = [max(len(row[i]) for row in (header, *lines)) for i in range(len(header))]
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     aligned = [
@@ -66,7 +66,7 @@ def aligned(header: list[str], lines: list[list[str]]) -> str:
 
 
 def describe(comparison: Comparison, plain: str = "plain PyTorch that concatenates") -> str:
-    """Fused against plain, a line for each fact. `plain` says what that is."""
+    """Describe the comparison, one line for each fact. `plain` names what it is compared with."""
     kernels = {"cpu": f"cpu, the C++ kernels for {_extension.STATUS.target}", "reference": "reference, plain PyTorch"}
     lines = [f"- {op}: {kernels.get(impl, impl)}" for op, impl in comparison.implementations.items()]
     if comparison.dispatched:
@@ -96,14 +96,14 @@ The frozen encoders alone: {digits} % of the validation digits, {words} % of mas
 
 
 def made_with(environment: dict[str, Any]) -> str:
-    """Device, versions and commit or release."""
+    """Format device, versions, and commit or release."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version != "not installed")
     commit = environment["commit"]
     return f"{environment['device']}; {versions}; " + (commit if commit.startswith("release") else f"commit {commit}")
 
 
 def summary(runs: Sequence[Any], *measured: str) -> dict[str, Any]:
-    """Mean and standard deviation over several seeds, by method, of what is measured of each; nothing of one seed."""
+    """Compute mean and standard deviation over seeds of each measured field, by method; {} for one seed."""
     if len(runs) < 2:
         return {}
     found: dict[str, Any] = {}
@@ -116,7 +116,7 @@ def summary(runs: Sequence[Any], *measured: str) -> dict[str, Any]:
 
 
 def write(out: Path, runs: Sequence[Run], comparison: Comparison, settings: Settings, environment: dict[str, Any]) -> str:
-    """Write results.md and results.json -> the text."""
+    """Write results.md and results.json; return the text."""
     count = len(runs)
     note = NOTE.format(
         spread=f", mean and standard deviation over {count} seeds" if count > 1 else ", one seed",
@@ -141,7 +141,7 @@ def write(out: Path, runs: Sequence[Run], comparison: Comparison, settings: Sett
 
 
 def write_files(out: Path, text: str, record: dict[str, Any]) -> None:
-    """results.md and results.json."""
+    """Write results.md and results.json."""
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "results.md", text)
     write_text(out / "results.json", json.dumps(finite_or_none(record), indent=2, allow_nan=False) + "\n")

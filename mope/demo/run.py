@@ -1,4 +1,4 @@
-"""`mope demo`: pre-train, freeze, fuse in seven ways, compare, draw."""
+"""`mope demo --task digits`: pre-train, freeze, fuse in seven ways, compare, draw."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def demo(
 
     Args:
         out: folder for results.md, results.json, the pictures and the trained model of seed 0.
-        seeds: how many times, from seed 0 on.
+        seeds: number of runs, from seed 0 on.
         fast: a few steps instead of a training, to see that everything runs.
-        device: "auto" takes CUDA where there is one.
+        device: "auto" uses CUDA if there is one.
         threads: of torch, on the CPU. Models as small as these gain nothing from more than one, and lose much on a busy machine.
-        command: what was typed, for the results.
+        command: command line, recorded in the results.
     """
     place, started_with = begin(device, threads, fast, command)
     settings = FAST if fast else FULL
@@ -45,17 +45,19 @@ def demo(
     print("\n".join(str(path) for path in (out / "results.md", out / "results.json", *paths, out / "model")))
 
 
-def begin(device: str, threads: int, fast: bool, command: str | None = None) -> tuple[torch.device, dict[str, Any]]:
-    """Set the threads, say what is asked and where -> the device, and what results say of how they were made."""
+def begin(
+    device: str, threads: int, fast: bool, command: str | None = None, *, question: str = "Does the sentence hold for the scan?"
+) -> tuple[torch.device, dict[str, Any]]:
+    """Set the threads, print the question and the device; return the device and a record of how the results are made."""
     torch.set_num_threads(threads)
     place = find_device(device)
     started_with = {**environment.describe(place), "command": command, "fast": fast}
-    print(f"Does the sentence hold for the scan? On {started_with['device']}." + (" --fast: nothing is learned." if fast else ""))
+    print(f"{question} On {started_with['device']}." + (" --fast: nothing is learned." if fast else ""))
     return place, started_with
 
 
 def run_seed(seed: int, settings: Settings, device: torch.device) -> tuple[report.Run, Task, MoPEForClassification]:
-    """Everything that depends on the seed: the splits, both encoders, the questions, all methods -> also the trained MoPE."""
+    """Do everything that depends on the seed: splits, encoders, questions, all methods. Return the trained MoPE too."""
     start = time.perf_counter()
     splits = load_digits(seed=seed)
     backbones = pretrain.pretrain(

@@ -26,7 +26,7 @@ BASE = MoPEConfig(id2label=("no", "yes"), num_experts=8, prompt_length=6, static
 
 @dataclass(frozen=True)
 class Settings:
-    """How much to compute. A round is what is trained between two looks at the validation split: 76 * `draws` questions."""
+    """Amount of computation. A round is the training between two evaluations on the validation split, 76 * `draws` questions."""
 
     vision_epochs: int = 40
     text_epochs: int = 80
@@ -77,11 +77,11 @@ class Task:
         return draw_examples(self.splits[split], draws, rng, held_out_phrasings=held_out_phrasings)
 
     def training_round(self, number: int) -> Examples:
-        """New scans, phrasings and order in every round."""
+        """Draw new scans, phrasings and order for a round."""
         return self._draw("train", self.settings.draws, 0, number)
 
     def inputs(self, split: str, scans: NDArray[np.int64], sentences: list[str]) -> dict[str, Tensor]:
-        """The keyword arguments of a model: scans of a split beside sentences, padded to the longest of them."""
+        """Return keyword arguments for a model: scans of a split, and sentences padded to the longest one."""
         rows = torch.tensor([self._row[sentence] for sentence in sentences])
         length = int(self._lengths[rows].max())
         rows = rows.to(self.device)
@@ -92,7 +92,7 @@ class Task:
         }
 
     def batches(self, split: str, examples: Examples, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Inputs and labels (B,), in the order of the examples."""
+        """Yield inputs and labels (B,) in the order of the examples."""
         labels = torch.from_numpy(examples.label).to(self.device)
         for start in range(0, len(examples), size):
             part = slice(start, start + size)
@@ -100,7 +100,7 @@ class Task:
 
 
 def build(config: MoPEConfig, backbones: Backbones) -> MoPEForClassification:
-    """A model with new prompts over the shared backbones: `detach` it before the next one is built."""
+    """Build a model with new prompts over the shared backbones; `detach` it before the next one is built."""
     model = MoPEForClassification(config, **{name: getattr(backbones, name) for name in config.modalities})
     if "text" in config.modalities:
         model.tokenizer = backbones.tokenizer
@@ -110,11 +110,12 @@ def build(config: MoPEConfig, backbones: Backbones) -> MoPEForClassification:
 
 
 def trained_parameters(model: nn.Module) -> int:
+    """Count the parameters that train."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def with_parameters(config: MoPEConfig, field: str, target: int, backbones: Backbones) -> MoPEConfig:
-    """The config whose number of trained parameters, an affine function of the field, is nearest to the target."""
+    """Set a field so that the number of trained parameters, an affine function of it, is as near to the target as possible."""
 
     def count(value: int) -> int:
         model = build(config.replace(**{field: value}), backbones)
@@ -126,7 +127,7 @@ def with_parameters(config: MoPEConfig, field: str, target: int, backbones: Back
 
 
 def methods(backbones: Backbones) -> dict[str, MoPEConfig]:
-    """What is compared, by its name in the table; MoPE last."""
+    """Return the configurations to compare by their names in the table; MoPE comes last."""
     model = build(BASE, backbones)
     model.detach()
     size = trained_parameters(model)
@@ -143,7 +144,7 @@ def methods(backbones: Backbones) -> dict[str, MoPEConfig]:
 
 
 def train(model: MoPEForClassification, task: Task, *, title: str) -> float:
-    """Train what the model trains; the weights of its best round on the validation split stay -> that round's accuracy."""
+    """Train a model and keep its best round on the validation split; return that round's accuracy."""
     size = task.settings.batch_size
     if any(block.static is not None or block.router is not None for block in (*model.blocks, *model.cross_blocks)):
 
@@ -171,7 +172,7 @@ def train(model: MoPEForClassification, task: Task, *, title: str) -> float:
 
 
 def _features(model: MoPEForClassification, task: Task, split: str) -> Callable[[Examples], Tensor]:
-    """Examples -> the features (N,C) that the head sees, looked up by scan and by sentence."""
+    """Return a function from examples to the features (N,C) that the head reads, looked up by scan and sentence."""
     sentences = task.sentences
     with torch.no_grad():
         all_scans, all_sentences = np.arange(len(task.splits[split])), np.zeros(len(sentences), dtype=np.int64)
@@ -197,7 +198,7 @@ def fit(
     title: str,
     learning_rate: float,
 ) -> float:
-    """AdamW with a warm-up and a cosine to zero; the model keeps the weights of its best round.
+    """Train by AdamW with a warm-up and a cosine to zero; the model keeps the weights of its best round.
 
     Raises:
         NotFiniteError: the loss of a step was not finite.
@@ -239,7 +240,7 @@ def fit(
 
 
 def evaluate(model: MoPEForClassification, task: Task, split: str, examples: Examples, *, top_k: int | None = None) -> float:
-    """Accuracy, with all experts or the best `top_k`."""
+    """Compute accuracy with all experts or the best `top_k`."""
     config = model.config
     model.config = config.replace(eval_top_k=top_k)
     try:
@@ -250,14 +251,14 @@ def evaluate(model: MoPEForClassification, task: Task, split: str, examples: Exa
 
 @torch.no_grad()
 def accuracy(model: FusionModel, task: Task, split: str, examples: Examples) -> float:
-    """Share of right answers, in evaluation mode."""
+    """Return the share of right answers in evaluation mode."""
     model.eval()
     right = [(model(**inputs).logits.argmax(-1) == labels).sum() for inputs, labels in task.batches(split, examples, 512)]
     return float(sum(right)) / len(examples)
 
 
 def router_gradient(model: MoPEForClassification, task: Task, *, top_k: int | None = None) -> float:
-    """Euclidean norm of the task loss's gradient on all routers, for one batch of training questions in training mode."""
+    """Return the norm of the task loss's gradient on all routers, for one batch of training questions in training mode."""
     inputs, labels = next(task.batches("train", task.training_round(0), 512))
     blocks: Any = model.blocks
     routers = [parameter for block in blocks for parameter in block.router.parameters() if parameter.requires_grad]
@@ -276,7 +277,7 @@ def router_gradient(model: MoPEForClassification, task: Task, *, top_k: int | No
 
 
 def measure(model: MoPEForClassification, task: Task, method: str, *, top_k: int | None = None) -> Result:
-    """The table's line of a trained model."""
+    """Return the table's line for a trained model."""
     trained = trained_parameters(model)
     return Result(
         method,
@@ -290,7 +291,7 @@ def measure(model: MoPEForClassification, task: Task, method: str, *, top_k: int
 
 
 def compare(task: Task, backbones: Backbones) -> tuple[list[Result], MoPEForClassification]:
-    """Train every method -> the table's lines, and the trained MoPE model."""
+    """Train every method; return the table's lines and the trained MoPE model."""
     results = []
     for method, config in methods(backbones).items():
         torch.manual_seed(task.seed)

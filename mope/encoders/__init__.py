@@ -1,1 +1,1 @@
-"""Frozen encoders with prompts."""
+"""Encoders with prompts, run layer by layer or in windows."""

@@ -1,4 +1,4 @@
-"""One encode for all that runs an encoder layer by layer: a model, a server of many tasks."""
+"""Layer-wise encoding with prompts, shared by the fusion model and the multi-task server."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mope.backbones import BackboneAdapter, PromptedLayer
+from mope.encoders.pooling import Pool
 from mope.encoders.recomputing import Recomputing
 from mope.fused import InputPrompts, MoPEAttention, Packing, PromptBank, Router
 from mope.fused.padding import Padding
@@ -16,34 +17,36 @@ from mope_kernels import Routing
 
 
 class LayerPrompts:
-    """Give a `LayerwiseEncoder` its prompts. This class gives none.
+    """Source of the prompts of a `LayerwiseEncoder`. This base class provides none.
 
     >>> feature, routing = encoder.encode(inputs, padding, LayerPrompts())
     """
 
     def of_input(self, tokens: Tensor, padding: Padding) -> tuple[Tensor, Tensor | None] | None:
-        """Return rows with prompts in front of the tokens (B,L,C), and which of them attention sees; None without prompts there."""
+        """Return the rows [prompts; tokens] for tokens (B,L,C), and their attention mask; None if the input has no prompts."""
         return None
 
     def of_layer(self, index: int) -> dict[str, Any] | None:
-        """Return what a prompted layer gets beside its tokens, `prompts` among it; None if this layer is not prompted."""
+        """Return the arguments of a prompted layer besides its tokens, including `prompts`; None if the layer is not prompted."""
         return None
 
 
 class TrainedPrompts(LayerPrompts):
-    """The prompts of one task, as they train.
+    """Trainable prompts of one task.
 
     Args:
-        blocks: the prompts of each prompted layer, by its index.
-        cross, mapped: psi (B,Cc), and mapped prompts (B,M,C), for all layers.
-        noise: (B,K) for each routed layer, in order. It is drawn outside of what gradient checkpointing runs twice.
-        top_k: experts of each item, None for all.
-        banks: for each prompted layer, of `MoPEAttention.build_bank`.
-        router: the one that layers share.
-        input_prompts: in front of the first layer.
+        blocks: Prompts of each prompted layer, by layer index.
+        cross: psi (B,Cc), for all layers.
+        mapped: Mapped prompts (B,M,C), for all layers.
+        noise: Router noise (B,K) for each routed layer, in order. It is drawn by the caller, because gradient checkpointing runs
+            layers twice.
+        top_k: Number of experts per item; None for all.
+        banks: Result of `MoPEAttention.build_bank` for each prompted layer.
+        router: Router shared by the layers.
+        input_prompts: Prompts in front of the first layer.
 
     Raises:
-        ValueError: there are more or fewer banks than prompted layers.
+        ValueError: If the number of banks is not the number of prompted layers.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class TrainedPrompts(LayerPrompts):
         self._banks = dict(zip(blocks, banks or [None] * len(blocks), strict=True))
 
     def of_input(self, tokens: Tensor, padding: Padding) -> tuple[Tensor, Tensor | None] | None:
-        """Return shallow prompts in front of the tokens."""
+        """Return the tokens with the shallow prompts in front, and their attention mask; None without shallow prompts."""
         if self.input_prompts is None:
             return None
         rows = self.input_prompts(tokens, self.mapped)
@@ -89,25 +92,31 @@ class TrainedPrompts(LayerPrompts):
 
 
 class LayerwiseEncoder:
-    """A frozen encoder whose layers are prompted one by one.
+    """Encoder whose layers are prompted one by one.
 
     Args:
-        backbone: the model, with `PromptedLayer`s where it is prompted.
-        adapter: of its architecture.
-        recomputing: which layers are recomputed in the backward pass, None for none.
+        backbone: The model; its prompted layers are `PromptedLayer`s.
+        adapter: Adapter of its architecture.
+        recomputing: Layers to recompute in the backward pass; None for none.
     """
 
     def __init__(self, backbone: nn.Module, adapter: BackboneAdapter, *, recomputing: Recomputing | None = None) -> None:
         self.backbone, self.adapter, self._recomputing = backbone, adapter, recomputing
 
     def refusal(self, flag: str) -> str | None:
-        """Return why the encoder does not take a flag of its modality, None if it does."""
+        """Return why the encoder does not accept a flag of its modality; None if it does."""
         if self.adapter.takes(flag):
             return None
-        return f"{type(self.adapter).__name__} does not say that its embed takes it (interpolates = True)"
+        return f"{type(self.adapter).__name__} does not declare that its embed accepts it (interpolates = True)"
 
-    def encode(self, inputs: Mapping[str, Any], padding: Padding, prompts: LayerPrompts) -> tuple[Tensor, tuple[Routing, ...]]:
-        """Encode inputs, by the names that the encoder knows -> its feature (B,C), and the routing of each routed layer."""
+    def encode(
+        self, inputs: Mapping[str, Any], padding: Padding, prompts: LayerPrompts, pool: Pool | None = None
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Encode inputs, given under the encoder's own names.
+
+        Returns the feature (B,C) and the routing of each routed layer. `pool` makes the feature from the normalized tokens; by
+        default it is the encoder's own summary.
+        """
         backbone, adapter, recomputing = self.backbone, self.adapter, self._recomputing
         tokens = adapter.embed(backbone, dict(inputs), padding.token_mask)
         context = adapter.context(backbone, tokens, padding)
@@ -135,22 +144,24 @@ class LayerwiseEncoder:
                 routing.append(routed)
         if at_input is not None:
             hidden_states = hidden_states[:, -tokens.shape[1] :]
+        if pool is not None:
+            return pool(adapter.normalize(backbone, hidden_states), padding), tuple(routing)
         feature = adapter.pool(backbone, hidden_states, padding)
         return adapter.normalize(backbone, feature), tuple(routing)
 
     def prompted(self) -> list[int]:
-        """Return which layers are prompted."""
+        """Return the indices of the prompted layers."""
         return [i for i, layer in enumerate(self.adapter.layers(self.backbone)) if isinstance(layer, PromptedLayer)]
 
 
 def _plain_layer(
     layer: nn.Module, hidden_states: Tensor, *, adapter: BackboneAdapter, mask: Tensor | None, packing: Packing | None, context: Any
 ) -> tuple[Tensor, None]:
-    """Run a layer without prompts of its own, (B,L,C) -> (B,L,C); it routes nothing."""
+    """Run a layer that has no prompts of its own, (B,L,C) -> (B,L,C); its routing is None."""
     attended = adapter.attend(layer, context).plain(hidden_states, mask, packing)
     return adapter.finish(layer, hidden_states, attended), None
 
 
 def as_prompts(mapped: Tensor) -> Tensor:
-    """Reshape the output of a mapper, one prompt (B,C) or several (B,M,C) -> (B,M,C)."""
+    """Reshape the output of a mapper, one prompt (B,C) or several (B,M,C), to (B,M,C)."""
     return mapped[:, None] if mapped.dim() == 2 else mapped

@@ -1,4 +1,4 @@
-"""A Swin Transformer whose stages hold prompts, routed block by block."""
+"""Swin Transformer with prompts in every stage, routed block by block."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from transformers import SwinConfig, SwinModel
 from mope.backbones.registry import find_architecture
 from mope.backbones.swin_weights import swin_state_dict, transformers_state_dict
 from mope.encoders.importance import importance as mean_importance
+from mope.encoders.pooling import Pool
 from mope.encoders.recomputing import Recomputing
 from mope.fused.mapper import mapper_layers
 from mope.fused.modules import is_plain
@@ -32,11 +33,12 @@ from mope_kernels import Routing
 
 
 class SwinOutput(NamedTuple):
-    """The output of the encoder.
+    """Output of the encoder.
 
-    features: (B, C), the mean over prompts and tokens of the last stage.
-    importance_loss: () mean over the routed blocks, 0 if none is or if it was not asked for.
-    routing: of every routed block, in order.
+    Attributes:
+        features: Mean over the prompts and tokens of the last stage, (B, C).
+        importance_loss: Scalar mean over the routed blocks; 0 if there are none or the loss was not requested.
+        routing: Routing of each routed block, in order.
     """
 
     features: Tensor
@@ -46,7 +48,7 @@ class SwinOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class SwinSizes:
-    """The sizes of a Swin Transformer; `eps` is that of the LayerNorms in and after the blocks."""
+    """Sizes of a Swin Transformer; `eps` applies to the LayerNorms in and after the blocks."""
 
     image_size: int = 224
     patch_size: int = 4
@@ -60,20 +62,22 @@ class SwinSizes:
 
 @dataclass(frozen=True)
 class SwinPrompts:
-    """The prompts of an encoder.
+    """Configuration of an encoder's prompts.
 
-    num_experts: K, 0 for no dynamic prompts.
-    length: l, the number of prompts per expert.
-    static_length: S, the number of static prompts per block. Default: `length`.
-    use_mapped: add a prompt that the mapper makes from psi, one for all blocks of a stage.
-    mapper_hidden: width between psi and the mapped prompts, 0 for none.
-    mapper_batchnorm, mapper_last_gelu: see `mapper_layers`.
-    bound: prompts are initialised as U(-bound, bound). Default: sqrt(6 / (3 patch_size^2 + embed_dim)).
-    depth: "deep"; "shallow": put static and mapped prompts before the first block and pass them through all blocks.
-    first_blocks: the prompts of the first block of each stage: "pass", those that arrive; "own", its own, and then the input has
-        none; "either", its own if routing is given from outside, otherwise those that arrive.
-    dropout: on the prompts of the input and on mapped prompts, in training.
-    drop_block_prompts: also on the static and dynamic prompts of the blocks.
+    Attributes:
+        num_experts: Number of experts K; 0 for no dynamic prompts.
+        length: Number of prompts per expert l.
+        static_length: Number of static prompts per block S. Default: `length`.
+        use_mapped: Add a prompt that the mapper makes from psi, shared by all blocks of a stage.
+        mapper_hidden: Width of the mapper's shared hidden layer; 0 for no such layer.
+        mapper_batchnorm: Put a BatchNorm into the mapper's shared part; see `mapper_layers`.
+        mapper_last_gelu: Put a GELU after the last layer of the mapper; see `mapper_layers`.
+        bound: Prompts are initialised from U(-bound, bound). Default: sqrt(6 / (3 patch_size^2 + embed_dim)).
+        depth: "deep", or "shallow" to put static and mapped prompts before the first block and pass them through all blocks.
+        first_blocks: Prompts of the first block of each stage. "pass": the incoming ones. "own": its own, and the input has none.
+            "either": its own if routing is passed to the call, otherwise the incoming ones.
+        dropout: Dropout probability on input prompts and mapped prompts in training.
+        drop_block_prompts: Apply dropout to the static and dynamic prompts of the blocks too.
     """
 
     num_experts: int = 4
@@ -91,23 +95,25 @@ class SwinPrompts:
 
 
 class MoPESwinEncoder(nn.Module):
-    """A frozen Swin Transformer with P prompts beside its tokens in every block.
+    """Frozen Swin Transformer with P prompts next to its tokens in every block.
 
-    The prompts of the input pass through the first block of each stage; every later block replaces them by its own, as its router
-    says: [static; dynamic; mapped], P = S + l + 1. Each of the three may be absent; without any it is the Swin Transformer, and
-    with static prompts alone it is VPT. (MoPE, arXiv 2403.10568, the published configuration.)
+    Incoming prompts pass through the first block of each stage. Every later block replaces them with its own, [static; dynamic;
+    mapped], P = S + l + 1, where the router mixes the dynamic ones. Each of the three kinds is optional: without any, this is the
+    Swin Transformer, and with static prompts only, it is VPT. (Published configuration of MoPE, arXiv 2403.10568.)
+
+    If the weights come from a transformers model, `config` is the config of that model.
 
     Args:
-        sizes: of the Swin Transformer.
-        prompts: the prompts to add.
-        cross_dim: Cc, width of psi; None: neither routers nor mapper.
-        router_scope: "layer", a router for each block; "shared", one for all, which then sees psi only; "released", one for each,
-            but one for the first two.
-        importance_threshold: see `mope_kernels.importance_loss`.
-        router, impl, block_options: see `MoPESwinBlock`: self_width, cross_width, temperature, noise_std, router_embedding,
-            renormalize, prompt_owner.
-
-    `config` is that of the transformers model that the weights came from, if they did.
+        sizes: Sizes of the Swin Transformer.
+        prompts: Prompts to add.
+        cross_dim: Width Cc of psi; None for neither routers nor mapper.
+        router: Kind of router, see `MoPESwinBlock`.
+        router_scope: "layer" for a router per block; "shared" for one router for all blocks, which must see psi only; "released"
+            for a router per block except that the first two blocks share one.
+        importance_threshold: See `mope_kernels.importance_loss`.
+        impl: Implementation of the fused ops.
+        block_options: self_width, cross_width, temperature, noise_std, router_embedding, renormalize and prompt_owner; see
+            `MoPESwinBlock`.
     """
 
     config: SwinConfig | None = None
@@ -140,7 +146,7 @@ class MoPESwinEncoder(nn.Module):
         self.patch_norm = nn.LayerNorm(embed_dim)
         bound = (6 / (3 * patch_size**2 + embed_dim)) ** 0.5 if bound is None else bound
         self.input_prompts: nn.Parameter | None = None
-        # A mapped prompt joins the shallow ones in each call.
+        # Shallow prompts are joined by a mapped prompt in each call.
         at_input = 0 if self.own_first else self.num_prompts if deep else static_length
         if at_input:
             self.input_prompts = nn.Parameter(torch.empty(at_input, embed_dim).uniform_(-bound, bound))
@@ -155,8 +161,8 @@ class MoPESwinEncoder(nn.Module):
         self.router = make_router(router if shared else None, embed_dim, cross_dim, num_experts, impl=impl, **of_router)
         if self.router is not None and self.router.sees_tokens:
             raise ValueError(
-                "a router shared by all blocks of a Swin Transformer cannot see their tokens, whose width changes from stage to "
-                "stage: set router='complementary' or router_self_width=0, or router_scope='layer'"
+                "a router shared by all blocks of a Swin Transformer cannot see their tokens, because their width differs between "
+                "stages: set router='complementary' or router_self_width=0, or router_scope='layer'"
             )
         own = BlockPrompts(length, num_experts, static_length, bound)
         none = BlockPrompts(bound=bound)
@@ -195,9 +201,9 @@ class MoPESwinEncoder(nn.Module):
 
     @classmethod
     def of(cls, **options: Any) -> Self:
-        """Make an encoder from keyword arguments: the fields of `SwinSizes` and `SwinPrompts`, and the other arguments.
+        """Build an encoder from keyword arguments: the fields of `SwinSizes` and `SwinPrompts`, and the class's other arguments.
 
-        Fields of `SwinPrompts` that a model's configuration also has use its names: prompt_length, prompt_depth, prompt_dropout.
+        Three fields of `SwinPrompts` go by their names in a model's configuration: prompt_length, prompt_depth, prompt_dropout.
         """
         names = {"length": "prompt_length", "depth": "prompt_depth", "dropout": "prompt_dropout"}
         parts: list[Any] = []
@@ -207,12 +213,12 @@ class MoPESwinEncoder(nn.Module):
         return cls(*parts, **options)
 
     def swin_modules(self) -> list[nn.Module]:
-        """The Swin Transformer itself, but for the position bias of its blocks."""
+        """Return the modules of the Swin Transformer itself, without the position bias of its blocks."""
         of_blocks = [module for stage in self.blocks() for block in stage for module in block.swin_modules()]
         return [self.patch_embed, self.patch_norm, *of_blocks, *self.merges, self.norm]
 
     def finetune(self) -> None:
-        """Train the Swin Transformer itself too, position bias included. Its dropout and stochastic depth stay left out."""
+        """Make the Swin Transformer itself trainable, including position biases, without dropout or stochastic depth."""
         for module in self.swin_modules():
             module.requires_grad_(True)
         for stage in self.blocks():
@@ -220,12 +226,12 @@ class MoPESwinEncoder(nn.Module):
                 block.finetune()
 
     def blocks(self) -> list[list[MoPESwinBlock]]:
-        """The blocks of each stage."""
+        """Return the blocks of each stage."""
         stages: Any = self.stages
         return [list(stage) for stage in stages]
 
     def routers(self) -> list[list[Router | None]]:
-        """The router of each block of each stage, None where nothing is routed. Blocks may share one."""
+        """Return the router of each block of each stage, None for blocks without routing. Blocks may share a router."""
         shared, stages = self.router, self.blocks()
         found = [[None if block.experts is None else shared or block.router for block in blocks] for blocks in stages]
         if self.pairs_first:
@@ -233,7 +239,10 @@ class MoPESwinEncoder(nn.Module):
         return found
 
     def routed_blocks(self) -> dict[str, Router]:
-        """Blocks with a router, by name, in the order of `SwinOutput.routing`; stages and blocks count from 0."""
+        """Return the routers of routed blocks by block name, in the order of `SwinOutput.routing`.
+
+        Stages and blocks are counted from 0.
+        """
         found = {}
         for stage, routers in enumerate(self.routers()):
             for i, router in enumerate(routers):
@@ -242,14 +251,14 @@ class MoPESwinEncoder(nn.Module):
         return found
 
     def swin_tensors(self) -> set[str]:
-        """Names in the state dict of what belongs to the Swin Transformer itself."""
+        """Return the state-dict names of the tensors of the Swin Transformer itself."""
         return {name for _, name, _ in self.original_names()}
 
     def load_swin(self, source: nn.Module | Mapping[str, Tensor]) -> None:
-        """Take the weights of a transformers `SwinModel` or of an original Swin checkpoint (see `swin_state_dict`).
+        """Load the weights of a transformers `SwinModel` or of an original Swin checkpoint (see `swin_state_dict`).
 
         Raises:
-            ValueError: tensors are missing, unknown or of another shape; the message names them.
+            ValueError: If tensors are missing, unknown or of another shape; the message names them.
         """
         state = swin_state_dict(source)
         own = self.state_dict(keep_vars=True)
@@ -272,7 +281,7 @@ class MoPESwinEncoder(nn.Module):
                 own[target].copy_(value)
 
     def original_names(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """(the original name, the name here, the original shape) of every tensor of the Swin Transformer."""
+        """List (original name, name here, original shape) of every tensor of the Swin Transformer."""
         modules = {"patch_embed.proj": "patch_embed", "patch_embed.norm": "patch_norm", "norm": "norm"}
         tables: list[tuple[str, str, tuple[int, ...]]] = []
         for s, stage in enumerate(self.blocks()):
@@ -294,13 +303,13 @@ class MoPESwinEncoder(nn.Module):
         return found + tables
 
     def swin_model(self) -> tuple[SwinModel, dict[str, Tensor]]:
-        """The transformers model that the weights came from, on the meta device, and its state dict with the weights of here.
+        """Return the transformers model of `config` on the meta device, and its state dict with this encoder's weights.
 
         Raises:
-            ValueError: the weights came from somewhere else, so that there is no `config`.
+            ValueError: If there is no `config`, because the weights do not come from a transformers model.
         """
         if self.config is None:
-            raise ValueError("MoPESwinEncoder: there is no transformers config: make it with encoder_for(model)")
+            raise ValueError("MoPESwinEncoder: there is no transformers config: create the encoder with encoder_for(model)")
         with torch.device("meta"):
             model = SwinModel(self.config, add_pooling_layer=False)
         own, original = self.state_dict(), {}
@@ -313,16 +322,16 @@ class MoPESwinEncoder(nn.Module):
         return model, state
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (B, 3, image_size, image_size) -> tokens (B, R*R, embed_dim)."""
+        """Embed images (B, 3, image_size, image_size) as tokens (B, R*R, embed_dim)."""
         size, shape = self.image_size, tuple(images.shape)
         if shape[1:] != (3, size, size):
             raise ValueError(f"MoPESwinEncoder: images must be (B, 3, {size}, {size}), got {shape}")
         return self.patch_norm(rearrange(self.patch_embed(images.to(self.patch_embed.weight.dtype)), "b c y x -> b (y x) c"))
 
     def mapped_prompts(self, mapper_input: Tensor) -> list[Tensor]:
-        """The mapped prompt of each stage, (B, 1, C_s), from what the shared part of the mapper gives, (B, mapper_hidden).
+        """Compute the mapped prompt (B, 1, C_s) of each stage from the output (B, mapper_hidden) of the mapper's shared part.
 
-        One product for all stages, where their mappers are plain.
+        One matrix product serves all stages if their mappers are plain.
         """
         mappers: Any = self.stage_mappers
         first = [mapper[0] for mapper in mappers if is_plain(mapper, nn.Sequential) and is_plain(mapper[0], nn.Linear)]
@@ -352,19 +361,20 @@ class MoPESwinEncoder(nn.Module):
         """Encode images.
 
         Args:
-            images: (B, 3, image_size, image_size).
+            images: Images (B, 3, image_size, image_size).
             cross: psi (B, Cc), for routers and mapper.
-            mapper_input: (B, mapper_hidden), in place of the shared part of the mapper.
-            route_weights: (B, L, K) given routing weights, one row for each block in order; where the first stage's blocks share
-                a row, L is one less than there are blocks (the released text-only router). Every block then takes its own prompts.
-            noise: (B, K) for each routed block. Default: drawn here, in training.
-            router_noise: draw noise outside training too.
-            top_k: experts for each item, None for all.
-            checkpointing: recompute blocks in the backward pass; routing and noise are not drawn again.
-            importance: whether to compute the importance loss.
+            mapper_input: Replacement (B, mapper_hidden) for the output of the mapper's shared part.
+            route_weights: Routing weights (B, L, K), one row per block in order, which replace the routers. If L is one less than
+                the number of blocks, the first two blocks share the first row (the released text-only router). Every block then
+                uses its own prompts.
+            noise: Router noise (B, K) for each routed block. Default: drawn here in training.
+            router_noise: Draw noise outside training too.
+            top_k: Number of experts per item; None for all.
+            checkpointing: Recompute blocks in the backward pass. Noise is not drawn again.
+            importance: Whether to compute the importance loss.
 
         Raises:
-            ValueError: images of another size, `cross` is missing, or `route_weights` has another shape.
+            ValueError: If images have another size, `cross` is missing, or `route_weights` has a wrong shape.
         """
         prompts = TrainedWindowPrompts(
             self,
@@ -383,11 +393,12 @@ class MoPESwinEncoder(nn.Module):
         return SwinOutput(features, mean_importance(probs, threshold=self.importance_threshold, impl=self.impl), routed)
 
     def encode(
-        self, images: Tensor, prompts: WindowPrompts, *, recomputing: Recomputing | None = None
+        self, images: Tensor, prompts: WindowPrompts, *, recomputing: Recomputing | None = None, pool: Pool | None = None
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """Encode images (B, 3, image_size, image_size) with prompts from anywhere -> their features (B, C), and what was routed.
+        """Encode images (B, 3, image_size, image_size) with the given prompts.
 
-        `recomputing` says which blocks are recomputed in the backward pass; what `prompts` drew and routed is not drawn again.
+        Returns the features (B, C) and the routing of each routed block. `recomputing` selects the blocks to recompute in the
+        backward pass; `prompts` is not called again then.
         """
         x = self.embed(images)
         if at_input := prompts.of_input(x):
@@ -410,10 +421,10 @@ class MoPESwinEncoder(nn.Module):
             if stage < len(self.merges):
                 x, update = self.merges[stage](add(x, update)), None
         _, normed = add_norm(x, update, self.norm, impl=self.impl)
-        return normed.mean(1), tuple(routed)
+        return normed.mean(1) if pool is None else pool(normed, Padding()), tuple(routed)
 
     def cross_logits(self, routers: Sequence[Router], cross: Tensor | None) -> dict[int, Tensor]:
-        """psi's part of the logits of each router that need not be called for it, by the router's id."""
+        """Compute psi's part of the logits, by router id, for the routers whose parameters may be read."""
         if cross is None:
             return {}
         found = {id(router): router.of_cross() for router in routers}
@@ -421,7 +432,11 @@ class MoPESwinEncoder(nn.Module):
         return dict(zip(parts, cross_logits(list(parts.values()), cross), strict=True))
 
     def mapped(self, cross: Tensor | None, mapper_input: Tensor | None = None) -> list[Tensor]:
-        """The mapped prompts of the stages that have one."""
+        """Return the mapped prompts of the stages that have one.
+
+        Raises:
+            ValueError: If mapped prompts are used and both `cross` and `mapper_input` are missing.
+        """
         if not self.use_mapped:
             return []
         if mapper_input is None:
@@ -432,74 +447,89 @@ class MoPESwinEncoder(nn.Module):
         return self.mapped_prompts(mapper_input)
 
     def _rows(self, route_weights: Tensor) -> Iterator[Routing]:
-        """Dense routing of each block."""
+        """Yield the dense routing of each block."""
         count = sum(map(len, self.blocks()))
         if route_weights.shape[1] == count - 1:
             route_weights = torch.cat([route_weights[:, :1], route_weights], dim=1)
         if route_weights.shape[1] != count:
             raise ValueError(
-                f"route_weights must have a row for each of {count} blocks, or one less, got {tuple(route_weights.shape)}"
+                f"route_weights must have a row for each of the {count} blocks, or one fewer, got {tuple(route_weights.shape)}"
             )
         every = torch.arange(route_weights.shape[2], device=route_weights.device).expand_as(route_weights[:, 0])
         return (Routing(row, every, row) for row in route_weights.unbind(1))
 
 
 class WindowedEncoder:
-    """A frozen encoder that is prompted in windows: as `LayerwiseEncoder`, with `WindowPrompts`.
+    """Encoder with prompts in windows: the counterpart of `LayerwiseEncoder`, using `WindowPrompts`.
 
     Args:
-        backbone: which holds prompts and routers as well.
-        recomputing: which blocks are recomputed in the backward pass, None for none.
+        backbone: The Swin Transformer, which also holds prompts and routers.
+        recomputing: Blocks to recompute in the backward pass; None for none.
     """
 
     def __init__(self, backbone: MoPESwinEncoder, *, recomputing: Recomputing | None = None) -> None:
         self.backbone, self._recomputing = backbone, recomputing
 
     def refusal(self, flag: str) -> str | None:
-        """Return why the encoder does not take a flag of its modality."""
-        return "the windows of a Swin Transformer fit images of one size, and it has no encoding of positions to interpolate"
+        """Return why the encoder does not accept a flag of its modality."""
+        return "the windows of a Swin Transformer fit images of one size, and it has no position embeddings to interpolate"
 
-    def encode(self, inputs: Mapping[str, Any], padding: Padding, prompts: WindowPrompts) -> tuple[Tensor, tuple[Routing, ...]]:
-        """Encode images -> their features (B,C), and the routing of each routed block."""
+    def encode(
+        self, inputs: Mapping[str, Any], padding: Padding, prompts: WindowPrompts, pool: Pool | None = None
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Encode images; return their features (B,C) and the routing of each routed block.
+
+        `pool` makes the feature from the normalized prompts and tokens; by default it is their mean.
+        """
         (images,) = inputs.values()
-        return self.backbone.encode(images, prompts, recomputing=self._recomputing)
+        return self.backbone.encode(images, prompts, recomputing=self._recomputing, pool=pool)
 
 
 class WindowPrompts(ABC):
-    """Give `MoPESwinEncoder.encode` its prompts, block by block."""
+    """Source of the prompts of `MoPESwinEncoder.encode`, block by block."""
 
-    # The router of each block of each stage, None where nothing is routed.
+    # The router of each block of each stage, None for blocks without routing.
     routers: list[list[Router | None]]
 
     @abstractmethod
     def of_input(self, tokens: Tensor) -> list[Tensor]:
-        """Return prompts (B,N,C) to put in front of the tokens (B,L,C), in order."""
+        """Return the prompts (B,N,C) to put in front of the tokens (B,L,C), in order."""
 
     @abstractmethod
     def of_block(
         self, place: tuple[int, int], block: MoPESwinBlock, router: Router | None, x: Tensor, update: Tensor | None
     ) -> tuple[Tensor, Tensor | None, dict[str, Any] | None, Routing | None]:
-        """Return x and update, with prompts of the block's own in them or as arguments of `MoPESwinBlock.step`, and its routing.
+        """Supply a block with its prompts.
 
-        `place` is (stage, block). Arguments of None keep the prompts that arrive. The routing is None where the block decides it.
+        Args:
+            place: (stage, block).
+            block: The block.
+            router: Router of the block, None without routing.
+            x: First summand of the block's input.
+            update: Second summand of the block's input, None for none.
+
+        Returns:
+            x; update; the block's own prompts as the `own` argument of `MoPESwinBlock.step`, or None if they are already in x or
+            the incoming prompts are kept; and the routing, or None if the block decides it or there is none.
         """
 
     @abstractmethod
     def decide(self, router: Router | None, routing: Routing | None) -> Routing | None:
-        """Take the routing of a block -> what the encoder returns of it, None for nothing."""
+        """Receive the routing of a block, and return the routing that the encoder reports for it, or None."""
 
 
 class TrainedWindowPrompts(WindowPrompts):
-    """The prompts that an encoder holds itself, as they train.
+    """Trainable prompts that an encoder holds itself.
 
     Args:
-        encoder: which holds them.
-        batch: B.
+        encoder: Encoder that holds the prompts.
+        batch: Batch size B.
         cross: psi (B,Cc), for routers.
-        mapped: the mapped prompt of each stage, of `MoPESwinEncoder.mapped`.
-        rows: given routing of each block; nothing is routed then.
-        noise: (B,K) for each routed block; default: drawn here in training, with `router_noise` always.
-        top_k: experts of each item, None for all.
+        mapped: Mapped prompt of each stage, from `MoPESwinEncoder.mapped`.
+        rows: Given routing of each block, which replaces the routers.
+        noise: Router noise (B,K) for each routed block. Default: drawn here in training, or always with `router_noise`.
+        router_noise: Draw noise outside training too.
+        top_k: Number of experts per item; None for all.
     """
 
     def __init__(
@@ -520,16 +550,16 @@ class TrainedWindowPrompts(WindowPrompts):
         self._noise = self._noises(of_blocks, batch, router_noise) if noise is None else iter(noise)
         self._of_cross = encoder.cross_logits(of_blocks, cross) if rows is None else {}
         self._dropping = encoder.drop_block_prompts and encoder.prompt_dropout.training
-        # A router that sees psi only decides once for all its blocks.
+        # A router that sees only psi decides once for all its blocks.
         self._decided: dict[int, Routing] = {}
 
     @staticmethod
     def _noises(routers: Sequence[Router], batch: int, always: bool) -> Iterator[Tensor | None]:
-        """Draw noise when the first block asks for it, after the dropout of what stands in front of it."""
+        """Draw noise lazily, when the first block needs it, so that random numbers are drawn after the input prompts' dropout."""
         yield from sample_noise(routers, batch, always=always)
 
     def of_input(self, tokens: Tensor) -> list[Tensor]:
-        """Return shallow mapped prompts, and those of the input, of which each image drops others."""
+        """Return shallow mapped prompts and input prompts, with dropout drawn independently for each image."""
         encoder, found = self.encoder, []
         if encoder.use_mapped and not encoder.deep:
             found.append(self.mapped[0].to(tokens.dtype))
@@ -540,9 +570,9 @@ class TrainedWindowPrompts(WindowPrompts):
     def of_block(
         self, place: tuple[int, int], block: MoPESwinBlock, router: Router | None, x: Tensor, update: Tensor | None
     ) -> tuple[Tensor, Tensor | None, dict[str, Any] | None, Routing | None]:
-        """Return the block's static, mapped and routed prompts."""
+        """Supply the block's static, mapped and routed prompts."""
         encoder, (stage, i) = self.encoder, place
-        # Prompts that something is done to between mixing and use are made apart.
+        # Mix prompts separately if they go through dropout, or if the experts have hooks or are of another class.
         apart = self._dropping or not (block.experts is None or is_plain(block.experts, PromptExperts))
         routing: Routing | None = None
         deciding: dict[str, Any] = {}
@@ -568,7 +598,7 @@ class TrainedWindowPrompts(WindowPrompts):
         return x, update, own, routing
 
     def decide(self, router: Router | None, routing: Routing | None) -> Routing | None:
-        """Keep what holds for all blocks of a router."""
+        """Return the routing, and keep it if it applies to all blocks of the router."""
         if self._rows is not None or router is None:
             return None
         assert routing is not None
@@ -580,7 +610,7 @@ class TrainedWindowPrompts(WindowPrompts):
 def _step(
     block: MoPESwinBlock, x: Tensor, update: Tensor | None, own: dict[str, Any] | None
 ) -> tuple[Tensor, Tensor | None, Routing | None]:
-    """`MoPESwinBlock.step`; a block that something is hooked to is called instead, on what it adds up to."""
+    """Run `MoPESwinBlock.step`; if the block has hooks or is of another class, evaluate the sum and call the block."""
     if is_plain(block, MoPESwinBlock):
         return block.step(x, update, own)
     x, routing = block.add_up(x, update, own)
@@ -590,7 +620,7 @@ def _step(
 def _recomputed_step(
     recomputing: Recomputing, block: MoPESwinBlock, x: Tensor, update: Tensor | None, own: dict[str, Any] | None
 ) -> tuple[Tensor, Tensor | None, Routing | None]:
-    """Keeps one tensor: what is left to be added is added at once."""
+    """Run `_step` with recomputation; sums are evaluated first, so that only one tensor is kept."""
 
     def whole(x: Tensor) -> tuple[Tensor, Routing | None]:
         x, update, routing = _step(block, x, None, own)
@@ -601,17 +631,21 @@ def _recomputed_step(
 
 
 def distinct(routing: Sequence[Routing]) -> list[Routing]:
-    """Each decision once, where blocks share one."""
+    """Return each routing decision once, even if several blocks share it."""
     return list({id(r): r for r in routing}.values())
 
 
 def encoder_for(model: SwinModel, **options: Any) -> MoPESwinEncoder:
-    """A prompted encoder of the sizes of a transformers `SwinModel`, with copies of its weights in their dtype, on its device.
+    """Build a prompted encoder from a transformers `SwinModel`, with copies of its weights, on its device and in its dtype.
 
-    The model itself is not changed, and nothing is shared with it. Its dropout and stochastic depth are left out.
+    The model itself is not changed and shares nothing with the encoder. Its dropout and stochastic depth are not used.
+
+    Args:
+        model: The model.
+        options: Further arguments of `MoPESwinEncoder.of`.
 
     Raises:
-        ValueError: its config asks for what the encoder does not have; the message names it.
+        ValueError: If the model's config uses a feature that the encoder does not have; the message names it.
     """
     find_architecture(model, "vision")
     config: Any = model.config

@@ -1,4 +1,4 @@
-"""Layers with the fused ops inside. Needs torch and mope_kernels only."""
+"""Layers built on the fused ops. Requires only torch and mope_kernels."""
 
 from .adapter import ExpertAdapter
 from .attention import FrozenAttention, MoPEAttention, PromptBank

@@ -1,4 +1,4 @@
-"""ModeX's adapters: a bottleneck beside a frozen layer, whose up-projections are experts for modalities."""
+"""ModeX adapters: a bottleneck beside a frozen layer, with one up-projection per modality expert."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import mope_kernels
 from mope_kernels.expert_adapter import ACTIVATIONS
 
-# The released code's two adapters: down-projection, up-projections in the order of the experts (text, vision, both), router.
+# The two adapters of the released code: down-projection, up-projections in expert order (text, vision, both), router.
 _RELEASED = (
     ("D_fc1", ("D_fc2",), None),
     ("down_proj", ("up_proj", "visual_up_proj", "multi_up_proj"), "expert_weights"),
@@ -18,19 +18,20 @@ _RELEASED = (
 
 
 class ExpertAdapter(nn.Module):
-    """x + sum_e w_e (U_e h + b_e), h = activation(W x + b), w = softmax((R x + c) / temperature), for each token.
+    """Adapter with routed experts, applied to each token.
 
-    With one expert there is no router: the plain adapter. The up-projections start at zero, so that the adapter starts as the
-    identity. State dicts of the released code's adapters load as well.
+    It computes x + sum_e w_e (U_e h + b_e) with h = activation(W x + b) and w = softmax((R x + c) / temperature). With one expert
+    there is no router, which makes it a plain adapter. The up-projections start at zero, so the adapter starts as the identity.
+    State dicts of the released code's adapters can be loaded too.
 
     Args:
-        dim: d, width of the tokens.
-        num_experts: E.
-        bottleneck: r.
-        temperature: of the router.
+        dim: Token width d.
+        num_experts: Number of experts E.
+        bottleneck: Bottleneck width r.
+        temperature: Temperature of the router.
         activation: "relu" or "gelu" (exact).
-        dropout: of h, in training.
-        impl: as in `mope_kernels.expert_adapter`.
+        dropout: Dropout probability on h in training.
+        impl: Implementation, see `mope_kernels.expert_adapter`.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class ExpertAdapter(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Down-projection and router as `nn.Linear` starts, the up-projections at zero."""
+        """Initialise the down-projection and the router like `nn.Linear`, and the up-projections to zero."""
         bound = self.down_weight.shape[1] ** -0.5
         for parameter in (self.down_weight, self.down_bias, self.router_weight, self.router_bias):
             if parameter is not None:
@@ -77,7 +78,10 @@ class ExpertAdapter(nn.Module):
     @overload
     def forward(self, x: Tensor, return_weights: Literal[True]) -> tuple[Tensor, Tensor]: ...
     def forward(self, x: Tensor, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """(..., d) -> (..., d) in the dtype of x; with `return_weights` also the experts' weights, (..., E) float32 (float64)."""
+        """Map x (..., d) to (..., d) in the same dtype.
+
+        With `return_weights`, also return the expert weights (..., E) in float32 (float64 for float64 inputs).
+        """
         return mope_kernels.expert_adapter(
             x,
             self.down_weight,
@@ -95,7 +99,7 @@ class ExpertAdapter(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for down, ups, router in _RELEASED:
-            # What is incomplete is left as it is, and reported under its own names.
+            # Incomplete adapters are not converted, so that errors report the original names.
             modules = [down, *ups, *([] if router is None else [router])]
             if len(ups) == len(self.up_weight) and all(
                 f"{prefix}{m}.{p}" in state_dict for m in modules for p in ("weight", "bias")

@@ -1,4 +1,4 @@
-"""Prompted self-attention over the projections of one frozen layer."""
+"""Prompted self-attention that reuses the projections of one frozen layer."""
 
 from __future__ import annotations
 
@@ -23,18 +23,23 @@ from .router import Router, make_router
 
 @dataclass(frozen=True, eq=False)
 class FrozenAttention:
-    """The modules of one frozen attention layer. They are called, so that LoRA, quantised and sharded ones work.
+    """Modules of one frozen attention layer.
 
-    Query, key and value projections that are plain frozen `nn.Linear` and were joined (`join`) are one product instead.
+    The modules are called, so LoRA, quantised and sharded projections work. Query, key and value projections that are plain frozen
+    `nn.Linear` layers and have been joined (see `join`) are computed as one matrix product instead.
 
-    query, key, value: C -> H*D, each on its own.
-    output: H*D -> C.
-    num_heads: H.
-    norm: the LayerNorm between the block input and the projections (pre-LN blocks), None in post-LN blocks.
-    scale: of the scores; D^-0.5 if None.
-    prepare: changes queries and keys (B,H,L,D) of tokens between projection and scores: rotary positions, norms.
-    prepare_prompts: changes keys of prompts (B,H,P,D), which have no position: norms. Experts cannot be projected into a bank then.
-    bias: added to the scores of tokens, broadcastable to (B,H,L,L).
+    Attributes:
+        query: Query projection, C -> H*D.
+        key: Key projection, C -> H*D.
+        value: Value projection, C -> H*D.
+        output: Output projection, H*D -> C.
+        num_heads: Number of heads H.
+        norm: LayerNorm between the block input and the projections in pre-LN blocks; None in post-LN blocks.
+        scale: Factor applied to the scores; D^-0.5 if None.
+        prepare: Changes the queries and keys (B,H,L,D) of tokens after projection, for example by rotary positions or norms.
+        prepare_prompts: Changes the keys (B,H,P,D) of prompts after projection, for example by norms; prompts have no position.
+            If set, experts cannot be projected into a bank.
+        bias: Added to the scores of tokens; broadcastable to (B,H,L,L).
     """
 
     query: nn.Module
@@ -50,14 +55,14 @@ class FrozenAttention:
 
     @property
     def can_bank(self) -> bool:
-        """Whether prompts can be projected before they are mixed: up to the scores their keys are affine, but for a LayerNorm."""
+        """True if prompts can be projected before mixing: apart from a LayerNorm, their keys are an affine function of them."""
         return self.prepare_prompts is None and (self.norm is None or isinstance(self.norm, nn.LayerNorm))
 
     def normalize(self, x: Tensor) -> Tensor:
         return x if self.norm is None else self.norm(x)
 
     def join(self) -> None:
-        """Put the weights of query, key and value side by side, see `mope.fused.projections.join_linear`."""
+        """Store the query, key and value weights side by side; see `mope.fused.projections.join_linear`."""
         join_linear((self.query, self.key, self.value))
 
     def separate(self) -> None:
@@ -65,13 +70,13 @@ class FrozenAttention:
         separate_linear((self.query, self.key, self.value))
 
     def keys_and_values(self, normalized: Tensor) -> tuple[Tensor, Tensor]:
-        """Of prompts, (B,L,C) -> (B,H,L,D) twice."""
+        """Project normalised prompts (B,L,C) to keys and values, each (B,H,L,D)."""
         keys, value = call_linear((self.key, self.value), normalized)
         key = split_heads(keys, self.num_heads)
         return key if self.prepare_prompts is None else self.prepare_prompts(key), split_heads(value, self.num_heads)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Block input (B,L,C) -> query, key, value, each (B,H,L,D)."""
+        """Project the block input (B,L,C) to query, key and value, each (B,H,L,D)."""
         queries, keys, values = call_linear((self.query, self.key, self.value), self.normalize(x))
         query, key = split_heads(queries, self.num_heads), split_heads(keys, self.num_heads)
         if self.prepare is not None:
@@ -79,13 +84,19 @@ class FrozenAttention:
         return query, key, split_heads(values, self.num_heads)
 
     def merge(self, heads: Tensor) -> Tensor:
-        """(B,H,L,D) -> (B,L,C), before the residual of the layer."""
+        """Merge the heads (B,H,L,D) and apply the output projection, giving (B,L,C) before the residual add."""
         return self.output(heads.transpose(1, 2).flatten(2))
 
     def plain(self, x: Tensor, token_mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
-        """The layer's own attention, without prompts: (B,L,C) -> (B,L,C), packed: (1,T,C) -> (1,T,C).
+        """Apply the layer's attention without prompts.
 
-        `token_mask`: (B,L) bool, True for a token, False for padding; or (B,L,L), True where a query (row) sees a token.
+        Args:
+            x: Block input (B,L,C), or (1,T,C) if packed.
+            token_mask: Bool (B,L), True for tokens and False for padding; or (B,L,L), True where a query (row) sees a token.
+            packing: Packing of the batch, if x is packed.
+
+        Returns:
+            Attention output in the shape of x, before the residual add.
         """
         if packing is not None:
             query, key, value = self.project(x)
@@ -105,9 +116,10 @@ class FrozenAttention:
 
 @dataclass(frozen=True, eq=False)
 class PromptBank:
-    """The prompts of one layer that do not depend on the batch, projected: experts, and static prompts as (H,S,D) keys and values.
+    """Projected prompts of one layer that do not depend on the batch.
 
-    `versions` tells the state of the parameters that it was made from, so that a stale bank is noticed.
+    It holds the experts, and the static prompts as keys and values of shape (H,S,D). `versions` records the version of each
+    parameter it was built from, so that a stale bank is detected.
     """
 
     experts: ExpertBank
@@ -117,23 +129,25 @@ class PromptBank:
 
 
 class MoPEAttention(nn.Module):
-    """Self-attention of a frozen layer over [static; mapped; dynamic prompts; tokens]; trains prompts and router only.
+    """Self-attention of a frozen layer over [static; mapped; dynamic prompts; tokens]; only prompts and router are trained.
 
-    Prompts are keys and values, they ask nothing themselves. `static_length`, `num_experts` and the `mapped` argument may each
-    be absent: without experts there is no router and no routing. The state dict holds nothing of the frozen layer and does
-    not depend on `impl`.
+    Prompts serve as keys and values only; no queries are computed for them. Static, mapped and dynamic prompts are each optional.
+    Without experts there is no router and no routing. The state dict contains nothing of the frozen layer and does not depend
+    on `impl`.
 
     Args:
-        frozen: the modules of the layer; not registered here, they stay where they are.
-        dim: C.
-        cross_dim: Cc, width of the complementary modality's feature; needed with experts.
-        num_experts, prompt_length: K experts of P dynamic prompts each; K = 0 for none.
-        static_length: S, prompts that all instances share.
-        bound: prompts start as U(-bound, bound). Default: sqrt(3 / C) in front of a LayerNorm, else 0.3.
-        prompt_dropout: on all prompts in training. Needs the prompts of each instance, so the one-pass op is not used then.
-        router: "multimodal", "complementary", or None: the router is given in each call, since several layers share it.
-        router_options: self_width, cross_width, temperature, noise_std, router_embedding, renormalize, see `MultimodalRouter`.
-        impl: of the ops inside.
+        frozen: Modules of the layer. They are not registered here and stay part of the backbone.
+        dim: Token width C.
+        cross_dim: Width Cc of the complementary modality's feature; required with experts.
+        num_experts: Number of experts K; 0 for no dynamic prompts.
+        prompt_length: Number P of dynamic prompts per expert.
+        static_length: Number S of prompts shared by all instances.
+        bound: Prompts are initialised from U(-bound, bound). Default: sqrt(3 / C) in front of a LayerNorm, otherwise 0.3.
+        prompt_dropout: Dropout probability on all prompts in training. It acts on the prompts of each instance, so the one-pass op
+            is not used with it.
+        router: "multimodal", "complementary", or None if several layers share a router, which is then passed to each call.
+        router_options: self_width, cross_width, temperature, noise_std, router_embedding and renormalize; see `MultimodalRouter`.
+        impl: Implementation of the fused ops.
     """
 
     def __init__(
@@ -179,24 +193,28 @@ class MoPEAttention(nn.Module):
         router: Router | None = None,
         frozen: FrozenAttention | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """Attend from every token.
+        """Attend from every token to the prompts and the tokens.
 
         Args:
-            x: (B,L,C) input of the block.
-            cross: (B,Cc) feature of the complementary modality, for the router.
-            mapped: (B,M,C) mapped prompts.
-            lengths: (B,) integer, the number of tokens of each item: right padding. The fast way to say it.
-            token_mask: (B,L) bool, True for a token, False for padding, wherever the padding is.
-            packing: of the batch, where x is (1,T,C) without padding; the prompts are then mixed before they are projected.
-            attn_bias: floating point, broadcastable to (B,H,L,L), added to the scores of tokens.
-            noise: (B,K) router noise, drawn by the caller (`router.sample_noise`) so that a recomputation sees the same.
-            top_k: number of selected experts; None: all of them.
-            bank: of `build_bank`, to project the prompts once for many batches.
-            router: the one that layers share, where this layer has none of its own.
-            frozen: the layer's modules, where they were replaced after construction.
+            x: Block input (B,L,C).
+            cross: Feature of the complementary modality (B,Cc), for the router.
+            mapped: Mapped prompts (B,M,C).
+            lengths: Number of tokens of each item, integer (B,), for right padding. Faster than `token_mask`.
+            token_mask: Bool (B,L), True for tokens and False for padding, which may be anywhere.
+            packing: Packing of the batch if x is (1,T,C) without padding. Prompts are then mixed before they are projected.
+            attn_bias: Floating-point bias added to the scores of tokens; broadcastable to (B,H,L,L).
+            noise: Router noise (B,K), drawn by the caller (`router.sample_noise`) so that recomputation uses the same noise.
+            top_k: Number of experts to select; None for all.
+            bank: Result of `build_bank`, to project the prompts once for many batches.
+            router: Router shared by several layers, if this layer has none of its own.
+            frozen: Modules of the layer, if they were replaced after construction.
 
         Returns:
-            In the shape of x, the attention's output projection before the residual; and the `Routing` (None without experts).
+            The attention output in the shape of x, before the residual add, and the `Routing` (None without experts).
+
+        Raises:
+            ValueError: If the layer has experts and no router or `cross` is given, or if `bank` is stale or was built without
+                gradients for training.
         """
         frozen, router = frozen or self.frozen, router or self.router
         if frozen.bias is not None:
@@ -207,9 +225,9 @@ class MoPEAttention(nn.Module):
             return self._attend(frozen, x, (mapped,), lengths, token_mask, packing, attn_bias), None
 
         if router is None:
-            raise ValueError("MoPEAttention: this layer has experts and no router of its own: give router")
+            raise ValueError("MoPEAttention: this layer has experts but no router of its own: pass router")
         if cross is None:
-            raise ValueError("MoPEAttention: the router needs cross, the (B,Cc) feature of the complementary modality")
+            raise ValueError("MoPEAttention: the router needs cross, the feature (B,Cc) of the complementary modality")
         pooled = None
         if router.sees_tokens:
             pooled = mean_over_tokens(x, lengths, token_mask) if packing is None else packing.mean(x)
@@ -242,26 +260,27 @@ class MoPEAttention(nn.Module):
         return frozen.merge(out), routing
 
     def build_bank(self, frozen: FrozenAttention | None = None) -> PromptBank:
-        """Project experts and static prompts, in float32 (float64), for every batch until a parameter changes.
+        """Project experts and static prompts in float32 (float64); the result is valid until a parameter changes.
 
         Raises:
-            TypeError: the layer's norm is no LayerNorm, so that its experts cannot be folded into a bank.
-            ValueError: there are no experts.
+            TypeError: If the experts cannot be folded into a bank, because the layer's norm is not a LayerNorm or the layer
+                changes the keys of prompts after projection.
+            ValueError: If there are no experts.
         """
         frozen = frozen or self.frozen
         if frozen.prepare_prompts is not None:
-            raise TypeError("MoPEAttention: this layer changes the keys of prompts after they are projected, so it has no bank")
+            raise TypeError("MoPEAttention: cannot build a bank, because this layer changes the keys of prompts after projection")
         if self.experts is None:
-            raise ValueError("MoPEAttention: a bank holds projected experts, and this layer has none (num_experts=0)")
+            raise ValueError("MoPEAttention: cannot build a bank, because this layer has no experts (num_experts=0)")
         projected = project_prompts(self.experts.prompts, self.static, frozen.key, frozen.value, frozen.norm, frozen.num_heads)
         return PromptBank(*projected, self._versions())
 
     def _bank_pays(self, frozen: FrozenAttention, batch: int, bank: PromptBank | None) -> bool:
-        """Whether to take the one-pass op: its bank has K*P rows to project, prompts mixed before the projection B*P."""
+        """Tell whether to use the one-pass op: its bank projects K*P rows, whereas mixing first projects B*P rows."""
         assert self.experts is not None
         if self._drops_prompts or not frozen.can_bank:
             return False
-        # An implementation that is asked for by name is one of the one-pass op.
+        # An implementation requested by name means one of the one-pass op.
         return bank is not None or self.impl not in ("auto", "reference") or len(self.experts.prompts) <= batch
 
     def _attend(
@@ -274,7 +293,7 @@ class MoPEAttention(nn.Module):
         packing: Packing | None,
         attn_bias: Tensor | None,
     ) -> Tensor:
-        """Attention over [static; instance prompts, each (B,M,C); tokens]: (B,L,C) -> (B,L,C)."""
+        """Attend from tokens x (B,L,C) to [static; instance prompts, each (B,M,C); tokens]; returns (B,L,C)."""
         batch, dim = x.shape[0] if packing is None else packing.shape[0], x.shape[-1]
         prompts = [p.to(x.dtype) for p in instance_prompts if p is not None]
         if self.static is not None:
@@ -301,7 +320,7 @@ class MoPEAttention(nn.Module):
         return self.training and self.prompt_dropout.p > 0
 
     def _versions(self) -> tuple[int, ...]:
-        """Counts of the in-place changes to what a bank is made from."""
+        """Return the in-place version counters of the parameters that a bank is built from."""
         if torch.compiler.is_compiling():
             return ()
         return tuple(version(parameter) for name, parameter in self.named_parameters() if not name.startswith("router."))
@@ -310,16 +329,21 @@ class MoPEAttention(nn.Module):
         if bank.versions != self._versions() and not torch.compiler.is_compiling():
             raise ValueError("MoPEAttention: the prompts have changed since this bank was built: call build_bank() again")
         if self.training and torch.is_grad_enabled() and not bank.experts.key.requires_grad:
-            raise ValueError("MoPEAttention: this bank was built without gradients, the experts would not train: leave bank out")
+            raise ValueError(
+                "MoPEAttention: this bank was built without gradients, so the experts would not train: do not pass bank"
+            )
 
 
 def default_bound(norm: nn.Module | None, dim: int) -> float:
-    """Prompts start as U(-bound, bound): with the variance that a LayerNorm would give them, or as published for BERT."""
+    """Return the default bound of the initialisation U(-bound, bound) of prompts.
+
+    It is sqrt(3 / dim) in front of a LayerNorm, that is variance 1 / dim, and otherwise 0.3, as published for BERT.
+    """
     return 0.3 if norm is None else math.sqrt(3 / dim)
 
 
 def mean_over_tokens(x: Tensor, lengths: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
-    """Mean over the tokens that are no padding, in float32 (float64): (B,L,C) -> (B,C). Padding may hold anything."""
+    """Average x (B,L,C) over the tokens that are not padding, in float32 (float64): (B,C). Padding may hold any values."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if lengths is not None:
         visible = torch.arange(x.shape[1], device=x.device) < lengths[:, None]

@@ -1,4 +1,4 @@
-"""Texts of different lengths one after the other, so that nothing is computed for padding."""
+"""Packing of texts of different lengths into one row, so that nothing is computed for padding."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Above this part of tokens in a batch it is taken as it is: packing costs a gather, and the one-pass attention of routed layers.
-# A guess, not measured.
+# A batch with at least this fraction of tokens is not packed: packing costs a gather and rules out the one-pass attention of
+# routed layers. The value is a guess, not measured.
 PACKED_UP_TO = 0.9
 
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Where the tokens of a padded batch (B,L) stand in a single row (1,T).
+    """Layout of the tokens of a padded batch (B,L) packed into a single row (1,T).
 
-    places: (T,) int64, where they came from: their places among the B*L of the batch.
-    offsets: (B+1,) int64, item b has the places offsets[b] to offsets[b+1] of the row.
-    max_length: tokens of the longest item.
-    shape: (B,L).
+    Attributes:
+        places: Index of each token among the B*L positions of the batch, int64 (T,).
+        offsets: Item b occupies positions offsets[b] to offsets[b+1] of the row, int64 (B+1,).
+        max_length: Number of tokens of the longest item.
+        shape: Shape (B,L) of the batch.
     """
 
     places: Tensor
@@ -30,9 +31,10 @@ class Packing:
 
     @classmethod
     def of(cls, token_mask: Tensor, device: torch.device) -> Packing | None:
-        """Of a (B,L) bool mask on the CPU, True for tokens; None with little padding, or where an item has nothing else.
+        """Build the packing of a bool mask (B,L) on the CPU, True for tokens.
 
-        The host reads the mask and does not wait for `device`.
+        Returns None if there is little padding, or if an item consists of padding only. The host reads the mask without waiting
+        for `device`.
         """
         lengths = token_mask.sum(1)
         if lengths.sum() >= PACKED_UP_TO * token_mask.numel() or not lengths.all():
@@ -42,19 +44,19 @@ class Packing:
         return cls(places.to(device, non_blocking=True), offsets.to(device, non_blocking=True), max_length, (batch, length))
 
     def pack(self, rows: Tensor) -> Tensor:
-        """(B,L,C) -> (1,T,C)."""
+        """Pack rows (B,L,C) into (1,T,C)."""
         return rows.flatten(0, 1).index_select(0, self.places)[None]
 
     def unpack(self, rows: Tensor) -> Tensor:
-        """(1,T,C) -> (B,L,C), zero where padding is."""
+        """Unpack rows (1,T,C) into (B,L,C), with zeros for padding."""
         batch, length = self.shape
         return rows.new_zeros(batch * length, rows.shape[-1]).index_copy(0, self.places, rows[0]).unflatten(0, self.shape)
 
     def first_tokens(self, rows: Tensor) -> Tensor:
-        """(1,T,C) -> (B,C)."""
+        """Return the first token of each item: (1,T,C) -> (B,C)."""
         return rows[0, self.offsets[:-1]]
 
     def mean(self, rows: Tensor) -> Tensor:
-        """Over the tokens of each item, in float32 (float64): (1,T,C) -> (B,C)."""
+        """Average over the tokens of each item, in float32 (float64): (1,T,C) -> (B,C)."""
         dtype = torch.promote_types(rows.dtype, torch.float32)
         return self.unpack(rows).sum(1, dtype=dtype) / self.offsets.diff()[:, None]

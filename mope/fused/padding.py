@@ -1,4 +1,4 @@
-"""Where the padding of a batch is."""
+"""Padding of a batch: its position, and how to skip or mask it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from .packing import Packing
 
 
 class Padding(NamedTuple):
-    """Where the padding of a batch is: `lengths` (B,) for right padding, `token_mask` (B,L) bool for any; or nowhere.
+    """Padding of a batch; without `lengths` and `token_mask` there is none.
 
-    `packing`, where the host knows it, to do without. `order` (B,L) int64: where each token came from, of texts that `tokens_first`
-    has to put in order for `lengths` to be true.
+    Attributes:
+        lengths: Number of tokens of each item (B,), for right padding.
+        token_mask: Bool (B,L), True for tokens, for padding in any position.
+        packing: Packing that removes the padding, if the host could read the mask.
+        order: Original position of each token, int64 (B,L), if `tokens_first` must move tokens in front of padding before `lengths`
+            applies.
     """
 
     lengths: Tensor | None = None
@@ -25,15 +29,15 @@ class Padding(NamedTuple):
 
     @classmethod
     def of(cls, attention_mask: Tensor | None, device: torch.device, *, left: bool = False, can_reorder: bool = True) -> Padding:
-        """Return the padding of a (B,L) mask, 1 for tokens and 0 for padding.
+        """Return the padding described by a mask (B,L), 1 for tokens and 0 for padding.
 
-        No value is read on an accelerator: the host would wait for it.
+        Masks on an accelerator are never read by the host, because it would have to wait for them.
 
         Args:
-            attention_mask: None without padding.
-            device: where the tokens are.
-            left: whether padding stands on the left, and is hidden by a mask.
-            can_reorder: whether tokens may be put in front of padding. If not, and padding may be anywhere, it is hidden by a mask.
+            attention_mask: Mask (B,L), or None without padding.
+            device: Device of the tokens.
+            left: Whether padding is on the left. It is then masked.
+            can_reorder: Whether tokens may be moved in front of padding. If not, padding that may not be on the right is masked.
         """
         if attention_mask is None:
             return cls()
@@ -42,9 +46,9 @@ class Padding(NamedTuple):
         if left:
             packing = Packing.of(mask, device) if is_readable else None
             return cls(token_mask=mask.to(device, non_blocking=True), packing=packing)
-        # Attention and routers do not see an order of tokens, only their positions, which are counted after this. A mask
-        # that the host cannot read is always sorted: B*L bytes and a gather for each input, once for all layers. Padding that is
-        # on the right already stays as it is.
+        # Attention and routers do not depend on the order of tokens, only on their positions, which are assigned after this. A
+        # mask that the host cannot read is always sorted: B*L bytes and a gather per input, once for all layers. Padding that is
+        # already on the right is left alone.
         if not is_readable or (mask[:, 1:] & ~mask[:, :-1]).any():
             if not can_reorder:
                 return cls(token_mask=mask.to(device, non_blocking=True))
@@ -56,17 +60,17 @@ class Padding(NamedTuple):
         return cls(lengths.to(device, non_blocking=True), packing=packing, order=order)
 
     def tokens_first(self, of_tokens: Tensor) -> Tensor:
-        """(B,L), or (1,L) for all items -> (B,L), tokens in front of padding and in the order that they had."""
+        """Reorder (B,L), or (1,L) shared by all items, to (B,L) with tokens in front of padding, in their original order."""
         return of_tokens if self.order is None else of_tokens.expand_as(self.order).gather(1, self.order)
 
     def as_mask(self, num_tokens: int) -> Any:
-        """(B,L) bool, None without padding."""
+        """Return the padding as a bool mask (B,L), True for tokens; None without padding."""
         if self.lengths is None:
             return self.token_mask
         return torch.arange(num_tokens, device=self.lengths.device) < self.lengths[:, None]
 
     def first_tokens(self, hidden_states: Tensor) -> Tensor:
-        """(B,L,C), packed (1,T,C) -> (B,C), the first token of each item that is not padding."""
+        """Return the first token of each item that is not padding: (B,L,C), or packed (1,T,C), -> (B,C)."""
         if self.packing is not None:
             return self.packing.first_tokens(hidden_states)
         if self.token_mask is None:
@@ -75,11 +79,11 @@ class Padding(NamedTuple):
         return hidden_states[torch.arange(first.shape[0], device=first.device), first]
 
     def mean_of_tokens(self, hidden_states: Tensor) -> Tensor:
-        """(B,L,C), packed (1,T,C) -> (B,C), the mean over each item's tokens that are no padding, in their dtype."""
+        """Average over each item's tokens that are not padding, in their dtype: (B,L,C), or packed (1,T,C), -> (B,C)."""
         if self.packing is not None:
             return self.packing.mean(hidden_states).to(hidden_states.dtype)
         return mean_over_tokens(hidden_states, self.lengths, self.token_mask).to(hidden_states.dtype)
 
     def without_packing(self) -> Padding:
-        """Return the same for tokens that were not packed."""
+        """Return the same padding for tokens that are not packed."""
         return self._replace(packing=None)

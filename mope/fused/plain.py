@@ -1,6 +1,6 @@
-"""What stands around the attention of a block, fused where its modules are plain: residual add, LayerNorm, MLP.
+"""Residual add, LayerNorm and MLP of a block, fused for plain modules.
 
-Modules of any other kind (adapters, quantised weights, hooks that someone else put there) are called as they are.
+Other modules (adapters, quantised weights, modules with hooks) are called instead.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from .prepack import prepacked
 
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
-    """What autocast computes products of tensors of `dtype` in; None where it leaves them alone."""
+    """Return the dtype that autocast uses for matrix products of `dtype` tensors; None if autocast does not apply."""
     if not torch._C._is_any_autocast_enabled():
         return None
-    # The meta device knows no autocast.
+    # The meta device does not support autocast.
     if device.type == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def norm_dtype(x: Tensor, update: Tensor | None, norm: nn.Module, behind: nn.Module | None) -> torch.dtype | None:
-    """What a LayerNorm of x + update may write at once, because the module behind it casts to it anyway.
+    """Return the dtype in which a fused LayerNorm of x + update may write its output.
 
-    None where the LayerNorm has to be called: it is of another kind, or what autocast makes of it is for another module to see.
+    Under autocast this is the autocast dtype, provided that the next module, `behind`, casts its input to it anyway. Returns None
+    if `norm` must be called: it is not a plain `nn.LayerNorm`, or autocast is on and `behind` is not a plain linear layer.
     """
     if not is_plain(norm, nn.LayerNorm):
         return None
@@ -44,14 +45,14 @@ def norm_dtype(x: Tensor, update: Tensor | None, norm: nn.Module, behind: nn.Mod
 
 
 def add(x: Tensor, update: Tensor | None) -> Tensor:
-    """x + update, where there is one."""
+    """Return x + update, or x if there is no update."""
     return x if update is None else x + update
 
 
 def add_norm(
     x: Tensor, update: Tensor | None, norm: nn.Module, *, behind: nn.Module | None = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """x + update and its LayerNorm, which the module `behind` reads: see `mope_kernels.add_norm`."""
+    """Return x + update and its LayerNorm, which is the input of the module `behind`; see `mope_kernels.add_norm`."""
     dtype = norm_dtype(x, update, norm, behind)
     if dtype is None:
         total = add(x, update)
@@ -61,7 +62,7 @@ def add_norm(
 
 
 def gelu_mlp(mlp: nn.Module, layers: Sequence[nn.Module], x: Tensor, *, impl: str = "auto") -> Tensor:
-    """mlp(x), which is nothing but one of `layers` after the other: see `mope_kernels.gelu_mlp`."""
+    """Return mlp(x), where `mlp` applies `layers` in sequence; see `mope_kernels.gelu_mlp`."""
     if len(layers) != 3 or not is_plain(layers[1], nn.GELU):
         return mlp(x)
     first, activation, last = cast(Any, layers)

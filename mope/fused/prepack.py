@@ -1,7 +1,7 @@
-"""Frozen linear layers of the CPU with weights in the order in which oneDNN multiplies fastest.
+"""Frozen linear layers on the CPU whose weights are prepacked into oneDNN's fastest layout.
 
-`F.linear` puts the weight in order in every call, or multiplies it as it lies. A frozen weight can be put in order once, which is
-what torch's compiler does with frozen models. It takes as much memory again as the weight.
+`F.linear` repacks the weight in every call, or multiplies it in its original layout. A frozen weight can be packed once, as
+torch's compiler does with frozen models. The packed copy takes as much memory as the weight.
 """
 
 from __future__ import annotations
@@ -24,38 +24,41 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @functools.cache
 def available(dtype: torch.dtype) -> bool:
-    """Whether torch has oneDNN's operators, which are not public, and they do here what they are used for."""
+    """Return whether torch's private oneDNN operators exist and give correct results on this machine."""
     if dtype not in DTYPES or not torch.backends.mkldnn.is_available():
         return False
     try:
-        # Asked once, wherever that happens to be: under autocast, or where new tensors go to a GPU.
+        # The result is cached, so it must not depend on the caller's autocast or default device.
         with torch.device("cpu"), torch.autocast("cpu", enabled=False):
             x, weight = torch.ones(2, 1, 3, dtype=dtype), torch.arange(12, dtype=dtype).view(4, 3) / 8
             found = _product(x, in_order(weight), weight[:, 0].contiguous(), gelu=True)
             return torch.allclose(found, F.gelu(F.linear(x, weight, weight[:, 0])), atol=1e-2)
-    # No such operator, another signature, not built for this processor: the layers then are called as they are.
+    # No such operator, another signature, or not built for this processor: the layers are then called without prepacking.
     except (RuntimeError, AttributeError, TypeError):
         return False
 
 
 def in_order(weight: Tensor) -> Tensor:
-    """Return a copy of a weight (N,C) in the order of oneDNN."""
+    """Return a copy of a weight (N,C) in oneDNN's layout."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
 
 
 def differentiates_otherwise() -> bool:
-    """Whether torch.func or forward mode may be at work, which `requires_grad` does not tell and oneDNN's operators do not know."""
+    """Return whether torch.func transforms or forward-mode AD may be active.
+
+    `requires_grad` does not show them, and oneDNN's operators do not support them.
+    """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _product(x: Tensor, ordered: Tensor, bias: Tensor | None, *, gelu: bool) -> Tensor:
-    """(..., C) -> (..., N), of two axes or more."""
+    """Multiply x (..., C), with two or more axes, by a weight in oneDNN's layout, giving (..., N)."""
     product = torch.ops.mkldnn._linear_pointwise.default
     return product(x, ordered, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
 
 
 class PrepackedFunction(torch.autograd.Function):
-    """(layer, x) -> layer(x). Of the layer's weight backward keeps what torch would: it must not change in between."""
+    """Differentiable layer(x); as in `F.linear`, the weight must not change between forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, layer: Prepacked, x: Tensor) -> Tensor:
@@ -67,16 +70,16 @@ class PrepackedFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        # Looked at, torch says whether the weight has changed.
+        # Reading the saved tensors makes torch raise an error if the weight has changed.
         _ = ctx.saved_tensors
         return None, ctx.layer.transposed_product(grads[0])
 
 
 class _Order:
-    """A weight put in order, and what it was made from."""
+    """A weight in oneDNN's layout, together with its source."""
 
     def __init__(self, weight: Tensor) -> None:
-        # A view of the weight: while it is held, no other weight can lie at its address.
+        # A view of the weight: while it is held, no other weight can have the same address.
         self.source, self.version = weight.detach(), version(weight)
         self.weight = in_order(weight)
         self.transposed: Tensor | None = None
@@ -86,11 +89,11 @@ class _Order:
 
 
 class Prepacked:
-    """The `forward` of a frozen nn.Linear: x (..., C) -> (..., N). It is put in order anew when the weight has changed, but
-    for changes in place through `.data`, which torch does not count.
+    """The `forward` of a frozen `nn.Linear` with a prepacked weight: x (..., C) -> (..., N).
 
-    Where oneDNN cannot do it - another dtype or device, autocast of other weights, weights that train, inside torch.compile,
-    torch.func or forward-mode derivatives - the layer is called as before.
+    The weight is repacked when it has changed, except for in-place changes through `.data`, which torch does not count. The
+    original `forward` runs where oneDNN's operators cannot be used: for other dtypes or devices, weights not in autocast's dtype,
+    weights that train, and inside torch.compile, torch.func or forward-mode AD.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -106,12 +109,13 @@ class Prepacked:
         return self.product(x)
 
     def gelu(self, x: Tensor) -> Tensor:
-        """gelu(layer(x)), with the exact GELU, in one pass where no gradient is needed."""
+        """Return the exact GELU of layer(x), in one pass if no gradient is needed."""
         if self.fits(x) and not (torch.is_grad_enabled() and x.requires_grad):
             return self.product(x, gelu=True)
         return F.gelu(self(x))
 
     def fits(self, x: Tensor) -> bool:
+        """Return whether the prepacked weight can be used for the input x."""
         weight, bias = self.layer.weight, self.layer.bias
         return (
             not torch.compiler.is_compiling()
@@ -119,12 +123,12 @@ class Prepacked:
             and type(x) is Tensor
             and weight.device.type == x.device.type == "cpu"
             and available(weight.dtype)
-            # `functional_call` lends the layer another weight, which is gone when the backward pass comes.
+            # `functional_call` replaces the weight temporarily; the replacement is gone by the backward pass.
             and isinstance(weight, nn.Parameter)
-            # Autocast casts the rows of x, as it would in front of F.linear.
+            # `product` casts x, as autocast does before F.linear.
             and weight.dtype == (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
             and not weight.requires_grad
-            # Of a bias oneDNN takes the memory as it lies.
+            # oneDNN ignores the strides of the bias, so it must be contiguous.
             and (bias is None or (bias.is_contiguous() and bias.dtype == weight.dtype and not bias.requires_grad))
             and x.numel() > 0
             and x.dim() > 1
@@ -132,26 +136,27 @@ class Prepacked:
         )
 
     def product(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        """Return layer(x), or its GELU, computed with the prepacked weight."""
         return _product(x.to(self.layer.weight.dtype), self._current().weight, self.layer.bias, gelu=gelu)
 
     def transposed_product(self, grad: Tensor) -> Tensor:
-        """The gradient of x from that of layer(x)."""
+        """Return the gradient of x, given the gradient of layer(x)."""
         order = self._current()
         if (transposed := order.transposed) is None:
             order.transposed = transposed = in_order(order.source.mT)
         return _product(grad, transposed, None, gelu=False)
 
     def _current(self) -> _Order:
-        """Whole before another thread may see it."""
+        """Return the prepacked weight, which is complete before other threads can see it."""
         order = self._order
         if order is None or not order.is_of(self.layer.weight):
-            # Also when a model is first used in inference mode: what is made there could not be used outside of it.
+            # Tensors created in inference mode could not be used outside of it later.
             with torch.inference_mode(False), torch.no_grad():
                 self._order = order = _Order(self.layer.weight)
         return order
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepacked:
-        # The copied layer comes with the copy of its module; what is in order is made anew.
+        # The copy of the module contains the copied layer; its weight is packed again.
         return Prepacked(copy.deepcopy(self.layer, memo))
 
     def __reduce__(self) -> tuple[type[Prepacked], tuple[nn.Linear]]:
@@ -159,13 +164,13 @@ class Prepacked:
 
 
 def prepacked(module: nn.Module | None) -> Prepacked | None:
-    """The `forward` of a layer that was put in order and does nothing else."""
+    """Return the `Prepacked` forward of a plain `nn.Linear` without hooks; None for other modules."""
     forward = None if module is None else module.__dict__.get("forward")
     return forward if isinstance(forward, Prepacked) and type(module) is nn.Linear and not has_hooks(module) else None
 
 
 class PrepackedLayers:
-    """The frozen linear layers of some modules, put in order as they are called; `undo` gives the memory back."""
+    """Prepack the frozen linear layers of some modules when they are first called; `undo` frees the memory."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.layers = [
@@ -182,11 +187,12 @@ class PrepackedLayers:
             raise
 
     def undo(self) -> None:
+        """Restore the original `forward` of the layers and free the packed weights."""
         as_before(self.layers)
 
 
 def as_before(modules: Iterable[nn.Module]) -> None:
-    """Let go of all weights in order in some modules, whoever put them there."""
+    """Remove all prepacked weights from some modules, whichever `PrepackedLayers` added them."""
     for module in modules:
         for layer in module.modules():
             if isinstance(layer.__dict__.get("forward"), Prepacked):

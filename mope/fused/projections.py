@@ -1,4 +1,4 @@
-"""Frozen linear layers whose weights lie side by side in memory, so that one product computes them all."""
+"""Frozen linear layers whose weights are adjacent in memory, so that one matrix product computes them all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .prepack import prepacked
 
 
 class _Rows(NamedTuple):
-    """Which rows of the tensors of all layers that were joined, (N,C) and (N,), are the parameters of one."""
+    """Rows `first` to `end` of the joined weight (N,C) and bias (N,) are the parameters of one layer."""
 
     weight: Tensor
     bias: Tensor | None
@@ -26,7 +26,7 @@ class _Rows(NamedTuple):
 
 
 class _Joined(NamedTuple):
-    """Layers that were found side by side: their joined parameters, their widths, and address and shape of each parameter."""
+    """Adjacent layers: their joined parameters, their output widths, and the address and shape of each parameter."""
 
     weight: Tensor
     bias: Tensor | None
@@ -34,20 +34,20 @@ class _Joined(NamedTuple):
     places: tuple[tuple[tuple[int, torch.Size] | None, ...], ...]
 
 
-# Not attributes of the layers, since neither a copy nor a file may hold the weights twice.
+# Not stored as attributes of the layers, because copies and files would then contain the weights twice.
 _ROWS: WeakKeyDictionary[nn.Module, _Rows] = WeakKeyDictionary()
-# By the first of the layers and by their number.
+# Keyed by the first layer, then by the number of layers.
 _FOUND: WeakKeyDictionary[nn.Module, dict[int, _Joined]] = WeakKeyDictionary()
 
 
 def join_linear(modules: Sequence[nn.Module]) -> None:
-    """Move the weights of frozen linear layers that read the same input into one tensor, and their biases into another.
+    """Move the weights of frozen linear layers that have the same input into one tensor, and their biases into another.
 
-    The parameters become rows of it, each with a storage of its own that begins there: modules, names and values stay, no memory
-    is added, a change in place is a change of both, and whoever looks for tensors that share a storage (safetensors, accelerate)
-    finds none. What moves parameters (`to`, a copy) takes them apart, and `call_linear` then calls each layer: join them again.
-    Layers that `call_linear` would call one by one are left alone, and so are weights that are a part of somebody else's tensor
-    or lie in memory that processes share.
+    Each parameter becomes a range of rows of the joined tensor, with a storage of its own that starts at its first row. Modules,
+    names and values stay the same, no memory is added, in-place changes affect both, and libraries that look for tensors with a
+    shared storage (safetensors, accelerate) find none. Moving or copying the parameters (`to`, `deepcopy`) separates them;
+    `call_linear` then calls each layer until they are joined again. Layers that `call_linear` would call one by one are left alone,
+    as are weights that are part of another tensor or in memory shared between processes.
     """
     if not _are_plain(modules) or _joined(modules) is not None:
         return
@@ -55,12 +55,12 @@ def join_linear(modules: Sequence[nn.Module]) -> None:
     biases: list[Tensor] = [m.bias for m in modules if m.bias is not None]
     if len(biases) not in (0, len(modules)) or not (_can_move(weights) and _can_move(biases)):
         return
-    # A parameter cannot become a part of an inference tensor.
+    # A parameter cannot become part of an inference tensor.
     with torch.inference_mode(False), torch.no_grad():
         whole = [torch.cat(parts) for parts in (weights, biases) if parts]
         for parts, tensor in zip((weights, biases), whole, strict=False):
             for part, rows in zip(parts, tensor.split([len(part) for part in parts]), strict=True):
-                # The storage ends where the part ends, and keeps the whole alive.
+                # The new storage covers this part only, and keeps the joined tensor alive.
                 part.data = from_dlpack(rows)
     end = 0
     for module, weight in zip(modules, weights, strict=True):
@@ -69,7 +69,7 @@ def join_linear(modules: Sequence[nn.Module]) -> None:
 
 
 def separate_linear(modules: Sequence[nn.Module]) -> None:
-    """Undo `join_linear`: give each parameter memory of its own."""
+    """Undo `join_linear` by giving each parameter its own memory."""
     with torch.inference_mode(False), torch.no_grad():
         for module in modules:
             _FOUND.pop(module, None)
@@ -79,7 +79,7 @@ def separate_linear(modules: Sequence[nn.Module]) -> None:
 
 
 def whole_of(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Return weights (N,C) and biases (N,) of all the layers that a layer was joined with, None where it lies by itself now."""
+    """Return the joined weight (N,C) and bias (N,) that a layer is part of; None if it is not joined, or no longer is."""
     if module not in _ROWS or _joined([module]) is None:
         return None
     rows = _ROWS[module]
@@ -87,11 +87,11 @@ def whole_of(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
 
 def call_linear(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
-    """What each of the modules makes of x (..., C): of layers that were joined, views into one product.
+    """Return the output of each module for x (..., C); for joined layers, views into one matrix product.
 
-    Modules are called where somebody may want to see or to change what they do: where they are of another class, have hooks or a
-    `forward` of their own, or parameters that train or are no plain tensors; and while torch.compile or torch.export traces
-    them, which know no addresses.
+    The modules are called instead if they might do more than multiply: they are of another class, have hooks or an overridden
+    `forward`, or their parameters train or are not plain tensors. They are also called while torch.compile or torch.export traces
+    them, because memory addresses are not available then.
     """
     if not torch.compiler.is_compiling():
         found = _FOUND.get(modules[0], {}).get(len(modules))
@@ -101,16 +101,16 @@ def call_linear(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
             widths = [layer.out_features for layer in cast(Sequence[nn.Linear], modules)]
             return F.linear(x, *joined).split_with_sizes(widths, -1)
     if all(prepacked(module) for module in modules):
-        # Each of them would cast it.
+        # Cast once, because each module would cast x.
         x = x.to(autocast_dtype(x.device, x.dtype) or x.dtype)
     return [module(x) for module in modules]
 
 
 def _are_plain(modules: Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Linear]]:
-    """Whether each `module(x)` is sure to be F.linear(x, weight, bias) of frozen parameters, and nothing else."""
+    """Return whether each `module(x)` is certain to equal F.linear(x, weight, bias) with frozen parameters."""
     return all(
         is_plain(module, nn.Linear)
-        # Subclasses of tensors are no exact parameters, nor is what torch.func puts in their place.
+        # The exact type excludes tensor subclasses and the replacements that torch.func makes.
         and all(type(p) is nn.Parameter and not p.requires_grad for p in module._parameters.values() if p is not None)
         for module in modules
     )
@@ -125,7 +125,7 @@ def _can_move(parameters: Sequence[Tensor]) -> bool:
 
 
 def _joined(modules: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
-    """Return weights (N,C) and biases (N,) of all the layers; None if they do not lie side by side."""
+    """Return the joined weight (N,C) and bias (N,) of the layers; None if they are not adjacent in memory."""
     places = [_ROWS.get(module) for module in modules]
     first, last = places[0], places[-1]
     if first is None or last is None or not _are_plain(modules):
@@ -143,7 +143,7 @@ def _joined(modules: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | None
         _FOUND.setdefault(modules[0], {})[len(modules)] = _Joined(weight, bias, widths, found)
         return weight, bias
     if follow:
-        # They were moved apart, and the memory would be kept for nothing.
+        # They have been separated, so the joined tensor would be kept in memory for nothing.
         for module in modules:
             _ROWS.pop(module, None)
             _FOUND.pop(module, None)
@@ -155,7 +155,7 @@ def _place(parameter: Tensor | None) -> tuple[int, torch.Size] | None:
 
 
 def _are_where_they_were(modules: Sequence[nn.Module], found: _Joined) -> bool:
-    """Return whether the layers are still plain, frozen and side by side."""
+    """Return whether the layers are still plain, frozen and adjacent in memory."""
     dtype = found.weight.dtype
     for module, places in zip(modules, found.places, strict=True):
         if not is_plain(module, nn.Linear):
@@ -178,7 +178,7 @@ def _are_where_they_were(modules: Sequence[nn.Module], found: _Joined) -> bool:
 
 
 def _are_rows(whole: Tensor, parts: Sequence[Tensor | None]) -> bool:
-    """Whether the parts are the rows of `whole`, one part after the other, in the memory of `whole`."""
+    """Return whether the parts, in order, are exactly the rows of `whole`, in the memory of `whole`."""
     address, row = whole.data_ptr(), whole.stride(0) * whole.itemsize
     end = address + len(whole) * row
     for part in parts:

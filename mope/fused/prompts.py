@@ -1,4 +1,4 @@
-"""Prompt experts, and their projection through a frozen layer."""
+"""Prompt experts and their projection through a frozen layer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ FLOATS = HALF | {torch.float32, torch.float64}
 
 
 def call_in_full_precision(module: nn.Module | Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """A frozen projection of float32 (float64) rows: (R,C) -> (R,N) in the dtype of the rows, autocast off.
+    """Apply a frozen projection to float32 (float64) rows (R,C), giving (R,N) in the dtype of the rows, with autocast off.
 
-    A 16-bit module runs with float32 copies of its parameters, made for this call; under autocast any does, of its parameters
-    as autocast rounds them, with which it projects the tokens. A quantised one decides for itself.
+    A 16-bit module runs with temporary copies of its parameters in the dtype of the rows. Under autocast, every module does, with
+    its parameters first rounded to autocast's dtype, because it projects the tokens with those. Quantised modules are called
+    unchanged.
     """
     rounded = autocast_dtype(rows.device, rows.dtype)
     with autocast_off(rows.device):
@@ -39,19 +40,20 @@ def call_in_full_precision(module: nn.Module | Callable[[Tensor], Tensor], rows:
 
 
 def split_heads(rows: Tensor, num_heads: int) -> Tensor:
-    """(..., L, H*D) -> (..., H, L, D), a view."""
+    """Split rows (..., L, H*D) into heads (..., H, L, D), as a view."""
     *outer, width = rows.shape
     return rows.view(*outer, num_heads, width // num_heads).transpose(-3, -2)
 
 
 class PromptExperts(nn.Module):
-    """K experts of P prompts each, drawn from U(-bound, bound); `bound` defaults to sqrt(3 / dim).
+    """Experts of prompts: K experts of P prompts each, initialised from U(-bound, bound).
 
     Args:
-        num_experts: K.
-        prompt_length: P.
-        dim: C, width of the tokens that the prompts stand beside.
-        impl: as in `mope_kernels.mix_prompts`.
+        num_experts: Number of experts K.
+        prompt_length: Number of prompts per expert P.
+        dim: Token width C.
+        bound: Bound of the initialisation. Default: sqrt(3 / dim).
+        impl: Implementation, see `mope_kernels.mix_prompts`.
     """
 
     def __init__(self, num_experts: int, prompt_length: int, dim: int, *, bound: float | None = None, impl: str = "auto") -> None:
@@ -61,19 +63,20 @@ class PromptExperts(nn.Module):
         self.impl = impl
 
     def forward(self, weights: Tensor, indices: Tensor) -> Tensor:
-        """Routing weights (B,k) and indices (B,k) -> dynamic prompts (B,P,C), in the dtype of the experts."""
+        """Mix the experts by routing weights (B,k) and indices (B,k) into prompts (B,P,C), in the dtype of the experts."""
         return mope_kernels.mix_prompts(self.prompts, weights, indices, impl=self.impl)
 
     def bank(
         self, project_key: nn.Module, project_value: nn.Module, norm: nn.Module | None = None, num_heads: int = 1
     ) -> ExpertBank:
-        """The experts as keys and values of one frozen layer, differentiable: what `mope_kernels.mope_attention` takes.
+        """Project the experts to keys and values of one frozen layer, differentiably, for `mope_kernels.mope_attention`.
 
-        The projections, affine maps C -> H*D, are called, once each, and never read: f gives W x = f(x) - f(0) and, for what
-        LayerNorm adds, f(beta) = W beta + b. Float32, float64 for float64 experts; autocast is off.
+        The projections are affine maps C -> H*D. Each is called once and its parameters are never read: a projection f gives W x =
+        f(x) - f(0), and f(beta) = W beta + b for the LayerNorm's bias beta. Computes in float32 (float64 for float64 experts), with
+        autocast off.
 
         Raises:
-            TypeError: `norm` is no LayerNorm over the last dimension; such a layer cannot be folded into a bank.
+            TypeError: If `norm` is not a LayerNorm over the last dimension, because the layer cannot be folded into a bank then.
         """
         return project_prompts(self.prompts, None, project_key, project_value, norm, num_heads)[0]
 
@@ -82,14 +85,14 @@ class PromptExperts(nn.Module):
 
 
 class InputPrompts(nn.Module):
-    """S prompts in front of the tokens of the first layer, which pass through all layers with them (VPT-shallow, PromptFuse).
+    """Prompts in front of the tokens of the first layer, passed through all layers (VPT-shallow, PromptFuse).
 
     Args:
-        length: S, 0 for mapped prompts alone.
-        dim: C.
-        bound: prompts start as U(-bound, bound).
-        dropout: on all prompts, mapped ones too, in training.
-        blind: they see each other only, and none of the tokens or mapped prompts, all of which see them (BlindPrompt).
+        length: Number of prompts S; 0 for mapped prompts only.
+        dim: Token width C.
+        bound: Prompts are initialised from U(-bound, bound).
+        dropout: Dropout probability on all prompts, including mapped ones, in training.
+        blind: Prompts attend only to each other, not to tokens or mapped prompts, all of which attend to them (BlindPrompt).
     """
 
     def __init__(self, length: int, dim: int, *, bound: float, dropout: float = 0.0, blind: bool = False) -> None:
@@ -98,13 +101,21 @@ class InputPrompts(nn.Module):
         self.dropout, self.blind = nn.Dropout(dropout), blind
 
     def forward(self, x: Tensor, mapped: Tensor | None = None) -> Tensor:
-        """Tokens (B,L,C), mapped prompts (B,M,C) -> [prompts; mapped; tokens], (B,S+M+L,C)."""
+        """Put the prompts and the mapped prompts (B,M,C) in front of the tokens x (B,L,C), giving (B,S+M+L,C)."""
         added = [] if self.prompts is None else [self.prompts.expand(x.shape[0], -1, -1)]
         added += [] if mapped is None else [mapped]
         return torch.cat([*(self.dropout(prompts).to(x.dtype) for prompts in added), x], dim=1)
 
     def visible(self, token_mask: Tensor | None, x: Tensor) -> Tensor | None:
-        """What attention may see, for `FrozenAttention.plain`: (B,L) without the prompts, what `forward` gave -> with them."""
+        """Extend a token mask (B,L) to the prompts, for `FrozenAttention.plain`.
+
+        Args:
+            token_mask: Mask of the tokens (B,L), without the prompts; None if all are visible.
+            x: Output of `forward`.
+
+        Returns:
+            Mask (B,S+M+L), or (B or 1,S+M+L,S+M+L) if the prompts are blind; None if everything is visible.
+        """
         rows = x.shape[1]
         if token_mask is not None:
             added = token_mask.new_ones(x.shape[0], rows - token_mask.shape[1])
@@ -127,7 +138,10 @@ def project_prompts(
     norm: nn.Module | None,
     num_heads: int,
 ) -> tuple[ExpertBank, Tensor | None, Tensor | None]:
-    """Experts (K,P,C) and static prompts (S,C) through one layer, in one call of each projection -> bank, (H,S,D), (H,S,D)."""
+    """Project experts (K,P,C) and static prompts (S,C) through one layer, calling each projection once.
+
+    Returns the bank, and the keys and values of the static prompts, (H,S,D) each (None without static prompts).
+    """
     num_experts, length, dim = experts.shape
     experts = experts.to(torch.promote_types(experts.dtype, torch.float32))
     beta = origin = experts.new_zeros(1, dim)

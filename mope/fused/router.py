@@ -1,4 +1,4 @@
-"""Routers: from what a block sees to weights of its prompt experts."""
+"""Routers, which compute the weights of a block's prompt experts from its input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ ROUTERS = ("multimodal", "complementary")
 
 
 class CrossPart(NamedTuple):
-    """psi's part of the logits: (W psi + b) keys; weight (c,Cc), bias (c,), keys (c,K), None where c is K already."""
+    """Parameters of psi's part of the logits, (W psi + b) keys.
+
+    Shapes: weight (c,Cc), bias (c,), keys (c,K). `keys` is None if W already maps to K.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -28,16 +31,16 @@ class CrossPart(NamedTuple):
 
 
 class Router(nn.Module, ABC):
-    """r = softmax(logits / temperature + noise); a subclass says what the logits are.
+    """Base class of routers, r = softmax(logits / temperature + noise); subclasses define the logits.
 
-    Computes in the dtype of its parameters, also under autocast: a selection made in half precision is another selection.
+    It computes in the dtype of its parameters, even under autocast, because half precision could select different experts.
 
     Args:
-        num_experts: K.
-        temperature: positive.
-        noise_std: standard deviation of what `sample_noise` draws.
-        renormalize: divide the weights of the selected experts by their sum.
-        impl: as in `mope_kernels.route`.
+        num_experts: Number of experts K.
+        temperature: Positive temperature of the softmax.
+        noise_std: Standard deviation of the noise drawn by `sample_noise`.
+        renormalize: Divide the weights of the selected experts by their sum.
+        impl: Implementation, see `mope_kernels.route`.
     """
 
     def __init__(
@@ -62,20 +65,23 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, pooled: Tensor | None, cross: Tensor) -> Tensor:
-        """(B,C), (B,Cc) -> (B,K) in the dtype of the router's parameters. `pooled` may be None where tokens are not seen."""
+        """Compute the logits (B,K) from pooled tokens (B,C) and psi (B,Cc), in the dtype of the router's parameters.
+
+        `pooled` may be None if the router does not see tokens.
+        """
 
     def of_cross(self) -> CrossPart | None:
-        """What makes psi's part of the logits; None where there is none, or where the router has to be called."""
+        """Return the parameters of psi's part of the logits; None if there is no such part or the router must be called."""
         return None
 
     def of_tokens(self) -> dict[str, Tensor | None]:
-        """What makes the tokens' part of the logits, as `mope_kernels.prompted_norm` takes it."""
+        """Return the parameters of the tokens' part of the logits, as arguments of `mope_kernels.prompted_norm`."""
         return {}
 
     def sample_noise(self, batch: int, *, always: bool = False) -> Tensor | None:
-        """Noise (B,K) from the device's generator; None outside training, unless it is asked for always.
+        """Draw noise (B,K) from the device's generator; return None outside training unless `always` is set.
 
-        A subclass may draw in another way. Noise is differentiable: what a subclass makes it of is trained.
+        Subclasses may draw noise differently, for example from trained parameters: gradients flow through the noise.
         """
         if not (self.training or always) or self.noise_std == 0:
             return None
@@ -83,7 +89,10 @@ class Router(nn.Module, ABC):
         return self.noise_std * torch.randn(batch, self.num_experts, device=like.device, dtype=like.dtype)
 
     def forward(self, pooled: Tensor | None, cross: Tensor, noise: Tensor | None = None, top_k: int | None = None) -> Routing:
-        """(B,C), (B,Cc) -> `Routing` with weights (B,k), indices (B,k), probs (B,K); see `mope_kernels.route`."""
+        """Route by pooled tokens (B,C) and psi (B,Cc).
+
+        Returns a `Routing` with weights (B,k), indices (B,k) and probs (B,K); see `mope_kernels.route`.
+        """
         return mope_kernels.route(
             self.logits(pooled, cross),
             top_k=top_k,
@@ -98,16 +107,17 @@ class Router(nn.Module, ABC):
 
 
 class MultimodalRouter(Router):
-    """logits = q K, q = [W_self pool(x) ; W_cross psi] (MoPE, arXiv 2403.10568).
+    """Router with logits = q K, q = [W_self pool(x) ; W_cross psi] (MoPE, arXiv 2403.10568).
 
     Args:
-        dim: C, width of the main modality.
-        cross_dim: Cc, width of the complementary modality's feature psi.
-        num_experts: K.
-        self_width, cross_width: widths of the two parts of the query. With `self_width=0` it sees psi only.
-        embedding: the expert embedding K (self_width + cross_width, K), orthogonal at the start: "frozen", a buffer, or
-            "learned", a parameter. Both stand in the state dict under the same name.
-        temperature, noise_std, renormalize, impl: see `Router`.
+        dim: Token width C of the main modality.
+        cross_dim: Width Cc of the complementary modality's feature psi.
+        num_experts: Number of experts K.
+        self_width: Width of the tokens' part of the query; with 0, the router sees psi only.
+        cross_width: Width of psi's part of the query.
+        embedding: Kind of the expert embedding K (self_width + cross_width, K), initialised orthogonally: "frozen" makes it a
+            buffer, "learned" a parameter. The name in the state dict is the same for both.
+        temperature, noise_std, renormalize, impl: See `Router`.
     """
 
     expert_embedding: Tensor
@@ -129,13 +139,13 @@ class MultimodalRouter(Router):
         super().__init__(num_experts, temperature=temperature, noise_std=noise_std, renormalize=renormalize, impl=impl)
         if self_width < 0 or cross_width < 0 or self_width + cross_width == 0:
             raise ValueError(
-                f"MultimodalRouter: needs a query of at least one value, got self_width={self_width}, cross_width={cross_width}"
+                f"MultimodalRouter: self_width and cross_width must be >= 0 and not both 0, got {self_width} and {cross_width}"
             )
         if embedding not in ("frozen", "learned"):
             raise ValueError(f"MultimodalRouter: embedding must be 'frozen' or 'learned', got {embedding!r}")
         self.self_projection = nn.Linear(dim, self_width) if self_width else None
         self.cross_projection = nn.Linear(cross_dim, cross_width) if cross_width else None
-        # LAPACK has no 16 bits, which may be what new tensors get here.
+        # LAPACK does not support 16-bit dtypes, which may be the default dtype.
         dtype = torch.get_default_dtype()
         keys = torch.empty(self_width + cross_width, num_experts, dtype=torch.promote_types(dtype, torch.float32))
         keys = nn.init.orthogonal_(keys).to(dtype)
@@ -171,14 +181,14 @@ class MultimodalRouter(Router):
 
 
 class ComplementaryRouter(Router):
-    """logits = W psi + b: sees the complementary modality only (Conditional Prompt Tuning, arXiv 2312.03734).
+    """Router with logits = W psi + b, which sees only psi (Conditional Prompt Tuning, arXiv 2312.03734).
 
-    The released code gives a single expert the weight 0, so that it never trains, and without dense routing it gives those that it
-    selects the weight 1, which has no gradient. Here a single expert has the weight 1, and selected ones keep their probabilities.
+    The released code gives a single expert weight 0, so it never trains. Without dense routing, it gives the selected experts
+    weight 1, which has no gradient. Here a single expert has weight 1, and selected experts keep their probabilities.
 
     Args:
-        cross_dim: Cc, width of psi.
-        num_experts, temperature, noise_std, renormalize, impl: see `Router`.
+        cross_dim: Width Cc of the complementary modality's feature psi.
+        num_experts, temperature, noise_std, renormalize, impl: See `Router`.
     """
 
     def __init__(
@@ -223,7 +233,10 @@ def make_router(
     renormalize: bool = False,
     impl: str = "auto",
 ) -> Router | None:
-    """A "multimodal" or a "complementary" router, from the options of both; None where there is no `kind`, psi or expert."""
+    """Build a "multimodal" or "complementary" router; return None without a kind, psi (`cross_dim`) or experts.
+
+    Options that only the other kind of router uses are ignored.
+    """
     if kind is None or cross_dim is None or num_experts == 0:
         return None
     if kind not in ROUTERS:
@@ -247,9 +260,9 @@ def make_router(
 
 
 def sample_noise(routers: Sequence[Router], batch: int, *, always: bool = False) -> list[Tensor | None]:
-    """Noise for each place of a router. A router that stands in several places draws once: it decides once for all of them.
+    """Draw noise for each entry of `routers`; a router that occurs several times draws once, because it decides once.
 
-    Routers that are alike draw together; one whose class draws in its own way, such as noise that it learns, draws for itself.
+    Identically configured routers draw together, unless one of their classes overrides `sample_noise`, for example to learn it.
     """
     once = {id(router): router for router in routers}
     drawn: dict[int, Tensor | None] = dict.fromkeys(once)
@@ -264,9 +277,9 @@ def sample_noise(routers: Sequence[Router], batch: int, *, always: bool = False)
 
 
 def cross_logits(parts: Sequence[CrossPart], cross: Tensor) -> list[Tensor]:
-    """psi's part of the logits of many routers at once: (B,Cc) -> (B,K) for each of `parts`, in the dtype of their parameters.
+    """Compute psi's part of the logits of many routers at once: (B,Cc) -> (B,K) for each part, in the dtype of its parameters.
 
-    Two matrix products, whatever their number, where all have the same sizes.
+    If all parts have the same shapes, this takes two matrix products, however many parts there are.
     """
     if not parts:
         return []
@@ -280,7 +293,7 @@ def cross_logits(parts: Sequence[CrossPart], cross: Tensor) -> list[Tensor]:
 
 
 def without_noise(probs: Tensor, noise: Tensor | None) -> Tensor:
-    """softmax(z) from probs = softmax(z + noise), (B,K) each."""
+    """Return softmax(z), given probs = softmax(z + noise); all are (B,K)."""
     if noise is None:
         return probs
     scores = probs * torch.exp(-noise.to(probs.dtype))

@@ -1,4 +1,4 @@
-"""Blocks of a Swin Transformer whose windows also hold prompts."""
+"""Swin Transformer blocks whose windows also contain prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .router import Router, make_router
 
 
 def position_bias(table: Tensor, window_size: int) -> Tensor:
-    """What Swin adds to the scores of a window: ((2w-1)^2, H), one row for each distance of two tokens -> (H, w*w, w*w)."""
+    """Look up the bias on a window's scores: table ((2w-1)^2, H), a row per distance between two tokens, -> (H, w*w, w*w)."""
     place = torch.arange(window_size, device=table.device)
     distance = place[:, None] - place[None, :] + window_size - 1
     index = rearrange(distance, "yq yk -> yq 1 yk 1") * (2 * window_size - 1) + rearrange(distance, "xq xk -> 1 xq 1 xk")
@@ -27,7 +27,7 @@ def position_bias(table: Tensor, window_size: int) -> Tensor:
 
 
 def position_table(bias: Tensor, window_size: int) -> Tensor:
-    """Back to what `position_bias` was made from: (H, w*w, w*w) -> ((2w-1)^2, H)."""
+    """Recover the table ((2w-1)^2, H) from a `position_bias` (H, w*w, w*w)."""
     distance = torch.arange(1 - window_size, window_size, device=bias.device)
     query, key = distance.clamp_min(0), distance.neg().clamp_min(0)
     rows, columns = (window_size * rearrange(place, "y -> y 1") + place for place in (query, key))
@@ -36,12 +36,13 @@ def position_table(bias: Tensor, window_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockPrompts:
-    """The block's own prompts, each of which may be absent.
+    """Configuration of a block's own prompts, all of which are optional.
 
-    length: l, the number of prompts per expert.
-    num_experts: K, 0 for no dynamic prompts.
-    static_length: S, the number of prompts that all images share. Default: `length`.
-    bound: prompts are initialised as U(-bound, bound). Default: sqrt(3 / C).
+    Attributes:
+        length: Number of prompts per expert l.
+        num_experts: Number of experts K; 0 for no dynamic prompts.
+        static_length: Number S of prompts shared by all images. Default: `length`.
+        bound: Prompts are initialised from U(-bound, bound). Default: sqrt(3 / C).
     """
 
     length: int = 0
@@ -51,29 +52,32 @@ class BlockPrompts:
 
 
 class MoPESwinBlock(nn.Module):
-    """A block of a Swin Transformer over [prompts; tokens], (B, P + R*R, C), tokens row by row.
+    """Swin Transformer block over [prompts; tokens], (B, P + R*R, C), with the tokens in row-major order.
 
-    A routed block replaces the P prompts that arrive by its own, [static; dynamic; mapped], each of which may be absent; the mean
-    over all that arrives, prompts included, goes to its router. Without prompts of its own it takes those that arrive. Prompts have
-    no position, so their order means nothing. See `mope_kernels.window_prompt_attention`. (MoPE, arXiv 2403.10568, prompted Swin
-    Transformer.)
+    A routed block replaces the P incoming prompts with its own, [static; dynamic; mapped], each of which is optional. Its router
+    sees the mean over the whole input, incoming prompts included. A block without prompts of its own keeps the incoming ones.
+    Prompts have no position, so their order does not matter. See `mope_kernels.window_prompt_attention`. (Prompted Swin
+    Transformer of MoPE, arXiv 2403.10568.)
 
     Args:
-        dim, num_heads: C, H.
-        resolution: R, tokens on a side.
-        window_size, shift: of the windows; R <= window_size gives one window and no shift.
-        num_prompts: P, of every block of a stage.
-        mlp_ratio, eps: the width of the MLP as a multiple of C; the eps of the LayerNorms.
-        own: the prompts that replace those that arrive.
-        cross_dim: Cc, width of the complementary modality's feature; None: no router, routing is given.
-        router: "multimodal" or "complementary"; None: no router, routing is given.
-        router_options: self_width, cross_width, temperature, noise_std, router_embedding, renormalize, see `MultimodalRouter`.
+        dim: Token width C.
+        num_heads: Number of heads H.
+        resolution: Number of tokens per side R.
+        window_size: Tokens per side of a window. If R <= window_size, there is one window and no shift.
+        shift: Shift of the windows.
+        num_prompts: Number of prompts P, the same for every block of a stage.
+        mlp_ratio: Width of the MLP as a multiple of C.
+        eps: Epsilon of the LayerNorms.
+        own: Prompts that replace the incoming ones.
+        cross_dim: Width Cc of the complementary modality's feature; None for no router, in which case routing is passed in.
+        router: "multimodal" or "complementary"; None for no router, in which case routing is passed in.
+        router_options: self_width, cross_width, temperature, noise_std, router_embedding and renormalize; see `MultimodalRouter`.
         prompt_owner: "instance", or "released" for the released code's order of windows.
-        impl: of the ops inside.
+        impl: Implementation of the fused ops.
     """
 
     position_bias: Tensor | None
-    # Only where it trains, in place of `position_bias`.
+    # Replaces `position_bias` when the position bias is trained.
     position_table: Any
 
     def __init__(
@@ -97,8 +101,8 @@ class MoPESwinBlock(nn.Module):
         super().__init__()
         if resolution > window_size and resolution % window_size:
             raise ValueError(
-                f"MoPESwinBlock: resolution must divide by window_size, got {resolution} and {window_size}: choose an image size "
-                "whose stages do"
+                f"MoPESwinBlock: resolution must be divisible by window_size, got {resolution} and {window_size}: choose an image "
+                "size for which it is divisible in every stage"
             )
         self.num_heads, self.resolution, self.num_prompts = num_heads, resolution, num_prompts
         self.window_size, self.shift = (resolution, 0) if resolution <= window_size else (window_size, shift)
@@ -109,7 +113,7 @@ class MoPESwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         hidden = int(dim * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-        # Not the table of the checkpoints: a window's bias is looked up once, when weights are loaded. See `finetune`.
+        # Not the table of the checkpoints: the bias of a window is looked up once, when weights are loaded. See `finetune`.
         self.register_buffer("position_bias", torch.zeros(num_heads, self.window_size**2, self.window_size**2))
         self.register_parameter("position_table", None)
         own = own or BlockPrompts()
@@ -122,11 +126,11 @@ class MoPESwinBlock(nn.Module):
         self.router = make_router(router if self.experts else None, dim, cross_dim, own.num_experts, impl=impl, **router_options)
 
     def swin_modules(self) -> list[nn.Module]:
-        """What belongs to the Swin Transformer itself, but for the position bias."""
+        """Return the modules of the original Swin block; the position bias is not a module."""
         return [self.norm1, self.qkv, self.proj, self.norm2, self.mlp]
 
     def finetune(self) -> None:
-        """Train the block's own weights. The position bias then is looked up in each call, in a table that trains."""
+        """Make the block's own weights trainable. The position bias is then looked up in a trainable table in each call."""
         for module in self.swin_modules():
             module.requires_grad_(True)
         if self.position_bias is not None:
@@ -136,11 +140,14 @@ class MoPESwinBlock(nn.Module):
     def route(
         self, x: Tensor, cross: Tensor, noise: Tensor | None = None, top_k: int | None = None, *, router: Router | None = None
     ) -> Routing:
-        """Route by the mean of everything that arrives, (B, P + R*R, C), and psi (B, Cc); `router`: one that blocks share."""
+        """Route by the mean of the block's input x (B, P + R*R, C) and by psi (B, Cc).
+
+        `router` is a router shared by several blocks, to be used instead of the block's own.
+        """
         router = router or self.router
         if router is None:
             raise ValueError(
-                "MoPESwinBlock: this block has no router: give own=BlockPrompts(...) and cross_dim when it is made, or routing"
+                "MoPESwinBlock: this block has no router: pass own=BlockPrompts(...) and cross_dim to create one, or pass routing"
             )
         pooled = x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32)) if router.sees_tokens else None
         return router(pooled, cross, noise, top_k)
@@ -148,15 +155,15 @@ class MoPESwinBlock(nn.Module):
     def with_prompts(
         self, x: Tensor, routing: Routing | None = None, mapped: Tensor | None = None, *, dropout: nn.Module | None = None
     ) -> Tensor:
-        """Replace the prompts that arrive, if any do: (B, P + R*R or R*R, C), mapped (B, M, C) -> (B, P + R*R, C).
+        """Replace any incoming prompts with the block's own: x (B, P + R*R or R*R, C), mapped (B, M, C) -> (B, P + R*R, C).
 
-        `dropout` acts on static and dynamic prompts, on those of each image apart.
+        `dropout` acts on static and dynamic prompts, independently for each image.
         """
         parts = [] if self.static is None else [self.static.expand(x.shape[0], -1, -1)]
         if routing is not None:
             if self.experts is None:
                 raise ValueError(
-                    "MoPESwinBlock: this block has no experts to mix: give own=BlockPrompts(length, num_experts) when it is made"
+                    "MoPESwinBlock: this block has no experts to mix: pass own=BlockPrompts(length, num_experts) when creating it"
                 )
             parts.append(self.experts(routing.weights, routing.indices))
         parts = parts if dropout is None else [dropout(part) for part in parts]
@@ -176,18 +183,17 @@ class MoPESwinBlock(nn.Module):
         noise: Tensor | None = None,
         top_k: int | None = None,
     ) -> dict[str, Any]:
-        """The block's own prompts as `step` takes them; dynamic ones with their routing, or with what decides about it.
+        """Return the block's own prompts as arguments of `step`.
 
-        Args:
-            routing, mapped: as in `forward`.
-            router: the block's own or one that blocks share, together with `cross_logits` (B,K), psi's part of its logits.
-            noise, top_k: as in `route`.
+        Dynamic prompts come with their `routing`, or with the inputs from which `step` decides it: `router`, the block's own or a
+        shared one, and `cross_logits` (B,K), psi's part of its logits. `mapped` is as in `forward`, `noise` and `top_k` as in
+        `route`.
         """
         own: dict[str, Any] = {"static": self.static, "mapped": mapped}
         if routing is not None or router is not None:
             if self.experts is None:
                 raise ValueError(
-                    "MoPESwinBlock: this block has no experts to mix: give own=BlockPrompts(length, num_experts) when it is made"
+                    "MoPESwinBlock: this block has no experts to mix: pass own=BlockPrompts(length, num_experts) when creating it"
                 )
             own |= {"experts": self.experts.prompts, "routing": routing}
         if router is not None:
@@ -199,7 +205,7 @@ class MoPESwinBlock(nn.Module):
         return own
 
     def add_up(self, x: Tensor, update: Tensor | None, own: dict[str, Any] | None) -> tuple[Tensor, Routing | None]:
-        """x + update, with the prompts of `own`, if any, in place of those that arrive; and how those were routed."""
+        """Return x + update, with the prompts of `own`, if any, in place of the incoming ones, and their routing."""
         if own is None:
             return add(x, update), None
         replaced = x.shape[1] - self.resolution**2
@@ -207,7 +213,7 @@ class MoPESwinBlock(nn.Module):
         return total, routing
 
     def enter(self, x: Tensor, update: Tensor | None, own: dict[str, Any] | None) -> tuple[Tensor, Tensor, Routing | None]:
-        """What `add_up` gives, and its LayerNorm in between."""
+        """Return the sum of `add_up`, its LayerNorm, and the routing."""
         norm: Any = self.norm1
         dtype = norm_dtype(x, update, norm, behind=self.qkv)
         if dtype is None:
@@ -220,21 +226,22 @@ class MoPESwinBlock(nn.Module):
         return mope_kernels.prompted_norm(x, update, norm.weight, norm.bias, num_replaced=replaced, **options, **own)
 
     def mlp_layers(self) -> list[nn.Module]:
-        """What the MLP does one after the other; empty where it has to be called."""
+        """Return the layers of the MLP in order; an empty list if the MLP must be called."""
         return list(self.mlp) if is_plain(self.mlp, nn.Sequential) else []
 
     def step(
         self, x: Tensor, update: Tensor | None = None, own: dict[str, Any] | None = None
     ) -> tuple[Tensor, Tensor, Routing | None]:
-        """As `forward`, with additions left to whoever comes next: every one of them happens where its sum is normalised.
+        """Run the block like `forward`, but return the last residual sum unevaluated; the next block's add+LayerNorm adds it.
 
         Args:
-            x, update: (B, n + R*R, C) twice, or None: their sum arrives, with n = P or, where prompts come from `own`, any number
-                of prompts.
-            own: of `own_prompts`, which take the place of those that arrive.
+            x: First summand of the input, (B, n + R*R, C). The number of incoming prompts n is P, or any number if `own` replaces
+                them.
+            update: Second summand of the input, in the shape of x; None for none.
+            own: Result of `own_prompts`, to replace the incoming prompts.
 
         Returns:
-            x and update of the next block, (B, P + R*R, C) each, and how the prompts were routed.
+            x and update for the next block, (B, P + R*R, C) each, and the routing of the prompts.
         """
         x, normed, routing = self.enter(x, update, own)
         attended = mope_kernels.window_prompt_attention(
@@ -253,7 +260,7 @@ class MoPESwinBlock(nn.Module):
         return x, gelu_mlp(self.mlp, layers, normed, impl=self.impl), routing
 
     def forward(self, x: Tensor, routing: Routing | None = None, mapped: Tensor | None = None) -> Tensor:
-        """(B, P + R*R, C) -> (B, P + R*R, C). With `routing` or `mapped` its own prompts take the place of those that arrive."""
+        """Apply the block to x (B, P + R*R, C); with `routing` or `mapped`, its own prompts replace the incoming ones."""
         own = None if routing is None and mapped is None else self.own_prompts(routing, mapped)
         x, update, _ = self.step(x, None, own)
         return x + update
@@ -263,7 +270,7 @@ class MoPESwinBlock(nn.Module):
 
 
 class MergeNeighbours(torch.autograd.Function):
-    """(B, P + R*R, C), P, R -> (B, P + R*R/4, 4C): a row is four neighbours, or four times a prompt, copied once."""
+    """Concatenate four neighbouring tokens, or four copies of a prompt: (B, P + R*R, C) -> (B, P + R*R/4, 4C), in one copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, num_prompts: int, resolution: int) -> Tensor:
@@ -289,23 +296,25 @@ class MergeNeighbours(torch.autograd.Function):
 def _neighbours(
     x: Tensor, merged: Tensor, num_prompts: int, resolution: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Views of the rows on both sides of a merge, in one shape: of prompts (B,P,1|4,C), of tokens (B,R/2,R/2,2,2,C)."""
+    """Return matching views of a merge's input and output: prompts (B,P,1|4,C) and tokens (B,R/2,R/2,2,2,C), a pair each."""
     half = resolution // 2
     prompts = x[:, :num_prompts, None], merged[:, :num_prompts].unflatten(-1, (4, -1))
-    # Of the four neighbours those of one column come first.
+    # The four neighbours are in column-major order.
     tokens = x[:, num_prompts:].unflatten(1, (half, 2, half, 2)).permute(0, 1, 3, 4, 2, 5)
     return prompts, (tokens, merged[:, num_prompts:].unflatten(1, (half, half)).unflatten(-1, (2, 2, -1)))
 
 
 class PromptedPatchMerging(nn.Module):
-    """Between two stages: four neighbours become one token of twice the width. A prompt stands for all four.
+    """Patch merging between two stages: four neighbouring tokens become one of twice the width.
+
+    A prompt is used as all four neighbours.
 
     Args:
-        dim: C of the stage that ends.
-        resolution: R, even.
-        num_prompts: P.
-        eps: of the LayerNorm.
-        impl: as in `mope_kernels.add_norm`.
+        dim: Token width C of the preceding stage.
+        resolution: Number of tokens per side R; must be even.
+        num_prompts: Number of prompts P.
+        eps: Epsilon of the LayerNorm.
+        impl: Implementation, see `mope_kernels.add_norm`.
     """
 
     def __init__(self, dim: int, resolution: int, num_prompts: int, *, eps: float = 1e-5, impl: str = "auto") -> None:
@@ -317,7 +326,7 @@ class PromptedPatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, P + R*R, C) -> (B, P + R*R/4, 2C)."""
+        """Merge x (B, P + R*R, C) into (B, P + R*R/4, 2C)."""
         merged = MergeNeighbours.apply(x, self.num_prompts, self.resolution)
         _, normed = add_norm(merged, None, self.norm, behind=self.reduction, impl=self.impl)
         return self.reduction(normed)

@@ -29,6 +29,7 @@ from mope.fusion.checkpoint import (
 )
 from mope.fusion.frozen import HALF, CastWeights
 from mope.fusion.hub import push
+from mope.fusion.predicting import Prediction, predict
 from mope.fusion.protocol import ModelConfig
 from mope.hints import did_you_mean
 from mope.modalities import Modality, known, slots_of
@@ -238,6 +239,42 @@ class FusionModel(PreTrainedModel, ABC):
                 self._cast = CastWeights(self.frozen_modules(), dtype)
         finally:
             self.frozen_weights_moved()
+
+    @contextmanager
+    def answering(self, *, experts: bool = False) -> Iterator[Callable[..., tuple[Tensor, dict[str, Tensor]]]]:
+        """Yield a function that classifies in evaluation mode without gradients: inputs -> logits and weights of the experts.
+
+        The logits are (B,num_labels); the weights (B,K), by the name of each routed block, are {} unless they are asked for.
+
+        Raises:
+            ValueError: `experts` are asked for, and the model has none.
+        """
+        if experts:
+            raise ValueError(f"experts: a {type(self).__name__} has none to name")
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad(), self.prepacked():
+                yield lambda **batch: (self(**batch).logits, {})
+        finally:
+            self.train(was_training)
+
+    def predict(self, *, batch_size: int = 32, experts: bool = False, **items: Any) -> list[Prediction]:
+        """Classify raw items, `model.predict(images=[...], texts=[...])` -> a `Prediction` for each, in their order.
+
+        What reads them are the processors that the model holds, such as `tokenizer` and `image_processor`.
+
+        Args:
+            batch_size: items that are computed at once.
+            experts: name the experts that each item took.
+            items: of each modality a list: `images`, PIL images or paths, None for a grey one; `texts`; of other modalities under
+                their names, what a line of data has.
+
+        Raises:
+            TypeError: a modality is missing or unknown, or is no list.
+            ValueError: the lists have different lengths, an item cannot be read, the model lacks a processor or has no experts.
+        """
+        return predict(self, items, batch_size=batch_size, experts=experts)
 
     @contextmanager
     def prepacked(self) -> Iterator[None]:

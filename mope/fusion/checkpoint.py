@@ -97,11 +97,12 @@ def describe(encoder: nn.Module, state: Mapping[str, Tensor] | None = None) -> d
         **kind,
         "source": source_of(encoder),
         "dtype": str(next(t.dtype for t in state.values() if t.is_floating_point())).removeprefix("torch."),
-        "fingerprint": _fingerprint(identity, tensors),
+        "fingerprint": fingerprint_of(identity, tensors),
     }
 
 
-def _fingerprint(identity: Any, tensors: Mapping[str, Tensor]) -> str:
+def fingerprint_of(identity: Any, tensors: Mapping[str, Tensor]) -> str:
+    """Hash an encoder: its identity, and the names, shapes, dtypes and values of its tensors."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
     for name, tensor in sorted(tensors.items(), key=itemgetter(0)):
         tensor = tensor.detach().cpu().contiguous()

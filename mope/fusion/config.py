@@ -23,6 +23,7 @@ from mope.modalities import Slot
 from mope_kernels.impl import names_in
 
 COMBINE = ("concat", "sum")
+FEATURES = ("first", "mean", "attention")
 # Keys of a saved file that are not fields of `MoPEConfig`.
 EXTRA_KEYS = ("mope_version", "backbones", "model_type", "architectures", "transformers_version")
 # Values that had another name in earlier versions.
@@ -54,6 +55,9 @@ class MoPEConfig(ModelConfig):
         prompts: A `PromptConfig`.
         mapper: A `MapperConfig`.
         finetuned: Encoders in `modalities` whose weights train as well.
+        feature: What the head reads of the main encoder: "first", the encoder's own summary, which is the class token if there is
+            one; "mean", the mean of its tokens; or "attention", trained attention over its tokens with as many heads as the encoder
+            and psi as the query (a trained query for ensemble and without psi).
         head: "linear" or "mlp" (one hidden layer of width `head_hidden`, GELU).
         head_hidden: Width of the hidden layer of an "mlp" head.
         importance_weight: Weight of the importance loss in the total loss.
@@ -62,6 +66,7 @@ class MoPEConfig(ModelConfig):
         padding_side: Padding side of the tokenizer. Both sides accept any attention mask. "right" is fast because it uses sequence
             lengths; it first moves tokens in front of padding if the mask is not right-padded. "left" masks padding out.
         impl: Implementation of the ops: "auto", a name, or several names separated by commas, tried in that order.
+        threshold: With problem_type "multi_label", a class is predicted if its probability is above this, between 0 and 1.
 
     Raises:
         ValueError: A value is not allowed; the message names it and the allowed values.
@@ -81,6 +86,7 @@ class MoPEConfig(ModelConfig):
     prompts: PromptConfig = field(default_factory=PromptConfig)
     mapper: MapperConfig = field(default_factory=MapperConfig)
     finetuned: Sequence[str] = ()
+    feature: str = "first"
     head: str = "linear"
     head_hidden: int = 256
     importance_weight: float = 0.01
@@ -88,6 +94,7 @@ class MoPEConfig(ModelConfig):
     importance_noise: bool = True
     padding_side: str = "right"
     impl: str = "auto"
+    threshold: float = 0.5
 
     if TYPE_CHECKING:
         # Shorthands (`mope.fusion.parts.SHORT`), which are keywords of the constructor and properties.
@@ -123,6 +130,7 @@ class MoPEConfig(ModelConfig):
         self._resolve()
         for name, allowed in {
             "combine": COMBINE,
+            "feature": FEATURES,
             "prompt_depth": ("deep", "shallow"),
             "router_scope": ("layer", "shared", "released"),
             "router_embedding": ("frozen", "learned"),
@@ -162,6 +170,8 @@ class MoPEConfig(ModelConfig):
             value = getattr(self, name)
             if not (value is None and name == "prompt_init_bound") and not (is_number(value) and value > 0):
                 raise ValueError(f"MoPEConfig: {name} must be positive, got {value!r}")
+        if not (is_number(self.threshold) and 0 < self.threshold < 1):
+            raise ValueError(f"MoPEConfig: threshold must be between 0 and 1, got {self.threshold!r}")
         if not (is_number(self.prompt_dropout) and 0 <= self.prompt_dropout < 1):
             raise ValueError(f"MoPEConfig: prompt_dropout must be in [0, 1), got {self.prompt_dropout!r}")
         assert isinstance(self.router, RouterConfig)

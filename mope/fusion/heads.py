@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import SwinModel
 
 from mope.checks import check_labels
+from mope.encoders.pooling import AttentionPooling
 from mope.encoders.windowed import MoPESwinEncoder, encoder_for
 from mope.fused import InputPrompts
 from mope.fused.attention import default_bound
@@ -120,6 +121,11 @@ def new_input_prompts(config: MoPEConfig, norm: nn.Module | None, dim: int) -> I
     assert config.static_length is not None
     bound = config.prompt_init_bound or default_bound(norm, dim)
     return InputPrompts(config.static_length, dim, bound=bound, dropout=config.prompt_dropout, blind=config.blind_prompts)
+
+
+def new_pooling(config: MoPEConfig, dim: int, num_heads: int, cross_dim: int | None) -> AttentionPooling:
+    """Tokens of the main encoder (B,L,dim) -> its feature (B,dim). psi asks, unless each encoder has a head of its own."""
+    return AttentionPooling(dim, num_heads, None if config.fusion.head == "mean" else cross_dim)
 
 
 def new_head(config: MoPEConfig, width: int) -> nn.Sequential:

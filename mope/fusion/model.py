@@ -18,6 +18,7 @@ from mope.backbones import Attachment, attach, base_model, find_adapter, find_ar
 from mope.checks import check_are_tensors, check_encoder, naming_memory
 from mope.encoders.importance import importance, warn_of_local_batches
 from mope.encoders.layerwise import LayerwiseEncoder, TrainedPrompts, as_prompts
+from mope.encoders.pooling import AttentionPooling, Pool, mean_pooling
 from mope.encoders.recomputing import Recomputing
 from mope.encoders.windowed import MoPESwinEncoder, TrainedWindowPrompts, WindowedEncoder, distinct
 from mope.fused import FrozenAttention, InputPrompts, MoPEAttention, PromptBank, Router
@@ -26,8 +27,9 @@ from mope.fused.padding import Padding
 from mope.fused.router import make_router, sample_noise, without_noise
 from mope.fusion.base import in_frozen_dtype
 from mope.fusion.config import MoPEConfig
-from mope.fusion.heads import new_head, new_input_prompts, new_mapper, new_swin, router_options, task_loss
+from mope.fusion.heads import new_head, new_input_prompts, new_mapper, new_pooling, new_swin, router_options, task_loss
 from mope.fusion.inputs import InputChecks, as_encoder_knows
+from mope.fusion.predicting import dense_weights
 from mope.fusion.saving import SavedModel
 from mope.fusion.sources import source_of
 from mope.graphs import CudaGraphRunner
@@ -48,7 +50,7 @@ NO_BANKS = (
 OWN = frozenset(
     {
         *("blocks", "card_data", "config", "cross_blocks", "cross_head", "head", "input_checks", "input_prompts", "mapper"),
-        *("router", "slots", "training", "warnings_issued", "widths"),
+        *("pooling", "router", "slots", "training", "warnings_issued", "widths"),
     }
 )
 ARGUMENTS = frozenset({"banks", "cross_features", "labels", "output_attentions", "router_noise"})
@@ -235,6 +237,9 @@ class MoPEForClassification(SavedModel):
         self.mapper: nn.Module | None = None
         if cross_dim is not None and config.maps and layerwise:
             self.mapper = new_mapper(config, [self.widths[m] for m in others] if config.mapper_each else [cross_dim], dim)
+        self.pooling: AttentionPooling | None = None
+        if config.feature == "attention":
+            self.pooling = new_pooling(config, dim, self._num_heads(main), cross_dim)
         self.head = new_head(config, dim + (cross_dim or 0) if config.fusion.head == "concat" else dim)
         self.cross_head: nn.Sequential | None = None
         if cross_dim is not None and config.fusion.head == "mean":
@@ -256,6 +261,15 @@ class MoPEForClassification(SavedModel):
         if isinstance(backbone, MoPESwinEncoder):
             return WindowedEncoder(backbone, recomputing=recomputing)
         return LayerwiseEncoder(backbone, self._adapters[modality], recomputing=recomputing)
+
+    def _num_heads(self, modality: str) -> int:
+        """Heads of an encoder's last layer."""
+        if isinstance(backbone := self.backbone(modality), MoPESwinEncoder):
+            swin: Any = backbone.config
+            return int(swin.num_heads[-1])
+        adapter = self._adapters[modality]
+        layer: Any = adapter.layers(backbone)[-1]
+        return adapter.attention(getattr(layer, "layer", layer)).num_heads
 
     def _is_swin(self, modality: str) -> bool:
         return isinstance(self.backbone(modality), MoPESwinEncoder)
@@ -600,6 +614,7 @@ class MoPEForClassification(SavedModel):
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Run the main encoder with its prompts, and return its feature (B,C) and the routing of each routed block."""
         config, top_k = self.config, self.config.train_top_k if self.training else self.config.eval_top_k
+        pool = self._pool(cross)
         with torch.set_grad_enabled(self._needs_graph(config.main, cross, mapped, *noise, *inputs.given.values())):
             encoder = self._ready_encoder(config.main)
             if isinstance(encoder, WindowedEncoder):
@@ -607,7 +622,7 @@ class MoPEForClassification(SavedModel):
                     raise ValueError(NO_BANKS)
                 swin = encoder.backbone
                 windows = TrainedWindowPrompts(swin, inputs.batch, cross, mapped=swin.mapped(cross), noise=noise, top_k=top_k)
-                return encoder.encode(*inputs, windows)
+                return encoder.encode(*inputs, windows, pool)
             prompts = TrainedPrompts(
                 self.prompts_of(config.main),
                 cross=cross,
@@ -618,7 +633,22 @@ class MoPEForClassification(SavedModel):
                 router=self.router,
                 input_prompts=self.input_prompts,
             )
-            return encoder.encode(*inputs, prompts)
+            return encoder.encode(*inputs, prompts, pool)
+
+    def _pool(self, psi: Tensor | None) -> Pool | None:
+        """Return what makes the main encoder's feature from its tokens; None for its own summary."""
+        if self.config.feature == "first":
+            return None
+        pooling, with_gradients = self.pooling, torch.is_grad_enabled()
+        if pooling is None:
+            return mean_pooling
+
+        def pool(tokens: Tensor, padding: Padding) -> Tensor:
+            # Where nothing in the encoder trains, it runs without gradients.
+            with torch.set_grad_enabled(with_gradients):
+                return pooling(tokens, padding, psi)
+
+        return pool
 
     def _ready_encoder(self, modality: str) -> LayerwiseEncoder | WindowedEncoder:
         """Return the encoder of a modality. RuntimeError if its prompts would be skipped."""
@@ -659,6 +689,23 @@ class MoPEForClassification(SavedModel):
             None if block.experts is None or not frozen[i].can_bank else block.build_bank(frozen[i])
             for i, block in self.prompts_of(main).items()
         )
+
+    @contextmanager
+    def answering(self, *, experts: bool = False) -> Iterator[Callable[..., tuple[Tensor, dict[str, Tensor]]]]:
+        """See `FusionModel.answering`; an expert that is not taken has weight 0."""
+        if experts and not (names := self.routed_blocks()):
+            raise ValueError(f"experts: this model routes nothing (method {self.config.method!r}), so there are none to name")
+        with self.serving() as predict:
+
+            def answer(**batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+                out: MoPEOutput = predict(**batch)
+                assert out.logits is not None
+                if not experts:
+                    return out.logits, {}
+                routing = zip(names, out.routing or (), strict=True)
+                return out.logits, {name: dense_weights(r.weights, r.indices, r.probs.shape[1]) for name, r in routing}
+
+            yield answer
 
     @contextmanager
     def serving(

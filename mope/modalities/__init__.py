@@ -1,4 +1,4 @@
-"""The kinds of input: how a batch names them, how raw items are read and collated, how they are checked."""
+"""Modalities: how a batch names their inputs, and how raw items are read, collated and checked."""
 
 from . import text, vision
 from .reading import DataError, Finder, Padding, Reader, Source, UnreadableError

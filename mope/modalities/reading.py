@@ -1,4 +1,4 @@
-"""From a value in a line of data to what an encoder reads: what a modality may say of it, and defaults."""
+"""Base classes for turning a value in a line of data into encoder inputs, with defaults that a modality may override."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
     from .registry import Modality
 
-# How many problems an error shows.
+# Maximum number of problems listed in an error message.
 SHOWN = 10
 
 
 class DataError(ValueError):
-    """Data that cannot be used: names file, line and what to do."""
+    """Error for unusable data; the message names the file, the line and the fix."""
 
 
 class UnreadableError(Exception):
-    """Say that an item cannot be read; `mope.data` adds of which example it is.
+    """Error for an item that cannot be read; `mope.data` adds the example it belongs to.
 
     Args:
-        what: "FILE, the image", "the sound".
-        why: what is wrong with it.
+        what: Description of the item, such as "FILE, the image" or "the sound".
+        why: Reason why it cannot be read.
     """
 
     def __init__(self, what: str, why: object) -> None:
@@ -38,13 +38,13 @@ class UnreadableError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """Say where a split has the raw items of a modality.
+    """Location of a modality's raw items in a split.
 
     Args:
-        key: in each line.
-        folder: of the data.
-        template: what the format makes of a value of the key, "{}" the value itself.
-        on_missing: "error", or "grey" where something neutral may stand for a file that is named and not there.
+        key: Key of the item in each line.
+        folder: Folder of the data.
+        template: Format string for the value of the key; "{}" for the value itself.
+        on_missing: "error", or "grey" to replace missing files with a neutral item.
     """
 
     key: str
@@ -54,24 +54,31 @@ class Source:
 
 
 class Finder:
-    """Looks up what `Modality.parse` returned, once all lines could be read. By default that is the raw item already."""
+    """Finds raw items from the results of `Modality.parse`, after all lines have been parsed.
+
+    By default, the parsed value already is the raw item.
+    """
 
     def find(self, parsed: Any) -> Any:
-        """Return the raw item. Raise ValueError where there is none; the message says what to do, and the line is added."""
+        """Return the raw item.
+
+        Raises:
+            ValueError: If there is none. The message names the fix; the caller adds the line.
+        """
         return parsed
 
     def warn(self, file: Path) -> None:
-        """Warn of what was found in a file and may not be meant; every line has been looked up."""
+        """Warn about suspicious items of a data file, after all its lines have been looked up."""
 
 
 @dataclass(frozen=True)
 class Padding:
-    """How batches of a modality are padded along the tokens, the second dimension.
+    """Padding of a modality's batches along the tokens, the second dimension.
 
     Args:
-        values: of each input that has one entry for each token, and of the mask, by the names of a modality.
-        longest: tokens of the longest item that the encoder takes, None if that is not known.
-        left: whether padding stands in front.
+        values: Padding value of each input with one entry per token, and of the mask, by the modality's names.
+        longest: Maximum number of tokens that the encoder accepts, None if unknown.
+        left: Whether padding goes in front of the tokens.
     """
 
     values: Mapping[str, int]
@@ -80,44 +87,44 @@ class Padding:
 
 
 class Reader:
-    """Makes what an encoder reads of raw items. It holds no weights, and can be pickled: workers have copies.
+    """Converter of raw items into encoder inputs. It holds no weights and can be pickled, because each worker has a copy.
 
-    By default an item goes through the processor, a function of the raw item -> tensor, or tensors by the modality's names; without
-    one it is numbers, which become a float32 tensor. Items of one shape make a batch.
+    By default, the processor is called with the raw item and returns a tensor, or tensors by the modality's names. Without a
+    processor, the item must be numbers, which become a float32 tensor. All items of a batch must have the same shape.
 
     Args:
-        modality: of the items.
-        processor: of the model, or None.
+        modality: Modality of the items.
+        processor: Processor of the model, or None.
     """
 
     def __init__(self, modality: Modality, processor: Any = None) -> None:
         self.modality, self.processor = modality, processor
 
     def __call__(self, raw: Any, *, augment: Callable[[Any], Any] | None = None) -> dict[str, Any]:
-        """Return what the encoder reads of a raw item, by the modality's own names in a batch.
+        """Return the encoder inputs of a raw item, by the modality's own batch names.
 
         Args:
-            raw: the item.
-            augment: distorts what the modality says that it distorts; None where nothing is to be.
+            raw: The item.
+            augment: Augmentation of raw items, None for none.
 
         Raises:
-            UnreadableError: the item cannot be read.
+            UnreadableError: If the item cannot be read.
         """
         import torch
 
         try:
             item = raw if augment is None else augment(raw)
             read = torch.tensor(item, dtype=torch.float32) if self.processor is None else self.processor(item)
-        # In a worker nothing else would say which item it was.
+        # In a worker, other errors would not tell which item failed.
         except Exception as error:
             raise UnreadableError(f"the {self.modality.name}", error) from error
         return dict(read) if isinstance(read, Mapping) else {self.modality.required: read}
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return a batch of what `__call__` returned.
+        """Collate results of `__call__` into a batch.
 
         Raises:
-            DataError: the items have different shapes.
+            DataError: If the items have different shapes.
         """
         import torch
 
@@ -130,30 +137,30 @@ class Reader:
         return batch
 
     def of_different_shapes(self, name: str, shapes: Sequence[tuple[int, ...]]) -> str:
-        """Return what to say of inputs that do not fit into one batch."""
+        """Return the error message for inputs of different shapes in one batch."""
         return (
             f"{name} of one batch have different shapes, {', '.join(map(str, shapes))}: "
             f"make them equal in the data or a processor, or pad them in a reader of {self.modality.name!r}"
         )
 
     def digest(self) -> Any:
-        """Return what JSON can hold, and changes with everything that changes the result for the same item."""
+        """Return a JSON-compatible value that changes with everything that affects the result for an item."""
         if hasattr(self.processor, "to_json_string"):
             return [type(self.processor).__name__, self.processor.to_json_string()]
         return repr(self.processor)
 
 
 def is_key(value: object) -> bool:
-    """Whether a value of a line is a name or a number."""
+    """Return whether a value in a line is a string or an integer."""
     return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def listed(items: Sequence[str]) -> str:
-    """Return the first few of some items in words."""
+    """Return the first few items as text, separated by commas."""
     return first_of(items, SHOWN, ", ")
 
 
 def shown(value: object) -> str:
-    """Return a value as JSON, cut where it is long."""
-    text = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    """Return a value as JSON, truncated to 60 characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""Texts, as ids of tokens."""
+"""Text modality: texts as token ids."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .registry import Modality, register_modality
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Larger than any text: tokenizers that know no limit say 1e30.
+# Longer than any text. Tokenizers without a limit report 1e30.
 NO_LIMIT = 2**31
 
 
 class Text(Modality):
-    """Texts, (B,L) integer ids of tokens with what stands beside them: types, positions, and the attention mask.
+    """Texts: integer token ids (B,L), optionally with token types, positions and an attention mask.
 
-    The mask may be on the CPU whatever the device: nothing is then computed for padding, see `FusionModel.on_device`.
+    The mask may be on the CPU even if the model is not; padding is then skipped, see `FusionModel.on_device`.
     """
 
     name = "text"
@@ -32,7 +32,11 @@ class Text(Modality):
     plural = "texts"
 
     def check(self, encoder: Any, given: Mapping[str, Tensor]) -> None:
-        """Raise ValueError where ids, and what stands beside them, are not what a text encoder can read."""
+        """Check that a text encoder can read the token ids and the other inputs.
+
+        Raises:
+            ValueError: If it cannot.
+        """
         import torch
 
         from mope.checks import is_readable
@@ -51,7 +55,7 @@ class Text(Modality):
             if tensor is None:
                 continue
             if tuple(tensor.shape) != shape and not (name == "position_ids" and tuple(tensor.shape) == (1, shape[1])):
-                raise ValueError(f"{name} must be {shape}, as input_ids is, got {tuple(tensor.shape)}")
+                raise ValueError(f"{name} must be {shape}, the shape of input_ids, got {tuple(tensor.shape)}")
             if name != "attention_mask" and (tensor.is_floating_point() or tensor.dtype == torch.bool):
                 raise ValueError(f"{name} must be integers, got {tensor.dtype}: use {name}.long()")
         config = encoder.config
@@ -64,7 +68,7 @@ class Text(Modality):
         _check_range("position_ids", others.get("position_ids"), positions, "positions of the encoder")
         if positions is None or given_positions:
             return
-        # RoBERTa counts positions from the number after the padding token's, and skips padding.
+        # RoBERTa counts positions from the padding token's id plus one, and skips padding.
         padding = getattr(getattr(encoder, "embeddings", None), "padding_idx", None)
         length = shape[1]
         if padding is not None:
@@ -72,26 +76,26 @@ class Text(Modality):
             length = int((input_ids != padding).sum(-1).max()) if is_readable(input_ids) and shape[0] else 0
         if length > positions:
             raise ValueError(
-                f"a text has {length} tokens, and the encoder {positions} positions: cut it, "
+                f"a text has {length} tokens, but the encoder has {positions} positions: truncate it, "
                 f"model.tokenizer(..., truncation=True, max_length={positions})"
             )
 
     def doubts(self, encoder: Any, given: Mapping[str, Tensor]) -> Iterator[str]:
-        """Yield what to say of texts with padding and without an attention mask."""
+        """Yield a warning about texts that have padding but no attention mask."""
         from mope.checks import is_readable
 
         ids, padding_token = given.get("input_ids"), getattr(encoder.config, "pad_token_id", None)
-        # As transformers, which looks at both ends.
+        # Like transformers, check both ends.
         if "attention_mask" in given or ids is None or padding_token is None or not (is_readable(ids) and ids.numel()):
             return
         if bool(ids[:, [0, -1]].eq(padding_token).any()):
             yield (
-                "input_ids hold the padding token, and no attention_mask was given: padding is read like words: give the "
-                "attention_mask that the tokenizer makes"
+                "input_ids contain the padding token, but no attention_mask was given, so padding is read like words: pass the "
+                "attention_mask returned by the tokenizer"
             )
 
     def not_a_tensor(self, name: str, value: object) -> str | None:
-        """Return what to do about text that is not tokenized."""
+        """Return the advice for text that is not tokenized."""
         if not _is_text(value):
             return None
         return (
@@ -100,38 +104,54 @@ class Text(Modality):
         )
 
     def parse(self, value: Any, source: Source) -> str:
-        """Return a text. Raise ValueError where it is none."""
+        """Return a text.
+
+        Raises:
+            ValueError: If the value is not a string.
+        """
         if not isinstance(value, str):
             raise ValueError(f'"{source.key}" must be a text, got {shown(value)}')
         return value
 
+    def of_cell(self, cell: str) -> str:
+        """Return the cell: a text may look like JSON."""
+        return cell
+
     def reader(self, encoder: Any, processor: Any, config: Any) -> Texts:
-        """Return a tokenizer with what it needs to know. Raise ValueError where it has no padding token."""
+        """Return a reader that tokenizes texts.
+
+        Raises:
+            ValueError: If the tokenizer has no padding token.
+        """
         if processor.pad_token_id is None:
             raise ValueError("the tokenizer has no padding token: set model.tokenizer.pad_token")
         return Texts(self, processor, self.padding(encoder, processor, config))
 
     def padding(self, encoder: Any, processor: Any, config: Any) -> Padding:
-        """Return the padding of the tokenizer; zeros without one."""
+        """Return the padding of the tokenizer, or zeros without a tokenizer."""
         token, kind = (getattr(processor, name, None) or 0 for name in ("pad_token_id", "pad_token_type_id"))
         values = {"input_ids": token, "attention_mask": 0, "token_type_ids": kind}
         longest = None if processor is None else max_tokens(processor, encoder)
         return Padding(values, longest, left=config.padding_side == "left")
 
     def load_processor(self, source: str | Path, encoder: Any = None, config: Any = None, format: str = "", **options: Any) -> Any:
-        """Return the tokenizer in a folder or on the hub, padding as the configuration says."""
+        """Load a tokenizer from a folder or the hub; it pads on the side given by the configuration."""
         from transformers import AutoTokenizer
 
         side = {} if config is None else {"padding_side": config.padding_side}
         return AutoTokenizer.from_pretrained(source, **side, **options)
 
     def check_processor(self, processor: Any, config: Any) -> None:
-        """Raise ValueError where a tokenizer pads on the other side."""
+        """Check that a tokenizer pads on the side given by the configuration.
+
+        Raises:
+            ValueError: If it does not.
+        """
         expected = config.padding_side
         side = getattr(processor, "padding_side", expected)
         if side != expected:
             raise ValueError(
-                f"this tokenizer pads on the {side}, the config says padding_side={expected!r}: "
+                f"this tokenizer pads on the {side}, but the config has padding_side={expected!r}: "
                 f"set tokenizer.padding_side = {expected!r}, or padding_side={side!r} in {type(config).__name__}"
             )
 
@@ -140,7 +160,7 @@ class Text(Modality):
         return raw
 
     def size(self, raw: str) -> int:
-        """Return its length in characters."""
+        """Return the length of the text in characters."""
         return len(raw)
 
     def text_of(self, raw: str) -> str:
@@ -148,11 +168,11 @@ class Text(Modality):
         return raw
 
     def describe(self, given: Mapping[str, Tensor]) -> None:
-        """Return nothing: the message says which example it is."""
+        """Return None: the error message already names the example."""
 
 
 class Texts(Reader):
-    """Texts through a tokenizer, cut to what the encoder takes."""
+    """Reader that tokenizes texts, truncating them to the encoder's maximum length."""
 
     def __init__(self, modality: Modality, processor: Any, padding: Padding) -> None:
         super().__init__(modality, processor)
@@ -165,13 +185,13 @@ class Texts(Reader):
         return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return `input_ids`, `attention_mask`, `token_type_ids` (B,L) int64."""
+        """Return `input_ids`, `attention_mask` and, if present, `token_type_ids`, each int64 (B,L)."""
         rows = {name: [item[name] for item in items] for name in items[0]}
         rows["attention_mask"] = [[1] * len(ids) for ids in rows["input_ids"]]
         return {name: self._pad(rows[name], value) for name, value in self._padding.values.items() if name in rows}
 
     def digest(self) -> Any:
-        """Return the state of the tokenizer, and how texts are cut and padded."""
+        """Return the state of the tokenizer, and how texts are truncated and padded."""
         return [_tokenizer_state(self.processor), self._padding.longest, self._padding.left]
 
     def _pad(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -183,11 +203,11 @@ class Texts(Reader):
 
 
 def max_tokens(tokenizer: Any, text: Any) -> int | None:
-    """How long a text may be, with its special tokens; None: as long as it likes."""
+    """Return the maximum number of tokens of a text, including special tokens; None if there is no limit."""
     limits = [tokenizer.model_max_length]
     config: Any = text.config
     if (positions := getattr(config, "max_position_embeddings", None)) is not None:
-        # RoBERTa counts positions from the number after the padding token's.
+        # RoBERTa counts positions from the padding token's id plus one.
         first = getattr(getattr(text, "embeddings", None), "padding_idx", None)
         limits.append(positions if first is None else positions - first - 1)
     limit = min(limits)
@@ -199,7 +219,7 @@ def _tokenizer_state(tokenizer: Any) -> Any:
     if backend is None:
         return [type(tokenizer).__name__, tokenizer.get_vocab(), repr(tokenizer.init_kwargs)]
     state = json.loads(backend.to_str())
-    # These two remember the last call.
+    # These two depend on the last call.
     return {name: value for name, value in state.items() if name not in ("truncation", "padding")}
 
 

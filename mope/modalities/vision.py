@@ -1,10 +1,13 @@
-"""Images."""
+"""Vision modality: images."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +18,28 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import CLIPImageProcessorPil
 
-# The source of an image processor that is not a file: that of the published training.
+# Name of an image processor that is not loaded from files: the one of the published training.
 PUBLISHED = "published"
 PUBLISHED_MEAN, PUBLISHED_STD = (0.46777044, 0.44531429, 0.40661017), (0.12221994, 0.12145835, 0.14380469)
 GREY = 128
 
 
-class Vision(Modality):
-    """Images, (B,channels,height,width) floating point, as the encoder's image processor makes them.
+@dataclass(frozen=True)
+class StoredImage:
+    """An image that a table holds: the bytes of a file, and a name for messages."""
 
-    In a call `interpolate_pos_encoding=True` takes images of another size than the encoder's, as transformers does: its encoding of
-    positions is interpolated. Not in a Swin Transformer.
+    name: str
+    data: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Vision(Modality):
+    """Images: floating-point pixels (B,channels,height,width) from the encoder's image processor.
+
+    With `interpolate_pos_encoding=True`, a call accepts images of another size than the encoder's, as in transformers: position
+    embeddings are interpolated. Swin Transformers do not support it.
     """
 
     name = "vision"
@@ -33,12 +47,16 @@ class Vision(Modality):
     flags = ("interpolate_pos_encoding",)
     column = "image"
     processor = "image_processor"
-    processor_hint = '"published": that of the published training'
+    processor_hint = '"published": the one of the published training'
     augments = True
     plural = "images"
 
     def check(self, encoder: Any, given: Mapping[str, Tensor]) -> None:
-        """Raise ValueError where pixels are no batch of images."""
+        """Check that pixels are a batch of images.
+
+        Raises:
+            ValueError: If they are not.
+        """
         pixel_values = given.get("pixel_values")
         if pixel_values is not None and pixel_values.dim() != 4:
             raise ValueError(
@@ -47,38 +65,54 @@ class Vision(Modality):
             )
 
     def doubts(self, encoder: Any, given: Mapping[str, Tensor]) -> Iterator[str]:
-        """Yield what to say of pixels that are not floating point."""
+        """Yield a warning about pixels that are not floating point."""
         pixels = given.get("pixel_values")
         if pixels is not None and not pixels.is_floating_point():
             yield (
-                f"pixel_values are {pixels.dtype}, as if no image processor had made them: encoders were trained on normalised "
-                "floating point pixels, and see something else: model.image_processor(images, return_tensors='pt')"
+                f"pixel_values are {pixels.dtype}, as if no image processor had been used, but encoders are trained on normalised "
+                "floating-point pixels: use model.image_processor(images, return_tensors='pt')"
             )
 
     def not_a_tensor(self, name: str, value: object) -> str | None:
-        """Return what to do about images that are no tensor."""
+        """Return the advice for images that are not a tensor."""
         kind = type(value).__name__
         fix = f"torch.from_numpy({name})" if kind == "ndarray" else f"torch.tensor({name})"
         return f"must be a tensor, got {kind}: {fix}, or model.image_processor(images, return_tensors='pt') for images"
 
-    def parse(self, value: Any, source: Source) -> str | None:
-        """Return the path of an image, None for none. Raise ValueError where it is no path."""
+    def parse(self, value: Any, source: Source) -> str | StoredImage | None:
+        """Return the path of an image, or an image stored in a table, None for no image.
+
+        Raises:
+            ValueError: If the value is neither.
+        """
+        # The form in which the library datasets stores images.
+        if isinstance(value, Mapping) and value.keys() == {"bytes", "path"}:
+            name, data = value["path"], value["bytes"]
+            value = StoredImage(name or source.key, data) if isinstance(data, bytes) else name
+        if isinstance(value, bytes):
+            value = StoredImage(source.key, value)
+        if isinstance(value, StoredImage):
+            return value
         if not (value is None or isinstance(value, str) or (source.template != "{}" and is_key(value))):
             raise ValueError(f'"{source.key}" must be the path of an image, or null for none, got {shown(value)}')
         return None if value in (None, "") else source.template.format(value)
 
+    def of_cell(self, cell: str) -> str:
+        """Return the cell: the path of an image."""
+        return cell.strip()
+
     def finder(self, source: Source) -> Finder:
-        """Return what looks for the files of images in the folder of the data."""
+        """Return a finder of image files in the data folder."""
         return ImageFiles(source)
 
     def reader(self, encoder: Any, processor: Any, config: Any) -> Images:
-        """Return an image processor with what it needs to know of the encoder."""
+        """Return a reader that applies the image processor."""
         _require_pillow()
         return Images(self, processor, encoder.config)
 
     def load_processor(self, source: str | Path, encoder: Any = None, config: Any = None, format: str = "", **options: Any) -> Any:
-        """Return the image processor in a folder or on the hub; "published": that of the published training."""
-        # From where it is defined: in transformers 5.17 the top level name asks for torchvision, which it does not need.
+        """Load an image processor from a folder or the hub; "published" is the one of the published training."""
+        # Imported from its own module: in transformers 5.17, the top-level name requires torchvision without needing it.
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         if source == PUBLISHED:
@@ -86,23 +120,27 @@ class Vision(Modality):
             return published_image_processor(size if isinstance(size, int) else size[0], format=format)
         return AutoImageProcessor.from_pretrained(source, **options)
 
-    def key(self, raw: Path | None) -> str:
-        """Return path, size and time of change of the file."""
+    def key(self, raw: Path | StoredImage | None) -> str:
+        """Return the path, size and modification time of the file."""
         if raw is None:
             return ""
+        if isinstance(raw, StoredImage):
+            return hashlib.sha256(raw.data).hexdigest()
         stat = raw.stat()
         return f"{os.path.abspath(raw)}\n{stat.st_size} {stat.st_mtime_ns}"
 
-    def identity(self, raw: Path | None) -> str | None:
+    def identity(self, raw: Path | StoredImage | None) -> str | None:
         """Return the name of the file."""
+        if isinstance(raw, StoredImage):
+            return self.key(raw)
         return None if raw is None else raw.name
 
-    def text_of(self, raw: Path | None) -> None:
-        """Return nothing: an image has no words."""
+    def text_of(self, raw: Path | StoredImage | None) -> None:
+        """Return None, because an image has no text."""
 
-    def picture_of(self, raw: Path | None) -> Path | None:
-        """Return the file."""
-        return raw
+    def picture_of(self, raw: Path | StoredImage | None) -> Path | None:
+        """Return the image file, None for an image stored in a table."""
+        return None if isinstance(raw, StoredImage) else raw
 
     def describe(self, given: Mapping[str, Tensor]) -> str | None:
         """Return the size of an image after the image processor."""
@@ -111,12 +149,12 @@ class Vision(Modality):
 
 
 def published_image_processor(size: int = 224, *, format: str = "food101") -> CLIPImageProcessorPil:
-    """The preprocessing with which MoPE was published: 256 pixels, the 224 in the middle, mean and deviation of the released code.
+    """Return the preprocessing of the published MoPE: resize to 256, crop the central 224, normalise as in the released code.
 
     Args:
-        size: of the images that the encoder reads; before the crop they are 8/7 of it.
-        format: of the data. MM-IMDB and SNLI-VE are squeezed into a square, the others keep their proportions and lose more at the
-            crop.
+        size: Size of the encoder's images; they are resized to 8/7 of it before the crop.
+        format: Format of the data. MM-IMDB and SNLI-VE images are resized to a square; others keep their aspect ratio, and the
+            crop removes more.
     """
     from transformers import CLIPImageProcessorPil
 
@@ -132,7 +170,7 @@ def published_image_processor(size: int = 224, *, format: str = "food101") -> CL
 
 
 class Images(Reader):
-    """Images through an image processor. Where an item is None, a grey image stands in its place."""
+    """Reader that applies an image processor. An item of None becomes a grey image."""
 
     def __init__(self, modality: Modality, processor: Any, config: Any) -> None:
         super().__init__(modality, processor)
@@ -140,33 +178,36 @@ class Images(Reader):
         size = getattr(config, "image_size", None) or 224
         self._grey_size = (size, size) if isinstance(size, int) else tuple(reversed(size))
 
-    def __call__(self, raw: Path | None, *, augment: Callable[[Any], Any] | None = None) -> dict[str, Any]:
-        """Return `pixel_values` (channels,height,width) float32. `augment` gets and gives a PIL image."""
+    def __call__(self, raw: Any, *, augment: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+        """Return `pixel_values`, float32 (channels,height,width). `augment` maps a PIL image to a PIL image."""
         image = self._read(raw)
         return {"pixel_values": self._pixel_values(augment(image) if augment else image)}
 
     def of_different_shapes(self, name: str, shapes: Sequence[tuple[int, ...]]) -> str:
-        """Return what to do about images of different sizes."""
+        """Return the error message for images of different sizes."""
         return (
-            f"the image processor gives images of different sizes, {', '.join(map(str, shapes))}: "
-            "let it resize or crop them to that of the vision backbone"
+            f"the image processor returns images of different sizes, {', '.join(map(str, shapes))}: "
+            "configure it to resize or crop them to the size of the vision backbone"
         )
 
     def digest(self) -> Any:
-        """Return the state of the image processor, and what an image is converted to."""
+        """Return the state of the image processor, and the mode and grey size that images are converted to."""
         import PIL
 
         return [PIL.__version__, super().digest(), self._mode, self._grey_size]
 
-    def _read(self, path: Path | None) -> Any:
+    def _read(self, path: Any) -> Any:
+        """Return a PIL image as the encoder reads it, from a path, a `StoredImage`, a PIL image or None."""
         from PIL import Image
 
         if path is None:
             return Image.new("RGB", self._grey_size, (GREY,) * 3).convert(self._mode)
         try:
-            with Image.open(path) as image:
+            if isinstance(path, Image.Image):
+                return with_8_bits(path).convert(self._mode)
+            with Image.open(io.BytesIO(path.data) if isinstance(path, StoredImage) else path) as image:
                 return with_8_bits(image).convert(self._mode)
-        # A broken file makes decoders raise anything; in a worker none of it would say which file.
+        # Decoders may raise any error for a broken file, and in a worker it would not name the file.
         except Exception as error:
             raise UnreadableError(f"{path}, the image", error) from error
 
@@ -176,20 +217,20 @@ class Images(Reader):
         if self._mode == "L":
             processed = self.processor(image, return_tensors="pt")
         else:
-            # The layout is said, for an image that is 3 pixels high would pass for one with channels first. With it goes an array:
-            # of a PIL image, transformers' processors with torchvision and those without take it to mean different things.
+            # The layout is given explicitly, because an image 3 pixels high could be mistaken for channels-first. The image is
+            # passed as an array, because processors with and without torchvision interpret the layout of a PIL image differently.
             processed = self.processor(np.array(image), return_tensors="pt", input_data_format="channels_last")
         pixels: Tensor = processed["pixel_values"][0]
         return pixels.float()
 
 
 def with_8_bits(image: Any) -> Any:
-    """A PIL image with 16 or more bits in a pixel -> the 8 that count the most; any other image as it is.
+    """Reduce a PIL image with 16 bits per channel to the 8 most significant bits; return other images unchanged.
 
-    Pillow would cut off what is above 255, so that nearly all of such an image is white.
+    Pillow itself would clip values above 255, so that almost all of such an image would be white.
 
     Raises:
-        ValueError: nothing says which value is white.
+        ValueError: If the value of white is unknown (other images of mode "I" or "F").
     """
     import numpy as np
     from PIL import Image
@@ -198,7 +239,7 @@ def with_8_bits(image: Any) -> Any:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"which of its values is white is not known (mode {image.mode}): save it with 8 or 16 bits")
+        raise ValueError(f"its value for white is unknown (mode {image.mode}): save it with 8 or 16 bits")
     return image
 
 
@@ -210,7 +251,7 @@ def _require_pillow() -> None:
 
 
 class ImageFiles(Finder):
-    """Files of images. Folders are listed, and not every file asked for: that is much faster over a network."""
+    """Finder of image files. It lists folders instead of checking each file, which is much faster over a network."""
 
     def __init__(self, source: Source) -> None:
         self._folder, self._key, self._grey = source.folder, source.key, source.on_missing == "grey"
@@ -219,10 +260,14 @@ class ImageFiles(Finder):
         self._found: dict[str, Path | None] = {}
         self._missing: list[str] = []
 
-    def find(self, parsed: str | None) -> Path | None:
-        """Return the file, None for none. Raise ValueError where it is missing, or outside the folder."""
-        if parsed is None:
-            return None
+    def find(self, parsed: str | StoredImage | None) -> Path | StoredImage | None:
+        """Return the image file, None for no image or a missing one that a grey image replaces.
+
+        Raises:
+            ValueError: If the file is missing, or outside the data folder.
+        """
+        if parsed is None or isinstance(parsed, StoredImage):
+            return parsed
         if parsed not in self._found:
             self._found[parsed] = self._look(parsed)
         return self._found[parsed]
@@ -232,13 +277,13 @@ class ImageFiles(Finder):
         path = path.removeprefix(self._inside)
         if os.path.isabs(path) or path.split(os.sep, 1)[0] == os.pardir:
             raise ValueError(
-                f'"{self._key}" leaves the folder of the data ({shown(name)}): put a link to the images into {self._folder}'
+                f'"{self._key}" points outside the data folder ({shown(name)}): put a link to the images into {self._folder}'
             )
         path = os.path.join(self._folder, path)
         if self._exists(path):
             return Path(path)
         if not self._grey:
-            raise ValueError(f"no image {path}: put it there, or take grey ones in place of missing ones (on_missing_image='grey')")
+            raise ValueError(f"no image {path}: put it there, or use grey images for missing ones (on_missing_image='grey')")
         self._missing.append(path)
         return None
 
@@ -246,14 +291,14 @@ class ImageFiles(Finder):
         folder, name = os.path.split(path)
         if folder not in self._files:
             self._files[folder] = _files_in(folder)
-        # Asked for itself where the list lacks it: there are file systems to which A.jpg is a.jpg.
+        # Check files that are not listed individually: on some file systems, A.jpg and a.jpg are the same file.
         return name in self._files[folder] or os.path.isfile(path)
 
     def warn(self, file: Path) -> None:
-        """Warn of images that are missing."""
+        """Warn about missing images."""
         if self._missing:
             count = f"{len(self._missing)} of {len(self._found)}"
-            warnings.warn(f"{file}: {count} images are missing, grey ones replace them: {listed(self._missing)}", stacklevel=3)
+            warnings.warn(f"{file}: {count} images are missing and replaced with grey ones: {listed(self._missing)}", stacklevel=3)
 
 
 def _files_in(folder: str) -> set[str]:

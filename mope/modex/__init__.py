@@ -1,6 +1,6 @@
-"""ModeX: adapters whose experts are mixed for each token, attached to frozen transformers.
+"""ModeX: adapters with experts mixed per token, attached to frozen transformers.
 
-The names below are imported on first use.
+The public names are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A fusion model of ALBEF's shape: a ViT, text layers of BERT, and further layers of BERT that attend to the image too."""
+"""Fusion model with ALBEF's architecture: a ViT, BERT text layers, and further BERT layers that also attend to the image."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ class AlbefConfig(PreTrainedConfig):
     """Sizes of an `AlbefModel`.
 
     Args:
-        vision_config: of the ViT, as `ViTConfig` or its values. Default: ViT-B/16 at 384 pixels.
-        text_config: of all text layers, as `BertConfig` or its values. Default: bert-base.
-        fusion_layer: the number of text layers in front of the first that attends to the image.
+        vision_config: `ViTConfig` of the ViT, or its values. Default: ViT-B/16 at 384 pixels.
+        text_config: `BertConfig` of all text layers, or its values. Default: bert-base.
+        fusion_layer: Number of text layers before the first that attends to the image.
+
+    Raises:
+        ValueError: If `fusion_layer` is out of range, or `text_config` is not the config of an encoder.
     """
 
     model_type = "albef"
@@ -44,29 +47,34 @@ class AlbefConfig(PreTrainedConfig):
         layers = self.text_config.num_hidden_layers
         if not isinstance(fusion_layer, int) or not 0 <= fusion_layer < layers:
             raise ValueError(
-                f"AlbefConfig: fusion_layer must leave at least one of {layers} text layers for fusion, got {fusion_layer}"
+                f"AlbefConfig: fusion_layer must leave at least one of the {layers} text layers for fusion, got {fusion_layer}"
             )
         if self.text_config.is_decoder or self.text_config.add_cross_attention:
             raise ValueError(
-                "AlbefConfig: text_config must be an encoder's, without is_decoder and add_cross_attention: "
-                "fusion_layer says which layers attend to the image"
+                "AlbefConfig: text_config must be that of an encoder, without is_decoder and add_cross_attention: "
+                "fusion_layer determines which layers attend to the image"
             )
         super().__init__(**options)
 
 
 @dataclass
 class AlbefOutput(ModelOutput):
-    """last_hidden_state: (B, T, C). image_embeds: (B, P, C_v) or, of N images for each text, (B, N, P, C_v); None of text alone."""
+    """Output of an `AlbefModel`.
+
+    Attributes:
+        last_hidden_state: Hidden states of the text (B, T, C).
+        image_embeds: Image features (B, P, C_v), or (B, N, P, C_v) with N images per text; None for text alone.
+    """
 
     last_hidden_state: Tensor | None = None
     image_embeds: Tensor | None = None
 
 
 class AlbefModel(PreTrainedModel):
-    """Image and text -> the fused text's hidden states.
+    """Model that maps images and texts to the hidden states of the fused text.
 
-    `vision` and `text` are transformers' `ViTModel` and `BertModel`. The text layers from `config.fusion_layer` on have
-    cross-attention as well. All of them are bidirectional.
+    `vision` and `text` are transformers' `ViTModel` and `BertModel`. The text layers from `config.fusion_layer` on also have
+    cross-attention. All text layers are bidirectional.
     """
 
     config: AlbefConfig
@@ -91,9 +99,12 @@ class AlbefModel(PreTrainedModel):
 
     @classmethod
     def from_encoders(cls, vision: ViTModel, text: BertModel, *, fusion_layer: int | None = None) -> Self:
-        """A fusion model with the weights of two encoders, which stay as they are.
+        """Build a fusion model with copies of the weights of two encoders.
 
-        The cross-attention of the text layers from `fusion_layer` on (default: of the upper half) is new and random.
+        The text layers from `fusion_layer` on (default: the upper half) get new, randomly initialised cross-attention.
+
+        Raises:
+            ValueError: If an encoder lacks weights.
         """
         if fusion_layer is None:
             fusion_layer = text.config.num_hidden_layers // 2
@@ -119,15 +130,21 @@ class AlbefModel(PreTrainedModel):
         token_type_ids: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> AlbefOutput:
-        """(B, channels, H, W) or, with N images for each text, (B, N, channels, H, W); (B, T) -> `AlbefOutput`.
+        """Encode images and texts.
 
-        Without `pixel_values` only the text layers run. `attention_mask` (B, T) is 1 for tokens and 0 for padding. With
-        `interpolate_pos_encoding` images may have another size than the configuration says.
+        Args:
+            pixel_values: Images (B, channels, H, W), or (B, N, channels, H, W) with N images per text. Without images, only the
+                text layers before the fusion run.
+            input_ids: Token ids (B, T).
+            attention_mask: Mask (B, T), 1 for tokens and 0 for padding.
+            token_type_ids: Token types (B, T).
+            interpolate_pos_encoding: Allow images of another size than the configured one.
+
+        Raises:
+            ValueError: If `input_ids` are missing, or shapes do not match.
         """
         if input_ids is None:
-            raise ValueError(
-                "AlbefModel: input_ids are missing; the features of an image alone are model.encode_image(pixel_values)"
-            )
+            raise ValueError("AlbefModel: input_ids are missing; for image features alone, use model.encode_image(pixel_values)")
         hidden_states, mask = self._text(input_ids, attention_mask, token_type_ids)
         if pixel_values is None:
             return AlbefOutput(last_hidden_state=hidden_states)
@@ -135,10 +152,13 @@ class AlbefModel(PreTrainedModel):
         return AlbefOutput(self._fuse(hidden_states, image_embeds, mask), image_embeds)
 
     def encode_image(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        """(B, channels, H, W) -> (B, P, C_v), or (B, N, channels, H, W) -> (B, N, P, C_v); the class token is the first of P."""
+        """Encode images (B, channels, H, W) as (B, P, C_v), or (B, N, channels, H, W) as (B, N, P, C_v).
+
+        The first of the P tokens is the class token.
+        """
         if pixel_values.dim() not in (4, 5):
             raise ValueError(
-                "AlbefModel: pixel_values must be (B, channels, H, W), or (B, N, channels, H, W) with N images for each text, "
+                "AlbefModel: pixel_values must be (B, channels, H, W), or (B, N, channels, H, W) with N images per text, "
                 f"got {tuple(pixel_values.shape)}"
             )
         images = pixel_values.flatten(0, -4)
@@ -146,18 +166,18 @@ class AlbefModel(PreTrainedModel):
         return embeds.unflatten(0, pixel_values.shape[:-3])
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
-        """The layers in front of the fusion: (B, T) -> (B, T, C)."""
+        """Run the text layers before the fusion on token ids (B, T), giving (B, T, C)."""
         return self._text(input_ids, attention_mask, token_type_ids)[0]
 
     def fuse(self, text_embeds: Tensor, image_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The fusion layers, from what `encode_text` and `encode_image` give: (B, T, C) -> (B, T, C).
+        """Run the fusion layers on the results of `encode_text` (B, T, C) and `encode_image`, giving (B, T, C).
 
-        Of N images for each text, every layer attends to one, in turn.
+        With N images per text, each layer attends to one of them, in turn.
         """
         return self._fuse(text_embeds, image_embeds, self._mask(text_embeds, attention_mask))
 
     def _text(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> tuple[Tensor, Any]:
-        """-> the text (B, T, C), and the mask that the fusion needs as well: making one may wait for the device."""
+        """Return the encoded text (B, T, C), and its mask for reuse in the fusion, because building one may wait for the device."""
         hidden_states = self.text.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
         mask = self._mask(hidden_states, attention_mask)
         for layer in self.text.encoder.layer[: self.config.fusion_layer]:
@@ -166,26 +186,26 @@ class AlbefModel(PreTrainedModel):
 
     def _fuse(self, hidden_states: Tensor, image_embeds: Tensor, mask: Any) -> Tensor:
         if len(hidden_states) != len(image_embeds):
-            raise ValueError(f"AlbefModel: as many texts as images are needed, got {len(hidden_states)} and {len(image_embeds)}")
+            raise ValueError(f"AlbefModel: needs as many texts as images, got {len(hidden_states)} and {len(image_embeds)}")
         images = image_embeds.unbind(1) if image_embeds.dim() == 4 else (image_embeds,)
         for i, layer in enumerate(self.text.encoder.layer[self.config.fusion_layer :]):
             hidden_states = layer(hidden_states, mask, images[i % len(images)])
         return hidden_states
 
     def _mask(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Any:
-        # Not typed in transformers: a tensor, None, or what an attention backend takes.
+        # Not typed in transformers: a tensor, None, or a backend-specific mask.
         return create_bidirectional_mask(config=self.config.text_config, inputs_embeds=hidden_states, attention_mask=attention_mask)
 
 
 def _fusion_layer(config: BertConfig, index: int, vision_width: int) -> BertLayer:
-    """A layer of BERT with cross-attention to tokens of another width, in which every token sees all tokens."""
-    # transformers gives cross-attention to decoders only, and reads these two once, when it makes the layer.
+    """Build a bidirectional BERT layer with cross-attention to tokens of another width."""
+    # transformers adds cross-attention only to decoders, and reads these two fields only when it creates the layer.
     decoder = copy.deepcopy(config)
     decoder.is_decoder = decoder.add_cross_attention = True
     layer = BertLayer(decoder, layer_idx=index)
     attention, cross = layer.attention.self, layer.crossattention.self
     attention.is_causal = False
-    # One config for all layers, so that `set_attn_implementation` reaches them.
+    # All layers share one config, so that `set_attn_implementation` affects them.
     attention.config = cross.config = config
     if vision_width != config.hidden_size:
         cross.key, cross.value = (nn.Linear(vision_width, cross.all_head_size) for _ in range(2))
@@ -193,7 +213,7 @@ def _fusion_layer(config: BertConfig, index: int, vision_width: int) -> BertLaye
 
 
 def _call(model: AlbefModel, inputs: Mapping[str, Mapping[str, Any]]) -> Tensor:
-    """Images and texts -> the fused text (B, T, C)."""
+    """Run the model on images and texts, giving the fused text (B, T, C)."""
     states = model(**inputs["vision"], **inputs["text"]).last_hidden_state
     assert isinstance(states, Tensor)
     return states

@@ -1,4 +1,4 @@
-"""Putting adapters into a model, and taking them out again."""
+"""Attach adapters to a model, and detach them."""
 
 from __future__ import annotations
 
@@ -24,49 +24,51 @@ from .configuration import ModeXConfig
 from .saving import WEIGHTS, check_tensors, gather
 from .sites import Plan, Site, find_sites, own_parameters, trained_modules
 
-# Of the model that was attached to: its `Adapters`.
+# Attribute of a model with adapters that holds its `Adapters`.
 _OWNER = "_modex_adapters"
-_NO_FILE = "give a folder that save_pretrained of the adapters wrote"
+_NO_FILE = "give a folder written by save_pretrained of the adapters"
 _T = TypeVar("_T")
 
 
 class _Scope:
-    """Stands for the adapters of one model, in what a thread keeps. Copied and pickled with the model, hence no number."""
+    """Identity of the adapters of one model in per-thread state. It is an object, so that copies of the model get their own."""
 
 
 class _Mode:
-    """Whether the running call of a text layer was given an image: what its feed-forward part has to know.
+    """State that tells a text layer's feed-forward part whether the current call has an image.
 
-    Kept by thread, for the layer that the thread is in. The layer's own calls say it rather than hooks on the layer: recomputation
-    under gradient checkpointing runs its `forward` alone.
+    It is stored per thread, for the layer that the thread is in. Hooks on the layer's attention modules set it, not hooks on the
+    layer, because recomputation under gradient checkpointing calls only the layer's `forward`.
     """
 
-    # What compiled code keeps: of a thread's own values it guards reads, but forgets writes at a break of its graph.
+    # Used by compiled code, which guards reads of thread-local values but loses writes to them at graph breaks.
     traced = False
 
     def set(self, fused: bool) -> None:
+        """Record whether the current call has an image."""
         if torch.compiler.is_compiling():
             self.traced = fused
         else:
             _THREAD.mode = (self, fused)
 
     def get(self) -> bool:
+        """Return whether the current call has an image."""
         if torch.compiler.is_compiling():
             return self.traced
         if _THREAD.mode is None or _THREAD.mode[0] is not self:
             raise RuntimeError(
-                "the feed-forward part of a layer with adapters was called without its attention, which says which adapter acts: "
-                "run, or recompute, the whole layer"
+                "the feed-forward part of a layer with adapters was called without its attention, which determines the adapter to "
+                "use: run, or recompute, the whole layer"
             )
         return _THREAD.mode[1]
 
 
 class _Thread(threading.local):
-    """What holds for one thread. Set here and not in the class, where compiled code would not see that it changes."""
+    """Per-thread state. It is set in `__init__`, because compiled code would not notice changes to class attributes."""
 
     def __init__(self) -> None:
         self.mode: tuple[_Mode, bool] | None = None
-        # One for each context that was entered, since they may be left in any order. Weights are kept by the name of the adapter.
+        # One entry per active context, because contexts may be left in any order. Weights are stored by adapter name.
         self.disabled: tuple[_Scope, ...] = ()
         self.routes: tuple[tuple[_Scope, dict[str, list[Tensor]]], ...] = ()
 
@@ -75,7 +77,7 @@ _THREAD = _Thread()
 
 
 class _Adapt:
-    """Runs an adapter, found by its place: what wraps or replaces modules, as FSDP does, is respected."""
+    """Callable that runs the adapter found at an attribute, so that wrapped or replaced modules, as with FSDP, are used."""
 
     def __init__(self, scope: _Scope, name: str, holder: nn.Module, attribute: str) -> None:
         self.scope, self.name, self.holder, self.attribute = scope, name, holder, attribute
@@ -94,7 +96,7 @@ class _Adapt:
 
 
 class _OnOutput:
-    """Forward hook: adapts the output, or the first of several. `fused` instead where the layer's call was given an image."""
+    """Forward hook that adapts the output, or the first of several outputs, by `fused` if the layer's call has an image."""
 
     def __init__(self, adapt: _Adapt | None, fused: _Adapt | None = None, mode: _Mode | None = None) -> None:
         self.adapt, self.fused, self.mode = adapt, fused, mode
@@ -107,16 +109,16 @@ class _OnOutput:
             return adapt(output)
         if not (isinstance(output, tuple) and output and isinstance(output[0], Tensor)):
             raise ValueError(
-                f"{adapt.name} is behind a {type(module).__name__} that gives no tensor, nor a tuple that begins with one, "
-                f"but {type(output).__name__}: name another module in ModeXConfig"
+                f"{adapt.name} follows a {type(module).__name__} that does not return a tensor or a tuple starting with one, "
+                f"but a {type(output).__name__}: name another module in ModeXConfig"
             )
         adapted = (adapt(output[0]), *output[1:])
-        # Named tuples stay such.
+        # Keep the type of named tuples.
         return type(output)._make(adapted) if hasattr(output, "_make") else adapted
 
 
 class _OnInput:
-    """Forward pre-hook of a text layer: adapts its hidden states by `fused` if the call was given an image, else by `adapt`."""
+    """Forward pre-hook of a text layer that adapts its hidden states, by `fused` if the call has an image, otherwise by `adapt`."""
 
     def __init__(self, layout: Layout, adapt: _Adapt | None, fused: _Adapt | None, position: int) -> None:
         self.layout, self.adapt, self.fused, self.position = layout, adapt, fused, position
@@ -132,7 +134,7 @@ class _OnInput:
 
 
 class _SetMode:
-    """Forward pre-hook of the attentions of a text layer."""
+    """Forward pre-hook of a text layer's attention modules that sets the layer's `_Mode`."""
 
     def __init__(self, mode: _Mode, fused: bool) -> None:
         self.mode, self.fused = mode, fused
@@ -142,11 +144,11 @@ class _SetMode:
 
 
 class _OriginalNorm:
-    """Forward hook of a LayerNorm: its output with the values that it had before it trained, while adapters are disabled."""
+    """Forward hook of a LayerNorm that uses its values from before training while adapters are disabled."""
 
     def __init__(self, scope: _Scope, module: nn.Module, values: dict[str, Tensor]) -> None:
         self.scope, self.original = scope, copy.copy(module)
-        # Of the copy alone; whatever else a subclass holds it shares.
+        # Only the copy gets these parameters; other attributes are shared.
         self.original._parameters = {
             name: parameter if parameter is None else nn.Parameter(values[name].to(parameter), requires_grad=False)
             for name, parameter in module._parameters.items()
@@ -157,10 +159,10 @@ class _OriginalNorm:
 
 
 class Adapters:
-    """The adapters of a model: what `attach` gives. The model runs them by itself."""
+    """Adapters attached to a model, as returned by `attach`. The model runs them through hooks."""
 
     def __init__(self, model: nn.Module, config: ModeXConfig, plan: Plan) -> None:
-        # Before anything changes: there may be no memory for them.
+        # Create the adapters before changing the model, because memory may not suffice.
         with naming_memory(f"adapters with bottleneck={config.bottleneck} and num_experts={config.num_experts}"):
             made = [(site, _make(site, config)) for site in plan.sites()]
         self.model, self.config = model, config
@@ -171,7 +173,7 @@ class Adapters:
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._handles: list[RemovableHandle] = []
 
-        # From here on `detach` undoes what was done.
+        # From here on, `detach` undoes all changes.
         setattr(model, _OWNER, self)
         try:
             model.requires_grad_(False)
@@ -195,41 +197,45 @@ class Adapters:
 
     @classmethod
     def of(cls, model: nn.Module) -> Adapters:
-        """Those of a model that `attach` was called with, or of a copy of it."""
+        """Return the adapters of a model passed to `attach`, or of a copy of it.
+
+        Raises:
+            ValueError: If the model has none.
+        """
         adapters = getattr(model, _OWNER, None)
         if adapters is None:
-            raise ValueError(f"this {type(model).__name__} has no adapters of its own: attach(model, config) makes them")
+            raise ValueError(f"this {type(model).__name__} has no adapters of its own: add them with attach(model, config)")
         return adapters
 
     @property
     def attached(self) -> bool:
-        """Whether they are in the model still."""
+        """Whether the adapters are still in the model."""
         return getattr(self.model, _OWNER, None) is self
 
     @property
     def modules(self) -> dict[str, ExpertAdapter]:
-        """The adapters by name, which says where they are: `text_encoder.encoder.layer.0.cross_msa`."""
+        """Adapters by qualified name in the model, such as `text_encoder.encoder.layer.0.cross_msa`."""
         self._check_attached()
         found: dict[str, Any] = {name: self.model.get_submodule(name) for name in self._names}
         return found
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All that trains: the adapters, then LayerNorms and what else the configuration says."""
+        """Iterate over all trained parameters: those of adapters, then those of LayerNorms and modules in `trained`."""
         for adapter in self.modules.values():
             yield from adapter.parameters()
         yield from self._trained_parameters().values()
 
     def num_parameters(self) -> int:
-        """Of the adapters alone, without the LayerNorms."""
+        """Return the number of parameters of the adapters, without other trained parameters such as LayerNorms."""
         return sum(p.numel() for adapter in self.modules.values() for p in adapter.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is saved: the adapters, and what trains beside them, by the names that these have in the model."""
+        """Return the tensors to save, by their names in the model: the adapters and the other trained parameters."""
         added = {f"{name}.{key}": t for name, adapter in self.modules.items() for key, t in adapter.state_dict().items()}
         return {**added, **{name: p.detach() for name, p in self._trained_parameters().items()}}
 
     def original_state_dict(self) -> dict[str, Tensor]:
-        """The state dict of the model without adapters, and with what trained as it was: what `detach` would give back."""
+        """Return the state dict that the model would have after `detach`: without adapters, with the original values."""
         self._check_attached()
         added = tuple(f"{name}." for name in self._names)
         originals = self._originals_of_parameters()
@@ -242,16 +248,21 @@ class Adapters:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the values of `state_dict`. ValueError and no change where a name or a shape differs."""
+        """Load the values of a `state_dict`.
+
+        Raises:
+            ValueError: If a name or shape differs; nothing is changed then.
+        """
         own = self.state_dict()
         check_tensors(tensors, own)
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
     def save_pretrained(self, folder: str | Path, is_main_process: bool = True) -> None:
-        """Write `modex_config.json` and `modex.safetensors`: the adapters and what trains beside them, not the model.
+        """Write `modex_config.json` and `modex.safetensors`, with the adapters and the other trained parameters.
 
-        Where parameters are sharded every process has to call this; those with `is_main_process=False` write nothing.
+        The rest of the model is not saved. If parameters are sharded, every process must call this; processes with
+        `is_main_process=False` write nothing.
         """
         tensors = {name: gather(tensor) for name, tensor in self.state_dict().items()}
         if is_main_process:
@@ -260,11 +271,11 @@ class Adapters:
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, folder: str | Path) -> Adapters:
-        """Attach what `save_pretrained` wrote to the model that it was trained on.
+        """Attach adapters saved by `save_pretrained` to the model they were trained on.
 
         Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: the configuration or the tensors do not fit the model, which then is as it was.
+            FileNotFoundError: If a file is missing.
+            ValueError: If the configuration or the tensors do not fit the model, which is not changed then.
         """
         file = Path(folder) / WEIGHTS
         config, tensors = ModeXConfig.from_pretrained(folder), read_tensors(file, _NO_FILE)
@@ -284,9 +295,9 @@ class Adapters:
 
     @torch.no_grad()
     def detach(self) -> None:
-        """Give the model back as it was: no hooks, no adapters, every value and `requires_grad`. A second call does nothing.
+        """Restore the model: remove hooks and adapters, and restore all values and `requires_grad`.
 
-        These adapters are then gone: save them before.
+        The adapters are lost, so save them first. A second call does nothing.
         """
         if not self.attached:
             return
@@ -294,22 +305,23 @@ class Adapters:
             handle.remove()
         for name in self._names:
             holder, _, attribute = name.rpartition(".")
-            # Not there where attaching failed half-way.
+            # Missing if attaching failed halfway.
             self.model.get_submodule(holder)._modules.pop(attribute, None)
         for parameter, original in self._originals_of_parameters().items():
             parameter.copy_(original)
             parameter.grad = None
         for name, parameter in self.model.named_parameters():
-            # What was added since stays as it is.
+            # Parameters added in the meantime are left alone.
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
         delattr(self.model, _OWNER)
         _forget_compiled_code()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within, this thread sees the model without adapters and with the LayerNorms that it had; other threads do not.
+        """Run the model without adapters and with its original LayerNorms within this context, in this thread only.
 
-        What `trained` names stays as it is. Not for training with gradient checkpointing, which computes again elsewhere.
+        Modules in `trained` keep their trained values. Do not use this for training with gradient checkpointing, which recomputes
+        layers outside the context.
         """
         self._check_attached()
         originals, handles = self._originals_of_parameters(), []
@@ -328,11 +340,11 @@ class Adapters:
 
     @contextmanager
     def routes(self) -> Iterator[dict[str, list[Tensor]]]:
-        """Within, calls of the model by this thread put the weights of the experts into the dict that it gives.
+        """Collect the expert weights of all calls of the model within this context, in this thread.
 
-        Name of an adapter -> (B, T, E) float32 (float64), for each time that it ran, in order: in a text layer with
-        cross-attention cross_msa runs twice in a call, on the layer's input and after cross-attention. Plain adapters have
-        weights of 1.
+        The context yields a dict: name of an adapter -> a float32 (float64) tensor (B, T, E) for each run, in order. In a text
+        layer with cross-attention, cross_msa runs twice per call, on the layer's input and after cross-attention. Plain adapters
+        have weights of 1.
         """
         self._check_attached()
         entry: tuple[_Scope, dict[str, list[Tensor]]] = (self._scope, {})
@@ -343,10 +355,10 @@ class Adapters:
             _THREAD.routes = _without(_THREAD.routes, entry)
 
     def merge(self) -> None:
-        """Impossible, and says why."""
+        """Raise NotImplementedError, because adapters cannot be merged into the weights of the model."""
         raise NotImplementedError(
-            "ModeX adapters cannot be merged into the weights beside them: their hidden layer is not linear, and the router weighs "
-            "the experts for each token by what the token is. Save them with save_pretrained instead"
+            "ModeX adapters cannot be merged into the model's weights: their hidden layer is nonlinear, and the router weights the "
+            "experts differently for each token. Save them with save_pretrained instead"
         )
 
     def __repr__(self) -> str:
@@ -358,27 +370,27 @@ class Adapters:
         share = 100 * (own + beside) / sum(p.numel() for p in self.model.parameters())
         return (
             f"Adapters({type(self.model).__name__}: {plain} plain, {len(self._names) - plain} expert; "
-            f"{own:,} parameters and {beside:,} beside them train, {share:.2f} % of all)"
+            f"{own:,} parameters in adapters and {beside:,} others train, {share:.2f} % of all)"
         )
 
     def _check_attached(self) -> None:
         if not self.attached:
             raise ValueError(
-                f"these adapters were detached from their {type(self.model).__name__}: attach(model, config) makes new ones"
+                f"these adapters were detached from their {type(self.model).__name__}: add new ones with attach(model, config)"
             )
 
     def _trained_parameters(self) -> dict[str, nn.Parameter]:
         return own_parameters(self.model, self._trained)
 
     def _originals_of_parameters(self) -> dict[nn.Parameter, Tensor]:
-        """Of what had no values then, those that it has now."""
+        """Return the original values of the trained parameters; current values for parameters that were on the meta device."""
         return {
             parameter: parameter.detach() if self._originals[name].is_meta else self._originals[name]
             for name, parameter in self._trained_parameters().items()
         }
 
     def _add(self, site: Site, adapter: ExpertAdapter) -> _Adapt:
-        """Put an adapter in its place."""
+        """Add an adapter to its holder."""
         holder = self.model.get_submodule(site.holder)
         holder.add_module(site.attribute, adapter.train(holder.training))
         return _Adapt(self._scope, site.name, holder, site.attribute)
@@ -406,42 +418,51 @@ class Adapters:
 
 
 def attach(model: nn.Module, config: ModeXConfig) -> Adapters:
-    """Freeze a model and put adapters into it, which train with its LayerNorms. At the start it computes what it did.
+    """Freeze a model and add trainable adapters; its LayerNorms also train. Initially, the model's output does not change.
 
-    Each adapter is a submodule of the layer that it serves, or stands beside the module that a pattern names, so that `.to()`,
-    `state_dict`, DDP and FSDP see it. It works by forward hooks; what is frozen is called and never replaced.
+    Each adapter is a submodule of its layer, or a sibling of the module selected by a pattern, so that `.to()`, `state_dict`, DDP
+    and FSDP handle it. Adapters run in forward hooks; frozen modules are called and never replaced.
 
     Args:
-        model: any `nn.Module`. The layers of transformers' ViT, DINOv2, BERT, RoBERTa, BLIP, CLIP and SigLIP are known.
-        config: which sites get which adapter.
+        model: Any `nn.Module`. The layers of transformers' ViT, DINOv2, BERT, RoBERTa, BLIP, CLIP and SigLIP are supported as
+            sites.
+        config: Configuration of the adapters.
 
     Raises:
-        ValueError: the model has adapters already, or the configuration asks for what it does not have; nothing is changed then.
+        TypeError: If `config` is not a ModeXConfig.
+        ValueError: If the model already has adapters, or lacks sites or modules in the configuration; nothing is changed then.
     """
     model = _without_wrapper(model)
     check_encoder(model, "model")
+    if not isinstance(config, ModeXConfig):
+        raise TypeError(
+            f"config must be a ModeXConfig, got {config!r}: for saved adapters use Adapters.from_pretrained(model, folder)"
+        )
     return Adapters(model, config, _plan(model, config))
 
 
 def expected_tensors(model: nn.Module, config: ModeXConfig) -> dict[str, Tensor]:
-    """Names and shapes of `Adapters.state_dict`, without memory, of which a damaged configuration may ask for any amount.
+    """Return tensors with the names and shapes of `Adapters.state_dict`.
 
-    ValueError where the configuration does not fit the model.
+    Adapter tensors are on the meta device, because a damaged configuration could request any amount of memory.
+
+    Raises:
+        ValueError: If the configuration does not fit the model.
     """
     sites = [*_plan(model, config).sites()]
     try:
         with torch.device("meta"):
             added = {f"{site.name}.{key}": t for site in sites for key, t in _adapter(site, config).state_dict().items()}
-    # More than a tensor can have.
+    # Larger than a tensor can be.
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"no adapter can have bottleneck={config.bottleneck} and num_experts={config.num_experts}, as ModeXConfig says"
+            f"adapters with bottleneck={config.bottleneck} and num_experts={config.num_experts} from ModeXConfig are too large"
         ) from error
     return {**added, **own_parameters(model, trained_modules(model, config))}
 
 
 def _without_wrapper(model: nn.Module) -> nn.Module:
-    """The model in what `torch.compile` gives, which would put its own name in front of all others. Both run the adapters."""
+    """Return the model inside the wrapper of `torch.compile`, which would prefix all names. Both run the adapters."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
 
@@ -450,24 +471,24 @@ def _plan(model: nn.Module, config: ModeXConfig) -> Plan:
     for name, module in model.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if any(isinstance(hook, _OnOutput | _OnInput) for hook in hooks):
-            raise ValueError(f"{type(model).__name__} has adapters attached already, at {name}: detach() them first")
+            raise ValueError(f"{type(model).__name__} already has adapters attached, at {name}: detach() them first")
     return find_sites(model, config)
 
 
 def _forget_compiled_code() -> None:
-    """Compiled code does not look whether hooks have come or gone, and would go on without them."""
+    """Reset torch.compile, because compiled code does not notice that hooks were added or removed."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
 
 def _without(entered: tuple[_T, ...], left: _T) -> tuple[_T, ...]:
-    """Without the last that is this object."""
+    """Return the entries without the last one that is the object `left`."""
     at = max((i for i, entry in enumerate(entered) if entry is left), default=len(entered))
     return (*entered[:at], *entered[at + 1 :])
 
 
 def _make(site: Site, config: ModeXConfig) -> ExpertAdapter:
-    """An adapter where its layer is. It has 32 bits or more, since it trains; the op rounds it to its input's dtype."""
+    """Create an adapter on its layer's device, in at least float32, because it trains; the op rounds it to its input's dtype."""
     adapter = _adapter(site, config)
     if site.like is not None:
         adapter.to(site.like.device, torch.promote_types(site.like.dtype, torch.float32))

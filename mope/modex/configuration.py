@@ -1,4 +1,4 @@
-"""The configuration of ModeX adapters."""
+"""Configuration of ModeX adapters and classifiers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mope_kernels.expert_adapter import ACTIVATIONS
 from mope_kernels.impl import names_in
 
 CONFIG = "modex_config.json"
-# In config.json of a classifier.
+# Value of "system" in the config.json of a classifier.
 SYSTEM = "modex"
 SIDES = ("right", "left")
-# The kinds of site, by their published names: after attention and after the feed-forward part of an image layer, of a text layer,
-# and of a text layer that attends to an image as well.
+# The kinds of site by their published names: after the attention and after the feed-forward part of image layers, text layers, and
+# text layers that also attend to an image.
 KINDS = ("visual_msa", "visual_ffn", "textual_msa", "textual_ffn", "cross_msa", "cross_ffn")
 ADAPTERS = ("plain", "expert")
 _VISUAL = dict.fromkeys(KINDS[:2], "plain")
@@ -32,33 +32,33 @@ PRESETS: dict[str, dict[str, str]] = {
     "bert": _TEXTUAL,
     "clip": {**_VISUAL, **_TEXTUAL},
 }
-# Where the text encoder of the published ALBEF begins to attend to the image.
+# The first text layer of the published ALBEF that attends to the image.
 FUSION_LAYER = 6
 
 
 @with_fields_named()
 @dataclass(frozen=True)
 class ModeXConfig:
-    """Which sites of a model get which adapter. Immutable; `replace` makes a changed copy.
+    """Configuration of the adapters of a model. It is immutable; `replace` makes a changed copy.
 
     Args:
-        sites: kind of site -> "plain" (a bottleneck) or "expert" (one whose up-projections are mixed for each token). The kinds are
-            visual_msa, visual_ffn, textual_msa, textual_ffn, cross_msa and cross_ffn; cross_* act in the calls of a text layer
-            that are given an image, textual_ffn in the others, textual_msa in both.
-        layers: kind of site -> the layers that have it, where these are not all. Layers count from 0 in each encoder.
-        modules: pattern (`fnmatch`, on qualified names) -> "plain" or "expert", for modules of any model; their output is adapted,
-            the first one if there are several.
-        trained: patterns of modules that train as they are and are saved with the adapters, such as "classifier".
-        bottleneck: r, width of the hidden layer.
-        num_experts: E of "expert" adapters.
-        temperature: of their router.
-        activation: of the hidden layer, "relu" or "gelu" (exact).
-        dropout: of the hidden layer, in training.
-        train_layer_norms: whether every `nn.LayerNorm` of the model trains too.
-        impl: of the op, as in `mope_kernels.expert_adapter`.
+        sites: Kind of site -> "plain" (a bottleneck) or "expert" (a bottleneck whose up-projections are mixed per token). The kinds
+            are visual_msa, visual_ffn, textual_msa, textual_ffn, cross_msa and cross_ffn. In text layers, cross_* act in calls with
+            an image, textual_ffn in calls without one, and textual_msa in both.
+        layers: Kind of site -> layers that have it, if not all do. Layers are counted from 0 in each encoder.
+        modules: Pattern (`fnmatch`, on qualified names) -> "plain" or "expert", for modules of any model. Their output is adapted,
+            or the first one if they have several.
+        trained: Patterns of modules that are trained themselves and saved with the adapters, such as "classifier".
+        bottleneck: Width r of the hidden layer.
+        num_experts: Number of experts E of "expert" adapters.
+        temperature: Temperature of their router.
+        activation: Activation of the hidden layer, "relu" or "gelu" (exact).
+        dropout: Dropout probability on the hidden layer in training.
+        train_layer_norms: Whether to train every `nn.LayerNorm` of the model too.
+        impl: Implementation of the op, see `mope_kernels.expert_adapter`.
 
     Raises:
-        ValueError: names the value and what is allowed.
+        ValueError: If a value is invalid; the message names the value and what is allowed.
     """
 
     sites: Mapping[str, str] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class ModeXConfig:
                 raise ValueError(f"ModeXConfig: {name} must map names, got {value!r}")
             object.__setattr__(self, name, dict(value))
         if not (self.sites or self.modules):
-            raise ValueError("ModeXConfig: give sites or modules; without either there is nothing to adapt")
+            raise ValueError("ModeXConfig: give sites or modules, because without either there is nothing to adapt")
         for name in ("sites", "layers"):
             if strangers := [kind for kind in getattr(self, name) if kind not in KINDS]:
                 raise ValueError(f"ModeXConfig: {name} may name {', '.join(KINDS)}, got {', '.join(strangers)}")
@@ -87,10 +87,10 @@ class ModeXConfig:
             if adapter not in ADAPTERS:
                 raise ValueError(f"ModeXConfig: the adapter of {where} must be 'plain' or 'expert', got {adapter!r}")
         if useless := [kind for kind in self.layers if kind not in self.sites]:
-            raise ValueError(f"ModeXConfig: layers names {', '.join(useless)}, which sites does not")
+            raise ValueError(f"ModeXConfig: layers has {', '.join(useless)}, but sites does not")
         for kind, layers in self.layers.items():
             if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers or not all(map(is_index, layers)):
-                raise ValueError(f"ModeXConfig: layers of {kind} must be integers from 0 on, at least one, got {layers!r}")
+                raise ValueError(f"ModeXConfig: layers of {kind} must be one or more integers >= 0, got {layers!r}")
         object.__setattr__(self, "layers", {kind: tuple(layers) for kind, layers in self.layers.items()})
         patterns: Any = self.trained
         if isinstance(patterns, str) or not isinstance(patterns, Sequence) or not all(isinstance(each, str) for each in patterns):
@@ -108,23 +108,23 @@ class ModeXConfig:
         if not isinstance(self.train_layer_norms, bool):
             raise ValueError(f"ModeXConfig: train_layer_norms must be true or false, got {self.train_layer_norms!r}")
         if not isinstance(self.impl, str):
-            raise ValueError(f"ModeXConfig: impl must be a name, or several with commas between them, got {self.impl!r}")
+            raise ValueError(f"ModeXConfig: impl must be a name, or several names separated by commas, got {self.impl!r}")
         names_in(self.impl, "ModeXConfig")
 
     @classmethod
     def preset(cls, name: str, *, fusion_layer: int = FUSION_LAYER, **changes: Any) -> ModeXConfig:
-        """The published placement for "albef" or "blip", or plain adapters everywhere for "vit", "bert" or "clip".
+        """Return the published placement for "albef" or "blip", or plain adapters everywhere for "vit", "bert" or "clip".
 
-        In "albef" the layers below `fusion_layer`, those without cross-attention, have textual_ffn, the others cross_msa and
-        cross_ffn.
+        In "albef", layers below `fusion_layer`, which have no cross-attention, have textual_ffn; the others have cross_msa and
+        cross_ffn. `changes` are other fields of the configuration.
 
         Raises:
-            ValueError: there is no such preset, or `fusion_layer` or `changes` do not fit.
+            ValueError: If there is no such preset, or `fusion_layer` or `changes` are invalid.
         """
         if name not in PRESETS:
             raise ValueError(f"ModeXConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}")
         if not is_index(fusion_layer):
-            raise ValueError(f"ModeXConfig: fusion_layer must be an integer from 0 on, got {fusion_layer!r}")
+            raise ValueError(f"ModeXConfig: fusion_layer must be an integer >= 0, got {fusion_layer!r}")
         sites = dict(PRESETS[name])
         if name == "albef" and not fusion_layer:
             # Every layer attends to the image.
@@ -135,15 +135,20 @@ class ModeXConfig:
         return cls(**values)
 
     def replace(self, **changes: Any) -> ModeXConfig:
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold, with the version of this library; `from_dict` reads them back."""
+        """Return JSON-compatible values, including the version of this library, for `from_dict`."""
         return {"mope_version": mope.__version__, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModeXConfig:
-        """ValueError where a key is unknown: what it asks for would be left out in silence."""
+        """Build a configuration from the result of `to_dict`.
+
+        Raises:
+            ValueError: If a key is unknown, because it would otherwise be ignored silently.
+        """
         fields = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - fields - {"mope_version"}):
             version = values.get("mope_version", "unknown")
@@ -153,23 +158,28 @@ class ModeXConfig:
         return cls(**{name: value for name, value in values.items() if name in fields})
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `modex_config.json` into a folder, which is made if need be."""
+        """Write `modex_config.json` into a folder, which is created if it does not exist."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / CONFIG).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ModeXConfig:
-        """Read what `save_pretrained` wrote. FileNotFoundError without a file, ValueError where it does not fit."""
+        """Read a configuration written by `save_pretrained`.
+
+        Raises:
+            FileNotFoundError: If there is no file.
+            ValueError: If the file is not a valid configuration.
+        """
         file = Path(folder) / CONFIG
         if not file.is_file():
-            raise FileNotFoundError(f"{folder} has no {CONFIG}: give a folder that save_pretrained of the adapters wrote")
+            raise FileNotFoundError(f"{folder} has no {CONFIG}: give a folder written by save_pretrained of the adapters")
         try:
             values = json.loads(file.read_text())
-        # Also where a number has more digits than Python reads, or brackets are too deep.
+        # Also raised for numbers with too many digits and brackets nested too deeply.
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not readable JSON: {error}") from error
         if not isinstance(values, dict):
-            raise ValueError(f"{file} is no ModeXConfig")
+            raise ValueError(f"{file} is not a ModeXConfig")
         try:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
@@ -179,22 +189,27 @@ class ModeXConfig:
 @with_fields_named()
 @dataclass
 class ClassifierConfig(ModelConfig):
-    """The configuration of a `ModeXForClassification`, without its encoder.
+    """Configuration of a `ModeXForClassification`, without its encoder.
 
     Args:
-        adapters: of the encoder; None: it has none.
-        id2label: names of the classes.
-        problem_type: "single_label" (labels (B,) integers) or "multi_label" (labels (B,num_labels) of 0 and 1).
-        padding_side: of the tokenizer.
+        adapters: Configuration of the encoder's adapters, None for none.
+        id2label: Names of the classes, by index.
+        problem_type: "single_label" (integer labels (B,)) or "multi_label" (labels (B,num_labels) of 0 and 1).
+        padding_side: Padding side of the tokenizer.
+        threshold: With problem_type "multi_label", a class is predicted if its probability is above this, between 0 and 1.
+
+    Raises:
+        ValueError: If a value is invalid.
     """
 
     adapters: ModeXConfig | None
     id2label: Mapping[int, str]
     problem_type: str = "single_label"
     padding_side: str = "right"
+    threshold: float = 0.5
 
     model_type: ClassVar[str] = SYSTEM
-    # Training reads these from the configuration of any fusion model.
+    # The training code reads these from the configuration of any fusion model.
     method: ClassVar[str] = SYSTEM
     modalities: ClassVar[tuple[str, ...]] = ("vision", "text")
     main: ClassVar[str] = "text"
@@ -209,6 +224,8 @@ class ClassifierConfig(ModelConfig):
         self.problem_type = problem_type_of(self.problem_type, "ModeXForClassification")
         if self.padding_side not in SIDES:
             raise ValueError(f"padding_side must be {' or '.join(map(repr, SIDES))}, got {self.padding_side!r}")
+        if not (is_number(self.threshold) and 0 < self.threshold < 1):
+            raise ValueError(f"threshold must be between 0 and 1, got {self.threshold!r}")
         check_labels_of(self, "ModeXForClassification")
         self._freeze()
 
@@ -217,7 +234,7 @@ class ClassifierConfig(ModelConfig):
         return len(self.id2label)
 
     def replace(self, **changes: Any) -> ClassifierConfig:
-        """With `id2label` also as a sequence of names."""
+        """Return a copy with some fields changed; `id2label` may also be a sequence of names."""
         if not isinstance(names := changes.get("id2label", {}), Mapping):
             changes["id2label"] = dict(enumerate(names))
         return dataclasses.replace(self, **changes)
@@ -228,7 +245,7 @@ class ClassifierConfig(ModelConfig):
         return {name: i for i, name in self.id2label.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; `from_dict` reads them back."""
+        """Return JSON-compatible values for `from_dict`."""
         names = {str(i): name for i, name in self.id2label.items()}
         kind = {"model_type": self.model_type, "architectures": ["ModeXForClassification"], "system": SYSTEM}
         problem = PROBLEMS_OF_TRANSFORMERS[self.problem_type]
@@ -237,7 +254,11 @@ class ClassifierConfig(ModelConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **options: Any) -> Any:
-        """ValueError where something is missing or does not fit. `options` are those of transformers' `AutoConfig`."""
+        """Build a configuration from the result of `to_dict`; `options` are those of transformers' `AutoConfig`.
+
+        Raises:
+            ValueError: If a value is missing or invalid.
+        """
         try:
             adapters = values["adapters"]
             found = cls(
@@ -245,6 +266,8 @@ class ClassifierConfig(ModelConfig):
                 {int(i): name for i, name in values["id2label"].items()},
                 values["problem_type"],
                 values["padding_side"],
+                # Earlier versions had none.
+                values.get("threshold", 0.5),
             )
         except KeyError as error:
             raise ValueError(f"{error} is missing") from error

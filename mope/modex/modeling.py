@@ -1,9 +1,9 @@
-"""Fused image-text models with adapters, as classifiers."""
+"""Classifiers built on fused image-text models with adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -36,20 +36,26 @@ from mope.modalities import slots_of
 from mope.printing import describe_output
 from mope.registering import register_model
 
-# For the class of fused models that it registers.
+# Imported because it registers a class of fused models.
 from . import albef as albef
 from .attaching import attach, expected_tensors
 from .configuration import SYSTEM, ClassifierConfig, ModeXConfig
 from .saving import check_tensors
 
-# In config.json, and the folder of a copy.
+# Key in config.json, and name of the folder with a copy of the encoder.
 ENCODER = "encoder"
 _PLACE = Place(ENCODER, "model")
 
 
 @dataclass
 class ModeXOutput(ModelOutput):
-    """loss: (), None without labels. logits: (B,num_labels). features: (B,C) of the fused text's first token."""
+    """Output of a `ModeXForClassification`.
+
+    Attributes:
+        loss: Scalar loss, None without labels.
+        logits: Logits (B,num_labels).
+        features: Features (B,C) of the fused text's first token.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -60,22 +66,23 @@ class ModeXOutput(ModelOutput):
 
 
 class ModeXForClassification(FusionModel):
-    """Classifies image-text pairs with a frozen fused encoder; adapters, LayerNorms and head are trained.
+    """Classifier of image-text pairs with a frozen fused encoder; adapters, LayerNorms and head are trained.
 
     The head reads the fused text's first token: Linear(C,C), ReLU, Linear(C,num_labels), as published.
 
-    The encoder is frozen and has its adapters from construction to `detach`; it stands in `encoder`, its adapters in `adapters`.
-    A new model is in the mode of its encoder, which after `from_pretrained` is evaluation.
+    The encoder is frozen and has its adapters from construction until `detach`. It is available as `encoder`, its adapters as
+    `adapters`. A new model is in the mode of its encoder, which is evaluation mode after `from_pretrained`.
 
     Args:
-        model: an `AlbefModel`, or transformers' BLIP with a text encoder that attends to the image: `BlipForImageTextRetrieval` or
+        model: An `AlbefModel`, or a transformers BLIP model whose text encoder attends to the image: `BlipForImageTextRetrieval` or
             `BlipForQuestionAnswering`.
-        config: which adapters it gets. None: it stays as it is, and only the head trains.
-        num_labels, id2label: number of classes, and their names, a sequence or {index: name}. One follows from the other.
-        problem_type, padding_side: see `ClassifierConfig`.
+        config: Configuration of the adapters. With None there are no adapters, and only the head trains.
+        num_labels: Number of classes. It may be omitted if `id2label` is given.
+        id2label: Names of the classes, a sequence or {index: name}. Default: LABEL_0, LABEL_1, ...
+        problem_type, padding_side: See `ClassifierConfig`.
 
     Raises:
-        ValueError: the model is of another class, or has not what the config asks for; or the classes are not said.
+        ValueError: If the model is of another class or does not have the sites in the config, or the classes are not given.
     """
 
     config: ClassifierConfig
@@ -99,7 +106,7 @@ class ModeXForClassification(FusionModel):
             id2label = [f"LABEL_{i}" for i in range(num_labels)]
         names = names_of(id2label, "ModeXForClassification")
         if num_labels not in (None, len(names)):
-            raise ValueError(f"ModeXForClassification: num_labels is {num_labels}, id2label names {len(names)}")
+            raise ValueError(f"ModeXForClassification: num_labels is {num_labels}, but id2label names {len(names)}")
         self.config = ClassifierConfig(config, names, problem_type, padding_side)
         check_encoder(model, "model")
         self._fused = _fused(model)
@@ -115,20 +122,20 @@ class ModeXForClassification(FusionModel):
                     parameter.requires_grad_(False)
             width = self.backbone("text").config.hidden_size
             self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, len(names))).to(self.device)
-            # One mode for all parts: whoever asks the whole which one it is in means the dropout of the encoder too.
+            # All parts share one mode, so that the mode of the model also tells whether the encoder's dropout is active.
             self.train(model.training)
-        # Whoever gave the encoder has no handle to detach the adapters by.
+        # The caller could not detach the adapters, because there is no model yet.
         except BaseException:
             self.detach()
             raise
         self.input_checks.sign(self)
 
     def backbone(self, modality: str) -> Any:
-        """The "vision" or "text" part of the encoder."""
+        """Return the "vision" or "text" part of the encoder."""
         return getattr(self.encoder, self._fused.parts[modality])
 
     def modality_of(self, parameter: str) -> str:
-        """The part to which a parameter belongs; the head and what fuses belong to the text."""
+        """Return the part a parameter belongs to; the head and the fusion layers count as text."""
         return "vision" if parameter.startswith(f"{ENCODER}.{self._fused.parts['vision']}.") else "text"
 
     def frozen_modules(self) -> list[nn.Module]:
@@ -136,27 +143,28 @@ class ModeXForClassification(FusionModel):
         return [self.encoder]
 
     def recompute(self, recomputing: Recomputing | None) -> None:
-        """Let the encoder recompute its layers in the backward pass, or not."""
-        # transformers 6 will know the first name only, older versions the second.
+        """Enable or disable recomputation of the encoder's layers in the backward pass."""
+        # transformers 6 will have only the first name, older versions have the second.
         what = "disable" if recomputing is None else "enable"
         change = getattr(self.encoder, f"activation_checkpointing_{what}", None)
         change = change or getattr(self.encoder, f"gradient_checkpointing_{what}")
         if recomputing is None:
             change()
         else:
-            # To the memory of the host, which transformers wants to pin, and cannot without an accelerator.
+            # transformers offloads to pinned host memory, which needs an accelerator.
             offload = recomputing.offload and self.device.type != "cpu"
             change({"use_reentrant": False}, every_n_layers=recomputing.every, offload=offload)
-        # Asked for by transformers, needed by reentrant checkpointing alone, and an error in BLIP, which adds in place to them.
+        # transformers makes the input embeddings require gradients. Only reentrant checkpointing needs that, and it is an error in
+        # BLIP, which adds to them in place.
         self.encoder.disable_input_require_grads()
 
     def frozen_weights_moved(self) -> None:
-        """Ask for recomputation again: what it takes depends on where the encoder is."""
+        """Set up recomputation again, because its options depend on the encoder's device."""
         if self._checkpointing is not None:
             self.recompute(self._checkpointing)
 
     def detach(self) -> None:
-        """Give the encoder back as it was: no adapters, its LayerNorms and `requires_grad`. The model does not run any more."""
+        """Restore the encoder: remove adapters, and restore LayerNorms and `requires_grad`. The model can no longer run."""
         self.cast_frozen(None)
         if self.adapters is not None:
             self.adapters.detach()
@@ -164,10 +172,46 @@ class ModeXForClassification(FusionModel):
             parameter.requires_grad_(self._requires_grad[name])
 
     def routes(self) -> AbstractContextManager[dict[str, list[Tensor]]]:
-        """Collects the weights of the experts, see `Adapters.routes`."""
+        """Collect the weights of the experts; see `Adapters.routes`.
+
+        Raises:
+            ValueError: If the model has no adapters.
+        """
         if self.adapters is None:
-            raise ValueError("this model has no adapters, and so no routes")
+            raise ValueError("this model has no adapters and therefore no routes")
         return self.adapters.routes()
+
+    @contextmanager
+    def answering(self, *, experts: bool = False) -> Iterator[Callable[..., tuple[Tensor, dict[str, Tensor]]]]:
+        """See `FusionModel.answering`; the weights are means over the tokens of an item, by adapter and its run in a call."""
+        with ExitStack() as stack:
+            if not experts:
+                yield stack.enter_context(super().answering())
+                return
+            if self.adapters is None:
+                raise ValueError("experts: this model has no adapters, so there are none to name")
+            answer = stack.enter_context(super().answering())
+
+            def with_experts(**batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+                with self.routes() as found:
+                    logits, _ = answer(**batch)
+                return logits, self._mean_weights(found, batch)
+
+            yield with_experts
+
+    def _mean_weights(self, found: Mapping[str, list[Tensor]], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights (B,T,E) of each run of an adapter -> their means (B,E) over tokens that are no padding."""
+        means = {}
+        for name, runs in found.items():
+            part = next(p for p in self.config.modalities if name.startswith(f"{self._fused.parts[p]}."))
+            mask = batch.get(self.slots[part].mask or "")
+            for run, weights in enumerate(runs, 1):
+                if weights.shape[-1] == 1:
+                    continue
+                shown = torch.ones(weights.shape[:2]) if mask is None else mask
+                shown = shown.to(weights.device, weights.dtype)[..., None]
+                means[name if len(runs) == 1 else f"{name}, run {run}"] = (weights * shown).sum(1) / shown.sum(1)
+        return means
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or an unpickled model."""
@@ -179,16 +223,15 @@ class ModeXForClassification(FusionModel):
         """Classify a batch.
 
         Args:
-            inputs: what the parts of the encoder read, by the names that the modalities have in a batch, as
-                `MoPEForClassification` takes them; `inspect.signature(model.forward)` lists them. BLIP has no token types, and
-                reads none.
-            labels: (B,) integer, or (B,num_labels) of 0 and 1 with problem_type "multi_label".
+            inputs: Inputs of the encoder's parts under the modalities' batch names, as in `MoPEForClassification`;
+                `inspect.signature(model.forward)` lists them. BLIP has no token types and ignores them.
+            labels: Integer labels (B,), or labels (B,num_labels) of 0 and 1 with problem_type "multi_label".
 
         Raises:
-            TypeError: an input is not a tensor, or has a name that no modality knows.
-            ValueError: an input is missing or has another number of items; something is of another shape; or ids or labels that
-                are on the CPU lie outside of what there is.
-            RuntimeError: the adapters were detached.
+            TypeError: If an input is not a tensor, or no modality has an input of its name.
+            ValueError: If an input is missing, numbers of items differ, a shape is wrong, or token ids or labels on the CPU are out
+                of range.
+            RuntimeError: If the adapters were detached.
         """
         if self.adapters is not None and not self.adapters.attached:
             raise RuntimeError("the adapters of this model were detached: make a new model")
@@ -208,7 +251,7 @@ class ModeXForClassification(FusionModel):
         return ModeXOutput(loss, logits, features)
 
     def given_encoders(self) -> dict[str, GivenEncoder]:
-        """Return the encoder as it was given."""
+        """Return the encoder with its original weights."""
         state = self.encoder.state_dict() if self.adapters is None else self.adapters.original_state_dict()
         return {ENCODER: GivenEncoder(self.encoder, state, self._source, _PLACE)}
 
@@ -217,26 +260,33 @@ class ModeXForClassification(FusionModel):
         return self.trained_state_dict()
 
     def check_savable(self) -> None:
-        """Raise ValueError where more of the encoder trains than the adapters' configuration says."""
+        """Check that all trained parameters of the encoder are covered by the adapters' configuration.
+
+        Raises:
+            ValueError: If they are not.
+        """
         named = {f"{ENCODER}.{name}" for name in ({} if self.adapters is None else self.adapters.state_dict())}
         if beside := [n for n in self.trained_state_dict() if n.startswith(f"{ENCODER}.") and n not in named]:
             raise ValueError(
-                f"{len(beside)} parameters train that the configuration does not name, {beside[0]} among them, and a copy of the "
-                "encoder as it was given would lack them: name their modules in `trained` of ModeXConfig"
+                f"{len(beside)} trained parameters are not covered by the configuration, among them {beside[0]}, and a copy of the "
+                "original encoder would not contain their values: name their modules in `trained` of ModeXConfig"
             )
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, model: nn.Module | None = None, **options: Any) -> Self:  # type: ignore[override]
-        """Read what `save_pretrained` wrote; the model comes back in evaluation mode.
+        """Load a model saved by `save_pretrained`, in evaluation mode.
 
         Args:
-            path: of the folder, or a name on the hub, with `options` that transformers has for it: revision, token, cache_dir,
-                local_files_only, force_download; and config, in place of the one that is there.
-            model: the encoder that it was trained on. Default: the copy in the folder, else by the name that it had.
+            path: Folder, or name on the hub.
+            model: Encoder that the model was trained on. Default: the copy in the folder, or the encoder loaded by its recorded
+                name.
+            options: transformers' options for the hub (revision, token, cache_dir, local_files_only, force_download), and config
+                to replace the saved configuration.
 
         Raises:
-            FileNotFoundError: there is no checkpoint, or an encoder without a copy came from nowhere.
-            ValueError: the encoder is another one than in training, or a file is damaged or does not fit.
+            FileNotFoundError: If there is no checkpoint, or the checkpoint has neither a copy nor a source of the encoder.
+            TypeError: If an option is unknown.
+            ValueError: If the encoder differs from the one in training, or a file is damaged or does not fit.
         """
         folder = folder_of(path, options)
         changed = options.pop("config", None)
@@ -247,7 +297,7 @@ class ModeXForClassification(FusionModel):
         weights = folder / WEIGHTS
         tensors = read_tensors(weights)
         encoder: Any = load_encoder(folder, _PLACE, record) if model is None else model
-        # All that can be told before anything is made, of which a damaged configuration may ask for any amount.
+        # Check as much as possible before allocating memory: a damaged configuration could request any amount.
         fused = _fused(encoder)
         expected = {} if config.adapters is None else expected_tensors(encoder, config.adapters)
         check_same_encoder(_PLACE.what, record, describe(encoder))
@@ -260,11 +310,12 @@ class ModeXForClassification(FusionModel):
             problem_type=config.problem_type,
             padding_side=config.padding_side,
         )
+        built.config = config
         return built.restored(tensors, folder)
 
     @torch.no_grad()
     def load_saved(self, tensors: dict[str, Tensor], file: Path) -> None:
-        """Take what trained from the tensors of a file."""
+        """Load the trained parameters from the tensors of a file."""
         own = self.trained_state_dict()
         _check(tensors, own, file)
         for name, parameter in own.items():
@@ -279,10 +330,14 @@ def _check(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path)
 
 
 def read_config(folder: Path) -> tuple[ClassifierConfig, dict[str, str]]:
-    """The configuration in a checkpoint, and the record of its encoder."""
+    """Read the configuration of a checkpoint and the record of its encoder.
+
+    Raises:
+        ValueError: If the configuration is not that of a `ModeXForClassification`, or is invalid.
+    """
     file, values = folder / CONFIG, read_values(folder)
     if not isinstance(values, dict) or values.get("system") != SYSTEM:
-        raise ValueError(f"{file} is not that of a ModeXForClassification")
+        raise ValueError(f"{file} is not the configuration of a ModeXForClassification")
     record: Any = values.get(ENCODER)
     check_record(file, _PLACE.what, record, ("stored", "class", "source", "dtype", "fingerprint"))
     try:

@@ -1,4 +1,4 @@
-"""Files of adapters. Nothing in them is code."""
+"""Saving and checking adapter tensors; adapter files contain no code."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ WEIGHTS = "modex.safetensors"
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each process holds a part."""
-    # Asked by its method: to import its class, DTensor, takes seconds.
+    """Gather a tensor that is sharded over processes; return other tensors unchanged."""
+    # Tested by its method, because importing its class, DTensor, takes seconds.
     whole: Any = getattr(tensor, "full_tensor", None)
     return tensor if whole is None else whole()
 
 
 def check_tensors(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """ValueError where tensors differ in names or shapes from those that they shall replace, or are not of floating point."""
+    """Check that tensors have the names and shapes of those they replace, and are floating point.
+
+    Raises:
+        ValueError: If they do not; the message lists the differences.
+    """
     found = compare_tensors(given, own)
     unfit = {*found.of_shape, *found.of_dtype}
     wrong = [f"{name} is missing" for name in found.missing]

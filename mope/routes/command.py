@@ -1,4 +1,4 @@
-"""`mope routes`."""
+"""Command line of `mope routes`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from mope.arguments import add_device, count, positive
 from mope.extras import missing
+from mope.training.columns import add_columns, columns_of
 from mope.training.encoders import add_encoders
 from mope.training.extensions import modes
 from mope.training.recipe import RECIPES
@@ -17,36 +18,37 @@ SPLITS = ("train", "dev", "test")
 
 
 def add_routes(commands: Any) -> None:
-    """The command and its options, for `subparsers`. Nothing is imported before it runs."""
+    """Add the `routes` command to the object that `ArgumentParser.add_subparsers` returned. Torch is imported when it runs."""
     routes = commands.add_parser(
-        "routes", help="which experts a trained model takes: load, balance, classes, images and words, as pictures, page and tables"
+        "routes", help="show how a trained model uses its experts: load, balance, classes, images, words; as page, pictures, tables"
     )
     routes.add_argument(
-        "model", type=Path, metavar="MODEL", help="a folder that mope train or save_pretrained wrote, or a released .ckpt"
+        "model", type=Path, metavar="MODEL", help="a folder written by mope train or save_pretrained, or a released .ckpt"
     )
     routes.add_argument("--data", type=Path, required=True, metavar="DIR", help="with train.jsonl, dev.jsonl, test.jsonl")
-    routes.add_argument("--format", choices=tuple(RECIPES), default="jsonl", help="of the data (jsonl)")
+    routes.add_argument("--format", choices=tuple(RECIPES), default="jsonl", help="format of the data (jsonl)")
     routes.add_argument("--split", default="test", choices=SPLITS, help="(test)")
-    routes.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for page, pictures and tables (out/)")
+    routes.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="gets page, pictures and tables (out/)")
     routes.add_argument(
         "--block",
         action="append",
         metavar="NAME",
-        help='to show in detail: "layer 3", "all", ...; may be repeated (the one whose routing depends on the example most)',
+        help='block to show in detail: "layer 3", "all", ...; may be repeated (the one whose routing depends most on the example)',
     )
-    routes.add_argument("--top", type=positive, default=8, metavar="N", help="images of each expert (8)")
-    routes.add_argument("--words", type=positive, default=12, metavar="N", help="at most, of each expert (12)")
+    routes.add_argument("--top", type=positive, default=8, metavar="N", help="images for each expert (8)")
+    routes.add_argument("--words", type=positive, default=12, metavar="N", help="largest number of words for each expert (12)")
     routes.add_argument("--batch-size", type=positive, default=32, metavar="N", help="(32)")
     routes.add_argument("--num-workers", type=count, default=0, metavar="N", help="processes that load images (0: this one does)")
     add_device(routes)
-    routes.add_argument("--on-missing-image", default="error", choices=("error", "grey"), help="(error)")
+    routes.add_argument("--on-missing-image", default="error", choices=("error", "grey"), help="stop, or use a grey one (error)")
+    add_columns(routes)
     add_encoders(routes, " (as saved)")
     routes.add_argument("--mode", choices=modes(), help="whose prompts a window of a Swin Transformer gets (as saved)")
     routes.set_defaults(command=_routes)
 
 
 def _routes(options: argparse.Namespace) -> int:
-    if (problem := missing("matplotlib", "PIL", "accelerate", extras=("train", "plot"))) is not None:
+    if (problem := missing("matplotlib", "jinja2", "PIL", "accelerate", extras=("train", "plot"))) is not None:
         print(f"mope routes: {problem}", file=sys.stderr)
         return 1
     try:
@@ -68,12 +70,14 @@ def _run(options: argparse.Namespace) -> None:
     from mope.training.encoders import processors_of, sources_of
     from mope.training.loading import adopt_classes, open_model
 
+    from .about import About, today
     from .page import write_html
     from .pictures import draw
     from .routing import collect, routed_blocks
     from .summary import summarize
 
     device = find_device(options.device)
+    about = About(str(options.model), str(options.data), options.split, today())
     model = open_model(
         options.model,
         sources_of(options),
@@ -93,6 +97,7 @@ def _run(options: argparse.Namespace) -> None:
         names=_class_names(model.config),
         on_missing_image=options.on_missing_image,
         modalities=slots_to_read(model.config),
+        **columns_of(options),
     )
     adopt_classes(model, split)
     loader = DataLoader(Examples(split, model), options.batch_size, collate_fn=Collator(model), num_workers=options.num_workers)
@@ -103,19 +108,19 @@ def _run(options: argparse.Namespace) -> None:
     tables, page = options.out / "routes.npz", options.out / "index.html"
     summary.save(tables)
     pictures = draw(summary, routes, options.out, blocks=blocks)
-    write_html(summary, routes, page, blocks=blocks)
+    write_html(summary, routes, page, blocks=blocks, about=about, pictures=pictures)
     print(summary.table())
     print("\n".join(map(str, (page, *pictures, tables, probabilities))))
 
 
 def _class_names(config: Any) -> tuple[str, ...] | None:
-    """Those of the model, None if nobody has named its classes."""
+    """Return the model's class names, or None if its classes have no names."""
     names = tuple(config.id2label[i] for i in range(config.num_labels))
     return None if names == tuple(f"LABEL_{i}" for i in range(config.num_labels)) else names
 
 
 def _numbers(wanted: list[str] | None, names: tuple[str, ...]) -> list[int] | None:
-    """Blocks by name -> their numbers; None if no one was asked for."""
+    """Look up blocks by name -> their numbers; None if none is given."""
     if wanted is None:
         return None
     if "all" in wanted:

@@ -1,139 +1,89 @@
-"""The tables, pictures and examples as one HTML page that needs nothing else: no script, no font, no address."""
+"""Write tables, drawings and examples as one HTML page that needs no other file, font or network."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
-from html import escape
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-from .pictures import draw_classes, draw_load, png, shares, shown_experts
+from . import palette
+from .about import About, quality
 from .routing import Routes
 from .summary import Summary
-from .thumbnails import data_uri, thumbnail
+from .view import WORDS_IN_A_ROW, Images, balance_rows, block_view, heat_map, picture_links
 
-# Characters of a text, and of a name of a class.
-LONGEST_TEXT, LONGEST_NAME = 160, 60
-# Should a text ever be taken for markup: nothing may be loaded or run.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-STYLE = """
-body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1d2433; font: 15px/1.5 system-ui, sans-serif; }
-h2 { margin-top: 3rem; } h3 { margin: 0; }
-p.note, .shares, figcaption { color: #5b6478; }
-table { border-collapse: collapse; } td, th { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e3e8ef; }
-td:first-child, th:first-child { text-align: left; }
-img { max-width: 100%; }
-.expert { border-top: 1px solid #c9d1de; padding: 1rem 0; }
-.words span { background: #e6f3f1; border-radius: .3rem; padding: .05rem .4rem; margin-right: .3rem; white-space: nowrap; }
-.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .8rem; margin-top: .7rem; }
-figure { margin: 0; overflow-wrap: anywhere; } figcaption { font-size: 12px; line-height: 1.35; }
-figcaption b { color: #1d2433; }
-.thumbnail { width: 96px; height: 96px; background: center / contain no-repeat; }
-"""
+TEMPLATES = Path(__file__).with_name("templates")
+# Sorts tables. Without it the page shows everything, in the order in which it was written.
+SCRIPT = (TEMPLATES / "page.js").read_text(encoding="utf-8")
+STYLE = (TEMPLATES / "page.css").read_text(encoding="utf-8")
+_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+# This policy keeps a text from loading or running anything, should it ever be parsed as markup.
+POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{_HASH}'; base-uri 'none'"
 
 
-def write_html(summary: Summary, routes: Routes, path: str | Path, *, blocks: Sequence[int] | None = None) -> None:
+def write_html(
+    summary: Summary,
+    routes: Routes,
+    path: str | Path,
+    *,
+    blocks: Sequence[int] | None = None,
+    about: About | None = None,
+    pictures: Sequence[Path] = (),
+) -> None:
     """Write the page.
 
     Args:
-        blocks: numbers of the blocks whose classes and experts are shown; None: the one whose routing depends on the example most.
+        summary: Tables of the routes.
+        routes: Routes of all examples.
+        path: File to write.
+        blocks: Numbers of the blocks whose classes and experts are shown. None shows the block whose routing depends most on the
+            example.
+        about: Origin of the routes, shown at the top. None leaves it out.
+        pictures: Files that `draw` wrote; the page links to them.
     """
     chosen = [summary.most_decided] if blocks is None else list(blocks)
-    # What cannot be encoded, halves of a character that a JSON file may hold, becomes a question mark.
-    Path(path).write_text("\n".join(_page(summary, routes, chosen)), encoding="utf-8", errors="replace")
-
-
-def _page(summary: Summary, routes: Routes, blocks: list[int]) -> Iterator[str]:
-    images = _Images(routes)
-    body = [part for block in blocks for part in _block(summary, routes, block, images)]
-    yield "<!doctype html>"
-    yield '<html lang="en"><head><meta charset="utf-8"><title>Routes</title>'
-    yield f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield f"<style>{STYLE}{images.style()}</style></head><body>"
-    yield "<h1>Routes</h1>"
-    yield (
-        f'<p class="note">{len(routes):,} examples of {len(routes.classes)} classes in {len(routes.blocks)} routed blocks '
-        f"with {summary.load.shape[1]} experts. Blocks and experts count from 0.</p>"
+    path = Path(path)
+    images = Images(routes, path.parent)
+    views = [block_view(summary, routes, block, images) for block in chosen]
+    text = (
+        _environment()
+        .get_template("page.html")
+        .render(
+            policy=POLICY,
+            # Contains only text of this package and base64.
+            style=Markup(STYLE + palette.style() + images.style()),
+            script=Markup(SCRIPT),
+            facts=_facts(routes, about or About()),
+            columns=list(summary.balance),
+            balance=balance_rows(summary),
+            maps=[heat_map("Mean probability", summary.load, summary), heat_map("Share of first choices", summary.top1, summary)],
+            blocks=views,
+            most_words=WORDS_IN_A_ROW,
+            pictures=picture_links(pictures, path.parent),
+        )
     )
-    yield from _balance(summary)
-    yield _picture(draw_load(summary), "Mean probability and share of first choices of each expert in each block")
-    yield from body
-    yield "</body></html>"
+    # Characters that cannot be encoded, such as lone surrogates from a JSON file, become question marks.
+    path.write_text(text, encoding="utf-8", errors="replace")
 
 
-def _balance(summary: Summary) -> Iterator[str]:
-    yield "<h2>Balance</h2>"
-    yield (
-        '<p class="note">The load of an expert is its mean probability, CV² its squared coefficient of variation: 0 is balanced. '
-        "Entropies and information are shares of log K. Load entropy: 1 is balanced. Example entropy: 0 is one expert for each, 1 "
-        "is all experts alike. Class information: what the class says about the expert.</p>"
-    )
-    yield f"<table><tr>{''.join(f'<th>{head}</th>' for head in ('block', *summary.balance))}</tr>"
-    for block, row in zip(summary.blocks, zip(*summary.balance.values(), strict=True), strict=True):
-        yield f"<tr><td>{_text(str(block))}</td>{''.join(f'<td>{value:.3f}</td>' for value in row)}</tr>"
-    yield "</table>"
-
-
-def _block(summary: Summary, routes: Routes, block: int, images: _Images) -> Iterator[str]:
-    name = str(summary.blocks[block])
-    yield f"<h2>{_text(name[:1].upper() + name[1:])}</h2>"
-    yield _picture(draw_classes(summary, block), f"Mean probability of each expert for each class in {name}")
-    experts = shown_experts(summary, block)
-    if len(experts) < summary.load.shape[1]:
-        yield f'<p class="note">The {len(experts)} of {summary.load.shape[1]} experts with the largest load.</p>'
-    for expert in experts:
-        yield f'<section class="expert"><h3>Expert {expert}</h3><div class="shares">{shares(summary, block, expert)}</div>'
-        words = [
-            f'<span title="z = {score:.1f}">{_text(str(word))}</span>'
-            for word, score in zip(summary.words[block, expert], summary.word_scores[block, expert], strict=True)
-            if word
-        ]
-        yield f'<div class="words">{"".join(words) or "no words stand out"}</div><div class="examples">'
-        for row, probability in zip(summary.top_examples[block, expert], summary.top_probabilities[block, expert], strict=True):
-            if row >= 0:
-                yield _example(routes, int(row), float(probability), images)
-        yield "</div></section>"
-
-
-def _example(routes: Routes, row: int, probability: float, images: _Images) -> str:
-    right = np.array_equal(routes.labels[row], routes.predictions[row])
-    said = "" if right else f", taken for {_names(routes, routes.predictions[row])}"
-    return (
-        f"<figure>{images.of(row)}<figcaption><b>{probability:.2f}</b> {_names(routes, routes.labels[row])}{said}<br>"
-        f"{_text(routes.texts[row], LONGEST_TEXT)}</figcaption></figure>"
+def _environment() -> Environment:
+    """Return a template engine that escapes everything and raises an error on undefined variables."""
+    return Environment(
+        autoescape=True, loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
 
 
-def _names(routes: Routes, chosen: NDArray[np.bool_]) -> str:
-    return ", ".join(_text(routes.classes[i], LONGEST_NAME) for i in np.flatnonzero(chosen)) or "nothing"
-
-
-def _text(text: str, length: int | None = None) -> str:
-    """As text, whatever it holds: markup is escaped, and a change of the direction of writing ends with it."""
-    shown = text if length is None or len(text) <= length else f"{text[: length - 1]}…"
-    return f"<bdi>{escape(shown)}</bdi>"
-
-
-def _picture(figure: Figure, description: str) -> str:
-    return f'<p><img alt="{escape(description)}" src="data:image/png;base64,{base64.b64encode(png(figure)).decode()}"></p>'
-
-
-class _Images:
-    """Thumbnails by the row of an example. Each image file stands in the page once, however many experts show it."""
-
-    def __init__(self, routes: Routes) -> None:
-        self.routes = routes
-        self._numbers: dict[Path | None, int] = {}
-
-    def of(self, row: int) -> str:
-        number = self._numbers.setdefault(self.routes.images[row], len(self._numbers))
-        name = escape(self.routes.ids[row][:LONGEST_NAME])
-        return f'<div class="thumbnail i{number}" role="img" aria-label="image of {name}" title="{name}"></div>'
-
-    def style(self) -> str:
-        return "\n".join(f".i{i} {{ background-image: url({data_uri(thumbnail(path))}); }}" for path, i in self._numbers.items())
+def _facts(routes: Routes, about: About) -> dict[str, str]:
+    """Return the facts at the top of the page by name."""
+    sizes = {
+        "Examples": f"{len(routes):,}",
+        "Classes": f"{len(routes.classes):,}",
+        "Routed blocks": f"{len(routes.blocks):,}",
+        "Experts": f"{routes.probabilities.shape[2]:,}",
+    }
+    metric = quality(routes)
+    return {**about.facts, **sizes, **({} if metric is None else {metric[0]: f"{metric[1]:.1%}"})}

@@ -1,4 +1,4 @@
-"""The tables as pictures."""
+"""Draw the tables as pictures."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .routing import Routes
 from .summary import Summary
 from .thumbnails import GAP, SIZE, strip
 
-# What is drawn of much: the experts with the largest load, the classes with most examples. The tables hold all.
+# The largest number of experts to draw, by load, and of classes, by examples. The tables contain all.
 MOST_EXPERTS, MOST_CLASSES = 32, 128
 INK, MUTED, PALE = "#1d2433", "#7a8499", "#c9d1de"
-# Lightness falls all the way: it reads the same without colours.
+# Lightness decreases monotonically, so that the map is also readable in grayscale.
 HEAT = LinearSegmentedColormap.from_list("heat", ["#f7f9fb", "#9fd5cc", "#0f766e", "#0b3b38"])
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
-    # A dollar sign in a label is a dollar sign.
+    # Do not treat dollar signs in labels as math.
     "text.parse_math": False,
     "axes.labelcolor": INK,
     "axes.edgecolor": PALE,
@@ -40,56 +40,68 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "savefig.dpi": 160,
+    # For papers: text that can be edited, and no names that are drawn at random.
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "mope",
 }
+# Of each picture: one to look at, two for papers. None of them says when it was made.
+FORMATS: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
 def draw(summary: Summary, routes: Routes, out: str | Path, *, blocks: Sequence[int] | None = None) -> list[Path]:
-    """Write `load.png`, and for each of some blocks `classes_<block>.png` and `experts_<block>.png` -> their paths.
+    """Write `load` and, for each chosen block, `classes_<block>` and `experts_<block>`, as PNG, SVG and PDF; return their paths.
 
-    Args:
-        blocks: numbers of blocks; None: the one whose routing depends on the example most.
+    `blocks` are the numbers of the chosen blocks; None chooses the one whose routing depends most on the example.
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "load.png"]
-    paths[0].write_bytes(png(draw_load(summary)))
+    paths = _write(draw_load(summary), folder / "load")
     for block in (summary.most_decided,) if blocks is None else blocks:
-        for name, picture in (("classes", draw_classes(summary, block)), ("experts", draw_experts(summary, routes, block))):
-            paths.append(folder / file_name(name, str(summary.blocks[block])))
-            paths[-1].write_bytes(png(picture))
+        name = str(summary.blocks[block])
+        paths += _write(draw_classes(summary, block), folder / file_name("classes", name))
+        paths += _write(draw_experts(summary, routes, block), folder / file_name("experts", name))
+    return paths
+
+
+def _write(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure in each format beside a path without a suffix."""
+    paths = [path.with_name(f"{path.name}.{kind}") for kind in FORMATS]
+    for kind, each in zip(FORMATS, paths, strict=True):
+        each.write_bytes(render(figure, kind))
     return paths
 
 
 def file_name(picture: str, block: str) -> str:
-    """
+    """Return the file name of a block's picture.
+
     >>> file_name("classes", "stage 2, block 1")
-    'classes_stage_2_block_1.png'
+    'classes_stage_2_block_1'
     """
-    return f"{picture}_{re.sub(r'[^A-Za-z0-9]+', '_', block)}.png"
+    return f"{picture}_{re.sub(r'[^A-Za-z0-9]+', '_', block)}"
 
 
 @contextmanager
 def _style() -> Iterator[None]:
-    # Whatever the user's own style is, and whatever scripts their labels are written in.
+    # Ignore the user's own style, and do not warn about scripts in labels that the font lacks.
     with matplotlib.style.context("default"), matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
 @_style()
-def png(figure: Figure) -> bytes:
-    """The contents of a file."""
+def render(figure: Figure, kind: str) -> bytes:
+    """Return the contents of a file of one of `FORMATS`."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format=kind, metadata=FORMATS[kind])
     return buffer.getvalue()
 
 
 class _Page:
-    """A figure with places in inches from its upper left corner."""
+    """A figure with positions in inches from its upper left corner."""
 
     def __init__(self, width: float, height: float, title: str, note: str) -> None:
         self.width, self.height = width, height
-        # Not by way of pyplot: nothing looks for a display, nothing stays open.
+        # Without pyplot, no display is needed and no figure stays open.
         self.figure = Figure(figsize=(width, height))
         self.write(0.3, 0.22, title, fontsize=14, fontweight="bold")
         self.write(0.3, 0.53, note, color=MUTED)
@@ -108,7 +120,7 @@ class _Page:
 
 @_style()
 def draw_load(summary: Summary) -> Figure:
-    """Two heat maps, blocks x experts: mean probability, and share of first choices; beside them the balance of each block."""
+    """Draw two heat maps of blocks x experts, mean probability and share of first choices, and each block's balance."""
     blocks, experts = summary.load.shape
     wide, row = max(2.4, min(4.8, 0.42 * experts)), 0.27
     names = [str(name) for name in summary.blocks]
@@ -137,12 +149,12 @@ def draw_load(summary: Summary) -> Figure:
 
 
 def shown_experts(summary: Summary, block: int) -> NDArray[np.int64]:
-    """At most `MOST_EXPERTS`, those with the largest load, by number."""
+    """Return the numbers of at most `MOST_EXPERTS` experts, those with the largest load, in ascending order."""
     return np.sort(np.argsort(-summary.load[block], kind="stable")[:MOST_EXPERTS])
 
 
 def shown_classes(summary: Summary, block: int) -> NDArray[np.int64]:
-    """At most `MOST_CLASSES` that have examples, those with most, in the order of the expert they take most: diagonals show."""
+    """Return at most `MOST_CLASSES` classes, those with most examples, ordered by their most probable expert to show diagonals."""
     most = np.argsort(-summary.class_counts, kind="stable")[:MOST_CLASSES]
     rows = most[summary.class_counts[most] > 0]
     values = summary.by_class[block, rows]
@@ -151,7 +163,7 @@ def shown_classes(summary: Summary, block: int) -> NDArray[np.int64]:
 
 @_style()
 def draw_classes(summary: Summary, block: int) -> Figure:
-    """Heat map, classes x experts: the mean probability over the examples of a class."""
+    """Draw a heat map of classes x experts with the mean probability over the examples of a class."""
     rows = shown_classes(summary, block)
     values = summary.by_class[block, rows]
     experts = values.shape[1]
@@ -162,7 +174,7 @@ def draw_classes(summary: Summary, block: int) -> Figure:
     if missing:
         note += f"; the {len(rows)} of {len(summary.classes)} classes with most examples"
     page = _Page(max(left + wide + 1.0, 7.6), high + 1.75, "Which classes take which expert", note)
-    # In multi_label it may be that no example has a class.
+    # With multi_label, it is possible that no example has any class.
     if not len(rows):
         return page.figure
     axes = page.axes(left, 1.0, wide, high)
@@ -175,9 +187,9 @@ def draw_classes(summary: Summary, block: int) -> Figure:
 
 @_style()
 def draw_experts(summary: Summary, routes: Routes, block: int) -> Figure:
-    """For each expert its load, its words, and the images of the examples that give it most."""
+    """Draw for each expert its load, its words, and the images of the examples that give it the largest probabilities."""
     experts, top = shown_experts(summary, block), summary.top_examples.shape[-1]
-    # Inches of an image with its gap, and of an expert.
+    # In inches: where images start, the width of an image with its gap, and the height of an expert.
     left, each, card = 3.35, 0.86, 1.18
     note = f"{summary.blocks[block]}: words of the texts whose first choice it is, images that give it most"
     if len(experts) < summary.load.shape[1]:
@@ -187,6 +199,9 @@ def draw_experts(summary: Summary, routes: Routes, block: int) -> Figure:
         high = 0.95 + card * place
         page.write(0.3, high, f"expert {expert}", fontsize=11, fontweight="bold")
         page.write(0.3, high + 0.23, shares(summary, block, int(expert)), fontsize=7.5, color=MUTED)
+        if summary.never_taken(block, int(expert)):
+            page.write(left, high + 0.02, unused(summary, block, int(expert)), fontsize=8.5, color=MUTED)
+            continue
         words = [str(word) for word in summary.words[block, expert] if word]
         page.write(0.3, high + 0.42, _wrap(words, 44, 4), fontsize=8, linespacing=1.3)
         rows = summary.top_examples[block, expert]
@@ -199,17 +214,22 @@ def draw_experts(summary: Summary, routes: Routes, block: int) -> Figure:
 
 
 def _beside(names: list[str]) -> float:
-    """Inches for names at the left of a heat map."""
+    """Return the inches needed for names to the left of a heat map."""
     return 0.5 + 0.072 * max(map(len, names), default=0)
 
 
 def shares(summary: Summary, block: int, expert: int) -> str:
-    """What an expert is used for, in words."""
+    """Describe how much an expert is used."""
     return f"mean probability {summary.load[block, expert]:.1%}, first choice of {summary.top1[block, expert]:.1%}"
 
 
+def unused(summary: Summary, block: int, expert: int) -> str:
+    """Say of an expert that is never taken how near it came."""
+    return f"never taken: first choice of no example, largest probability {summary.top_probabilities[block, expert, 0]:.2f}"
+
+
 def _heat_map(axes: Axes, values: NDArray[np.float64], names: list[str], limit: float) -> Any:
-    """Rows x experts, from white at 0 to dark at the limit; numbers in the cells where there is room."""
+    """Draw rows x experts, from white at 0 to dark at `limit`. If there is room, write the numbers into the cells."""
     rows, experts = values.shape
     image = axes.imshow(values, cmap=HEAT, vmin=0, vmax=limit, aspect="auto", interpolation="nearest")
     step = next(step for step in (1, 2, 4, 8, 16, 32, 64, 128, 256, experts) if experts / step <= 20)
@@ -231,13 +251,13 @@ def _heat_map(axes: Axes, values: NDArray[np.float64], names: list[str], limit: 
 
 
 def _line(text: str, length: int) -> str:
-    """On one line that a picture can show, shortened."""
+    """Put a text on one line of printable characters, and shorten it."""
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def _wrap(words: list[str], width: int, lines: int) -> str:
-    """Words with commas between them on so many lines; what does not fit is left out."""
+    """Join words with commas on at most `lines` lines, and drop those that do not fit."""
     rows = [""]
     for word in words:
         word = _line(word, width)

@@ -1,4 +1,4 @@
-"""Run a model over a split and keep what its routers say."""
+"""Run a model over a split and collect the probabilities of its routers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 class Routes:
     """The routing of N examples in L blocks over K experts; C classes.
 
-    blocks: L names. classes: C names. ids, texts: N each. images: N, None where an example has none.
-    labels, predictions: (N,C) bool, one True in a row of single_label.
-    probabilities: (N,L,K) float32, of all experts whether or not they were selected; each row sums to 1.
+    blocks: the names of L blocks.
+    classes: the names of C classes.
+    ids, texts: one for each example.
+    images: one for each example, None if it has none.
+    labels, predictions: (N,C) bool. With single_label, each row has one True.
+    probabilities: (N,L,K) float32, for all experts, selected or not. Each row sums to 1.
     """
 
     blocks: tuple[str, ...]
@@ -43,16 +46,19 @@ class Routes:
 def collect(
     model: MoPEForClassification, loader: Iterable[dict[str, Tensor]], split: Split, *, storage: Path | None = None
 ) -> Routes:
-    """Evaluate a model and keep the probabilities of its routers.
+    """Evaluate a model and collect the probabilities of its routers.
 
     Args:
-        model: stays as it is; it runs in evaluation mode, without router noise.
+        model: the model, which is not changed. It runs in evaluation mode, without router noise.
         loader: batches of the model's inputs, in the order of the split. `labels` among them are compared with the split's.
         split: the examples, with their labels and the names of the classes.
-        storage: a `.npy` file for the probabilities, of 4 * N * L * K bytes, which then need no memory. None: they stay in memory.
+        storage: a `.npy` file for the probabilities, of 4 * N * L * K bytes, to save memory. None keeps them in memory.
+
+    Returns:
+        The routing of all examples.
 
     Raises:
-        ValueError: the model routes nothing, the loader gives other examples than the split, or a result is not finite.
+        ValueError: the model has no routed blocks, the loader's examples differ from the split's, or a result is not finite.
     """
     blocks = routed_blocks(model)
     if not len(split):
@@ -77,13 +83,15 @@ def collect(
             if start > len(split) or (given is not None and not _same(given, labels[part])):
                 raise ValueError(f"the loader does not give the {len(split)} examples of the {split.name} split in their order")
             probs = torch.stack([routing.probs for routing in out.routing], dim=1).float().cpu().numpy()
-            logits = out.logits.float().cpu().numpy()
+            logits = out.logits.float().cpu()
+            chosen = (logits.sigmoid() > model.config.threshold).numpy()
+            logits = logits.numpy()
             broken = ~(np.isfinite(probs).all((1, 2)) & np.isfinite(logits).all(1))
             if broken.any():
                 example = split.examples[part.start + int(broken.argmax())]
                 raise ValueError(f"the model gives numbers that are not finite for example {example.id!r}")
             probabilities[part] = probs
-            predictions[part] = logits > 0 if multi_label else np.eye(labels.shape[1], dtype=bool)[logits.argmax(1)]
+            predictions[part] = chosen if multi_label else np.eye(labels.shape[1], dtype=bool)[logits.argmax(1)]
     if start != len(split):
         raise ValueError(f"the loader gave {start} of the {len(split)} examples of the {split.name} split")
     examples = split.examples
@@ -100,7 +108,7 @@ def collect(
 
 
 def routed_blocks(model: MoPEForClassification) -> tuple[str, ...]:
-    """Names of the blocks of a model that route.
+    """Return the names of a model's routed blocks.
 
     Raises:
         ValueError: there are none.
@@ -112,7 +120,7 @@ def routed_blocks(model: MoPEForClassification) -> tuple[str, ...]:
 
 
 def _texts(split: Split) -> list[str]:
-    """The words of each example: of the first modality that is text, else of the first that a page can show as such."""
+    """Return the text of each example: of the first modality whose inputs are text, or else the first that can be shown as text."""
     first = split.examples[0].inputs
     found = [slot for slot in split.slots if slot.modality.text_of(first[slot.name]) is not None]
     # The sort is stable, and False comes first.
@@ -123,7 +131,7 @@ def _texts(split: Split) -> list[str]:
 
 
 def _pictures(split: Split) -> list[Path | None]:
-    """The picture of each example, of the first modality of which there are any."""
+    """Return the picture of each example, from the first modality that has any."""
     for slot in split.slots:
         pictures = [slot.modality.picture_of(example.inputs[slot.name]) for example in split.examples]
         if any(pictures):
@@ -132,6 +140,6 @@ def _pictures(split: Split) -> list[Path | None]:
 
 
 def _same(given: Tensor, labels: NDArray[np.bool_]) -> bool:
-    """Whether labels (B,) or (B,num_labels) of a batch are those of the rows (B,C)."""
+    """Return whether the labels of a batch, (B,) or (B,num_labels), equal those of the rows (B,C)."""
     values = given.cpu().numpy()
     return np.array_equal(values, labels.argmax(1)) if values.ndim == 1 else np.array_equal(values > 0.5, labels)

@@ -1,4 +1,4 @@
-"""Routing in numbers: load, balance, classes, and the examples and words of each expert."""
+"""Summarize routing as tables: load, balance, classes, and the examples and words of each expert."""
 
 from __future__ import annotations
 
@@ -12,30 +12,34 @@ from numpy.typing import NDArray
 from .routing import Routes
 from .words import LONGEST_WORD, Corpus
 
-# Numbers worked on at a time: 16 MB of float64.
+# The number of values to process at a time: 16 MB in float64.
 CHUNK = 2**21
-# Characters of an id in the file.
+# The largest number of characters of an id in the file.
 LONGEST_ID = 200
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What `routes.npz` holds: N examples, L blocks, K experts, C classes, T examples and W words for each expert.
+    """Contents of `routes.npz`: N examples, L blocks, K experts, C classes, T examples and W words for each expert.
 
-    An entropy is a share of log K, the entropy of K experts in equal use; with K = 1 it is 0.
+    Entropies and information are shares of log K, the entropy of K equally used experts. With K = 1 they are 0.
 
     blocks (L,), classes (C,), ids (N,): names.
-    labels, predictions (N,C) bool.
-    class_counts (C,): how many examples have the label.
-    load (L,K): mean probability. top1 (L,K): share of examples of which the expert is the first choice.
-    cv_squared (L,): squared coefficient of variation of the load, unbiased, as in the importance loss; 0: balanced.
-    load_entropy (L,): of the load; 1: balanced. example_entropy (L,): mean over the examples; 0: each takes one expert only.
-    class_information (L,): mutual information of class and expert as a share of log K.
-    by_class (L,C,K): mean probability over a class's examples, which may have other labels as well; NaN without any.
-    first (L,N) int32: the first choice, the expert with the largest probability (the lowest of several).
-    top_examples (L,K,T): rows of the examples, no two with the same image, that give the expert most; -1 where there are fewer.
-    top_probabilities (L,K,T): how much; 0 where there are fewer.
-    words (L,K,W), word_scores (L,K,W): over-represented in texts whose first choice the expert is; "" and 0 where there are fewer.
+    labels, predictions (N,C) bool: the classes of each example, true and predicted.
+    class_counts (C,): the number of examples with each label.
+    load (L,K): the mean probability of each expert.
+    top1 (L,K): the share of examples for which the expert is the first choice.
+    cv_squared (L,): the squared coefficient of variation of the load, unbiased, as in the importance loss; 0 is balanced.
+    load_entropy (L,): the entropy of the load; 1 is balanced.
+    example_entropy (L,): the mean entropy of an example's probabilities; 0 means that each example uses a single expert.
+    class_information (L,): the mutual information of class and expert.
+    by_class (L,C,K): the mean probability over a class's examples, which may have other labels too; NaN if there are none.
+    first (L,N) int32: the first choice, which is the expert with the largest probability (the lowest number if several tie).
+    top_examples (L,K,T): the rows of the examples that give the expert the largest probabilities, no two with the same image;
+        padded with -1.
+    top_probabilities (L,K,T): these probabilities, padded with 0.
+    words (L,K,W), word_scores (L,K,W): words that are over-represented in texts whose first choice is the expert, and their
+        scores; padded with "" and 0.
     """
 
     blocks: NDArray[np.str_]
@@ -58,12 +62,12 @@ class Summary:
     word_scores: NDArray[np.float64]
 
     def save(self, path: Path) -> None:
-        """Write the arrays under their names, for `numpy.load`: no pickle in it."""
+        """Save the arrays under their names, for `numpy.load`. The file contains no pickles."""
         np.savez_compressed(path, **{field.name: getattr(self, field.name) for field in fields(self)})
 
     @property
     def balance(self) -> dict[str, NDArray[np.float64]]:
-        """What there is one number (L,) of for each block, by its name in tables."""
+        """Measures with one number for each block, (L,), by their names in tables."""
         return {
             "CV²": self.cv_squared,
             "load entropy": self.load_entropy,
@@ -71,12 +75,16 @@ class Summary:
             "class information": self.class_information,
         }
 
+    def never_taken(self, block: int, expert: int) -> bool:
+        """Return whether no example has an expert as its first choice; the images that give it most then show nothing."""
+        return not self.top1[block, expert]
+
     def table(self) -> str:
-        """Markdown: a line for the balance of each block."""
+        """Format a Markdown table with the balance of each block."""
         columns, numbers = ("block", *self.balance), zip(*self.balance.values(), strict=True)
         lines = [(str(name), *(f"{value:.3f}" for value in row)) for name, row in zip(self.blocks, numbers, strict=True)]
         widths = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
-        # Names to the left, numbers to the right.
+        # Align names left and numbers right.
         rule = [":".ljust(widths[0], "-"), *(":".rjust(width, "-") for width in widths[1:])]
         cells = [
             [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
@@ -86,16 +94,17 @@ class Summary:
 
     @property
     def most_decided(self) -> int:
-        """The block whose routing depends on the example most: the entropy of the load less that of the examples."""
+        """Number of the block whose routing depends most on the example, by load entropy minus example entropy."""
         return int((self.load_entropy - self.example_entropy).argmax())
 
 
 def summarize(routes: Routes, *, top: int = 8, words: int = 12) -> Summary:
-    """Routes -> tables. Beside them it needs memory for `CHUNK` numbers, a few times over.
+    """Summarize routes as tables. Besides them, it needs memory for a few times `CHUNK` numbers.
 
     Args:
-        top: examples for each expert.
-        words: at most so many for each expert.
+        routes: the routing of the examples.
+        top: the number of examples for each expert.
+        words: the largest number of words for each expert.
 
     Raises:
         ValueError: `top` or `words` is below 1.
@@ -118,7 +127,7 @@ def summarize(routes: Routes, *, top: int = 8, words: int = 12) -> Summary:
 
     load = sums / count
     class_counts = routes.labels.sum(0)
-    # 0 / 0 is NaN: nothing is known of a class without examples.
+    # A class without examples gives 0 / 0, which is NaN.
     with np.errstate(invalid="ignore"):
         by_class = (class_sums / class_counts[:, None]).reshape(-1, blocks, experts).swapaxes(0, 1)
     limit = np.log(experts) if experts > 1 else 1.0
@@ -146,7 +155,7 @@ def summarize(routes: Routes, *, top: int = 8, words: int = 12) -> Summary:
 
 
 def _chunks(routes: Routes) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """The probabilities, some examples at a time, in double precision."""
+    """Yield the probabilities in float64, a slice of the examples at a time."""
     count, blocks, experts = routes.probabilities.shape
     size = max(1, CHUNK // (blocks * experts))
     for start in range(0, count, size):
@@ -155,30 +164,30 @@ def _chunks(routes: Routes) -> Iterator[tuple[slice, NDArray[np.float64]]]:
 
 
 def _entropy(p: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(...,K) -> (...), in nats."""
+    """Compute the entropy in nats: (...,K) -> (...)."""
     return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
 
 
 def _class_information(by_class: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Mutual information of class and expert, (L,C,K) -> (L,) in nats. An example with several labels counts in each."""
+    """Compute the mutual information of class and expert in nats: (L,C,K) -> (L,). An example counts in each of its classes."""
     present = counts > 0
     if not present.any():
         return np.zeros(len(by_class))
     share = counts[present] / counts.sum()
     rows = by_class[:, present]
     information = _entropy(np.einsum("lck,c->lk", rows, share)) - _entropy(rows) @ share
-    # Rounding may take a zero below zero.
+    # Rounding may make a zero negative.
     return information.clip(0)
 
 
 def _image_numbers(routes: Routes) -> NDArray[np.int64]:
-    """(N,), equal where examples share an image file; an example without an image has a number of its own."""
+    """Assign numbers (N,) to images. Examples that share an image file share a number; one without an image has its own."""
     numbers: dict[object, int] = {}
     return np.array([numbers.setdefault(row if image is None else image, row) for row, image in enumerate(routes.images)])
 
 
 class _Best:
-    """The T rows with the largest values in each of many columns, no two of the same image; the earlier row where values tie."""
+    """Running selection of the T largest values in each column, with their rows; one per image, and the earlier one in a tie."""
 
     def __init__(self, top: int, columns: int) -> None:
         self.values = np.full((top, columns), -1.0)
@@ -186,7 +195,7 @@ class _Best:
         self._images = np.full((top, columns), -1)
 
     def add(self, values: NDArray[np.float64], images: NDArray[np.int64], start: int) -> None:
-        """Probabilities (n,columns) of the rows from `start` on, and the numbers (n,) of their images."""
+        """Add probabilities (n,columns) of the rows from `start` on. `images` (n,): the numbers of their images."""
         shape = values.shape
         rows = np.broadcast_to(np.arange(start, start + len(values))[:, None], shape)
         chunk = self._choose(values.copy(), np.broadcast_to(images[:, None], shape), rows)
@@ -196,7 +205,7 @@ class _Best:
     def _choose(
         self, values: NDArray[np.float64], images: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-        """Of candidates (n,columns), which are overwritten, the best (T,columns)."""
+        """Return the best (T,columns) of candidates (n,columns), which are overwritten."""
         places = (len(self.values), values.shape[1])
         chosen = (np.empty(places), np.empty(places, np.int64), np.empty(places, np.int64))
         for place in range(len(self.values)):
@@ -204,14 +213,14 @@ class _Best:
             for into, array in zip(chosen, (values, images, rows), strict=True):
                 into[place] = np.take_along_axis(array, best, 0)
             values[images == chosen[1][place]] = -1.0
-        # Where images ran out.
+        # Mark places for which there were too few images.
         for array in chosen:
             array[chosen[0] < 0] = -1
         return chosen
 
 
 def _words(routes: Routes, first: NDArray[np.int32], limit: int) -> tuple[NDArray[np.str_], NDArray[np.float64]]:
-    """(L,K,W) words and their scores."""
+    """Return the words of each expert and their scores, (L,K,W)."""
     _, blocks, experts = routes.probabilities.shape
     corpus = Corpus(routes.texts)
     table = np.zeros((blocks, experts, limit), f"<U{LONGEST_WORD}")

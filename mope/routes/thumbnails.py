@@ -1,4 +1,4 @@
-"""Small copies of images."""
+"""Make small copies of images."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from PIL import Image
 from mope.modalities.vision import with_8_bits
 
 SIZE, GAP = 96, 8
-# In place of no image, as the models see it.
+# The color of a missing image, as models see it.
 GREY = (128, 128, 128)
 
 
 def thumbnail(path: Path | None) -> Image.Image:
-    """An RGB image whose longer side has `SIZE` pixels; smaller ones are enlarged, with their pixels to be seen."""
+    """Scale an image to RGB with `SIZE` pixels on its longer side. Smaller images are enlarged so that their pixels are visible."""
     if path is None:
         return Image.new("RGB", (SIZE, SIZE), GREY)
     with Image.open(path) as file:
-        # Reads a large JPEG at a fraction of its size.
+        # Decode a large JPEG at a fraction of its size.
         file.draft("RGB", (2 * SIZE, 2 * SIZE))
-        # As models see it: not turned as a camera may have noted.
+        # Ignore the camera's orientation tag, as the models do.
         image = with_8_bits(file).convert("RGB")
     scale = SIZE / max(image.size)
-    # Of a line that is thin enough nothing else would be left.
+    # A very thin image would otherwise be rounded to a width or height of 0.
     width, height = (max(1, round(scale * length)) for length in image.size)
     return image.resize((width, height), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
 def strip(paths: Sequence[Path | None]) -> Image.Image:
-    """Thumbnails in a row of squares with gaps between them, on white."""
+    """Arrange thumbnails in a row of squares, with gaps between them, on white."""
     row = Image.new("RGB", (len(paths) * (SIZE + GAP) - GAP, SIZE), "white")
     for place, path in enumerate(paths):
         image = thumbnail(path)
@@ -41,7 +41,7 @@ def strip(paths: Sequence[Path | None]) -> Image.Image:
 
 
 def data_uri(image: Image.Image) -> str:
-    """The image itself in place of an address: JPEG, a few kilobytes."""
+    """Encode an image as a data URI. It is a JPEG of a few kilobytes."""
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

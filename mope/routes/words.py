@@ -1,12 +1,12 @@
-"""Words that are over-represented in some of many texts.
+"""Find words that are over-represented in a group of texts.
 
 The score is the log-odds ratio with an informative Dirichlet prior, divided by its standard deviation (Monroe, Colaresi and Quinn,
-"Fightin' Words", 2008). For word w, y of the n word occurrences in the texts of a group are w, and y' of the n' in all other
-texts; the prior gives w a and all words a0 further occurrences:
+"Fightin' Words", 2008). Let y of the n word occurrences in the texts of a group be word w, and y' of the n' in all other texts. The
+prior adds a occurrences of w, and a0 occurrences of all words:
 
     d = log (y + a) / (n + a0 - y - a) - log (y' + a) / (n' + a0 - y' - a),    z = d / sqrt(1 / (y + a) + 1 / (y' + a))
 
-A text counts a word once. a is in proportion to the word's occurrences in all texts, and a0 is the number of words.
+A word counts once per text. a is proportional to the word's occurrences in all texts, and a0 is the number of words.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# What bounds memory: the words known in most texts. Of a text's words, those of more letters are no words.
+# These bound memory: the number of words to keep, the most frequent ones, and the number of letters beyond which words are ignored.
 MOST_WORDS, LONGEST_WORD = 20_000, 30
-# Words with a smaller score are not listed: among 20,000 of them chance alone would reach it about 27 times.
+# Words with a smaller score are not listed. Among 20,000 words, about 27 would reach it by chance.
 LEAST_SCORE = 3.0
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 
 def words_of(text: str) -> set[str]:
-    """The different words of a text, in lower case.
+    """Return the distinct words of a text, in lower case.
 
     >>> sorted(words_of("Don't say: it's 3D, it's 3d"))
     ["don't", "it's", '3d', 'say']
@@ -35,7 +35,7 @@ def words_of(text: str) -> set[str]:
 
 
 class Corpus:
-    """N texts as numbers: which of the V most frequent words stand in which text."""
+    """N texts, represented by which of the V most frequent words occur in each."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         frequency: Counter[str] = Counter()
@@ -50,7 +50,7 @@ class Corpus:
         self._texts = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
 
     def characteristic(self, groups: NDArray[np.integer], count: int, limit: int) -> Iterator[list[tuple[str, float]]]:
-        """For each of `count` groups its at most `limit` words with the highest scores; groups (N,) says where a text belongs."""
+        """Yield for each of `count` groups at most `limit` words with the highest scores. `groups` (N,): the group of each text."""
         size = len(self.words)
         counts = np.bincount(groups[self._texts] * size + self._words, minlength=count * size).reshape(count, size)
         total = counts.sum(0)
@@ -61,7 +61,7 @@ class Corpus:
 
 
 def log_odds(inside: NDArray[np.int64], outside: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Occurrences (V,) of words in a group and in all other texts -> z (V,); 0 where one of the two is empty, or V is 1."""
+    """Score words by their occurrences (V,) in a group and in all other texts -> z (V,); 0 if either is empty or V is 1."""
     together = inside + outside
     if len(together) < 2 or not inside.any() or not outside.any():
         return np.zeros(len(together))

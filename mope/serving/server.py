@@ -26,7 +26,7 @@ from .model import MultiTaskModel
 
 # Options in which the tasks of a server may differ: labels, and options that only affect training.
 FREE = {
-    *("num_labels", "id2label", "problem_type"),
+    *("num_labels", "id2label", "problem_type", "threshold"),
     *("train_top_k", "noise_std", "router_embedding", "prompt_init_bound", "prompt_dropout", "drop_block_prompts"),
     *("importance_weight", "importance_threshold", "importance_noise", "impl"),
 }
@@ -45,12 +45,14 @@ class Prediction:
         logits: (num_labels,), in the order of `names`.
         names: Names of the labels.
         problem_type: "single_label" or "multi_label".
+        threshold: Probability above which a label is predicted in a multi-label task.
     """
 
     task: str
     logits: Tensor
     names: tuple[str, ...]
     problem_type: str
+    threshold: float = 0.5
 
     @property
     def probabilities(self) -> Tensor:
@@ -60,10 +62,13 @@ class Prediction:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Most probable label, or for multi-label tasks all labels above a probability of 0.5. Synchronizes with the device."""
+        """Most probable label, or for multi-label tasks all labels above the threshold. Synchronizes with the device."""
         if self.problem_type == "multi_label":
-            return tuple(name for name, yes in zip(self.names, (self.logits > 0).tolist(), strict=True) if yes)
+            return tuple(name for name, yes in zip(self.names, self._above().tolist(), strict=True) if yes)
         return (self.names[int(self.logits.argmax())],)
+
+    def _above(self) -> Tensor:
+        return self.probabilities > self.threshold
 
     def __repr__(self) -> str:
         """Show the task, the labels, and the most probable labels with their probabilities. Synchronizes with the device."""
@@ -260,7 +265,7 @@ class MoPEServer:
                 task_ids, **{name: tensor.to(model.device) for name, tensor in inputs.items() if tensor is not None}
             )
         return [
-            Prediction(task, row[: config.num_labels], _names(config), config.problem_type)
+            Prediction(task, row[: config.num_labels], _names(config), config.problem_type, config.threshold)
             for task, (_, config), row in zip(tasks, found, logits, strict=True)
         ]
 
@@ -387,6 +392,7 @@ def _check_served(asker: str, config: MoPEConfig) -> None:
     reasons = {
         f"method is {config.method!r}, but only 'mope' is served": not config.fusion.routes,
         "prompt_owner is 'released', which mixes the items of a batch": config.prompt_owner != "instance",
+        f"feature is {config.feature!r}, but only 'first' is served": config.feature != "first",
         "padding_side is 'left', but only padding on the right is served": config.padding_side != "right",
         f"finetuned names {', '.join(config.finetuned)}, but encoders are shared by all tasks": bool(config.finetuned),
     }

@@ -1,6 +1,6 @@
-"""Training and evaluation on a user's data, on transformers' Trainer.
+"""Training and evaluation on your own data, built on transformers' Trainer.
 
-The names below are imported on first use: the command line reads recipes without torch.
+The names below are imported on first use, so that the command line can read recipes without importing torch.
 """
 
 from __future__ import annotations
@@ -12,11 +12,23 @@ from mope.lazy import lazily
 if TYPE_CHECKING:
     from .evaluation import compare_modes, evaluate
     from .graphs import GraphedStep
+    from .monitor import RoutingMonitor
     from .options import RunOptions
     from .recipe import RECIPES, Recipe
     from .runs import TrainingRun, train
     from .trainer import FusionTrainer
-__all__ = ["RECIPES", "FusionTrainer", "GraphedStep", "Recipe", "RunOptions", "TrainingRun", "compare_modes", "evaluate", "train"]
+__all__ = [
+    "RECIPES",
+    "FusionTrainer",
+    "GraphedStep",
+    "Recipe",
+    "RoutingMonitor",
+    "RunOptions",
+    "TrainingRun",
+    "compare_modes",
+    "evaluate",
+    "train",
+]
 
 __getattr__ = lazily(
     __name__,
@@ -25,6 +37,7 @@ __getattr__ = lazily(
         "FusionTrainer": ".trainer",
         "GraphedStep": ".graphs",
         "Recipe": ".recipe",
+        "RoutingMonitor": ".monitor",
         "RunOptions": ".options",
         "TrainingRun": ".runs",
         "compare_modes": ".evaluation",

@@ -1,4 +1,4 @@
-"""Which items make up a batch: a function of seed and epoch alone, for any number of processes and after any interruption."""
+"""Select the items of each batch, from seed and epoch alone, for any number of processes and after any interruption."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# The most lengths that a run chooses for itself, and the longest text if its length is unknown.
+# The largest number of lengths that `length_buckets` returns, and the longest text it assumes if none is given.
 LENGTHS, LONGEST = 8, 512
 
 
 class Batches(Sampler[list[int]]):
-    """Batches over all processes, of which each process takes its share: lists of indices.
+    """Sampler of global batches that yields one process's share of each, as lists of indices.
 
-    Batches are the same for any number of processes, and none is filled up with items of another, so that a model trains
-    on the same gradients whatever it runs on.
+    Global batches are the same for any number of processes and are never padded with items of other batches, so that a model
+    trains on the same gradients on any hardware.
 
     Args:
-        items: what the indices are of; its `set_epoch`, if it has one, is called too.
-        size: items of a batch, over all processes and `parts`.
-        parts: a process gets its share in that many pieces, one after the other.
-        seed: of the order in training, where all processes get something of each batch: a last batch that is too small for that
-            is left out. None: for evaluation, every item once and in the given order.
+        items: the data set that the indices refer to. Its `set_epoch`, if it has one, is called too.
+        size: the number of items in a batch, over all processes and `parts`.
+        parts: the number of parts in which a process gets its share.
+        seed: the seed of the order, for training. Every process then gets items of each batch, and a last batch that is too
+            small for that is dropped. None, for evaluation, yields every item once and in order.
         process, processes: rank and world size.
 
     Raises:
-        ValueError: the size is no positive number, or in training a full batch has less than one item for each process and part.
+        ValueError: the size is not positive, or, in training, a full batch has less than one item for each process and part.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class Batches(Sampler[list[int]]):
         self.process, self.processes, self.epoch = process, processes, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order, and other augmentation."""
+        """Set the epoch, which changes the order of the items and their augmentation."""
         self.epoch = epoch
         if (follow := getattr(self.items, "set_epoch", None)) is not None:
             follow(epoch)
 
     @property
     def steps(self) -> int:
-        """Batches of an epoch, each of all processes and parts."""
+        """Number of global batches in an epoch."""
         full, rest = divmod(len(self.items), self.size)  # type: ignore[arg-type]
         smallest = 1 if self.seed is None else self.processes * self.parts
         return full + (rest >= smallest)
@@ -76,7 +76,7 @@ class Batches(Sampler[list[int]]):
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader over `Batches`. It draws nothing from the global random generators, which are left to the model."""
+    """A DataLoader over `Batches`. It does not use the global random generators, which only the model should advance."""
 
     def __init__(self, batches: Batches, collate: Callable[[list[Any]], Any], *, workers: int = 0, pin: bool = False) -> None:
         super().__init__(
@@ -89,7 +89,7 @@ class Loader(DataLoader[Any]):
         )
 
     def set_epoch(self, epoch: int) -> None:
-        """Trainer calls it; where it skips batches to resume, it calls that of the batches."""
+        """Set the epoch of the batches. Trainer calls this, or that of the batches when it skips some of them to resume."""
         batches: Any = self.batch_sampler
         batches.set_epoch(epoch)
 
@@ -98,8 +98,8 @@ class Buckets:
     """A collate function that pads the items of a modality to one of a few lengths, so that batches have few shapes.
 
     Args:
-        collate: items -> tensors by name, those of the modality (B,L) or (B,L,...) with their mask among them.
-        lengths: in ascending order. A batch longer than all of them is not padded.
+        collate: items -> tensors by name. Those of the modality, including their mask, are (B,L) or (B,L,...).
+        lengths: the lengths, in ascending order. A batch longer than all of them is not padded.
         values: the padding value of each tensor to pad, by its name.
         left: whether to pad on the left.
     """
@@ -123,14 +123,14 @@ class Buckets:
         length = next(iter(found.values())).shape[1]
         more = next((each for each in self.lengths if each >= length), length) - length
         padding = (more, 0) if self.left else (0, more)
-        # From the last dimension on; tokens are the second.
+        # F.pad counts dimensions from the last one, and tokens are dimension 1.
         return batch | {
             name: F.pad(tensor, (0, 0) * (tensor.dim() - 2) + padding, value=self.values[name]) for name, tensor in found.items()
         }
 
 
 def length_buckets(longest: int | None) -> tuple[int, ...]:
-    """Return at most eight lengths: multiples of a power of two up to the longest text, which is given in tokens.
+    """Return at most eight lengths: multiples of a power of two, up to the length of the longest text in tokens.
 
     >>> length_buckets(40)
     (8, 16, 24, 32, 40)

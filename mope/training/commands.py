@@ -1,4 +1,4 @@
-"""`mope train` and `mope evaluate`. Torch is imported when a command runs, so that help comes at once."""
+"""Command line of `mope train` and `mope evaluate`. Torch is imported when a command runs, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from typing import Any
 from mope.arguments import add_device, count, positive
 from mope.extras import missing
 
+from .columns import add_columns, add_dev_share
 from .encoders import add_encoders
 from .extensions import modes
-from .options import GRAPHS
-from .recipe import METRICS, PRECISIONS, RECIPES, Recipe
+from .options import GRAPHS, REPORTS
+from .recipe import AUTO, BALANCED, METRICS, PRECISIONS, RECIPES, Recipe
 
-# Of 128 + number, as shells report it.
+# Added to the number of the signal that stopped training, to form the exit status that shells report.
 SIGNALLED = 128
-# What these are called in JSON.
+# The JSON spelling of Python's constants.
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
 def add_train(commands: Any) -> None:
-    """Add `train` to what `ArgumentParser.add_subparsers` returned."""
+    """Add the `train` command to the object that `ArgumentParser.add_subparsers` returned."""
     train = commands.add_parser(
         "train",
         help="train a fusion model on your data",
-        description="Train a fusion model. Defaults are the published ones of each format. Several processes: "
+        description="Train a fusion model. The defaults are the published ones for each format. For several processes: "
         "torchrun --nproc-per-node N -m mope.cli train ...",
     )
     _add_data(train)
-    train.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for checkpoints, the best model and results")
+    add_dev_share(train)
+    train.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets checkpoints, the best model and results")
     model = train.add_argument_group("model")
     model.add_argument(
         "--system", choices=("mope", "modex"), default="mope", help="prompt experts, or ModeX adapters in a fused model (mope)"
@@ -42,7 +44,7 @@ def add_train(commands: Any) -> None:
     )
     kind = model.add_mutually_exclusive_group()
     kind.add_argument("--method", metavar="NAME", help="a fusion method (mope)")
-    kind.add_argument("--preset", metavar="NAME", help="a published configuration, such as mope-v4 or cpt; of modex, albef or blip")
+    kind.add_argument("--preset", metavar="NAME", help="a published configuration, such as mope-v4 or cpt (modex: albef or blip)")
     kind.add_argument("--from-checkpoint", type=Path, metavar="PATH", help="start from a saved model or a released .ckpt")
     model.add_argument("--mode", choices=modes(), help="whose prompts a window of a Swin Transformer gets")
     model.add_argument(
@@ -52,25 +54,27 @@ def add_train(commands: Any) -> None:
         default=[],
         type=_assignment,
         metavar="FIELD=VALUE",
-        help="fields of MoPEConfig, with modex of ModeXConfig: --set num_experts=16",
+        help="set fields of MoPEConfig (modex: of ModeXConfig), such as --set num_experts=16",
     )
     add_encoders(model)
     model.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory")
     model.add_argument("--copy-backbones", action="store_true", help="put copies of the encoders into the saved model")
 
-    recipe = train.add_argument_group("recipe", "default: what was published for the format")
+    recipe = train.add_argument_group("recipe", "defaults: the published values for the format")
     for name in ("epochs", "batch_size", "accumulation", "augment"):
         recipe.add_argument(_flag(name), type=int, metavar="N", help=_RECIPE_HELP[name])
     for name in ("vision_lr", "text_lr", "other_lr", "weight_decay", "gamma", "clip", "label_smoothing"):
         recipe.add_argument(_flag(name), type=float, metavar="X", help=_RECIPE_HELP[name])
     recipe.add_argument("--milestones", type=int, nargs="*", metavar="EPOCH", help=_RECIPE_HELP["milestones"])
     recipe.add_argument("--precision", choices=PRECISIONS, help=_RECIPE_HELP["precision"])
+    recipe.add_argument("--class-weights", type=_class_weights, metavar="balanced|FILE", help=_RECIPE_HELP["class_weights"])
+    recipe.add_argument("--threshold", type=_threshold, metavar="auto|X", help=_RECIPE_HELP["threshold"])
     recipe.add_argument("--metric", choices=sum(METRICS.values(), ()), help=_RECIPE_HELP["metric"])
 
     run = train.add_argument_group("run")
     run.add_argument("--shots", type=int, metavar="N", help="few-shot: N training examples of each class, drawn with the seed")
     seeds = run.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=count, default=0, metavar="N", help="of weights, order, augmentation, dropout and noise (0)")
+    seeds.add_argument("--seed", type=count, default=0, metavar="N", help="for weights, order, augmentation, dropout and noise (0)")
     seeds.add_argument("--seeds", type=count, nargs="+", metavar="N", help="one run for each, and a table with mean and deviation")
     run.add_argument(
         "--resume",
@@ -78,46 +82,56 @@ def add_train(commands: Any) -> None:
         const=True,
         default=False,
         metavar="CHECKPOINT",
-        help="go on from the last checkpoint, or this one",
+        help="continue from the last checkpoint, or from CHECKPOINT",
     )
     run.add_argument("--max-steps", type=positive, metavar="N", help="stop after N steps")
-    run.add_argument("--save-steps", type=positive, metavar="N", help="a checkpoint every N steps too, not only after each epoch")
+    run.add_argument("--save-steps", type=positive, metavar="N", help="write a checkpoint every N steps too, not only after epochs")
     run.add_argument(
         "--cache-features",
         choices=("auto", "on", "off"),
         default="auto",
-        help="compute features of the complementary encoder once, where training does not change them (auto)",
+        help="compute the complementary encoder's features once, if training does not change them (auto)",
     )
     run.add_argument(
         "--graphs",
         choices=GRAPHS,
         default="off",
-        help="forward and backward as one CUDA graph (auto: on one GPU, where nothing is against it)",
+        help="run forward and backward as one CUDA graph (auto: on a single GPU, if nothing prevents it)",
     )
     run.add_argument(
         "--length-buckets",
         type=positive,
         nargs="*",
         metavar="N",
-        help="pad texts to one of these lengths, so that few shapes are left; without N to those that graphs take",
+        help="pad texts to one of these lengths, so that batches have few shapes; without N, to the lengths that graphs use",
     )
-    run.add_argument("--features", type=Path, metavar="FOLDER", help="where these are kept (in --out)")
+    run.add_argument(
+        "--report-to",
+        choices=REPORTS,
+        nargs="+",
+        default=["tensorboard"],
+        metavar="LOGGER",
+        help=f"loggers that get loss, metrics and routing: {', '.join(REPORTS)} (tensorboard)",
+    )
+    run.add_argument("--features", type=Path, metavar="FOLDER", help="folder for the cached features (in --out)")
     _add_machine(run)
     train.set_defaults(command=_train)
 
 
 def add_evaluate(commands: Any) -> None:
-    """Add `evaluate` to what `ArgumentParser.add_subparsers` returned."""
-    evaluate = commands.add_parser("evaluate", help="accuracy or F1 of a trained model on your data")
-    evaluate.add_argument("model", type=Path, metavar="MODEL", help="a folder that save_pretrained wrote, or a released .ckpt")
+    """Add the `evaluate` command to the object that `ArgumentParser.add_subparsers` returned."""
+    evaluate = commands.add_parser("evaluate", help="compute accuracy or F1 of a trained model on your data")
+    evaluate.add_argument("model", type=Path, metavar="MODEL", help="a folder written by save_pretrained, or a released .ckpt")
     _add_data(evaluate)
     evaluate.add_argument("--split", choices=("train", "dev", "test"), default="test", help="(test)")
     evaluate.add_argument("--mode", choices=modes(), help="whose prompts a window of a Swin Transformer gets")
-    evaluate.add_argument("--compare-modes", action="store_true", help="in both modes, at each of --batch-sizes")
+    evaluate.add_argument("--compare-modes", action="store_true", help="evaluate in all modes, at each of --batch-sizes")
     evaluate.add_argument(
         "--batch-sizes", type=positive, nargs="+", metavar="N", help="one row for each (32; with --compare-modes 1 8 32)"
     )
-    evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="for results.json and results.md")
+    evaluate.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="gets results.json, results.md, predictions.jsonl and confusion.csv"
+    )
     add_encoders(evaluate)
     _add_machine(evaluate)
     evaluate.set_defaults(command=_evaluate)
@@ -125,27 +139,32 @@ def add_evaluate(commands: Any) -> None:
 
 _RECIPE_HELP = {
     "epochs": "passes over the training data",
-    "batch_size": "items of an optimizer step, over all processes",
+    "batch_size": "items per optimizer step, over all processes",
     "accumulation": "parts in which a process computes its share of a batch",
     "augment": "magnitude (1 to 30) of RandAugment on training images, 0 for none",
     "vision_lr": "learning rate in and around the vision encoder",
     "text_lr": "learning rate in and around the text encoder",
     "other_lr": "learning rate in and around encoders of other modalities",
-    "weight_decay": "of everything trained",
-    "milestones": "epochs after which learning rates fall",
-    "gamma": "factor by which they fall",
-    "clip": "largest norm of the gradient, 0 for any",
-    "precision": "of activations (auto: fp16 on an accelerator, fp32 on a CPU)",
-    "label_smoothing": "with one label for each example",
-    "metric": "chooses the best checkpoint",
+    "weight_decay": "weight decay of all trained parameters",
+    "milestones": "epochs after which the learning rates are multiplied by --gamma",
+    "gamma": "factor of the learning rates at each milestone",
+    "clip": "largest norm of the gradient, 0 for no clipping",
+    "precision": "precision of activations (auto: fp16 on an accelerator, fp32 on a CPU)",
+    "label_smoothing": "for data with one label per example",
+    "metric": "metric that chooses the best checkpoint",
+    "class_weights": "class weights of the training loss: balanced, or a JSON file, {class: weight} (all 1)",
+    "threshold": "with several labels: of probabilities; auto: the best one on dev (that of the model, 0.5 for a new one)",
 }
 assert set(_RECIPE_HELP) == {field.name for field in fields(Recipe)}
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="holds train.jsonl, dev.jsonl, test.jsonl, ...")
-    parser.add_argument("--format", choices=tuple(RECIPES), default="jsonl", help="of the data (jsonl)")
-    parser.add_argument("--on-missing-image", choices=("error", "grey"), default="error", help="(error)")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FOLDER", help="with train.jsonl, .csv or .parquet, and dev and test"
+    )
+    parser.add_argument("--format", choices=tuple(RECIPES), default="jsonl", help="format of the data (jsonl)")
+    parser.add_argument("--on-missing-image", choices=("error", "grey"), default="error", help="stop, or use a grey one (error)")
+    add_columns(parser)
 
 
 def _add_machine(parser: Any) -> None:
@@ -153,12 +172,30 @@ def _add_machine(parser: Any) -> None:
     parser.add_argument("--num-workers", type=count, default=0, metavar="N", help="processes that load images (0: this one does)")
 
 
+def _class_weights(text: str) -> str | dict[str, float]:
+    if text == BALANCED:
+        return text
+    try:
+        weights = json.loads(Path(text).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"must be {BALANCED}, or a JSON file with the weights of classes by name: {error}"
+        ) from None
+    if not isinstance(weights, dict):
+        raise argparse.ArgumentTypeError(f'{text} must hold one JSON object, {{"class": weight}}')
+    return weights
+
+
+def _threshold(text: str) -> str | float:
+    return text if text == AUTO else float(text)
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 def _assignment(text: str) -> tuple[str, Any]:
-    """num_experts=16 -> its name and value: JSON where it is such, or Python's True, False and None, else text."""
+    """Parse NAME=VALUE, such as num_experts=16. The value may be JSON or Python's True, False or None; anything else is text."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"must be FIELD=VALUE, got {text!r}")
@@ -190,7 +227,7 @@ def _train(options: argparse.Namespace) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        advice = "take a smaller --batch-size or more parts of it (--accumulation), or --gradient-checkpointing"
+        advice = "use a smaller --batch-size, split it into more parts (--accumulation), or use --gradient-checkpointing"
         advice += "" if options.graphs == "off" else ", or --graphs off: graphs keep their scratch memory"
         return _fail("train", f"out of memory: {first_line(error)}; {advice}", running=True)
     return 0 if stopped_by is None else SIGNALLED + stopped_by
@@ -218,11 +255,11 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _fail(command: str, problem: object, *, running: bool = False) -> int:
-    """Say what is wrong -> the exit status."""
+    """Print what is wrong to stderr -> the exit status."""
     if running:
-        # Below the bar that was there.
+        # Start a new line below the progress bar.
         print(file=sys.stderr)
-    # Errors of a worker begin with its traceback.
+    # The message of an error in a data worker starts with its traceback.
     print(f"mope {command}: {str(problem).rpartition('DataError: ')[2]}", file=sys.stderr)
     return 1
 

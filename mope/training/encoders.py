@@ -1,4 +1,4 @@
-"""Options of the command line for the encoders of a model and their processors, of each modality that is registered."""
+"""Command line options for the encoders of a model and their processors, for each registered modality."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mope.modalities import known
 
 
 def add_encoders(parser: Any, remark: str = "") -> None:
-    """Add the options to a parser or a group of it. `remark` says in the help what holds without them."""
+    """Add the options to a parser or to a group of it. `remark` is appended to each help text and describes the default."""
     modalities = known().values()
     for modality in modalities:
         _add(parser, modality.name, f"{modality.name} encoder, from the hub or a folder{remark}")
@@ -30,23 +30,23 @@ def add_encoders(parser: Any, remark: str = "") -> None:
 
 
 def sources_of(options: argparse.Namespace) -> dict[str, str | None]:
-    """Return name or folder of each encoder by its name in a model; None where none is given."""
+    """Return the name or folder of each encoder, by the encoder's name in a model; None if none is given."""
     return {name: getattr(options, name) for name in known()} | dict(options.encoder)
 
 
 def processors_of(options: argparse.Namespace) -> dict[str, str | None]:
-    """Return name or folder of each processor, by its own name, `tokenizer`, or that of the encoder in a model."""
+    """Return the name or folder of each processor, by its own name, such as `tokenizer`, or by the encoder's name in a model."""
     names = [modality.processor for modality in known().values() if modality.processor is not None]
     return {name: getattr(options, name) for name in names} | dict(options.processor)
 
 
 def encoder_option(name: str) -> str:
-    """Return the option that gives an encoder, by its name in a model."""
+    """Return the option that sets an encoder, given the encoder's name in a model."""
     return f"--{name}" if name in known() else f"--encoder {name}="
 
 
 def processor_options(slots: Iterable[Any]) -> dict[str, str]:
-    """Return the option of each processor that a model has, by its name in words."""
+    """Return the option that sets each processor of a model, by the processor's name in words."""
     found = {}
     for slot in slots:
         if slot.processor is not None:

@@ -1,4 +1,4 @@
-"""How good a trained model is."""
+"""Evaluate a trained model on a split."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from mope.processes import rank_and_world
 
 from .batches import Batches, Loader
 from .extensions import in_mode, modes
-from .metrics import Counts
+from .metrics import Counts, ThresholdCounts
+
+# Gets indices of items, their logits (B,K) and labels.
+See = Callable[[list[int], Tensor, Tensor], None]
 
 
 def evaluate(
@@ -29,29 +32,34 @@ def evaluate(
     features: Any = None,
     num_workers: int = 0,
     progress: bool = False,
+    see: See | None = None,
 ) -> dict[str, float]:
-    """Metrics of a model on a split, on the device where it is -> "accuracy", or "f1_micro" and "f1_macro", and "loss".
+    """Compute the metrics of a model on a split, on the model's device.
 
-    With torch.distributed each process computes its part; every item counts once, and all get the metrics of the whole.
+    Under torch.distributed, each process computes its share. Every item counts once, and all processes get the metrics of the
+    whole split.
 
     Args:
-        model: with tokenizer and image processor.
-        split: of the same classes.
-        batch_size: over all processes.
-        mode: one that is registered, see `mope.training.extensions`: "released" or "instance", of a Swin Transformer, whose prompts
-            a window gets. None: as the model has it.
+        model: the model, with tokenizer and image processor.
+        split: the data, with the same classes as the model.
+        batch_size: the size of a batch over all processes.
+        mode: a registered mode, see `mope.training.extensions`. For a Swin Transformer, "released" or "instance" chooses whose
+            prompts a window gets. None keeps the model's mode.
         features: a `FeatureCache` of the split.
-        num_workers: processes that load images.
-        progress: show a bar.
+        num_workers: the number of processes that load images.
+        progress: whether to show a progress bar.
+        see: is called with the indices, logits and labels of each batch of this process, in order.
+
+    Returns:
+        "accuracy", or "f1_micro" and "f1_macro"; and "loss".
 
     Raises:
-        ValueError: the classes are others than the model's, or the model has no mode.
+        ValueError: the classes differ from the model's, or the model does not have the mode.
     """
     with in_mode(model, mode):
         items = Examples(split, model, features=features)
-        return measure(
-            model, items, Collator(model), batch_size=batch_size, num_workers=num_workers, title=split.name if progress else None
-        )
+        title = split.name if progress else None
+        return measure(model, items, Collator(model), batch_size=batch_size, num_workers=num_workers, title=title, see=see)
 
 
 def measure(
@@ -63,33 +71,68 @@ def measure(
     num_workers: int = 0,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     title: str | None = None,
+    see: See | None = None,
 ) -> dict[str, float]:
-    """`evaluate` for any items that `collate` makes into arguments of the model."""
+    """Do the work of `evaluate` for any items that `collate` turns into arguments of the model."""
+    counts = Counts(model.config.problem_type, model.config.num_labels, model.device, threshold=model.config.threshold)
+
+    def count(indices: list[int], logits: Tensor, labels: Tensor) -> None:
+        counts.add(logits, labels)
+        if see is not None:
+            see(indices, logits, labels)
+
+    run(model, items, collate, count, batch_size=batch_size, num_workers=num_workers, autocast=autocast, title=title)
+    return counts.over_processes().metrics()
+
+
+def choose_threshold(
+    model: FusionModel, split: Split, metric: str, *, batch_size: int = 32, features: Any = None, num_workers: int = 0
+) -> float:
+    """Return the threshold at which "f1_micro" or "f1_macro" of a split is highest; all processes get the same."""
+    counts = ThresholdCounts(model.config.num_labels, model.device)
+    items = Examples(split, model, features=features)
+    see: See = lambda indices, logits, labels: counts.add(logits, labels)  # noqa: E731
+    run(model, items, Collator(model), see, batch_size=batch_size, num_workers=num_workers)
+    return counts.over_processes().best(metric)
+
+
+def run(
+    model: FusionModel,
+    items: Dataset[Any],
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+    see: See,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    title: str | None = None,
+) -> None:
+    """Show `see` the indices, logits and labels of each batch of this process, in order."""
     process, processes = rank_and_world()
     batches = Batches(items, batch_size, process=process, processes=processes)
-    counts = Counts(model.config.problem_type, model.config.num_labels, model.device)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), model.prepacked():
             loader = Loader(batches, collate, workers=num_workers, pin=model.device.type == "cuda")
-            for batch in tqdm(loader, desc=title, leave=False, disable=title is None or process > 0):
+            bar = tqdm(loader, desc=title, leave=False, disable=title is None or process > 0)
+            for indices, batch in zip(batches, bar, strict=True):
                 batch = model.on_device(batch)
                 labels = batch.pop("labels")
                 with autocast():
                     logits = model(**batch).logits
-                counts.add(logits, labels)
+                see(indices, logits, labels)
     finally:
         model.train(was_training)
-    return counts.over_processes().metrics()
 
 
 def compare_modes(
     model: FusionModel, split: Split, batch_sizes: Sequence[int] = (1, 8, 32), **options: Any
 ) -> list[dict[str, Any]]:
-    """Metrics in each mode at several batch sizes: one dict for each, with "batch_size" and "mode".
+    """Compute the metrics in each mode at several batch sizes: one dict for each pair, with "batch_size" and "mode".
 
-    In the released order of windows the prompts of an image reach others of its batch: there the metric depends on the batch size.
+    In the "released" mode, the order of windows lets the prompts of one image reach other images of its batch, so the metrics
+    depend on the batch size.
 
     Raises:
         ValueError: as in `evaluate`.

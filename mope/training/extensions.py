@@ -1,6 +1,6 @@
-"""Let other packages extend training: files to open as models, and modes in which a model can be evaluated.
+"""Registries through which other packages add file types that open as models, and modes of evaluation.
 
-Nothing here imports torch: the command line has options for it.
+This module does not import torch, because the command line builds its options from it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _MODES: dict[str, Callable[[Any, str], str]] = {}
 
 
 def register_opener(suffix: str, opener: Callable[..., FusionModel]) -> None:
-    """Teach `mope.training.loading.open_model` a kind of file.
+    """Register a function with which `mope.training.loading.open_model` opens files of a type.
 
     Args:
-        suffix: of the files, such as ".ckpt".
+        suffix: the suffix of the files, such as ".ckpt".
         opener: called as opener(path, sources, mode=..., processors=..., format=...), with the arguments of `open_model`.
     """
     _OPENERS[suffix] = opener
@@ -32,23 +32,24 @@ def register_opener(suffix: str, opener: Callable[..., FusionModel]) -> None:
 
 @cache
 def _load() -> None:
-    """Import what registers something. By name: nothing here depends on it."""
+    """Import the packages that register extensions. They are imported by name, so that this module does not depend on them."""
     for name in mope.EXTENSIONS:
         importlib.import_module(name)
 
 
 def opener_for(suffix: str) -> Callable[..., FusionModel] | None:
-    """Return what opens files of a suffix, None if nobody has registered it."""
+    """Return the function that opens files with a suffix, or None if none is registered."""
     _load()
     return _OPENERS.get(suffix)
 
 
 def register_modes(names: Iterable[str], set_mode: Callable[[Any, str], str]) -> None:
-    """Teach `evaluate` modes.
+    """Register modes for `evaluate`.
 
     Args:
-        names: of the modes.
-        set_mode: puts a model into one of them and returns the one before; ValueError where the model has no modes.
+        names: the names of the modes.
+        set_mode: a function of model and mode that puts the model into the mode and returns the previous one. It raises
+            ValueError if the model has no modes.
     """
     for name in names:
         _MODES[name] = set_mode
@@ -61,10 +62,10 @@ def modes() -> tuple[str, ...]:
 
 
 def set_mode(model: FusionModel, mode: str) -> str:
-    """Put a model into a mode and return the one before.
+    """Put a model into a mode and return the previous one.
 
     Raises:
-        ValueError: the mode is unknown, or the model has none.
+        ValueError: the mode is unknown, or the model has no modes.
     """
     if mode not in modes():
         raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
@@ -73,7 +74,7 @@ def set_mode(model: FusionModel, mode: str) -> str:
 
 @contextmanager
 def in_mode(model: FusionModel, mode: str | None) -> Iterator[None]:
-    """`set_mode` for a while; None changes nothing."""
+    """Put a model into a mode within the context. None changes nothing."""
     if mode is None:
         yield
         return

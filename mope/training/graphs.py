@@ -21,11 +21,11 @@ from torch.utils import _pytree as pytree
 
 from mope.graphs import WARM_UPS, NotRecordable, Recorder, copy_of, fill, modules_of, recording, without_autocast_cache
 
-# DistributedDataParallel checks its buckets again in its first steps; torch asks for eleven steps before a recording.
+# DistributedDataParallel rebuilds its buckets in its first steps; torch's documentation requires eleven steps before a recording.
 DISTRIBUTED_WARM_UPS = 11
 # NCCL's error watchdog queries events during a recording, which ends the recording.
 WATCH = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-# Attributes of modules that are cheap to compare: numbers and texts, which a graph contains as constants.
+# Types of module attributes that are cheap to compare. A graph contains their values as constants.
 _PLAIN = (bool, int, float, str)
 
 
@@ -51,7 +51,7 @@ class _Update:
 
 
 class GraphedStep(Recorder):
-    """Runs `function(**tensors)` and the backward pass of its loss through CUDA graphs, for training.
+    """Callable that runs `function(**tensors)` and the backward pass of its loss through CUDA graphs, for training.
 
     `loss = step(**batch)` replaces `loss = function(**batch); loss.backward()`. It writes the gradients into `.grad` of the
     parameters, or adds them if there are some, so that a batch may come in several parts. `optimizer.step()` and
@@ -81,9 +81,10 @@ class GraphedStep(Recorder):
         guard: returns whatever else the graphs depend on, as a value that can be compared.
 
     Raises:
-        ValueError: nothing to train, the optimizer trains other parameters, an argument is not a tensor or requires gradients, or
-            there is no loss.
-        RuntimeError: called in another thread or without gradients; or the function cannot be recorded, and why.
+        ValueError: nothing is to be trained, the optimizer trains other parameters, an argument is not a tensor or requires
+            gradients, or there is no loss.
+        RuntimeError: it is called in another thread or with gradients disabled, or the function cannot be recorded; the message
+            says why.
 
     >>> with GraphedStep(model, optimizer=optimizer, max_norm=1.0) as step:
     ...     for batch in batches:
@@ -147,14 +148,14 @@ class GraphedStep(Recorder):
         """
         self._check_thread()
         if self.optimizer is None:
-            raise ValueError("GraphedStep: update() needs an optimizer: give optimizer=")
+            raise ValueError("GraphedStep: update() needs an optimizer: pass optimizer=")
         self._release_if_changed()
         with self._on():
             hooks = [getattr(self.optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post")]
             records = self._backend.records(self.device) and self.scaler is None and not any(hooks)
             if records and self.device.type == "cuda":
                 check_captures(self.optimizer)
-            # Gradients that this step did not compute have other addresses.
+            # Gradients that were not computed by this object are at other addresses.
             self._place_gradients([i for i, p in enumerate(self._parameters) if p.grad is not None], adds=True)
             fixed = self._fixed_of_optimizer()
             if records and fixed == self._update_of_last and (self._captured is None or self._captured[0] != fixed):
@@ -184,24 +185,24 @@ class GraphedStep(Recorder):
         self._gradients = {p: place for p, place in self._gradients.items() if p.grad is place}
         self._captured = self._update_of_last = self._state_of_last = None
 
-    # The things that graphs depend on.
+    # State that graphs depend on.
 
     def _look(self) -> None:
         """Find the modules' parameters and buffers, and the numbers that a graph would contain as constants."""
         found = dict.fromkeys(m for top in self.modules for m in top.modules())
         self._parameters = [p for p in dict.fromkeys(p for m in found for p in m.parameters(recurse=False)) if p.requires_grad]
         if not self._parameters:
-            raise ValueError("GraphedStep: nothing to train: give modules=, some of whose parameters require gradients")
+            raise ValueError("GraphedStep: nothing to train: pass modules= with parameters that require gradients")
         if len(devices := {p.device for p in self._parameters}) > 1:
-            raise ValueError(f"GraphedStep: all that trains must be on one device, found {', '.join(sorted(map(str, devices)))}")
+            raise ValueError(f"GraphedStep: trained parameters must be on one device, found {', '.join(sorted(map(str, devices)))}")
         self.device = self._parameters[0].device
         self._distributed = [m for m in found if isinstance(m, DistributedDataParallel)]
-        # Keep the modules' own dictionaries, because walking over the modules in each call would take long.
+        # Keep the modules' own dictionaries, because walking over the modules in each call would be slow.
         self._tensors = [d for m in found for d in (m._parameters, m._buffers) if d]
         self._numbers: list[tuple[nn.Module, Callable[[Mapping[str, Any]], Any], tuple[str, ...]]] = []
         for module in found:
             names = tuple(name for name, value in vars(module).items() if type(value) in _PLAIN)
-            # Its own attributes count its calls.
+            # DistributedDataParallel counts its calls in its attributes.
             if not isinstance(module, DistributedDataParallel):
                 self._numbers.append((module, itemgetter(*names), names))
         self._configurations = [(vars(m), vars(m)["config"]) for m in found if "config" in vars(m)]
@@ -232,7 +233,7 @@ class GraphedStep(Recorder):
             self.release()
         self._look()
         if self.scaler is not None:
-            # The scaler creates its scale in the first call.
+            # The scaler creates its scale tensor in its first call.
             self.scaler.scale(torch.zeros((), device=self.device))
         self._state_of_last = self._state()
 
@@ -243,7 +244,7 @@ class GraphedStep(Recorder):
         return shapes, adds, autocast, tuple(module.require_backward_grad_sync for module in self._distributed)
 
     def _fixed_of_optimizer(self) -> Hashable:
-        """Return the numbers of its groups, the addresses of its tensors, and which parameters have a gradient."""
+        """Return the values in the optimizer's groups, the addresses of its tensors, and which parameters have a gradient."""
         assert self.optimizer is not None
 
         def fixed(value: Any) -> Any:
@@ -269,7 +270,7 @@ class GraphedStep(Recorder):
             raise ValueError(f"GraphedStep: {', '.join(wrong)} must be tensors: pass anything else with functools.partial")
         tensors = {name: tensor for name, tensor in inputs.items() if tensor is not None}
         if wrong := [name for name, tensor in tensors.items() if tensor.requires_grad]:
-            raise ValueError(f"GraphedStep: {', '.join(wrong)} asks for gradients, which only parameters of modules get: detach()")
+            raise ValueError(f"GraphedStep: {', '.join(wrong)} requires gradients, but only modules' parameters get any: detach()")
         if not torch.is_grad_enabled():
             raise RuntimeError("GraphedStep: called where gradients are disabled: call the function itself, or use enable_grad()")
         return tensors
@@ -298,7 +299,7 @@ class GraphedStep(Recorder):
         return outputs, reached
 
     def _differentiate(self, tensors: dict[str, Tensor]) -> tuple[Any, dict[int, Tensor]]:
-        """Return the outputs, and the gradients by the index of their parameter."""
+        """Return the outputs, and the gradients by the index of the parameter."""
         outputs = self.function(**tensors)
         found = torch.autograd.grad(self._scaled(_loss_of(outputs)), self._parameters, allow_unused=True)
         if any(gradient is not None and gradient.layout != torch.strided for gradient in found):
@@ -308,7 +309,7 @@ class GraphedStep(Recorder):
         return _detached(outputs), {i: gradient for i, gradient in enumerate(found) if gradient is not None}
 
     def _collect(self, found: list[Tensor], reached: Sequence[int], adds: bool) -> None:
-        """Write or add gradients to their place in `.grad`, in few launches."""
+        """Copy or add gradients to their tensors in `.grad`, in few launches."""
         places = [self._gradients[self._parameters[i]] for i in reached]
         if places:
             (torch._foreach_add_ if adds else torch._foreach_copy_)(places, found)
@@ -332,7 +333,7 @@ class GraphedStep(Recorder):
         return scaled
 
     def _place_gradients(self, places: Sequence[int], adds: bool) -> None:
-        """Point `.grad` of these parameters to the tensors that graphs write; with `adds`, keep its values, or 0 if it has none."""
+        """Point `.grad` of these parameters to the tensors that graphs write. With `adds`, keep its values, or 0 if it is None."""
         for parameter in (self._parameters[i] for i in places):
             place = self._gradients.get(parameter)
             if place is None:
@@ -346,7 +347,7 @@ class GraphedStep(Recorder):
             parameter.grad = place
 
     def _step(self) -> Tensor | None:
-        """Clip the gradients and step the optimizer -> their norm if they are clipped."""
+        """Clip the gradients and step the optimizer -> the norm before clipping, or None without `max_norm`."""
         assert self.optimizer is not None
         norm = None
         if self.scaler is not None:
@@ -372,7 +373,7 @@ class GraphedStep(Recorder):
             return _Backward(None, ())
         if self._distributed and os.environ.get(WATCH) != "0":
             raise RuntimeError(
-                f"GraphedStep: DistributedDataParallel can be recorded with {WATCH}=0 only: set it before the process group is made"
+                f"GraphedStep: DistributedDataParallel can only be recorded with {WATCH}=0: set it before making the process group"
             )
         static = {name: self._input(name, tensor) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
@@ -454,14 +455,14 @@ class GraphedStep(Recorder):
                 pairs = zip(names, *((b,) if len(names) == 1 else b for b in (before, now)), strict=True)
                 name = next(name for name, one, other in pairs if one != other)
                 raise HostState(
-                    f"GraphedStep: {type(module).__name__} changes its {name} in each call, and a graph repeats the one that it "
+                    f"GraphedStep: {type(module).__name__} changes its {name} in each call, but a graph repeats the value that it "
                     "recorded: change it between the calls, or keep it in a tensor on the device"
                 )
         for source, now in _generators(on_gpu).items():
             if now != generators[source]:
                 raise HostState(
-                    f"GraphedStep: a random number is drawn from the generator of the host ({source}), and a graph repeats the one "
-                    "that it recorded: draw it on the device, or outside of the step"
+                    f"GraphedStep: a random number is drawn from the generator of the host ({source}), but a graph repeats the one "
+                    "that it recorded: draw it on the device, or outside the step"
                 )
 
 
@@ -479,14 +480,14 @@ def check_captures(optimizer: torch.optim.Optimizer) -> None:
 
 
 def objection_to(modules: Sequence[nn.Module]) -> str:
-    """Return the reason why steps of these modules cannot be recorded, "" if none is known."""
+    """Return the reason why steps of these modules cannot be recorded, or "" if none is known."""
     for top in modules:
         for name, module in top.named_modules():
             where = name or type(module).__name__
             if getattr(module, "_checkpointing", False) or getattr(module, "gradient_checkpointing", False) is True:
                 return (
                     f"{where} has gradient checkpointing on, which reads the state of the random generator, and a graph has no "
-                    "such state: switch it off, or train without graphs"
+                    "such state: turn it off, or train without graphs"
                 )
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
             hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
@@ -518,7 +519,7 @@ def _loss_of(outputs: Any) -> Tensor:
         loss = getattr(outputs, "loss", None)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise ValueError(
-            "GraphedStep: the function must return a loss (), alone, as `loss` or first, that depends on parameters: give labels"
+            "GraphedStep: the function must return a loss (), alone, as `loss` or first, that depends on parameters: pass labels"
         )
     return loss
 
@@ -528,7 +529,7 @@ def _detached(outputs: Any) -> Any:
 
 
 def _generators(with_torch: bool) -> dict[str, Any]:
-    """Return the states of the host's random generators. On the CPU, torch's generator counts as the device's, so leave it out."""
+    """Return the states of the host's random generators. For a step on the CPU, torch's generator is the device's: omit it."""
     found: dict[str, Any] = {"Python's": random.getstate(), "NumPy's": pickle.dumps(np.random.get_state(legacy=False))}
     if with_torch:
         found["torch's on the CPU"] = torch.get_rng_state().numpy().tobytes()
@@ -542,10 +543,10 @@ def _why(error: BaseException) -> str:
         return "the optimizer cannot be captured: make it with capturable=True"
     if any(word in said for word in ("generator", "Generator", "seed", "get_state", "rng")):
         return (
-            "it reads the state of the device's random generator, as gradient checkpointing does: switch that off, or train "
+            "it reads the state of the device's random generator, as gradient checkpointing does: turn that off, or train "
             f"without graphs ({said})"
         )
     return (
         "it reads a value on the host (.item(), .cpu(), a tensor in `if`, boolean indexing, a shape that depends on values), or "
-        f"copies from or to it: keep it on the device, or compute it outside and give it as an argument ({said})"
+        f"copies from or to it: keep it on the device, or compute it outside and pass it as an argument ({said})"
     )

@@ -1,11 +1,11 @@
-"""What `mope train` and `mope evaluate` do with their options."""
+"""Carry out `mope train` and `mope evaluate`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,17 @@ import torch
 from accelerate import PartialState
 
 from mope import environment
-from mope.data import Examples, Split, read_split
-from mope.data.formats import SPLITS, NoLabelsError, slots_to_read
+from mope.data import Examples, Split, hold_out, read_split
+from mope.data.formats import JSONL, NoLabelsError, files_of, slots_to_read
 from mope.devices import find_device
 from mope.finite import NotFiniteError, infinite
 from mope.fusion.base import FusionModel
+from mope.fusion.predicting import predictions
 from mope.modalities import Slot, slots_of
 
 from . import report
+from .columns import DEV_SHARE, columns_of
+from .confusion import CONFUSION, PREDICTIONS, Answers, Confusion, write_predictions
 from .encoders import processors_of, sources_of
 from .evaluation import evaluate
 from .extensions import in_mode, modes
@@ -31,34 +34,41 @@ from .runs import TrainingRun
 
 
 class TrainingJob:
-    """`mope train`: one run for each seed. What can be wrong with the options is found when it is made: ValueError or OSError."""
+    """The work of `mope train`: one run for each seed.
+
+    Raises:
+        ValueError, OSError: something is wrong with the options. The constructor finds that before training starts.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         _check_system(options)
-        # The process group, before anything asks for it.
+        # Create the process group before anything else needs it.
         self.state = PartialState(cpu=find_device(options.device).type == "cpu")
         self.seeds: list[int] = options.seeds or [options.seed]
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"--seeds {' '.join(map(str, self.seeds))}: the same one twice")
+            raise ValueError(f"--seeds {' '.join(map(str, self.seeds))}: the same seed is given twice")
         if isinstance(options.resume, str) and len(self.seeds) > 1:
-            raise ValueError("--resume CHECKPOINT goes with one seed; --resume alone continues every run of --seeds")
+            raise ValueError("--resume CHECKPOINT works with one seed only; --resume alone continues every run of --seeds")
         given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)}
         self.recipe = RECIPES[options.format].replace(**{name: value for name, value in given.items() if value is not None})
         self.splits = _read_splits(options)
-        # Only the first: the others differ in nothing that could be wrong.
+        # Training examples that became the dev split.
+        self.held_out = 0
+        self._hold_out_dev()
+        # Check only the first run: the others differ in nothing that could be wrong.
         self._first: TrainingRun | None = self._make_run(self.seeds[0])
         self.description = self._describe(self._first)
 
     def train(self) -> int | None:
-        """All runs, and their table -> the signal that stopped it, if one did.
+        """Train and evaluate all runs, and write and print their table -> the number of the signal that stopped it, or None.
 
         Raises:
-            NotFiniteError: runs diverged. The others went on, and the results say which did not.
+            NotFiniteError: runs diverged. The other runs were still finished, and the results list the ones that failed.
         """
         results, diverged = [], {}
         for seed in self.seeds:
-            # Not kept: the memory is needed for the next one.
+            # Drop each run after use, because the next one needs the memory.
             run, self._first = self._first or self._make_run(seed), None
             self._announce(run)
             try:
@@ -88,6 +98,23 @@ class TrainingJob:
             raise NotFiniteError("; ".join(f"seed {s}: {e}" if len(self.seeds) > 1 else e for s, e in diverged.items()))
         return None
 
+    def _hold_out_dev(self) -> None:
+        """Take a dev split from the training split, where there is none, by default of tables only."""
+        options, train = self.options, self.splits["train"]
+        share = options.dev_share
+        if share is None:
+            share = 0.0 if files_of(options.data, "train")[0].suffix == JSONL else DEV_SHARE
+        if "dev" in self.splits or not share or len(train) < 2:
+            return
+        kept, held = hold_out(train, share, options.dev_seed)
+        self.held_out = len(held)
+        # Dev before test, as where it is read.
+        self.splits = {"train": kept, "dev": held, **{name: split for name, split in self.splits.items() if name != "train"}}
+        self.state.print(
+            f"{options.data} has no dev split: {len(held)} of {len(train)} training examples (--dev-share {share:g} "
+            f"--dev-seed {options.dev_seed}) are held out to choose the best weights, and do not train"
+        )
+
     def _out(self, seed: int) -> Path:
         out: Path = self.options.out
         return out / f"seed-{seed}" if len(self.seeds) > 1 else out
@@ -102,7 +129,7 @@ class TrainingJob:
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         out = self._out(seed)
-        # Of several runs some may be finished, or not have begun.
+        # With several seeds, some runs may be finished and some not started.
         resume = options.resume if len(self.seeds) == 1 else bool(options.resume) and (out / "run.json").exists()
         try:
             return TrainingRun(
@@ -113,7 +140,7 @@ class TrainingJob:
                 resume=resume,
                 cache_features=options.cache_features,
                 features=options.features or options.out / "features",
-                # Encoders that were joined here are nowhere else.
+                # The fused model joined here from two encoders is stored nowhere else.
                 copy_backbones=options.copy_backbones or (self._is_modex and options.model is None),
                 options=RunOptions(
                     seed=seed,
@@ -123,6 +150,7 @@ class TrainingJob:
                     save_steps=options.save_steps,
                     graphs=options.graphs,
                     length_buckets=options.length_buckets,
+                    report_to=options.report_to,
                 ),
             )
         except BaseException:
@@ -138,9 +166,9 @@ class TrainingJob:
         processors: dict[str, Any] = {"processors": processors_of(options), "format": options.format}
         if options.from_checkpoint is not None:
             if options.set:
-                raise ValueError("--set changes a new model, and --from-checkpoint brings its own configuration")
+                raise ValueError("--set is for a new model; --from-checkpoint has its own configuration")
             if options.model is not None:
-                raise ValueError("--model is for a new model, and --from-checkpoint brings its own")
+                raise ValueError("--model is for a new model; --from-checkpoint has its own encoders")
             model = open_model(options.from_checkpoint, sources, mode=options.mode, **processors)
             adopt_classes(model, train)
             if (system := _system_of(model)) != options.system:
@@ -172,39 +200,49 @@ class TrainingJob:
                 for name, of in stepping.lengths.items()
             )
             where = (
-                "through CUDA graphs" if run.trainer.args.device.type == "cuda" else "as through CUDA graphs, without any on a CPU"
+                "through CUDA graphs" if run.trainer.args.device.type == "cuda" else "as if through CUDA graphs (a CPU has none)"
             )
             self.state.print(f"full batches go {where}{lengths}")
         elif run.trainer.args.device.type == "cuda" and self.options.graphs == "auto":
             self.state.print(f"no CUDA graphs: {stepping.why_not}")
-        if "test" not in run.splits and any((self.options.data / file).is_file() for file in SPLITS["test"]):
-            self.state.print(f"{self.options.data}: no example of the test split has a label: it is skipped")
+        if "test" not in run.splits and files_of(self.options.data, "test"):
+            self.state.print(f"{self.options.data}: the test split is skipped because none of its examples has a label")
         if (gpus := torch.cuda.device_count()) > self.state.num_processes and run.trainer.args.device.type == "cuda":
             self.state.print(
-                f"{gpus} GPUs, {self.state.num_processes} used: torchrun --nproc-per-node {gpus} -m mope.cli train ... takes all"
+                f"{gpus} GPUs, {self.state.num_processes} used: torchrun --nproc-per-node {gpus} -m mope.cli train ... uses all"
             )
 
     def _describe(self, run: TrainingRun) -> dict[str, Any]:
         return {
             "config": run.model.config.to_dict(),
             "recipe": dataclasses.asdict(run.recipe),
-            "data": {"folder": str(self.options.data), "format": self.options.format, "shots": self.options.shots},
+            "data": {
+                "folder": str(self.options.data),
+                "format": self.options.format,
+                "shots": self.options.shots,
+                **columns_of(self.options),
+                "held_out": self.held_out,
+            },
             **_how(self.options, run.trainer.args.device),
         }
 
 
 class EvaluationJob:
-    """`mope evaluate`. What can be wrong with the options is found when it is made: ValueError or OSError."""
+    """The work of `mope evaluate`.
+
+    Raises:
+        ValueError, OSError: something is wrong with the options. The constructor finds that before evaluation starts.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         place = find_device(options.device)
         self.state = PartialState(cpu=place.type == "cpu")
         if options.device != "auto" and place.type != "cpu" and self.state.num_processes > 1:
-            raise ValueError(f"each of {self.state.num_processes} processes takes its own GPU: leave --device {options.device} out")
+            raise ValueError(f"each of {self.state.num_processes} processes uses its own GPU: leave --device {options.device} out")
         self.device = self.state.device if options.device == "auto" or place.type == "cpu" else place
         if options.compare_modes and options.mode:
-            raise ValueError("--compare-modes takes both modes: leave --mode out")
+            raise ValueError("--compare-modes evaluates in all modes: leave --mode out")
         self.batch_sizes = options.batch_sizes or ([1, 8, 32] if options.compare_modes else [32])
         self.model = open_model(
             options.model,
@@ -216,31 +254,49 @@ class EvaluationJob:
         self.split = _read_split(options, self.model)
         adopt_classes(self.model, self.split)
         if options.compare_modes:
-            # Says why not, where there is one mode only.
+            # Raises an error with the reason if the model has only one mode.
             with in_mode(self.model, modes()[0]):
                 pass
         self.model.to(self.device)
-        # Holds classes, tokenizer and image processor to what is needed.
+        # Checks that classes, tokenizer and image processor fit the model.
         Examples(self.split, self.model)
         if options.out is not None:
-            # Not after an hour.
+            # Fail now rather than after an hour.
             report.refuse_other(options.out)
             options.out.mkdir(parents=True, exist_ok=True)
 
     def evaluate(self) -> list[dict[str, Any]]:
-        """A dict for each row of the printed table."""
+        """Evaluate the model, and print and write the results -> a dict for each row of the printed table.
+
+        Classes and predictions are those of the first row.
+
+        Raises:
+            NotFiniteError: a metric is not finite.
+        """
         wanted = modes() if self.options.compare_modes else (None,)
-        rows = []
+        rows: list[dict[str, Any]] = []
+        answers = Answers()
         for size in self.batch_sizes:
             for mode in wanted:
                 metrics = evaluate(
-                    self.model, self.split, batch_size=size, mode=mode, num_workers=self.options.num_workers, progress=True
+                    self.model,
+                    self.split,
+                    batch_size=size,
+                    mode=mode,
+                    num_workers=self.options.num_workers,
+                    progress=True,
+                    see=None if rows else answers.see,
                 )
                 rows.append({"batch_size": size, **({"mode": mode} if mode else {}), **metrics})
+        logits = answers.all()
         if self.state.is_main_process:
-            text = report.metrics_table(rows)
+            found = predictions(self.model.config, logits, {})
+            confusion = Confusion.of(self.split, found)
+            text = f"{report.metrics_table(rows)}\n{confusion.table()}"
             print(text)
             if self.options.out is not None:
+                write_predictions(self.split, found, self.options.out / PREDICTIONS)
+                confusion.write(self.options.out / CONFUSION)
                 description = {
                     "model": str(self.options.model),
                     "data": {"folder": str(self.options.data), "format": self.options.format, "split": self.options.split},
@@ -248,26 +304,29 @@ class EvaluationJob:
                     "processes": self.state.num_processes,
                     **_how(self.options, self.device),
                 }
-                report.write(self.options.out, {**description, "rows": rows}, text)
+                classes = {"classes": confusion.classes(), "confusion": confusion.matrix.tolist()}
+                report.write(self.options.out, {**description, "rows": rows, **classes}, text)
         if wrong := sorted({name for row in rows for name in infinite({n: v for n, v in row.items() if isinstance(v, float)})}):
             raise NotFiniteError(
-                f"{' and '.join(wrong)} of {self.split.name} is not finite: the model, or the images, hold numbers that are not, "
-                "or that the encoders overflow on"
+                f"{' and '.join(wrong)} of {self.split.name} is not finite: the model or the images contain values that are not "
+                "finite, or that make the encoders overflow"
             )
         return rows
 
 
 def _read_splits(options: argparse.Namespace) -> dict[str, Split]:
-    """train, and those of dev and test that are there; not a test split without labels, as many are published."""
-    read = partial(
-        read_split, options.data, options.format, on_missing_image=options.on_missing_image, modalities=_slots_to_train(options)
-    )
+    """Read train, and dev and test if they exist. Skip a test split without labels, because many are published that way."""
+    wanted: dict[str, Any] = {"modalities": _slots_to_train(options), **columns_of(options)}
+
+    def read(split: str, names: Sequence[str] | None = None) -> Split:
+        return read_split(options.data, options.format, split, names=names, on_missing_image=options.on_missing_image, **wanted)
+
     splits = {"train": read("train")}
     for name in ("dev", "test"):
-        if any((options.data / file).is_file() for file in SPLITS[name]):
+        if files_of(options.data, name):
             try:
                 splits[name] = read(name, names=splits["train"].names)
-            # Those of dev choose the best checkpoint, and of a wrong key nobody should hear at the end.
+            # Dev chooses the best checkpoint, so missing labels (for example a wrong key) must be reported before training.
             except NoLabelsError:
                 if name == "dev":
                     raise
@@ -275,10 +334,10 @@ def _read_splits(options: argparse.Namespace) -> dict[str, Split]:
 
 
 def _slots_to_train(options: argparse.Namespace) -> tuple[Slot, ...] | None:
-    """What the model to train reads of the data, before the data says its classes; None for text and image."""
+    """Return the modalities that the model to train reads, before the classes are known; None for text and image."""
     if options.system == "modex":
         return None
-    # What is wrong with it is said where the model is made.
+    # Errors are reported when the model is built.
     with suppress(OSError, TypeError, ValueError):
         if options.from_checkpoint is not None:
             return slots_in(options.from_checkpoint)
@@ -287,13 +346,13 @@ def _slots_to_train(options: argparse.Namespace) -> tuple[Slot, ...] | None:
     return None
 
 
-# What goes with one system only, by its name among the options.
+# The options that only one system has.
 _OF_MOPE = ("method", "mode", "features")
 _OF_MODEX = ("model",)
 
 
 def _check_system(options: argparse.Namespace) -> None:
-    """ValueError where an option is given that the system does not have."""
+    """Raise ValueError if an option is given that the system does not have."""
     others = _OF_MOPE if options.system == "modex" else _OF_MODEX
     given = [f"--{name}" for name in others if getattr(options, name) is not None]
     if options.system == "modex" and options.cache_features == "on":
@@ -307,7 +366,7 @@ def _system_of(model: FusionModel) -> str:
 
 
 def _title(model: FusionModel) -> str:
-    """What is trained, in a few words."""
+    """Describe in a few words what is trained."""
     if _system_of(model) == "mope":
         return f"{model.config.method}, main encoder {model.config.main}"
     new = any(p.requires_grad for name, p in model.named_parameters() if ".crossattention." in name and "LayerNorm" not in name)
@@ -315,7 +374,7 @@ def _title(model: FusionModel) -> str:
 
 
 def _read_split(options: argparse.Namespace, model: FusionModel) -> Split:
-    """The split to evaluate, with the model's classes where it knows their names."""
+    """Read the split to evaluate, with the model's class names if it has any."""
     config = model.config
     assert config.id2label is not None
     names = [config.id2label[i] for i in range(config.num_labels)]
@@ -327,9 +386,10 @@ def _read_split(options: argparse.Namespace, model: FusionModel) -> Split:
         names=known,
         on_missing_image=options.on_missing_image,
         modalities=slots_to_read(config),
+        **columns_of(options),
     )
 
 
 def _how(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What results say about how they were made."""
+    """Return the fields of the results that describe the environment and the command."""
     return {**environment.describe(device), "command": getattr(options, "command_line", None)}

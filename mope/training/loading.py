@@ -1,4 +1,4 @@
-"""Models from what a command line names: backbones, saved models, files that others have taught."""
+"""Load the models that a command line names: new models over backbones, saved models, and files of registered types."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from mope.modex.configuration import SYSTEM
 from .encoders import encoder_option, processor_options
 from .extensions import opener_for, set_mode
 
-# How to load a file in place of a folder, by modality.
+# Functions that load a file instead of a folder, by modality.
 _FROM_FILE = {"vision": swin_model_from_checkpoint}
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 def make_config(method: str, split: Split | None, **fields: Any) -> MoPEConfig:
-    """The configuration of a published method, or preset, for the classes of a split; None: for two classes without names.
+    """Make the configuration of a method or preset for the classes of a split. Without a split, use two unnamed classes.
 
     Raises:
         ValueError: there is no such method or field, or a value is wrong.
@@ -50,12 +50,12 @@ def make_config(method: str, split: Split | None, **fields: Any) -> MoPEConfig:
         hint = did_you_mean(method, names)
         raise ValueError(f"a method or preset must be one of {', '.join(names)}, got {method!r}{hint and '; ' + hint}")
     if taken := sorted(set(fields) & {*own, "num_labels", "method"}):
-        raise ValueError(f"{', '.join(taken)} cannot be set: the data and --method say it")
+        raise ValueError(f"{', '.join(taken)} cannot be set: the data and --method determine it")
     return MoPEConfig.preset(method, **fields, **own) if method in PRESETS else MoPEConfig(method=method, **fields, **own)
 
 
 def _refuse_unknown(fields: Mapping[str, Any], config: type[MoPEConfig | ModeXConfig]) -> None:
-    """ValueError if a field is not one of the configuration's, with the one that was meant."""
+    """Raise ValueError if the configuration lacks a field, and suggest the one that was meant."""
     known = config.options() if issubclass(config, MoPEConfig) else tuple(config.__dataclass_fields__)
     if wrong := sorted(set(fields) - set(known)):
         hints = [hint for name in wrong if (hint := did_you_mean(name, known))]
@@ -63,15 +63,15 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[MoPEConfig | ModeXCo
 
 
 def load_backbone(source: str, modality: str, name: str | None = None) -> nn.Module:
-    """An encoder of a modality from the hub or a folder; of images, a file is an original Swin checkpoint.
+    """Load an encoder of a modality from the hub or a folder; for images, also from an original Swin checkpoint file.
 
     Args:
-        source: name, folder or file.
-        modality: of the encoder.
-        name: of the encoder in errors; default: the modality.
+        source: a name on the hub, a folder or a file.
+        modality: the modality of the encoder.
+        name: the name of the encoder in error messages; the default is the modality.
 
     Raises:
-        ValueError: it cannot be loaded, is of another modality, or of an architecture that is not known here.
+        ValueError: the encoder cannot be loaded, has another modality, or has an unknown architecture.
     """
     try:
         if modality in _FROM_FILE and Path(source).is_file():
@@ -86,7 +86,7 @@ def load_backbone(source: str, modality: str, name: str | None = None) -> nn.Mod
             loader, load_options = architecture.model_class or AutoModel, architecture.load_options
         with _quiet():
             backbone, found = loader.from_pretrained(source, output_loading_info=True, **load_options)
-        # transformers would fill them with random numbers, and frozen they would stay so.
+        # transformers fills missing weights with random numbers, and frozen weights would keep them.
         if found["missing_keys"]:
             raise ValueError(f"the weights lack {', '.join(sorted(found['missing_keys'])[:5])}")
         return backbone
@@ -95,7 +95,7 @@ def load_backbone(source: str, modality: str, name: str | None = None) -> nn.Mod
 
 
 def _model_type(source: str) -> str:
-    """Read the configuration of an encoder; only the file if transformers does not have the class."""
+    """Read the model type of an encoder. For architectures with their own class here, read only the configuration file."""
     values, _ = PreTrainedConfig.get_config_dict(source)
     found = architectures().get(str(values.get("model_type")))
     if found is not None and found.model_class is not None:
@@ -112,14 +112,15 @@ def new_model(
     processors: Mapping[str, str | None] = _NONE,
     format: str = "food101",
 ) -> MoPEForClassification:
-    """An untrained model over the encoders that its method needs, with tokenizer, image processor and their like.
+    """Build an untrained model over the encoders that its method needs, with its tokenizer, image processor and so on.
 
     Args:
-        config: what to build.
-        sources: name or folder of each encoder, by its name in the model, such as "vision" and "text".
-        processors: name or folder, by their own names, "tokenizer", "image_processor", or by those of encoders in the model;
-            default: those of the encoders. "published" as image processor: that of the published training.
-        format: of the data, on which that depends.
+        config: the configuration of the model.
+        sources: the name or folder of each encoder, by its name in the model, such as "vision" and "text".
+        processors: the names or folders of processors, by their own names ("tokenizer", "image_processor") or by the names of
+            encoders in the model. The default is the encoders' own processors. An image processor "published" is the one of the
+            published training.
+        format: the format of the data, which the published image processor depends on.
 
     Raises:
         ValueError: something cannot be loaded, or a source is missing.
@@ -130,10 +131,10 @@ def new_model(
     given = {name: source for name in config.modalities if (source := sources[name])}
     backbones = _load_all(config.slots, given)
     for name in config.finetuned:
-        # Many are stored in 16 bits, in which training loses most updates.
+        # Many checkpoints have 16 bits, with which training would lose most updates.
         nn.Module.to(backbones[name], torch.float32)
     model = MoPEForClassification(config, **backbones)
-    # A file holds no processor.
+    # A file contains no processor.
     own = {name: PUBLISHED if Path(source).is_file() else source for name, source in given.items()}
     set_processors(model, own, processors, format)
     return model
@@ -145,14 +146,14 @@ def _wanted(name: str) -> str:
 
 
 def _load_all(slots: Mapping[str, Slot], sources: Mapping[str, str | None]) -> dict[str, Any]:
-    """The encoders that have a source. Of a modality that the model lacks too: it is the model that says so."""
+    """Load the encoders that have a source, even those that the model lacks, because the model raises the error."""
     _refuse_strangers(slots, sources)
     kinds = {name: modality.name for name, modality in known().items()} | {name: s.modality.name for name, s in slots.items()}
     return {name: load_backbone(source, kinds[name], name) for name, source in sources.items() if source}
 
 
 def _refuse_strangers(slots: Mapping[str, Slot], sources: Mapping[str, str | None]) -> None:
-    """ValueError where a source names neither an encoder of the model nor a modality."""
+    """Raise ValueError if a source's name is neither an encoder of the model nor a modality."""
     if strangers := sorted(name for name, source in sources.items() if source and name not in {*slots, *known()}):
         wrong = ", ".join(f"{encoder_option(name)}..." for name in strangers)
         raise ValueError(f"{wrong}: the encoders of the model are {', '.join(slots)}")
@@ -168,16 +169,17 @@ def new_modex_model(
     processors: Mapping[str, str | None] = _NONE,
     format: str = "food101",
 ) -> ModeXForClassification:
-    """An untrained ModeX model for the classes of a split, with tokenizer and image processor.
+    """Build an untrained ModeX model for the classes of a split, with tokenizer and image processor.
 
     Args:
         split: the data.
-        model: name or folder of a fused model, or
-        sources: those of a ViT, "vision", and a BERT, "text", whose upper half gets cross-attention that is new, and trains with
-            the adapters.
-        preset, fields: of `ModeXConfig`. Default: the published placement for the kind of model.
-        processors: as in `new_model`; default: those of the model or the encoders.
-        format: of the data, on which the published image processor depends.
+        model: the name or folder of a fused model. Give either this or `sources`.
+        sources: the names or folders of a ViT, "vision", and a BERT, "text". The upper half of the BERT gets new cross-attention,
+            which is trained with the adapters.
+        preset: a preset of `ModeXConfig`. The default is the published placement for the kind of model.
+        fields: fields of `ModeXConfig`, in addition to the preset.
+        processors: as in `new_model`; the default is those of the model or the encoders.
+        format: the format of the data, which the published image processor depends on.
 
     Raises:
         ValueError: something cannot be loaded, or does not fit.
@@ -186,7 +188,7 @@ def new_modex_model(
     if bool(model) == bool(vision or text) or bool(vision) != bool(text):
         raise ValueError("--system modex needs --model NAME_OR_FOLDER of a fused model, or both --vision and --text")
     _refuse_unknown(fields, ModeXConfig)
-    # LayerNorms train: in the 16 bits in which many models are stored they would lose most updates.
+    # LayerNorms are trained. In 16 bits, which many checkpoints have, they would lose most updates.
     fused = (load_fused(model) if model else _join(vision or "", text or "")).float()
     albef = isinstance(fused, AlbefModel)
     layers = {"fusion_layer": fused.config.fusion_layer} if isinstance(fused, AlbefModel) else {}
@@ -198,7 +200,11 @@ def new_modex_model(
 
 
 def load_fused(source: str) -> nn.Module:
-    """A fused model from the hub or a folder. ValueError where it cannot be loaded, or is of another kind."""
+    """Load a fused model from the hub or a folder.
+
+    Raises:
+        ValueError: it cannot be loaded, or is not a fused model.
+    """
     try:
         values, _ = PreTrainedConfig.get_config_dict(source)
         names = values.get("architectures")
@@ -208,7 +214,7 @@ def load_fused(source: str) -> nn.Module:
         if missing := loaded[1]["missing_keys"]:
             raise ValueError(f"the weights lack {', '.join(sorted(missing)[:5])}")
         return loaded[0]
-    # A damaged folder makes transformers raise almost anything.
+    # With a damaged folder, transformers may raise any kind of error.
     except Exception as error:
         raise ValueError(f"fused model {source}: {error}") from error
 
@@ -229,19 +235,19 @@ def open_model(
     processors: Mapping[str, str | None] = _NONE,
     format: str = "food101",
 ) -> FusionModel:
-    """A trained model: a folder of `save_pretrained`, or a file of a kind that is registered, see `mope.training.extensions`.
+    """Load a trained model from a folder of `save_pretrained`, or from a file of a registered type (`mope.training.extensions`).
 
     Args:
-        path: a folder or a file. The folder of a run has its model in `model`.
-        sources: names or folders of encoders by their names in the model. A folder knows its own; a `.ckpt` of the released code,
-            or the `.safetensors` that `mope convert` made of one, needs them.
-        mode: one that is registered, "released" or "instance"; None: that of training.
-        processors: as in `new_model`; default: those in the folder. A checkpoint of the released code was trained with the
+        path: a folder or a file. It may be the folder of a run, whose model is in `model`.
+        sources: the names or folders of encoders, by their names in the model. A folder records its own encoders. A `.ckpt` of
+            the released code, or the `.safetensors` that `mope convert` makes of it, needs them.
+        mode: a registered mode, such as "released" or "instance"; None for the mode of training.
+        processors: as in `new_model`; the default is those in the folder. A checkpoint of the released code was trained with the
             published image processor and the tokenizer of its text encoder.
-        format: of the data, on which the published image processor depends.
+        format: the format of the data, which the published image processor depends on.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: the model cannot be loaded.
     """
     path = _model_of(Path(path))
     if is_modex(path):
@@ -269,7 +275,7 @@ def slots_in(path: str | Path) -> tuple[Slot, ...] | None:
 
 
 def _model_of(path: Path) -> Path:
-    """The folder of the model: `path` itself, or the one in the folder of a run. ValueError if there are several."""
+    """Find the folder of the model: `path` itself, or the one in the folder of a run. Raise ValueError if there are several."""
     if not path.is_dir() or (path / CONFIG).exists():
         return path
     models = sorted(config.parent for pattern in ("model", "*/model") for config in path.glob(f"{pattern}/{CONFIG}"))
@@ -279,10 +285,10 @@ def _model_of(path: Path) -> Path:
 
 
 def is_modex(path: Path) -> bool:
-    """Whether a folder holds a ModeX model."""
+    """Return whether a folder holds a ModeX model."""
     try:
         return json.loads((path / CONFIG).read_text()).get("system") == SYSTEM
-    # Loading reports what is wrong with it.
+    # Loading the model reports the error.
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
@@ -291,7 +297,7 @@ def _open_modex(
     path: Path, sources: Mapping[str, str | None], mode: str | None, processors: Mapping[str, str | None], format: str
 ) -> ModeXForClassification:
     if given := [f"--{name}" for name, value in {**sources, "mode": mode}.items() if value]:
-        raise ValueError(f"{path} is a ModeX model, which takes no {', '.join(given)}")
+        raise ValueError(f"{path} is a ModeX model, which does not accept {', '.join(given)}")
     try:
         model = ModeXForClassification.from_pretrained(path)
     except (FileNotFoundError, ValueError) as error:
@@ -301,10 +307,10 @@ def _open_modex(
 
 
 def adopt_classes(model: FusionModel, split: Split) -> None:
-    """Name the classes of a model that knows only how many they are; checkpoints of the released code are such.
+    """Name the classes of a model that has only their number, such as one from a checkpoint of the released code.
 
     Raises:
-        ValueError: there are more or fewer.
+        ValueError: the split has another number of classes.
     """
     config = model.config
     if config.id2label == {i: f"LABEL_{i}" for i in range(config.num_labels)}:
@@ -316,16 +322,17 @@ def adopt_classes(model: FusionModel, split: Split) -> None:
 def set_processors(
     model: FusionModel, sources: Mapping[str, str | None], processors: Mapping[str, str | None] = _NONE, format: str = ""
 ) -> None:
-    """Give a model tokenizer, image processor and their like from the hub or a folder; None changes nothing.
+    """Load a model's tokenizer, image processor and so on from the hub or from folders.
 
     Args:
-        model: that gets them.
-        sources: by the names of encoders, where processors are taken from unless
-        processors: says something else, by their own names, "tokenizer", or by those of encoders.
-        format: of the data, on which the published image processor depends.
+        model: the model that gets them.
+        sources: the names or folders from which processors are loaded by default, by the names of encoders. Without a source,
+            the model's processor stays.
+        processors: names or folders that take precedence over `sources`, by the names of processors ("tokenizer") or of encoders.
+        format: the format of the data, which the published image processor depends on.
 
     Raises:
-        ValueError: one cannot be loaded, or does not fit.
+        ValueError: a processor cannot be loaded, or does not fit.
     """
     for name, slot in slots_of(model.config).items():
         kind = slot.modality.processor
@@ -335,20 +342,20 @@ def set_processors(
         if source is None:
             continue
         try:
-            # transformers warns of model types that it does not know, such as that of a fused model.
+            # transformers warns about unknown model types, such as that of a fused model.
             with _quiet():
                 processor = slot.modality.load_processor(source, model.backbone(name), model.config, format)
             model.set_processor(name, processor)
         except (OSError, ValueError) as error:
             ((_, option),) = processor_options([slot]).items()
             raise ValueError(
-                f"no {kind.replace('_', ' ')} could be loaded from {source}: {error}. Name another one, {option}"
+                f"no {kind.replace('_', ' ')} could be loaded from {source}: {error}. Name another one with {option}"
             ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings of transformers, such as its table of weights that are not used: most checkpoints have some."""
+    """Silence transformers' warnings, such as its table of unused weights, which most checkpoints have."""
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:

@@ -1,4 +1,4 @@
-"""Results of runs: JSON and a Markdown table."""
+"""Write the results of runs as JSON and as a Markdown table."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ NAMES = {"accuracy": "accuracy", "f1_micro": "F1 micro", "f1_macro": "F1 macro",
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, first column left."""
+    """Format a Markdown table. The first column is left-aligned, the others are right-aligned."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def runs_table(runs: Sequence[dict[str, Any]]) -> str:
-    """A line for each run, and mean and standard deviation (of the sample) where there are several."""
+    """Format a table with a row for each run. If there are several, add their mean and sample standard deviation."""
     columns = _columns(runs)
     head = ["seed", *(f"{split} {NAMES[name]}" for split, name in columns), "best step", "minutes"]
     rows = [
@@ -40,7 +40,7 @@ def runs_table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation (of the sample) of what several runs have reached, by split and metric; nothing of one run."""
+    """Return mean and sample standard deviation of each metric over several runs, by split; an empty dict for a single run."""
     if len(runs) < 2:
         return {}
     found: dict[str, Any] = {}
@@ -51,12 +51,12 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _columns(runs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Splits and metrics that every run has."""
+    """Return the pairs of split and metric that every run has."""
     return [(split, name) for split in ("dev", "test") for name in NAMES if all(name in run.get(split, {}) for run in runs)]
 
 
 def metrics_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each row: what else it says, then its metrics."""
+    """Format a table of rows: their other fields first, then their metrics."""
     metrics = [name for name in NAMES if name in rows[0]]
     others = [name for name in rows[0] if name not in NAMES]
     head = [name.replace("_", " ") for name in others] + [NAMES[name] for name in metrics]
@@ -64,7 +64,7 @@ def metrics_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def refuse_other(folder: Path) -> None:
-    """ValueError where `folder` holds the results of something else than an evaluation, which would be lost."""
+    """Raise ValueError if `folder` holds results of anything but an evaluation, because they would be overwritten."""
     path = folder / "results.json"
     if not path.exists():
         return
@@ -73,18 +73,18 @@ def refuse_other(folder: Path) -> None:
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
         is_evaluation = False
     if not is_evaluation:
-        raise ValueError(f"{path} is not that of an evaluation and would be overwritten: choose another --out")
+        raise ValueError(f"{path} is not from an evaluation and would be overwritten: choose another --out")
 
 
 def write(folder: Path, results: dict[str, Any], text: str) -> None:
-    """`results.json` and `results.md`."""
+    """Write `results.json` and `results.md`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "results.json", json.dumps(finite_or_none(results), indent=2, allow_nan=False) + "\n")
     write_text(folder / "results.md", text)
 
 
 def _number(name: str, values: list[float]) -> str:
-    """Losses as they are, the others in percent; several as mean ± standard deviation."""
+    """Format losses as they are and other metrics in percent; several values as mean ± standard deviation."""
     scale, digits = (1, 4) if name == "loss" else (100, 2)
     text = f"{scale * statistics.mean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {scale * statistics.stdev(values):.{digits}f}"

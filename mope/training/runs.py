@@ -21,9 +21,10 @@ from mope.modalities import complementary_of, slots_of
 from mope.processes import wait_for_all
 
 from .encoders import processor_options
-from .evaluation import evaluate
+from .evaluation import choose_threshold, evaluate
+from .metrics import class_weights
 from .options import RunOptions
-from .recipe import Recipe
+from .recipe import AUTO, Recipe
 from .trainer import FusionTrainer, last_checkpoint, read_state
 
 CACHE = ("auto", "on", "off")
@@ -31,26 +32,26 @@ RUN = "run.json"
 
 
 class TrainingRun:
-    """Everything that can be wrong is found when it is made; `train` then does the work.
+    """One training run. The constructor checks everything that can be wrong; `train` then does the work.
 
-    `out` gets `run.json` (what is trained on what), `checkpoint-STEP/` (the last and the best), `tensorboard/`, `features/` and
-    `model/`, the best model as `save_pretrained` writes it.
+    `out` gets `run.json` (model, recipe and data of the run), `checkpoint-STEP/` (the last and the best), `tensorboard/`,
+    `features/`, and `model/` with the best model as `save_pretrained` writes it.
 
     Args:
-        model: with tokenizer and image processor.
-        splits: "train", and "dev" and "test" where there are such. Without dev no epoch is the best, and the last weights stay.
-        recipe: how; its metric may be left open.
-        out: folder, new or of a run to resume.
+        model: the model, with tokenizer and image processor.
+        splits: "train", and optionally "dev" and "test". Without dev, no checkpoint is the best, and the last weights are kept.
+        recipe: the hyperparameters. Its metric may be None.
+        out: the folder of the run: a new one, or that of a run to resume.
         resume: continue from the last checkpoint in `out`, or from the given one.
-        cache_features: "auto" computes what the complementary encoders say once, where training does not change it; "on" raises an
-            error where it does; "off" never.
-        features: folder of the cache; default: in `out`.
-        copy_backbones: put copies of the encoders into the saved model.
+        cache_features: "auto" computes the features of the complementary encoders once if training does not change them; "on"
+            raises an error if it does; "off" does not cache.
+        features: the folder of the cache; the default is in `out`.
+        copy_backbones: whether to put copies of the encoders into the saved model.
         options: how to carry out the run; `changes` are fields of it (`seed=1, device="cpu"`). The seed does not affect the
-            weights, which are drawn when the model is made.
+            initial weights, which are drawn when the model is made.
 
     Raises:
-        ValueError: data, model, recipe or folder do not go together; the message says what does.
+        ValueError: data, model, recipe or folder do not fit together. The message names the problem.
     """
 
     def __init__(
@@ -73,16 +74,18 @@ class TrainingRun:
         if "train" not in splits:
             raise ValueError(f"splits must hold 'train', got {', '.join(splits) or 'none'}")
         if splits["train"].problem_type == "single_label" and len(splits["train"].names) == 1:
-            raise ValueError(f"the only class is {splits['train'].names[0]!r}: any model is right about everything")
+            raise ValueError(f"the only class is {splits['train'].names[0]!r}: there is nothing to learn")
         self.model, self.splits, self.out, self.seed = model, dict(splits), Path(out), options.seed
         self.recipe = recipe.for_problem(splits["train"].problem_type)
+        self._check_threshold()
+        weights = self.recipe.class_weights
         self.features_folder = self.out / "features" if features is None else Path(features)
         self.num_workers, self.eval_batch_size = options.num_workers, options.eval_batch_size or recipe.batch_size
         self.copy_backbones, self.progress = copy_backbones, options.progress
         self.caches_features = self._caches_features(cache_features)
         self.augment = RandAugment(magnitude=self.recipe.augment) if self.recipe.augment else False
         self.checkpoint = self._checkpoint(resume)
-        # Made for what they check; those of training may hold features.
+        # These are created for their checks; `train` replaces them if features are cached.
         items = {name: self._examples(name) for name in self.splits}
         self.trainer = FusionTrainer(
             model,
@@ -91,25 +94,47 @@ class TrainingRun:
             collate=Collator(model),
             train_items=items["train"],
             dev_items=items.get("dev"),
+            class_weights=None if weights is None else class_weights(weights, splits["train"]),
             options=options,
         )
         self._check_first_example()
         if self.checkpoint is not None:
             self._check_steps(read_state(self.checkpoint))
 
+    def _check_threshold(self) -> None:
+        """Give the model the threshold of the recipe, where that is a number. ValueError where there is nothing to choose it by."""
+        threshold = self.recipe.threshold
+        if threshold == AUTO and "dev" not in self.splits:
+            raise ValueError("threshold='auto' is chosen on the dev split, and there is none: give one, or a number")
+        if threshold not in (None, AUTO):
+            self.model.config = self.model.config.replace(threshold=float(threshold))  # type: ignore[arg-type]
+
+    def _choose_threshold(self, features: FeatureCache | None) -> float:
+        """Give the model the threshold with the best metric on dev."""
+        threshold = choose_threshold(
+            self.model,
+            self.splits["dev"],
+            str(self.recipe.metric),
+            batch_size=self.eval_batch_size,
+            features=features,
+            num_workers=self.num_workers,
+        )
+        self.model.config = self.model.config.replace(threshold=threshold)
+        return threshold
+
     def _check_first_example(self) -> None:
-        """ValueError where what tokenizer and image processor give does not go through the encoders: now, and not at step 1."""
+        """Raise ValueError if the encoders cannot process the first example, so that the run fails now and not at step 1."""
         model, was_training = self.model, self.model.training
         items = self._examples("train")
         slots = slots_of(model.config).values()
         batch: dict[str, Any] = {}
         model.eval()
         try:
-            # The run draws the random numbers that it would draw without this.
+            # Keep this check from advancing the run's random generator.
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 batch = model.on_device(Collator(model)([items[0]]))
                 model(**batch)
-        # Files that cannot be read say so themselves.
+        # Its message already names the file that cannot be read.
         except DataError:
             raise
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -124,17 +149,17 @@ class TrainingRun:
             model.train(was_training)
 
     def train(self) -> dict[str, Any]:
-        """Train, take the best weights, evaluate, save -> the results of the run, the same on every process.
+        """Train, load the best weights, evaluate and save -> the results of the run, the same on every process.
 
-        "stopped" is true in them where a signal ended it early; then only a checkpoint was written. Metrics of dev and test are
-        those of the saved model, without autocast.
+        In the results, "stopped" is true if a signal ended training early; then only a checkpoint was written. The metrics of dev
+        and test are those of the saved model, computed without autocast.
 
         Raises:
-            NotFiniteError: the loss of a step, or a metric, is not finite; the message says what to change. Checkpoints that were
-                written before stay, and are finite.
+            NotFiniteError: the loss of a step, or a metric, is not finite. The message says what to change. Earlier checkpoints
+                remain, and are finite.
         """
         start = time.perf_counter()
-        # Nobody writes before all have looked at the folder.
+        # Write only after all processes have inspected the folder.
         wait_for_all()
         caches = self._cache_features()
         trainer = self.trainer
@@ -161,6 +186,10 @@ class TrainingRun:
             results["graphs"] = trainer.stepping.describe()
         if not results["stopped"]:
             results["best_step"] = trainer.load_best()
+            if self.recipe.threshold == AUTO:
+                self._choose_threshold(caches.get("dev"))
+            if self.model.config.problem_type == "multi_label":
+                results["threshold"] = self.model.config.threshold
             for name in [name for name in self.splits if name != "train"]:
                 results[name] = evaluate(
                     self.model,
@@ -173,8 +202,8 @@ class TrainingRun:
                 if wrong := infinite(results[name]):
                     raise NotFiniteError(
                         f"{' and '.join(wrong)} of {name} is not finite, with the weights of step "
-                        f"{results['best_step'] or results['steps']}: its images may not be finite, or hold numbers that the "
-                        "encoders overflow on"
+                        f"{results['best_step'] or results['steps']}: its images may contain values that are not finite, or that "
+                        "make the encoders overflow"
                     )
             if self._is_first_process():
                 self.model.card_data = {
@@ -193,12 +222,12 @@ class TrainingRun:
         return {**results, "seconds": time.perf_counter() - start}
 
     def identity(self) -> dict[str, Any]:
-        """What has to stay the same for a run to be resumed."""
+        """Return everything that must stay the same for a run to be resumed."""
         recipe = dataclasses.asdict(self.recipe)
-        # As runs of earlier versions have it.
+        # The form in which earlier versions wrote it.
         config = self.model.config
         config = config.flat() if isinstance(config, MoPEConfig) else {**config.to_dict(), "problem_type": config.problem_type}
-        # More epochs continue a run; how a batch is split changes nothing but rounding.
+        # More epochs continue a run, and the way a batch is split only changes rounding.
         for name in ("epochs", "accumulation", "precision"):
             del recipe[name]
         return json.loads(
@@ -208,7 +237,7 @@ class TrainingRun:
                     "recipe": recipe,
                     "backbones": self.model.fingerprints(),
                     "seed": self.seed,
-                    # On dev it is decided which weights are the best.
+                    # Dev decides which weights are the best.
                     **{name: _description(self.splits[name]) for name in ("train", "dev") if name in self.splits},
                 }
             )
@@ -218,9 +247,9 @@ class TrainingRun:
         out, last = self.out, last_checkpoint(self.out)
         if resume is False:
             if last is not None or (out / RUN).exists():
-                raise ValueError(f"{out} holds a run already: take another folder, remove it, or resume")
+                raise ValueError(f"{out} holds a run already: choose another folder, remove it, or resume")
             if (out / "model").exists():
-                raise ValueError(f"{out} holds a model already, which would be overwritten: take another folder")
+                raise ValueError(f"{out} holds a model already, which would be overwritten: choose another folder")
             if out.exists() and not out.is_dir():
                 raise ValueError(f"{out} is a file: give a folder")
             return None
@@ -234,18 +263,22 @@ class TrainingRun:
             raise ValueError(f"there is no run to resume in {record.parent} ({error})") from error
         if changed := _differences(before, self.identity()):
             raise ValueError(f"{record.parent} holds another run: {'; '.join(changed[:5])}")
-        # None where it stopped before its first checkpoint.
+        # None if the run stopped before its first checkpoint.
         return checkpoint
 
     def _check_steps(self, state: dict[str, Any]) -> None:
-        """A last batch that is too small to be split is left out. Then epochs have fewer steps, and those done count otherwise."""
+        """Raise ValueError if epochs had another number of steps before.
+
+        A last batch that is too small to be split is dropped, so the number depends on processes and parts, and the steps done
+        would count as a different number of epochs.
+        """
         if not state["epoch"]:
             return
         before, now = round(state["global_step"] / state["epoch"]), self.trainer.batches.steps
         if before != now:
             raise ValueError(
-                f"{self.checkpoint} is of epochs of {before} steps, here of {now}: the last batch of an epoch is split "
-                "over other processes or parts: resume on as many as before"
+                f"{self.checkpoint} is from epochs of {before} steps, but here they have {now}, because the last batch of an epoch "
+                "is split over another number of processes or parts: resume with as many as before"
             )
 
     def _caches_features(self, wanted: str) -> bool:
@@ -258,7 +291,7 @@ class TrainingRun:
         if not names:
             against = f"method {self.model.config.method!r} has no complementary encoder"
         elif trained:
-            against = f"training changes what the {trained[0]} encoder says"
+            against = f"training changes the features of the {trained[0]} encoder"
         elif augmented and self.recipe.augment:
             against = f"{augmented[0]} are augmented"
         if wanted == "on" and against:
@@ -269,7 +302,7 @@ class TrainingRun:
         if not self.caches_features:
             return {}
         caches = {}
-        # Of the one system that has a complementary encoder.
+        # Only MoPE models have complementary encoders.
         model: Any = self.model.eval()
         for name, split in self.splits.items():
             caches[name] = cached_features(
@@ -294,7 +327,7 @@ class TrainingRun:
 
 
 def train(model: FusionModel, splits: Mapping[str, Split], recipe: Recipe, out: str | Path, **options: Any) -> dict[str, Any]:
-    """`TrainingRun(model, splits, recipe, out, **options).train()`."""
+    """Make a `TrainingRun` of the arguments, and train it."""
     return TrainingRun(model, splits, recipe, out, **options).train()
 
 
@@ -307,7 +340,7 @@ def _description(split: Split) -> dict[str, Any]:
 
 
 def _differences(before: Any, now: Any, where: str = "") -> list[str]:
-    """Where two trees of values differ. What only `now` has is a newer library's."""
+    """List the differences between two trees of values. Ignore what only `now` has, because a newer version added it."""
     if isinstance(before, dict) and isinstance(now, dict):
         named = [(f"{where}.{name}" if where else name, value, now.get(name)) for name, value in before.items()]
         return [difference for name, value, current in named for difference in _differences(value, current, name)]

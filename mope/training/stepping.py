@@ -1,4 +1,4 @@
-"""Decides which steps of a trainer go through CUDA graphs."""
+"""Decide which steps of a trainer go through CUDA graphs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .graphs import GraphedStep, objection_to
 if TYPE_CHECKING:
     from .options import RunOptions
 
-# The name of this input; a model has no argument of that name.
+# The name under which the count is passed as an input. No model argument can have it.
 COUNT = "number of labels"
 
 
@@ -41,10 +41,10 @@ class Stepping:
     def __init__(self, fusion: FusionModel, options: RunOptions, batches: Batches, device: torch.device, processes: int) -> None:
         self.why_not = "graphs are off" if options.graphs == "off" else _objection(fusion, options.graphs, device, processes)
         if self.why_not and options.graphs == "on":
-            raise ValueError(f"graphs='on': {self.why_not}. With graphs='auto' it trains without")
+            raise ValueError(f"graphs='on': {self.why_not}. With graphs='auto' it trains without graphs")
         self.is_on = not self.why_not
         self._may_give_up = options.graphs == "auto"
-        # By the name of an encoder whose items differ in length.
+        # Both are by the name of an encoder whose items differ in length.
         self._padding: dict[str, Padding] = {}
         self.lengths: dict[str, tuple[int, ...]] = {}
         self._slots = slots_of(fusion.config)
@@ -60,11 +60,11 @@ class Stepping:
         self._max_graphs = shapes * (1 if batches.parts == 1 else 2)
         self._step: GraphedStep | None = None
         self.parts = {"graphs": 0, "without": 0}
-        # The largest number kept at any time.
+        # The largest number of graphs at any time.
         self.recorded = 0
 
     def padding(self, collate: Callable[[list[Any]], dict[str, Tensor]]) -> Callable[[list[Any]], dict[str, Tensor]]:
-        """Wrap `collate` so that it pads texts, and what else differs in length, to the lengths of this run."""
+        """Wrap `collate` so that it pads texts, and other items that differ in length, to the lengths of this run."""
         for name, lengths in self.lengths.items():
             slot, padding = self._slots[name], self._padding[name]
             values = {f"{slot.prefix}{own}": value for own, value in padding.values.items()}
@@ -72,7 +72,7 @@ class Stepping:
         return collate
 
     def takes(self, inputs: dict[str, Tensor]) -> bool:
-        """Return whether a part has a shape that recurs: it is not the last of an epoch, and its texts are not too long."""
+        """Return whether a part has a recurring shape: it belongs to a full batch, and its texts are not too long."""
         fits = len(inputs["labels"]) in self._sizes
         for name, lengths in self.lengths.items():
             tokens = inputs.get(self._slots[name].required)
@@ -91,11 +91,15 @@ class Stepping:
         scaler: Any,
         guard: Callable[[], object],
     ) -> Tensor | None:
-        """Run forward and backward of a part -> its loss (), or None if graphs were given up and the part is still to be done.
+        """Run forward and backward for a part -> its loss (), or None if graphs were given up and the part has not been run.
 
         Args:
-            model: wrapped by the trainer. inputs: the model's inputs with labels. count: number of labels in the whole batch.
-            loss: (model, inputs, count) -> (). scaler: for fp16, or None. guard: see `GraphedStep`.
+            model: the model as the trainer wraps it.
+            inputs: the inputs of the model, with labels.
+            count: the number of labels in the whole batch.
+            loss: a function (model, inputs, count) -> ().
+            scaler: the gradient scaler for fp16, or None.
+            guard: see `GraphedStep`.
         """
         if self._step is None:
 
@@ -114,7 +118,7 @@ class Stepping:
             self.why_not = str(error).removeprefix("GraphedStep: ")
             self.parts["graphs"] -= 1
             self.parts["without"] += 1
-            warnings.warn(f"training goes on without CUDA graphs: {self.why_not}", stacklevel=2)
+            warnings.warn(f"training continues without CUDA graphs: {self.why_not}", stacklevel=2)
             return None
         self.recorded = max(self.recorded, self._step.num_graphs)
         return found
@@ -126,7 +130,7 @@ class Stepping:
         self._step = None
 
     def describe(self) -> dict[str, Any]:
-        """Return the part of the results about graphs: parts of batches with and without them, and the most graphs at once."""
+        """Return the results about graphs: numbers of batch parts with and without them, and the largest number of graphs kept."""
         return {"parts": dict(self.parts), "kept": self.recorded} | ({"why_not": self.why_not} if self.why_not else {})
 
 
@@ -137,9 +141,9 @@ def part_sizes(batches: Batches) -> Collection[int]:
 
 
 def _objection(fusion: FusionModel, wanted: str, device: torch.device, processes: int) -> str:
-    """Return the reason why steps do not go through graphs, "" if they do."""
+    """Return the reason why steps do not go through graphs, or "" if they do."""
     if wanted == "auto" and device.type != "cuda":
         return f"there are no graphs on {device.type}"
     if wanted == "auto" and processes > 1:
-        return f"{processes} processes: see GraphedStep for what DistributedDataParallel asks for"
+        return f"{processes} processes: see GraphedStep for the requirements of DistributedDataParallel"
     return objection_to([fusion])

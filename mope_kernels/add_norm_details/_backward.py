@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Gradients of a residual add and LayerNorm, for some rows of one item per program."""
+"""Backward kernel of the residual add and LayerNorm. Each program handles some rows of one item."""
 
 import triton
 import triton.language as tl
@@ -34,10 +34,11 @@ def add_norm_backward(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """One program: `steps` times BR rows of x of one item; row r of x is row r - num_replaced + first_out of total, if it is there.
+    """Compute the gradients of `steps` * BR rows of x of one item.
 
-    With p_grad_query (B,QUERY), the gradient of pool(x) W', each row of x also gets its part of that. p_grad_weight and
-    p_grad_bias (B*chunks,C) are sums over the rows of a program.
+    Row r of x corresponds to row r - num_replaced + first_out of total if r >= num_replaced. With p_grad_query (B,QUERY), the
+    gradient of pool(x) W', its contribution is added to each row. p_grad_weight and p_grad_bias (B*chunks,C) hold sums over the
+    rows of each program.
     """
     item = (tl.program_id(0) // num_chunks).to(tl.int64)
     chunk = tl.program_id(0) % num_chunks

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Residual add and LayerNorm of some rows of one item per program, and what a router sees of them."""
+"""Residual add and LayerNorm, with the router's partial sums over rows. Each program handles some rows of one item."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ import triton.language as tl
 
 @triton.jit
 def statistics(b_rows, m_column, eps, C: tl.constexpr):
-    """Deviations from the mean (BR,BC) and 1 / standard deviation (BR,) of rows that are 0 beyond column C."""
+    """Return deviations from the mean (BR,BC) and 1 / standard deviation (BR,) of rows that are 0 beyond column C."""
     b_mean = tl.sum(b_rows, 1) / C
     b_deviation = tl.where(m_column[None, :], b_rows - b_mean[:, None], 0.0)
     return b_deviation, 1.0 / tl.sqrt(tl.sum(b_deviation * b_deviation, 1) / C + eps)
@@ -15,7 +15,7 @@ def statistics(b_rows, m_column, eps, C: tl.constexpr):
 
 @triton.jit
 def load_affine(p_weight, p_bias, o_column, C: tl.constexpr, BC: tl.constexpr):
-    """Weight and bias of a LayerNorm, 1 and 0 where it has none: (BC,) each."""
+    """Load the weight and bias of a LayerNorm, by default 1 and 0: (BC,) each."""
     m_column = o_column < C
     b_weight = tl.full([BC], 1.0, tl.float32)
     b_bias = tl.zeros([BC], tl.float32)
@@ -28,7 +28,7 @@ def load_affine(p_weight, p_bias, o_column, C: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def layer_norm(b_rows, b_weight, b_bias, m_column, eps, C: tl.constexpr):
-    """(BR,BC) float32 -> (BR,BC) float32."""
+    """Apply LayerNorm to each row: (BR,BC) float32 -> (BR,BC) float32."""
     b_deviation, b_inverse_std = statistics(b_rows, m_column, eps, C)
     return b_deviation * b_inverse_std[:, None] * b_weight[None, :] + b_bias[None, :]
 
@@ -59,10 +59,10 @@ def add_norm_forward(
     BC: tl.constexpr,
     BQ: tl.constexpr,
 ):
-    """One program: `steps` times BR rows of one item. The rows from `num_replaced` on are written, from row `first_out` on.
+    """Process `steps` * BR rows of one item. Rows from `num_replaced` on are written, starting at output row `first_out`.
 
-    With p_seen (B,chunks,QUERY) also what the program's rows give to pool(x) W', summed over rows and not divided by their number;
-    with p_sums (B,chunks,C) their sum itself, which a gradient of W needs.
+    With p_seen (B,chunks,QUERY), also write the contribution of the program's rows to pool(x) W', before the division by the number
+    of rows; with p_sums (B,chunks,C), write the sum of the rows, which the gradient of W needs.
     """
     item = (tl.program_id(0) // num_chunks).to(tl.int64)
     chunk = tl.program_id(0) % num_chunks
@@ -83,7 +83,7 @@ def add_norm_forward(
         o_out = (o_row - num_replaced + first_out)[:, None] * C + o_column[None, :]
         m_out = mask & (o_row >= num_replaced)[:, None]
         if p_total is not None:
-            # What is normalised is what the next block reads.
+            # Normalise the rounded values, because the next block reads those.
             b_rounded = b_total.to(p_total.dtype.element_ty)
             tl.store(p_total + item * stride_out + o_out, b_rounded, mask=m_out)
             b_total = b_rounded.to(tl.float32)

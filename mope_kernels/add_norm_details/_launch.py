@@ -1,4 +1,4 @@
-"""Launchers of the Triton kernels of residual add and LayerNorm. Triton is imported by the first call."""
+"""Launchers of the Triton kernels for residual add and LayerNorm. The first call imports Triton."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .spec import GRADIENTS
 
 
 class RowBlocks(NamedTuple):
-    """How rows are dealt out: each program takes `steps` times `rows` rows of one item, which has `chunks` programs."""
+    """Distribution of rows over programs: each item has `chunks` programs of `steps` * `rows` rows each."""
 
     rows: int
     columns: int
@@ -25,9 +25,9 @@ class RowBlocks(NamedTuple):
 
 
 def row_blocks(num_rows: int, width: int, *, steps: int = 2, most_chunks: int | None = None) -> RowBlocks:
-    """Blocks for the rows of an item. Where sums over rows are made, `most_chunks` bounds how many there are to add up later.
+    """Choose the blocks for the rows of an item. `most_chunks` limits the number of partial sums over rows.
 
-    It does not look at the number of items: what an item gives must not depend on it, not even in the last bit.
+    The choice does not depend on the number of items, because an item's result must not depend on it, even in the last bit.
     """
     columns = next_power_of_2(width)
     rows = max(1024 // columns, 1)
@@ -53,7 +53,7 @@ def add_norm_rows(
     seen: Tensor | None = None,
     sums: Tensor | None = None,
 ) -> None:
-    """Write the rows of x (B,N,C) from `num_replaced` on to total and normed (B,N',C) from row `first_out` on."""
+    """Compute total and normed (B,N',C), from row `first_out` on, for the rows of x (B,N,C) from `num_replaced` on."""
     from ._forward import add_norm_forward
 
     batch, num_rows, width = x.shape
@@ -105,11 +105,11 @@ def add_norm_rows_backward(
     need_weight: bool = False,
     need_bias: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Write the gradients of x and update (B,N,C) where they are given; return those of weight and bias (C,) where needed."""
+    """Write the gradients of x and update (B,N,C) to those tensors given; return those of weight and bias (C,) if needed."""
     from ._backward import add_norm_backward
 
     batch, _, width = total.shape
-    # Sums over rows are worth longer chunks: each costs a row of float32.
+    # Use longer chunks for sums over rows, because each chunk costs a row of float32.
     blocks = row_blocks(num_rows, width, steps=32 if need_weight or need_bias else 2)
     partial = [
         torch.empty(batch * blocks.chunks, width, dtype=torch.float32, device=total.device) if need else None
@@ -143,7 +143,7 @@ def add_norm_rows_backward(
         BR=blocks.rows,
         BC=blocks.columns,
         num_warps=blocks.num_warps,
-        # Left to itself, NVIDIA's assembler spills on sm_100 long before registers run out.
+        # Without this limit, NVIDIA's assembler spills on sm_100 long before registers run out.
         **({} if on_amd() else {"maxnreg": 255}),
     )
     grad_weight, grad_bias = (None if sums is None else sums.sum(0) for sums in partial)
@@ -151,7 +151,10 @@ def add_norm_rows_backward(
 
 
 def _as_one_item(rows: Tensor) -> Tensor:
-    """(..., C) -> (1, R, C), a view where rows lie evenly apart. One item, so that nothing depends on the leading axes."""
+    """Reshape (..., C) to (1, R, C), as a view if the rows are evenly spaced.
+
+    With a single item, results do not depend on the leading axes.
+    """
     return last_dim_contiguous(rows.reshape(1, -1, rows.shape[-1]))
 
 

@@ -1,4 +1,4 @@
-"""The spec of `add_norm`."""
+"""Spec of `add_norm`."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def _example(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Opt
 
 
 def _any_sizes(choose: Choose, impl: str) -> Sizes:
-    # With few numbers the deviation may be close to 0, and gradients divide by it.
+    # With narrow rows the standard deviation may be close to 0, and gradients divide by it.
     sizes = {"batch": choose.integers(0, 3), "rows": choose.integers(0, 20), "width": choose.integers(8, 300)}
     return sizes | {n: choose.booleans() for n in ("update", "affine")}
 
 
 def _variants(short: bool) -> Iterator[Variant]:
-    """Yield the widths of Swin Transformers, one that is not a power of two, and a wide one; in float32 only the widths."""
+    """Yield the widths of Swin Transformers, one that is not a power of two, and a wide one; bfloat16 adds other options."""
     frozen, sizes = ("x", "update"), {"batch": 64, "rows": 62}
     for dtype in (torch.bfloat16, torch.float32):
         for width in (128, 100, 512, 1024, 4096):
@@ -93,7 +93,7 @@ SPEC = Spec(
     },
     any_sizes=_any_sizes,
     varied=({}, {"affine": False}),
-    # Rows of a LayerNorm.
+    # The elements of a LayerNorm row must not overlap in memory.
     last_axes=dict.fromkeys(GRADIENTS.names, 1),
     variants=_variants,
 ).register()

@@ -1,8 +1,8 @@
-"""Which blocks, warps and pipeline stages each kernel gets: static tables, one module for each op.
+"""Static launch configurations (block sizes, warps, pipeline stages) of the kernels, one module per op.
 
-An op's TABLES have what every device gets, "default", and what a family of devices gets instead. Entries are found by what
-decides over registers and shared memory (dtype, width of a head, what happens to the scores) and never by the size of the
-batch, so that another batch compiles nothing new. `tuning` can put what it timed on this machine in front of them.
+An op's TABLES maps "default" to the configurations used on every device, and a family of devices to those that replace them.
+Keys contain only what determines register and shared memory use (dtype, head width, masking, bias or dropout), never the batch
+size, so a new batch size does not recompile. Configurations that `tuning` has timed on this machine take precedence.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from . import tuning
 
 Key = tuple[str | int, ...]
 
-# How the entries of most tables were found.
+# The provenance of most tables.
 COMPILED = "compiled for sm_80, sm_90, sm_100 and gfx942, nothing spills; not timed"
-# The provenance of entries derived from the instructions and memory traffic of compiled code, not from timings.
+# For entries derived from the instructions and memory traffic of compiled code rather than from timings.
 PREDICTED = "predicted, not measured"
 
 
 class Table(NamedTuple):
-    """Configurations by key, and where they come from: what was compiled, or on which device they were timed."""
+    """Configurations by key, with their provenance: the targets they were compiled for, or the device they were timed on."""
 
     provenance: str
     entries: Mapping[Key, Any]
 
 
 def family(arch: str) -> str:
-    """The family of devices that an architecture, "sm_86" or "gfx942", is of: "default" where it has no tables of its own."""
+    """Return the device family of an architecture such as "sm_86" or "gfx942", or "default" if it has no tables of its own."""
     families = {"sm_8": "sm_80", "sm_9": "sm_90", "sm_10": "sm_100", "gfx94": "gfx942", "gfx95": "gfx942"}
     return next((name for prefix, name in families.items() if arch.startswith(prefix)), "default")
 
 
 @functools.cache
 def _architecture(index: int) -> str:
-    # Fake tensors can be on GPUs that are not there.
+    # Fake tensors can be on a GPU that does not exist.
     if not torch.cuda.is_available():
         return ""
     properties = torch.cuda.get_device_properties(index)
@@ -50,7 +50,7 @@ def _architecture(index: int) -> str:
 
 @functools.cache
 def _entry(op: str, arch: str, key: Key, kind: str = "TABLES") -> tuple[Key, Any]:
-    """The entry of a table that is for `key`, and its own key."""
+    """Return the key and the value of the table entry that covers `key`."""
 
     def covers(entry: Key) -> bool:
         same_or_larger = (e == k or (isinstance(e, int) and isinstance(k, int) and e >= k) for e, k in zip(entry, key, strict=True))
@@ -66,7 +66,7 @@ def _entry(op: str, arch: str, key: Key, kind: str = "TABLES") -> tuple[Key, Any
 
 
 def _target(device: torch.device) -> str:
-    """The architecture that runs, or is compiled for; "" where no kernel runs."""
+    """Return the architecture that runs or is compiled for, or "" if no kernel runs."""
     arch = _triton.target()
     if arch is None:
         return _architecture(device.index or 0) if device.type == "cuda" else ""
@@ -74,20 +74,20 @@ def _target(device: torch.device) -> str:
 
 
 def find(op: str, key: Key, device: torch.device) -> Any:
-    """The configuration of an op for the device that runs, or is compiled for.
+    """Return an op's configuration for the device that runs or is compiled for.
 
-    Of the sizes in a table's keys the smallest counts that is as large as the one in `key`.
+    A size in `key` matches the smallest size in the table that is at least as large. Raises KeyError if nothing matches.
     """
     found, blocks = _entry(op, _target(device), key)
     return tuning.instead_of(blocks, op, found, device)
 
 
 def find_way(op: str, key: Key, device: torch.device) -> str:
-    """Which of its ways an op with several goes, by its module's WAY_TABLES. There is nothing to tune."""
+    """Return which of its implementations an op uses, according to WAY_TABLES in its module. The choice is not tuned."""
     _, way = _entry(op, _target(device), key, "WAY_TABLES")
     return str(way)
 
 
 def dtype_key(dtype: torch.dtype) -> str:
-    """Types of 16 bits take the same configurations."""
+    """Return "float" for float32, otherwise "half": 16-bit dtypes share their configurations."""
     return "float" if dtype == torch.float32 else "half"

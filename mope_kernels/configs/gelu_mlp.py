@@ -1,4 +1,4 @@
-"""Blocks of the MLP's first product, with the GELU behind it, and where the product is left to the library."""
+"""Block sizes of the MLP's first matrix product with fused GELU, and when to use the library's product instead."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from . import COMPILED, PREDICTED, Key, Table
 
 
 class Blocks(NamedTuple):
-    """Rows, columns and depth of a block; blocks of rows that go together; what the compiler is told."""
+    """Rows, columns and depth of a block, row blocks per group, and compiler options."""
 
     rows: int
     columns: int
@@ -16,37 +16,37 @@ class Blocks(NamedTuple):
     group: int
     num_warps: int
     num_stages: int
-    # 0: as the assembler likes.
+    # 0: no limit.
     maxnreg: int = 0
 
 
 _ENTRIES: dict[Key, Blocks] = {
-    # On sm_90 two programs share a multiprocessor, so that the product of one hides the GELU of the other.
+    # On sm_90 two programs fit on a multiprocessor, so the product of one overlaps with the GELU of the other.
     ("half",): Blocks(128, 128, 64, 8, 8, 3),
-    # On NVIDIA without tensor cores.
+    # On NVIDIA GPUs, float32 does not use tensor cores.
     ("float",): Blocks(64, 64, 16, 8, 4, 2, maxnreg=255),
 }
 
 TABLES = {
     "default": Table(COMPILED, _ENTRIES),
-    # With 128 registers its assembler spills two.
+    # With 128 registers, the assembler spills two.
     "sm_100": Table("compiled for sm_100, nothing spills; not timed", {("half",): Blocks(128, 128, 64, 8, 8, 3, maxnreg=255)}),
     "gfx942": Table("compiled for gfx942, nothing spills; not timed", {("float",): Blocks(64, 64, 16, 8, 4, 2)}),
 }
 
-# "triton": product and GELU in one kernel. "cublas": the product is the library's, which is rocBLAS on AMD's GPUs, and the GELU is
-# a kernel of its own, which reads and writes what the product has written. A persistent loop with TMA was compiled and left out:
-# Triton 3.6 and 3.9 specialise no warps in it on Hopper, the shared memory of its stages and of its output leaves one program on a
-# multiprocessor, so that nothing runs beside the GELU, and the GELU takes as many instructions as it does here.
+# "triton": one kernel for product and GELU. "cublas": the product by the library (rocBLAS on AMD GPUs), then a GELU kernel, which
+# costs another read and write of h. A persistent TMA loop was compiled and rejected: Triton 3.6 and 3.9 do not specialise warps in
+# it on Hopper; its stages and output use so much shared memory that only one program fits on a multiprocessor, so nothing overlaps
+# with the GELU; and its GELU needs as many instructions as this one.
 WAYS = ("triton", "cublas")
-# Columns of x that no table has more of.
+# Upper bound for any number of columns of x.
 ANY = 1 << 30
 
-# (dtype, most columns of x). The columns are the depth of the product: the deeper it is, the more it takes beside the memory
-# traffic that a GELU of its own has.
+# Keys are (dtype, maximum columns of x). The columns of x are the depth of the product: the deeper the product, the less the memory
+# traffic of a separate GELU kernel matters.
 WAY_TABLES = {
     "default": Table(f"{PREDICTED}: the epilogue saves two passes over h", {("half", ANY): "triton", ("float", ANY): "triton"}),
-    # Bytes at 4.3 TB/s and instructions of the compiled kernels at 132 x 4 a cycle: up to 512 columns the saved bytes weigh more
-    # than what cuBLAS is faster at the product, from 768 columns on they do not.
+    # Assuming 4.3 TB/s and 132 x 4 instructions per cycle for the compiled kernels: up to 512 columns, the memory traffic saved
+    # outweighs cuBLAS's faster product; from 768 columns on it does not.
     "sm_90": Table(f"{PREDICTED}: bytes, and instructions compiled for sm_90", {("half", 767): "triton", ("half", ANY): "cublas"}),
 }

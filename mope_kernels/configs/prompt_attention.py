@@ -1,4 +1,4 @@
-"""Blocks of `prompt_attention`, of `mope_attention`, and of the gradients that both have."""
+"""Block sizes of `prompt_attention`, of `mope_attention`, and of the gradient kernels they share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from . import COMPILED, Key, Table
 
 
 class Blocks(NamedTuple):
-    """Queries and keys in a block, warps, and stages of the software pipeline."""
+    """Queries and keys per block, warps, and software pipeline stages."""
 
     queries: int
     keys: int
@@ -18,9 +18,9 @@ class Blocks(NamedTuple):
 
 KERNELS = ("forward", "query_gradient", "key_gradient")
 
-# (dtype, what happens to the scores, widest head) -> blocks of each of KERNELS. 64 queries for each 4 warps is what Hopper's
-# wgmma wants. Products of float32 use no tensor cores on NVIDIA, and their operands live in registers. Dropout takes registers
-# for each score, a bias more of them, and in float32 a causal mask does too.
+# (dtype, treatment of the scores, maximum head width) -> blocks of each of KERNELS. Hopper's wgmma needs 64 queries per 4 warps.
+# On NVIDIA, float32 products do not use tensor cores, and their operands stay in registers. Dropout needs registers for every
+# score, a bias needs more, and in float32 so does a causal mask.
 _BLOCKS = {
     ("half", "plain", 64): (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2)),
     ("half", "plain", 128): (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(32, 64, 4, 2)),

@@ -1,9 +1,9 @@
-"""The autotuner: off, unless MOPE_AUTOTUNE=1. Then what an op asks of the tables is timed once, on this machine.
+"""Autotuner, enabled by MOPE_AUTOTUNE=1: time the neighbours of each requested configuration once on this machine.
 
-The first call of an op that asks for a configuration that was not timed yet runs with each of the configurations beside it,
-and the fastest is kept: in memory, and in a file for each device in MOPE_CONFIG_DIR (or ~/.cache/mope-kernels), which later
-processes read. From then on the choice is that one. Nothing is timed while a CUDA graph is captured: the tables count there,
-or what was timed before. Another configuration sums in another order, so results may differ in their last bits.
+When an op requests a configuration that has not been timed yet, its launcher runs with that configuration and each neighbouring
+one. The fastest is used from then on. It is kept in memory and in a file per device in MOPE_CONFIG_DIR (or
+~/.cache/mope-kernels), which later processes read. Nothing is timed during CUDA graph capture: the tables or earlier timings
+apply there. Configurations differ in summation order, so tuning may change the last bits of results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class Place(NamedTuple):
-    """What an op asked its tables for."""
+    """Device, op and table key of a requested configuration."""
 
     device: str
     op: str
@@ -39,7 +39,7 @@ class Place(NamedTuple):
 
 
 class _State(threading.local):
-    """What the op that this thread runs asked for, and what it gets in place of the tables' entries."""
+    """Per-thread state: untimed configurations the running op has requested, and the candidate being timed."""
 
     asked: dict[Place, Any] | None = None
     trial: tuple[Place, Any] | None = None
@@ -51,11 +51,12 @@ _read: set[str] = set()
 
 
 def enabled() -> bool:
+    """Return whether autotuning is on."""
     return settings.current().autotune
 
 
 def instead_of(blocks: Any, op: str, key: tuple[str | int, ...], device: torch.device) -> Any:
-    """What was timed, or is being timed, in place of the tables' entry for `key`."""
+    """Return the tuned configuration for `key`, or the one being timed, or else `blocks`, the table entry."""
     if not enabled() or _triton.recording():
         return blocks
     place = Place(_name(device), op, key)
@@ -70,7 +71,7 @@ def instead_of(blocks: Any, op: str, key: tuple[str | int, ...], device: torch.d
 
 
 def tunable(launcher: Callable[Params, Result]) -> Callable[Params, Result]:
-    """The launcher of a raw op; with MOPE_AUTOTUNE=1 it is timed with other configurations before it first uses one."""
+    """Wrap a raw op's launcher so that, with MOPE_AUTOTUNE=1, each configuration it requests is tuned on first use."""
 
     @functools.wraps(launcher)
     def run(*args: Params.args, **kwargs: Params.kwargs) -> Result:
@@ -89,7 +90,7 @@ def tunable(launcher: Callable[Params, Result]) -> Callable[Params, Result]:
 
 
 def neighbours(blocks: Any) -> Iterator[Any]:
-    """The configuration itself, then those with one size halved or doubled, or with a stage more or less."""
+    """Yield the configuration itself, then those with one size halved or doubled, or with one stage more or fewer."""
     yield blocks
     for field, value in blocks._asdict().items():
         if field == "num_stages":
@@ -99,13 +100,13 @@ def neighbours(blocks: Any) -> Iterator[Any]:
         elif field in ("group", "maxnreg", "resident"):
             others = []
         else:
-            # Tensor cores multiply at least 16; more than 256 fit into no shared memory.
+            # Tensor cores need at least 16; more than 256 do not fit in shared memory.
             others = [n for n in (value // 2, 2 * value) if 16 <= n <= 256]
         yield from (blocks._replace(**{field: other}) for other in others if other >= 1)
 
 
 def clock(run: Callable[[], object]) -> float:
-    """Milliseconds that `run` takes, the median of some fifty runs."""
+    """Return the time of `run` in milliseconds, the median of some fifty runs."""
     from triton.testing import do_bench
 
     return float(do_bench(run, return_mode="median"))
@@ -117,12 +118,12 @@ def _tune(place: Place, blocks: Any, run: Callable[[], object]) -> None:
     times = []
     for candidate in neighbours(blocks):
         _state.trial = (place, candidate)
-        # What does not compile, or takes more shared memory than there is, is none to choose from.
+        # Skip candidates that do not compile or that need too much shared memory.
         with contextlib.suppress(TritonError, RuntimeError):
             times.append((clock(run), candidate))
     _state.trial = None
     if times:
-        # The first of the fastest: what the table has, where nothing is faster.
+        # In a tie the first wins, so the table's own configuration stays unless another is faster.
         _winners[place] = tuple(min(times, key=lambda timed: timed[0])[1])
         _write_file(place.device)
 
@@ -141,7 +142,7 @@ def _capturing() -> bool:
 
 
 def _file(device: str) -> Path:
-    """One for each device and each version of what is compiled and of what compiles."""
+    """Return the path of the cache file for a device, this version of mope_kernels and this version of Triton."""
     from triton import __version__ as triton_version
 
     from mope_kernels import __version__
@@ -161,7 +162,7 @@ def _read_file(device: str) -> None:
             found = {Place(device, *_parse(place)): tuple(map(int, blocks)) for place, blocks in stored.items()}
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} does not hold the configurations that MOPE_AUTOTUNE=1 stores; delete it") from error
-        # What this process timed itself stays.
+        # Timings made by this process take precedence.
         _winners.update({place: blocks for place, blocks in found.items() if place not in _winners})
 
 
@@ -171,7 +172,7 @@ def _parse(place: str) -> tuple[str, tuple[str | int, ...]]:
 
 
 def _write_file(device: str) -> None:
-    """All at once, so that a process that reads meanwhile finds a whole file."""
+    """Write atomically, so that a process that reads at the same time finds a complete file."""
     path = _file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = {str(place): blocks for place, blocks in sorted(_winners.items()) if place.device == device}

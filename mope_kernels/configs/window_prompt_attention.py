@@ -1,4 +1,4 @@
-"""Blocks of the window attention."""
+"""Block sizes of `window_prompt_attention`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 from . import COMPILED, Key, Table
 
-# Of a multiprocessor of NVIDIA's.
+# Per multiprocessor of an NVIDIA GPU.
 REGISTERS = 65536
 
 
 class Blocks(NamedTuple):
-    """Rows in a block of queries and of keys, warps, stages of the software pipeline, programs that a multiprocessor runs at once.
+    """Queries and keys per block, warps, software pipeline stages, and resident programs per multiprocessor.
 
-    `resident` bounds the registers of a thread, and a launch is split into as many programs as all multiprocessors run at once.
+    `resident` limits the registers per thread. A launch is split into as many programs as all multiprocessors can run at once.
     """
 
     queries: int
@@ -24,15 +24,15 @@ class Blocks(NamedTuple):
 
     @property
     def registers(self) -> int:
-        """That a thread may have, so that these programs fit; they are given out by eight."""
+        """Maximum registers per thread at which `resident` programs fit; registers are allocated in multiples of eight."""
         return min(REGISTERS // (32 * self.num_warps * self.resident) // 8 * 8, 255)
 
 
-# Rows of a window that fit into no one block.
+# Upper bound for windows that do not fit in one block.
 MORE = 1 << 30
 
-# (dtype, widest head, kernel, most rows of a window). 64 rows are a window of 7 x 7 with up to 15 prompts, and what wgmma of
-# 4 warps wants.
+# Keys are (dtype, maximum head width, kernel, maximum rows of a window). 64 rows hold a 7 x 7 window with up to 15 prompts, and
+# wgmma with 4 warps needs 64.
 _ENTRIES: dict[Key, Blocks] = {
     ("half", 32, "forward", 64): Blocks(64, 64, 4, 2),
     ("half", 32, "forward", MORE): Blocks(64, 32, 4, 1),
@@ -56,7 +56,7 @@ TABLES = {
     "default": Table(COMPILED, _ENTRIES),
     "sm_80": Table("compiled for sm_80, nothing spills; not timed", {("half", 32, "forward", 64): Blocks(64, 64, 4, 2, 3)}),
     "sm_90": Table("compiled for sm_90, nothing spills; not timed", {("half", 32, "forward", 64): Blocks(64, 64, 4, 2, 4)}),
-    # Its four warps have twice the registers of NVIDIA's, its eight no more than them.
+    # Four warps have twice as many registers as on NVIDIA GPUs; eight warps have no more.
     "gfx942": Table(
         COMPILED,
         {key: blocks._replace(num_warps=4, resident=2) for key, blocks in _ENTRIES.items()}

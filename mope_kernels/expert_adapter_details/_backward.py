@@ -1,5 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Gradients of the adapter: those of rows and what the parameters' are products of, then partial products, then their sums."""
+"""Backward kernels of the adapter.
+
+The first computes the gradient of x and the factors of the parameter gradients, the second partial products of these factors, the
+third sums them.
+"""
 
 import triton
 import triton.language as tl
@@ -9,14 +13,14 @@ from ._forward import activate, load_rows, load_up, load_weight, mix, of_group, 
 
 @triton.jit
 def in_group(b_group, group, BM: tl.constexpr, BE: tl.constexpr, BG: tl.constexpr):
-    """The inverse of `of_group`, zero in the other groups: (BM,BE) -> (BM,BG)."""
+    """Invert `of_group`, with zeros in the other groups: (BM,BE) -> (BM,BG)."""
     b_is_it = tl.arange(0, BG // BE)[None, :, None] == group
     return tl.reshape(tl.where(b_is_it, b_group[:, None, :], 0.0), [BM, BG])
 
 
 @triton.jit
 def store_factor(p_factor, o_row, num_rows, b_factor, WIDTH: tl.constexpr, group=0, GROUPS: tl.constexpr = 1):
-    """WIDTH columns, those of a group, of rows of a contiguous (num_rows, GROUPS*WIDTH), in its dtype."""
+    """Store a group's WIDTH columns in rows of a contiguous (num_rows, GROUPS*WIDTH) matrix, in its dtype."""
     o_column = group * WIDTH + tl.arange(0, WIDTH)
     mask = (o_row < num_rows)[:, None]
     tl.store(p_factor + o_row[:, None] * (GROUPS * WIDTH) + o_column[None, :], b_factor.to(p_factor.dtype.element_ty), mask=mask)
@@ -57,10 +61,11 @@ def adapter_backward(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BM rows of the gradient of x, and of the factors of the parameters' gradients; of each where it is wanted.
+    """Compute BM rows of the gradient of x and of the factors of the parameter gradients. Outputs with null pointers are skipped.
 
-    Those of the up-projections and their biases are grad_out times mixed (num_rows, GROUPS*BE*BR) and weights (num_rows, BG); those
-    of down-projection and router are x times grad_down (num_rows, BR) and grad_logits (num_rows, BG), and their biases' are sums.
+    The gradients of the up-projections and their biases are products of grad_out with mixed (num_rows, GROUPS*BE*BR) and with
+    weights (num_rows, BG). Those of the down-projection and the router are products of x with grad_down (num_rows, BR) and with
+    grad_logits (num_rows, BG); the gradients of their biases are column sums of these two factors.
     """
     o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     b_down, b_logits = project(
@@ -80,7 +85,7 @@ def adapter_backward(
         b_grad_hidden = tl.zeros([BM, BR], tl.float32)
         b_grad_weights = tl.zeros([BM, BG], tl.float32)
         if p_router is not None and GROUPS > 1:
-            # Not beside the products of the groups, where Triton would give every warp all columns of both, to hold and to compute.
+            # In a separate loop: next to the groups' products, Triton would make every warp hold and compute all columns of both.
             for start in tl.range(0, D, BD):
                 o_column = start + tl.arange(0, BD)
                 # (BM, BD)
@@ -128,7 +133,7 @@ def adapter_backward(
                     # (BG, BD)
                     b_weight = load_weight(p_router, o_column, E, BG, D, EVEN).to(dtype)
                     b_grad_x = tl.dot(b_grad_logits, b_weight, b_grad_x, input_precision=PRECISION)
-                # (BM, BD), in the L2 cache since the pass before
+                # (BM, BD), in the L2 cache since the previous pass
                 b_grad_x += load_rows(p_grad_out, o_row, num_rows, stride_grad_out, o_column, D, EVEN).to(tl.float32)
                 mask = (o_row < num_rows)[:, None] & (o_column < D)[None, :]
                 tl.store(p_grad_x + o_row[:, None] * D + o_column[None, :], b_grad_x.to(dtype), mask=mask)
@@ -136,7 +141,7 @@ def adapter_backward(
 
 @triton.jit
 def add_product(p_factor, b_matrix, b_sum, o_row, m_row, WIDTH: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """Add to b_sum (columns, WIDTH) the product of a matrix (rows, columns) and those rows of a factor (num_rows, WIDTH)."""
+    """Add to b_sum (columns, WIDTH) the transpose of a (rows, columns) matrix times these rows of a (num_rows, WIDTH) factor."""
     # (rows, WIDTH)
     b_factor = tl.load(p_factor + o_row[:, None] * STRIDE + tl.arange(0, WIDTH)[None, :], mask=m_row[:, None], other=0.0)
     return tl.dot(tl.trans(b_matrix), b_factor, b_sum, input_precision=PRECISION)
@@ -144,7 +149,7 @@ def add_product(p_factor, b_matrix, b_sum, o_row, m_row, WIDTH: tl.constexpr, ST
 
 @triton.jit
 def column_sums(p_factor, o_row, m_row, WIDTH: tl.constexpr):
-    """Of some rows of a factor (num_rows, WIDTH): (WIDTH,), float32."""
+    """Sum some rows of a factor (num_rows, WIDTH) in float32: (WIDTH,)."""
     b_factor = tl.load(p_factor + o_row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], mask=m_row[:, None], other=0.0)
     return tl.sum(b_factor.to(tl.float32), 0)
 
@@ -180,10 +185,11 @@ def parameter_products(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: the part that a split of the rows has in the parameters' gradients, at BD columns, for a group of experts.
+    """Compute the contribution of one split of the rows to the parameter gradients, for BD columns and one group of experts.
 
-    The parts (splits, total), float32, are those gradients one behind the other, each as its parameter lies, from `starts` on:
-    up-projections, their biases, down-projection, router, bias of the down-projection, bias of the router.
+    A row of the parts (splits, total), float32, holds the gradients one after the other, each in its parameter's layout and
+    starting at its entry of `starts`: up-projections, their biases, down-projection, router, bias of the down-projection, bias of
+    the router.
     """
     column_blocks: tl.constexpr = (D + BD - 1) // BD
     block, group = tl.program_id(0) % column_blocks, tl.program_id(0) // column_blocks % GROUPS
@@ -226,7 +232,7 @@ def parameter_products(
         o_part = o_column[:, None] * R + (o_of_group * (D * R) + o_side % BR)[None, :]
         m_part = (o_column < D)[:, None] & ((o_of_group < E) & (o_side % BR < R))[None, :]
         tl.store(p_parts + starts[0] + o_part, b_up, mask=m_part)
-    # What no group has for itself is the first one's, and what has no columns its first program's.
+    # The first group stores the parts shared by all groups, and its first program those without columns.
     m_column = (o_column < tl.where(group == 0, D, 0))[:, None]
     num_hidden, num_experts = tl.where(group + block == 0, R, 0), tl.where(group + block == 0, E, 0)
     o_row_of_hidden, o_row_of_expert = o_hidden[None, :] * D + o_column[:, None], o_expert[None, :] * D + o_column[:, None]
@@ -250,7 +256,7 @@ def store_segment(p_to, o_part, b_sum, start, end):
 
 @triton.jit(do_not_specialize=["num_splits"])
 def sum_parts(p_parts, p_up, p_up_bias, p_down, p_router, p_down_bias, p_router_bias, num_splits, starts, total, BN: tl.constexpr):
-    """One program: BN numbers of the parts (num_splits, total), summed over the splits in order, and written where they belong."""
+    """Sum BN columns of the parts (num_splits, total) over the splits, in order, and store them in the parameter gradients."""
     o_part = tl.program_id(0) * BN + tl.arange(0, BN)
     b_sum = tl.zeros([BN], tl.float32)
     p_part = p_parts + o_part

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The adapter, for a block of rows per program; and what its backward computes again.
+"""Forward kernel of the adapter, one block of rows per program, and the parts that backward recomputes.
 
-D width of the rows, R of the bottleneck, E experts. Blocks are BM rows by BD columns; BR is R rounded up, BG E so that products can
-be made. Experts are taken in GROUPS of BE, whose bottlenecks stand side by side: (BM, BE*BR).
+Sizes: D row width, R bottleneck width, E experts. Blocks are BM rows by BD columns. BR and BG are R and E rounded up to sizes that
+tl.dot accepts. Experts are processed in GROUPS groups of BE, with their bottlenecks side by side: (BM, BE*BR).
 """
 
 import triton
@@ -15,7 +15,7 @@ NORMAL_PEAK = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def load_rows(p_matrix, o_row, num_rows, stride_row, o_column, D: tl.constexpr, EVEN: tl.constexpr):
-    """Rows of a matrix, at columns that are all there if EVEN: (rows, columns), zero beyond the last of either."""
+    """Load rows of a matrix at some columns, all valid if EVEN: (rows, columns), zero out of bounds."""
     mask = (o_row < num_rows)[:, None]
     if not EVEN:
         mask = mask & (o_column < D)[None, :]
@@ -24,7 +24,7 @@ def load_rows(p_matrix, o_row, num_rows, stride_row, o_column, D: tl.constexpr, 
 
 @triton.jit
 def load_weight(p_weight, o_column, N, BN: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr):
-    """Columns of a weight (N,D): (BN, columns), zero beyond the last of either."""
+    """Load columns of a weight (N,D): (BN, columns), zero out of bounds."""
     o_out = tl.arange(0, BN)
     mask = (o_out < N)[:, None]
     if not EVEN:
@@ -36,7 +36,7 @@ def load_weight(p_weight, o_column, N, BN: tl.constexpr, D: tl.constexpr, EVEN: 
 def load_up(
     p_up, o_column, group, D: tl.constexpr, R: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, EVEN: tl.constexpr
 ):
-    """What the up-projections (E,D,R) of a group add to some columns, side by side: (columns, BE*BR)."""
+    """Load the rows of a group's up-projections (E,D,R) for some output columns, side by side: (columns, BE*BR)."""
     o_side = tl.arange(0, BE * BR)
     o_expert, o_hidden = group * BE + o_side // BR, o_side % BR
     mask = ((o_expert < E) & (o_hidden < R))[None, :]
@@ -65,7 +65,7 @@ def project(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows through the down-projection and the router, in one pass: (BM,BR), (BM,BG), zero without a router; float32."""
+    """Apply the down-projection and the router to rows in one pass: (BM,BR) and (BM,BG), zero without a router; float32."""
     b_down = tl.zeros([BM, BR], tl.float32)
     b_logits = tl.zeros([BM, BG], tl.float32)
     for start in tl.range(0, D, BD):
@@ -88,7 +88,7 @@ def project(
 
 @triton.jit
 def route(b_logits, temperature, ROUTED: tl.constexpr, E: tl.constexpr, BG: tl.constexpr):
-    """The experts' weights: (BM,BG), zero beyond the last expert. Without a router the first has all."""
+    """Return the expert weights: (BM,BG), zero beyond the last expert. Without a router, the first expert has weight 1."""
     o_expert = tl.arange(0, BG)
     if not ROUTED:
         return tl.where(o_expert[None, :] == 0, 1.0, b_logits)
@@ -99,15 +99,15 @@ def route(b_logits, temperature, ROUTED: tl.constexpr, E: tl.constexpr, BG: tl.c
 
 @triton.jit
 def activate(b_down, p_seed, o_row, dropout_p, GELU: tl.constexpr, BR: tl.constexpr):
-    """h = activation(down), after dropout, and its derivative: (BM,BR) each."""
+    """Return h = activation(down) after dropout, and its derivative: (BM,BR) each."""
     if GELU:
         b_cdf = 0.5 * (1.0 + tl.erf(b_down * SQRT_HALF))
         b_hidden, b_slope = b_down * b_cdf, b_cdf + b_down * NORMAL_PEAK * tl.exp(-0.5 * b_down * b_down)
     else:
-        # Where a maximum would be taken, NaN would become 0.
+        # tl.maximum would turn NaN into 0.
         b_hidden, b_slope = tl.where(b_down < 0.0, 0.0, b_down), tl.where(b_down <= 0.0, 0.0, 1.0)
     if p_seed is not None:
-        # The counter is (row, column), so that forward and backward agree.
+        # Use (row, column) as the counter, so that forward and backward agree.
         o_row, o_hidden = o_row.to(tl.int32)[:, None], tl.arange(0, BR)[None, :]
         b_random, _, _, _ = tl.philox(tl.load(p_seed), o_row + tl.zeros_like(o_hidden), o_hidden + tl.zeros_like(o_row), 0, 0)
         b_kept = tl.where(tl.uint_to_uniform_float(b_random) >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)
@@ -118,14 +118,14 @@ def activate(b_down, p_seed, o_row, dropout_p, GELU: tl.constexpr, BR: tl.conste
 
 @triton.jit
 def of_group(b_matrix, group, BM: tl.constexpr, BE: tl.constexpr, BG: tl.constexpr):
-    """The columns of a group of experts: (BM,BG) -> (BM,BE)."""
+    """Select the columns of a group of experts: (BM,BG) -> (BM,BE)."""
     b_is_it = tl.arange(0, BG // BE)[None, :, None] == group
     return tl.sum(tl.where(b_is_it, tl.reshape(b_matrix, [BM, BG // BE, BE]), 0.0), 1)
 
 
 @triton.jit
 def mix(b_weights, b_hidden, BM: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):
-    """Each expert's weight times h: (BM,BE), (BM,BR) -> (BM, BE*BR)."""
+    """Multiply h by each expert's weight: (BM,BE), (BM,BR) -> (BM, BE*BR)."""
     return tl.reshape(b_weights[:, :, None] * b_hidden[:, None, :], [BM, BE * BR])
 
 
@@ -158,7 +158,7 @@ def adapter_forward(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BM rows of out (num_rows, D), and of the experts' weights (num_rows, E) where they are wanted."""
+    """Compute BM rows of out (num_rows, D) and, if requested, of the expert weights (num_rows, E)."""
     o_row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     b_down, b_logits = project(
         p_x, p_down, p_down_bias, p_router, p_router_bias, o_row, num_rows, stride_x, D, R, E, BM, BD, BR, BG, EVEN, PRECISION
@@ -175,7 +175,7 @@ def adapter_forward(
         # (BG, BD)
         b_bias = load_weight(p_up_bias, o_column, E, BG, D, EVEN).to(dtype)
         b_out = tl.dot(b_weights.to(dtype), b_bias, input_precision=PRECISION)
-        # Not unrolled, or the compiler would keep what it mixes here for all groups in registers.
+        # Not unrolled, because the compiler would otherwise keep the b_mixed of all groups in registers.
         for group in tl.range(0, GROUPS):
             b_mixed = mix(of_group(b_weights, group, BM, BE, BG), b_hidden, BM, BR, BE).to(dtype)
             # (BD, BE*BR)

@@ -1,4 +1,4 @@
-"""Launchers of the adapter's Triton kernels, and their configurations. Triton is imported by the first call."""
+"""Launchers of the adapter's Triton kernels, with their configurations. The first call imports Triton."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mope_kernels._triton import cdiv, launch, next_power_of_2, on_amd, splits_i
 
 from .spec import GRADIENTS, PARAMETERS
 
-# Tensor cores multiply at least 16.
+# Smallest matrix size supported by tensor cores.
 SMALLEST = 16
-# Programs that share the products of the parameters' gradients, at most: two for each multiprocessor of an H100.
+# Maximum number of programs that share the products of the parameter gradients: two per multiprocessor of an H100.
 PROGRAMS = 264
 
 
 class Blocks(NamedTuple):
-    """Rows and columns of a block, warps, stages of the software pipeline, and registers that NVIDIA's assembler shall use.
+    """Rows and columns per block, warps, software pipeline stages, and the register limit for NVIDIA's assembler.
 
-    Left to itself (None), it may spill a few to have more warps at once.
+    With None, the assembler may spill a few registers to run more warps at once.
     """
 
     rows: int
@@ -33,11 +33,12 @@ class Blocks(NamedTuple):
     registers: int | None = None
 
 
-# Columns that the bottlenecks of a group of experts have side by side, at most; a bottleneck has no more.
+# Maximum combined width of the bottlenecks in a group of experts, and hence of a single bottleneck.
 SIDE_BY_SIDE = 64
 
-# Of forward, of backward, and of the parameters' gradients; for one group of experts, and for more, whose parts of a product the
-# compiler would all pipeline. Chosen so that nothing spills on sm_80, sm_90, sm_100 and gfx942.
+# Blocks of the forward kernel, the backward kernel and the parameter gradients, for one group of experts and for several (MANY).
+# With several groups the compiler would pipeline the partial products of all. Chosen so that nothing spills on sm_80, sm_90, sm_100
+# and gfx942.
 _HALF = (Blocks(32, 128, 4, 3), Blocks(32, 64, 4, 3), Blocks(64, 64, 4, 2))
 _FLOAT = (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1, 255))
 _HALF_OF_MANY = (Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1, 255), Blocks(32, 32, 4, 1))
@@ -45,7 +46,7 @@ _FLOAT_OF_MANY = (Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1, 255), Blocks(16, 16
 
 
 class _Sizes(NamedTuple):
-    """What the kernels take as constants, without the size of a block."""
+    """Constants of the kernels, except block sizes."""
 
     D: int
     R: int
@@ -68,11 +69,11 @@ class _Sizes(NamedTuple):
         if self.GROUPS > 1:
             return _HALF_OF_MANY
         forward, backward, products = _HALF
-        # Masking columns takes registers, so use fewer rows: Triton 3.6 would spill on sm_90.
+        # Masking columns costs registers; without fewer rows Triton 3.6 would spill on sm_90.
         return forward, backward, products if self.D % products.columns == 0 else products._replace(rows=32)
 
     def constants(self, blocks: Blocks) -> dict[str, Any]:
-        """With those of a block, and the options of the compiler."""
+        """Return these constants with those of a block and the compiler options."""
         limit = {} if blocks.registers is None or on_amd() else {"maxnreg": blocks.registers}
         return {
             **self._asdict(),
@@ -82,7 +83,7 @@ class _Sizes(NamedTuple):
             "EVEN": self.D % blocks.columns == 0,
             "PRECISION": "ieee",
             "num_warps": blocks.num_warps,
-            # AMD's have less shared memory.
+            # AMD GPUs have less shared memory.
             "num_stages": min(blocks.num_stages, 2) if on_amd() else blocks.num_stages,
         }
 
@@ -184,7 +185,7 @@ def expert_adapter_backward(
         GELU=is_gelu,
         **sizes.constants(blocks),
     )
-    # In the order of the parts.
+    # The order of the gradients within the parts.
     of_parameters = ("up_weight", "up_bias", "down_weight", "router_weight", "down_bias", "router_bias")
     by_name = dict(zip(PARAMETERS, parameters, strict=True))
     for name in of_parameters:

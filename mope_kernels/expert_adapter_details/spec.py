@@ -1,4 +1,4 @@
-"""The spec of `expert_adapter`."""
+"""Spec of `expert_adapter`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _any_sizes(choose: Choose, impl: str) -> Sizes:
 
 
 def _variants(short: bool) -> Iterator[Variant]:
-    """Yield the plain adapter, as experts=1, routed ones, and wide ones with every option that costs registers."""
+    """Yield the plain adapter (experts=1), routed adapters, and wide ones with every option that costs registers."""
     given: list[dict[str, Any]] = [{"experts": experts} for experts in (1, 3, 8)]
     wide = {"width": 770, "parameters": torch.float32, "gelu": True}
     given += [{"experts": e, "bottleneck": r, **wide, "dropout_p": 0.1} for e, r in ((3, 16), (1, 32), (7, 61), (8, 20))]

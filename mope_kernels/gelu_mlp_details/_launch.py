@@ -1,4 +1,4 @@
-"""Launchers of the MLP's Triton kernels. Triton is imported by the first call."""
+"""Launchers of the MLP's Triton kernels. The first call imports Triton."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from mope_kernels.configs.gelu_mlp import Blocks
 
 from .spec import GRADIENTS
 
-# Rows and columns of a program of the kernels without a product.
+# Rows and columns per program of the elementwise kernels.
 ROWS, COLUMNS = 4, 1024
 
 
 def chosen_way(x: Tensor, width: int) -> str:
-    """The table's way for an x (or a gradient of the output) in an MLP of so many columns."""
+    """Return the implementation that the table selects for x (or the output gradient) and an MLP input of `width` columns."""
     return configs.find_way("gelu_mlp", (configs.dtype_key(x.dtype), width), x.device)
 
 
 def _launch_on_rows(kernel: Any, hidden: Tensor, out: Tensor) -> None:
-    """Launch one of the kernels that take each number by itself on two contiguous (rows, columns)."""
+    """Launch an elementwise kernel on two contiguous (rows, columns) tensors."""
     num_rows, num_columns = hidden.shape
     launch(
         kernel,
@@ -43,7 +43,7 @@ def _launch_on_rows(kernel: Any, hidden: Tensor, out: Tensor) -> None:
 
 
 def _launch_product(kernel: Any, a: Tensor, weight: Tensor, *tensors: Tensor | None, num_columns: int) -> None:
-    """Launch one of the two kernels on a (rows, depth), a weight, and what else it takes."""
+    """Launch `gelu_forward` or `gelu_gradient` on `a` (rows, depth), a weight, and the kernel's other tensors."""
     a = last_dim_contiguous(a)
     num_rows, depth = a.shape
     blocks: Blocks = configs.find("gelu_mlp", (configs.dtype_key(a.dtype),), a.device)

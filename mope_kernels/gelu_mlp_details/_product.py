@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Products with the exact GELU, or its derivative, in the epilogue: what is multiplied is not read again for it."""
+"""Matrix products with the exact GELU or its derivative in the epilogue, which saves rereading the product."""
 
 import triton
 import triton.language as tl
@@ -12,10 +12,10 @@ HALF_LOG2_E = tl.constexpr(0.7213475204444817)
 
 @triton.jit
 def this_tile(num_rows, num_columns, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Which block of rows and which of columns a program has."""
+    """Return the row block and the column block of a program."""
     row_blocks = tl.cdiv(num_rows, BM)
     column_blocks = tl.cdiv(num_columns, BN)
-    # GROUP blocks of rows take the columns together, so that what runs at once finds its rows and its weights in the L2 cache.
+    # GROUP row blocks use a column block before moving on to the next, so concurrent programs find their rows and weights in L2.
     group = tl.program_id(0) // (GROUP * column_blocks)
     within = tl.program_id(0) % (GROUP * column_blocks)
     rows_in_group = tl.minimum(row_blocks - group * GROUP, GROUP)
@@ -39,8 +39,8 @@ def product(
     EVEN_COLUMNS: tl.constexpr,
     EVEN_DEPTH: tl.constexpr,
 ):
-    """A block of A (num_rows, depth) B (depth, num_columns), with zeros beyond the last column: (BM, BN), float32."""
-    # Rows that are not there repeat the last one, so that no load of A needs a mask for them; nobody stores them.
+    """Compute a block of A (num_rows, depth) times B (depth, num_columns), zero beyond the last column: (BM, BN), float32."""
+    # Rows out of bounds repeat the last one, so that loads of A need no row mask; they are never stored.
     o_a_row = tl.minimum(o_row, num_rows - 1).to(tl.int64)
     o_depth = tl.arange(0, BK)
     p_a_tile = p_a + o_a_row[:, None] * stride_a + o_depth[None, :]
@@ -62,11 +62,11 @@ def product(
 
 @triton.jit
 def normal_tail(b_x, PRECISE: tl.constexpr):
-    """Phi(-|x|): what the normal distribution has beyond |x|."""
+    """Return Phi(-|x|), the tail of the normal distribution beyond |x|."""
     b_distance = tl.abs(b_x)
     if PRECISE:
         return 0.5 - 0.5 * tl.erf(b_distance * SQRT_HALF)
-    # The logarithm of the tail is nearly a parabola, and for erf the epilogue would take as long as the product. Fitted so that
+    # Fit the logarithm of the tail, which is nearly a parabola, because with erf the epilogue would take as long as the product.
     # |x| times the error is below 2.2e-7, as good as erf in float32; the relative error is below 2e-5 up to 3 and 1.5e-4 up to 6.
     b_distance = tl.minimum(b_distance, 16.0)
     b_log2 = -1.097168e-06 * b_distance + 4.87022792e-05
@@ -80,14 +80,14 @@ def normal_tail(b_x, PRECISE: tl.constexpr):
 
 @triton.jit
 def gelu(b_x, PRECISE: tl.constexpr):
-    """x Phi(x)."""
+    """Return x Phi(x)."""
     b_tail = normal_tail(b_x, PRECISE)
     return tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL) - tl.minimum(tl.abs(b_x), 16.0) * b_tail
 
 
 @triton.jit
 def gelu_derivative(b_x, PRECISE: tl.constexpr):
-    """Phi(x) + x phi(x)."""
+    """Return Phi(x) + x phi(x)."""
     b_tail = normal_tail(b_x, PRECISE)
     b_density = tl.exp2(b_x * b_x * -HALF_LOG2_E) * NORMAL_PEAK
     return tl.where(b_x > 0.0, 1.0 - b_tail, b_tail) + b_x * b_density
@@ -112,9 +112,9 @@ def gelu_forward(
     EVEN_COLUMNS: tl.constexpr,
     EVEN_DEPTH: tl.constexpr,
 ):
-    """One program: a block of out = gelu(h), h = x W' + b, (num_rows, num_columns), contiguous; of h too where hidden is there.
+    """Compute a block of out = gelu(h), h = x W' + b, and of h if p_hidden is given.
 
-    x is (num_rows, depth), weight (num_columns, depth).
+    x is (num_rows, depth), weight (num_columns, depth); out and h are (num_rows, num_columns) and contiguous.
     """
     row_block, column_block = this_tile(num_rows, num_columns, BM, BN, GROUP)
     o_row = row_block * BM + tl.arange(0, BM)
@@ -139,7 +139,7 @@ def gelu_forward(
         b_hidden += tl.load(p_bias + o_column, mask=o_column < num_columns, other=0.0).to(tl.float32)[None, :]
     o_out = o_row.to(tl.int64)[:, None] * num_columns + o_column[None, :]
     m_out = (o_row < num_rows)[:, None] & (o_column < num_columns)[None, :]
-    # Rounded as it is saved, so that training and inference give the same; it also leaves registers for two programs at once.
+    # Round as when saving, so that training and inference agree. This also leaves enough registers for two concurrent programs.
     b_hidden = b_hidden.to(p_out.dtype.element_ty)
     if p_hidden is not None:
         tl.store(p_hidden + o_out, b_hidden, mask=m_out)
@@ -149,7 +149,7 @@ def gelu_forward(
 
 @triton.jit
 def times_derivative(p_hidden, p_out, b_grad, o_row, o_column, num_rows, num_columns):
-    """Write a block of a gradient (rows, columns), times gelu'(h) there."""
+    """Store a block of a gradient (rows, columns), multiplied by gelu'(h)."""
     o_out = o_row.to(tl.int64)[:, None] * num_columns + o_column[None, :]
     m_out = (o_row < num_rows)[:, None] & (o_column < num_columns)[None, :]
     # (rows, columns)
@@ -176,9 +176,9 @@ def gelu_gradient(
     EVEN_COLUMNS: tl.constexpr,
     EVEN_DEPTH: tl.constexpr,
 ):
-    """One program: a block of (grad_out W) gelu'(h), (num_rows, num_columns), as h contiguous.
+    """Compute a block of (grad_out W) gelu'(h).
 
-    grad_out is (num_rows, depth), weight (depth, num_columns).
+    grad_out is (num_rows, depth), weight (depth, num_columns); h and the result are (num_rows, num_columns) and contiguous.
     """
     row_block, column_block = this_tile(num_rows, num_columns, BM, BN, GROUP)
     o_row = row_block * BM + tl.arange(0, BM)
@@ -199,7 +199,7 @@ def gelu_gradient(
         EVEN_COLUMNS,
         EVEN_DEPTH,
     )
-    # The halves one after the other take fewer registers, so that on sm_90 two programs share a multiprocessor.
+    # Processing one half after the other needs fewer registers, so that on sm_90 two programs fit on a multiprocessor.
     b_left, b_right = tl.split(tl.permute(tl.reshape(b_grad, [BM, 2, BN // 2]), [0, 2, 1]))
     o_half = column_block * BN + tl.arange(0, BN // 2)
     times_derivative(p_hidden, p_grad_hidden, b_left, o_row, o_half, num_rows, num_columns)
@@ -208,7 +208,7 @@ def gelu_gradient(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def gelu_of_rows(p_hidden, p_out, num_rows, num_columns, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr):
-    """One program: BR x BC numbers of out = gelu(h), (num_rows, num_columns), contiguous; out may be h itself."""
+    """Compute BR x BC elements of out = gelu(h), both (num_rows, num_columns) and contiguous. out may alias h."""
     o_number, m_number = this_part(num_rows, num_columns, BR, BC, EVEN)
     b_hidden = tl.load(p_hidden + o_number, mask=m_number, other=0.0).to(tl.float32)
     b_out = gelu(b_hidden, p_out.dtype.element_ty == tl.float32)
@@ -217,7 +217,7 @@ def gelu_of_rows(p_hidden, p_out, num_rows, num_columns, BR: tl.constexpr, BC: t
 
 @triton.jit(do_not_specialize=["num_rows"])
 def times_derivative_of_rows(p_hidden, p_grad, num_rows, num_columns, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr):
-    """One program: BR x BC numbers of a gradient (num_rows, num_columns), contiguous, times gelu'(h), in place."""
+    """Multiply BR x BC elements of a contiguous gradient (num_rows, num_columns) by gelu'(h), in place."""
     o_number, m_number = this_part(num_rows, num_columns, BR, BC, EVEN)
     b_hidden = tl.load(p_hidden + o_number, mask=m_number, other=0.0).to(tl.float32)
     b_grad = tl.load(p_grad + o_number, mask=m_number, other=0.0).to(tl.float32)
@@ -227,7 +227,7 @@ def times_derivative_of_rows(p_hidden, p_grad, num_rows, num_columns, BR: tl.con
 
 @triton.jit
 def this_part(num_rows, num_columns, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr):
-    """Which numbers of a contiguous (num_rows, num_columns) a program has, and which of them are there: (BR, BC)."""
+    """Return a program's offsets into a contiguous (num_rows, num_columns) matrix and their mask: (BR, BC) each."""
     column_blocks = tl.cdiv(num_columns, BC)
     o_row = tl.program_id(0) // column_blocks * BR + tl.arange(0, BR)
     o_column = tl.program_id(0) % column_blocks * BC + tl.arange(0, BC)

@@ -1,4 +1,4 @@
-"""The spec of `gelu_mlp`."""
+"""Spec of `gelu_mlp`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _arguments(options: Options, tensors: Tensors) -> dict[str, Any]:
 
 
 def _around(options: Options) -> AbstractContextManager[None]:
-    # Import here: the module is loaded by now, and the package has a function of the same name.
+    # Import here, because the package exports a function with the same name as the module, which is loaded by now.
     from mope_kernels.gelu_mlp import taking
 
     return taking(options["way"]) if "way" in options else nullcontext()
@@ -74,14 +74,14 @@ def _any_sizes(choose: Choose, impl: str) -> Sizes:
 
 def _variants(short: bool) -> Iterator[Variant]:
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    # Kernels without a product only depend on whether a width is a multiple of their blocks.
+    # The elementwise kernels depend only on whether the width is a multiple of their blocks.
     for way, widths, usual in (("triton", (100, 128, 256, 512, 768, 1024), 128), ("cublas", (100, 1024), 1024)):
         for dtype, width in product(dtypes, widths):
             if short and dtype != torch.bfloat16 and width != usual:
                 continue
             sizes = {"batch": 64, "rows": 62, "width": width, "hidden": 4 * width, "out": width, "way": way}
             label = f"{TYPES[dtype]} C={width}" + (" way=cublas" if way == "cublas" else "")
-            # Without, and with, the tensors that backward needs.
+            # Without and with the tensors that backward needs.
             yield Variant(label, dtype, sizes, ())
             yield Variant(label, dtype, sizes, ("x",))
 

@@ -1,5 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The importance loss: squared coefficient of variation of the experts' loads. One program a block: the order is fixed."""
+"""Kernels of the importance loss, the squared coefficient of variation of the expert loads.
+
+One program handles each block, so the order of summation is fixed.
+"""
 
 import triton
 import triton.language as tl
@@ -7,10 +10,10 @@ import triton.language as tl
 
 @triton.jit
 def load_variation(b_load, m_expert, K: tl.constexpr):
-    """Mean, deviations from it (BK,), and the unbiased variance over the squared mean: 0 if nothing was loaded."""
+    """Return the mean, deviations from it (BK,), and unbiased variance / mean^2, which is 0 if all loads are 0."""
     mean = tl.sum(b_load, 0) / K
     b_deviation = tl.where(m_expert, b_load - mean, 0.0)
-    # Probabilities sum to 1, so a mean of 0 is that of an empty batch, whose loads do not vary.
+    # Probabilities sum to 1, so only an empty batch has a mean of 0; its loads do not vary.
     mean = tl.where(mean == 0.0, 1.0, mean)
     return mean, b_deviation, tl.sum(b_deviation * b_deviation, 0) / (K - 1) / (mean * mean)
 
@@ -23,7 +26,7 @@ def importance_forward(
     p_probs += i_block * stride_block
     o_expert = tl.arange(0, BK)
     m_expert = o_expert < K
-    # Sums of every BB-th row, added up once at the end. In float64: there is little to add, and nearly even loads cancel.
+    # Sum every BB-th row, then add these sums once at the end. In float64, because the cost is small and nearly even loads cancel.
     b_partial = tl.zeros([BB, BK], tl.float64)
     for start in range(0, batch, BB):
         o_item = (start + tl.arange(0, BB)).to(tl.int64)

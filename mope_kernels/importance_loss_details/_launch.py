@@ -1,4 +1,4 @@
-"""Launchers of the importance loss's Triton kernels. The first call imports Triton."""
+"""Launchers of the Triton kernels of the importance loss. The first call imports Triton."""
 
 from __future__ import annotations
 

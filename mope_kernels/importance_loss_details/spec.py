@@ -1,4 +1,4 @@
-"""The spec of `importance_loss`."""
+"""Spec of `importance_loss`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SPEC = Spec(
     gradients=GRADIENTS,
     raw=(FORWARD, BACKWARD),
     implementations=("cpu", "triton"),
-    # The op looks at the batch as a whole, so no tensor has items.
+    # The op reduces over the whole batch, so no tensor is per item.
     base={"blocks": 2, "batch": 6, "experts": 4, "threshold": 0.0},
     cases={
         "even": {"batch": 40, "experts": 2},

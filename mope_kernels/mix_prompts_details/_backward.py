@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Gradients of the weighted sum of expert prompts, each summed in a fixed order by one program."""
+"""Backward kernels of the weighted sum of expert prompts. One program computes each sum, in a fixed order."""
 
 import triton
 import triton.language as tl
@@ -23,7 +23,7 @@ def mix_backward_experts(
     BT: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """One program: BE of the P * D elements of one expert, summed over the batch."""
+    """Compute the gradient of BE of the P * D elements of one expert, summed over the batch."""
     blocks: tl.constexpr = (P * D + BE - 1) // BE
     expert = tl.program_id(0) // blocks
     o_element = tl.program_id(0) % blocks * BE + tl.arange(0, BE)
@@ -32,7 +32,7 @@ def mix_backward_experts(
     b_grad = tl.zeros([BE], tl.float32)
     for start in range(0, batch, BB):
         o_item = (start + tl.arange(0, BB)).to(tl.int64)
-        # What the expert weighs in each item, and whether it was selected at all: (BB,) each
+        # The expert's weight in each item, and how often it was selected: (BB,) each
         b_coefficient = tl.zeros([BB], tl.float32)
         b_uses = tl.zeros([BB], tl.int32)
         for first in range(0, TOP_K, BT):
@@ -44,7 +44,7 @@ def mix_backward_experts(
             b_coefficient += tl.sum(tl.where(b_index == expert, b_weight.to(tl.float32), 0.0), 1)
             b_uses += tl.sum((b_index == expert).to(tl.int32), 1)
         mask = (b_uses > 0)[:, None] & m_element[None, :]
-        # (BB, BE); items that do not use the expert are not read, whatever they hold
+        # (BB, BE); do not read items that do not use the expert, because they may hold NaN
         b_grad_out = tl.load(p_grad_out + o_item[:, None] * stride_item + o_grad[None, :], mask=mask, other=0.0).to(tl.float32)
         b_grad += tl.sum(tl.where(mask, b_coefficient[:, None] * b_grad_out, 0.0), 0)
     o_expert = expert.to(tl.int64) * (P * D) + o_element
@@ -67,7 +67,10 @@ def mix_backward_weights(
     TOP_K: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """One program: one weight of one item, the product of its expert with the incoming gradient. No indices: every expert's."""
+    """Compute the gradient of one weight of one item, the dot product of its expert with the incoming gradient.
+
+    Without indices, there is one weight per expert.
+    """
     item = (tl.program_id(0) // TOP_K).to(tl.int64)
     slot = tl.program_id(0) % TOP_K
     index = slot.to(tl.int64)

@@ -20,7 +20,7 @@ def mix_forward(
     TOP_K: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """One program: BE of the P * D elements of one item."""
+    """Compute BE of the P * D elements of one item."""
     blocks: tl.constexpr = (P * D + BE - 1) // BE
     item = (tl.program_id(0) // blocks).to(tl.int64)
     o_element = tl.program_id(0) % blocks * BE + tl.arange(0, BE)

@@ -1,4 +1,4 @@
-"""Launchers of the prompt mixture's Triton kernels. Triton is imported by the first call."""
+"""Launchers of the Triton kernels that mix expert prompts. The first call imports Triton."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def mix_prompts_backward(grad_out: Tensor, experts: Tensor, weights: Tensor, ind
 
 
 def mixture_backward(grad_out: Tensor, experts: Tensor, weights: Tensor, indices: Tensor | None) -> Tensor:
-    """The gradient of the weights (B,k). Without indices there is a weight for each expert."""
+    """Return the gradient of the weights (B,k). Without indices, there is one weight per expert."""
     from ._backward import mix_backward_weights
 
     batch, top_k = weights.shape

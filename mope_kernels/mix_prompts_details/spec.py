@@ -1,4 +1,4 @@
-"""The spec of `mix_prompts`."""
+"""Spec of `mix_prompts`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BACKWARD = RawOp(
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """Copy into the strides that `route` returns. (A single row counts as contiguous, whatever its stride.)"""
+    """Copy to the strides that `route` returns. `contiguous` would not, because a single row of any stride is contiguous."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

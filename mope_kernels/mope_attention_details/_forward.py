@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""One pass: route, build the prompts from the expert bank, attend to prompts and tokens."""
+"""Fused forward kernel: route, build the prompts from the expert bank, and attend to prompts and tokens."""
 
 import triton
 import triton.language as tl
@@ -66,13 +66,13 @@ def mope_attention_forward(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BM queries of one item and head.
+    """Compute the attention of BM queries of one item and head.
 
-    scale_log2 is the scale of the scores times log2(e), keep_scale is 1 / (1 - dropout_p).
+    scale_log2 is the score scale times log2(e), keep_scale is 1 / (1 - dropout_p).
     """
     N: tl.constexpr = SIZES[0] + SIZES[1] + SIZES[2]
     SELECTED: tl.constexpr = TOP_K if TOP_K > 0 else K
-    # Items without queries are routed all the same.
+    # Items without queries still need routing.
     blocks = tl.maximum(tl.cdiv(num_queries, BM), 1)
     item_head = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks

@@ -1,4 +1,4 @@
-"""Launchers of the one-pass attention's Triton kernels. Triton is imported by the first call."""
+"""Launchers of the Triton kernels of the fused MoPE attention. The first call imports Triton."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .spec import GRADIENTS, INSTANCE, SHARED
 
 
 class _Prompts:
-    """Where the prompts come from, ready to be passed to a kernel: None for what is not there."""
+    """Sources of the prompts, ready to be passed to a kernel. Missing ones are None."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class _Prompts:
             else:
                 key, value = same_strides(key, value)
                 pairs += [key, value]
-                # All items share the static prompts, where they are not those of their task.
+                # All items share the static prompts unless these are per task.
                 self.strides += ((0,) * (4 - key.dim()) + key.stride()[:-1],)
         small = (t.contiguous() if t is not None and num_routed else None for t in (gram, key_offset, value_offset))
         self.matrices = tuple(pairs)
@@ -101,7 +101,7 @@ def mope_attention(
     blocks = blocks_for("forward", query, dropped=dropout_p > 0.0)
     num_prompts, prompts_at_once = sum(prompts.sizes), prompt_block(sum(prompts.sizes), query)
     if num_prompts > prompts_at_once:
-        # A loop over the prompts takes registers as well.
+        # A loop over the prompts needs additional registers.
         blocks = blocks._replace(keys=min(blocks.keys, 64 // query.element_size()))
     launch(
         mope_attention_forward,
@@ -152,7 +152,7 @@ def mope_attention(
 def _build_prompts(
     query: Tensor, probs: Tensor, weights: Tensor, indices: Tensor, prompts: _Prompts, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values (B,H,N,D) of the prompts, as the forward had them on chip."""
+    """Build the keys and values (B,H,N,D) of the prompts, which the forward kernel kept on chip."""
     from ._prompts import build_prompts
 
     (batch, heads, _, width), num_experts, top_k = query.shape, probs.shape[1], weights.shape[1]
@@ -195,11 +195,11 @@ def _prompt_gradients(
     sizes: tuple[int, int, int],
     need: Collection[str],
 ) -> dict[str, Tensor]:
-    """From the gradients (B,H,N,D) of the prompts to those of what they are made of; "mixture" is that of the weights (B,K).
+    """Propagate the gradients (B,H,N,D) of the prompts to their sources; "mixture" is the gradient of the weights (B,K).
 
-    With m = sum_j w_j B_j a routed prompt without its offset and s = (w' G w + eps)^-1/2, the prompt is s m, and
+    Let m = sum_j w_j B_j and s = (w' G w + eps)^-1/2. The routed prompt without its offset is s m, and
     dB_j = w_j s dP, dw_j = s <dP, B_j> + dv ((G + G') w)_j, dG = dv w w', where dv = -s^3 <dP, m> / 2.
-    All in float32: a matrix product over (item) or over (head, D) each, so the order of the sums is fixed.
+    Everything is computed in float32 as matrix products over item or over (head, D), so the summation order is fixed.
     """
     found: dict[str, Tensor] = {}
     inverse_std = weights.new_ones(len(weights), sizes[2])
@@ -275,7 +275,7 @@ def mope_attention_backward(
 
     need_prompts = set()
     for side in ("key", "value"):
-        # The weights and the standard deviation act on keys and values alike.
+        # The weights and the standard deviation affect both keys and values.
         if not need.isdisjoint({"logits", "gram", f"bank_{side}", f"{side}_offset", f"static_{side}", f"instance_{side}"}):
             need_prompts.add(f"prompt_{side}")
     found = attention_backward(
@@ -305,7 +305,7 @@ def mope_attention_backward(
             grad_probs = found["mixture"] if grad_probs is None else grad_probs + found["mixture"]
         found["logits"] = route_backward(grad_probs, grad_weights, probs, weights, indices, temperature, renormalize)
 
-    # That of the logits stays in float32, as the router's backward gives it.
+    # The gradient of the logits stays in float32, as the router's backward returns it.
     shared = (bank_key, bank_value, gram, key_offset, value_offset, static_key, static_value, instance_key, instance_value)
     for name, like in zip((*SHARED, *INSTANCE), shared, strict=True):
         if name in need and like is not None:

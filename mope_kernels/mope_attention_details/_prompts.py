@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The prompts of one item and head as attention sees them: [static; instance; routed].
+"""Prompts of one item and head in attention order: [static; instance; routed].
 
-A selection is a tuple (slot, expert, weight) of three vectors: the expert with slot t < SELECTED is the t-th selected one.
+A selection is a tuple (slot, expert, weight) of three vectors. The expert in slot t < SELECTED is the t-th selected one.
 """
 
 import triton
@@ -12,7 +12,7 @@ from mope_kernels.prompt_attention_details._forward import load_tile, matrix_off
 
 @triton.jit
 def selected(selection, slot):
-    """Number and weight of the expert in a slot."""
+    """Return the index and weight of the expert in a slot."""
     b_slot, b_expert, b_weight = selection
     return tl.sum(tl.where(b_slot == slot, b_expert, 0), 0), tl.sum(tl.where(b_slot == slot, b_weight, 0.0), 0)
 
@@ -21,8 +21,8 @@ def selected(selection, slot):
 def inverse_std(
     p_gram, selection, task, o_prompt, eps, K: tl.constexpr, SELECTED: tl.constexpr, SIZES: tl.constexpr, BP: tl.constexpr
 ):
-    """(w' G_p w + eps)^-1/2 of the prompts that are routed: (BP,). 1 without LayerNorm."""
-    # Triton 3.6 lets no function return None inside a loop.
+    """Return (w' G_p w + eps)^-1/2 for the routed prompts: (BP,). 1 without LayerNorm."""
+    # In Triton 3.6, a function called in a loop cannot return None.
     if p_gram is None:
         return tl.full([BP], 1.0, tl.float32)
     else:
@@ -59,9 +59,9 @@ def prompt_tile(
     WIDE: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """Keys, or values, of some prompts of an item and head: (BP,BD) float32.
+    """Build the keys or values of some prompts of an item and head: (BP,BD) float32.
 
-    sources are the pointers of bank, offset, static and instance prompts, SIZES the numbers of static, instance and routed ones.
+    `sources` holds pointers to bank, offset, static and instance prompts; SIZES the numbers of static, instance and routed prompts.
     """
     p_bank, p_offset, p_static, p_instance = sources
     bank_strides, static_strides, instance_strides = strides
@@ -81,7 +81,7 @@ def prompt_tile(
             o_column = tl.arange(0, BD)
             b_tile += tl.load(p_offset + head * D + o_column, mask=o_column < D, other=0.0).to(tl.float32)[None, :]
         b_tile = tl.where(m_routed[:, None], b_tile, 0.0)
-    # The rows of the three kinds are disjoint, so adding puts each in its place.
+    # The three kinds occupy disjoint rows, so they can be added.
     if S > 0:
         p_static += matrix_offset(task, head, static_strides)
         b_tile += load_tile(p_static, o_prompt, o_prompt < S, static_strides[2], D, BD, WIDE).to(tl.float32)
@@ -120,7 +120,7 @@ def build_prompts(
     WIDE: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """Write the prompts (B,H,N,D) of given weights (B,k) and indices (B,k), None if dense. One program: BP of one (item, head)."""
+    """Write BP prompts (B,H,N,D) of one item and head, from given weights (B,k) and indices (B,k), or None if dense."""
     N: tl.constexpr = SIZES[0] + SIZES[1] + SIZES[2]
     blocks: tl.constexpr = (N + BP - 1) // BP
     item_head = tl.program_id(0) // blocks

@@ -1,4 +1,4 @@
-"""The spec of `mope_attention`."""
+"""Spec of `mope_attention`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from mope_kernels.prompt_attention_details.spec import (
 from mope_kernels.route_details.spec import empty_routing
 from mope_kernels.spec import Choose, Gradients, Options, RawOp, Sizes, Spec, Tensors, Variant
 
-# The inputs that all items share.
+# Inputs shared by all items.
 SHARED = ("bank_key", "bank_value", "gram", "key_offset", "value_offset", "static_key", "static_value")
 INSTANCE = ("instance_key", "instance_value")
 GRADIENTS = Gradients("query", "key", "value", "logits", *SHARED, *INSTANCE)
-# The tensors of the raw op, in schema order. The gradient of the noise is derived from that of the logits.
+# Tensors of the raw op, in schema order. The gradient of the noise is derived from that of the logits.
 TENSORS = ("query", "key", "value", "logits", "noise", *SHARED, *INSTANCE, "lengths", "seed")
 
 _INPUTS = (
@@ -55,16 +55,16 @@ BACKWARD = RawOp(
     "mope_attention_backward",
     "Tensor grad_out, Tensor? grad_probs, Tensor? grad_weights, Tensor out, Tensor lse, Tensor probs, Tensor weights, "
     f"Tensor indices, {_INPUTS}, int needs",
-    # Gradients have the dtypes of their inputs, but that of the logits is float32.
+    # Gradients have the dtypes of their inputs, except that of the logits, which is float32.
     GRADIENTS.results,
     GRADIENTS.fake(_gradient, lambda a, name: not_needed(a.query)),
 )
 
 
 def _bank(size: Sizes, device: str) -> Tensors:
-    """Make the bank and Gram matrix of the same centred experts, as a model does, so that the folded norm gives unit variance.
+    """Make bank and Gram matrix from the same centred experts, as a model does, so that the folded LayerNorm gives unit variance.
 
-    The keys are projected by a permutation, and the values are not projected.
+    Keys are projected by a permutation; values are not projected.
     """
     experts, prompts, heads, width, tasks = (size[n] for n in ("experts", "prompts", "heads", "width", "tasks"))
     centred = torch.randn(*([tasks] if tasks else []), experts, prompts, heads * width, device=device)
@@ -138,7 +138,7 @@ def _any_sizes(choose: Choose, impl: str) -> Sizes:
 
 
 def _variants(short: bool) -> Iterator[Variant]:
-    """Yield variants on the heads of a projection; `sizes` are the numbers of static, instance and routed prompts."""
+    """Yield variants whose heads are views of a projection; `sizes` holds the numbers of static, instance and routed prompts."""
     for dtype, head_dim, given, label in declared(_options_of, short, others=(32, 72, 128)):
         static, instance, routed = given.get("sizes", (6, 1, 6))
         tasks = given.get("tasks", 0)
@@ -161,7 +161,7 @@ def _variants(short: bool) -> Iterator[Variant]:
             "noise": False,
             "float32_logits": True,
         }
-        # A batch of several tasks has no gradients.
+        # Batches of several tasks have no backward.
         yield Variant(label, dtype, sizes, () if tasks else None, (0,))
 
 
@@ -219,7 +219,7 @@ SPEC = Spec(
     varied=({"lengths": [9, 4]}, {"top_k": 2, "fold": False, "noise": False}),
     full={"lengths": [9, 4], "top_k": 2},
     statistics=(1, 2),
-    # A matrix of squares.
+    # The elements of a Gram matrix must not overlap in memory.
     last_axes={"gram": 2},
     small=frozenset({"one of everything"}),
     variants=_variants,

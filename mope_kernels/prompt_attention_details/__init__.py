@@ -1,0 +1,1 @@
+"""Spec, launchers and kernels of `prompt_attention`."""

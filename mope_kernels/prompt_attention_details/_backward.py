@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Gradients of attention over [prompts; tokens]. Every sum is made by one program in a fixed order: no atomics.
+"""Backward kernels of attention over [prompts; tokens]. One program computes each sum in a fixed order, without atomics.
 
-The probabilities P are rebuilt from the scores, rounded as in the forward, and the saved lse. With dP the gradient of the
-probabilities and delta = sum_d out * grad_out, that of the scores is dS = P * (dP - delta), and
+The probabilities P are recomputed from the saved lse and the scores, rounded as in the forward. With dP the gradient of the
+probabilities and delta = sum_d out * grad_out, the gradient of the scores is dS = P * (dP - delta), and
 grad_query = scale * dS K, grad_key = scale * dS' Q, grad_value = P' grad_out.
 """
 
@@ -26,7 +26,7 @@ def output_products(
     WIDE: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """delta (B,H,Lq) = sum_d out * grad_out; out is laid out as (B,Lq,H,D). One program: BM queries of one item and head."""
+    """Compute delta (B,H,Lq) = sum_d out * grad_out for BM queries of one item and head; out has layout (B,Lq,H,D)."""
     blocks = tl.cdiv(num_queries, BM)
     item_head = tl.program_id(0) // blocks
     item = (item_head // H).to(tl.int64)
@@ -43,11 +43,11 @@ def output_products(
 
 @triton.jit
 def rebuild_probs(b_scores_log2, b_lse, PRECISION: tl.constexpr):
-    """exp2(score - lse) of scores and lse (float64) that broadcast."""
+    """Return exp2(score - lse) for broadcastable scores and float64 lse."""
     b_lse_high = b_lse.to(tl.float32)
     b_difference = b_scores_log2 - b_lse_high
     if PRECISION == "ieee":
-        # What float32 cannot hold of lse. Products of 16 bits have larger errors than that.
+        # Subtract the part of lse that float32 cannot represent. With 16-bit operands, larger errors hide it.
         b_difference -= tl.where(b_lse_high == float("inf"), 0.0, b_lse - b_lse_high.to(tl.float64)).to(tl.float32)
     return tl.exp2(b_difference)
 
@@ -73,7 +73,7 @@ def query_gradient_step(
     keep_scale,
     PRECISION: tl.constexpr,
 ):
-    """Add what one block of keys (BN,BD), of which `m_score` (1|BM,BN) shows some, gives to grad_query / scale (BM,BD)."""
+    """Add the contribution of one block of keys (BN,BD), masked by `m_score` (1|BM,BN), to grad_query / scale (BM,BD)."""
     # (BM, BN) each
     b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2
     if p_bias is not None:
@@ -125,7 +125,7 @@ def query_gradient(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grad_query, laid out as (B,Lq,H,D). One program: BM queries of one item and head."""
+    """Compute grad_query, in layout (B,Lq,H,D), for BM queries of one item and head."""
     blocks = tl.cdiv(num_queries, BM)
     item_head = tl.program_id(0) // blocks
     item = (item_head // H).to(tl.int64)
@@ -142,7 +142,7 @@ def query_gradient(
     b_query = load_tile(p_query, o_query, m_query, query_strides[2], D, BD, WIDE)
     p_grad_out += matrix_offset(item, head, grad_out_strides, first)
     b_grad_out = load_tile(p_grad_out, o_query, m_query, grad_out_strides[2], D, BD, WIDE)
-    # (BM,) each; exp2(score - inf) = 0 for rows that are not there
+    # (BM,) each; exp2(score - inf) = 0 for rows out of bounds
     o_row = item_head.to(tl.int64) * num_queries + o_query
     b_lse = tl.load(p_lse + o_row, mask=m_query, other=float("inf"))
     b_delta = tl.load(p_delta + o_row, mask=m_query, other=0.0)
@@ -180,7 +180,7 @@ def query_gradient(
     p_value += matrix_offset(item, head, value_strides, first)
     visible = visible_tokens(p_lengths, item, keys)
     if IS_CAUSAL:
-        # No query of this block sees what lies behind its last one.
+        # No query of this block attends to keys after its last query.
         visible = tl.minimum(visible, block * BM + BM)
     if p_bias is not None:
         p_bias += item * bias_strides[0] + head * bias_strides[1] + block.to(tl.int64) * BM * bias_strides[2]
@@ -256,10 +256,10 @@ def key_value_gradient(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grad_key and grad_value, each if its pointer is not None, of tokens or of prompts. One program: BN keys of one item and head.
+    """Compute grad_key and grad_value, each if its pointer is not None, for BN tokens or prompts of one item and head.
 
-    FIRST_COLUMN is where these keys start among [prompts; tokens]. Hidden keys get zeros. Where the items are packed, p_offsets is
-    for the queries, and p_key_offsets for keys that are tokens.
+    FIRST_COLUMN is the position of the first key in [prompts; tokens]. Hidden keys get zeros. With packed items, p_offsets holds
+    the offsets of the queries and p_key_offsets those of the keys, if the keys are tokens.
     """
     blocks = tl.cdiv(num_keys, BN)
     item_head = tl.program_id(0) // blocks
@@ -289,7 +289,7 @@ def key_value_gradient(
         p_bias += item * bias_strides[0] + head * bias_strides[1] + block.to(tl.int64) * BN * bias_strides[3]
     start_query = 0
     if IS_CAUSAL:
-        # No query in front of these keys sees any of them.
+        # No query before these keys attends to any of them.
         start_query = block * BN
     for start in tl.range(start_query, tl.where(block * BN < visible, queries, 0), BM):
         o_query = start + tl.arange(0, BM)
@@ -301,7 +301,7 @@ def key_value_gradient(
         # (BM, BD) each
         b_query = load_tile(p_query, o_query, m_query, query_strides[2], D, BD, WIDE)
         b_grad_out = load_tile(p_grad_out, o_query, m_query, grad_out_strides[2], D, BD, WIDE)
-        # (BM,); exp2(score - inf) = 0 for rows that are not there
+        # (BM,); exp2(score - inf) = 0 for rows out of bounds
         b_lse = tl.load(p_lse + o_query, mask=m_query, other=float("inf"))
         # (BN, BM)
         b_scores = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION) * scale_log2

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Attention over [prompts; tokens], and the blocks that every attention kernel is made of."""
+"""Forward kernel of attention over [prompts; tokens], and helpers shared by all attention kernels."""
 
 import triton
 import triton.language as tl
@@ -7,9 +7,9 @@ import triton.language as tl
 
 @triton.jit
 def item_rows(p_offsets, item, num_rows):
-    """Of an item: its first row in its matrix, how many rows it has, and its first row among those of all items.
+    """Return an item's first row in its matrix, its number of rows, and its first row among the rows of all items.
 
-    Each padded item has a matrix of `num_rows` rows. Packed items have one, in which `p_offsets` says where each of them starts.
+    Each padded item has its own matrix of `num_rows` rows. Packed items share one matrix and start at the rows in `p_offsets`.
     """
     if p_offsets is None:
         return 0, num_rows, item * num_rows
@@ -20,17 +20,17 @@ def item_rows(p_offsets, item, num_rows):
 
 @triton.jit
 def matrix_offset(item, head, strides, first=0):
-    """Where the rows of an item and head, both int64, start: at row `first` of their (L,D) matrix."""
-    # The launchers copy what does not start at multiples of 8 elements. Triton by itself sees multiples of 16 only, and would read
-    # heads of 72 or 88 columns element by element.
+    """Return the offset of row `first` in the (L,D) matrix of an item and a head, both int64."""
+    # The launchers copy rows that do not start at multiples of 8 elements. Triton detects only multiples of 16 by itself and would
+    # read heads of 72 or 88 columns element by element.
     offset = tl.multiple_of(item * strides[0] + head * strides[1], 8)
-    # Apart: what is known of a sum is forgotten where it is one with 0. As a tensor: `first` may be a number.
+    # A separate term, because Triton forgets the alignment of a sum with 0; `item * 0` makes it a tensor if `first` is a number.
     return offset + tl.multiple_of((item * 0 + first) * strides[2], 8)
 
 
 @triton.jit
 def row_offsets(o_row, stride_row, WIDE: tl.constexpr):
-    """Where rows of an (L,D) matrix start: (rows, 1), in 64 bits if WIDE."""
+    """Return the offsets of rows of an (L,D) matrix: (rows, 1), in 64 bits if WIDE."""
     if WIDE:
         o_row = o_row.to(tl.int64)
     return tl.multiple_of(o_row[:, None] * stride_row, (8, 8))
@@ -38,7 +38,7 @@ def row_offsets(o_row, stride_row, WIDE: tl.constexpr):
 
 @triton.jit
 def load_tile(p_matrix, o_row, m_row, stride_row, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
-    """Rows of an (L,D) matrix: (rows, BD), zero where masked and beyond column D."""
+    """Load rows of an (L,D) matrix: (rows, BD), zero where masked and beyond column D."""
     o_column = tl.arange(0, BD)
     mask = m_row[:, None]
     if D != BD:
@@ -48,7 +48,7 @@ def load_tile(p_matrix, o_row, m_row, stride_row, D: tl.constexpr, BD: tl.conste
 
 @triton.jit
 def store_tile(p_matrix, o_row, m_row, stride_row, b_tile, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
-    """Write a (rows, BD) tile into rows of an (L,D) matrix, in its dtype."""
+    """Store a (rows, BD) tile to rows of an (L,D) matrix, in its dtype."""
     o_column = tl.arange(0, BD)
     mask = m_row[:, None]
     if D != BD:
@@ -58,7 +58,7 @@ def store_tile(p_matrix, o_row, m_row, stride_row, b_tile, D: tl.constexpr, BD: 
 
 @triton.jit
 def visible_tokens(p_lengths, item, num_keys):
-    """How many tokens of an item may be attended."""
+    """Return the number of tokens of an item that may be attended to."""
     if p_lengths is None:
         return num_keys
     else:
@@ -67,12 +67,12 @@ def visible_tokens(p_lengths, item, num_keys):
 
 @triton.jit
 def load_bias(p_bias, i_query, i_key, mask, strides, start, AXIS: tl.constexpr):
-    """Bias at i_query x i_key of the block that begins at `start` of an axis; one is a row, the other a column. A lone 0 without.
+    """Load the bias at i_query x i_key of the block starting at `start` along AXIS. Without a bias, return the scalar 0.
 
-    Offsets within a block have 32 bits, as 64 for each score would fill the registers. The pointer stays where it is: one that
-    moves on in a loop Triton 3.6 cannot compile for AMD's GPUs.
+    One of i_query and i_key is a row vector, the other a column vector. Offsets within a block have 32 bits, because 64 bits per
+    score would exhaust the registers. `p_bias` is not advanced, because Triton 3.6 cannot compile that in a loop for AMD GPUs.
     """
-    # Triton 3.6 lets no function return None inside a loop.
+    # In Triton 3.6, a function called in a loop cannot return None.
     if p_bias is None:
         return 0.0
     else:
@@ -82,9 +82,9 @@ def load_bias(p_bias, i_query, i_key, mask, strides, start, AXIS: tl.constexpr):
 
 @triton.jit
 def keep_mask(p_seed, item_head, o_query, o_column, dropout_p):
-    """Which of the attention probabilities at o_query x o_column survive dropout; one of the two is a row, the other a column.
+    """Return the dropout mask at o_query x o_column, True to keep. One of the two is a row vector, the other a column vector.
 
-    The counter is (column, query, item and head), so forward and backward agree whatever their blocks are.
+    The random counter is (column, query, item and head), so forward and backward agree regardless of block sizes.
     """
     b_column = o_column + tl.zeros_like(o_query)
     b_query = o_query + tl.zeros_like(o_column)
@@ -111,11 +111,11 @@ def attend(
     dropout_p,
     PRECISION: tl.constexpr,
 ):
-    """One step of the online softmax: attend to a block of keys (BN,BD), to those that `m_score` (1|BM,BN) shows.
+    """Attend to a block of keys (BN,BD), masked by `m_score` (1|BM,BN), in one step of the online softmax.
 
-    b_out (BM,BD) sums exp2(score - b_max) * value, b_sum (BM,) the same without value.
+    b_out (BM,BD) accumulates exp2(score - b_max) * value, and b_sum (BM,) accumulates exp2(score - b_max).
     """
-    # (BM, BN), in units of log 2
+    # (BM, BN), in base 2
     b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2
     if p_bias is not None:
         b_scores += b_bias * 1.4426950408889634
@@ -162,7 +162,7 @@ def attend_tokens(
     PRECISION: tl.constexpr,
     first=0,
 ):
-    """Block number `block` of the queries attends to the `visible` tokens from `first` on, which stand behind N prompts."""
+    """Attend from query block `block` to the `visible` tokens from row `first` on, which follow N prompts."""
     item = (item_head // H).to(tl.int64)
     head = (item_head % H).to(tl.int64)
     o_query = block * BM + tl.arange(0, BM)
@@ -177,7 +177,7 @@ def attend_tokens(
         m_score = m_key[None, :]
         if IS_CAUSAL:
             m_score = m_score & (o_key[None, :] <= o_query[:, None])
-        # (BN, BD) each; hidden tokens are not read, whatever they hold
+        # (BN, BD) each; hidden tokens are not read, because they may hold NaN
         b_key = load_tile(p_key, o_key, m_key, key_strides[2], D, BD, WIDE)
         b_value = load_tile(p_value, o_key, m_key, value_strides[2], D, BD, WIDE)
         m_bias = m_score & (o_query < num_queries)[:, None]
@@ -221,16 +221,16 @@ def store_output(
     WIDE: tl.constexpr,
     p_offsets=None,
 ):
-    """End the online softmax: out, laid out as (B,Lq,H,D), and lse (B,H,Lq) of BM queries of one item and head.
+    """Finish the online softmax: store out, in layout (B,Lq,H,D), and lse (B,H,Lq) of BM queries of one item and head.
 
-    lse is the log2 of the sum of exp2 of the scores, in float64: rounded to float32 it would be wrong by as much as a score,
-    and every probability of the row with it.
+    lse is the log2 of the sum of exp2 of the scores. It is float64, because in float32 its rounding error would be as large as that
+    of a score and would affect every probability of the row.
     """
     item = (item_head // H).to(tl.int64)
     head = (item_head % H).to(tl.int64)
     _, queries, row = item_rows(p_offsets, item, num_queries)
     m_query = o_query < queries
-    # A row without any visible key sums to 0: its output is 0, and lse = +inf makes its gradients 0.
+    # A row without visible keys sums to 0: its output is 0, and lse = +inf makes its gradients 0.
     b_lse = b_max.to(tl.float64) + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)).to(tl.float64)
     b_lse = tl.where(b_sum == 0.0, float("inf"), b_lse)
     b_out /= tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
@@ -275,10 +275,10 @@ def prompt_attention_forward(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BM queries of one item and head.
+    """Compute the attention of BM queries of one item and head.
 
-    scale_log2 is the scale of the scores times log2(e), keep_scale is 1 / (1 - dropout_p). Where the items are packed, num_queries
-    and num_keys are those of the longest.
+    scale_log2 is the score scale times log2(e), keep_scale is 1 / (1 - dropout_p). With packed items, num_queries and num_keys are
+    those of the longest item.
     """
     blocks = tl.cdiv(num_queries, BM)
     item_head = tl.program_id(0) // blocks
@@ -326,7 +326,7 @@ def prompt_attention_forward(
 
     visible = visible_tokens(p_lengths, item, keys)
     if IS_CAUSAL:
-        # No query of this block sees what lies behind its last one.
+        # No query of this block attends to keys after its last query.
         visible = tl.minimum(visible, block * BM + BM)
     b_out, b_max, b_sum = attend_tokens(
         b_query,

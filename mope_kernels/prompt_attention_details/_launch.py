@@ -1,4 +1,4 @@
-"""Launchers of the attention kernels, and their configurations. Triton is imported by the first call."""
+"""Launchers of the attention kernels, with their configurations. The first call imports Triton."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .spec import GRADIENTS
 
 
 def options(blocks: Blocks, query: Tensor, *, dropped: bool = False) -> dict[str, int]:
-    """Options of the compiler."""
+    """Return the compiler options."""
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
     if (query.dtype == torch.float32 or dropped) and not on_amd():
-        # Left to itself, NVIDIA's assembler spills a few registers of these to have more warps at once.
+        # Without a limit, NVIDIA's assembler spills a few registers in these kernels to run more warps at once.
         options["maxnreg"] = 255
     return options
 
@@ -29,9 +29,9 @@ def options(blocks: Blocks, query: Tensor, *, dropped: bool = False) -> dict[str
 def blocks_for(
     kernel: str, query: Tensor, *, dropped: bool, biased: bool = False, is_causal: bool = False, num_queries: int | None = None
 ) -> Blocks:
-    """The configuration of "forward", "query_gradient" or "key_gradient"; short queries get smaller blocks.
+    """Return the configuration of "forward", "query_gradient" or "key_gradient", with smaller blocks for few queries.
 
-    num_queries: of the longest item, where `query` has those of all items in one matrix.
+    With packed items, `num_queries` is the number of queries of the longest item.
     """
     if query.dtype == torch.float32:
         scores = "masked" if biased or is_causal or dropped else "plain"
@@ -46,25 +46,26 @@ def blocks_for(
 
 
 def prompt_block(num_prompts: int, query: Tensor) -> int:
-    """Prompts in a block: all of them, if that is not too large a tile. Tensor cores multiply at least 16."""
+    """Return the number of prompts per block: all, unless the tile gets too large. Tensor cores need at least 16."""
     largest = 4096 // (query.element_size() * next_power_of_2(query.shape[3]))
     return max(min(next_power_of_2(num_prompts), 64, largest), 16)
 
 
 def dot_precision(query: Tensor) -> str:
-    """How products of float32 are computed; those of 16 bits are exact anyway."""
+    """Return the precision of float32 products; it does not affect 16-bit operands, whose products are exact."""
     return "ieee" if query.dtype == torch.float32 else "tf32"
 
 
 def keep_scale(dropout_p: float) -> float:
-    """What dropout multiplies the probabilities that it keeps by."""
+    """Return the factor by which dropout scales the probabilities it keeps."""
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
 def aligned_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself if its last dimension is contiguous and its rows start at multiples of 8 elements, else a contiguous copy.
+    """Return the tensor if its last axis is contiguous and its rows start at multiples of 8 elements, else a contiguous copy.
 
-    Other rows would be read element by element, in more than twice the instructions. Every head_dim of the kernels is one.
+    Unaligned rows would be read element by element, with more than twice the instructions. Every head_dim of the kernels is a
+    multiple of 8.
     """
     steps = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
     aligned = tensor.stride(-1) == 1 and all(step % 8 == 0 for step in (tensor.storage_offset(), *steps))
@@ -72,21 +73,21 @@ def aligned_rows(tensor: Tensor) -> Tensor:
 
 
 def same_strides(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values that are read with one set of strides."""
+    """Return aligned keys and values with equal strides, copied if necessary."""
     key, value = aligned_rows(key), aligned_rows(value)
     return (key, value) if key.stride() == value.stride() else (key.contiguous(), value.contiguous())
 
 
 def item_strides(tensor: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
-    """Strides of (B,H,L), those over items 0 where `offsets` say where an item starts."""
+    """Return the strides of (B,H,L); the item stride is 0 for packed items, which are located by `offsets`."""
     return tensor.stride()[:3] if offsets is None else (0, *tensor.stride()[1:3])
 
 
 def needs_wide_offsets(*matrices: Tensor | None) -> bool:
-    """Whether an offset within an (L,D) matrix of these tensors (...,L,D) can need more than 32 bits.
+    """Tell whether an offset within an (L,D) matrix of these tensors (...,L,D) can need more than 32 bits.
 
-    Where a matrix starts always has 64 bits. The offsets of its rows are computed in every loop, where 64 bits take up to an
-    eighth more instructions on sm_90 with operands of 16 bits, and hardly more with float32.
+    The start of a matrix always has 64 bits. The row offsets are computed in every loop, where 64 bits cost up to an eighth more
+    instructions on sm_90 with 16-bit operands, and hardly more with float32.
     """
     return any(t is not None and (t.shape[-2] - 1) * t.stride(-2) + t.shape[-1] > 2**31 for t in matrices)
 
@@ -111,10 +112,10 @@ def attention_backward(
     offsets: Tensor | None = None,
     max_length: int = 0,
 ) -> dict[str, Tensor]:
-    """Gradients of attention over [prompts; tokens] of those in `need`: query, key, value, prompt_key, prompt_value.
+    """Compute the gradients in `need` (query, key, value, prompt_key, prompt_value) of attention over [prompts; tokens].
 
-    prompt_key and prompt_value are (B,H,N,D) in the dtype of query and share their strides; their gradients are float32. Those
-    of query, key and value are laid out as (B,L,H,D). `bias` is (B,H,Lq,Lk). With `offsets` (B+1,) the items are packed.
+    prompt_key and prompt_value are (B,H,N,D) in the dtype of query and have equal strides; their gradients are float32. Gradients
+    of query, key and value have layout (B,L,H,D). `bias` is (B,H,Lq,Lk). With `offsets` (B+1,), the items are packed.
     """
     from ._backward import key_value_gradient, output_products, query_gradient
 
@@ -187,7 +188,7 @@ def attention_backward(
             IS_CAUSAL=is_causal,
             N=num_prompts,
             **sizes,
-            # Fewer columns for 8 warps would take more shared memory than AMD has, to hand rows over between warps.
+            # With fewer columns for 8 warps, exchanging rows between warps would need more shared memory than AMD GPUs have.
             BP=max(prompt_block(num_prompts, query), 4 * query_blocks.num_warps),
             BM=query_blocks.queries,
             BN=query_blocks.keys,
@@ -252,26 +253,26 @@ def attention_backward(
         return found
     key_blocks = blocks_for("key_gradient", query, num_queries=num_queries, **scores)
     keys_and_values("", key, value, num_keys, lengths, bias, offsets, is_causal, num_prompts, key_blocks.keys)
-    # The prompts are one more block of keys, which every query sees.
+    # The prompts are another block of keys, visible to every query.
     prompt_keys = min(prompt_block(num_prompts, query), key_blocks.keys)
     keys_and_values("prompt_", prompt_key, prompt_value, num_prompts, None, None, None, False, 0, prompt_keys)
     return found
 
 
 class _Inputs(NamedTuple):
-    """The arguments of `prompt_attention` as the kernels take them."""
+    """Arguments of `prompt_attention`, prepared for the kernels."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    # (B,H,P,D), with a stride of 0 over the items that share their prompts
+    # (B,H,P,D), with item stride 0 if the items share their prompts
     prompt_key: Tensor
     prompt_value: Tensor
     lengths: Tensor | None
-    # (B,H,Lq,Lk), with a stride of 0 along axes that it is broadcast over
+    # (B,H,Lq,Lk), with stride 0 along broadcast axes
     bias: Tensor | None
     seed: Tensor | None
-    # (B+1,), where query, key and value are (1,H,T,D)
+    # (B+1,) if query, key and value are packed, (1,H,T,D)
     offsets: Tensor | None
 
 
@@ -293,14 +294,14 @@ def _prepare(
     batch = len(query) if offsets is None else len(offsets) - 1
     prompt_key, prompt_value = (t.expand(batch, -1, -1, -1) for t in same_strides(prompt_key, prompt_value))
     bias = None if attn_bias is None else attn_bias.expand(*query.shape[:3], key.shape[2])
-    # No block has more than 128 rows or columns, and offsets within it have 32 bits.
+    # Offsets within a block have 32 bits, and blocks have at most 128 rows and columns.
     if bias is not None and max(bias.stride()[2:]) >= 2**24:
         bias = bias.contiguous()
     return _Inputs(query, key, value, prompt_key, prompt_value, lengths, bias, seed if dropout_p else None, offsets)
 
 
 def _forward(inputs: _Inputs, max_length: int, is_causal: bool, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """out and lse; `max_length` counts where the items are packed."""
+    """Compute out and lse. `max_length` is used only with packed items."""
     from ._forward import prompt_attention_forward
 
     query, key, _, prompt_key, _, _, bias, _, offsets = inputs
@@ -352,7 +353,7 @@ def _backward(
     dropout_p: float,
     needs: int,
 ) -> tuple[Tensor, ...]:
-    """The gradients that `needs` asks for; `prompts` are those that the op was given."""
+    """Compute the gradients requested by `needs`. `prompts` are the original arguments of the op."""
     need = GRADIENTS.asked(needs)
     found = attention_backward(
         grad_out,
@@ -370,7 +371,7 @@ def _backward(
     )
     for name, like in zip(("prompt_key", "prompt_value"), prompts, strict=True):
         if name in need:
-            # Prompts that the items share get the sum over the items.
+            # The gradient of shared prompts is the sum over the items.
             found[name] = found[name].sum_to_size(like.shape).to(like.dtype)
     return tuple(found[name] if name in need else not_needed(grad_out) for name in GRADIENTS.names)
 
@@ -411,7 +412,7 @@ def prompt_attention_backward(
     dropout_p: float,
     needs: int,
 ) -> tuple[Tensor, ...]:
-    # Here the prompts are not converted by the kernels: these have no registers left for it.
+    # Convert the prompts here, because the backward kernels have no registers left for it.
     prompts = (prompt_key.to(query.dtype), prompt_value.to(query.dtype))
     inputs = _prepare(query, key, value, *prompts, lengths, attn_bias, seed, dropout_p)
     return _backward(grad_out, out, lse, (prompt_key, prompt_value), inputs, 0, is_causal, scale, dropout_p, needs)

@@ -1,4 +1,4 @@
-"""The spec of `prompt_attention` and of its variant for packed items."""
+"""Spec of `prompt_attention`, including its variant for packed items."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor pr
 _INPUTS = f"{_TENSORS}, Tensor? lengths, Tensor? attn_bias, Tensor? seed, bool is_causal, float scale, float dropout_p"
 _PACKED_INPUTS = f"{_TENSORS}, Tensor offsets, Tensor? seed, int max_length, bool is_causal, float scale, float dropout_p"
 
-# lse is only for the backward of the same namespace: the natural logarithm in mope_cpu, the logarithm to base 2 in
-# mope_triton.
+# Only the backward of the same namespace reads lse: a natural logarithm in mope_cpu, a base-2 logarithm in mope_triton.
 LSE_DTYPES = {"mope_triton": torch.float64, "mope_cpu": torch.float32}
 
 
 def attention_results(a: Any) -> tuple[Tensor, Tensor]:
-    """Allocate out (B,H,Lq,D), and lse (B,H,Lq) of the scaled scores, which is +inf where no key is visible."""
+    """Allocate out (B,H,Lq,D) and lse (B,H,Lq), the log-sum-exp of the scaled scores, +inf where no key is visible."""
     return empty_heads_last(a.query, *a.query.shape), a.query.new_empty(a.query.shape[:3], dtype=LSE_DTYPES[a.namespace])
 
 
@@ -38,7 +37,7 @@ def _packed(a: Any) -> tuple[Tensor, Tensor]:
 
 
 def attention_gradient(a: Any, name: str) -> Tensor:
-    """Allocate a gradient. Those of query, key and value are laid out heads last, as projections read them."""
+    """Allocate a gradient. Those of query, key and value have a heads-last layout, as projections read them."""
     like = getattr(a, name)
     return empty_heads_last(like, *like.shape) if name in ("query", "key", "value") else like.new_empty(like.shape)
 
@@ -63,7 +62,7 @@ PACKED_BACKWARD = RawOp(
 
 
 def draw_heads(*shape: int, dtype: torch.dtype, device: str, row: int | None) -> Tensor:
-    """Draw (...,H,L,D), contiguous, or with `row` as a view of a projection (...,L,H,D) whose rows are at least `row` apart."""
+    """Draw a contiguous (...,H,L,D), or with `row` a view of a projection (...,L,H,D) whose rows are at least `row` apart."""
     if row is None:
         return torch.randn(shape, dtype=dtype, device=device)
     *outer, heads, length, width = shape
@@ -72,6 +71,7 @@ def draw_heads(*shape: int, dtype: torch.dtype, device: str, row: int | None) ->
 
 
 def draw_lengths(size: Sizes, device: str) -> Tensor | None:
+    """Return the lengths as an int64 tensor, or None without lengths."""
     return None if size["lengths"] is None else torch.tensor(size["lengths"], dtype=torch.int64, device=device)
 
 
@@ -102,14 +102,14 @@ def _example(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Opt
 def declared(
     options: Callable[[torch.dtype], list[dict[str, Any]]], short: bool, usual: int = 64, others: tuple[int, ...] = ()
 ) -> Iterator[tuple[torch.dtype, int, dict[str, Any], str]]:
-    """Yield (dtype, head_dim, options, label) for each set of options that is compiled for a dtype and head_dim.
+    """Yield (dtype, head_dim, options, label) for each option set that is compiled for a dtype and head_dim.
 
-    The sets are no option, each option alone, and last all that cost registers together. The short list has all of them only
-    for bfloat16 and the usual head_dim, and the last one for `others`.
+    The option sets are: no option, each option alone, and finally all options that cost registers together. The short list has
+    all sets only for bfloat16 and the usual head_dim; for the head_dims in `others` it has only the last set.
     """
     for dtype, head_dim in product((torch.bfloat16, torch.float16, torch.float32), HEAD_DIMS):
         every = options(dtype)
-        # float16 supports the same options as bfloat16, and other heads are padded to one of these.
+        # float16 supports the same options as bfloat16, and other head widths are padded to one of these.
         alone = dtype != torch.float16 and head_dim in (16, 32, 64, 128)
         chosen = every if alone else [every[0], every[-1]]
         if short and head_dim == usual:
@@ -121,7 +121,7 @@ def declared(
             yield dtype, head_dim, given, f"{TYPES[dtype]} D={head_dim} {described}".rstrip()
 
 
-# Rows so far apart that offsets need 64 bits.
+# Rows so far apart that their offsets need 64 bits.
 FAR_APART = {"row": 1 << 24}
 
 
@@ -134,11 +134,12 @@ def _options_of(dtype: torch.dtype) -> list[dict[str, Any]]:
 
 
 def any_head_dim(choose: Choose, impl: str) -> int:
+    """Draw a head width that the implementation supports."""
     return int(choose.sampled(*HEAD_DIMS)) if impl == "triton" else choose.integers(1, 40)
 
 
 def any_lengths(choose: Choose, batch: int, keys: int) -> list[int]:
-    """Draw lengths, some of them longer than the keys."""
+    """Draw lengths, some of them larger than the number of keys."""
     return [choose.integers(0, keys + 2) for _ in range(batch)]
 
 
@@ -153,7 +154,7 @@ def _any_sizes(choose: Choose, impl: str) -> Sizes:
         "queries": queries,
         "keys": keys,
         "width": any_head_dim(choose, impl),
-        # Without prompts an item may see no key, which SDPA refuses.
+        # Without prompts, an item may see no key, which the sdpa implementation rejects.
         "prompts": choose.integers(1 if impl == "sdpa" else 0, 20),
         "shared": choose.booleans(),
         "is_causal": is_causal,
@@ -164,7 +165,7 @@ def _any_sizes(choose: Choose, impl: str) -> Sizes:
 
 
 def _variants(short: bool) -> Iterator[Variant]:
-    """Yield variants on the heads of a projection, with prompts that the items share."""
+    """Yield variants whose heads are views of a projection and whose prompts are shared by all items."""
     for dtype, head_dim, given, label in declared(_options_of, short, others=(32, 72, 128)):
         tokens, packed, bias = given.get("tokens", 197), given.get("packed", False), given.get("bias")
         yield Variant(

@@ -1,0 +1,1 @@
+"""Spec, launchers and kernels of `prompted_norm`."""

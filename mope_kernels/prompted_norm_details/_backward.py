@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Gradients behind the prompts of a routed block: of its router, and of what all items share."""
+"""Backward kernels of the prompts of a routed block: gradients of its router and of the inputs that all items share."""
 
 import triton
 import triton.language as tl
@@ -25,7 +25,7 @@ def router_backward(
     BK: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """One program: the gradients of an item's logits, and of its query pool(x) W' + b where keys are given."""
+    """Compute the gradients of an item's logits and, if keys are given, of its query pool(x) W' + b."""
     item = tl.program_id(0).to(tl.int64)
     o_expert = tl.arange(0, BK)
     m_expert = o_expert < K
@@ -64,10 +64,11 @@ def shared_backward(
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """One program: BC columns of one row of the gradient of static prompts, experts or W, summed over the batch in order.
+    """Compute BC columns of one row of the gradient of static prompts, experts or W, summed over the batch in order.
 
-    Each is a sum of rows of the prompts' gradients (B,ROWS,C), or of pooled (B,C), times a number for each item. STATIC_ROWS,
-    EXPERT_ROWS and QUERY rows of the three are asked for. No indices: p_weights has a number for each expert.
+    Each is a weighted sum over items, with one factor per item, of rows of the prompt gradients (B,ROWS,C) or of pooled (B,C).
+    STATIC_ROWS, EXPERT_ROWS and QUERY are the numbers of rows requested of the three. Without indices, p_weights has one weight per
+    expert.
     """
     blocks: tl.constexpr = (C + BC - 1) // BC
     row = tl.program_id(0) // blocks
@@ -102,8 +103,8 @@ def shared_backward(
         if query >= 0:
             b_factor = tl.load(p_grad_query + o_item * QUERY + query, mask=b_used, other=0.0)
         mask = b_used[:, None] & m_column[None, :]
-        # (BB, BC); items that do not use an expert are not read, whatever they hold
-        # Not one load of one of two pointers: Triton 3.6 cannot compile that for AMD's GPUs.
+        # (BB, BC); items that do not use an expert are not read, because they may hold NaN.
+        # Use two loads, because Triton 3.6 cannot compile one load from either of two pointers for AMD GPUs.
         if query >= 0:
             b_rows = tl.load(p_pooled + o_item[:, None] * C + o_column[None, :], mask=mask, other=0.0)
         else:

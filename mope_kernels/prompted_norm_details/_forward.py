@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The prompts of a routed block, one row of one item per program: router, mixture and LayerNorm, written where they belong."""
+"""Forward kernel of the prompts of a routed block: router, mixture and LayerNorm. Each program writes one row of one item."""
 
 import triton
 import triton.language as tl
@@ -24,7 +24,7 @@ def router_scores(
     BQ: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """What the experts of an item are ranked by, (pool(x) W' + b) keys + cross_logits, over temperature, + noise: (BK,)."""
+    """Return the scores ((pool(x) W' + b) keys + cross_logits) / temperature + noise of an item's experts: (BK,)."""
     o_expert = tl.arange(0, BK)
     m_expert = o_expert < K
     b_logits = tl.zeros([BK], tl.float32)
@@ -53,7 +53,7 @@ def router_scores(
 
 @triton.jit
 def route_scores(b_scores, K: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BK: tl.constexpr):
-    """Probs, weights and rank of every expert, each (BK,), as `route_item` gives them for scores that lie in memory."""
+    """Return probs, weights and rank of every expert, (BK,) each. Like `route_item`, but for scores in registers."""
     o_expert = tl.arange(0, BK)
     b_probs = tl.exp(b_scores - tl.max(b_scores, 0))
     total = tl.sum(b_probs, 0)
@@ -61,13 +61,13 @@ def route_scores(b_scores, K: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl
     b_weights = b_probs
     b_rank = o_expert
     if TOP_K > 0:
-        # NaN compares with nothing: an item that has one ranks its experts by number.
+        # NaN cannot be ranked, so an item with NaN ranks its experts by index.
         b_scores = tl.where(total != total, 0.0, b_scores)
         b_rank = tl.where(o_expert < K, 0, BK)
         for start in range(0, K, 16):
             o_other = start + tl.arange(0, 16)
             m_other = o_other < K
-            # (16,) the same scores once more, along the other axis: a sum of one number and zeros is that number
+            # (16,): the same scores along the other axis; each sum has one term and zeros, so it is exact
             b_other = tl.sum(tl.where(o_other[:, None] == o_expert[None, :], b_scores[None, :], 0.0), 1)
             before = b_other[:, None] > b_scores[None, :]
             before |= (b_other[:, None] == b_scores[None, :]) & (o_other[:, None] < o_expert[None, :])
@@ -79,7 +79,7 @@ def route_scores(b_scores, K: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl
 
 @triton.jit
 def add_slots(b_row, p_expert_row, o_slot, b_index, b_weight, stride_expert, o_column, SELECTED: tl.constexpr, C: tl.constexpr):
-    """Add what the experts in some slots give to a prompt: (BC,)."""
+    """Add the contribution of the experts in some slots to a prompt: (BC,)."""
     mask = (o_slot < SELECTED)[:, None] & (o_column < C)[None, :]
     # (BT, BC)
     b_experts = tl.load(p_expert_row + b_index.to(tl.int64)[:, None] * stride_expert + o_column[None, :], mask=mask, other=0.0)
@@ -134,10 +134,10 @@ def place_prompts(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Write row program_id % PROGRAMS of [static; routed; mapped] of an item, SIZES rows, to total and normed.
+    """Write row program_id % PROGRAMS of an item's prompts [static; routed; mapped], SIZES rows each, to total and normed.
 
-    Each program of a routed row routes its item for itself. That of the first one, which is there even without any row to
-    write, also writes the routing, and the mean of the item's rows (B,C) if p_pooled is given.
+    Each program with a routed row repeats the item's routing. The program of the first routed row, which exists even if there is no
+    row to write, also writes the routing and, if p_pooled is given, the mean of the item's rows (B,C).
     """
     S: tl.constexpr = SIZES[0]
     P: tl.constexpr = SIZES[1]
@@ -148,7 +148,7 @@ def place_prompts(
     m_column = o_column < C
     b_row = tl.zeros([BC], tl.float32)
     if K > 0:
-        # Within the tensor also for the rows that do not read it.
+        # Stay within the tensor even for rows that do not read it.
         prompt = tl.minimum(tl.maximum(row - S, 0), max(P - 1, 0))
         p_expert_row = p_experts + prompt.to(tl.int64) * expert_strides[1]
         if (row >= S) & (row < S + max(P, 1)):

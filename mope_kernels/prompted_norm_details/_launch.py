@@ -1,4 +1,4 @@
-"""Launchers of the Triton kernels at the beginning of a routed block. Triton is imported by the first call."""
+"""Launchers of the Triton kernels at the start of a routed block. The first call imports Triton."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mope_kernels.mix_prompts_details._launch import mixture_backward
 
 from .spec import GRADIENTS, ROUTER
 
-# What the programs of an item add to its mean is kept apart until the second kernel sums it up, in one block.
+# Maximum number of partial sums per item, because the second kernel adds them up in one block.
 MOST_CHUNKS = 64
 
 
@@ -62,7 +62,7 @@ def prompted_norm(
     indices = probs.new_empty(batch, weights.shape[1] or probs.shape[1], dtype=torch.int64)
     pooled = probs.new_empty((batch, width) if keep_pooled else (0, width))
 
-    # Where the router looks at the mean, each program leaves a sum: longer chunks, and never more than one block of them.
+    # If the router uses the mean, each program writes a partial sum, so use longer chunks, and few enough to fit in one block.
     blocks = row_blocks(num_rows, width, steps=4 if query else 2, most_chunks=MOST_CHUNKS if query else None)
     seen = probs.new_empty(batch, blocks.chunks, query) if query else None
     sums = probs.new_empty(batch, blocks.chunks, width) if keep_pooled else None
@@ -84,7 +84,7 @@ def prompted_norm(
         seen=seen,
         sums=sums,
     )
-    # Routing is the work of the first routed row, which has a program even where there is nothing to write.
+    # The program of the first routed row also stores the routing, so it runs even if there is no row to write.
     programs = max(sum(sizes), sizes[0] + 1) if routed else sum(sizes)
     selected = top_k or num_experts
     if routing_weights is not None:
@@ -179,7 +179,7 @@ def prompted_norm_backward(
     through_router = {"cross_logits"} if self_keys is None else {"cross_logits", "x", "update", *ROUTER}
     need_logits = probs.shape[1] > 0 and not needed.isdisjoint(through_router)
 
-    # The prompts' own rows first, in float32: their gradients are summed over the batch.
+    # First the prompt rows, in float32 because their gradients are summed over the batch.
     grad_prompts = torch.empty(batch, num_prompts, width, dtype=torch.float32, device=total.device)
     prompt_sums: tuple[Tensor | None, Tensor | None] = (None, None)
     if need_logits or needed - {"x", "update"}:
@@ -198,7 +198,7 @@ def prompted_norm_backward(
     if "mapped" in needed:
         found["mapped"] = grad_prompts[:, num_prompts - num_mapped :]
 
-    # Dense routing: every expert in its place, with its probability.
+    # Dense routing uses every expert in order, weighted by its probability.
     dense = weights.shape[1] == 0
     mixture, chosen = (probs, None) if dense else (weights, indices)
     grad_mixture = grad_query = None
@@ -258,7 +258,7 @@ def _router_backward(
     temperature: float,
     renormalize: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the logits (B,K), and of the query (B,s) if there are keys."""
+    """Compute the gradient of the logits (B,K) and, if there are keys, of the query (B,s)."""
     from ._backward import router_backward
 
     batch, num_experts = probs.shape
@@ -298,7 +298,7 @@ def _shared_backward(
     grad_query: Tensor | None,
     pooled: Tensor,
 ) -> dict[str, Tensor]:
-    """Gradients of what all items share: static prompts, experts, the router's weight and bias. One launch."""
+    """Compute, in one launch, the gradients that all items share: static prompts, experts, the router's weight and bias."""
     from ._backward import shared_backward
 
     batch, num_prompts, width = grad_prompts.shape
@@ -312,7 +312,7 @@ def _shared_backward(
         found["self_bias"] = grad_prompts.new_empty(grad_query.shape[1])
     sizes = {name: found[name].numel() // width if name in found else 0 for name in ("static", "experts", "self_weight")}
     block = min(next_power_of_2(width), 128)
-    # What is not asked for has no rows, and its pointer is not followed.
+    # Gradients that are not requested have no rows, so their placeholder pointers are never used.
     pointers = (found.get(name, grad_prompts) for name in ("static", "experts", "self_weight", "self_bias"))
     launch(
         shared_backward,

@@ -1,4 +1,4 @@
-"""The spec of `prompted_norm`."""
+"""Spec of `prompted_norm`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mope_kernels.spec import TYPES, Choose, Gradients, Options, RawOp, Sizes, S
 ROUTER = ("self_weight", "self_bias", "self_keys")
 # x and update share a gradient. That of update is requested only if its dtype differs.
 GRADIENTS = Gradients("x", "update", "weight", "bias", "static", "experts", "mapped", "cross_logits", *ROUTER, "routing_weights")
-# The tensors of the raw op, in schema order. The gradient of the noise is derived from that of the logits.
+# Tensors of the raw op, in schema order. The gradient of the noise is derived from that of the logits.
 TENSORS = (*GRADIENTS.names, "routing_indices", "noise")
 
 
@@ -42,7 +42,7 @@ def _gradient(a: Any, name: str) -> Tensor:
     batch, num_out, width = a.total.shape
     num_prompts = num_out - (a.num_rows - a.num_replaced)
     if name == "mapped":
-        # The last of the rows of all prompts.
+        # A view of the last rows of the prompt gradients.
         return a.total.new_empty(batch, num_prompts, width, dtype=torch.float32)[:, num_prompts - a.num_mapped :]
     dtype = {"x": a.x_dtype, "update": a.update_dtype}.get(name, torch.float32)
     if name in ("experts", "routing_weights"):
@@ -59,14 +59,14 @@ FORWARD = RawOp(
     "Tensor? cross_logits, Tensor? self_weight, Tensor? self_bias, Tensor? self_keys, Tensor? routing_weights, "
     "Tensor? routing_indices, Tensor? noise, "
     "int num_replaced, int top_k, float temperature, bool renormalize, float eps, ScalarType norm_dtype, bool keep_pooled",
-    # pooled (B,C), float32, is the mean over the rows that the router saw, empty without `keep_pooled`. Probs, weights and
-    # indices are empty if a routing is given. Dense routing returns indices (B,K) too, so that no other kernel has to.
+    # pooled (B,C), float32, is the mean over the rows that the router saw; it is empty without `keep_pooled`. Probs, weights and
+    # indices are empty if a routing is given. Dense routing also returns indices (B,K), which saves another kernel.
     "Tensor total, Tensor normed, Tensor probs, Tensor weights, Tensor indices, Tensor pooled",
     _results,
 )
 BACKWARD = RawOp(
     "prompted_norm_backward",
-    # With the sizes N of x, S of static and M of mapped. Weights and indices are those of the given routing, if any.
+    # num_rows, num_static and num_mapped are N, S and M. Weights and indices are those of the given routing, if any.
     "Tensor? grad_total, Tensor? grad_normed, Tensor? grad_probs, Tensor? grad_weights, "
     "Tensor total, Tensor probs, Tensor weights, Tensor indices, Tensor pooled, Tensor? weight, Tensor? experts, "
     "Tensor? self_weight, Tensor? self_bias, Tensor? self_keys, "
@@ -93,7 +93,7 @@ def _example(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Opt
     tensors["experts"] = randn(experts, size["prompts"], width, dtype=of_prompts) if experts else None
     given, routed = size["routing"], experts > 0 and not size["routing"]
     sees_rows = routed and query > 0
-    # The router computes in float32, whatever the dtype of the model.
+    # The router computes in float32, regardless of the dtype of the model.
     router = {
         "cross_logits": (batch, experts) if routed and size["cross"] else None,
         "self_weight": (query, width) if sees_rows else None,
@@ -226,7 +226,7 @@ SPEC = Spec(
     any_sizes=_any_sizes,
     varied=({}, {"top_k": 2, "noise": False}, {"routing": True, "affine": False}),
     statistics=(2, 3),
-    # Rows of a LayerNorm.
+    # The elements of a LayerNorm row must not overlap in memory.
     last_axes=dict.fromkeys((*GRADIENTS.names, "noise"), 1),
     variants=_variants,
 ).register()

@@ -1,10 +1,10 @@
-"""Every op in plain PyTorch, one file each: the specification against which each implementation is tested.
+"""Reference implementations of all ops in plain PyTorch, one file each, against which the kernels are tested.
 
-It is written to be checked against the papers and to run in float64, not for speed. Softmax, selection and statistics are
-computed in float32 (float64 for float64 input), matrix products in the input dtype. Autocast is switched off inside, so that the
-results of an op only depend on the dtypes of its arguments.
+They are written for comparison with the papers and to run in float64, not for speed. Softmax, selection and statistics are
+computed in float32 (float64 for float64 input), matrix products in the input dtype. Autocast is disabled inside, so results
+depend only on the dtypes of the arguments.
 
-Sizes: B batch, H heads, L tokens (Lq queries, Lk keys), D width of a head, C width of the model, P prompts, K experts,
+Sizes: B batch, H heads, L tokens (Lq queries, Lk keys), D head width, C model width, P prompts, K experts,
 k selected experts, S static prompts, M instance prompts, N rows, s width of a router's query.
 """
 

@@ -1,4 +1,4 @@
-"""The definition of `add_norm`."""
+"""Reference implementation of `add_norm`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_norm(
     eps: float = 1e-5,
     norm_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A residual branch ends, the LayerNorm of the next one begins: (..., C) x2, (C,) x2 -> x + update, LN(x + update)."""
+    """Add a residual update and apply the next LayerNorm: (..., C) x2, (C,) x2 -> x + update, LN(x + update)."""
     total = x if update is None else x + update
     dtype = statistics_dtype(total)
     weight, bias = (t if t is None else t.to(dtype) for t in (weight, bias))

@@ -1,4 +1,4 @@
-"""The definition of `expert_adapter`."""
+"""Reference implementation of `expert_adapter`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def expert_adapter(
     activation: str = "relu",
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """x + sum_e w_e (U_e h + b_e), h = activation(W x + b), w = softmax(router(x) / temperature) per token (ModeX).
+    """Add to each token the routed sum of expert bottleneck adapters (ModeX).
 
+    Computes x + sum_e w_e (U_e h + b_e) with h = activation(W x + b) and w = softmax(router(x) / temperature) for each token.
     (..., d), (r,d), (r,), (E,d,r), (E,d), (E,d), (E,) -> out (..., d), weights (..., E). Parameters are rounded to the dtype of x.
     """
     down_weight, down_bias, up_weight, up_bias = (t.to(x.dtype) for t in (down_weight, down_bias, up_weight, up_bias))

@@ -1,4 +1,4 @@
-"""The definition of `gelu_mlp`."""
+"""Reference implementation of `gelu_mlp`."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from .numbers import without_autocast
 
 @without_autocast
 def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
-    """gelu(x W1' + b1) W2' + b2, gelu(h) = h Phi(h): (...,C), (F,C), (F,), (O,F), (O,) -> (...,O)."""
+    """Compute gelu(x W1' + b1) W2' + b2, gelu(h) = h Phi(h): (...,C), (F,C), (F,), (O,F), (O,) -> (...,O)."""
     return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)

@@ -1,4 +1,4 @@
-"""The definition of `importance_loss`."""
+"""Reference implementation of `importance_loss`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .numbers import statistics_dtype, without_autocast
 
 @without_autocast
 def importance_loss(probs: Tensor, *, threshold: float = 0.1) -> Tensor:
-    """Squared coefficient of variation of the experts' loads, counted only above `threshold`: (..., B, K) -> (...)."""
+    """Return the squared coefficient of variation of the expert loads, or 0 up to `threshold`: (..., B, K) -> (...)."""
     probs = probs.to(statistics_dtype(probs))
     if probs.numel() == 0 or probs.shape[-1] == 1:
         return probs.sum((-2, -1)) * 0.0

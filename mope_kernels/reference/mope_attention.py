@@ -1,4 +1,4 @@
-"""The definition of `mope_attention`."""
+"""Reference implementation of `mope_attention`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def mix_bank(
     eps: float = 1e-5,
     task_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of the routed prompts from the projected experts: (B,K), (K,H,P,D) x2 -> (B,H,P,D) x2.
+    """Mix the projected experts into keys and values of the routed prompts: (B,K), (K,H,P,D) x2 -> (B,H,P,D) x2.
 
-    With `gram` (P,K,K), G_p[i,j] = <Ec_i, Ec_j> / d of the centred experts, the LayerNorm in front of the projection is
-    applied afterwards: LN is linear but for its standard deviation, and that is sqrt(w' G_p w + eps).
-    With `task_ids` (B,) banks and Gram matrices are those of T tasks, (T*K,H,P,D) and (T,P,K,K): item b has those of its own.
+    With `gram` (P,K,K), the LayerNorm before the projection is applied after mixing. G_p[i,j] = <Ec_i, Ec_j> / d for the centred
+    experts Ec: LayerNorm is linear except for the division by its standard deviation, which is sqrt(w' G_p w + eps).
+    With `task_ids` (B,), the banks (T*K,H,P,D) and Gram matrices (T,P,K,K) hold T tasks, and item b uses those of its own task.
     """
     each = "b"
     if task_ids is None:
@@ -75,10 +75,10 @@ def mope_attention(
     task_ids: Tensor | None = None,
     attend: Callable[..., Tensor] = prompt_attention,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention over [static; instance; routed prompts; tokens] -> out (B,H,Lq,D), weights, indices, probs.
+    """Attend to [static; instance; routed prompts; tokens] -> out (B,H,Lq,D), weights, indices, probs.
 
-    With `task_ids` (B,) banks (T*K,H,P,D), Gram matrices (T,P,K,K) and static prompts (T,H,S,D) are those of T tasks side by side.
-    `attend` is given the prompts when they are mixed, as `prompt_attention` is.
+    With `task_ids` (B,), the banks (T*K,H,P,D), Gram matrices (T,P,K,K) and static prompts (T,H,S,D) hold T tasks.
+    `attend` computes attention over the mixed prompts and the tokens; it has the signature of `prompt_attention`.
     """
     batch = query.shape[0]
     weights, indices, probs = route(logits, top_k=top_k, temperature=temperature, noise=noise, renormalize=renormalize)

@@ -1,4 +1,4 @@
-"""Common parts of the definitions: the dtype of statistics, and switching autocast off."""
+"""Helpers shared by the reference implementations: the dtype of statistics, and disabling autocast."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ Result = TypeVar("Result")
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[object]:
-    """Compute in the dtypes of the arguments. The meta device has no autocast, so nothing changes there."""
-    # torch.amp.is_autocast_available would answer for any device, but torch 2.11 cannot compile a call of it.
+    """Return a context that disables autocast on `device`. It does nothing on the meta device, which has no autocast."""
+    # torch.amp.is_autocast_available would work for any device, but torch 2.11 cannot compile a call to it.
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def without_autocast(function: Callable[Params, Result]) -> Callable[Params, Result]:
+    """Wrap a function so that it runs with autocast disabled on the device of its first tensor argument."""
+
     @functools.wraps(function)
     def run(*args: Params.args, **kwargs: Params.kwargs) -> Result:
         device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor))

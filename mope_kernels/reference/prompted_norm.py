@@ -1,4 +1,4 @@
-"""The definition of `prompted_norm`."""
+"""Reference implementation of `prompted_norm`."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ def prompted_norm(
     eps: float = 1e-5,
     norm_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-    """Add, route by the mean of all rows and by psi, put prompts of one's own in front, normalise.
+    """Add the update, route, replace the prompts at the front of the rows, and apply LayerNorm.
 
-    (B,N,C) x2, (C,) x2, (S,C), (K,P,C), (B,M,C), (B,K), (s,C), (s,), (s,K) -> total and normed (B,S+P+M+N-num_replaced,C) each,
-    (weights, indices, probs). MoPE, arXiv 2403.10568, the beginning of a routed block.
+    Routing uses the mean of all rows and `cross_logits`. The first `num_replaced` rows are replaced by the static, dynamic and
+    mapped prompts. (B,N,C) x2, (C,) x2, (S,C), (K,P,C), (B,M,C), (B,K), (s,C), (s,), (s,K) -> total and normed
+    (B,S+P+M+N-num_replaced,C) each, (weights, indices, probs). This is the start of a routed block of MoPE, arXiv 2403.10568.
     """
     rows = x if update is None else x + update
     if experts is not None and routing is None:

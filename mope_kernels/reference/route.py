@@ -1,4 +1,4 @@
-"""The definition of `route`."""
+"""Reference implementation of `route`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .numbers import statistics_dtype, without_autocast
 
 
 def dense_weights(weights: Tensor, indices: Tensor, num_experts: int) -> Tensor:
-    """Routing weights as a full matrix: (B,k), (B,k) -> (B,K), zero where an expert was not selected."""
+    """Return the routing weights as a full matrix, zero for unselected experts: (B,k), (B,k) -> (B,K)."""
     return weights.new_zeros(weights.shape[0], num_experts).scatter_add(1, indices, weights)
 
 
@@ -17,7 +17,7 @@ def dense_weights(weights: Tensor, indices: Tensor, num_experts: int) -> Tensor:
 def route(
     logits: Tensor, *, top_k: int | None = None, temperature: float = 1.0, noise: Tensor | None = None, renormalize: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """r = softmax(logits / temperature + noise) and the experts that it selects.
+    """Compute probs = softmax(logits / temperature + noise) and select the `top_k` most probable experts.
 
     (B,K) -> weights (B,k), indices (B,k), probs (B,K); k = K if `top_k` is None. MoPE, arXiv 2403.10568, router equation.
     """
@@ -28,7 +28,8 @@ def route(
     num_experts = logits.shape[1]
     if top_k is None:
         return probs, torch.arange(num_experts, device=logits.device).expand_as(probs), probs
-    # Selection is on z: at a low temperature the probabilities underflow to ties. A stable sort gives ties to the lowest index.
+    # Select by z, because at low temperatures the probabilities underflow to ties. The stable sort resolves ties in favour of the
+    # lowest index.
     ranked = torch.where(probs.isnan(), 0.0, z.detach())
     indices = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = probs.gather(1, indices)

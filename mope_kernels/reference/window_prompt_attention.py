@@ -1,4 +1,4 @@
-"""The definition of `window_prompt_attention`, and the partition of images into windows."""
+"""Reference implementation of `window_prompt_attention`, with the partition of images into windows."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from .numbers import statistics_dtype, without_autocast
 
 
 def window_partition(tokens: Tensor, resolution: int, window_size: int, shift: int) -> Tensor:
-    """Tokens of an image, row by row, as shifted windows: (B, R*R, C) -> (B, nW, w*w, C)."""
+    """Partition an image's tokens, given row by row, into shifted windows: (B, R*R, C) -> (B, nW, w*w, C)."""
     image = rearrange(tokens, "b (y x) c -> b y x c", y=resolution)
     image = image.roll((-shift, -shift), dims=(1, 2))
     return rearrange(image, "b (wy ny) (wx nx) c -> b (wy wx) (ny nx) c", ny=window_size, nx=window_size)
 
 
 def window_reverse(windows: Tensor, resolution: int, window_size: int, shift: int) -> Tensor:
-    """The inverse of `window_partition`: (B, nW, w*w, C) -> (B, R*R, C)."""
+    """Invert `window_partition`: (B, nW, w*w, C) -> (B, R*R, C)."""
     per_side = resolution // window_size
     image = rearrange(windows, "b (wy wx) (ny nx) c -> b (wy ny) (wx nx) c", wy=per_side, ny=window_size)
     return rearrange(image.roll((shift, shift), dims=(1, 2)), "b y x c -> b (y x) c")
 
 
 def shift_mask(resolution: int, window_size: int, shift: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Mask for the scores of a shifted window: -100 between tokens of different regions of the image -> (nW, w*w, w*w)."""
+    """Return the score mask of shifted windows, -100 between tokens of different image regions -> (nW, w*w, w*w)."""
     place = torch.arange(resolution, device=device)
-    # Count the bands of rows and columns that only meet because of the shift, instead of copying a table from the host.
+    # Number the bands of rows and columns that are adjacent only because of the shift, instead of copying a table from the host.
     band = (place >= resolution - window_size).long() + (place >= resolution - shift).long()
     region = rearrange(3 * band[:, None] + band[None, :], "y x -> 1 (y x) 1")
     region = rearrange(window_partition(region, resolution, window_size, 0), "1 w n 1 -> w n")
@@ -46,14 +46,14 @@ def window_prompt_attention(
     shift: int = 0,
     prompt_owner: str = "instance",
 ) -> Tensor:
-    """(Shifted) window attention in which every window also holds prompts: (B, P+R*R, 3C), (H, w*w, w*w) -> (B, P+R*R, C)."""
+    """Attend within (shifted) windows, each extended by the prompts: (B, P+R*R, 3C), (H, w*w, w*w) -> (B, P+R*R, C)."""
     batch, owner_is_instance = qkv.shape[0], prompt_owner == "instance"
     if resolution <= window_size:
         window_size, shift = resolution, 0
     num_windows, tokens_per_window = (resolution // window_size) ** 2, window_size**2
     prompts, tokens = qkv[:, :num_prompts], qkv[:, num_prompts:]
 
-    # Window i = b * nW + w uses the prompts of item b, or in the released code's order of item i % B.
+    # Window i = b * nW + w uses the prompts of item b, or, in the order of the released code, those of item i % B.
     windows = rearrange(window_partition(tokens, resolution, window_size, shift), "b w n c -> (b w) n c")
     order = "(b w)" if owner_is_instance else "(w b)"
     rows = torch.cat([repeat(prompts, f"b p c -> {order} p c", w=num_windows), windows], dim=1)

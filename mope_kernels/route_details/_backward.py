@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Gradient of the routing, for one item per program."""
+"""Backward kernel of the routing, one item per program."""
 
 import triton
 import triton.language as tl
@@ -20,7 +20,7 @@ def route_item_backward(
     BK: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """Gradient of an item's logits: (BK,). Where p_indices is None the weights are the probabilities."""
+    """Return the gradient of an item's logits: (BK,). If p_indices is None, the weights are the probabilities."""
     o_expert = tl.arange(0, BK)
     m_expert = o_expert < K
     # (BK,)
@@ -31,7 +31,7 @@ def route_item_backward(
     if p_grad_weights is not None and p_indices is None:
         b_grad += tl.load(p_grad_weights + item * K + o_expert, mask=m_expert, other=0.0).to(tl.float32)
     if p_grad_weights is not None and p_indices is not None:
-        # weights = probs[indices] / total; without renormalization total is 1 and nothing is common to all weights.
+        # weights = probs[indices] / total. Without renormalization, total is 1 and the weights share no gradient term.
         b_total = tl.full([BT], 1.0, tl.float32)
         b_common = tl.zeros([BT], tl.float32)
         if RENORMALIZE:

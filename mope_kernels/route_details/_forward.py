@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Softmax over the experts and the selection of the best k, for one item per program."""
+"""Forward kernel of the routing: softmax over the experts and top-k selection, one item per program."""
 
 import triton
 import triton.language as tl
@@ -7,8 +7,8 @@ import triton.language as tl
 
 @triton.jit
 def load_scores(p_logits, p_noise, o_expert, m_expert, temperature):
-    """What experts are ranked by, logits / temperature + noise: (n,) float32, -inf where masked."""
-    # Correctly rounded, so that equal scores are equal on every backend.
+    """Return the expert scores logits / temperature + noise: (n,) float32, -inf where masked."""
+    # Correctly rounded, so that ties are the same on every backend.
     b_scores = tl.div_rn(tl.load(p_logits + o_expert, mask=m_expert, other=0.0).to(tl.float32), temperature)
     if p_noise is not None:
         b_scores += tl.load(p_noise + o_expert, mask=m_expert, other=0.0).to(tl.float32)
@@ -25,9 +25,9 @@ def route_item(
     RENORMALIZE: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Route one item: probs, weights and rank of every expert, each (BK,). Expert e is selected if rank[e] < TOP_K.
+    """Return probs, weights and rank of every expert for one item, (BK,) each. Expert e is selected if rank[e] < TOP_K.
 
-    Dense routing (TOP_K = 0) ranks the experts by their number. Padding, experts K to BK, ranks last with probability 0.
+    Dense routing (TOP_K = 0) ranks the experts by index. Padding experts K to BK rank last with probability 0.
     """
     o_expert = tl.arange(0, BK)
     m_expert = o_expert < K
@@ -38,16 +38,16 @@ def route_item(
     b_weights = b_probs
     b_rank = o_expert
     if TOP_K > 0:
-        # NaN compares with nothing: an item that has one ranks its experts by number.
+        # NaN cannot be ranked, so an item with NaN ranks its experts by index.
         broken = total != total
         b_scores = tl.where(broken, 0.0, b_scores)
-        # The rank is the number of experts that come before: higher score, or the same and a lower number. That needs
-        # no removal of what was selected already, so scores of -inf are as good as any.
+        # The rank is the number of experts with a higher score, or with the same score and a lower index. Selected experts need not
+        # be masked with -inf, so scores of -inf are handled correctly.
         b_rank = tl.where(m_expert, 0, BK)
         for start in range(0, K, 16):
             o_other = start + tl.arange(0, 16)
             m_other = o_other < K
-            # (16,) the same scores once more, along the other axis
+            # (16,): the same scores along the other axis
             b_other = tl.where(broken, 0.0, load_scores(p_logits, p_noise, o_other, m_other, temperature))
             before = b_other[None, :] > b_scores[:, None]
             before |= (b_other[None, :] == b_scores[:, None]) & (o_other[None, :] < o_expert[:, None])
@@ -70,7 +70,7 @@ def store_routing(
     TOP_K: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Write probs (B,K) and, sorted by rank, weights and indices (B,k) of one item."""
+    """Store the probs (B,K) of one item and, sorted by rank, its weights and indices (B,k)."""
     o_expert = tl.arange(0, BK)
     tl.store(p_probs + item * K + o_expert, b_probs, mask=o_expert < K)
     if TOP_K > 0:

@@ -1,4 +1,4 @@
-"""Launchers of the router's Triton kernels. Triton is imported by the first call."""
+"""Launchers of the router's Triton kernels. The first call imports Triton."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .spec import empty_routing as empty_routing
 
 
 def _warps(num_experts: int) -> int:
-    # Ranking holds 16 scores for each expert in registers.
+    # Ranking keeps 16 scores per expert in registers.
     return min(max(next_power_of_2(num_experts) // 64, 1), 8)
 
 

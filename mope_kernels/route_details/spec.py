@@ -1,4 +1,4 @@
-"""The spec of `route`."""
+"""Spec of `route`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GRADIENTS = Gradients("logits")
 
 
 def empty_routing(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate probs (B,K), weights and indices (B,k). In dense routing, `top_k` 0, weights and indices have no columns."""
+    """Allocate probs (B,K), weights and indices (B,k). For dense routing (`top_k` 0), weights and indices have no columns."""
     batch = logits.shape[0]
     probs = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     return probs, probs.new_empty(batch, top_k), probs.new_empty(batch, top_k, dtype=torch.int64)
@@ -24,20 +24,21 @@ def empty_routing(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
 FORWARD = RawOp(
     "route",
     "Tensor logits, Tensor? noise, int top_k, float temperature, bool renormalize",
-    # In dense routing weights and indices have no columns, because they would repeat probs and arange.
+    # For dense routing, weights and indices have no columns, because they would repeat probs and arange.
     "Tensor probs, Tensor weights, Tensor indices",
     lambda a: empty_routing(a.logits, a.top_k),
 )
 BACKWARD = RawOp(
     "route_backward",
     "Tensor? grad_probs, Tensor? grad_weights, Tensor probs, Tensor weights, Tensor indices, float temperature, bool renormalize",
-    # In the dtype of probs. The gradient of the noise is derived from it.
+    # The result has the dtype of probs. The gradient of the noise is derived from it.
     GRADIENTS.results,
     lambda a: (a.probs.new_empty(a.probs.shape),),
 )
 
 
 def draw_logits(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Options]:
+    """Draw logits and noise, and return them with the options of `route`."""
     shape = (size["batch"], size["experts"])
     noise = torch.randn(shape, device=device) / 8 if size["noise"] else None
     logits = torch.randn(shape, dtype=dtype, device=device)

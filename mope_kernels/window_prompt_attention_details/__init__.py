@@ -1,0 +1,1 @@
+"""Spec, launchers and kernels of `window_prompt_attention`."""

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Gradients of attention in windows, from its inputs and the incoming gradient alone.
+"""Backward kernels of window attention, which use only its inputs and the incoming gradient.
 
-Windows whose rows fit into one block take `window_gradient`. Others take `query_gradient`, which leaves what it knows about the
-softmax of each row to `key_gradient`; the position bias takes `bias_gradient`, which reads that too.
+If the rows of a window fit in one block, `window_gradient` does everything. Otherwise `query_gradient` also stores the softmax
+statistics of each row, which `key_gradient` reads. `bias_gradient`, for the position bias, reads them too.
 """
 
 import triton
@@ -13,7 +13,7 @@ from ._forward import load_bias, load_rows, place, row_offsets, store_prompts, s
 
 @triton.jit
 def share_of_mean(o_row, P: tl.constexpr, NUM_WINDOWS: tl.constexpr):
-    """What the incoming gradient of a row is multiplied by, as a prompt's output is a mean over windows: (rows,)."""
+    """Return the factor of each row's incoming gradient, because a prompt's output is a mean over windows: (rows,)."""
     return tl.where(o_row < P, 1.0 / NUM_WINDOWS, 1.0)
 
 
@@ -41,9 +41,10 @@ def window_gradient(
     BM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: one head, of a part of the windows that use the prompts of one image; their rows fit into a block of BM.
+    """Compute the gradients of one head for some of the windows that use one image's prompts. A window fits in BM rows.
 
-    grad is (B, P + R*R, 3C), contiguous; partial (splits, B, P, 3C) is for prompts whose windows are split among programs.
+    grad is a contiguous (B, P + R*R, 3C). If the windows are split among programs, the prompt gradients go to partial
+    (splits, B, P, 3C).
     """
     NUM_WINDOWS: tl.constexpr = (R // W) * (R // W)
     NUM_ROWS: tl.constexpr = P + W * W
@@ -99,7 +100,7 @@ def window_gradient(
 
 @triton.jit
 def stored_probs(p_softmax, i_softmax, b_scores, o_query, NUM_ROWS: tl.constexpr):
-    """The probabilities and the sum over keys of probability times its gradient, as `query_gradient` left them."""
+    """Return the probabilities and the sum over keys of probability * gradient, from the statistics of `query_gradient`."""
     m_query = o_query < NUM_ROWS
     b_max = tl.load(p_softmax + i_softmax + o_query, mask=m_query, other=0.0)
     b_sum = tl.load(p_softmax + i_softmax + NUM_ROWS + o_query, mask=m_query, other=1.0)
@@ -133,10 +134,10 @@ def query_gradient(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BM rows of one head, of a part of the windows that use the prompts of one image.
+    """Compute query gradients of BM rows of one head, for some of the windows that use one image's prompts.
 
-    softmax (B, windows, H, 3, P + W*W), float32: of each row the maximum of its scores in units of log 2, the sum of their
-    exponentials from there, and the sum over keys of probability times its gradient. Without grad this is all there is to do.
+    softmax (B, windows, H, 3, P + W*W), float32, receives for each row the maximum of its base-2 scores, the sum of exp2(score -
+    maximum), and the sum over keys of probability * gradient. If p_grad is None, only softmax is written.
     """
     NUM_WINDOWS: tl.constexpr = (R // W) * (R // W)
     NUM_ROWS: tl.constexpr = P + W * W
@@ -230,7 +231,7 @@ def key_gradient(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: keys and values of BN rows of one head, of a part of the windows that use the prompts of one image."""
+    """Compute key and value gradients of BN rows of one head, for some of the windows that use one image's prompts."""
     NUM_WINDOWS: tl.constexpr = (R // W) * (R // W)
     NUM_ROWS: tl.constexpr = P + W * W
     QUERY_BLOCKS: tl.constexpr = (NUM_ROWS + BM - 1) // BM
@@ -305,9 +306,9 @@ def bias_gradient(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: the gradient of BM x BN of one head's position bias, summed over a part of all windows.
+    """Compute the gradient of BM x BN elements of one head's position bias, summed over a part of all windows.
 
-    partial is (parts, H, W*W, W*W), float32. Only tokens have a bias, so no window's prompts are read.
+    partial is (parts, H, W*W, W*W), float32. Only tokens have a bias, so prompts are not read.
     """
     NUM_WINDOWS: tl.constexpr = (R // W) * (R // W)
     NUM_ROWS: tl.constexpr = P + W * W

@@ -1,21 +1,21 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Attention in the windows of an image, each with the image's prompts, read and written where they lie.
+"""Forward kernel of attention in the windows of an image, each extended by prompts, without copying windows.
 
-Of [prompts; tokens of the window] row n < P is prompt n, row P + y * W + x the token at (y, x) of the window.
+In the rows [prompts; tokens of the window], row n < P is prompt n, and row P + y * W + x is the token at (y, x) of the window.
 """
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# In units of log 2: what is added to scores between tokens that a shift brings together from afar.
+# Base-2 mask value added to scores between tokens that are adjacent only because of the shift.
 APART = tl.constexpr(-100 * 1.4426950408889634)
 
 
 @triton.jit
 def this_program(splits, H: tl.constexpr, BLOCKS: tl.constexpr):
-    """Which head, block of rows, part of the windows and owner of prompts a program has."""
-    # Heads beside each other share cache lines, so they run together.
+    """Return a program's head, block of rows, split of the windows and owner of the prompts."""
+    # Adjacent heads share cache lines, so run them together.
     head = tl.program_id(0) % H
     rest = tl.program_id(0) // H
     return head, rest % BLOCKS, rest // BLOCKS % splits, rest // BLOCKS // splits
@@ -23,7 +23,7 @@ def this_program(splits, H: tl.constexpr, BLOCKS: tl.constexpr):
 
 @triton.jit
 def place(j, owner, batch, NUM_WINDOWS: tl.constexpr, OWNER_IS_INSTANCE: tl.constexpr):
-    """The image and the window in it of the j-th window that uses the prompts of `owner`."""
+    """Return the image and the window index of the j-th window that uses the prompts of `owner`."""
     if OWNER_IS_INSTANCE:
         return owner, j
     else:
@@ -44,7 +44,7 @@ def row_offsets(
     W: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """Where rows of [prompts of the owner; tokens of a window] start in a (B, P + R*R, ...) tensor: (rows,), 64 bits."""
+    """Return 64-bit offsets of rows of [owner's prompts; tokens of a window] in a (B, P + R*R, ...) tensor: (rows,)."""
     o_token = tl.maximum(o_row - P, 0)
     y = window // (R // W) * W + o_token // W + SHIFT
     x = window % (R // W) * W + o_token % W + SHIFT
@@ -52,15 +52,15 @@ def row_offsets(
     x = tl.where(x >= R, x - R, x)
     is_prompt = o_row < P
     o_item = tl.where(is_prompt, owner, item).to(tl.int64) * stride_item
-    # The launcher copies what does not start at multiples of 8 elements.
+    # The launcher copies rows that do not start at multiples of 8 elements.
     return tl.multiple_of(o_item + tl.where(is_prompt, o_row, P + y * R + x).to(tl.int64) * stride_row, 8)
 
 
 @triton.jit
 def sides(o_row, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
-    """For each of the four values of `cuts_of` four bits: rows that have one in common are on the same side of the cuts: (rows,).
+    """Return four bits per row for each of the four values of `cuts_of`: (rows,).
 
-    Prompts are on every side.
+    Two rows are on the same side of the cuts if they have a bit in common. Prompts are on every side.
     """
     o_token = tl.maximum(o_row - P, 0)
     y = tl.where(o_token // W >= W - SHIFT, 1, 0)
@@ -70,19 +70,19 @@ def sides(o_row, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
 
 @triton.constexpr_function
 def tokens_from(y, x, P, W):
-    """A bit for each row of a window of at most 64 rows: whether it is a token of line y or below, and of column x or beyond."""
+    """Return a bit mask of the rows, at most 64, that are window tokens with line >= y and column >= x."""
     bits = sum(1 << (P + i * W + j) for i in range(y, W) for j in range(x, W))
-    # As the two's complement of 64 bits.
+    # Convert to 64-bit two's complement.
     return bits - (1 << 64) if bits >> 63 else bits
 
 
 @triton.jit
 def far_keys(o_query, o_key, cut, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
-    """Whether a cut that goes through a window of at most 64 rows lies between query and key: (queries, keys).
+    """Tell whether a cut through a window of at most 64 rows separates query and key: (queries, keys).
 
-    A query has a bit for each key. In the layout of the scores a thread has few queries, and its keys are bits 0 and 1 of each
-    eight, once it has shifted them by what is its own: so the test of a score is one instruction, and what it needs are a few
-    registers. With more of them one program less fits on a multiprocessor of sm_90.
+    Each query has a 64-bit mask with a bit per key. In the layout of the scores, a thread has few queries, and after shifting the
+    masks by the thread's own offset its keys are bits 0 and 1 of every eight. A score's test is then one instruction, and the masks
+    need few registers; with more registers, one program fewer would fit on an sm_90 multiprocessor.
     """
     TOKENS: tl.constexpr = tokens_from(0, 0, P, W)
     LOWER: tl.constexpr = tokens_from(W - SHIFT, 0, P, W)
@@ -92,7 +92,7 @@ def far_keys(o_query, o_key, cut, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.co
     b_tokens = tl.full([], TOKENS, tl.int64) >> o_own
     b_lower = tl.where(is_cut_y, tl.full([], LOWER, tl.int64), 0) >> o_own
     b_right = tl.where(is_cut_x, tl.full([], RIGHT, tl.int64), 0) >> o_own
-    # Without a cut no line and no column is beyond it.
+    # Without a cut, no line or column is beyond it.
     o_token = tl.maximum(o_query - P, 0)
     is_lower = (o_token // W >= tl.where(is_cut_y, W - SHIFT, W))[:, None]
     is_right = (o_token % W >= tl.where(is_cut_x, W - SHIFT, W))[:, None]
@@ -104,13 +104,13 @@ def far_keys(o_query, o_key, cut, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.co
 
 @triton.jit
 def cuts_of(window, R: tl.constexpr, W: tl.constexpr):
-    """Which of these cuts go through a window: only those of the last row and the last column of windows."""
+    """Return the cuts through a window: bit 0 in the last row of windows, bit 1 in the last column."""
     return tl.where(window // (R // W) == R // W - 1, 1, 0) + tl.where(window % (R // W) == R // W - 1, 2, 0)
 
 
 @triton.jit
 def load_rows(p_tensor, o_start, o_row, NUM_ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """Rows of one head that start at `o_start`: (rows, BD), zero beyond the last row and beyond column D."""
+    """Load rows of one head that start at `o_start`: (rows, BD), zero beyond the last row and beyond column D."""
     o_column = tl.arange(0, BD)
     mask = (o_row < NUM_ROWS)[:, None] & (o_column < D)[None, :]
     return tl.load(p_tensor + o_start[:, None] + o_column[None, :], mask=mask, other=0.0)
@@ -118,7 +118,7 @@ def load_rows(p_tensor, o_start, o_row, NUM_ROWS: tl.constexpr, D: tl.constexpr,
 
 @triton.jit
 def store_rows(p_tensor, o_start, m_row, b_rows, D: tl.constexpr, BD: tl.constexpr):
-    """Write a (rows, BD) tile to the rows of one head that start at `o_start`, in the dtype of the tensor."""
+    """Store a (rows, BD) tile to the rows of one head that start at `o_start`, in the tensor's dtype."""
     o_column = tl.arange(0, BD)
     mask = m_row[:, None] & (o_column < D)[None, :]
     tl.store(p_tensor + o_start[:, None] + o_column[None, :], b_rows.to(p_tensor.dtype.element_ty), mask=mask)
@@ -139,7 +139,7 @@ def store_tokens(
     W: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """Of a (rows, BD) tile those of a window's tokens, to one head of a contiguous (B, P + R*R, WIDTH)."""
+    """Store the token rows of a (rows, BD) tile to one head of a contiguous (B, P + R*R, WIDTH) tensor."""
     o_start = row_offsets(o_row, item, item, window, (P + R * R) * WIDTH, WIDTH, P, R, W, SHIFT)
     store_rows(p_out, o_start, (o_row >= P) & (o_row < P + W * W), b_rows, D, BD)
 
@@ -162,9 +162,10 @@ def store_prompts(
     P: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Of a (rows, BD) tile those of prompts, from a column on.
+    """Store the prompt rows of a (rows, BD) tile, starting at `column`.
 
-    They go, times scale, to a contiguous (B, P + R*R, WIDTH), or where windows are split to partial (splits, B, P, WIDTH).
+    They are scaled and stored to a contiguous (B, P + R*R, WIDTH) tensor. If the windows are split, they are stored unscaled to
+    partial (splits, B, P, WIDTH).
     """
     if splits == 1:
         o_start = (owner.to(tl.int64) * (P + R * R) + o_row) * WIDTH
@@ -176,7 +177,7 @@ def store_prompts(
 
 @triton.jit
 def load_bias(p_bias, o_query, o_key, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr):
-    """(W*W, W*W) position bias of one head in units of log 2; 0 beside prompts, -inf for keys that are not there: (BM, BN)."""
+    """Load one head's (W*W, W*W) position bias in base 2: (BM, BN), 0 for prompts and -inf for keys out of bounds."""
     m_query = (o_query >= P) & (o_query < P + W * W)
     m_key = (o_key >= P) & (o_key < P + W * W)
     offsets = (o_query - P)[:, None] * (W * W) + (o_key - P)[None, :]
@@ -200,7 +201,7 @@ def window_scores(
     SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(BM, BN) in units of log 2, with the bias as it is loaded."""
+    """Compute masked scores in base 2: (BM, BN). `b_bias` is a result of `load_bias`."""
     b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2 + b_bias
     if SHIFT > 0:
         cut = cuts_of(window, R, W)
@@ -236,10 +237,10 @@ def window_forward(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BM rows of one head, of a part of the windows that use the prompts of one image.
+    """Compute BM rows of one head, for some of the windows that use one image's prompts.
 
-    out is (B, P + R*R, C), contiguous. Prompts get the mean over their windows; where these are split among programs, each
-    writes its sum to partial (splits, B, P, C), float32.
+    out is a contiguous (B, P + R*R, C). The output of a prompt is the mean over its windows. If the windows are split among
+    programs, each program writes its sum to partial (splits, B, P, C), float32.
     """
     NUM_WINDOWS: tl.constexpr = (R // W) * (R // W)
     NUM_ROWS: tl.constexpr = P + W * W
@@ -283,7 +284,7 @@ def window_forward(
                 b_value = load_rows(p_value, o_key_start, o_key, NUM_ROWS, D, BD)
                 b_bias = load_bias(p_bias, o_query, o_key, P, W, SHIFT)
                 b_scores = window_scores(b_query, b_key, b_bias, o_query, o_key, window, scale_log2, P, R, W, SHIFT, PRECISION)
-                # Each block of keys has one that is there, so no maximum is -inf.
+                # Each block contains at least one valid key, so no maximum is -inf.
                 b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
                 b_probs = tl.exp2(b_scores - b_new_max[:, None])
                 b_decay = tl.exp2(b_max - b_new_max)
@@ -313,16 +314,16 @@ def window_forward(
         )
 
 
-# Compiled once for all blocks of a model.
+# Not specialised on its integer arguments, so it is compiled once for all blocks of a model.
 @triton.jit(do_not_specialize=["batch", "splits", "rows", "num_prompts", "width"])
 def sum_partials(p_partial, p_out, batch, splits, rows, num_prompts, width, scale, BC: tl.constexpr):
-    """One program: one prompt of one item; scale * sum of partial (splits, B, P, C), into the first P rows of out (B, rows, C)."""
+    """Store scale * the sum of partial (splits, B, P, C), for one prompt of one item, to the first P rows of out (B, rows, C)."""
     item = (tl.program_id(0) // num_prompts).to(tl.int64)
     prompt = tl.program_id(0) % num_prompts
     for start in tl.range(0, width, BC):
         o_column = start + tl.arange(0, BC)
         b_sum = tl.zeros([BC], tl.float32)
-        # In order, whatever finished first.
+        # Sum in a fixed order.
         for split in tl.range(0, splits):
             p_row = p_partial + ((split * batch + item) * num_prompts + prompt) * width
             b_sum += tl.load(p_row + o_column, mask=o_column < width, other=0.0)

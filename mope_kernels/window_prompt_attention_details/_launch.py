@@ -1,4 +1,4 @@
-"""Launchers of the window attention kernels, and their configurations. Triton is imported by the first call."""
+"""Launchers of the window attention kernels, with their configurations. The first call imports Triton."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from mope_kernels.prompt_attention_details._launch import aligned_rows, dot_prec
 
 from .spec import GRADIENTS
 
-# Where the number of multiprocessors is not known: an H100's.
+# Assumed number of multiprocessors if it is unknown: that of an H100.
 MULTIPROCESSORS = 132
 
 
 def _options(blocks: Blocks) -> dict[str, int]:
-    """Options of the compiler."""
+    """Return the compiler options."""
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
-    # Left to itself, NVIDIA's assembler takes what leaves room for one program less, or spills a few registers to have one more.
+    # Without a limit, NVIDIA's assembler uses so many registers that one program fewer fits, or spills a few to fit one more.
     return options if on_amd() else options | {"maxnreg": blocks.registers}
 
 
 def blocks_for(kernel: str, qkv: Tensor, head_dim: int, num_rows: int) -> Blocks:
-    """The configuration of "forward" or "gradient" by dtype, head_dim and number of rows."""
-    # Tensor cores multiply at least 16.
+    """Return the configuration of "forward" or "gradient" for a dtype, head_dim and number of rows."""
+    # Tensor cores need at least 16 rows.
     rows = max(next_power_of_2(num_rows), 16)
     key = (configs.dtype_key(qkv.dtype), head_dim, kernel, rows)
     blocks: Blocks = configs.find("window_prompt_attention", key, qkv.device)
@@ -43,13 +43,13 @@ def _multiprocessors(index: int) -> int:
 
 
 def _splits(programs: int, windows: int, resident: int, device: torch.device) -> int:
-    """Among how many programs to split the windows of each of `programs`, of which a multiprocessor holds `resident` at once."""
+    """Return into how many programs to split each of `programs`, at `resident` programs per multiprocessor."""
     count = _multiprocessors(device.index) if device.type == "cuda" and device.index is not None else MULTIPROCESSORS
     return splits_in_one_wave(programs, windows, resident * count)
 
 
 class _Sizes(NamedTuple):
-    """What the kernels take as constants."""
+    """Constants of the kernels."""
 
     OWNER_IS_INSTANCE: bool
     H: int
@@ -66,7 +66,7 @@ class _Sizes(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Of [prompts; tokens of a window]."""
+        """Number of rows of [prompts; tokens of a window]."""
         return self.P + self.W**2
 
 
@@ -76,7 +76,7 @@ def _sizes(qkv: Tensor, num_prompts: int, num_heads: int, resolution: int, windo
 
 
 def _sum_partials(partial: Tensor | None, out: Tensor, scale: float) -> None:
-    """(splits, B, P, C) -> the first P rows of (B, ..., C)."""
+    """Store scale * the sum over splits of partial (splits, B, P, C) to the first P rows of out (B, ..., C)."""
     from ._forward import sum_partials
 
     if partial is None or len(partial) == 0:
@@ -99,9 +99,9 @@ def _sum_partials(partial: Tensor | None, out: Tensor, scale: float) -> None:
 
 
 def _partial(splits: int, like: Tensor, num_prompts: int) -> Tensor | None:
-    """Room for the sums of each split, where there is more than one; no room, but a tensor, where there is one.
+    """Allocate the partial sums, one per split. With one split the tensor is empty; without prompts it is None.
 
-    How many there are depends on the batch, and for None other kernels would be compiled.
+    It is not None with one split, because the number of splits depends on the batch and None would compile other kernels.
     """
     if num_prompts == 0:
         return None
@@ -170,7 +170,7 @@ def window_prompt_attention_backward(
     qkv, grad_out, position_bias = aligned_rows(qkv), aligned_rows(grad_out), position_bias.contiguous()
     sizes = _sizes(qkv, num_prompts, num_heads, resolution, window_size, shift, owner_is_instance)
     batch, rows, width = qkv.shape
-    # A gradient of the bias keeps registers that large blocks have not.
+    # The bias gradient occupies registers that large blocks cannot spare.
     blocks = blocks_for("gradient", qkv, sizes.D, MORE if need_bias else sizes.num_rows)
     query_blocks, key_blocks = cdiv(sizes.num_rows, blocks.queries), cdiv(sizes.num_rows, blocks.keys)
     grad = qkv.new_empty(batch, rows, width) if need_qkv else None

@@ -1,4 +1,4 @@
-"""The spec of `window_prompt_attention`."""
+"""Spec of `window_prompt_attention`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mope_kernels.spec import Choose, Gradients, Options, RawOp, Sizes, Spec, Te
 
 GRADIENTS = Gradients("qkv", "position_bias")
 
-# resolution >= window_size: for a smaller image, callers pass one window of its size and no shift.
+# Requires resolution >= window_size. For a smaller image, callers pass one window of the image's size without shift.
 _INPUTS = (
     "Tensor qkv, Tensor position_bias, int num_prompts, int num_heads, int resolution, int window_size, int shift, "
     "bool owner_is_instance"
@@ -48,7 +48,7 @@ def _example(dtype: torch.dtype, device: str, size: Sizes) -> tuple[Tensors, Opt
 
 
 def _any_sizes(choose: Choose, impl: str) -> Sizes:
-    # Triton's interpreter is slow per window.
+    # Use few windows with Triton, because its interpreter is slow for each.
     few = impl == "triton"
     window_size, per_side = choose.integers(1, 4), choose.integers(1, 2 if few else 3)
     return {
@@ -64,7 +64,7 @@ def _any_sizes(choose: Choose, impl: str) -> Sizes:
 
 
 def _variants(short: bool) -> Iterator[Variant]:
-    """Yield the first stage of a Swin Transformer, or with shift 0 its last."""
+    """Yield the sizes of the first stage of a Swin Transformer, and of the last (shift 0)."""
     given: list[dict[str, Any]] = [{}, {"shift": 0}, {"prompts": 33}, {"trained_bias": True}]
     given.append({"window": 12, "shift": 6, "prompts": 33, "trained_bias": True})
     for dtype, head_dim, changes, label in declared(lambda dtype: given, short, usual=32):

@@ -8,5 +8,5 @@ from mope.benchmark.cases import Case, cases
 
 
 def tiny_cases(op: str, where: str) -> list[Case]:
-    """Replace `cases` by the small ones, with the ways of a CPU."""
+    """Return the small cases in place of `cases`, with the ways that run on a CPU."""
     return [dataclasses.replace(case, detailed=False, graphs=False) for case in cases(op, "tiny")]

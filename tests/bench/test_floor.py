@@ -1,4 +1,4 @@
-"""The floor of an operation is that of its shapes, and every operation is of one kind."""
+"""The floor of an operation follows from its shapes, and every operation has exactly one kind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mope.fused import prepack
 
 
 def ledger_of(function, *inputs, backward: bool = False) -> dict[str, floor.Share]:
-    """With a product at 1 operation a second, and copies for nothing."""
+    """Return the ledger of a function; a product costs one second per operation, and copies are free."""
     with floor.Ledger(lambda moved, operations, dtype: operations) as found:
         out = function(*inputs)
         if backward:
@@ -78,7 +78,7 @@ def test_a_small_model_from_end_to_end(tmp_path, capsys, monkeypatch):
         *("tiny-swin inference", "tiny-swin bfloat16 inference", "tiny-swin training")
     ]
     products = [case["ways"]["ours"]["kinds"]["frozen layers and other products"]["floor"] for case in (inference, half, training)]
-    # Half the time for each operation; about as many again in backward.
+    # In half precision each operation takes half the time; backward costs about as much again.
     assert products[1] == pytest.approx(products[0] / 2, rel=0.1) and 1.5 * products[0] < products[2] < 2.5 * products[0]
     for case in record["cases"]:
         for way in case["ways"].values():

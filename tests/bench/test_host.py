@@ -1,4 +1,4 @@
-"""Launches reach the stand-in for the driver and are counted, as are torch's operations; times are recorded, but not judged."""
+"""Launches reach the stand-in for the driver and are counted, like torch's operations; times are recorded, but not judged."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mope_kernels import _triton, explain
 from mope_kernels.impl import interpreting
 
 pytestmark = [
-    pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="the stand-in for the driver is compiled"),
+    pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler for the stand-in driver"),
     pytest.mark.skipif(interpreting(), reason="interpreted kernels are not launched"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is for where no GPU is"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is only for machines without a GPU"),
 ]
 SHALLOW = {
     "swin": dataclasses.replace(host_cases.MODELS["swin"], depths=(2, 2, 2, 2), layers=1),
@@ -54,7 +54,7 @@ def test_tensors_of_the_cpu_stand_for_a_gpus_only_meanwhile():
 
 @pytest.mark.parametrize("name", host_cases.OPS)
 def test_an_op_launches_what_bench_launches_counts(launches, name):
-    """Check it without and with gradients; its raw ops launch as many kernels as the op itself."""
+    """Check calls without and with gradients; the raw ops launch as many kernels as the op itself."""
     calls = host.calls_of(name, host_cases.STUBBED, torch.float16)
     found = {}
     for way, call in calls.items():
@@ -185,7 +185,7 @@ def test_what_is_judged_by_hand():
 
 
 def test_what_cannot_be_profiled_is_said():
-    with pytest.raises(ValueError, match=r"no 'nothing' to profile, only window_prompt_attention, .*swin training"):
+    with pytest.raises(ValueError, match=r"cannot profile 'nothing': choose one of window_prompt_attention, .*swin training"):
         host.profile("nothing", "float32")
 
 

@@ -1,4 +1,4 @@
-"""The work that training steps leave to the host is counted."""
+"""Count the work that training steps leave to the host."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_each_way_leaves_what_it_leaves(capsys) -> None:
     assert replays == {"none": 0, "make_graphed_callables": 2, "GraphedStep": 1}
     assert additions == dict.fromkeys(host_work.WAYS, trained) | {"GraphedStep": 0}
     operations = {way: first.operations for way, (first, _) in found.items()}
-    # Copy each input to its place, and the loss out of its place into a new tensor.
+    # Copy each input into its buffer, and the loss from its buffer into a new tensor.
     assert operations["GraphedStep"] == len(batch) + 2
     assert operations["GraphedStep"] < trained <= min(operations["reduce-overhead"], operations["make_graphed_callables"])
     assert max(operations["reduce-overhead"], operations["make_graphed_callables"]) < operations["none"]

@@ -1,4 +1,4 @@
-"""What a block of a Swin Transformer launches on a GPU, counted where none is."""
+"""GPU launches of a Swin Transformer block, counted without a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from bench.launches import swin_block, swin_encoder
 
-# The residual additions, the LayerNorms, the MLP's first product and the attention are kernels of ours, the others torch's.
+# Our kernels: residual additions, LayerNorms, the MLP's first product and attention; the others are torch's.
 PLAIN = {"add_norm_forward": 2, "aten.addmm.default": 3, "window_forward": 1, "gelu_forward": 1}
 
 
@@ -21,7 +21,7 @@ def test_a_routed_block_is_eight_launches() -> None:
 
 
 def test_around_the_blocks_there_is_little() -> None:
-    """Images to tokens, prompts and psi for all blocks, three merges, and sums of the windows of small stages."""
+    """Few launches are outside the blocks: images to tokens, prompts and psi for all blocks, three merges, sums over windows."""
     pytest.importorskip("triton")
     launches = swin_encoder()
     assert launches["place_prompts"] == 20 and launches["window_forward"] == 24
@@ -35,7 +35,7 @@ def test_nothing_is_cast_under_autocast_where_frozen_weights_were_cast_once() ->
 
 
 def test_every_operation_of_the_other_ways_is_counted() -> None:
-    """A product is one operation, however many dimensions it has; a view is none."""
+    """Check that a product counts as one operation, whatever its dimensions, and a view as none."""
     released, definition = swin_block("released"), swin_block("definition")
     for found in (released, definition):
         assert found["aten.addmm.default"] == 4 + 1 * (found is definition) + 2 * (found is released)

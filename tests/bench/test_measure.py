@@ -1,4 +1,4 @@
-"""What is measured is right, and what is wrong is not measured."""
+"""Measured ways compute correct results, and incorrect ones are not measured."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def test_every_opponent_computes_the_op(case):
             said |= dict.fromkeys(("ours triton", "ours cublas"), "which has one way")
             assert said[way] in str(reason)
         else:
-            # Nothing but rounding, which temperature 0.1 magnifies in gradients of routers.
+            # Only rounding errors, which temperature 0.1 magnifies in router gradients.
             assert error < 1e-5
 
 
 @pytest.mark.parametrize("optimizer", ["", " with AdamW"])
 @pytest.mark.parametrize("way", ["ours graphed", "released without waiting graphed"])
 def test_steps_in_graphs_compute_the_op_again_and_again(way, optimizer, monkeypatch):
-    """Steps run on tapes of operations (tests/tape.py). The optimizer does all its work with a learning rate of 0."""
+    """Run the steps on tapes of operations (tests/tape.py); the optimizer does all its work with a learning rate of 0."""
     monkeypatch.setattr(problem_module, "check_graphs", lambda: None)
     monkeypatch.setattr("mope.graphs._CudaGraphs", lambda: Tapes(reads=True))
 
@@ -66,7 +66,7 @@ def test_steps_in_graphs_compute_the_op_again_and_again(way, optimizer, monkeypa
 
 @pytest.mark.parametrize("training", [False, True])
 def test_in_half_precision_models_are_checked_as_well(training):
-    """Under autocast, and with everything in half precision; the importance loss of the released way is rounded as it is there."""
+    """Check autocast and full half precision; the importance loss of the released way is rounded as in the released code."""
     problem = problems.build(Case("model", "tiny-swin", training), CPU, torch.bfloat16)
     for way in ("ours", "released", "released without waiting", "released half"):
         assert 1e-4 < measure.check(problem, way, problem.prepare(way)()) < 0.1
@@ -118,7 +118,7 @@ def test_only_the_released_way_waits_for_the_device(way, reads):
     once = problems.build(Case("model", "tiny-swin", True), CPU, torch.float32).prepare(way)
     with CountValuesRead() as found:
         once()
-    # The mean and the loss in each of two routed blocks.
+    # The mean and the loss in both routed blocks.
     assert found.count == reads
 
 
@@ -172,7 +172,7 @@ def test_an_opponent_that_fails_is_a_row_with_its_reason():
         raise RuntimeError("out of memory\nand more")
 
     problem.ways |= {"ours": fails, "released": fails}
-    # Not that it is unavailable: another time it may run.
+    # It counts as failed, not as unavailable, because it may run another time.
     with pytest.raises(measure.Failed, match=r"^RuntimeError: out of memory$"):
         measure.measure(problem, "released", CPU, CEILINGS, Clock.of(CPU), 0.01)
     with pytest.raises(RuntimeError):
@@ -191,7 +191,7 @@ def test_an_error_of_the_device_is_no_row():
 
 
 class Hands:
-    """A clock that moves only when it is told to, so that a busy machine changes nothing."""
+    """A clock that advances only when told to, so that the load of the machine does not matter."""
 
     def __init__(self, tick: float = 0.0) -> None:
         self.time, self.tick = 0.0, tick
@@ -209,12 +209,12 @@ class Hands:
 
 def test_a_row_by_its_parts():
     problem = problems.build(Case("mix_prompts", "swin-b-stage1-b64"), CPU, torch.float32)
-    # Every round takes 2 ms, which is as long as a round should be.
+    # Every round takes 2 ms, which is long enough for a round.
     row = measure.measure(problem, "embedding_bag", CPU, Ceilings(1e9, {"float32": 1e12}), Hands(tick=2e-3).clock(), 0.02)
     assert row["ms"] == pytest.approx(2) and row["rounds"] == measure.ROUNDS and row["ratio"] == pytest.approx(1)
-    # The output alone is 64 x 6 x 128 floats.
+    # The output alone has 64 x 6 x 128 floats.
     assert 64 * 6 * 128 * 4 <= row["memory"] < 2 * 64 * 6 * 128 * 4
-    # Experts, weights and indices in, prompts out, at a gigabyte a second: 64 x 6 x 128 x 4 + 4 x 6 x 128 x 4 + 64 x 4 x 12 bytes.
+    # Experts, weights, indices and prompts at 1 GB/s: 64 x 6 x 128 x 4 + 4 x 6 x 128 x 4 + 64 x 4 x 12 bytes.
     assert row["floor_ms"] == pytest.approx(0.212, rel=1e-2)
     assert row["roofline"] == pytest.approx(row["floor_ms"] / row["ms"], rel=1e-2)
 
@@ -222,13 +222,13 @@ def test_a_row_by_its_parts():
 def test_time_is_that_of_one_call():
     hands = Hands()
     times, beside = measure.sample(hands.clock(), lambda: hands.wait(0.0003), 0.03, lambda: hands.wait(0.0012))
-    # Three calls of the first make a round of a millisecond, and one of the other.
+    # A round has three calls of the first function, which take about a millisecond, and one of the other.
     assert len(times) == len(beside) == int(0.03 / (3 * 0.0003 + 0.0012))
     assert times == pytest.approx([0.0003] * len(times)) and beside == pytest.approx([0.0012] * len(times))
 
 
 def test_the_clock_of_a_cpu_is_in_seconds():
-    # A sleep takes longer on a busy machine, and nowhere less.
+    # A sleep may take longer on a busy machine, but never less.
     assert Clock.of(CPU).seconds(lambda: time.sleep(0.002), calls=3) >= 0.002
 
 
@@ -241,12 +241,12 @@ def test_memory_is_the_peak_beyond_what_there_was():
         del first
         return second * 2
 
-    # Scalars take a few bytes more.
+    # Scalars take a few more bytes.
     assert 8000 <= measure.peak_memory(once, CPU) < 8100
 
 
 def test_work_of_attention_by_hand():
-    """2 items of 2 heads of 3: item 0 sees 4 tokens, item 1 sees 2; 1 static, 1 instance and 2 routed prompts, 3 experts, top-1."""
+    """Use 2 items, 2 heads of width 3, 4 and 2 visible tokens; 1 static, 1 instance and 2 routed prompts; 3 experts, top-1."""
     shape = shapes.Attention(2, heads=2, width=3, tokens=4, experts=3, prompts=2, static=1, instance=1, padding=0.5)
     assert shape.lengths() == [4, 2]
     row = 2 * 3 * 2
@@ -259,7 +259,7 @@ def test_work_of_attention_by_hand():
 
 
 def test_floor_of_a_vit_is_that_of_its_bytes():
-    """ViT-B/16, 64 items, 13 prompts of each item, bfloat16, at 3 TB/s and 800 TFLOP/s: 80 MB, 26.7 us."""
+    """ViT-B/16 with 64 items of 13 prompts in bfloat16, at 3 TB/s and 800 TFLOP/s: 80 MB, 26.7 us."""
     work = shapes.attention_work(shapes.ATTENTION["vit-b-b64"], None, 2, False)
     assert work.bytes == pytest.approx(80.0e6, rel=1e-2) and work.flops == pytest.approx(8.13e9, rel=1e-2)
     assert Ceilings(3.0e12, {"bfloat16": 800e12}).floor(work, torch.bfloat16) == pytest.approx(26.7e-6, rel=1e-2)
@@ -304,7 +304,7 @@ def test_every_case_has_its_shape(where):
 
 
 def test_every_op_is_timed():
-    """So is everything built from ops and layers. A way that few cases have belongs to the op."""
+    """Everything built from ops and layers is timed too; ways that only some cases have are listed for the op."""
     assert {op for op, found in BENCHMARKS.items() if found.stage == "ops"} == SPECS.keys()
     for op, found in BENCHMARKS.items():
         assert found.ways[0] == "ours" and {*found.detailed} < {*found.ways}

@@ -1,4 +1,4 @@
-"""What a GPU would launch, found where there is none."""
+"""The launches of a GPU, recorded without one."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from tests.kernels.test_aot import needs_triton
 
 pytestmark = [
     needs_triton,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="the stand-in for the device is compiled with g++"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ for the stand-in for the device"),
 ]
 BFLOAT16, FLOAT32 = "bfloat16", "float32"
 
 
 @pytest.fixture(scope="module")
 def recorded():
-    """A model's training step, its forward pass, and an op."""
+    """Record a model's training step, its forward pass, and an op."""
     shapes_of = [("model", "tiny-swin", True), ("model", "tiny-swin", False), ("add_norm", "tiny", False), ("model", "tiny", False)]
     wanted = [(Case(op, shape, training), BFLOAT16) for op, shape, training in shapes_of]
     return {(case.op, str(case)): recording.of_cases([(case, dtype)], "sm_90") for case, dtype in wanted}
 
 
 def pointers(kernel):
-    """The types of a kernel's tensors, by name."""
+    """Return the types of a kernel's tensors by name."""
     return {name: kind for name, kind in kernel.signature.items() if isinstance(kind, str) and kind.startswith("*")}
 
 
@@ -38,7 +38,7 @@ def test_a_training_step_launches_more_than_a_forward_pass_and_compiles_its_kern
 
 
 def test_autocast_is_that_of_a_gpu(recorded):
-    """There it computes LayerNorms in float32, and so is the residual behind the first; on a CPU it does not."""
+    """On a GPU, autocast runs LayerNorms in float32, hence also the residual after the first; on a CPU it does not."""
     found = [pointers(kernel) for kernel in recorded["model", "tiny-swin inference"].kernels if kernel.kernel == "add_norm_forward"]
     assert any(of["p_x"] == "*fp32" and of.get("p_update") == "*bf16" and of["p_normed"] == "*bf16" for of in found)
 
@@ -66,5 +66,5 @@ def test_what_is_recorded_is_what_the_headline_measures():
     planned = {(rows.case.op, rows.case.shape, rows.case.training) for rows in plan.plan()}
     asked = {(case.op, case.shape, case.training) for case, _ in plan.with_dtypes()}
     assert planned <= asked and {"bfloat16", "float32"} == {dtype for _, dtype in plan.with_dtypes()}
-    # Shapes exist: a typing error would cost the row on the GPU.
+    # The shapes exist; a typo would cost the row on the GPU.
     assert all(case.shape in BENCHMARKS[case.op].shapes for case, _ in plan.with_dtypes())

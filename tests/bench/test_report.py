@@ -1,4 +1,4 @@
-"""docs/benchmarks.md says what the committed results say."""
+"""docs/benchmarks.md agrees with the committed results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_page_is_made_from_the_committed_results(tmp_path):
 
 def test_what_is_missing_is_said(tmp_path):
     text = report.report(tmp_path, tmp_path)
-    assert "no results of a GPU yet" in text and "###" not in text
+    assert "no GPU results yet" in text and "###" not in text
     assert text.count("not measured") == len(targets.TARGETS) + len(targets.CPU_TARGETS) and "met" not in text
     assert "Not measured yet." in text
 
@@ -38,7 +38,7 @@ def test_targets_by_hand():
         row(FORWARD, "released half", ratio=3.0),
         row(FORWARD, "released without waiting compiled+graphs", ratio=1.2),
         row(STEP, "ours", memory=4),
-        # Faster than the other one of ours, so that it counts.
+        # This is the faster of our two ways, so it counts.
         row(STEP, "ours compiled+graphs", ratio=0.5),
         row(STEP, "released", ratio=2.0, memory=10),
         {"op": "model", "case": STEP, "way": "released half", "unavailable": "out of memory"},
@@ -61,7 +61,7 @@ def test_targets_on_a_cpu_by_hand():
         row("swin-b-stage1-b4 inference", "ours", "window_prompt_attention"),
         row("swin-b-stage1-b4 inference", "released", "window_prompt_attention", ratio=4.0),
         row("swin-b-stage1-b4 inference", "cat+sdpa", "window_prompt_attention", ratio=3.6),
-        # Slower than what the target speaks of, but compiled.
+        # Slower than the way the target names, but compiled.
         row("swin-b-stage1-b4 inference", "cat+sdpa compiled", "window_prompt_attention", ratio=3.0),
         row("swin-b-stage1-b4 bfloat16 inference", "ours", "window_prompt_attention"),
         row("swin-b-stage1-b4 bfloat16 inference", "released", "window_prompt_attention", ratio=2.0),
@@ -86,7 +86,7 @@ def test_the_best_backend_counts_and_every_case():
 
 
 def mlp_rows(shape: str, chosen: str, **times: tuple[float, float]) -> list[dict[str, object]]:
-    """Ours, and each way with its ratio and the spread of that."""
+    """Return rows of ours and of each way, given as (ratio, spread)."""
     found = [row(f"{shape} inference", "ours", "gelu_mlp", implementation=f"triton, {chosen}")]
     for way, (ratio, spread) in times.items():
         found.append(row(f"{shape} inference", f"ours {way}", "gelu_mlp", ms=ratio, ratio=ratio, ratio_spread=spread))
@@ -95,7 +95,7 @@ def mlp_rows(shape: str, chosen: str, **times: tuple[float, float]) -> list[dict
 
 def test_where_the_table_of_ways_is_wrong():
     right = mlp_rows("swin-b-stage1-b64", "triton", triton=(1.0, 0.01), cublas=(1.9, 0.01))
-    # Faster, but by less than the spread; and the chosen way itself, measured twice, may differ as it likes.
+    # Faster by less than the spread; and the chosen way itself, measured twice, may differ arbitrarily.
     close = mlp_rows("swin-b-stage3-b64", "triton", triton=(0.9, 0.01), cublas=(0.97, 0.04))
     slow = mlp_rows("vit-b-b64", "cublas", triton=(0.8, 0.01), cublas=(1.0, 0.01))
     assert report.choices(right[:1] + right[3:], "gelu_mlp") == report.choices([], "gelu_mlp") == ""
@@ -159,6 +159,6 @@ def test_a_gpu_s_rows_fill_the_table_of_targets(tmp_path):
         lines.append(line | {"spread_ms": 0.1})
     (tmp_path / "model-H100.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = report.report(tmp_path, tmp_path)
-    assert "no results of a GPU" not in text and "| target | goal | H100 |" in text and "| 5.5: met |" in text
+    assert "no GPU results" not in text and "| target | goal | H100 |" in text and "| 5.5: met |" in text
     assert "| ours (triton, cublas) |" in text and "It is right in 1 of 1 cases." in text
     assert "31 s for the first step" in text and "| at most 30 | 31: **not met** |" in text

@@ -1,4 +1,4 @@
-"""Nothing that was measured is lost, and nothing is continued that does not belong together."""
+"""Measured rows are never lost, and a file is only continued by a matching run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_continues_what_was_begun(tmp_path):
     first = Rows(path, HEADER)
     first.begin(date="today")
     first.add({"op": "route", "ms": 1.0})
-    # To commit the rows is no reason to measure them again.
+    # Committing the rows does not cause them to be measured again.
     again = Rows(path, HEADER | {"commit": "c+"})
     again.begin(date="tomorrow")
     assert again.header == {**HEADER, "date": "today"}

@@ -1,4 +1,4 @@
-"""`mope bench`, as a user calls it."""
+"""`mope bench`, called as by a user."""
 
 from __future__ import annotations
 

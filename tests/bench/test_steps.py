@@ -1,4 +1,4 @@
-"""One step cannot spoil another, whatever becomes of it."""
+"""A step cannot affect other steps, however it ends."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 
 from bench.steps import Channel, Runner, Step
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="steps are forked")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="steps need fork")
 
 
 class Notebook:
-    """What the parent hears."""
+    """Records the events that the parent receives."""
 
     def __init__(self, log):
         self.rows, self.failed, self.ended = [], {}, []
@@ -48,7 +48,7 @@ def report(channel: Channel, part: str) -> None:
 
 
 def work(channel, parts, bad=None):
-    """Report each part; at the part "bad" do something else."""
+    """Report each part, but call `bad` at the part "bad"."""
     for part in parts:
         channel.begin(part)
         if part == "bad":
@@ -93,7 +93,7 @@ ENDS = {
 
 
 def test_whatever_becomes_of_a_part_the_others_are_whole(notebook):
-    """Those before it and after it in the same step, and the steps before and after."""
+    """Check earlier and later parts of the same step, and the steps before and after it."""
     steps = [Step("before", work, 60, ("a", "b"))]
     for name, (bad, _) in ENDS.items():
         steps.append(Step(name, functools.partial(work, bad=bad), 2 if bad is hang else 60, ("first", "bad", "last")))
@@ -106,7 +106,7 @@ def test_whatever_becomes_of_a_part_the_others_are_whole(notebook):
     assert notebook.failed.keys() == {(name, "bad") for name in ENDS}
     for name, (_, why) in ENDS.items():
         assert why in notebook.failed[name, "bad"]
-        # The rest of it ran in another process.
+        # The remaining parts ran in another process.
         pids = {part: pid for step, part, pid in notebook.rows if step == name}
         assert pids["first"] != pids["last"] and len(notebook.why(name)) == 2 and notebook.why(name)[1] == ""
 
@@ -134,7 +134,7 @@ def is_alive(pid):
 
 
 def start_something(channel, parts, end):
-    """Start a process in the group of the step, one in a session of its own, and one whose parent is gone."""
+    """Start a process in the step's group, one in its own session, and one whose parent has ended."""
     forever = [sys.executable, "-c", "import time\nwhile True: time.sleep(1)"]
     pids = [subprocess.Popen(forever).pid, subprocess.Popen(forever, start_new_session=True).pid]
     orphan = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:], start_new_session=True, stdout=subprocess.DEVNULL).pid)"
@@ -145,7 +145,7 @@ def start_something(channel, parts, end):
     end()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the children of a process are found in /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc to find child processes")
 @pytest.mark.parametrize("end", [lambda: None, os.abort, hang], ids=["returns", "aborts", "hangs"])
 def test_what_a_step_started_ends_with_it(notebook, end):
     notebook.run(Step("parent", functools.partial(start_something, end=end), 5))
@@ -179,7 +179,7 @@ def test_a_step_that_dies_beside_others_costs_itself(notebook):
 
 
 def test_steps_of_a_group_run_at_the_same_time_and_no_other_beside_them(notebook, tmp_path):
-    """Each of the group waits for the others; the step after them looks whether one of them is still there."""
+    """Each member waits for the others; the next step checks that none of them is still running."""
 
     def meet(channel, parts):
         (tmp_path / parts[0]).touch()
@@ -192,7 +192,7 @@ def test_steps_of_a_group_run_at_the_same_time_and_no_other_beside_them(notebook
         channel.begin("alone")
         channel.send("row", part="alone", value=len(list(tmp_path.glob("member*"))))
 
-    # Those that meet only when three are there cannot be one after the other.
+    # The members wait until all three are running, so they cannot run one after another.
     members = [Step(f"member {i}", meet, 60, (f"member {i}",), group="g") for i in range(3)]
     notebook.run(*members, Step("alone", look, 60, ("alone",)))
     assert len(notebook.rows) == 4 and notebook.rows[-1] == ("alone", "alone", 0)
@@ -203,7 +203,7 @@ def test_when_time_is_up_it_says_what_was_left(notebook):
         Step("hangs", functools.partial(work, bad=hang), 60, ("a", "bad")), Step("next", work, 60, ("b",)), seconds=2
     )
     assert [step.name for step in left] == ["hangs", "next"]
-    # What was there stays; what was cut off has not failed.
+    # Finished parts remain; an interrupted one has not failed.
     assert [part for _, part, _ in notebook.rows] == ["a"] and notebook.failed == {}
 
 

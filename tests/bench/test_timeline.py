@@ -1,4 +1,4 @@
-"""What a timeline shows is what the profiler saw."""
+"""The timeline shows the profiler's events."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_from_a_trace_to_a_picture(tmp_path):
     timeline.main(["--tiny", "--out", str(tmp_path)])
     record = json.loads((tmp_path / "timeline-dry.json").read_text())
     names = {way: [name for name, *_ in record[way]["bars"]] for way in timeline.WAYS}
-    # Only the released way puts prompts into every window.
+    # Only the released way inserts prompts into every window.
     assert names["released"].count("roll") == 2 and "roll" not in names["ours"]
     assert len(names["released"]) > len(names["ours"])
     first, second = tmp_path / "first.svg", tmp_path / "second.svg"

@@ -1,4 +1,4 @@
-"""The ops of the contract: their specs, and the decorators that run a test for each of them."""
+"""The ops under contract: their specs, and decorators that run a test for each of them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ RUNS = ("reference", "cpu", "sdpa", "xformers", "triton")
 
 
 def dtype_of(impl: str) -> torch.dtype:
-    """What an implementation is tested in where one dtype is enough: the libraries' kernels are made for 16 bits."""
+    """Return the dtype for tests of a single dtype: float16 for libraries, whose kernels need 16 bits, otherwise float32."""
     return torch.float16 if impl in ("sdpa", "xformers") else torch.float32
 
 
 def require_gradients(tensors: Tensors, names: list[str]) -> Tensors:
-    """Copies of the tensors in their layout, of which `names` require a gradient."""
+    """Return copies of the tensors in their layout; `names` require gradients."""
     return {n: None if t is None else t.detach().requires_grad_(n in names) for n, t in tensors.items()}
 
 
@@ -43,7 +43,7 @@ def run_with_gradients(
     forward_in: AbstractContextManager[object] | None = None,
     incoming_as: Callable[[Tensor], Tensor] = lambda gradient: gradient,
 ) -> dict[str, Tensor]:
-    """Outputs, and for always the same incoming gradients those of `wanted` (all that can have one), by name."""
+    """Return outputs and, for fixed incoming gradients, the gradients of `wanted` (default: all possible ones), by name."""
     wanted = op.leaves(tensors) if wanted is None else wanted
     inputs = require_gradients(tensors, wanted)
     with forward_in or nullcontext():
@@ -59,7 +59,7 @@ def run_with_gradients(
 
 
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Bit by bit, NaN included."""
+    """Compare bitwise, with NaN equal to NaN."""
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=0, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
@@ -72,9 +72,9 @@ def every(
     slow: Callable[[Op, str], object] = lambda op, impl: False,
     cases: bool = False,
 ) -> pytest.MarkDecorator:
-    """Run a test for each (op, impl), with `cases` for each (op, impl, case), of the implementations named.
+    """Run a test for each (op, impl) of the named implementations; with `cases`, for each (op, impl, case).
 
-    Those that this process cannot run are skipped with the reason.
+    Implementations that cannot run in this process are skipped with the reason.
     """
 
     def parameters() -> Iterator[Any]:
@@ -82,7 +82,7 @@ def every(
             for impl in impls:
                 if impl != "reference" and impl not in op.implementations:
                     continue
-                # Another run of the same test has it: the interpreter's half of `make test`, or `make gpu`.
+                # Another run of the same test covers it: the interpreted part of `make test`, or `make gpu`.
                 reason = unavailable(impl)
                 marks = [pytest.mark.skip(reason)] if reason else []
                 marks += [pytest.mark.slow] if slow(op, impl) else []

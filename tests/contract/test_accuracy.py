@@ -1,4 +1,4 @@
-"""Against float64, errors at most 2x (outputs) and 3x (gradients) those of plain PyTorch in the same dtype."""
+"""Errors against float64 are at most 2x (outputs) and 3x (gradients) those of plain PyTorch in the same dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .ops import MOPE_ATTENTION, OPS, PROMPT_ATTENTION, RUNS, Op, dtype_of, ever
 
 
 def number_of_draws(op: Op, impl: str, case: str) -> int:
-    """More where a draw computes few numbers; fewer where Triton's interpreter makes it slow."""
+    """Use more draws if each has few numbers, and fewer if Triton's interpreter makes them slow."""
     if case in op.small:
         return 20
     few_numbers = op.cases[case].get("batch") == 1
@@ -37,7 +37,7 @@ def test_matches_float64(op, impl, case):
 
 @every("cpu", "sdpa", "xformers", "triton")
 def test_each_gradient_alone_matches_float64(op, impl):
-    """A tensor gets its gradient where all others are frozen too: each one in the first case that has it."""
+    """Check each gradient with all other tensors frozen, in the first case that has the tensor."""
     missing = set(op.differentiable)
     for case in op.cases:
         draws = [op.draw(dtype_of(impl), DEVICE[impl], **op.cases[case]) for _ in range(number_of_draws(op, impl, case))]
@@ -55,7 +55,7 @@ def test_each_gradient_alone_matches_float64(op, impl):
 
 @pytest.mark.parametrize("case", [c for c in PROMPT_ATTENTION.cases if c not in ("no prompts", "no tokens", "empty batch")])
 def test_sdpa_in_float32_without_gradients(case):
-    """On the CPU it is refused where gradients are needed, and is what runs where they are not."""
+    """Check SDPA on the CPU, where it runs without gradients and is refused with them."""
     op = PROMPT_ATTENTION
     draws = [op.draw(torch.float32, "cpu", **op.cases[case]) for _ in range(6)]
     options = draws[0][1]
@@ -72,7 +72,7 @@ def test_sdpa_in_float32_without_gradients(case):
 
 @every(*RUNS)
 def test_takes_any_strides(op, impl):
-    """Every tensor, one after the other, in each layout: the same results up to the order of sums. Wrong strides give others."""
+    """Check each tensor in each layout: results are the same up to the order of summation, and wrong strides would change them."""
     tensors, options = op.draw(dtype_of(impl), DEVICE[impl], **({"lengths": [9, 4]} if op.padded else {}))
     wanted = run_with_gradients(op, impl, options, tensors)
     tolerance = 64 * torch.finfo(dtype_of(impl)).eps
@@ -89,7 +89,7 @@ def test_takes_any_strides(op, impl):
 
 @every("cpu", "sdpa", "xformers", "triton", among=(PROMPT_ATTENTION, MOPE_ATTENTION))
 def test_takes_heads_from_a_projection(op, impl):
-    """Query, key and value as a fused projection leaves them: views of (B, L, 3, H, D)."""
+    """Check query, key and value as views of a fused projection (B, L, 3, H, D)."""
     dtype = dtype_of(impl)
     tensors, options = op.draw(dtype, DEVICE[impl])
     qkv = torch.randn(2, 9, 3, 2, 16, dtype=dtype, device=DEVICE[impl])
@@ -110,7 +110,7 @@ def test_output_is_ready_for_the_projection(op, impl):
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_the_definition_is_not_far_from_float64(op):
-    """What the others are measured against has to be good itself."""
+    """Check that the definition, against which all others are measured, is itself accurate."""
     for case in op.cases.values():
         for dtype in (torch.float32, torch.bfloat16):
             tensors, options = op.draw(dtype, DEVICE["reference"], **case)
@@ -121,7 +121,7 @@ def test_the_definition_is_not_far_from_float64(op):
 
 
 def test_the_oracle_sees_a_wrong_element():
-    """One of a thousand numbers, wrong by a hundredth."""
+    """Change one number in about a thousand by a hundredth."""
     tensors = {"experts": torch.randn(4, 6, 40), "weights": torch.rand(4, 2), "indices": torch.randint(4, (4, 2))}
 
     def wrong(**tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

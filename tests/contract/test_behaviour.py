@@ -1,4 +1,4 @@
-"""What holds whatever the numbers are: items stay apart, bits repeat, frozen inputs cost nothing, ties have one answer."""
+"""Invariants for any values: independent items, repeatable bits, no cost for frozen inputs, a fixed choice among ties."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .ops import MOPE_ATTENTION, OPS, RUNS, Op, assert_same, dtype_of, every, re
 @every(*RUNS, where=lambda op: op.per_item)
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_items_stay_apart(op, impl, poison):
-    """NaN or infinity in one item changes no bit of another item's outputs and gradients."""
+    """Check that NaN or infinity in one item changes no bit of another item's outputs and gradients."""
     tensors, options = op.draw(dtype_of(impl), DEVICE[impl], **op.of_items(3))
     wanted = [name for name in op.per_item if name in op.differentiable]
     clean = run_with_gradients(op, impl, options, tensors, wanted)
@@ -28,7 +28,7 @@ def test_items_stay_apart(op, impl, poison):
         poisoned[1].view(-1)[0] = poison
         found = run_with_gradients(op, impl, options, tensors | {name: poisoned}, wanted)
         assert_same({n: t[[0, 2]] for n, t in found.items()}, {n: t[[0, 2]] for n, t in clean.items()})
-        # The library answers a NaN in a query with zeros.
+        # SDPA returns zeros for a NaN in a query.
         if math.isnan(poison) and impl != "sdpa":
             assert found["output 0"][1].isnan().any(), f"NaN in {name} is lost"
 
@@ -43,7 +43,7 @@ def test_bitwise_repeatable(op, impl):
 
 @every("cpu")
 def test_does_not_depend_on_the_number_of_threads(op, impl):
-    # Enough items for two chunks of an adapter's sums.
+    # Enough items for two chunks of the adapter's sums.
     tensors, options = op.draw(torch.float32, DEVICE[impl], **op.of_items(75))
     before, results = torch.get_num_threads(), []
     try:
@@ -67,7 +67,7 @@ def test_nothing_is_kept_where_nothing_needs_a_gradient(op, impl):
 
 @every(*RUNS)
 def test_each_gradient_alone_is_the_same(op, impl):
-    """Work that is left out for frozen inputs changes nothing for the others."""
+    """Check that skipping work for frozen inputs does not change the other gradients."""
     tensors, options = op.draw(dtype_of(impl), DEVICE[impl])
     together = run_with_gradients(op, impl, options, tensors)
     for name in op.leaves(tensors):
@@ -76,7 +76,7 @@ def test_each_gradient_alone_is_the_same(op, impl):
 
 
 def tensors_taken(op: Op) -> set[str]:
-    """The tensors that an op takes, by their names in the table: `bank` and `routing` hold several."""
+    """Return the names of an op's tensor arguments as in the table; `bank` and `routing` hold several."""
     taken = set()
     for name, parameter in inspect.signature(getattr(mope_kernels, op.name)).parameters.items():
         if "Tensor" in parameter.annotation:
@@ -85,16 +85,16 @@ def tensors_taken(op: Op) -> set[str]:
             parts = {f.name for f in dataclasses.fields(ExpertBank) if "Tensor" in f.type}
             taken |= {f"bank_{part}" if part in ("key", "value") else part for part in parts}
         elif name == "routing":
-            # Its probabilities are handed on, and nothing is made of them.
+            # Its probabilities are only passed through.
             taken |= {f"routing_{part}" for part in Routing._fields if part != "probs"}
     return taken
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_every_floating_tensor_is_held_to_its_gradient(op):
-    """None of an op's arguments is left out of the table, and with it of the tests of gradients."""
+    """Check that the table, and hence the gradient tests, covers all arguments of an op."""
     drawn = {n: t for case in op.cases.values() for n, t in op.draw(torch.float32, **case)[0].items() if t is not None}
-    # For inference, where an error says that there are no gradients: test_mope_attention.py.
+    # `task_ids` is for inference only and has no gradients; test_mope_attention.py tests the error.
     assert tensors_taken(op) - {"task_ids"} == drawn.keys()
     floating = {name for name, tensor in drawn.items() if tensor.is_floating_point()}
     assert {*op.differentiable, *op.refused} == floating and not {*op.differentiable} & {*op.refused}
@@ -111,7 +111,7 @@ def test_a_tensor_without_a_gradient_is_refused_where_it_asks_for_one(op, impl):
 
 @every(*RUNS)
 def test_a_number_is_refused_where_it_asks_for_a_gradient(op, impl):
-    """The definition would give it one, and the kernels none."""
+    """Check the error: the definition would compute such a gradient, but the kernels would not."""
     tensors, options = op.draw(dtype_of(impl), DEVICE[impl])
     parameters = inspect.signature(getattr(mope_kernels, op.name)).parameters.values()
     for name in (p.name for p in parameters if p.annotation in ("float", "float | None")):
@@ -122,7 +122,7 @@ def test_a_number_is_refused_where_it_asks_for_a_gradient(op, impl):
 
 @every("cpu", "triton")
 def test_gradients_of_gradients_are_refused(op, impl):
-    """And not left out."""
+    """Check that they raise an error instead of being silently dropped."""
     tensors, options = op.draw(torch.float32, DEVICE[impl])
     inputs = require_gradients(tensors, op.leaves(tensors))
     loss = sum(o.square().sum() for o in op.run(impl, options, inputs))
@@ -131,7 +131,7 @@ def test_gradients_of_gradients_are_refused(op, impl):
 
 
 def gives_several(op: Op) -> bool:
-    """Whether the raw backward gives several gradients; one that gives a single one is not called without it."""
+    """Return whether the raw backward returns several gradients; with a single one it is only called if that one is needed."""
     return len(getattr(torch.ops.mope_triton, f"{op.name}_backward").default._schema.returns) > 1
 
 
@@ -148,7 +148,7 @@ def test_only_what_needs_a_gradient_is_computed(op, impl):
 
 @every("reference", "cpu", "triton", among=(MOPE_ATTENTION,))
 def test_attention_takes_the_lowest_of_tied_experts(op, impl):
-    """Values that are constant for each expert show which ones were mixed."""
+    """Use values that are constant for each expert, to show which experts were mixed."""
     device = DEVICE[impl]
     logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0, 0.0], [0.0] * 6], device=device)
     experts = torch.arange(6.0, device=device)[:, None, None, None].expand(6, 1, 1, 16)

@@ -1,4 +1,4 @@
-"""The ops in PyTorch: autocast, torch.library's own checks, torch.compile."""
+"""The ops within PyTorch: autocast, the checks of torch.library, torch.compile."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from .ops import (
 
 @every(*RUNS)
 def test_autocast_changes_nothing(op, impl):
-    """An op gives what the dtypes of its arguments say."""
+    """Check that the dtypes of its arguments determine the results of an op."""
     device = DEVICE[impl]
     for changes in op.varied:
         tensors, options = op.draw(dtype_of(impl), DEVICE[impl], **changes)
         clean = run_with_gradients(op, impl, options, tensors)
-        # As in training: the forward inside, the backward outside.
+        # As in training, only the forward pass runs under autocast.
         found = run_with_gradients(op, impl, options, tensors, forward_in=torch.autocast(device, dtype=torch.bfloat16))
         assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in clean.items()}
         assert_same(found, clean)
@@ -53,7 +53,7 @@ def test_autocast_around_backward_changes_nothing(op, impl):
 
 @every("reference", "cpu", "triton")
 def test_dtypes_of_results(op, impl):
-    """Outputs in the dtype of the input, statistics in float32, gradients in the dtype of what they belong to."""
+    """Check that outputs have the input's dtype, statistics are float32, and gradients have the dtype of their tensors."""
     dtype = torch.bfloat16 if impl == "cpu" else torch.float16
     tensors, options = op.draw(dtype, DEVICE[impl])
     outputs = op.run(impl, options, tensors)
@@ -64,7 +64,7 @@ def test_dtypes_of_results(op, impl):
 
 
 class RecordCalls(TorchDispatchMode):
-    """The calls of the operators in some namespaces."""
+    """Record the calls of the operators in some namespaces."""
 
     def __init__(self, namespaces: tuple[str, ...]) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class RecordCalls(TorchDispatchMode):
 
 @every("cpu", "triton")
 def test_opcheck(op, impl):
-    """Schema and fake of every raw op that runs, forward and backward, agree with what it does."""
+    """Check that schema and fake implementation of each raw op, forward and backward, match its behaviour."""
     for changes in op.varied:
         tensors, options = op.draw(torch.float32, DEVICE[impl], **changes)
         for wanted in (None, *([name] for name in op.leaves(tensors)[-2:])):
@@ -100,14 +100,14 @@ def test_sdpa_is_what_runs_where_it_is_asked_for(op, impl):
 
 
 def batch(op: Op, impl: str, items: int) -> tuple[Tensors, Options]:
-    """A batch whose size no other axis happens to have."""
+    """Draw a batch with a size that no other axis has."""
     return op.draw(dtype_of(impl), DEVICE[impl], **op.of_items(items))
 
 
-# Symbolic shapes of many small tensors: tracing the definition of the window attention takes half a minute.
+# With symbolic shapes of many small tensors, tracing the definition of window attention takes half a minute.
 @every("reference", "cpu", "sdpa", "triton", slow=lambda op, impl: op.name == "window_prompt_attention")
 def test_compiles_whole_and_once(op, impl):
-    """fullgraph, forward and backward, and no recompilation for another batch size."""
+    """Compile forward and backward with fullgraph; another batch size does not recompile."""
     _, options = batch(op, impl, 7)
 
     def step(tensors: Tensors) -> torch.Tensor:
@@ -129,7 +129,7 @@ def test_compiles_whole_and_once(op, impl):
 
 
 def leaves_out(change: Options) -> bool:
-    """Whether a case leaves something out that other cases have, so that an output stands for nothing."""
+    """Return whether a case omits an optional part, so that one of its outputs is a placeholder."""
     return any(not value for value in change.values()) and change.get("batch") != 0
 
 
@@ -143,7 +143,7 @@ def leaves_out(change: Options) -> bool:
     ],
 )
 def test_compiles_with_outputs_that_stand_for_nothing(op, case):
-    """torch.compile gives such outputs gradients, of their own shapes."""
+    """Check that placeholders are supported as outputs; torch.compile passes gradients of their shapes for them."""
     if reason := unavailable("cpu"):
         pytest.skip(reason)
     tensors, options = op.draw(torch.float32, "cpu", **op.cases[case])

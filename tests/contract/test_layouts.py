@@ -1,4 +1,4 @@
-"""Inputs and incoming gradients wherever they may lie: any offset, order of axes, gaps, strides of 0; drawn by hypothesis."""
+"""Inputs and incoming gradients in any layout, drawn by hypothesis: offsets, orders of axes, gaps, strides of 0."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("hypothesis", reason="layouts are drawn by hypothesis")
+pytest.importorskip("hypothesis", reason="needs hypothesis")
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -19,9 +19,9 @@ from .test_shapes import EVERYTHING, any_sizes, assert_near
 
 
 def place(tensor: Tensor, random: Random, expandable: int = 0) -> Tensor:
-    """A tensor in a memory of NaN (integers: numbers that are no index), which begins at any element and leaves any gaps.
+    """Place a tensor into a buffer of NaN (for integers: invalid indices) with a random offset and random gaps.
 
-    Some of the first `expandable` axes get a stride of 0, and the values of their first index.
+    Some of the first `expandable` axes get a stride of 0 and the values of their first index.
     """
     expanded = {axis for axis in range(expandable) if random.random() < 0.2}
     strides, extent = [0] * tensor.dim(), 1
@@ -54,7 +54,7 @@ def test_a_placed_tensor_has_its_values_and_nothing_beside_them():
 
 
 def expandable(op: Op, name: str, tensor: Tensor) -> int:
-    """Return the number of first axes along which the values may be the same."""
+    """Return the number of leading axes along which all values may be the same."""
     return tensor.dim() - op.last_axes.get(name, 0) if tensor.is_floating_point() else 0
 
 
@@ -75,7 +75,7 @@ def test_any_layout(op, impl):
         tensors, options = op.draw(torch.float32, DEVICE[impl], **sizes)
         tensors = {n: t if t is None else place(t, random, expandable(op, n, t)) for n, t in tensors.items()}
         exact_tensors = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
-        # The same gradients for both.
+        # The same incoming gradients for both.
         state = random.getstate()
         found = run_with_gradients(op, impl, options, tensors, incoming_as=lambda g: place(g, random, g.dim()))
         random.setstate(state)

@@ -1,4 +1,4 @@
-"""What an implementation reads and writes: all of its outputs, nothing beside its inputs, and offsets beyond 32 bits."""
+"""Memory accesses of an implementation: all outputs are written, nothing outside the inputs is read, offsets may exceed 32 bits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def example(op: Op, impl: str) -> tuple[Tensors, Options]:
 
 @contextlib.contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """New memory holds NaN, or the largest integer: what is not written shows."""
+    """Fill new memory with NaN or the largest integer, so that unwritten elements are noticed."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
@@ -41,7 +41,7 @@ def poisoned_allocations() -> Iterator[None]:
 @every(*RUNS, cases=True)
 def test_writes_all_of_its_results(op, impl, case):
     if impl == "sdpa" and case in ("no prompts", "no tokens"):
-        pytest.skip("SDPA is not used where an item may see nothing")
+        pytest.skip("SDPA is not used if an item may see nothing")
     tensors, options = op.draw(dtype_of(impl), DEVICE[impl], **op.cases[case])
     clean = run_with_gradients(op, impl, options, tensors)
     with poisoned_allocations():
@@ -51,7 +51,7 @@ def test_writes_all_of_its_results(op, impl, case):
 
 
 def surrounded(tensor: Tensor) -> Tensor:
-    """The same values, cut out of the middle of a larger tensor of NaN (for integers: numbers that are no index)."""
+    """Return the same values as a slice from the middle of a larger tensor of NaN (for integers: invalid indices)."""
     shape = [n + 5 for n in tensor.shape]
     filler = torch.full(shape, math.nan if tensor.is_floating_point() else 2**31 - 1, dtype=tensor.dtype, device=tensor.device)
     middle = filler[tuple(slice(2, 2 + n) for n in tensor.shape)]
@@ -94,10 +94,10 @@ def test_leaves_its_inputs_alone(op, impl):
 
 
 def far_apart(tensor: Tensor, axis: int) -> Tensor:
-    """The same values, the last of them along `axis` beyond 2^31 elements. On the CPU pages that nobody touches cost nothing."""
+    """Return the same values, with the last one along `axis` beyond 2^31 elements; untouched pages cost nothing on the CPU."""
     strides = list(tensor.contiguous().stride())
     strides[axis] = -(-(2**31 + 64) // (tensor.shape[axis] - 1))
-    # Axes in front of it would otherwise overlap.
+    # Otherwise the outer axes would overlap.
     for outer in range(axis):
         strides[outer] = max(strides[outer], math.prod(tensor.shape[outer + 1 :]))
     extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True))
@@ -106,7 +106,7 @@ def far_apart(tensor: Tensor, axis: int) -> Tensor:
     return view.copy_(tensor)
 
 
-# On a GPU each takes 9 GB.
+# On a GPU, each takes 9 GB.
 @pytest.mark.xdist_group("much memory")
 @every("cpu", "sdpa", "triton")
 def test_offsets_beyond_32_bits(op, impl):
@@ -129,10 +129,10 @@ def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor], moved: str)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(resource is None, reason="the platform does not say how much memory is used")
+@pytest.mark.skipif(resource is None, reason="the platform does not report memory use")
 @every("cpu")
 def test_ten_thousand_calls_leave_no_memory_behind(op, impl):
-    """Small calls: what each of them would lose, and what tensors it makes, differ by orders of magnitude."""
+    """Use small calls; a leak per call would be orders of magnitude smaller than the tensors of a call."""
     tensors, options = example(op, impl)
 
     def peak_after(calls: int) -> int:
@@ -141,5 +141,5 @@ def test_ten_thousand_calls_leave_no_memory_behind(op, impl):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     before = peak_after(1000)
-    # In units of 1 kB, on macOS of 1 byte: 100 bytes a call.
+    # Allow 100 bytes a call; the units are 1 kB, or 1 byte on macOS.
     assert peak_after(10_000) - before < 1000 * (1024 if sys.platform == "darwin" else 1)

@@ -1,4 +1,4 @@
-"""Any sizes at all, drawn by hypothesis: the same in every run of `make test`, new ones in `make test-all`."""
+"""Arbitrary sizes, drawn by hypothesis: the same on every run of `make test`, new ones in `make test-all`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("hypothesis", reason="shapes are drawn by hypothesis")
+pytest.importorskip("hypothesis", reason="needs hypothesis")
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -20,7 +20,7 @@ EVERYTHING = os.environ.get("MOPE_TEST_EVERYTHING", "") not in ("", "0")
 
 
 class Chooser:
-    """Chooses values by drawing from hypothesis."""
+    """Draw the chosen values from hypothesis."""
 
     def __init__(self, draw: st.DrawFn) -> None:
         self.draw = draw
@@ -44,7 +44,7 @@ def any_sizes(draw: st.DrawFn, op: Op, impl: str) -> Sizes:
 def test_any_sizes(op, impl):
     dtype = dtype_of(impl)
 
-    # Without the explaining phase, which traces every line of every kernel that the interpreter runs.
+    # Skip hypothesis's explain phase, which traces every line of every interpreted kernel.
     @settings(
         max_examples=200 if EVERYTHING else 20,
         derandomize=not EVERYTHING,
@@ -69,7 +69,7 @@ def test_any_sizes(op, impl):
 
 
 def assert_near(name: str, found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
-    """Within a thousand roundings of the largest number. That nothing is mixed up is asked here, accuracy in test_accuracy.py."""
+    """Check that the error is within 1000 roundings of the largest number, which detects mix-ups; test_accuracy.py is stricter."""
     if exact.numel():
         bound = 1000 * torch.finfo(dtype).eps * max(exact.abs().max().item(), 1.0)
         error = (found.double() - exact).abs().max().item()

@@ -1,4 +1,4 @@
-"""The questions: true labels, balance, and nothing of the test in the training."""
+"""The questions of the demo: correct labels, balance, and no overlap between training and test."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mope.demo.pretrain import build_image_processor, build_tokenizer
 
 
 def means(sentence: str, digit: int) -> bool:
-    """Whether the sentence holds for the digit, read from its words alone."""
+    """Return whether the sentence holds for the digit, judging only by its words."""
     number = {name: value for value, name in enumerate(NAMES)}
     negated = bool(re.search(r"\b(not|none)\b", sentence))
     found = [number[word] for word in sentence.split() if word in number]
-    # "is one of the" and "the power of two": words that name no digit here.
+    # In "is one of the" and "the power of two", the number words do not name a digit.
     if re.search(r"\bone of\b", sentence):
         found = found[1:]
     if "at most" in sentence:
@@ -73,7 +73,7 @@ def test_statements_come_in_pairs_of_opposites() -> None:
 
 
 def test_neither_the_scan_nor_the_statement_tells_the_label(examples: Examples) -> None:
-    """Exactly one half of each is true, so no classifier of one of them can be right more often on these questions."""
+    """Exactly half of the examples with each value are true, so a classifier of a single input cannot beat chance."""
     for column in (examples.scan, examples.statement):
         for value in np.unique(column):
             assert examples.label[column == value].mean() == 0.5

@@ -1,4 +1,4 @@
-"""`mope demo`, the model that comes with the package, and the ten lines that load it."""
+"""`mope demo`, the model shipped with the package, and the ten lines that load it."""
 
 from __future__ import annotations
 
@@ -58,13 +58,32 @@ def digits() -> mope.MoPEForClassification:
 
 
 def test_fast_demo(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mope.cli", "demo", "--fast", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "mope.cli",
+        "demo",
+        "--task",
+        "digits",
+        "--fast",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
     answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert answer.returncode == 0, answer.stderr
 
     record = json.loads((tmp_path / "results.json").read_text())
     (run,) = record["runs"]
-    assert record["command"].startswith("mope demo --fast ") and record["date"] and record["commit"] and "summary" not in record
+    assert (
+        record["command"].startswith("mope demo --task digits --fast ")
+        and record["date"]
+        and record["commit"]
+        and "summary" not in record
+    )
     names = [result["method"] for result in run["results"]]
     assert len(names) == 8 and names[-2:] == [MOPE, MOPE_TOP_1]
     table = (tmp_path / "results.md").read_text()
@@ -73,7 +92,7 @@ def test_fast_demo(tmp_path: Path) -> None:
         (line,) = [line for line in table.splitlines() if line.startswith(f"| {result['method']} ")]
         assert f" {100 * result['held_out_digits']:.1f} |" in line
     for name in ("image only", "text only"):
-        # Exactly for scans; of a statement's wordings one may have been drawn for more true questions than another.
+        # Exactly for scans; a wording of a statement may occur in more true questions than another one.
         (result,) = [result for result in run["results"] if result["method"] == name]
         assert result["held_out_digits"] == pytest.approx(0.5, abs=1e-9 if name == "image only" else 0.1)
     sizes = {result["method"]: result["trained_parameters"] for result in run["results"]}
@@ -105,7 +124,7 @@ def test_methods_of_the_same_size(backbones: Backbones) -> None:
 
 
 def test_head_on_cached_features_is_the_model(backbones: Backbones, task: Task) -> None:
-    """Heads are trained on features that were looked up: the accuracy they see is that of the whole model."""
+    """Heads train on cached features; check that their accuracy equals that of the whole model."""
     model = build(methods(backbones)["late concat, two layers"], backbones)
     best = train(model, task, title="late concat")
     assert best == pytest.approx(evaluate(model, task, "validation", task.validation), abs=1e-6)
@@ -149,18 +168,18 @@ def test_committed_model_is_small() -> None:
 
 
 def test_committed_model_computes_what_it_did(tmp_path: Path) -> None:
-    """`python -m bench.same_logits COMMIT` compares two commits bit for bit; these were computed on one machine, hence 1e-5."""
+    """Compare with logits from one machine, hence 1e-5; `python -m bench.same_logits COMMIT` compares commits bit for bit."""
     found = same_logits.run(ROOT, tmp_path / "now.safetensors")["logits"]
     torch.testing.assert_close(found, load_file(ROOT / "tests" / "data" / "digit_logits.safetensors")["logits"], rtol=0, atol=1e-5)
 
 
 def test_committed_model_answers_held_out_questions(digits: mope.MoPEForClassification) -> None:
-    record = json.loads((ROOT / "docs" / "demo_results.json").read_text())
+    record = json.loads((ROOT / "docs" / "demo_digits_results.json").read_text())
     (measured,) = [result for result in record["runs"][0]["results"] if result["method"] == MOPE]
     known = Backbones(digits.vision, digits.text, digits.tokenizer, digits.image_processor, 0.0, 0.0)
     task = Task(load_digits(seed=0), known, FAST, seed=0)
     accuracy = evaluate(digits, task, "test", task.test)
-    # Other questions of the same kind, and weights rounded to half precision.
+    # The questions are different ones of the same kind, and the weights are rounded to half precision.
     assert accuracy == pytest.approx(measured["held_out_digits"], abs=0.06)
     assert accuracy > 0.8
 
@@ -175,7 +194,7 @@ def test_several_seeds_have_a_mean_and_a_deviation() -> None:
 
 
 def test_ten_lines_of_the_documentation() -> None:
-    """They run offline, compute next to nothing, and print what the document says."""
+    """Check that they run offline, compute almost nothing, and print the documented output."""
     page = (ROOT / "docs" / "demo.md").read_text()
     code, printed = re.findall(r"```(?:python|text)\n(.*?)```", page, flags=re.DOTALL)[:2]
     assert len(code.strip().splitlines()) <= 10
@@ -191,5 +210,5 @@ def test_ten_lines_of_the_documentation() -> None:
     assert number.sub("", answer.stdout) == number.sub("", printed)
     weights, expected = (np.array(number.findall(text), dtype=float) for text in (answer.stdout, printed))
     assert np.allclose(weights, expected, atol=0.011)
-    # Not the time, which depends on what else runs. Three forwards take 2e7 operations, and one step of training more than 1e8.
+    # Count operations, since time depends on the load: three forward passes take 2e7, one training step over 1e8.
     assert 1e6 < int(answer.stderr.splitlines()[-1]) < 1e8

@@ -1,4 +1,4 @@
-"""The demo's data as files: what they hold is what the demo computes with."""
+"""The demo's data as files: they match the data that the demo uses."""
 
 from __future__ import annotations
 

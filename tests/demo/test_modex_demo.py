@@ -125,7 +125,7 @@ def test_routes_are_those_of_each_word(model: ModeXForClassification, task: Task
     assert routes.places == [f"text layer {layer}, {place}" for layer in layers for place in places]
     assert routes.by_word.shape == (len(routes.places), len(routes.words), 3)
     np.testing.assert_allclose(routes.by_word.sum(-1), 1, atol=1e-5)
-    # The first router of a fusion layer reads what the layers in front of it say, which knows no scan: computed once more.
+    # The first router of a fusion layer reads the output of text layers, which does not depend on the scan; compute it again.
     sentence = pictures.SENTENCES[0]
     words, weights = routes.sentences[0]
     assert words == ["[CLS]", *sentence.split(), "[SEP]"]

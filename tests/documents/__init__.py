@@ -1,1 +1,1 @@
-"""The pages of this project run, block by block."""
+"""The pages of this project, run block by block."""

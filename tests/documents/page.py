@@ -1,7 +1,7 @@
-"""Run the blocks of a Markdown page in order, Python and shell in turns, in one namespace and one folder.
+"""Run the blocks of a Markdown page, both Python and shell, in order in one namespace and one folder.
 
-bash reads the shell blocks. The commands in them are functions there, which record the call; then it is made in this process, which
-has imported torch already. (Libraries that run Markdown make a test of each block, and pytest-xdist may run these in any order.)
+bash reads the shell blocks, with functions in place of the commands to record the calls, which are then made in this process,
+where torch is already imported. (Libraries that run Markdown make each block a test, which pytest-xdist may run in any order.)
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 LANGUAGES = ("python", "sh", "text", "json")
-# The reasons for which a block may stay on the page without being run: ```sh not-run="needs a network". Another one is
-# "tested by tests/x.py": a test that does what the block says.
+# Reasons for not running a block on the page, as in ```sh not-run="needs a network". The only other reason is
+# "tested by tests/x.py", for a test that does what the block shows.
 REASONS = ("needs a network", "needs a GPU", "needs several GPUs")
 _FENCE = re.compile(r"^```(\S*)([^\n]*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 _NUMBER = re.compile(r"(\d+\.\d+)")
@@ -29,7 +29,7 @@ Tool = Callable[[list[str]], None]
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block. `line` is that of its first line, `not_run` the reason that the page gives for not running it."""
+    """A fenced block; `line` is the number of its first line, `not_run` the page's reason for not running it."""
 
     language: str
     code: str
@@ -52,12 +52,14 @@ def blocks(text: str) -> list[Block]:
 
 
 def run(path: Path, tools: Mapping[str, Tool], scope: dict[str, Any]) -> int:
-    """Run every block of a page in the current folder -> how many. Text right below a Python block has to be what the block prints.
+    """Run every block of a page in the current folder, and return their number.
+
+    A text block directly after a Python block must match the output of that block.
 
     Args:
         path: the page.
-        tools: what the page may call in a shell, by name. Each gets its arguments.
-        scope: the names that the page says are the reader's own.
+        tools: commands that shell blocks may call, by name; each is called with its arguments.
+        scope: names that the page attributes to the reader's own code.
     """
     count, printed = 0, None
     for block in blocks(path.read_text()):
@@ -85,15 +87,15 @@ def run(path: Path, tools: Mapping[str, Tool], scope: dict[str, Any]) -> int:
 
 
 def _alike(printed: str, said: str) -> bool:
-    """The same words, and numbers whose last digit may be rounded otherwise on another processor."""
+    """Return whether the words are equal; the last digit of numbers may be rounded differently on another processor."""
     words, numbers = ([split[start::2] for split in (_NUMBER.split(printed), _NUMBER.split(said))] for start in (0, 1))
     return words[0] == words[1] and all(abs(float(a) - float(b)) < 0.011 for a, b in zip(*numbers, strict=True))
 
 
 def commands(code: str, names: list[str]) -> list[tuple[str, list[str]]]:
-    """Let bash read a block -> the calls of `names` in it, with their arguments."""
+    """Let bash read a block, and return the calls of `names` in it, with their arguments."""
     functions = "".join(f'{name}() {{ printf "%s\\0" {name} "$#" "$@"; }}\n' for name in names)
-    # Without a search path: a command that is no function of ours is not found.
+    # Without a search path, commands other than our functions are not found.
     bash = shutil.which("bash")
     done = subprocess.run([str(bash), "-eu", "-c", functions + code], capture_output=True, text=True, env={"PATH": ""})
     assert done.returncode == 0 and not done.stderr, done.stderr

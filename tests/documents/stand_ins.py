@@ -1,4 +1,4 @@
-"""Small things in the place of large ones: models in a cache of the hub, released checkpoints, a data set, a released script."""
+"""Small stand-ins for large things: models in a hub cache, released checkpoints, a data set, a released script."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIONS = """
 
 
 def write_hub(cache: Path) -> None:
-    """Every model that a page names on the hub, as `huggingface_hub` keeps what it has downloaded."""
+    """Write every hub model that a page names, in the layout of huggingface_hub's cache."""
     torch.manual_seed(0)
     vit = transformers.ViTConfig(**SMALL, patch_size=32, num_labels=1000)
     made: dict[str, list[Any]] = {
@@ -51,7 +51,7 @@ def write_hub(cache: Path) -> None:
 
 
 def bert() -> nn.Module:
-    """The one on which the committed checkpoints of the released code were trained."""
+    """Return the BERT on which the committed checkpoints of the released code were trained."""
     return _golden("text", transformers.BertModel(transformers.BertConfig(**BERT, max_position_embeddings=24)))
 
 
@@ -76,7 +76,7 @@ def blip() -> nn.Module:
 
 
 def albef_config() -> AlbefConfig:
-    """The sizes of the released state dicts in the tests of ModeX."""
+    """Return a configuration with the sizes of the released state dicts in the ModeX tests."""
     vision = transformers.ViTConfig(
         image_size=ALBEF.image, patch_size=ALBEF.patch, hidden_size=ALBEF.vision_width, num_hidden_layers=ALBEF.vision_layers,
         num_attention_heads=2, intermediate_size=ALBEF.intermediate, layer_norm_eps=1e-6,
@@ -102,7 +102,7 @@ def image_processor(size: int) -> transformers.ViTImageProcessorPil:
 
 
 def write_files(folder: Path) -> None:
-    """The files that pages suppose to be there: checkpoints, data, the folder of a released script."""
+    """Write the files that pages assume: checkpoints, data, the folder of a released script."""
     shutil.copy(checkpoint("mope"), folder / "last.ckpt")
     torch.save({"model": swin_state_dict(swin())}, folder / "swin_base_patch4_window7_224_22k.pth")
     released = released_state(dataclasses.replace(ALBEF, bottleneck=16))
@@ -110,13 +110,13 @@ def write_files(folder: Path) -> None:
     torch.save({"model": {name: t for name, t in released.items() if ".modex." not in name}}, folder / "ALBEF.pth")
     for name, text in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        # With the released options, and without the exit that other tests look for.
+        # With the released options, and without the exit that other tests check.
         (folder / name).write_text(text.replace("    args = ", f"{OPTIONS}    args = ").replace("    exit(3)\n", ""))
     write_imdb(folder / "MM-IMDB")
 
 
 def write_imdb(folder: Path) -> None:
-    """A few films of random pixels."""
+    """Write a few films with random pixels."""
     folder.mkdir()
     names = ["Crime", "Drama", *(f"Genre {i}" for i in range(GENRES - 2))]
     (folder / "labels.txt").write_text("\n".join(names))

@@ -1,4 +1,4 @@
-"""docs/adding_an_op.md is complete: the op that it adds passes the contract and is timed."""
+"""docs/adding_an_op.md is complete: the op it adds passes the contract tests and is timed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "adding_an_op.md"
 OP = "mean_tokens"
 FOLDERS = ("mope_kernels", "mope", "bench", "tests")
 LEFT_OUT = shutil.ignore_patterns("*.so", "__pycache__", "results")
-# Tests that take every op from its spec or check statements about it, and all tests of the op itself.
+# Tests that cover every op through its spec or check statements about it, and all tests of the op itself.
 OF_ANY_OP = (
     *("tests/contract", "tests/kernels/test_configs.py", "tests/bench/test_measure.py", "tests/test_docs.py"),
     *("tests/test_gpu_harness.py::test_everything_that_is_timed_is_timed_there", f"tests/kernels/test_{OP}.py"),
@@ -48,9 +48,11 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tree")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, root / folder, ignore=LEFT_OUT)
-    for name in ("docs", "csrc", "Makefile", "CONTRIBUTING.md", "LICENSE"):
+    shutil.copytree(ROOT / "docs", root / "docs")
+    for name in ("csrc", "Makefile", "CONTRIBUTING.md", "LICENSE"):
         (root / name).symlink_to(ROOT / name)
-    shutil.copy(ROOT / "README.md", root)
+    (root / "README.md").symlink_to(ROOT / "README.md")
+    (root / "examples").symlink_to(ROOT / "examples")
     shutil.copy(ROOT / "pyproject.toml", root)
     written = files()
     package = written.pop("mope_kernels/__init__.py")
@@ -62,7 +64,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add(root / "mope_kernels/__init__.py", "from .mix_prompts import", package)
     add(root / "mope_kernels/__init__.py", '    "mix_prompts",\n', f'    "{OP}",\n')
     (row,) = (block.code for block in page.blocks(PAGE.read_text()) if block.code.startswith(f"| `{OP}`"))
-    add(root / "README.md", "| `add_norm` |", row)
+    add(root / "docs/ops.md", "| `add_norm` |", row)
     return root
 
 
@@ -79,7 +81,7 @@ PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
 def test_the_page_shows_every_file(tree: Path) -> None:
-    """Its table lists exactly the files that it shows."""
+    """Check that the table lists exactly the files shown on the page."""
     table = PAGE.read_text().partition("## 1.")[0]
     for path in files():
         assert path.replace(OP, "<op>") in table or "_details/_" in path, path
@@ -89,7 +91,7 @@ def test_the_page_shows_every_file(tree: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_the_op_is_held_to_the_contract(tree: Path) -> None:
-    """Run the contract in Triton's interpreter, and the other tests for every op."""
+    """Run the contract tests in Triton's interpreter, and the other tests for every op."""
     said = run(tree, *PYTEST, *OF_ANY_OP, "-k", WHAT_COUNTS, "-m", "not slow", TRITON_INTERPRET="1")
     passed = re.search(r"(\d+) passed", said)
     assert passed and int(passed[1]) > 60 and "failed" not in said, said

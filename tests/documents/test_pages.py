@@ -1,4 +1,4 @@
-"""Every Python and shell block of README.md and docs/ runs, in order, page by page, with small models for large ones."""
+"""Every Python and shell block of README.md and docs/ runs, in order, page by page, with small models in place of large ones."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, but for the files that pages suppose; what would take minutes is made short."""
+    """Set up a folder with only the files that pages assume, and shorten everything that would take minutes."""
     monkeypatch.chdir(tmp_path)
-    # What a page registers ends with it.
+    # Modalities that a page registers are removed after it.
     monkeypatch.setattr(registry, "_MODALITIES", dict(registry.known()))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
     monkeypatch.setenv("HF_HUB_CACHE", str(hub))
@@ -55,13 +55,13 @@ def folder(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(benchmark, "cases", tiny_cases)
     monkeypatch.setattr(benchmark, "ROUNDS_SECONDS", {True: 0.01, False: 0.01})
     monkeypatch.setattr(benchmark, "cold_start", lambda device: [1.0, 2.0, 3.0])
-    # Inductor takes minutes, and has tests of its own.
+    # Inductor takes minutes and has its own tests.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     return tmp_path
 
 
 def shortened(arguments: list[str]) -> list[str]:
-    """The same command, with a few steps of training."""
+    """Return the same command with only a few training steps."""
     command = arguments[0]
     if command == "demo" and "--export" not in arguments:
         arguments = ["2" if before == "--seeds" else word for before, word in zip(["", *arguments], arguments, strict=False)]
@@ -91,7 +91,7 @@ def call_torchrun(arguments: list[str]) -> None:
 
 
 def call_make(arguments: list[str]) -> None:
-    """Only whether there is such a target: `make test` would end in here again."""
+    """Only check that the target exists; `make test` would run this test again."""
     done = subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -100,7 +100,7 @@ TOOLS: dict[str, page.Tool] = {"mope": call_mope, "torchrun": call_torchrun, "ma
 
 
 def of_the_released_code() -> dict[str, Any]:
-    """What a page says is the released code's: its image encoder, a classifier with it, and what they read."""
+    """Return the objects that a page takes from the released code: image encoder, classifier, inputs."""
     torch.manual_seed(0)
     encoder = PromptedSwin(32, (2, 2, 2, 2), (4, 8, 16, 32), num_experts=4, prompt_length=2, image_size=224).eval()
     return {
@@ -111,7 +111,7 @@ def of_the_released_code() -> dict[str, Any]:
     }
 
 
-# By page, what is not on it.
+# Names that each page assumes.
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {"README.md": of_the_released_code, "migrate.md": of_the_released_code}
 
 
@@ -127,7 +127,7 @@ def test_a_page_runs(path: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("path", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
 def test_what_is_not_run_says_why(path: Path) -> None:
-    """Every block has a language. One that is not run says why: for one of few reasons, or because other tests do what it says."""
+    """Every block has a language, and one that is not run has a known reason or names the test that covers it."""
     for block in page.blocks(path.read_text()):
         where = f"{path.name}:{block.line}: {block.info}"
         assert block.language in page.LANGUAGES, where
@@ -162,7 +162,7 @@ print(x)
 
 
 def test_a_block_that_fails_is_found(tmp_path: Path) -> None:
-    """Names live from block to block; what a block prints, exits with or calls is held to the page."""
+    """Names persist between blocks, and the output, exit status and calls of a block are checked against the page."""
     said: list[list[str]] = []
     tools: dict[str, page.Tool] = {"mope": said.append}
     path = tmp_path / "page.md"

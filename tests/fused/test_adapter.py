@@ -1,4 +1,4 @@
-"""ModeX's adapters as layers: identity at the start, the released code's numbers and names."""
+"""ModeX adapters as layers: the identity when new, and the numbers and names of the released code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_starts_as_the_identity(num_experts, dtype):
     assert out.dtype == dtype and torch.equal(out, x)
     assert weights.dtype == torch.float32 and weights.shape == (2, 5, num_experts)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 5))
-    # And yet it learns: its up-projections get a gradient.
+    # It still learns, because the up-projections get gradients.
     (out.float() * torch.randn(2, 5, 24)).sum().backward()
     assert adapter.up_weight.grad.abs().sum() > 0 and adapter.up_weight.grad.dtype == torch.float32
 
@@ -52,7 +52,7 @@ def test_computes_what_the_released_code_does(kind, dtype, tolerance):
     out = adapter(x)
     torch.testing.assert_close(out, data["out"].to(dtype), rtol=tolerance, atol=tolerance)
     (out * data["c"].to(dtype)).sum().backward()
-    # The gradients by the released names, taken to ours as the parameters are.
+    # Gradients under the released names, converted to our names like the parameters.
     wanted = ExpertAdapter(96, NUM_EXPERTS[kind]).double()
     wanted.load_state_dict({name.removeprefix("grad."): t for name, t in data.items() if name.startswith("grad.")})
     gradients = {name: p.grad for name, p in adapter.named_parameters()} | {"x": x.grad}
@@ -74,7 +74,7 @@ def test_float32_is_as_accurate_as_plain_pytorch(kind):
         out = adapter(x)
         (out * data["c"].float()).sum().backward()
         found = {name: p.grad for name, p in adapter.named_parameters()} | {"x": x.grad}
-        # Of all gradients together: of a bias with three numbers, one draw would say more about luck.
+        # All gradients together, because a single bias of three numbers depends too much on luck.
         gradients = [(found[name] - want).flatten() for name, want in {**wanted.state_dict(), "x": data["grad_x"]}.items()]
         errors[impl] = (out - data["out"]).norm().item(), torch.cat(gradients).norm().item()
     assert 0 < errors["auto"][0] <= 2 * errors["reference"][0]

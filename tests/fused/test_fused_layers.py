@@ -1,4 +1,4 @@
-"""Router, experts and prompted attention against the equations written out by hand."""
+"""Router, experts and prompted attention compared with the equations written out by hand."""
 
 import math
 
@@ -29,7 +29,7 @@ def layer(pre_norm: bool, **options: object) -> MoPEAttention:
     made = MoPEAttention(
         frozen_layer(pre_norm), C, CROSS, **{"num_experts": K, "prompt_length": P, "static_length": S, **options}
     ).double()
-    # Prompts far from zero mean and unit variance, so that a forgotten LayerNorm shows.
+    # The prompts are far from zero mean and unit variance, so that a missing LayerNorm is noticed.
     with torch.no_grad():
         for prompts in (made.static, made.experts and made.experts.prompts):
             if prompts is not None:
@@ -49,7 +49,7 @@ def routing_by_hand(router: MultimodalRouter, pooled: Tensor, cross: Tensor, noi
 
 
 def attention_by_hand(f: FrozenAttention, x: Tensor, prompts: Tensor, visible: Tensor) -> Tensor:
-    """One item and one head at a time: x (B,L,C), prompts (B,N,C), visible (B,L) -> (B,L,C)."""
+    """Compute one item and one head at a time: x (B,L,C), prompts (B,N,C), visible (B,L) -> (B,L,C)."""
     out = torch.empty_like(x)
     width = C // H
     for b in range(len(x)):
@@ -108,7 +108,7 @@ def test_attn_bias_is_added_to_tokens_only() -> None:
     m, x, cross = layer(True), batch(B, L, C), batch(B, CROSS)
     hidden = torch.zeros(B, 1, 1, L, dtype=torch.float64)
     hidden[..., 4:] = -math.inf
-    # The bias hides tokens from attention and not from the router's mean.
+    # The bias hides tokens from attention, but not from the mean in the router.
     pooled = x.mean(1)
     weights = routing_by_hand(m.router, pooled, cross)
     prompts = torch.cat([torch.einsum("bk,kpc->bpc", weights, m.experts.prompts), m.static.expand(B, -1, -1)], 1)
@@ -192,7 +192,7 @@ def test_stale_and_untrainable_banks_are_refused() -> None:
 
 
 def test_bank_calls_each_projection_once_and_reads_no_weight() -> None:
-    """A LoRA-like module: its own forward, no attribute named weight."""
+    """Use a LoRA-like module with its own forward and no attribute named weight."""
 
     class Affine(nn.Module):
         def __init__(self) -> None:
@@ -222,7 +222,7 @@ def test_bank_calls_each_projection_once_and_reads_no_weight() -> None:
 
 
 def test_bank_of_a_half_precision_layer_is_computed_in_float32() -> None:
-    """Two experts that nearly cancel: rounding their projections to bfloat16 would leave a bank that is percents wrong."""
+    """Check two experts that nearly cancel; projections rounded to bfloat16 would make the bank wrong by several percent."""
     experts = PromptExperts(2, P, C)
     with torch.no_grad():
         experts.prompts[1] = -experts.prompts[0] + 0.01 * torch.randn(P, C)
@@ -294,7 +294,7 @@ def test_router(embedding: str) -> None:
     torch.testing.assert_close(router(pooled, cross, noise).probs, routing_by_hand(router, pooled, cross, noise))
     keys = router.expert_embedding
     assert "expert_embedding" in router.state_dict() and keys.requires_grad == (embedding == "learned")
-    # Orthogonal in the float32 that they were drawn in.
+    # They are orthogonal in float32, the dtype in which they were drawn.
     torch.testing.assert_close((keys.T @ keys).float(), torch.eye(8))
 
 

@@ -1,4 +1,4 @@
-"""Frozen linear layers whose weights oneDNN has put in order."""
+"""Frozen linear layers with weights in oneDNN's blocked layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def frozen(*sizes: int, bias: bool = True, dtype: torch.dtype = torch.float32) -
 
 
 def error(found: Tensor, layer: nn.Linear, x: Tensor) -> tuple[float, float]:
-    """Of the found and of the plain product, against float64."""
+    """Return the errors of the prepacked and of the plain product against float64."""
     exact = F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
     plain = F.linear(x, layer.weight, layer.bias)
     return (found - exact).abs().max().item(), (plain - exact).abs().max().item()
@@ -58,7 +58,7 @@ def test_gradients_pass_through() -> None:
     layer, x = frozen(33, 17), torch.randn(2, 3, 33, requires_grad=True)
     calls, weights = Prepacked(layer), torch.randn(2, 3, 17)
     for ours, plain in ((calls(x), layer(x)), (calls.gelu(x), F.gelu(layer(x)))):
-        # An expanded gradient has no memory of its own.
+        # An expanded gradient has strides of zero.
         for incoming in (weights, torch.ones(()).expand(2, 3, 17)):
             (found,) = torch.autograd.grad(ours, x, incoming, retain_graph=True)
             (wanted,) = torch.autograd.grad(plain, x, incoming, retain_graph=True)
@@ -67,7 +67,7 @@ def test_gradients_pass_through() -> None:
 
 @needs_onednn
 def test_gradients_of_gradients_are_refused() -> None:
-    """And not left out."""
+    """Check that they raise an error instead of being silently dropped."""
     x = torch.randn(3, 8, requires_grad=True)
     (gradient,) = torch.autograd.grad(Prepacked(frozen(8, 6))(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -86,7 +86,7 @@ def test_a_weight_that_changed_before_backward_is_refused() -> None:
 
 @needs_onednn
 def test_derivatives_that_requires_grad_does_not_tell() -> None:
-    """Forward mode, and transforms of torch.func: the layer is called, and nothing of them is kept."""
+    """Check that forward mode and torch.func transforms call the layer, and that nothing of them is cached."""
     layer, x = frozen(8, 6), torch.randn(3, 8)
     calls = Prepacked(layer)
     torch.testing.assert_close(torch.func.jvp(calls, (x,), (x,)), torch.func.jvp(layer, (x,), (x,)))
@@ -127,7 +127,7 @@ def test_a_changed_weight_is_put_in_order_again() -> None:
     before = calls(x)
     layer.weight.mul_(2)
     torch.testing.assert_close(calls(x) - layer.bias, 2 * (before - layer.bias))
-    # The memory of the one before must not be given to the next, or it would look unchanged.
+    # If the next weight reused the memory of the previous one, it would look unchanged.
     for scale in range(1, 5):
         layer.weight.data = torch.full((6, 8), float(scale))
         torch.testing.assert_close(calls(x) - layer.bias, scale * x.sum(1, keepdim=True).expand(3, 6))
@@ -145,7 +145,7 @@ def test_what_onednn_cannot_do_is_left_to_the_layer() -> None:
         assert not calls.fits(torch.randn(3, 8)) and calls(torch.randn(3, 8)).dtype == torch.bfloat16
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         calls(torch.randn(3, 7))
-    # It would read the numbers between.
+    # oneDNN would ignore the strides and read the numbers in between.
     layer.bias = nn.Parameter(torch.randn(6, 2)[:, 0], requires_grad=False)
     torch.testing.assert_close(calls(torch.ones(3, 8)), layer(torch.ones(3, 8)))
     layer.weight.requires_grad_(True)
@@ -166,7 +166,7 @@ def test_under_autocast_rows_are_cast_to_the_weights() -> None:
 
 @needs_onednn
 def test_a_weight_that_is_lent_for_one_call_is_left_alone() -> None:
-    """`functional_call` takes it back before the gradients come, which went through a weight of another dtype."""
+    """Check gradients through a weight of another dtype that `functional_call` restores before backward."""
     layer, x = frozen(8, 6, dtype=torch.bfloat16), torch.randn(3, 8, requires_grad=True)
     layer.forward = Prepacked(layer)  # type: ignore[method-assign, assignment]
     lent = {name: tensor.float() for name, tensor in layer.named_parameters()}
@@ -186,7 +186,7 @@ def test_layers_of_a_model_and_back() -> None:
     torch.testing.assert_close(mlp(x), wanted)
     with torch.no_grad():
         torch.testing.assert_close(gelu_mlp(mlp, list(mlp), x), wanted)
-    # Copies have layers of their own, in order too.
+    # Copies are prepacked too, with layers of their own.
     for twin in (copy.deepcopy(mlp), pickle.loads(pickle.dumps(mlp))):
         assert twin[0].forward.layer is twin[0] is not mlp[0]
         torch.testing.assert_close(twin(x), wanted)
@@ -215,7 +215,7 @@ def test_where_it_is_first_asked_for_does_not_matter() -> None:
 
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object, **__: object) -> Tensor:
-        # As torch does where an operator has no kernel for this device.
+        # As in torch if an operator has no kernel for the device.
         raise NotImplementedError
 
     monkeypatch.setattr(prepack, "_product", missing)
@@ -247,7 +247,7 @@ def test_rows_are_cast_once_for_all_layers_that_read_them() -> None:
         PrepackedLayers(layers)
         with CountCasts() as casts:
             found = call_linear(layers, x)
-        # A LayerNorm in front of them writes what they read.
+        # A LayerNorm before these layers normalises directly to their dtype.
         assert norm_dtype(x, None, norm, behind=layers[0]) == torch.bfloat16
         layers[0].register_forward_hook(lambda *_: None)
         assert norm_dtype(x, None, norm, behind=layers[0]) is None

@@ -1,4 +1,4 @@
-"""One product for the frozen projections of a layer: the same numbers, and never where a module should be called."""
+"""One product for the frozen projections of a layer: the same numbers, and modules that must be called still are."""
 
 import copy
 import gc
@@ -16,12 +16,12 @@ from mope.fused.projections import call_linear, join_linear, separate_linear, wh
 
 
 def layers(count: int = 3, bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.ModuleList:
-    """C = 6 -> 4, 5, 6, ... features."""
+    """Return linear layers from C = 6 to 4, 5, 6, ... features."""
     return nn.ModuleList(nn.Linear(6, 4 + i, bias=bias, dtype=dtype) for i in range(count)).requires_grad_(False)
 
 
 def products(modules: nn.ModuleList, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many products it takes, having seen that their results are right."""
+    """Check the results, and return the number of products."""
     expected = [F.linear(x, m.weight, m.bias) for m in modules]
     calls = []
     linear = F.linear
@@ -43,7 +43,7 @@ def test_joined_layers_are_one_product(bias: bool, monkeypatch: pytest.MonkeyPat
     assert products(modules, X, monkeypatch) == 3
     join_linear(modules)
     assert products(modules, X, monkeypatch) == 1
-    # Neighbours among them too: keys and values.
+    # Adjacent layers among them, such as keys and values, also share a product.
     assert products(modules[1:], X, monkeypatch) == 1
     assert products(nn.ModuleList([modules[0], modules[2]]), X, monkeypatch) == 2
     for name, parameter in modules.named_parameters():
@@ -51,14 +51,14 @@ def test_joined_layers_are_one_product(bias: bool, monkeypatch: pytest.MonkeyPat
 
 
 def storages(modules: nn.Module) -> list[tuple[int, int]]:
-    """Address and end of each parameter's storage."""
+    """Return start and end address of each parameter's storage."""
     found = [p.untyped_storage() for p in modules.parameters()]
     return [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in found]
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_parameters_lie_side_by_side_each_in_a_storage_of_its_own(bias: bool) -> None:
-    """So that nobody who looks for shared storages takes them for one tensor, and no memory is added."""
+    """Separate storages prevent them from being mistaken for one shared tensor, and no memory is added."""
     modules = layers(bias=bias)
     join_linear(modules)
     for kind in ("weight", "bias") if bias else ("weight",):
@@ -203,7 +203,7 @@ def test_what_was_moved_is_right_and_can_be_joined_again(
 
 
 def test_weights_that_have_to_stay_where_they_are_do() -> None:
-    """In shared memory, among those that somebody flattened, on the meta device, made in inference mode."""
+    """Check weights in shared memory, flattened weights, weights on the meta device, and inference tensors."""
     shared, flattened = layers().share_memory(), layers()
     flat = nn.utils.parameters_to_vector(flattened.parameters())
     nn.utils.vector_to_parameters(flat, flattened.parameters())
@@ -246,7 +246,7 @@ def test_compiles_whole_and_calls_the_modules() -> None:
 
 
 def test_only_tensors_of_one_storage_are_joined() -> None:
-    """Two tensors may lie side by side by chance and belong to different owners."""
+    """Check tensors that are adjacent by chance and belong to different owners."""
     modules = layers(2, bias=False)
     owner = torch.empty(9, 6, dtype=torch.float64)
     for module, part in zip(modules, (owner[:4], owner[4:].clone()), strict=True):

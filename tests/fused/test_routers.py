@@ -1,4 +1,4 @@
-"""The complementary router, routers that layers share, and prompts of the input."""
+"""The complementary router, routers shared by layers, and prompts in the input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_which_router_is_made() -> None:
     assert make_router(None, C, CROSS, K) is make_router("multimodal", C, None, K) is make_router("multimodal", C, CROSS, 0) is None
     with pytest.raises(ValueError, match="router must be one of 'multimodal', 'complementary', got 'dense'"):
         make_router("dense", C, CROSS, K)
-    # A misspelled option is noticed, also where no router is made.
+    # Misspelled options are noticed even if no router is made.
     with pytest.raises(TypeError, match="temprature"):
         MoPEAttention(frozen_layer(True), C, temprature=1.0)
     with pytest.raises(TypeError, match="temprature"):
@@ -43,11 +43,11 @@ def test_which_router_is_made() -> None:
 @pytest.mark.parametrize("num_experts", [K, 2 * B])
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_a_router_that_layers_share(pre_norm: bool, num_experts: int) -> None:
-    """With a bank and without, as many experts as items and more."""
+    """Check with and without a bank: as many experts as items, and more."""
     layer = MoPEAttention(frozen_layer(pre_norm), C, CROSS, num_experts=num_experts, prompt_length=P, router=None).double()
     assert layer.router is None and not any("router" in name for name in layer.state_dict())
     x, cross, lengths = batch(B, L, C), batch(B, CROSS), torch.tensor([L, 3, 1, 2, L])
-    with pytest.raises(ValueError, match="no router of its own: give router"):
+    with pytest.raises(ValueError, match="no router of its own: pass router"):
         layer(x, cross)
     visible = torch.arange(L) < lengths[:, None]
     for router in (ComplementaryRouter(CROSS, num_experts).double(), MultimodalRouter(C, CROSS, num_experts).double()):
@@ -68,7 +68,7 @@ def test_a_shared_router_draws_its_noise_once() -> None:
 
 
 class LearnedNoise(ComplementaryRouter):
-    """Noise of its own for each expert."""
+    """A router with a learned noise scale for each expert."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -80,7 +80,7 @@ class LearnedNoise(ComplementaryRouter):
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_noise_may_be_learned(impl: str) -> None:
-    """Each router draws by its own parameters, and the gradients come back to them through all that routes."""
+    """Check that each router samples with its own parameters, and that they get gradients from everything that is routed."""
     if impl == "cpu" and not _extension.STATUS.loaded:
         pytest.skip(_extension.STATUS.reason)
     routers = [LearnedNoise(CROSS, K, temperature=0.5, impl=impl) for _ in range(2)]
@@ -155,7 +155,7 @@ def test_a_block_that_trains_looks_its_position_bias_up() -> None:
     assert torch.equal(block(x), expected)
     block(x).square().sum().backward()
     assert all(p.grad.abs().max() > 0 for p in block.parameters()) and isinstance(block.position_table, nn.Parameter)
-    # A second call changes nothing.
+    # A second call has no effect.
     block.finetune()
     assert torch.equal(block.position_table, table)
 
@@ -166,5 +166,5 @@ def test_a_swin_block_drops_its_own_prompts_where_asked() -> None:
     kept, dropped = block.with_prompts(x, mapped=mapped), block.with_prompts(x, mapped=mapped, dropout=nn.Dropout(0.5))
     assert kept.shape == dropped.shape == (2, 21 + 16, 8) and (kept[:, :21] != 0).all()
     assert (dropped[:, :20] == 0).any() and torch.equal(dropped[:, 20], mapped[:, 0])
-    # Prompts that arrive make no difference.
+    # Prompts that are already present do not change the result.
     assert torch.equal(block.with_prompts(kept, mapped=mapped), kept)

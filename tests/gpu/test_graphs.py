@@ -1,4 +1,4 @@
-"""CudaGraphRunner where there are CUDA graphs; tests/test_graphs.py has what needs none."""
+"""CudaGraphRunner with real CUDA graphs; tests/test_graphs.py has the tests that need no GPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def allocated() -> int:
 @pytest.mark.parametrize("cast", [False, True])
 @pytest.mark.parametrize("case", ["ViT by BERT, banks", "BERT by ViT", "Swin by BERT", "Swin by BERT, released order"])
 def test_serving_gives_the_same(case: str, cast: bool) -> None:
-    """But for cuBLAS, which may take another algorithm."""
+    """Compare up to rounding, because cuBLAS may choose another algorithm."""
     close = partial(torch.testing.assert_close, rtol=2e-2 if cast else 1e-5, atol=2e-2 if cast else 1e-6)
     model = make(case).to(DEVICE)
     model.cast_frozen(torch.bfloat16 if cast else None)
@@ -47,7 +47,7 @@ def test_serving_gives_the_same(case: str, cast: bool) -> None:
     with model.serving() as predict:
         expected = [predict(**batch) for batch in batches]
     with model.serving(graphs=True) as predict:
-        # Twice each: recorded, and replayed on other numbers than those of the recording.
+        # Twice each: recorded, then replayed with other numbers.
         for output, batch in (*zip(expected, batches, strict=True), *zip(expected, batches, strict=True)):
             found = predict(**batch)
             close(found.logits, output.logits)
@@ -81,7 +81,7 @@ def test_weights_that_change_and_weights_that_move() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*autocast")
 def test_under_autocast() -> None:
-    """Weights that train are cast once for a whole autocast region, which ends before the graph is replayed."""
+    """Trained weights are cast once per autocast region, which ends before the graph is replayed."""
     module, x = layers(), torch.randn(4, 64, device=DEVICE)
     with CudaGraphRunner(module) as run:
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
@@ -96,7 +96,7 @@ def test_under_autocast() -> None:
 
 def test_memory_is_bounded_and_given_back() -> None:
     module = layers()
-    # Workspaces of libraries stay.
+    # The libraries' workspaces are never freed.
     module(torch.zeros(1, 64, device=DEVICE))
     with CudaGraphRunner(module, max_graphs=1) as run:
         run(input=torch.zeros(1, 64, device=DEVICE))
@@ -105,7 +105,7 @@ def test_memory_is_bounded_and_given_back() -> None:
         for items in (256, 512, 1024, 2048):
             run(input=torch.zeros(items, 64, device=DEVICE))
         assert run.num_graphs == 2
-        # Both inputs and both outputs.
+        # Inputs and outputs of both graphs.
         assert allocated() - before <= 2 * (1024 + 2048) * (64 + 8) * 4
         run.release()
         assert allocated() <= before

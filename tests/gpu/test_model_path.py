@@ -1,4 +1,4 @@
-"""Whole models on a GPU: no waiting, repeatable bits, any current device, half the memory for frozen weights."""
+"""Whole models on a GPU: no sync, repeatable bits, any current device, half the memory for frozen weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def example_on(device: str, case: str) -> tuple[dict[str, Tensor], Tensor]:
 @each
 @pytest.mark.parametrize("cast", [False, True])
 def test_the_host_never_waits(case: str, cast: bool) -> None:
-    """A step of training, and serving. The first calls compile kernels."""
+    """Check a training step, and serving; the first calls compile kernels."""
     model, (batch, labels) = make(case).to(DEVICE), example_on(DEVICE, case)
     model.cast_frozen(torch.bfloat16 if cast else None)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-3)
@@ -45,7 +45,7 @@ def test_the_host_never_waits(case: str, cast: bool) -> None:
 
 @each
 def test_results_are_repeatable_and_right(case: str) -> None:
-    """Bitwise, loss and gradients; and as close to float64 as bfloat16 is."""
+    """Check that loss and gradients repeat bitwise, and that features are as close to float64 as bfloat16 allows."""
     model, (batch, labels) = make(case, noise_std=0.0, prompt_dropout=0.0), example(case)
     exact = copy.deepcopy(model).double()
     in_double = {n: t.double() if t.is_floating_point() else t for n, t in batch.items()}
@@ -65,7 +65,7 @@ def test_results_are_repeatable_and_right(case: str) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @each
 def test_runs_where_its_tensors_are(case: str) -> None:
-    """Whatever device is the current one."""
+    """Check that the current device does not matter."""
     model, (batch, labels) = make(case, noise_std=0.0, prompt_dropout=0.0).to("cuda:1"), example_on("cuda:1", case)
     results = []
     for device in ("cuda:0", "cuda:1"):
@@ -79,7 +79,7 @@ def test_runs_where_its_tensors_are(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["ViT by BERT, banks", "Swin by BERT"])
 def test_graphs_of_torch_compile(case: str) -> None:
-    """Whole, and through the CUDA graphs that torch.compile makes itself."""
+    """Compile the whole model, and use the CUDA graphs that torch.compile creates."""
     model, (batch, _) = make(case).eval().to(DEVICE), example_on(DEVICE, case)
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_cast_weights_take_half_the_memory() -> None:
     before = torch.cuda.memory_allocated()
     model.cast_frozen(torch.bfloat16)
     cast = sum(p.nbytes for p in model.parameters() if p.dtype == torch.bfloat16)
-    # What was 4 bytes is 2, up to what the allocator rounds.
+    # 4 bytes become 2, up to the allocator's rounding.
     assert before - torch.cuda.memory_allocated() == pytest.approx(cast, rel=0.05)
     model.cast_frozen(None)
     assert torch.cuda.memory_allocated() == pytest.approx(before, rel=0.01)

@@ -1,6 +1,6 @@
-"""What only a GPU can show of the kernels: no waiting, one device among several, streams, graphs, tensors beyond 2^31 elements.
+"""Aspects of the kernels that need a GPU: no sync, one of several devices, streams, graphs, tensors beyond 2^31 elements.
 
-The contract suite runs there as well, and holds the same kernels to everything else.
+The contract tests run on the GPU as well and cover everything else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DTYPE = torch.bfloat16
 
 
 def prepare(op: Op, impl: str, tensors: Tensors, options: Options) -> Callable[[], dict[str, Tensor]]:
-    """Outputs and all gradients, for incoming gradients that are made here and now."""
+    """Return a function that computes outputs and all gradients; the incoming gradients are created beforehand."""
     wanted = op.leaves(tensors)
     inputs = require_gradients(tensors, wanted)
     incoming = [torch.randn_like(o) for o in op.run(impl, options, inputs)]
@@ -53,7 +53,7 @@ def test_the_host_never_waits(op, impl):
 @on_gpu
 @every("triton")
 def test_runs_on_the_stream_of_its_caller(op, impl):
-    """Behind work that takes a while there; on another stream it would read what is not written yet."""
+    """Run after slow work on the same stream; on another stream, unwritten memory would be read."""
     tensors, options = op.draw(DTYPE, DEVICE[impl])
     call = prepare(op, impl, tensors, options)
     wanted, stream, scratch = call(), torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
@@ -75,7 +75,7 @@ def test_runs_on_the_stream_of_its_caller(op, impl):
 @on_gpu
 @every("triton")
 def test_can_be_recorded(op, impl):
-    """A CUDA graph of the forward pass computes anew from what its inputs hold then."""
+    """Check that a CUDA graph of the forward pass uses the current contents of its inputs."""
     tensors, options = op.draw(DTYPE, DEVICE[impl])
     others, _ = op.draw(DTYPE, DEVICE[impl])
     inputs = require_gradients(tensors, [])
@@ -97,7 +97,7 @@ def test_can_be_recorded(op, impl):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @every("triton")
 def test_runs_where_its_tensors_are(op, impl):
-    """And not on the current device."""
+    """Check that it does not run on the current device."""
     tensors, options = op.draw(DTYPE, DEVICE[impl])
     wanted = {n: t.cpu() for n, t in prepare_same(op, impl, tensors, options).items()}
     there = {n: None if t is None else t.to("cuda:1") for n, t in tensors.items()}
@@ -108,7 +108,7 @@ def test_runs_where_its_tensors_are(op, impl):
 
 
 def prepare_same(op: Op, impl: str, tensors: Tensors, options: Options) -> dict[str, Tensor]:
-    """As `prepare`, and called, with the same incoming gradients on every device: those of ones."""
+    """Return outputs and gradients as in `prepare`, with incoming gradients of ones, the same on every device."""
     wanted = op.leaves(tensors)
     inputs = require_gradients(tensors, wanted)
     outputs = op.run(impl, options, inputs)
@@ -117,12 +117,12 @@ def prepare_same(op: Op, impl: str, tensors: Tensors, options: Options) -> dict[
     return {f"output {i}": o.detach() for i, o in enumerate(outputs)} | dict(zip(wanted, gradients, strict=True))
 
 
-# Items of the first stage of a Swin-B, 3149 x 384 numbers, and of a ViT-L, 16 x 577 x 64; the small cases run anywhere.
+# Items of the first stage of Swin-B (3149 x 384 numbers) and of ViT-L (16 x 577 x 64); the small cases run anywhere.
 LARGE = pytest.mark.parametrize("batch", [3, pytest.param(-1, marks=on_gpu, id="beyond-2^31")])
 
 
 def enough(numbers: int, tensors: int) -> int:
-    """Items of so many numbers that 2^31 do not reach, if that many tensors of them fit."""
+    """Return the smallest batch that exceeds 2^31 numbers; skip the test if so many tensors of that size do not fit."""
     batch = 2**31 // numbers + 8
     if torch.cuda.mem_get_info()[0] < tensors * batch * numbers * DTYPE.itemsize:
         pytest.skip(f"{tensors} tensors of 2^31 numbers do not fit")
@@ -130,7 +130,7 @@ def enough(numbers: int, tensors: int) -> int:
 
 
 def assert_last_item_is_right(found: list[Tensor], wanted: list[Tensor]) -> None:
-    """Of float64: bfloat16 rounds to 1/256."""
+    """Compare with float64; bfloat16 rounds to 1/256."""
     for got, want in zip(found, wanted, strict=True):
         assert (got[-1:].double() - want).norm() < 0.02 * want.norm()
 

@@ -1,4 +1,4 @@
-"""Many tasks through CUDA graphs; tests/serving has what needs no GPU."""
+"""Many tasks with CUDA graphs; tests/serving has the tests that need no GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TASKS = ("0", "1", "2")
 
 
 def served(kind: str, folder: Path, dtype: torch.dtype | None) -> tuple[MoPEServer, dict[str, Tensor], list[list[Tensor]]]:
-    """A server of three tasks, a batch, and the logits that each task's own model gives its items on this device."""
+    """Return a server of three tasks, a batch, and the logits of each task's own model on this device."""
     encoders = backbones(kind, dtype=torch.float32)
     batch = {name: tensor.to(DEVICE) for name, tensor in inputs(encoders).items()}
     alone = []

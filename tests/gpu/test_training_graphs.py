@@ -38,12 +38,12 @@ def close(one: Tensor, other: Tensor, half: bool = False) -> None:
 
 
 def quiet(case: str) -> Any:
-    """Make a model without random numbers, which a replay draws in another order than calls."""
+    """Return a model without random numbers, since replays draw them in another order."""
     return make(case, noise_std=0.0, prompt_dropout=0.0).to(DEVICE).train()
 
 
 def train(model: Any, batches: list[dict[str, Tensor]], step: Callable[..., Any] | None) -> list[Tensor]:
-    """Return the losses of steps of two parts each; SGD, whose steps are no larger than gradients."""
+    """Return the losses of training steps accumulated over two batches; SGD, because its steps are no larger than the gradients."""
     optimizer, losses = torch.optim.SGD(list(model.trainable_parameters()), lr=1e-2), []
     for _ in range(4):
         for batch in batches:
@@ -61,7 +61,7 @@ def train(model: Any, batches: list[dict[str, Tensor]], step: Callable[..., Any]
 @each
 @pytest.mark.parametrize("half", [False, True])
 def test_training_through_it_is_training_without(case: str, half: bool) -> None:
-    """Test two shapes in two parts, also with frozen weights in 16 bits."""
+    """Test two shapes in two parts, also with 16-bit frozen weights."""
     model, batches = quiet(case), [on_gpu(case), on_gpu(case, 3)]
     model.cast_frozen(torch.bfloat16 if half else None)
     start = copy.deepcopy(model.state_dict())
@@ -69,7 +69,7 @@ def test_training_through_it_is_training_without(case: str, half: bool) -> None:
     model.load_state_dict(start)
     with GraphedStep(model) as step:
         found = train(model, batches, step)
-        # The first part writes gradients, the second adds them.
+        # The first part writes gradients, the second adds to them.
         assert step.num_graphs == 2
     for one, other in zip(found, expected, strict=True):
         close(one, other, half)
@@ -98,7 +98,7 @@ def test_noise_and_dropout_are_new_in_each_replay_and_recording_draws_none(case:
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        # A bias before a BatchNorm has only rounding errors as its gradient, which AdamW would amplify.
+        # The gradient of a bias before BatchNorm consists of rounding errors, which AdamW would amplify.
         self.first, self.norm, self.last = nn.Linear(64, 64, bias=False), nn.BatchNorm1d(64), nn.Linear(64, 8)
 
     def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -112,7 +112,7 @@ def batch_of(items: int = 16) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=["foreach", "fused"])
 def test_the_optimizer_in_a_graph(options: dict[str, bool]) -> None:
-    """Test the step, clipping and AdamW. A learning rate that is a tensor changes without another recording."""
+    """Test the step, clipping and AdamW; a tensor learning rate can change without another recording."""
     module = Net().to(DEVICE)
     twin = copy.deepcopy(module)
     rate = torch.tensor(1e-3, device=DEVICE)

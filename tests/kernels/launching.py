@@ -1,4 +1,4 @@
-"""Launches the variants that are compiled ahead of time, with other sizes if a test passes them."""
+"""Launch the variants that are compiled ahead of time, with other sizes where a test gives them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mope_kernels.spec import SPECS
 
 
 def launch(op: str, label: str, wanted: tuple[str, ...] | None = None, **sizes: Any) -> None:
-    """Launch the variant of an op with this label. `wanted`: gradients of these tensors instead of the variant's."""
+    """Launch the variant of an op with this label. `wanted` overrides which tensors get gradients."""
     spec = SPECS[op]
-    # The last variant of a label has gradients, if any has.
+    # If any variant with this label has gradients, the last one does.
     variant = [variant for variant in spec.variants(False) if variant.label == label][-1]
     if "lengths" in variant.sizes:
         batch, keys = (sizes.get(name, variant.sizes[name]) for name in ("batch", "keys"))
@@ -23,7 +23,7 @@ def launch(op: str, label: str, wanted: tuple[str, ...] | None = None, **sizes: 
 
 
 def launches(op: str, label: str, **changes: Any) -> list[Any]:
-    """Record the launches of `launch`: (kernel, arguments, constants and options) each."""
+    """Run `launch` and return its launches as (kernel, arguments, constants and options)."""
     with FakeTensorMode(), record_launches() as found:
         launch(op, label, **changes)
     return found

@@ -1,4 +1,4 @@
-"""How results are judged: against float64, relative to what plain PyTorch reaches in the same dtype."""
+"""Accuracy checks: errors against float64, relative to those of plain PyTorch in the same dtype."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ DEVICE = {"reference": GPU, "sdpa": GPU, "xformers": GPU, "triton": GPU, "cpu": 
 
 
 def unavailable(impl: str) -> str:
-    """Why this process cannot run an implementation, "" if it can."""
+    """Return the reason why this process cannot run an implementation, or "" if it can."""
     if impl == "cpu":
         return _extension.STATUS.reason
     if impl == "triton" and not torch.cuda.is_available() and not interpreting():
         return "needs a GPU, or TRITON_INTERPRET=1 before the start"
     if impl == "xformers":
-        # On the CPU its glue is tested with a stand-in (test_xformers.py).
+        # On the CPU, the code around it is tested with a stand-in (test_xformers.py).
         return load_xformers()[1] if torch.cuda.is_available() else "xformers runs on NVIDIA GPUs"
     return ""
 
 
 def implementations(*names: str) -> pytest.MarkDecorator:
-    """Run a test for each implementation that this process can run; the others are skipped with the reason.
+    """Run a test for each implementation available in this process; the others are skipped with the reason.
 
-    The interpreter's half of the tests is a run of its own (`make test`), and a GPU's another (`make gpu`).
+    Interpreted kernels are tested in a separate run (`make test`), as are those on a GPU (`make gpu`).
     """
-    # Skipped here is not left out: a name that no run can have would show as skipped in all of them.
+    # They are skipped rather than omitted, so that a name which no run can use shows up as skipped everywhere.
     reasons = {name: unavailable(name) for name in names}
     return pytest.mark.parametrize(
         "impl", [pytest.param(n, marks=pytest.mark.skip(reasons[n])) if reasons[n] else n for n in names]
@@ -46,12 +46,12 @@ def implementations(*names: str) -> pytest.MarkDecorator:
 
 
 def doubles(*shape: int) -> Tensor:
-    """Draw a leaf for gradcheck."""
+    """Draw a leaf tensor for gradcheck."""
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
 def dtypes_of(impl: str) -> tuple[torch.dtype, ...]:
-    """What an implementation is tested in. The interpreter's bfloat16 products are wrong, so that dtype needs a GPU."""
+    """Return the dtypes to test; Triton's interpreter multiplies bfloat16 incorrectly, so bfloat16 needs a GPU."""
     if impl == "cpu":
         return (torch.float32, torch.bfloat16)
     if impl == "xformers" or (impl == "sdpa" and not torch.cuda.is_available()):
@@ -62,10 +62,10 @@ def dtypes_of(impl: str) -> tuple[torch.dtype, ...]:
 
 
 def assert_accurate(name: str, triples: list[tuple[Tensor, Tensor, Tensor]], factor: float) -> None:
-    """Of (actual, plain, exact): the error of `actual` is at most `factor` times that of `plain`, plus one rounding.
+    """Check that the error of `actual` is at most `factor` times that of `plain` plus one rounding, for (actual, plain, exact).
 
-    Errors are Euclidean norms over all triples together: they do not hang on the luck of one element or one draw, and one
-    wrong element still shows in them.
+    Errors are Euclidean norms over all triples together, so they do not depend on a single unlucky element or draw, and a single
+    wrong element still shows.
     """
     for actual, plain, exact in triples:
         assert actual.dtype == plain.dtype, f"{name}: {actual.dtype}, expected {plain.dtype}"
@@ -88,8 +88,8 @@ def check(
 ) -> None:
     """Run `op` and `plain` on the same tensors, `plain` also in float64, and compare outputs and gradients.
 
-    The incoming gradients are random, and for each output once plain, expanded, transposed and cut out of a larger tensor.
-    Errors are pooled over all `draws`: where few numbers are computed, one draw says more about luck than about accuracy.
+    The incoming gradients are random; for each output they are plain, expanded, transposed, and a slice of a larger tensor.
+    Errors are pooled over all `draws`, because a draw with few numbers depends more on luck than on accuracy.
     """
     wanted = [name for name in grads_for.split() if draws[0][name] is not None]
     pooled: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
@@ -112,7 +112,7 @@ def check(
         for seeds in strided_gradients(outputs[0]) if wanted else ():
             gradients = []
             for leaves, out in runs:
-                # Routing has no gradient where the router needs none.
+                # Routing has no gradient if the router needs none.
                 incoming = [(o, s.to(o.dtype)) for s, o in zip(seeds, out, strict=True) if o.requires_grad]
                 gradients.append(torch.autograd.grad([o for o, _ in incoming], leaves, [s for _, s in incoming], retain_graph=True))
             for name, *triple in zip(wanted, *gradients, strict=True):
@@ -122,7 +122,7 @@ def check(
 
 
 class RecordResults(TorchDispatchMode):
-    """Keeps what one raw op returned."""
+    """Record the results of a raw op."""
 
     def __init__(self, op: torch._ops.OpOverload) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""A stand-in for the module `xformers.ops` where the library cannot run: plain PyTorch on any device, not the library's kernels.
+"""A stand-in for `xformers.ops` where the library cannot run: plain PyTorch on any device instead of the library's kernels.
 
-It has the part that mope_kernels uses. Its functions compute what their documentation says, on the documented layout (B,L,H,D),
-and refuse what version 0.0.35 refuses: other shapes, mixed dtypes, dropout of partial attentions, rows that are not
-aligned. `PlainKernels` is the other half of the proof: the library's own Python code, with plain PyTorch in place of its kernels.
+It covers the functions that mope_kernels uses, on the documented layout (B,L,H,D), and refuses what version 0.0.35 refuses:
+other shapes, mixed dtypes, dropout of partial attentions, unaligned rows. `PlainKernels` covers the rest: it runs the library's
+own Python code with plain PyTorch in place of its kernels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class LowerTriangularMask:
-    """Query i sees keys 0..i."""
+    """Causal mask: query i sees keys 0..i."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Inputs:
                 raise ValueError(f"Invalid shape for attention bias: {tuple(self.attn_bias.shape)}")
             if self.attn_bias.dtype != self.query.dtype:
                 raise RuntimeError("invalid dtype for bias - should match query's dtype")
-        # The kernels load 16 bytes at a time, whatever the checks in Python let through.
+        # The kernels load 16 bytes at a time, although the Python checks do not enforce the alignment.
         for t in (self.query, self.key, self.value, self.attn_bias):
             if isinstance(t, Tensor) and t.numel() and (t.stride(-1) != 1 or t.data_ptr() % 16):
                 raise RuntimeError("must be contiguous at last dim, and aligned")
@@ -101,11 +101,11 @@ class Cutlass(CutlassBackward):
 
 
 def _attend(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Output (B,M,H,D) and log-sum-exp (B,H,M); products of the inputs' dtype, sums in float32."""
+    """Return output (B,M,H,D) and log-sum-exp (B,H,M); products use the inputs' dtype, sums float32."""
     inputs.validate()
     refusals = [reasons for kernel in (Flash, Cutlass) if (reasons := kernel.not_supported_reasons(inputs))]
     if len(refusals) == 2:
-        # The error that the library raises where no kernel takes the inputs.
+        # The library raises this error if no kernel accepts the inputs.
         raise NotImplementedError(f"No operator found: {refusals}")
     query, key, value = (t.float().transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value))
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale)
@@ -138,7 +138,7 @@ def memory_efficient_attention_partial_autograd(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     if p:
-        # The error of the library, whose partial attention has no dropout.
+        # The library's error, since its partial attention has no dropout.
         raise NotImplementedError("dropout is not supported.")
     return _attend(Inputs(query, key, value, attn_bias, p, scale, is_partial=True))
 
@@ -162,16 +162,16 @@ MemoryEfficientAttentionCutlassOp = (Cutlass, CutlassBackward)
 
 
 class PlainKernels:
-    """Makes the real xformers run on the CPU: its own checks, dispatch, layouts and autograd over kernels in plain PyTorch.
+    """Run the real xformers on the CPU: its own checks, dispatch, layouts and autograd over plain PyTorch kernels.
 
-    Forward kernels return the log-sum-exp, backward kernels rebuild the probabilities from the one that they are given: what the
-    library does with the log-sum-exp of two merged parts is put to the test.
+    Forward kernels return the log-sum-exp, and backward kernels recompute the probabilities from the log-sum-exp they receive. This
+    tests how the library merges the log-sum-exps of two parts.
     """
 
     @classmethod
     def install(cls, library: Any, patch: pytest.MonkeyPatch) -> None:
         flash, cutlass = library.fmha.flash, library.fmha.cutlass
-        # What depends on the GPU: the order of the kernels, and limits of theirs.
+        # These depend on the GPU: the order of the kernels and some of their limits.
         patch.setattr(torch.version, "cuda", "12.8")
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(cutlass, "_minimum_gemm_alignment", lambda inputs: 128 // torch.finfo(inputs.query.dtype).bits)
@@ -195,7 +195,7 @@ class PlainKernels:
 
     @staticmethod
     def _kept(scores: Tensor, p: float, seed: Tensor | None) -> Tensor | float:
-        """What dropout multiplies probabilities by."""
+        """Return the factor that dropout applies to the probabilities."""
         if not p:
             return 1.0
         return torch.rand(scores.shape, generator=torch.Generator().manual_seed(int(seed))).ge(p) / (1 - p)
@@ -258,7 +258,7 @@ class PlainKernels:
 
     @staticmethod
     def merge(outputs, sums, _write, dtype, *_sizes: int) -> list[Tensor]:
-        """(B,G,H,M,D) and (B,G,H,M) of each part -> (B,M,G,H,D) and (B,G,H,M)."""
+        """Merge parts (B,G,H,M,D) with log-sum-exps (B,G,H,M) into (B,M,G,H,D) and (B,G,H,M)."""
         sums = torch.stack(list(sums))
         merged = (sums.softmax(0)[..., None] * torch.stack(list(outputs)).float()).sum(0)
         return [merged.permute(0, 3, 1, 2, 4).to(dtype or outputs[0].dtype), sums.logsumexp(0)]

@@ -1,4 +1,4 @@
-"""`add_norm`: its parts, mixed dtypes, and rows that are too long."""
+"""`add_norm`: its components, mixed dtypes, and rows that are too long."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_gradients_of_the_definition():
 
 @implementations("reference", "cpu", "triton")
 def test_the_residual_stream_may_be_wider_than_what_is_added(impl):
-    """As under autocast, add 16 bits to float32 and normalise into 16 bits; each gradient has the dtype of its input."""
+    """Check a 16-bit update added to a float32 stream, as under autocast; each gradient has the dtype of its input."""
     half = torch.bfloat16 if impl == "cpu" else torch.float16
     shapes = {"x": (2, 7, 24), "update": (2, 7, 24), "weight": (24,), "bias": (24,)}
     tensors = {n: torch.randn(shape, device=DEVICE[impl]) for n, shape in shapes.items()}

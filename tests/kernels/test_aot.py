@@ -1,4 +1,4 @@
-"""The ahead-of-time report compiles what a launch would compile, and fails when it should."""
+"""The ahead-of-time report compiles the same kernels as a launch, and fails when it should."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def report(*arguments: str, jobs: int = 1) -> list[dict[str, object]]:
-    """Run the report in a process of its own, as kernels of this one may be interpreted."""
+    """Run the report in a separate process, because this one may use interpreted kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "mope_kernels.aot", "--json", "--jobs", str(jobs), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -40,7 +40,7 @@ def test_reports_every_target_alone_and_with_processes_that_share_the_work():
         (arch, kernel) for arch in ("gfx942", "sm_80", "sm_90") for kernel in ("importance_backward", "importance_forward")
     ]
     assert all(line["registers"] > 0 and line["problems"] == [] for line in alone)
-    # In the same order too.
+    # The order is the same, too.
     assert shared == alone
 
 
@@ -52,7 +52,7 @@ def test_the_attention_of_hopper_runs_on_its_matrix_units():
 
 @needs_triton
 def test_four_programs_of_the_shifted_windows_fit_on_a_multiprocessor_of_hopper():
-    """65536 registers for 4 x 128 threads, and none of them in memory."""
+    """Four programs of 128 threads share 65536 registers without spilling."""
     (line,) = report("--arch", "sm_90", "--short", "--only", "window_prompt_attention bf16 D=32 window_forward")
     assert line["registers"] <= 128 and line["num_warps"] == 4 and "wgmma" in line["matrix"]
     assert line["spills"] == line["stack"] == 0
@@ -113,17 +113,17 @@ def test_the_short_list_is_short_and_has_every_feature():
         return {(name.split()[0], each.kernel) for name, each in found}
 
     def features(found: list[tuple[str, aot.Specialization]]) -> set[tuple[str, str, str]]:
-        """(op, dtype, "") and (op, option, value), where head_dim is no option."""
+        """Return (op, dtype, "") and (op, option, value); head_dim does not count as an option."""
         words = [name.split() for name, _ in found]
         return {(op, *word.partition("=")[::2]) for op, *rest in words for word in rest if not word.startswith("D=")}
 
     assert kernels(short) == kernels(full)
     assert features(short) == features(full)
-    # Each shape of block in the tables.
+    # Every block shape in the tables is covered.
     assert {word for name, _ in short for word in name.split() if word.startswith("D=")} >= {"D=32", "D=64", "D=72", "D=128"}
 
 
-@pytest.mark.skipif(interpreting(), reason="the names of compiled kernels")
+@pytest.mark.skipif(interpreting(), reason="checks the names of compiled kernels")
 @needs_triton
 def test_the_forward_is_one_launch():
     names = [kernel.__name__ for kernel, *_ in launches("mope_attention", "bf16 D=64 top_k=2")]
@@ -149,7 +149,7 @@ def test_the_committed_pages_are_of_the_short_list_and_nothing_spills():
         summary = [line.split(" | ") for line in text.split("## Summary\n")[1].split("\n## ")[0].splitlines() if " | " in line][2:]
         assert {cells[1] for cells in summary} == set(aot.DEFAULT_ARCHITECTURES)
         assert all(cells[4] == "0" and int(cells[6]) <= int(cells[7].rstrip(" |")) for cells in summary)
-        # Four programs of 128 threads on a multiprocessor of Hopper.
+        # Four programs of 128 threads fit on a Hopper multiprocessor.
         (forward,) = re.findall(
             r"## window_prompt_attention, sm_90\n.*?\| bf16 D=32 \| window_forward \| 4 \| (\d+) ", text, re.DOTALL
         )

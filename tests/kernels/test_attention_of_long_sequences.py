@@ -1,4 +1,4 @@
-"""Long sequences go to the kernels behind torch's attention, and `explain` says so."""
+"""Long sequences use the kernels of torch's attention, and `explain` reports it."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from tests.environment import setenv
 
 @pytest.fixture(autouse=True)
 def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors without memory, which Triton is taken to run on."""
+    """Pretend that Triton runs on meta tensors."""
     monkeypatch.setattr(_libraries, "has_fast_sdpa", lambda device: True)
     for name in ("prompt_attention", "mope_attention"):
         monkeypatch.setitem(_OPERATIONS[name].checks, "triton", lambda *_, **__: [])
@@ -41,7 +41,7 @@ def test_sdpa_from_a_length_on(op: Any, width: int, first: int) -> None:
     assert explained(op, first - 1, width).impl == "triton"
     found = explained(op, first, width)
     assert found.impl == "sdpa"
-    assert f"triton: for long sequences sdpa comes first: from {first} tokens on at head_dim {width}" in str(found)
+    assert f"triton: sdpa is preferred for long sequences: from {first} tokens on at head_dim {width}" in str(found)
     assert explained(op, first, width, impl="triton").impl == "triton"
 
 

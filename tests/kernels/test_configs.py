@@ -1,4 +1,4 @@
-"""Configurations: every table is complete and says where it comes from, the batch is no part of a key, and tuning keeps winners."""
+"""Configurations: every table is complete and names its source, keys do not depend on the batch, and tuning stores the winners."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_tables_say_where_they_come_from(op):
     for name, table in tables.items():
         assert "compiled" in table.provenance or "timed on" in table.provenance
         assert configs.family(name) == name
-        # What a family has of its own replaces something.
+        # The entries of a family override default ones.
         assert table.entries.keys() <= tables["default"].entries.keys()
 
 
@@ -77,7 +77,7 @@ def test_a_family_comes_before_the_default():
         configs.find("gelu_mlp", ("double",), CPU)
 
 
-# The first variant of each op, and variants with other kernels.
+# The first variant of each op, and variants that use other kernels.
 LAUNCHES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{op: (op, next(iter(spec.variants(False))).label, {}) for op, spec in SPECS.items()},
     "prompt_attention packed": ("prompt_attention", "bf16 D=64 packed=True", {}),
@@ -103,7 +103,7 @@ def test_another_batch_compiles_nothing_new(case):
     assert of_few
     for batch in (3, 16, 64, 1000):
         for kernel, specialisations in compiled(batch).items():
-            # A large batch is not split, and there is nothing to add up then.
+            # Large batches are not split, so the kernel that sums the parts is missing.
             assert all(s in of_few[kernel] for s in specialisations), f"{kernel} for {batch} items"
 
 
@@ -115,7 +115,7 @@ class Sizes(NamedTuple):
 
 @pytest.fixture
 def tuned(monkeypatch, tmp_path):
-    """A fresh tuner that stores in `tmp_path`, and a launcher that returns the configuration it ran with."""
+    """Return a launcher that returns its configuration, using a fresh tuner that stores in `tmp_path`, and the timed ones."""
     setenv(monkeypatch, "MOPE_AUTOTUNE", "1")
     setenv(monkeypatch, "MOPE_CONFIG_DIR", str(tmp_path))
     monkeypatch.setattr(tuning, "_winners", {})
@@ -124,7 +124,7 @@ def tuned(monkeypatch, tmp_path):
 
     def clock(run: Callable[[], Sizes]) -> float:
         timed.append(run())
-        # Two are equally fast.
+        # Two configurations are equally fast.
         return 1.0 if timed[-1] in (Sizes(64, 4, 1), Sizes(64, 4, 3)) else 2.0
 
     monkeypatch.setattr(tuning, "clock", clock)
@@ -142,7 +142,7 @@ def tuned(monkeypatch, tmp_path):
 def test_tuning_times_once_and_keeps_the_first_of_the_fastest(tuned, monkeypatch, tmp_path):
     launcher, timed = tuned
     assert launcher("a") == Sizes(64, 4, 1)
-    # What cannot run was left out.
+    # Configurations that fail to run are not timed.
     assert timed == [Sizes(64, 4, 2), Sizes(32, 4, 2), Sizes(64, 2, 2), Sizes(64, 8, 2), Sizes(64, 4, 1), Sizes(64, 4, 3)]
     timed.clear()
     assert launcher("a") == Sizes(64, 4, 1) and not timed
@@ -150,7 +150,7 @@ def test_tuning_times_once_and_keeps_the_first_of_the_fastest(tuned, monkeypatch
     (file,) = tmp_path.iterdir()
     assert json.loads(file.read_text()) == {"op a 32": [64, 4, 1], "op b 32": [64, 4, 1]}
 
-    # Another process.
+    # As in another process.
     monkeypatch.setattr(tuning, "_winners", {})
     monkeypatch.setattr(tuning, "_read", set())
     timed.clear()

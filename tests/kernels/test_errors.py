@@ -1,4 +1,4 @@
-"""A bad argument is named, with what was found and what to do."""
+"""Errors name the bad argument, what was passed, and the fix."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ WRONG = {
         *[torch.zeros(1, 1, 2, 8)] * 2,
         attn_bias=torch.zeros(5, 7).requires_grad_(),
     ),
-    "window_prompt_attention: resolution must divide by window_size, got 5 and 2": lambda: mope_kernels.window_prompt_attention(
+    "window_prompt_attention: resolution must be divisible by window_size, got 5": lambda: mope_kernels.window_prompt_attention(
         torch.zeros(1, 26, 24), torch.zeros(2, 4, 4), num_prompts=1, num_heads=2, resolution=5, window_size=2
     ),
     "window_prompt_attention: qkv must have num_prompts + resolution^2 = 1 + 16 rows": lambda: mope_kernels.window_prompt_attention(
@@ -120,11 +120,11 @@ WRONG = {
     "add_norm: eps must be positive, got 0.0": lambda: mope_kernels.add_norm(torch.zeros(2, 8), None, None, None, eps=0.0),
     "prompted_norm: num_replaced must be between 0 and the 5 rows of x, got 6": lambda: beginning(num_replaced=6),
     "prompted_norm: experts need cross_logits, self_weight and self_keys, or routing": lambda: beginning(cross_logits=None),
-    "prompted_norm: cross_logits routes to experts, and there are none: give experts": lambda: beginning(experts=None),
-    "prompted_norm: noise routes to experts, and there are none: give experts": lambda: beginning(
+    "prompted_norm: cross_logits routes to experts, but there are none: pass experts": lambda: beginning(experts=None),
+    "prompted_norm: noise routes to experts, but there are none: pass experts": lambda: beginning(
         experts=None, cross_logits=None, noise=torch.zeros(2, 3)
     ),
-    "prompted_norm: routing is given ready-made, and cross_logits too: give one of them": lambda: beginning(
+    "prompted_norm: routing and cross_logits exclude each other: pass one of them": lambda: beginning(
         routing=mope_kernels.route(torch.zeros(2, 3))
     ),
     "prompted_norm: self_weight and self_keys go together": lambda: beginning(self_weight=torch.zeros(2, 8)),
@@ -137,7 +137,7 @@ WRONG = {
 
 
 def prompted(*shapes):
-    """prompt_attention of query, key and value in one shape, prompts in another."""
+    """Call prompt_attention with query, key and value in one shape and prompts in another."""
     own, prompts = (torch.zeros(shape) for shape in shapes)
     return mope_kernels.prompt_attention(own, own, own, prompts, prompts)
 
@@ -154,7 +154,7 @@ WRONG |= {
         **dict.fromkeys(("query", "key", "value"), torch.zeros(2, 5, 2, 16))
     ),
 }
-# No tensors at all.
+# Arguments that are not tensors.
 OF_ANOTHER_TYPE = {
     "mope_attention: bank must be an ExpertBank, got tuple: give ExpertBank(key, value)": lambda: attention(
         bank=(torch.zeros(3, 2, 4, 16), torch.zeros(3, 2, 4, 16))
@@ -188,7 +188,7 @@ def test_what_is_no_tensor_is_named(message):
 
 @pytest.mark.skipif(not _extension.STATUS.loaded, reason="no C++ extension")
 def test_derivatives_that_requires_grad_does_not_tell_are_not_lost():
-    """Forward mode and torch.func: plain PyTorch knows them, the C++ kernels refuse them."""
+    """Forward mode and torch.func use plain PyTorch, because the C++ kernels do not support them."""
     x, experts, indices = torch.randn(2, 4), torch.randn(3, 1, 4), torch.zeros(1, 1, dtype=torch.int64)
     ops = (
         lambda x, impl: mope_kernels.add_norm(x, None, None, None, impl=impl)[1],

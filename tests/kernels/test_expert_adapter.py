@@ -1,4 +1,4 @@
-"""Tests specific to the adapter: released numbers, what it keeps and launches, dropout, and arguments that kernels refuse."""
+"""The adapter: released numbers, memory and launches, dropout, and arguments that kernels refuse."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_weights_only_on_request(impl):
 
 @implementations("cpu", "triton")
 def test_gradient_through_the_weights_alone(impl):
-    """What a loss on the router needs: the output gets no gradient."""
+    """Check the gradients of a loss on the router alone, where the output gets no gradient."""
     gradients = []
     torch.manual_seed(3)
     tensors = draw(DEVICE[impl])
@@ -76,9 +76,9 @@ def test_gradient_through_the_weights_alone(impl):
 
 @implementations("triton")
 def test_dropout(impl):
-    """The backward drops what the forward did, and the rest is scaled by what keeps the mean."""
+    """Check that forward and backward use the same dropout mask, and that kept values are scaled to preserve the mean."""
     tensors = draw(DEVICE[impl], tokens=40, bottleneck=16, experts=1)
-    # Shows h, as every expert's output is h with zeros behind it.
+    # Each expert outputs h padded with zeros, which makes h visible.
     tensors["up_weight"] = torch.eye(24, 16, device=DEVICE[impl])[None]
     tensors["up_bias"].zero_()
     tensors = {name: t.requires_grad_() for name, t in tensors.items()}
@@ -116,7 +116,7 @@ def test_dropout_is_not_left_to_the_cpp_kernel():
 
 @pytest.mark.parametrize("kind", ["adapter", "mec"])
 def test_matches_the_released_code(kind):
-    """Compare with numbers that ModeX's own modules computed in float64."""
+    """Compare with float64 results of ModeX's own modules."""
     data = {n.removeprefix(f"modex.{kind}."): t.double() for n, t in load_file(DATA / "modex.safetensors").items() if kind in n}
     if kind == "adapter":
         down, ups, router = "D_fc1", ["D_fc2"], None

@@ -1,4 +1,4 @@
-"""Without the C++ extension the package works, and says what is missing."""
+"""The package works without the C++ extension, and reports what is missing."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_sources_that_are_not_there_are_no_error_but_a_reason(monkeypatch):
 def test_another_library_can_be_named(monkeypatch, tmp_path):
     monkeypatch.delenv("MOPE_DISABLE_EXTENSION", raising=False)
     monkeypatch.setenv("MOPE_EXTENSION", str(tmp_path / "_C.so"))
-    assert _extension._load().reason == f"MOPE_EXTENSION names {tmp_path / '_C.so'}, which is no file"
+    assert _extension._load().reason == f"MOPE_EXTENSION names {tmp_path / '_C.so'}, which is not a file"
     (tmp_path / "_C.so").write_text("no library")
     assert f"{tmp_path / '_C.so'} does not load" in _extension._load().reason
 
@@ -118,7 +118,7 @@ def test_the_names_of_instruction_sets_are_those_of_the_sources():
 @pytest.mark.skipif(not _extension.STATUS.loaded, reason=_extension.STATUS.reason)
 @pytest.mark.parametrize("target", TARGETS[:-1])
 def test_lesser_instruction_sets(target):
-    """The kernels for other processors; those that this one prefers are tested everywhere else."""
+    """Test the kernels for less capable processors; all other tests use those chosen for this processor."""
     if TARGETS.index(target) >= TARGETS.index(_extension.STATUS.target):
         pytest.skip(f"the kernels chosen here are those for {_extension.STATUS.target}")
     root = Path(__file__).resolve().parents[2]

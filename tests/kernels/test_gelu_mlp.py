@@ -1,4 +1,4 @@
-"""What is particular to the MLP: its GELU, what it keeps for backward, and where it is left to the library."""
+"""The MLP: its GELU, what it keeps for backward, and when it is left to cuBLAS."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ ways = pytest.mark.parametrize("way", WAYS)
 @ways
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_gelu_is_the_exact_one(impl, way, dtype):
-    """From numbers that vanish to numbers that pass unchanged: each within a rounding of x Phi(x), also far in the tail."""
+    """Check inputs from negligible to saturated, including the far tail: each result is x Phi(x) up to rounding."""
     x = torch.cat([torch.linspace(-9, 9, 1801), torch.logspace(-4, 4, 200), -torch.logspace(-4, 4, 200)])
     x = x.to(dtype).to(DEVICE[impl])[:, None]
     one = torch.ones(1, 1, dtype=dtype, device=x.device)
     with taking(way):
         found = mope_kernels.gelu_mlp(x, one, None, one, None, impl=impl).double()
     exact = x.double() * torch.special.ndtr(x.double())
-    # In float32 erf itself is a few roundings off; in 16 bits the smallest numbers are subnormal.
+    # In float32, erf itself is off by a few roundings; in 16 bits the smallest numbers are subnormal.
     roundings, smallest = (0.51, 2.0**-24) if dtype == torch.float16 else (4.0, 1e-7)
     bound = roundings * torch.finfo(dtype).eps * exact.abs() + smallest
     assert ((found - exact).abs() <= bound).all()
@@ -71,7 +71,7 @@ def test_a_frozen_mlp_keeps_its_hidden_layer_alone(impl, way):
 
 
 def launched(arch: str, width: int, way: str = "") -> list[str]:
-    """Kernels of a forward, one that keeps what backward needs, and a backward."""
+    """Return the kernels of a forward pass, then of one that saves tensors for backward and its backward."""
     sizes = {"width": width, "hidden": 4 * width, "out": width, "way": way or None}
     with compiling_for(arch):
         found = [each for wanted in ((), ("x",)) for each in launches("gelu_mlp", "bf16 C=128", wanted=wanted, **sizes)]
@@ -91,7 +91,7 @@ def test_each_way_has_its_kernels_and_hopper_leaves_wide_products_to_cublas():
 
 @implementations("triton")
 def test_a_way_is_that_of_the_gradients_too(impl, monkeypatch):
-    """Also where they are computed after what asked for it."""
+    """Check that gradients use the implementation chosen in the forward pass, even after the setting is reset."""
     asked = []
     monkeypatch.setattr(_launch, "_launch_on_rows", lambda kernel, *_: asked.append(kernel.__name__))
     x = torch.randn(2, 8, dtype=torch.float16, device=DEVICE[impl], requires_grad=True)
@@ -138,9 +138,9 @@ def test_what_is_left_out_on_purpose_warns_of_nothing():
 
 
 def test_three_products_in_tf32_are_not_float32():
-    """Why float32 is multiplied in full: 3xTF32 drops the product of the remainders, and cuts digits off instead of rounding.
+    """Show that 3xTF32 is not float32: it drops the product of the remainders, and truncates instead of rounding.
 
-    Sums are made in float32 and rounded to nearest, which favours it: tensor cores cut digits off there as well.
+    The sums here are made in float32 with rounding to nearest, which favours 3xTF32: tensor cores truncate there as well.
     """
 
     def tf32(t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The choice of implementation: said, overridable, and never a silent fall back."""
+"""The choice of implementation is reported, can be overridden, and never falls back silently."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_explain_takes_every_argument_of_a_call(op):
 
 
 class OnGPU(torch.Tensor):
-    """Says that it is on a GPU; nothing else about it is."""
+    """A tensor that only claims to be on a GPU."""
 
     is_cuda = True
 

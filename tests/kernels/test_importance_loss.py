@@ -1,4 +1,4 @@
-"""The importance loss: computed by hand, at its threshold, and in several blocks of items."""
+"""The importance loss: computed by hand, at its threshold, and over several blocks of items."""
 
 from __future__ import annotations
 

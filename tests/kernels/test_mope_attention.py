@@ -30,7 +30,7 @@ def test_nothing_visible_gives_zero(impl):
 
 @implementations("cpu", "triton")
 def test_noise_beside_logits_in_16_bits_has_a_gradient_in_its_own_precision(impl):
-    """That of the logits, which it is made of, is rounded to 16 bits only for the logits."""
+    """Check that the gradient of float32 noise is not rounded to 16 bits when the logits, which share it, are 16-bit."""
 
     def draw() -> tuple[Tensors, Options]:
         tensors, options = MOPE_ATTENTION.draw(torch.float32, DEVICE[impl], top_k=2)
@@ -47,7 +47,7 @@ def test_noise_beside_logits_in_16_bits_has_a_gradient_in_its_own_precision(impl
 
 
 def test_bank_with_fold_is_the_layer_norm():
-    """The identity behind the bank, in float64: projecting LN(mixture) or mixing projections and dividing afterwards."""
+    """Check the identity that banks rely on, in float64: projecting LN(mixture) equals mixing projections and then dividing."""
     batch, heads, width, experts, prompts = 3, 2, 4, 5, 6
     dim = heads * width
     tensors = [torch.randn(*s, dtype=torch.float64) for s in ((experts, prompts, dim), (dim,), (dim,), (dim, dim), (dim,))]
@@ -64,11 +64,11 @@ def test_bank_with_fold_is_the_layer_norm():
     torch.testing.assert_close(folded, direct, rtol=1e-12, atol=1e-12)
 
 
-# What tasks have of their own.
+# Tensors that each task has its own copy of.
 OF_TASKS = ("bank_key", "bank_value", "gram", "static_key", "static_value")
 
 
-# Without gradients, because a batch of several tasks has none.
+# Without gradients, which batches of several tasks do not support.
 MANY_TASKS = dataclasses.replace(
     MOPE_ATTENTION,
     gradients=Gradients(),
@@ -84,7 +84,7 @@ MANY_TASKS = dataclasses.replace(
 
 
 def of_item(tensors: Tensors, item: int) -> Tensors:
-    """What the op is given for one item and the one task that it belongs to."""
+    """Return the arguments of the op for one item and its task."""
     task, experts = int(tensors["task_ids"][item]), tensors["logits"].shape[1]
     one = {name: t if t is None or name.endswith("offset") else t[item : item + 1] for name, t in tensors.items()}
     del one["task_ids"]
@@ -112,12 +112,12 @@ def test_many_tasks_match_float64(case, impl):
 
 @implementations("reference", "cpu", "triton")
 def test_many_tasks_of_any_sizes(impl):
-    hypothesis = pytest.importorskip("hypothesis", reason="shapes are drawn by hypothesis")
+    hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
     from hypothesis import strategies as st
 
     from tests.contract import test_shapes
 
-    # Triton's interpreter takes its time.
+    # Triton's interpreter is slow.
     few = impl == "triton"
     sizes = st.tuples(test_shapes.any_sizes(MOPE_ATTENTION, impl), st.integers(1, 5)).map(
         lambda drawn: {**drawn[0], "tasks": drawn[1]}
@@ -184,7 +184,7 @@ def test_schema_and_fake_of_many_tasks(impl):
 
 @implementations("cpu")
 def test_compiles_once_for_any_tasks(impl):
-    """fullgraph, and no recompilation for another number of items or of tasks."""
+    """Compile with fullgraph, and do not recompile for another number of items or tasks."""
     _, options = MANY_TASKS.draw(torch.float32, DEVICE[impl])
     torch.compiler.reset()
     compiled = torch.compile(lambda t: MANY_TASKS.run(impl, options, t)[0], fullgraph=True, backend="aot_eager", dynamic=True)

@@ -1,4 +1,4 @@
-"""What only the Triton kernels of the one-pass attention can get wrong: tiles, padding of the head, dropout, grids."""
+"""Aspects specific to the Triton kernels of the one-pass attention: tiles, padding of the head, dropout, grids."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL = {"batch": 1, "heads": 1, "queries": 3, "keys": 5, "experts": 3, "prompts
 
 
 def assert_matches(grads_for: str = ALL, dtype: torch.dtype = torch.float32, num_draws: int = 4, **changes: object) -> None:
-    """Over several draws: each computes few numbers, and says more about luck than about accuracy."""
+    """Pool several draws, because a draw with few numbers depends more on luck than on accuracy."""
     draws = [MOPE_ATTENTION.draw(dtype, DEVICE["triton"], **{**SMALL, **changes}) for _ in range(num_draws)]
     tensors, options = [tensors for tensors, _ in draws], draws[0][1]
     check(
@@ -49,7 +49,7 @@ def test_any_head_dim(impl, width):
     ids=["two blocks", "two blocks of wide heads", "one prompt", "nothing routed"],
 )
 def test_any_number_of_prompts(impl, changes):
-    # Without routed prompts the bank has no elements, and the router no part in the output.
+    # Without routed prompts the bank is empty, and the router does not affect the output.
     assert_matches("query key value static_key static_value" if changes["prompts"] == 0 else ALL, **changes)
 
 
@@ -60,7 +60,7 @@ def test_no_prompts_at_all(impl):
 
 @implementations("triton")
 def test_many_experts(impl):
-    # The interpreter takes its time for each expert, and these many have many gradients.
+    # The interpreter is slow for each expert, and many experts have many gradients anyway.
     assert_matches(experts=90, top_k=None, heads=1, num_draws=2)
     assert_matches(experts=200, top_k=3, heads=1, num_draws=2)
 
@@ -99,7 +99,7 @@ def attention_with_dropout(tensors: dict[str, Tensor | None], seed: int, dropout
 
 @implementations("triton")
 def test_dropout_and_its_gradients(impl):
-    """Values that are rows of the identity make the output show the attention probabilities, and so what was dropped."""
+    """Use rows of the identity as values, so that the output shows the attention probabilities, and hence what was dropped."""
     dropout_p, prompts = 0.3, 3 + 2 + 1
     tensors, _ = MOPE_ATTENTION.draw(
         torch.float32, DEVICE["triton"], width=64, queries=40, keys=50, lengths=[50, 31], fold=False, noise=False
@@ -116,7 +116,7 @@ def test_dropout_and_its_gradients(impl):
     }
     probabilities, *_ = attention_with_dropout(shown, 7, 0.0)
     dropped, *_ = attention_with_dropout(shown, 7, dropout_p)
-    # A routed prompt's value is the identity's row times the sum of two weights, so it scales but never hides.
+    # The value of a routed prompt is a row of the identity times the sum of two weights: it scales, but never hides.
     kept = (dropped != 0)[..., :columns]
     torch.testing.assert_close(dropped, torch.where(dropped != 0, probabilities / (1 - dropout_p), 0.0))
     rate = kept[visible[:, None, None, :].expand_as(kept)].double().mean().item()

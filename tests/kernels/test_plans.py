@@ -1,4 +1,4 @@
-"""A call with a known signature returns the same bits and errors as a first call, and anything that watches sees the op."""
+"""A call with a known signature gives the same bits and errors as a first call; modes and subclasses still see the op."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COMPILED = ("cpu", "triton")
 
 
 def is_long(op: Op, impl: str) -> bool:
-    """Return whether an op is slow in the interpreter. The other ops exercise everything that plans check."""
+    """Return whether an op is slow in the interpreter; the other ops cover everything that plans check."""
     return impl == "triton" and op.name in INTERPRETED_FOR_LONG
 
 
@@ -50,13 +50,13 @@ def draws(op: Op, impl: str, **sizes: Any) -> tuple[Tensors, Options]:
 
 
 def run(op: Op, impl: str, options: Options, tensors: Tensors, **given: Any) -> dict[str, Tensor]:
-    """Return outputs and gradients, always with the same dropout."""
+    """Return outputs and gradients, with the same dropout every time."""
     torch.manual_seed(7)
     return run_with_gradients(op, impl, options, tensors, **given)
 
 
 def by_the_ops(op: Op, impl: str, options: Options, tensors: Tensors, **given: Any) -> dict[str, Tensor]:
-    """Return the same while a mode watches, so that no plan is kept and launchers only run through the op."""
+    """Return the results of `run` under a mode, so that no plan is stored and launchers only run through the op."""
     with Watch() as watch:
         found = run(op, impl, options, tensors, **given)
     assert impl not in COMPILED or any(name.startswith(f"mope_{impl}::") for name in watch.seen)
@@ -88,11 +88,11 @@ def of_plans(op: Op) -> plans.Plans:
     return _OPERATIONS[op.name].plans
 
 
-# Other places and kinds of tensors, after a first call with usual ones.
+# Tensors at other addresses or of other kinds, after a first call with ordinary ones.
 
 
 def of_one_memory(tensors: Tensors) -> Tensors:
-    """Put all tensors into one memory, one after the other, like the parts of a projection."""
+    """Copy all tensors into one buffer, one after the other, like the parts of a projection."""
     given = {n: t for n, t in tensors.items() if t is not None}
     found: Tensors = dict(tensors)
     for dtype in {t.dtype for t in given.values()}:
@@ -141,7 +141,7 @@ def test_tensors_elsewhere(op, impl):
 
 @every("reference", *COMPILED, slow=is_long)
 def test_a_signature_is_planned_once(op, impl):
-    """New values do not need a new plan; another alignment and another set of gradients do."""
+    """Check that new values do not need a new plan, but another alignment or set of gradients does."""
     tensors, options = draws(op, impl)
     for _ in range(3):
         tensors = each(lambda t: shifted(t, 0))(draws(op, impl)[0])
@@ -151,7 +151,7 @@ def test_a_signature_is_planned_once(op, impl):
     assert len(of_plans(op)) == 2
     run(op, impl, options, tensors, wanted=[])
     assert len(of_plans(op)) == 3
-    # With 4 bytes per element: at a multiple of 16 bytes, but not of 16 elements; then at a multiple of 16 elements, as at first.
+    # With 4 bytes per element: first at a multiple of 16 bytes but not of 16 elements, then at a multiple of 16 elements again.
     run(op, impl, options, each(lambda t: shifted(t, 4))(tensors))
     run(op, impl, options, each(lambda t: shifted(t, 16))(tensors))
     assert len(of_plans(op)) == 4
@@ -169,7 +169,7 @@ def test_other_gradients_are_asked_for(op, impl):
 
 
 class Functions:
-    """Records which autograd Functions run."""
+    """Count the autograd Functions that run."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.applied = 0
@@ -219,7 +219,7 @@ def test_dropout_is_drawn_in_each_call(op, impl):
 
 
 def spoiled(tensors: Tensors) -> Iterator[tuple[str, Tensors]]:
-    """Yield the tensors with one of them changed to be wrong."""
+    """Yield the tensors with one of them made invalid."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -306,7 +306,7 @@ def test_task_ids_and_a_ready_made_routing_are_looked_at_in_each_call():
 
 @every("reference", *COMPILED, among=(ROUTE, ADD_NORM, MOPE_ATTENTION), slow=is_long)
 def test_a_tensor_in_place_of_a_number_counts_by_its_value(op, impl):
-    """Its value is read in each call, as without plans."""
+    """Check that the value is read in each call, as without plans."""
     tensors, options = draws(op, impl)
     name = "eps" if op is ADD_NORM else "temperature"
     given = torch.zeros(())
@@ -319,7 +319,7 @@ def test_a_tensor_in_place_of_a_number_counts_by_its_value(op, impl):
 
 
 def test_options_of_other_kinds_have_plans_of_their_own():
-    """True == 1 == 1.0, but an op may accept only one of them."""
+    """Check the type too: True == 1 == 1.0, but an op may accept only one of them."""
     logits = torch.randn(2, 3)
     for good, bad in ((1, 1.0), (2, 2.0)):
         mope_kernels.route(logits, top_k=good, impl="reference")
@@ -330,7 +330,7 @@ def test_options_of_other_kinds_have_plans_of_their_own():
     assert len(of_plans(ROUTE)) == 6
 
 
-# Modes, transforms and subclasses that have to see the op
+# Modes, transforms and subclasses that must see the op
 
 
 def raw_names(impl: str, op: Op) -> set[str]:
@@ -369,7 +369,7 @@ class Wrapper(Tensor):
 
 
 class Noted(Tensor):
-    """A subclass with its own memory that records the functions it is passed to."""
+    """A subclass with its own storage that records the functions it is passed to."""
 
     seen: list[Any] = []  # noqa: RUF012
 
@@ -416,16 +416,16 @@ def test_whatever_watches_sees_the_op_after_plans_were_kept(op, impl):
     counts = {str(name): count for name, count in flops.get_flop_counts()["Global"].items()}
     assert {name.replace("::", ".") for name in raw_names(impl, op)} <= counts.keys()
 
-    # mix_prompts reads its indices, and fake ones have no values.
+    # mix_prompts reads its indices, but fake tensors have no values.
     if op is not MIX_PROMPTS:
         with FakeTensorMode() as mode:
             fakes = {n: t if t is None else mode.from_tensor(t) for n, t in inputs.items()}
             fake = forward_and_backward(op, impl, options, fakes)
         assert [(f.shape, f.dtype) for f in fake] == [(w.shape, w.dtype) for w in wanted]
-        # Fake tensors outside their mode.
+        # Fake tensors outside the mode.
         assert len(fake) == len(forward_and_backward(op, impl, options, fakes))
 
-    # Nothing of this remains.
+    # None of this leaves a trace.
     assert_equal_outcomes(forward_and_backward(op, impl, options, require_gradients(tensors, leaves)), wanted)
 
 
@@ -444,7 +444,7 @@ def test_traces_hold_the_op_after_plans_were_kept(op, impl):
 
     def holds(graph: torch.fx.GraphModule) -> None:
         assert f"mope_{impl}.{op.name}.default" in {str(node.target) for node in graph.graph.nodes}
-        # The trace does not contain the given tensors as constants.
+        # The given tensors are not constants in the trace.
         for given, expected in ((values, wanted), (others, of_others)):
             for one, other in zip(graph(*given), expected, strict=True):
                 assert torch.equal(one, other)
@@ -469,7 +469,7 @@ def test_traces_hold_the_op_after_plans_were_kept(op, impl):
 
 @every("reference", *COMPILED, slow=is_long)
 def test_transforms_after_plans_were_kept_do_what_they_do_at_first(op, impl):
-    """They return the right result, or an error with the reason."""
+    """Check that they return the right result or an error with the reason."""
     tensors, options = draws(op, impl)
     name = op.leaves(tensors)[0]
     x = tensors[name]
@@ -545,7 +545,7 @@ SAVED: dict[str, Callable[[], Any]] = {
 
 
 class Plain(Tensor):
-    """A subclass that does nothing."""
+    """A trivial subclass."""
 
 
 @every(*COMPILED, slow=is_long)
@@ -555,7 +555,7 @@ def test_saved_tensors_may_be_other_ones(op, impl):
     for hooks in SAVED.values():
         with hooks():
             wanted = by_the_ops(op, impl, options, tensors)
-        # Torch's products may sum in another order.
+        # Torch may sum products in a different order.
         torch.testing.assert_close({n: t.as_subclass(Tensor) for n, t in wanted.items()}, clean)
         for _ in range(2):
             with hooks():
@@ -624,11 +624,11 @@ def test_a_change_in_place_between_forward_and_backward_is_refused():
                 normed.sum().backward()
 
 
-# Tensors that are not plain
+# Special tensors
 
 
 def conjugate(tensor: Tensor) -> Tensor:
-    """Return the same values as a tensor that torch negates lazily."""
+    """Return the same values in a tensor with torch's lazy negation bit."""
     return torch.complex(tensor, -tensor).conj().imag
 
 
@@ -646,7 +646,7 @@ def test_what_torch_remembers_as_negative_is(op, impl):
 
 @every("reference", *COMPILED, among=(ADD_NORM, ROUTE, MIX_PROMPTS))
 def test_tensors_without_memory_or_of_other_kinds(op, impl):
-    """They give the same outcome as without an earlier call."""
+    """Check that the outcome is the same as without an earlier call."""
     tensors, options = draws(op, impl)
     name = op.leaves(tensors)[0]
     x = tensors[name]

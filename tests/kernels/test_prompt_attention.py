@@ -34,8 +34,8 @@ def test_prompts_of_another_dtype(impl, shared):
 @implementations("cpu")
 @pytest.mark.parametrize("width", [16, 37])
 def test_rounds_to_bfloat16_as_torch_does(impl, width):
-    """With one prompt alone the output is its value: to nearest, ties to even, NaN and infinities as they are, in tails too."""
-    # Halfway between two neighbours, a little beside it, and what carries into the exponent, each with either sign.
+    """With a single prompt, the output is its value: round to nearest, ties to even, keep NaN and infinities, also in tails."""
+    # Halfway between two neighbours, slightly off it, and roundings that carry into the exponent, each with either sign.
     bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF, 0x3FFF8000, 0x7F7FFFFF, 0x7F800000], dtype=torch.int32)
     special = torch.cat([bits.view(torch.float32), -bits.view(torch.float32), torch.tensor([math.nan])])
     value = special.repeat(width).view(-1, 1, 1, width)
@@ -46,7 +46,7 @@ def test_rounds_to_bfloat16_as_torch_does(impl, width):
 
 @implementations("cpu")
 def test_prompts_alone_are_as_accurate(impl):
-    """Where nothing else needs a gradient, the kernels look at the prompts only, and use the output, which is rounded."""
+    """If only the prompts need gradients, the kernels visit only the prompts, and use the output, which is rounded."""
     for dtype in dtypes_of(impl):
         draws = [PROMPT_ATTENTION.draw(dtype, DEVICE[impl]) for _ in range(4)]
         options = draws[0][1]
@@ -94,7 +94,7 @@ def test_triton_refuses_other_head_dims():
 
 @implementations("triton")
 def test_dropout_and_its_gradients(impl):
-    """Values that are rows of the identity make the output show the attention probabilities, and so what was dropped."""
+    """Use rows of the identity as values, so that the output shows the attention probabilities, and hence what was dropped."""
     dropout_p, prompts, tokens, device = 0.3, 4, 40, DEVICE[impl]
     tensors, _ = PROMPT_ATTENTION.draw(
         torch.float32,
@@ -124,7 +124,7 @@ def test_dropout_and_its_gradients(impl):
     kept = (dropped != 0)[..., : prompts + tokens]
     assert kept[visible].double().mean().item() == pytest.approx(1 - dropout_p, abs=0.03)
     assert kept[..., :prompts].double().mean().item() == pytest.approx(1 - dropout_p, abs=0.06)
-    # Items, heads and seeds drop different entries; a seed always the same.
+    # Items, heads and seeds have different masks; the same seed gives the same mask.
     common = visible[0] & visible[1]
     assert ((kept[0] != kept[1]) & common).any() and ((kept[:, 0] != kept[:, 1]) & visible[:, 0]).any()
     assert torch.equal(attend(shown, 7, dropout_p)[0], dropped)
@@ -206,7 +206,7 @@ def test_dropout_acts_on_prompts_and_keeps_the_mean(impl):
 
 def test_sdpa_refuses_what_it_answers_with_nan():
     tensors, options = PROMPT_ATTENTION.draw(torch.float16, "cpu", prompts=0, lengths=[0, 9])
-    with pytest.raises(ValueError, match="an item may see nothing at all"):
+    with pytest.raises(ValueError, match="an item may see no keys at all"):
         mope_kernels.prompt_attention(**tensors, **options, impl="sdpa")
     out = mope_kernels.prompt_attention(**tensors, **options)
     assert torch.equal(out[0], torch.zeros_like(out[0]))
@@ -243,7 +243,7 @@ def test_offsets_are_wide_where_32_bits_do_not_reach(rows, stride):
     def matrix(columns: int) -> Tensor:
         return torch.empty_strided((2, 3, rows, columns), (8, 16, stride, 1), device="meta")
 
-    # The largest offset is that of the last row's last column; 2^31 - 1 is the largest that fits into 32 bits.
+    # The largest offset is that of the last column in the last row; 2^31 - 1 is the largest that fits into 32 bits.
     columns = 2**31 - (rows - 1) * stride
     small = torch.empty(1, 1, 5, 16, device="meta")
     if columns > 0:
@@ -265,7 +265,7 @@ def test_rows_that_do_not_start_at_multiples_of_8_are_copied():
 @implementations("triton")
 @pytest.mark.parametrize("far", ["query", "key", "value", "prompt_key"])
 def test_rows_far_apart(impl, far):
-    """The third row starts 2^31 elements after the first, in memory of which hardly a page is touched."""
+    """Put the third row 2^31 elements after the first, in memory of which hardly a page is touched."""
     device = DEVICE[impl]
     tensors = {
         name: torch.randn(1, 1, 3, 16, dtype=torch.float16) for name in ("query", "key", "value", "prompt_key", "prompt_value")
@@ -273,7 +273,7 @@ def test_rows_far_apart(impl, far):
     apart = torch.empty_strided((1, 1, 3, 16), (16, 16, 2**30, 1), dtype=torch.float16, device=device)
     spread = {name: apart.copy_(t) if name == far else t.to(device) for name, t in tensors.items()}
     if far == "prompt_key":
-        # It is read with the strides of its partner, which therefore must not be copied.
+        # prompt_key is read with the strides of prompt_value, which therefore must not be copied.
         spread["prompt_value"] = apart
         tensors["prompt_value"] = tensors["prompt_key"]
     for inputs in (tensors, spread):

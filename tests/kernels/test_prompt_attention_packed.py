@@ -1,4 +1,4 @@
-"""Packed items: rows of other items beside one's own, and nothing between them."""
+"""Packed items: rows of different items are adjacent and must not influence each other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw(impl: str, dtype: torch.dtype = torch.float32, lengths: tuple[int, ...]
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=dtype, device=DEVICE[impl])
 
-    # As heads of one projection lie: rows of the queries, keys and values of all heads.
+    # Laid out like the heads of a joint projection: rows with the queries, keys and values of all heads.
     rows = randn(1, sum(lengths), 3, H, D).unbind(2)
     tensors = dict(
         zip(LEAVES, (*(t.transpose(1, 2) for t in rows), *(randn(len(lengths), H, P, D) for _ in range(2))), strict=True)
@@ -33,7 +33,7 @@ def draw(impl: str, dtype: torch.dtype = torch.float32, lengths: tuple[int, ...]
 
 
 def run(impl: str, given: dict[str, Any], incoming: Tensor) -> list[Tensor]:
-    """The output and the gradients."""
+    """Return the output and the gradients."""
     leaves = {name: given[name].detach().requires_grad_() for name in LEAVES}
     out = mope_kernels.prompt_attention(**given | leaves, impl=impl)
     return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), incoming)]
@@ -53,11 +53,11 @@ def test_each_item_is_what_it_is_alone(is_causal: bool) -> None:
 
 @implementations("reference", "cpu", "sdpa", "triton")
 def test_nan_stays_in_its_item(impl):
-    """Though its rows stand beside those of others, in the same blocks of a kernel."""
+    """Check that NaN does not spread to other items, although their rows share blocks of a kernel."""
     given = draw(impl, torch.float16 if impl == "sdpa" else torch.float32)
     incoming = torch.randn_like(given["query"])
     clean = run(impl, given, incoming)
-    # Item 1 has row 5 of the tokens.
+    # Row 5 is the only token of item 1.
     of_others = {len(LENGTHS): (0, 2, 3), 1: (0, 1, 2, 3, 4, 6, 7, 8)}
     for name in ("query", "key", "prompt_value"):
         poisoned = given[name].clone()
@@ -95,7 +95,7 @@ def test_compiles_whole(impl):
 
 @implementations("triton")
 def test_dropout_is_that_of_a_padded_batch(impl):
-    """The random numbers belong to item, head, query and key, and not to where these stand."""
+    """Check that random numbers depend on item, head, query and key, and not on their position in memory."""
     given = draw(impl)
     offsets, longest = given["offsets"], given["max_length"]
     padded = {name: reference.pad_items(given[name], offsets, longest) for name in LEAVES[:3]}
@@ -124,7 +124,7 @@ def test_more_room_than_the_longest_takes(impl):
         ({"offsets": torch.tensor([], dtype=torch.int64)}, "go up from 0"),
         ({"offsets": torch.tensor([0.0, 9.0])}, "offsets must be an integer tensor"),
         ({"offsets": torch.tensor([0, 9]), "max_length": 9}, r"prompt_key must be \(B=1, H=2, P, D=16\)"),
-        ({"lengths": torch.tensor([5])}, "give neither lengths nor attn_bias"),
+        ({"lengths": torch.tensor([5])}, "pass neither lengths nor attn_bias"),
         ({"query": torch.zeros(2, H, 9, D)}, "query must be"),
         ({"key": torch.zeros(1, H, 8, D)}, "key must be"),
     ],

@@ -1,4 +1,4 @@
-"""`prompted_norm`: its parts, many experts, and invariants."""
+"""`prompted_norm`: its components, many experts, and invariants."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def example(impl: str, *, batch: int = 2, rows: int = 7, width: int = 24, expert
 @implementations("reference", "cpu", "triton")
 @pytest.mark.parametrize("top_k", [None, 20])
 def test_routes_to_many_experts(impl, top_k):
-    """More than are ranked at once, and more selected ones than are mixed at once."""
+    """Use more experts than are ranked at once, and select more than are mixed at once."""
     tensors = example(impl, batch=1, experts=40)
     options = {"num_replaced": 2, "top_k": top_k, "temperature": 0.5}
 
@@ -53,7 +53,7 @@ def test_routes_to_many_experts(impl, top_k):
 
 @implementations("reference", "cpu", "triton")
 def test_takes_the_lowest_of_tied_experts(impl):
-    """Prompts that are the number of their expert show which ones were mixed."""
+    """Set each prompt to the number of its expert, to show which experts were mixed."""
     logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0, 0.0], [0.0] * 6], device=DEVICE[impl])
     experts = torch.arange(6.0, device=DEVICE[impl])[:, None, None].expand(6, 1, 4)
     x = torch.zeros(2, 1, 4, device=DEVICE[impl])
@@ -74,7 +74,7 @@ def test_dense_routing_has_every_expert_in_its_place(impl):
 
 @implementations("cpu", "triton")
 def test_an_item_gives_the_same_in_any_batch(impl):
-    """Bit by bit: how the rows of an item are summed up does not depend on how many items there are."""
+    """Check bitwise that the order of summation over an item's rows does not depend on the number of items."""
     tensors = example(impl, batch=3, rows=40, width=300)
     whole = mope_kernels.prompted_norm(**tensors, num_replaced=2, impl=impl)
     per_item = ("x", "update", "mapped", "cross_logits")
@@ -84,7 +84,7 @@ def test_an_item_gives_the_same_in_any_batch(impl):
 
 
 def test_prompted_norm_is_its_parts():
-    """Compare it with the modules that a user would combine."""
+    """Compare with the separate modules that a user would combine."""
     x, update, static, experts, mapped = doubles(2, 6, 8), doubles(2, 6, 8), doubles(1, 8), doubles(3, 2, 8), doubles(2, 1, 8)
     cross, keys, projection, norm = doubles(2, 3), doubles(4, 3), torch.nn.Linear(8, 4).double(), torch.nn.LayerNorm(8).double()
     s = x + update

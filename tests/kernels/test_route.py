@@ -33,7 +33,7 @@ def test_selects_like_a_sort(impl):
 
 @implementations("reference", "triton")
 def test_selection_survives_underflow(impl):
-    # At this temperature all probabilities but one are exactly zero; selection on them would see ties.
+    # At this temperature all probabilities but one are exactly zero; selecting by them would produce ties.
     logits = torch.tensor([[0.0, 30.0, 10.0, 20.0]], device=DEVICE[impl])
     routing = mope_kernels.route(logits, top_k=3, temperature=0.05, impl=impl)
     assert (routing.probs == 0).sum() == 3

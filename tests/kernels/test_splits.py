@@ -1,4 +1,4 @@
-"""How launches are split among programs: into no more than run at once, and into parts of equal length."""
+"""Splitting launches into programs: no more than run at once, in parts of equal length."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mope_kernels.window_prompt_attention_details import _launch as windows
 
 from .launching import launch
 
-# Of an H100 and of an H200.
+# H100 and H200.
 MULTIPROCESSORS = 132
-# Heads and windows of the stages of a Swin-B.
+# Heads and windows of the stages of Swin-B.
 STAGES = ((4, 64), (8, 16), (16, 4), (32, 1))
 BATCHES = (1, 4, 16, 64)
 
@@ -29,7 +29,7 @@ def test_all_programs_of_a_launch_run_at_once(slots):
         programs = batch * heads
         splits = splits_in_one_wave(programs, count, slots)
         assert splits == 1 if programs > slots // 2 else programs * splits <= slots
-        # Nothing that fits has a shorter longest program, and fewer splits would make it longer.
+        # No split that fits has a shorter longest program, and with fewer splits it would be longer.
         most = max(1, min(slots // programs, count))
         assert cdiv(count, splits) == cdiv(count, most)
         assert splits == 1 or cdiv(count, splits - 1) > cdiv(count, splits)
@@ -41,7 +41,7 @@ def test_nothing_to_split_is_one_program():
 
 @pytest.fixture
 def programs(monkeypatch) -> Callable[..., dict[str, int]]:
-    """How many programs of each kernel are launched."""
+    """Return a function that counts the launched programs of each kernel."""
 
     def count(op: str, label: str, **changes: Any) -> dict[str, int]:
         found = {}
@@ -55,7 +55,7 @@ def programs(monkeypatch) -> Callable[..., dict[str, int]]:
 
 
 def test_window_attention_takes_as_many_programs_as_a_hopper_holds(programs):
-    """Four of the forward for each multiprocessor, two of its gradients, which have twice the registers."""
+    """Four programs per multiprocessor for the forward kernel; two for its gradient, which needs twice the registers."""
     pytest.importorskip("triton")
     for batch in BATCHES:
         found = programs("window_prompt_attention", "bf16 D=32", batch=batch)

@@ -1,4 +1,4 @@
-"""A replayed call does the same as the launcher: the same results, and the same launches with the same arguments."""
+"""A replayed call matches the launcher: the same results, and the same launches with the same arguments."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ADD_NORM, GELU_MLP, MIX_PROMPTS, MOPE_ATTENTION, PROMPT_ATTENTION, ROUTE = (
 )
 # Ops that are slow in Triton's interpreter.
 INTERPRETED_FOR_LONG = ("expert_adapter", "mope_attention", "prompt_attention", "prompted_norm", "window_prompt_attention")
-# Changes that take another path through a launcher.
+# Variants that follow another path through a launcher.
 OTHERS: dict[str, list[dict[str, Any]]] = {
     "add_norm": [{"update": False, "affine": False}],
     "expert_adapter": [{"experts": 1, "router": False, "dropout_p": 0.5}],
@@ -48,7 +48,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
 
 
 class Watch(TorchDispatchMode):
-    """A mode that records the ops it sees. While it watches, the ops themselves are called."""
+    """Record the ops that are called; while this mode is active, calls go through the ops themselves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Watch(TorchDispatchMode):
 
 
 def run(op: Op, options: Options, tensors: Tensors, **given: Any) -> dict[str, Tensor]:
-    """Return outputs and gradients, always with the same dropout."""
+    """Return outputs and gradients, with the same dropout every time."""
     torch.manual_seed(7)
     return run_with_gradients(op, "triton", options, tensors, **given)
 
@@ -74,7 +74,7 @@ def by_the_ops(op: Op, options: Options, tensors: Tensors, **given: Any) -> dict
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count how often each launcher runs, apart from calls of ops."""
+    """Count how often each launcher runs outside of calls to the raw ops."""
     counts: Counter[str] = Counter()
 
     def counting(name: str, launcher: Any) -> Any:
@@ -101,10 +101,10 @@ def is_long(op: Op, impl: str) -> bool:
 @every("triton")
 @pytest.mark.parametrize("other", [0, 1, 2])
 def test_a_launcher_runs_once(op, impl, other, launched):
-    """Forward and backward: every later call of the signature is replayed and returns what the ops return."""
+    """Check that forward and backward are replayed in every later call with this signature, with the results of the ops."""
     changes = [{}, *OTHERS[op.name]]
     if other >= len(changes):
-        pytest.skip("there is no such case")
+        pytest.skip("the op has no further variant")
     for seed in range(2):
         torch.manual_seed(seed)
         tensors, options = draws(op, **changes[other])
@@ -114,7 +114,7 @@ def test_a_launcher_runs_once(op, impl, other, launched):
 
 @every("triton", slow=lambda op, impl: is_long(op, impl) and op is not PROMPT_ATTENTION)
 def test_results_are_as_those_of_the_op(op, impl):
-    """They have the same layout and dtype, and autograd treats them alike, so they may be changed in place."""
+    """Check that layout, dtype and autograd state are the same, so that results may be changed in place."""
     tensors, options = draws(op)
     for wanted in (op.leaves(tensors), []):
         inputs = require_gradients(tensors, wanted)
@@ -130,7 +130,7 @@ def test_results_are_as_those_of_the_op(op, impl):
 
 @every("triton", slow=lambda op, impl: is_long(op, impl) and op is not PROMPT_ATTENTION)
 def test_results_may_be_changed_in_place(op, impl):
-    """A result may be changed in place if the op's may: its backward must not read it."""
+    """Check that a result may be changed in place exactly if the op's may, that is, if its backward does not read it."""
     tensors, options = draws(op)
     name = op.leaves(tensors)[0]
 
@@ -160,7 +160,7 @@ def test_results_share_no_memory(op, impl):
 
 
 class Halve(TorchDispatchMode):
-    """Raises its own error when a raw op is called."""
+    """Raise an error when a raw op is called."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "mope_triton":
@@ -194,7 +194,7 @@ def again(op: Op, options: Options, tensors: Tensors) -> tuple[list[Tensor], lis
 @every("triton", slow=lambda op, impl: is_long(op, impl) and op.name != "prompted_norm")
 @pytest.mark.parametrize("first", [True, False])
 def test_autocast_is_not_written_down(op, impl, first):
-    """Autocast does not change a call that was recorded without it, either."""
+    """Check that autocast does not affect a call recorded without it, and vice versa."""
     changes = {"way": "cublas"} if op.name == "gelu_mlp" else {}
     tensors, options = draws(op, **changes)
     wanted = by_the_ops(op, options, tensors)
@@ -217,7 +217,7 @@ def test_inference_mode_is_not_written_down(op, impl):
 
 
 def test_the_same_tensor_twice_and_two_tensors_triton(launched):
-    """One slot is enough for the same tensor twice, but not for two tensors."""
+    """Check that a recording with the same tensor twice is not replayed for two different tensors."""
     if not interpreting():
         pytest.skip("kernels are not interpreted")
     tensors, options = draws(PROMPT_ATTENTION)
@@ -234,10 +234,10 @@ def test_the_same_tensor_twice_and_two_tensors_triton(launched):
 
 @every("triton", slow=is_long)
 def test_tapes_keep_no_tensor(op, impl):
-    """They keep neither the tensors of the recorded call nor those that the launcher made."""
+    """Check that a tape holds neither the tensors of the recorded call nor those that the launcher allocated."""
 
     def living() -> int:
-        # Without those that hold nothing, which stand for gradients that were not asked for.
+        # Empty placeholders for gradients that were not requested are excluded.
         return sum(type(o) in (Tensor, torch.nn.Parameter) and o.shape != (0,) for o in gc.get_objects())
 
     def calls() -> list[StorageWeakRef]:
@@ -281,7 +281,7 @@ def shifted(tensor: Tensor, elements: int) -> Tensor:
 
 
 def test_numbers_are_of_the_kinds_of_the_schema_triton():
-    """Triton compiles separately for 2 and 2.0, and True is not 1."""
+    """Check that 2, 2.0 and True are converted to the types of the schema, because Triton compiles separately for 2 and 2.0."""
     if not interpreting():
         pytest.skip("kernels are not interpreted")
     from mope_kernels import add_norm, importance_loss, route
@@ -373,7 +373,7 @@ def test_what_is_written_down_is_what_torch_did(launcher, context):
     "launcher", [lambda x: x.new_empty(4, 6)[1:], lambda x: x.new_empty(4, 6).t(), lambda x: x.new_empty(4, 1)[:, :0]]
 )
 def test_results_that_were_allocated_lie_as_they_did(launcher):
-    """Those that are all of what was allocated are no views any more, others are."""
+    """Results that fill their allocation are no longer views; others still are."""
     x = torch.ones(1)
     found, wanted = recorded(launcher, x)(x), launcher(x)
     for fact in (Tensor.size, Tensor.stride, Tensor.storage_offset, lambda t: t.untyped_storage().nbytes()):
@@ -400,12 +400,12 @@ def test_a_signature_is_recorded_once_it_has_come_often(monkeypatch):
     found, x = tape.Tape(launcher), torch.randn(3)
     for number in range(8):
         assert torch.equal(found(x), x.exp())
-        # Three calls, and the one that is recorded.
+        # Three ordinary calls, then the one that is recorded.
         assert len(calls) == min(number + 1, 4) and (found._replay is not None) == (number >= 3)
 
 
 def test_memory_is_given_back_as_soon_as_it_was_used_last():
-    """As in a launcher, whose functions end: here each tensor is gone before the next two are made."""
+    """Each tensor is freed before the next two are allocated, as in the functions of a launcher."""
     alive, most = set[int](), 0
 
     class Count(TorchDispatchMode):
@@ -444,7 +444,7 @@ def test_an_error_in_a_launcher_leaves_nothing_behind():
 
 
 def test_threads_that_write_down_at_once_leave_no_flag_of_torch_behind():
-    """Entering a mode sets flags of the process, and threads would reset them in the wrong order."""
+    """Entering a mode sets process-wide flags, which concurrent threads would reset in the wrong order."""
     entered, left = threading.Barrier(2, timeout=60), threading.Event()
 
     def first(x: Tensor) -> Tensor:
@@ -472,12 +472,12 @@ def test_threads_that_write_down_at_once_leave_no_flag_of_torch_behind():
     assert not torch.utils._python_dispatch.is_in_torch_dispatch_mode()
 
 
-# From here on with the stand-in for the driver: Triton's own launchers launch.
+# The tests below use the stand-in for the driver, with Triton's own launchers.
 
 launching = [
-    pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="the stand-in for the driver is compiled"),
+    pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler for the stand-in driver"),
     pytest.mark.skipif(interpreting(), reason="interpreted kernels are not launched"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is for where no GPU is"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is only for machines without a GPU"),
 ]
 
 
@@ -488,11 +488,11 @@ def with_the_stand_in(test: Any) -> Any:
 
 
 class Launches:
-    """Records the launches that reach the driver. Pointers are named by the tensor that they point into.
+    """Record the launches that reach the driver, with each pointer named after the tensor it points into.
 
-    `given` are tensors by name. Allocations of launchers and tapes are named by number, and tensors that torch makes for them by
-    their first use in a call of a raw op. `held` keeps the memory of each until the next call: memory that came back would get
-    the name of the tensor that had it before.
+    `given` are tensors by name. Allocations of launchers and tapes are numbered, and tensors that torch allocates for them are
+    named by their first use in a raw op. `held` keeps all memory alive until the next call; otherwise reused memory would be named
+    after the tensor that had it before.
     """
 
     def __init__(self) -> None:
@@ -515,7 +515,7 @@ class Launches:
     def name(self, pointer: Tensor | int | None) -> str:
         if pointer is None:
             return "None"
-        # `data_ptr` is the one of the fixture, which holds the memory.
+        # `data_ptr` is patched by the fixture so that it holds the memory.
         address = pointer.data_ptr() if isinstance(pointer, Tensor) else pointer
         assert type(address) is int
         named = [*self.given.items(), *((f"made {i}", t) for i, t in enumerate(self.made))]
@@ -550,7 +550,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
 
     def allocation(self: tape.Recorder, index: int, layout: Tensor) -> str:
         if self.tensors[index] is layout:
-            # Valid values if torch uses them as indices.
+            # Zeros remain valid if torch uses them as indices.
             launches.made.append(layout.zero_())
         return allocation_of(self, index, layout)
 
@@ -575,7 +575,7 @@ def on_a_gpu(op: Op, changes: dict[str, Any], seed: int, elements: int) -> tuple
 
 
 def call(op: Op, options: Options, tensors: Tensors, launches: Launches) -> list[tuple[Any, ...]]:
-    """Run forward and backward -> the launches."""
+    """Run forward and backward, and return the launches."""
     inputs = require_gradients(tensors, op.leaves(tensors))
     launches.begin({n: t for n, t in inputs.items() if t is not None})
     outputs = [o for o in op.run("triton", options, inputs) if o.requires_grad]
@@ -596,7 +596,7 @@ def test_a_replay_launches_what_the_jit_launches(op, changes, elements, stand_in
     """Compare kernels, pointers and numbers, for tensors at other addresses than the recorded ones."""
     call(op, *reversed(on_a_gpu(op, changes, 0, elements)), stand_in)
     assert set(launched.values()) == {1} and len(launched) == 2
-    # An offset of 16 more elements has the same signature.
+    # An offset of another 16 elements has the same signature.
     tensors, options = on_a_gpu(op, changes, 1, elements + 16)
     replayed = call(op, options, tensors, stand_in)
     assert set(launched.values()) == {1} and replayed
@@ -606,7 +606,7 @@ def test_a_replay_launches_what_the_jit_launches(op, changes, elements, stand_in
 
 @with_the_stand_in
 def test_an_address_of_another_alignment_is_written_down_anew(stand_in, launched):
-    """Triton compiles for multiples of 16 bytes."""
+    """Check pointers that are and are not multiples of 16 bytes, for which Triton compiles separately."""
     found = {}
     for elements in (0, 1, 17, 2, 16, 8):
         x = shifted(torch.ones(4, 24, dtype=torch.float16), elements)
@@ -615,9 +615,9 @@ def test_an_address_of_another_alignment_is_written_down_anew(stand_in, launched
             _ops_of_add_norm(x)
         found.setdefault(x.data_ptr() % 16 == 0, []).append(stand_in.found[0][1])
     assert len(set(found[True])) == len(set(found[False])) == 1 and found[True][0] != found[False][0]
-    # Offset 17 equals 1 in its signature, and 16 equals 0.
+    # Offset 17 has the signature of offset 1, and 16 that of 0.
     assert launched["add_norm"] == 4
-    # The memory itself may be unaligned, too.
+    # The storage itself may be unaligned, too.
     memory = bytearray(512)
     first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 16
     for start in (first, first + 2):
@@ -664,7 +664,7 @@ def test_launch_hooks_see_launches_of_calls_that_were_written_down(stand_in, lau
 
 @with_the_stand_in
 def test_another_current_device_takes_the_launcher(stand_in, launched, monkeypatch):
-    """The launcher makes the device of the tensors current, and launches into its stream."""
+    """The launcher switches to the device of the tensors and launches into its stream."""
     from triton.runtime import driver
 
     x = torch.ones(4, 24, dtype=torch.float16)
@@ -686,7 +686,7 @@ def test_another_current_device_takes_the_launcher(stand_in, launched, monkeypat
 
 @with_the_stand_in
 def test_kernels_of_a_tape_stay_loaded(stand_in, monkeypatch):
-    """When its own cache is cleared, Triton unloads kernels without other references."""
+    """Check that kernels of a tape stay referenced; Triton unloads unreferenced kernels when its cache is cleared."""
     from mope_kernels.add_norm_details._forward import add_norm_forward
 
     x, held = torch.ones(4, 24, dtype=torch.float16), []
@@ -717,7 +717,7 @@ def test_an_empty_batch_launches_nothing_and_needs_no_driver(stand_in, launched,
 
 @with_the_stand_in
 def test_many_threads_call_at_once(stand_in):
-    """The first calls race for the same signature and the same tape."""
+    """Let the first calls race for the same signature and the same tape."""
     tensors, options = ADD_NORM.draw(torch.float16, "cpu")
     ready, calls, each = threading.Barrier(8, timeout=60), 8, 5
     errors: list[BaseException] = []

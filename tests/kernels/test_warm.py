@@ -1,4 +1,4 @@
-"""A cache that was filled where no GPU is has what a launch asks for, under the name under which it asks."""
+"""A cache that was filled without a GPU contains the kernels that a launch looks up, under the same keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = "importance_loss K=16"
 
 
 def launches(arch: str):
-    """Every launch of the short list."""
+    """Yield every launch of the short list."""
     for name, run in aot.variants(short=True):
         with FakeTensorMode(), compiling_for(arch), record_launches() as found:
             run()
@@ -33,7 +33,7 @@ def launches(arch: str):
 
 
 def key_of_the_jit(kernel, args, constants, arch: str) -> str:
-    """The key under which the JIT looks in its cache when it is given this launch."""
+    """Return the key under which the JIT looks up this launch in its cache."""
     from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.compiler import make_backend
     from triton.runtime.cache import get_cache_key
@@ -41,7 +41,7 @@ def key_of_the_jit(kernel, args, constants, arch: str) -> str:
     keys = []
 
     def compile(source, target, options):
-        # As `triton.compile` does with what the JIT gives it.
+        # Build the key as `triton.compile` does.
         backend = make_backend(target)
         text = get_cache_key(source, backend, backend.parse_options(dict(options)), get_cache_invalidating_env_vars())
         keys.append(hashlib.sha256(text.encode()).hexdigest())
@@ -84,7 +84,7 @@ print(*sorted(f"{kernel.__name__} {kernel.cache_key}" for kernel in found))
 
 
 def test_a_key_does_not_depend_on_what_was_launched_before():
-    """On Triton 3.6 the hash of a kernel otherwise lacks the constants of functions that were not hashed before it."""
+    """Guard against Triton 3.6, where a kernel's hash lacks constants of functions that were not hashed before it."""
     names = ["_forward:adapter_forward", *(f"_backward:{name}" for name in ("parameter_products", "sum_parts", "adapter_backward"))]
     command = [sys.executable, "-c", HASHES]
     forwards, backwards = (
@@ -93,7 +93,7 @@ def test_a_key_does_not_depend_on_what_was_launched_before():
     assert forwards == backwards and forwards.count("adapter_backward") == 1
 
 
-# Runs in a process of its own, with a cache in TRITON_CACHE_DIR, and prints whether the JIT found each kernel there.
+# Run in a separate process with a cache in TRITON_CACHE_DIR; print whether the JIT found each kernel there.
 HITS = """
 import sys
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -141,7 +141,7 @@ def test_a_cache_that_was_moved_is_used_once_it_has_settled(filled, moved, tmp_p
     elsewhere = filled.with_name("elsewhere")
     filled.rename(elsewhere)
     try:
-        # Triton looks for the files where they were made.
+        # Triton looks for the files at their original path.
         assert hits(moved) == [False, False]
         shutil.rmtree(moved)
         shutil.copytree(elsewhere, moved)
@@ -157,13 +157,13 @@ def test_the_manifest_says_what_is_there_and_what_is_missing(moved):
     manifest = warm.Manifest.read(moved)
     assert manifest.note == "a note" and manifest.arch == "sm_90" and manifest.made == warm.Made.here("sm_90")
     modules = len(manifest.modules)
-    # On Triton 3.6 the driver's module and one for each signature; later ones have the first alone, which cannot be moved.
+    # Triton 3.6 caches a driver module and one per signature; later versions only the former, which cannot be moved.
     is_3_6 = importlib.metadata.version("triton").startswith("3.6.")
     assert modules == (3 if is_3_6 else 0) and all((moved / name).suffix == ".so" for name in manifest.modules)
     assert str(warm.look(moved, manifest)) == f"2 of 2 kernels and {modules} of {modules} stubs found"
     shutil.rmtree(moved / next(iter(manifest.kernels)))
     assert str(warm.look(moved, manifest)) == f"1 of 2 kernels and {modules} of {modules} stubs found"
-    # What is missing is compiled, and nothing else.
+    # Only the missing kernel is compiled.
     compiled = []
     real = aot.Specialization.compile
     with pytest.MonkeyPatch.context() as patch:

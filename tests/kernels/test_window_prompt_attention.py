@@ -1,4 +1,4 @@
-"""Windows by hand, with a frozen position bias as in use, and in the sizes of a Swin Transformer."""
+"""Window attention compared with a loop over tokens, with a frozen position bias, and in the sizes of a Swin Transformer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_frozen_position_bias(impl, prompt_owner, batch, head_dim, options):
 
 @implementations("cpu", "triton")
 def test_position_bias_alone(impl):
-    """Nothing is computed for frozen projections, and the bias gets what it gets beside them."""
+    """Check that frozen projections get no gradients, and that the bias gets the same gradient with and without them."""
     tensors = draw(impl, torch.float32, 2, 16, SMALL)
     gradients, computed = [], []
     for trained in (("position_bias",), ("qkv", "position_bias")):
@@ -70,7 +70,7 @@ def test_position_bias_alone(impl):
 @implementations("triton")
 @pytest.mark.parametrize(("prompts", "window", "shift"), [(13, 7, 3), (3, 2, 1), (0, 8, 4), (15, 7, 6)])
 def test_what_a_cut_parts(impl, prompts, window, shift):
-    """Each of the four kinds of windows: the keys that a query does not see, in both ways to find them."""
+    """Check the keys hidden from each query in the four kinds of windows, computed in both ways."""
     from .window_cuts import found_cuts
 
     rows = prompts + window**2
@@ -87,7 +87,7 @@ def test_what_a_cut_parts(impl, prompts, window, shift):
 def naive_window_attention(
     qkv: Tensor, bias: Tensor, prompts: int, heads: int, resolution: int, window: int, shift: int, owner: str
 ) -> Tensor:
-    """Compute one token at a time, from the description of the op."""
+    """Compute one token at a time, following the description of the op."""
     batch, _, width = qkv.shape
     width, per_side = width // 3, resolution // window
     size = width // heads
@@ -130,7 +130,7 @@ def test_window_attention_by_hand(owner, resolution, window, shift):
 
 
 def test_instances_mix_only_in_reference_order():
-    """`prompt_owner="released"` keeps this defect, and the default does not have it."""
+    """Check that `prompt_owner="released"` reproduces this defect of the released code, and that the default does not have it."""
     qkv, bias = torch.randn(2, 3 + 16, 24), torch.randn(2, 4, 4)
     changed = qkv.clone()
     changed[1, :3] += 1.0

@@ -1,4 +1,4 @@
-"""The C++ kernels in the workers of a DataLoader: each computes with one thread, as torch does there, and starts no other."""
+"""The C++ kernels in DataLoader workers: each uses a single thread, as torch does there, and starts no others."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ THREADS = Path("/proc/self/task")
 
 pytestmark = [
     pytest.mark.skipif(not _extension.STATUS.loaded, reason=_extension.STATUS.reason),
-    pytest.mark.skipif(not THREADS.exists(), reason="threads are counted in /proc"),
+    pytest.mark.skipif(not THREADS.exists(), reason="needs /proc to count threads"),
 ]
 
 
 def attend(seed: int) -> Tensor:
-    """Large enough that its rows are shared among threads where there are several."""
+    """Run an attention large enough to share its rows among the available threads."""
     qkv = torch.randn(4, 13 + 14**2, 3 * 64, generator=torch.Generator().manual_seed(seed))
     options = {"num_prompts": 13, "num_heads": 2, "resolution": 14, "window_size": 7, "impl": "cpu"}
     return mope_kernels.window_prompt_attention(qkv, torch.zeros(2, 49, 49), **options)
 
 
 class Attended(Dataset):
-    """(process, threads of torch in it, threads that the kernels started, the bytes of what they computed).
+    """Items are (process, torch threads, threads started by the kernels, bytes of the result).
 
-    Not a tensor: to share its memory Python starts a thread, at a moment when the next may be computed.
+    The result is not a tensor, because Python starts a thread to share a tensor's memory, possibly while the next item is computed.
     """
 
     def __len__(self) -> int:
@@ -47,15 +47,15 @@ def test_workers_compute_with_one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        # Workers are forked from a process whose own threads have run.
+        # The worker processes are forked from a process whose own threads have run.
         wanted = [attend(index) for index in range(4)]
         assert len(os.listdir(THREADS)) > 1
-        # The timeout ends a deadlock, and limits nothing else.
+        # The timeout only serves to end a deadlock.
         found = list(DataLoader(Attended(), batch_size=None, num_workers=2, timeout=1800))
     finally:
         torch.set_num_threads(threads)
     assert os.getpid() not in [process for process, *_ in found] and len({process for process, *_ in found}) == 2
     for (_, of_torch, started, out), exact in zip(found, wanted, strict=True):
         assert (of_torch, started) == (1, 0)
-        # The same for every number of threads.
+        # The result does not depend on the number of threads.
         assert out == exact.numpy().tobytes()

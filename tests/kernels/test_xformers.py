@@ -1,6 +1,6 @@
-"""`prompt_attention` by xformers, held to float64 on three libraries.
+"""`prompt_attention` with xformers, compared with float64 on three variants of the library.
 
-"stand-in" runs everywhere; "plain kernels" is the real library's Python code over kernels in plain PyTorch, where xformers is
+"stand-in" runs everywhere; "plain kernels" is the real library's Python code with plain PyTorch kernels, if xformers is
 installed; "GPU" is the real library.
 """
 
@@ -53,7 +53,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(_libraries, "load_xformers", lambda: (stand_in, ""))
         return Library("cpu", (torch.float32, *half))
     stand_in.PlainKernels.install(real_library(), monkeypatch)
-    # It takes bfloat16 on GPUs only.
+    # xformers supports bfloat16 on GPUs only.
     return Library("cpu", (torch.float32, torch.float16))
 
 
@@ -107,7 +107,7 @@ def test_matches_float64(library, case):
 
 @pytest.mark.parametrize("name", [*NAMES.split(), "attn_bias"])
 def test_takes_any_strides(library, name):
-    # Merged, and concatenated.
+    # Merged partial attentions, then concatenated keys.
     for changes in ({}, {"lengths": [9, 4], "bias": (2, 1, 9, 9)}):
         tensors, options = example(torch.float16, library.device, **changes)
         if tensors[name] is None:
@@ -120,7 +120,7 @@ def test_takes_rows_that_are_not_aligned(library):
     tensors, options = example(torch.float16, library.device)
     for name in NAMES.split():
         t = tensors[name]
-        # One number too far in memory, rows that are not a multiple of 8 numbers apart, numbers that are not beside each other.
+        # Offset by one element, rows that are not a multiple of 8 elements apart, and elements that are not adjacent.
         shifted = torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
         apart = torch.nn.functional.pad(t, (0, 3))[..., : t.shape[-1]]
         strided = torch.stack([t, t], dim=-1)[..., 0]
@@ -184,7 +184,7 @@ def test_dropout_acts_on_prompts_and_keeps_the_mean(library):
     # Two columns of weight 1/2, each kept with probability 3/4 and then scaled by 4/3.
     assert set(out.mul(3).round().int().tolist()) == {0, 2, 4}
     assert out.float().mean().item() == pytest.approx(1.0, abs=0.02)
-    # The gradient of a value is the sum of its kept probabilities, and those are half of what was put out.
+    # The gradient of a value is the sum of its kept probabilities, which make up half of the output.
     (grad,) = torch.autograd.grad(out.float().sum(), ones)
     assert grad[0, 0, 0, 0].item() == pytest.approx(10_000, rel=0.02)
 
@@ -194,10 +194,10 @@ def test_dropout_acts_on_prompts_and_keeps_the_mean(library):
     [
         (torch.float16, {}, MERGED),
         (torch.float16, {"shared": True, "is_causal": True, "width": 20}, MERGED),
-        (torch.float16, {"lengths": [9, 4]}, CONCATENATED + "partial attentions take no lengths"),
-        (torch.float16, {"bias": (9,), "lengths": [9, 4]}, "no lengths; partial attentions take no attn_bias"),
-        (torch.float16, {"dropout_p": 0.5}, CONCATENATED + "partial attentions take no dropout_p"),
-        (torch.float16, {"prompts": 0}, CONCATENATED + "there is but one part"),
+        (torch.float16, {"lengths": [9, 4]}, CONCATENATED + "partial attention does not support lengths"),
+        (torch.float16, {"bias": (9,), "lengths": [9, 4]}, "lengths; partial attention does not support attn_bias"),
+        (torch.float16, {"dropout_p": 0.5}, CONCATENATED + "partial attention does not support dropout_p"),
+        (torch.float16, {"prompts": 0}, CONCATENATED + "there are no prompts or no tokens"),
         (torch.float32, {}, "Partial attention not supported"),
     ],
 )
@@ -206,7 +206,7 @@ def test_explain_says_which_way_runs(library, monkeypatch, dtype, changes, way):
     explanation = mope_kernels.explain("prompt_attention", **tensors, **options, impl="xformers")
     assert explanation.impl == "xformers" and way in explanation.way and explanation.way in str(explanation)
 
-    # It is the way that is gone: without the function of the other one.
+    # Without the function that the other path uses, this path still works.
     module, _ = _libraries.load_xformers()
     if explanation.way == MERGED:
         monkeypatch.setattr(module, "memory_efficient_attention", None)
@@ -224,7 +224,7 @@ def test_says_in_the_librarys_words_what_it_refuses(library):
 
 def test_refuses_where_an_item_may_see_nothing(library):
     tensors, options = example(torch.float16, library.device, prompts=0, lengths=[0, 9])
-    with pytest.raises(ValueError, match="an item may see nothing at all"):
+    with pytest.raises(ValueError, match="an item may see no keys at all"):
         run(options, tensors)
     (out,) = run(options, tensors, impl="xformers,reference")
     assert torch.equal(out[0], torch.zeros_like(out[0])) and out.isfinite().all()
@@ -245,7 +245,7 @@ def test_auto_prefers_sdpa(library, monkeypatch):
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    """Looks for xformers anew."""
+    """Look for xformers again before and after the test."""
     _libraries.load_xformers.cache_clear()
     yield
     _libraries.load_xformers.cache_clear()
@@ -255,7 +255,7 @@ def test_is_not_imported_for_tensors_on_the_cpu(monkeypatch):
     monkeypatch.setattr(_libraries, "load_xformers", lambda: pytest.fail("xformers was looked for"))
     tensors, options = example(torch.float16, "cpu")
     explanation = mope_kernels.explain("prompt_attention", **tensors, **options)
-    assert explanation.reasons["xformers"] == ["xformers runs on NVIDIA GPUs, these tensors are on cpu"]
+    assert explanation.reasons["xformers"] == ["xformers runs on NVIDIA GPUs, but these tensors are on cpu"]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_says_why_it_cannot_be_imported(monkeypatch, fresh, error):
 
 
 def refused_inputs() -> dict[str, dict[str, Tensor | float | bool | None]]:
-    """Inputs that mope_kernels never hands over, but for the first."""
+    """Return inputs that mope_kernels never passes on, except for the first."""
     dtype = torch.float16
     rows = torch.randn(2, 9, 2, 16, dtype=dtype)
     return {

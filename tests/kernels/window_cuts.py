@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""A kernel around the two ways in which the window attention finds keys beyond a cut."""
+"""A kernel that wraps the two ways in which the window attention finds keys beyond a cut."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from mope_kernels.window_prompt_attention_details._forward import far_keys, side
 
 @triton.jit
 def both_ways(p_far, p_apart, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, BM: tl.constexpr):
-    """One program: one kind of window."""
+    """Handle one kind of window per program."""
     cut = tl.program_id(0)
     o_row = tl.arange(0, BM)
     o_pair = (cut * BM + o_row[:, None]) * BM + o_row[None, :]
@@ -20,7 +20,7 @@ def both_ways(p_far, p_apart, P: tl.constexpr, W: tl.constexpr, SHIFT: tl.conste
 
 
 def found_cuts(prompts: int, window: int, shift: int, device: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each kind of window: (64, 64) of either way."""
+    """Return the (64, 64) results of both ways, for each kind of window."""
     far, apart = torch.empty(2, 4, 64, 64, dtype=torch.int32, device=device)
     both_ways[(4,)](far, apart, P=prompts, W=window, SHIFT=shift, BM=64)
     return list(zip(far.cpu().bool(), apart.cpu().bool(), strict=True))

@@ -1,4 +1,4 @@
-"""A modality and an encoder that nobody has: series of numbers, and blocks that attend to them."""
+"""A made-up modality (series of numbers) and an encoder for it whose blocks attend to the numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mope.modalities import Modality, unregister_modality
 
 @contextmanager
 def registered() -> Iterator[None]:
-    """Know the modality and the encoder for a while."""
+    """Register the modality and its encoder for the duration of the context."""
     register()
     try:
         yield

@@ -1,4 +1,4 @@
-"""A hub of Hugging Face in this process: what huggingface_hub asks for to upload a folder and to download it again, over HTTP."""
+"""An in-process stand-in for the Hugging Face hub: the HTTP endpoints with which huggingface_hub uploads and downloads a folder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub:
-    """Repositories of models: files by name, for each branch of each repository.
+    """Model repositories: files by name, for each branch of each repository.
 
     Attributes:
-        branches: (repository, branch) -> files; a branch has the files that `main` had when it was made.
+        branches: (repository, branch) -> files; a new branch starts with the files of `main`.
         asked: method and path of each request, in order.
-        tokens: those that came with requests.
-        url: of the server.
+        tokens: the tokens sent with the requests.
+        url: address of the server.
     """
 
     def __init__(self) -> None:
@@ -30,11 +30,11 @@ class Hub:
         self.url = ""
 
     def commit(self, repo: str, revision: str) -> str:
-        """Return the hash of what a branch holds, or of a commit that is named by its hash itself."""
+        """Return the commit hash of a branch; a commit given by its hash is returned unchanged."""
         return hashlib.sha1(repr(sorted(self.files(repo, revision).items())).encode()).hexdigest()
 
     def files(self, repo: str, revision: str) -> dict[str, bytes]:
-        """Return the files of a branch, or of a commit by its hash. KeyError where there is none."""
+        """Return the files of a branch, or of a commit given by its hash. Raise KeyError if it does not exist."""
         if (repo, revision) in self.branches:
             return self.branches[repo, revision]
         for name, branch in self.branches:
@@ -43,7 +43,7 @@ class Hub:
         raise KeyError(f"{repo} has no {revision}")
 
     def answer(self, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        """Return status, headers and content. KeyError where there is no such repository, branch or file."""
+        """Return status, headers and content. Raise KeyError if the repository, branch or file does not exist."""
         parts = [unquote(part) for part in urlsplit(path).path.strip("/").split("/")]
         if parts[0] != "api":
             # organisation/name/resolve/revision/file
@@ -87,7 +87,7 @@ def _json(value: Any) -> tuple[int, dict[str, str], bytes]:
 
 @contextmanager
 def serving_hub() -> Iterator[Hub]:
-    """A hub that answers at `hub.url` for a while."""
+    """Serve a hub at `hub.url` for the duration of the context."""
     hub = Hub()
 
     class Handler(BaseHTTPRequestHandler):

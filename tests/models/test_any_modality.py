@@ -1,4 +1,4 @@
-"""A modality and an encoder that are registered here run as any other: as main, complementary, several times, saved, served."""
+"""A registered modality and encoder work like built-in ones: as main or complementary encoder, several at once, saved, served."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_psi_is_what_the_encoders_say_side_by_side_or_summed() -> None:
     batch = batch_of(model)
     of_text, of_series = model.encode_complementary(**batch).split([model.widths["text"], model.widths["series"]], -1)
     alone = build(main="vision", complementary=("series",), cross_prompt_length=1)
-    # The same encoder and prompts, by themselves.
+    # The same encoder and prompts on their own.
     alone.load_state_dict({n: t for n, t in model.state_dict().items() if n.startswith("series.")}, strict=False)
     for own, theirs in zip(alone.cross_blocks, list(model.cross_blocks)[3:], strict=True):
         own.load_state_dict(theirs.state_dict())
@@ -135,7 +135,7 @@ def test_the_signature_names_the_inputs_of_the_instance(tmp_path: Path) -> None:
     assert "labels" in names and "inputs" not in names and "pixel_values" not in names
     other = build(**CASES["alone"])
     assert "input_ids" not in inspect.signature(other.forward).parameters
-    # Copies and pickles too, of a class that can be imported.
+    # The signature also survives copying and pickling, and the class can be imported.
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert list(inspect.signature(twin.forward).parameters) == names
         assert isinstance(twin, MoPEForClassification) and type(twin).__qualname__ == "MoPEForClassification"
@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_named() -> None:
         MoPEConfig(num_labels=2, named={"left": "series"})
     with pytest.raises(ValueError, match="cannot redefine text"):
         MoPEConfig(num_labels=2, complementary=("text",), named={"text": "series"})
-    with pytest.raises(ValueError, match="already name inputs of 'text'"):
+    with pytest.raises(ValueError, match="already used by inputs of 'text'"):
         mope.register_modality(type("Clash", (made_up.Series,), {"name": "clash", "inputs": {"input_ids": "x"}})())
     with pytest.raises(ValueError, match=r"combine='sum' adds features of one width, these are 32 of text, 16 of series"):
         build(complementary=("text", "series"), combine="sum")
@@ -187,7 +187,7 @@ def test_a_modality_with_an_unlucky_name_leaves_other_models_alone(name: str) ->
     try:
         model = tiny.fusion().eval()
         assert model(**tiny.inputs()).logits.shape == (BATCH, 3) and model.device.type == "cpu"
-        # `labels` is an argument of forward, which no encoder is given as.
+        # `labels` is an argument of forward itself and is not passed to encoders.
         if name != "labels":
             with pytest.raises((TypeError, ValueError)):
                 build(main="vision", complementary=(name,))
@@ -197,7 +197,7 @@ def test_a_modality_with_an_unlucky_name_leaves_other_models_alone(name: str) ->
 
 @pytest.mark.parametrize("inputs", [{"a b": "x"}, {"class": "x"}, {"self": "x"}, {"_hidden": "x"}, {}])
 def test_names_that_no_argument_can_have_are_refused(inputs: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"must do for an argument|has inputs"):
+    with pytest.raises(ValueError, match=r"must be valid, non-private argument names|needs inputs"):
         mope.register_modality(type("Odd", (made_up.Series,), {"name": "odd", "inputs": inputs})())
     assert "odd" not in mope.modalities.known()
 
@@ -214,7 +214,7 @@ def test_an_input_that_forward_has_already_is_refused() -> None:
 
 
 class Halved(made_up.SeriesAdapter):
-    """Two values make a token."""
+    """A series encoder that embeds each pair of values as one token."""
 
     def embed(self, model: Any, inputs: dict[str, Any], token_mask: Tensor | None) -> Tensor:
         return model.embed(inputs["values"].unflatten(1, (-1, 2)).mean(-1, keepdim=True))
@@ -226,7 +226,7 @@ class Halved(made_up.SeriesAdapter):
 @pytest.mark.parametrize("main", [False, True])
 @pytest.mark.parametrize("places", ["right", "left", "middle"])
 def test_padding_of_a_modality_whose_embedding_changes_the_length(places: str, main: bool) -> None:
-    """Each item as if it were alone, wherever its padding is."""
+    """Check that each item gives the same result as when run alone, wherever its padding is."""
     mope.register_modality(type("Masked", (made_up.Series,), {"mask": "series_mask"})())
     mope.register_backbone("made_up_series", Halved)
     model = build(main="series" if main else "vision", complementary=("vision",) if main else ("series",)).eval()
@@ -309,7 +309,7 @@ def test_an_adapter_without_pool_is_refused() -> None:
 
 
 class Rotating(BertAdapter):
-    """A BERT with what other encoders have between projections and scores, each of them off or on."""
+    """A BERT with the extras that other encoders put between projections and scores, each of which can be switched on or off."""
 
     turn, norms, biased = True, False, False
 
@@ -341,7 +341,7 @@ class Rotating(BertAdapter):
 @pytest.mark.parametrize("experts", [0, 3, 8])
 @pytest.mark.parametrize("changes", [{"turn": True}, {"norms": True}, {"biased": True}, {"turn": False}], ids=str)
 def test_hooks_between_projections_and_scores(changes: dict[str, bool], experts: int) -> None:
-    """Against attention written out over [prompts; tokens]: prompts are normed and not turned, and have no bias."""
+    """Compare with attention written out over [prompts; tokens]: prompts are normalised but not rotated, and have no bias."""
     options = {"method": "mope", "num_experts": experts} if experts else {"method": "static_mapped"}
     adapter = type("Changed", (Rotating,), {"turn": False, **changes})
     before = known()["bert"]
@@ -374,7 +374,7 @@ def test_hooks_between_projections_and_scores(changes: dict[str, bool], experts:
         scores[..., prompts.shape[1] :] += bias
     expected = plain.merge(scores.softmax(-1) @ torch.cat([prompt_value, value], 2))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
-    # The whole model takes the same way, with banks where there can be some.
+    # The whole model follows the same path, with banks where they are supported.
     logits = model(**batch).logits
     with model.serving() as predict:
         torch.testing.assert_close(predict(**batch).logits, logits, rtol=1e-9, atol=1e-10)
@@ -391,7 +391,7 @@ def test_shallow_prompts_are_refused_where_they_would_shift_positions() -> None:
 
 
 def test_only_the_files_of_a_modality_name_its_inputs() -> None:
-    """Benchmarks, demos, the released code's package, and the encoders themselves aside."""
+    """Benchmarks, demos, the package for the released code and the encoders themselves are exempt."""
     root = Path(mope.__file__).parent
     own = [find_modality(name) for name in ("vision", "text")]
     names = {next(iter(modality.inputs)) for modality in own}

@@ -1,4 +1,4 @@
-"""Attach and detach, what is refused, and teaching the library a new architecture."""
+"""Attaching to and detaching from backbones, backbones that are refused, and registering a new architecture."""
 
 import copy
 from pathlib import Path
@@ -37,7 +37,7 @@ def forward(name: str, model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("name", [*VISION, *TEXTS])
 def test_detach_restores_the_backbone_bit_for_bit(name: str) -> None:
     model = backbone(name)
-    # A mixture of flags and modes, to be found again.
+    # Mixed flags and modes, all of which must be restored.
     for i, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(i % 3 != 0)
     for i, module in enumerate(model.modules()):
@@ -99,7 +99,7 @@ def test_prompts_of_another_model_are_noticed() -> None:
 
 
 def test_modules_replaced_inside_a_layer_take_effect() -> None:
-    """As LoRA does after prompts were attached: the new module runs, also in the bank."""
+    """Check that a module replaced after attaching, as LoRA does, also runs when a bank is built."""
 
     class Shifted(nn.Module):
         def __init__(self, base: nn.Module) -> None:
@@ -124,7 +124,7 @@ def test_modules_replaced_inside_a_layer_take_effect() -> None:
 def test_attaching_twice_is_refused_and_leaves_the_other_backbone_alone() -> None:
     model = fusion(main="text")
     vision = backbone("vit")
-    with pytest.raises(ValueError, match="attached already"):
+    with pytest.raises(ValueError, match="already has prompts attached"):
         MoPEForClassification(model.config.replace(main="vision"), vision=vision, text=model.text)
     assert all(p.requires_grad for p in vision.parameters()) and vision.training
     with pytest.raises(ValueError, match=r"0\.\.2"):
@@ -137,7 +137,7 @@ def test_unknown_architectures_are_refused_with_the_known_ones() -> None:
     )
     with pytest.raises(ValueError, match=r"distilbert.*bert, clip_vision_model, dinov2, roberta, swin, vit.*register_backbone"):
         MoPEForClassification(MoPEConfig(num_labels=2, method="text_only"), text=unknown)
-    with pytest.raises(ValueError, match="Linear: model_type None is not known"):
+    with pytest.raises(ValueError, match="Linear: model_type None is not supported"):
         attach(nn.Linear(2, 2))
 
 
@@ -185,7 +185,7 @@ def test_an_incomplete_adapter_is_refused_by_name() -> None:
 
 
 def test_a_new_architecture() -> None:
-    """Electra is a BERT whose embeddings are projected first."""
+    """Electra is a BERT with projected embeddings."""
 
     class ElectraAdapter(BertAdapter):
         def embed(self, model: Any, inputs: dict[str, torch.Tensor], token_mask: torch.Tensor | None) -> torch.Tensor:
@@ -228,7 +228,7 @@ def test_the_tower_of_a_model_of_both_modalities_is_loaded_from_its_folder(tmp_p
     assert type(loaded) is tower_class("clip", "vision") is transformers.CLIPVisionModel
     expected = both.vision_model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in base_model(loaded).state_dict().items())
-    # Nobody says how CLIP's text encoder is prompted, and BERT is one encoder.
+    # No adapter exists for CLIP's text encoder, and BERT is not split into towers.
     assert tower_class("clip", "text") is tower_class("bert", "text") is None
-    with pytest.raises(ValueError, match="model_type 'clip' is not known"):
+    with pytest.raises(ValueError, match="model_type 'clip' is not supported"):
         load_backbone(str(tmp_path), "text")

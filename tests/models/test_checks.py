@@ -1,4 +1,4 @@
-"""What does not fit a fusion model is named, with what came and the fix; what runs and is seldom meant is warned about."""
+"""Errors name the mismatched input and the fix; warnings cover input that runs but is rarely intended."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 1])
 
 
 def fused() -> ModeXForClassification:
-    """ViT and BERT joined."""
+    """Join ViT and BERT."""
     model = AlbefModel.from_encoders(backbone("vit"), backbone("bert"), fusion_layer=1)  # type: ignore[arg-type]
     return ModeXForClassification(model, ModeXConfig.preset("albef", fusion_layer=1), num_labels=3).double()
 
@@ -55,11 +55,11 @@ WRONG: dict[str, tuple[type[Exception], Callable[[dict[str, Tensor]], dict[str, 
         ValueError,
         lambda b: {name: b[name][:, :0] for name in ("input_ids", "attention_mask")},
     ),
-    "attention_mask must be (5, 7), as input_ids is, got (5, 6)": (
+    "attention_mask must be (5, 7), the shape of input_ids, got (5, 6)": (
         ValueError,
         lambda b: {"attention_mask": b["attention_mask"][:, :6]},
     ),
-    "token_type_ids must be (5, 7), as input_ids is, got (5, 6)": (
+    "token_type_ids must be (5, 7), the shape of input_ids, got (5, 6)": (
         ValueError,
         lambda b: {"token_type_ids": torch.zeros(5, 6, dtype=torch.long)},
     ),
@@ -71,7 +71,7 @@ WRONG: dict[str, tuple[type[Exception], Callable[[dict[str, Tensor]], dict[str, 
         ValueError,
         lambda b: {"token_type_ids": torch.full((5, 7), 2)},
     ),
-    "a text has 17 tokens, and the encoder 16 positions: cut it, model.tokenizer(..., truncation=True, max_length=16)": (
+    "a text has 17 tokens, but the encoder has 16 positions: truncate it, model.tokenizer(..., truncation=True, max_length=16)": (
         ValueError,
         lambda b: {"input_ids": torch.full((5, 17), 3), "attention_mask": torch.ones(5, 17, dtype=torch.long)},
     ),
@@ -111,18 +111,18 @@ def test_other_inputs_of_a_fusion_model() -> None:
 
 
 def test_a_text_of_roberta_is_as_long_as_its_tokens() -> None:
-    """Padding has no position of its own there: 14 tokens fit, whatever stands behind them."""
+    """Padding has no position of its own in RoBERTa, so 14 tokens fit, however much padding follows them."""
     model, batch = fusion(text="roberta").eval(), inputs()
     ids = torch.full((5, 20), 1)
     ids[:, :14] = 5
     assert model(**{**batch, "input_ids": ids, "attention_mask": (ids != 1).long()}).logits.isfinite().all()
     ids[2, 14] = 5
-    with pytest.raises(ValueError, match="a text has 15 tokens, and the encoder 14 positions"):
+    with pytest.raises(ValueError, match="a text has 15 tokens, but the encoder has 14 positions"):
         model(**{**batch, "input_ids": ids, "attention_mask": (ids != 1).long()})
 
 
 def test_items_that_do_not_count() -> None:
-    """-100, as in cross_entropy; and integers of any width."""
+    """Check that the label -100 is ignored, as in cross_entropy, and that integer labels of any width work."""
     model, batch = fusion(importance_weight=0.0).eval(), inputs()
     some = LABELS.where(LABELS != 2, -100)
     output = model(**batch, labels=some)
@@ -130,7 +130,7 @@ def test_items_that_do_not_count() -> None:
     assert torch.equal(model(**batch, labels=some.int()).loss, output.loss)
 
 
-# transformers itself reads the mask in ModeX.
+# In ModeX, transformers itself reads the mask.
 @pytest.mark.parametrize("name", ["mope", "mope, text"])
 def test_no_value_is_read_elsewhere(name: str) -> None:
     model = MODELS[name]().to("meta")
@@ -178,7 +178,7 @@ ENCODERS: dict[str, tuple[type[Exception], Callable[[], Any]]] = {
     ),
     "weights of vision are on no device, layers.1.": (ValueError, offloaded),
     "offloaded by accelerate or not loaded": (ValueError, hooked),
-    "CLIPModel holds encoders of both modalities: give its vision encoder, model.vision_model": (ValueError, clip),
+    "CLIPModel has encoders of both modalities: pass its vision encoder, model.vision_model": (ValueError, clip),
 }
 
 
@@ -227,20 +227,20 @@ def test_one_label_is_nothing_to_learn() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_what_runs_and_is_seldom_meant_is_said_once(name: str) -> None:
     model, batch = MODELS[name]().eval(), inputs()
-    # BERT casts nothing: the pixels are made what the encoder takes.
+    # BERT casts nothing; pixels are cast to the dtype of the encoder.
     bytes_ = {**batch, "pixel_values": torch.randint(0, 255, batch["pixel_values"].shape, dtype=torch.uint8)}
     if name != "modex":
-        with pytest.warns(UserWarning, match=r"pixel_values are torch\.uint8, as if no image processor had made them"):
+        with pytest.warns(UserWarning, match=r"pixel_values are torch\.uint8, as if no image processor had been used"):
             model(**bytes_)
     padded = {**batch, "attention_mask": None}
-    with pytest.warns(UserWarning, match="input_ids hold the padding token, and no attention_mask was given"):
+    with pytest.warns(UserWarning, match="input_ids contain the padding token, but no attention_mask was given"):
         model(**padded)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**padded)
         if name != "modex":
             model(**bytes_)
-    # Neither without padding, nor with a mask.
+    # No warning without padding or with a mask.
     other = MODELS[name]().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Any options together, drawn by hypothesis: the same in every run of `make test`, new ones in `make test-all`."""
+"""Random combinations of options, drawn by hypothesis: the same on every run of `make test`, new ones in `make test-all`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("hypothesis", reason="options are drawn by hypothesis")
+pytest.importorskip("hypothesis", reason="needs hypothesis")
 
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
@@ -48,7 +48,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "prompt_owner": ("instance", "instance", "released"),
     "importance_noise": (True, False),
 }
-# What cannot be, and says so.
+# Combinations that are refused with one of these messages.
 REFUSED = (
     "prompt_owner='released' is an order of windows, which only a SwinModel has",
     "prompt_depth='shallow' has static and mapped prompts only",
@@ -71,7 +71,7 @@ REFUSED = (
 )
 @given(drawn=st.fixed_dictionaries({name: st.sampled_from(values) for name, values in CHOICES.items()}))
 def test_any_combination_trains_or_says_why_not(drawn: dict[str, Any], vision: str) -> None:
-    """Exactly what should train does, save and load change nothing, nor do features that were computed before, nor banks."""
+    """Check that exactly the right parameters train, and that saving, cached features and banks leave the logits unchanged."""
     top_k = drawn.pop("top_k")
     selected = None if top_k is None else min(top_k, drawn["num_experts"])
     options = {"num_labels": 3, "importance_threshold": 0.0, "train_top_k": selected, "eval_top_k": selected, **drawn}
@@ -81,7 +81,7 @@ def test_any_combination_trains_or_says_why_not(drawn: dict[str, Any], vision: s
         assert any(re.search(re.escape(reason), str(error)) for reason in REFUSED), error
         event("refused")
         return
-    # One expert leaves nothing to choose, and psi may have nothing else to say.
+    # With a single expert the router has nothing to choose, and psi may have no other effect.
     check_gradients(model, idle=() if model.config.num_experts > 1 else ("router.", "cross_blocks.", *psi_alone(model)))
     model.eval()
     batch = inputs(model)
@@ -99,6 +99,6 @@ def test_any_combination_trains_or_says_why_not(drawn: dict[str, Any], vision: s
 
 
 def psi_alone(model: MoPEForClassification) -> tuple[str, ...]:
-    """The encoder that psi comes from."""
+    """Return the complementary encoders, by prefix, if routing is the only use of psi."""
     unmapped = model.config.method == "mope" and not model.config.use_mapped
     return tuple(f"{name}." for name in model.config.complementary) if unmapped else ()

@@ -27,7 +27,7 @@ def test_what_follows_from_other_fields_is_filled_in() -> None:
 
 
 def test_presets() -> None:
-    """As published."""
+    """Check the published hyperparameters."""
     v4 = MoPEConfig.preset("mope-v4", num_labels=23, problem_type="multi_label")
     assert (v4.num_experts, v4.prompt_length, v4.static_length, v4.cross_prompt_length, v4.mapper_hidden) == (4, 6, 6, 4, 384)
     assert (v4.temperature, v4.noise_std, v4.router_self_width, v4.router_cross_width) == (0.1, 1 / 256, 2, 8)
@@ -40,7 +40,7 @@ def test_presets() -> None:
 
 
 def test_the_methods_of_the_released_code() -> None:
-    """By their names there, with what is known of each."""
+    """Check the presets under the names of the released code, with the known properties of each."""
     released = ["img_only", "text_only", "ens", "late_concat", "instruct_t2v", "instruct_v2t"]
     released += ["instruct_moe_t2v", "instruct_moe_v2t"]
     released += ["mope", "instruct_mm_moe_t2v", "sequentialfuse", "p_sequential", "promptfuse", "blindprompt"]
@@ -110,7 +110,7 @@ def test_configs_do_not_change() -> None:
         ({"noise_std": "none"}, "noise_std must be 0 or more, got 'none'"),
         ({"temperature": "low"}, "temperature must be positive, got 'low'"),
         ({"prompt_dropout": None}, "prompt_dropout must be in"),
-        # A word is true, whatever it says.
+        # Any non-empty string is truthy, even "no".
         ({"use_mapped": "no"}, "use_mapped must be true or false, got 'no'"),
         ({"mapper_batchnorm": 0}, "mapper_batchnorm must be true or false, got 0"),
         ({"finetuned": "text"}, r"finetuned must be a sequence, such as \['text'\], got 'text'"),
@@ -145,7 +145,7 @@ def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
 
 
 def test_classes_of_a_changed_copy() -> None:
-    """Number and names of classes follow from each other, but for names that somebody gave."""
+    """Number and names of classes follow from each other, unless the names were given."""
     config = MoPEConfig(num_labels=2)
     assert config.replace(id2label=["a", "b", "c"]).num_labels == 3
     assert config.replace(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}

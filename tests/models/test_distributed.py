@@ -1,4 +1,4 @@
-"""The importance loss over processes that each hold a part of the batch."""
+"""The importance loss across processes that each hold part of the batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import mope_kernels
 from mope.encoders.importance import importance
 
 BLOCKS, BATCH, EXPERTS = 3, 7, 4
-# Unequal, and one process without any.
+# Unequal parts, one of them empty.
 PARTS = ((0, 5), (5, 7), (7, 7))
 
 
@@ -36,7 +36,7 @@ def process(rank: int, folder: str) -> None:
     value = loss(slice(*PARTS[rank]), weight, across_processes=True)
     (3 * value).backward()
     assert weight.grad is not None
-    # What DistributedDataParallel and FSDP do with gradients.
+    # DistributedDataParallel and FSDP average gradients like this.
     dist.all_reduce(weight.grad)
     torch.save((value.detach(), weight.grad / len(PARTS)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Behind the attention: fused where modules are plain, and the same numbers where they are not."""
+"""The feed-forward path after attention: fused for plain modules, with the same numbers for others."""
 
 from collections.abc import Callable
 
@@ -13,14 +13,14 @@ from mope.backbones.feed_forward import add_then_norm
 
 from .tiny import TEXTS, VISION, fusion, inputs
 
-# CLIP's activation is another.
+# CLIP has a different activation.
 GELU = ("vit", "dinov2", "bert", "roberta")
 
 
 def called(
     model: MoPEForClassification, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, int], Tensor]:
-    """How often each op was called by the layers of the main encoder, and the logits."""
+    """Return the number of calls to each op, and the logits."""
     counts = {"add_norm": 0, "gelu_mlp": 0}
     with monkeypatch.context() as patch:
         for name in counts:
@@ -36,7 +36,7 @@ def called(
 
 
 def alone(name: str) -> tuple[MoPEForClassification, dict[str, Tensor]]:
-    """A model of one encoder, in which the ops of its layers can be counted."""
+    """Return a model of a single encoder, so that the ops of its layers can be counted."""
     text, batch = name in TEXTS, inputs()
     given = {n: t for n, t in batch.items() if (n != "pixel_values") == text}
     names = {"vision": None, "text": name} if text else {"vision": name, "text": None}
@@ -51,9 +51,9 @@ def some_layer(model: MoPEForClassification) -> nn.Module:
 def test_ops_run_where_modules_are_plain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = alone(name)
     counts, expected = called(model, batch, monkeypatch)
-    # Of each of 3 layers; in BERT both LayerNorms stand behind an addition.
+    # Over 3 layers; in BERT both LayerNorms follow an addition.
     assert counts == {"add_norm": 6 if name in TEXTS else 3, "gelu_mlp": 3 if name in GELU else 0}
-    # What somebody looks at is called.
+    # Modules with a hook are called.
     seen: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, nn.LayerNorm | nn.Linear):

@@ -1,4 +1,4 @@
-"""Encoders whose own weights train: exactly as transformers would train them, saved and loaded with the model."""
+"""Encoders whose own weights train: gradients match those of transformers, and the weights are saved and loaded with the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .tiny import TEXTS, VISION, backbone, fusion
 
 @pytest.mark.parametrize("name", [*VISION, *TEXTS, "swin"])
 def test_gradients_are_those_of_the_original_model(name: str) -> None:
-    """Without prompts, of every weight, the position bias of a Swin Transformer included."""
+    """Compare the gradients of all weights without prompts, including the position bias of a Swin Transformer."""
     method, modality = ("text_only", "text") if name in TEXTS else ("image_only", "vision")
     encoder = swin(drop_path_rate=0.0) if name == "swin" else backbone(name)
     original = copy.deepcopy(encoder).eval()
@@ -68,10 +68,10 @@ def test_one_encoder_alone(modality: str) -> None:
 
 
 def test_dropout_of_an_encoder_that_trains_is_on_in_training() -> None:
-    """But for that of attention probabilities."""
+    """All dropout is on except that of attention probabilities."""
     model, batch = fusion(method="text_only", finetuned=["text"], vision=None), tiny.inputs()
     del batch["pixel_values"]
-    # A new model is in training mode, and one that is prompted again in the mode that it had.
+    # A new model is in training mode; a reattached one is in the mode it had before.
     assert not torch.equal(model(**batch).logits, model(**batch).logits)
     model.detach()
     model.attach()
@@ -97,7 +97,7 @@ def test_detached_encoders_keep_what_they_learned() -> None:
 
 @pytest.mark.parametrize("vision", ["swin", "vit"])
 def test_training_is_saved_and_found_again(vision: str, tmp_path: Path) -> None:
-    """`save_pretrained` without further ado writes copies, since by name and fingerprint the encoders could not be found."""
+    """By default, `save_pretrained` copies fine-tuned encoders, because their source and fingerprint would not match."""
     model = build(small("sequentialfuse"), vision, dtype=torch.float32)
     batch = inputs(model, torch.float32)
     before = {n: t.clone() for n, t in model.trained_state_dict().items()}
@@ -114,7 +114,7 @@ def test_training_is_saved_and_found_again(vision: str, tmp_path: Path) -> None:
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if p.requires_grad
     }
-    # A state dict of what trains is all that a training run has to keep.
+    # The state dict of trained tensors is all that a training run has to store.
     fresh = build(small("sequentialfuse"), vision, dtype=torch.float32)
     missing, unknown = fresh.load_state_dict(model.trained_state_dict(), strict=False)
     assert not unknown and not any(n in dict(model.named_parameters()) for n in missing if "pooler" not in n)
@@ -139,7 +139,7 @@ def test_gradient_checkpointing_covers_layers_without_prompts() -> None:
 
 
 def original_checkpoint(image_size: int, window: int, masks: bool = False) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A SwinModel, and its weights as the original code saves them."""
+    """Return a SwinModel, and its weights in the format of the original code."""
     model = swin(torch.float32, image_size=image_size, window_size=window, depths=[2, 2, 2], num_heads=[1, 2, 4]).eval()
     state = swin_state_dict(model) | {"head.weight": torch.zeros(5, 64), "head.bias": torch.zeros(5)}
     state |= {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(window**2, window**2, dtype=torch.int64)}
@@ -150,7 +150,7 @@ def original_checkpoint(image_size: int, window: int, masks: bool = False) -> tu
 
 @pytest.mark.parametrize(("image_size", "window", "masks"), [(112, 7, False), (192, 12, False), (224, 7, True)])
 def test_an_original_checkpoint_becomes_a_model_of_transformers(image_size: int, window: int, masks: bool, tmp_path: Path) -> None:
-    """Sizes are those of 224 and 384 pixels, with a stage less."""
+    """The sizes are those of the 224 and 384 pixel models, with one stage less."""
     model, state = original_checkpoint(image_size, window, masks)
     torch.save({"model": state}, tmp_path / "swin.pth")
     pixels = torch.randn(1, 3, image_size, image_size)
@@ -166,14 +166,14 @@ def test_a_checkpoint_that_is_no_swin_transformers_is_refused(tmp_path: Path) ->
     _, state = original_checkpoint(112, 7)
     name = "layers.1.blocks.1.mlp.fc2.bias"
     for change, message in (
-        ({name: None}, rf"the checkpoint does not hold .*: {name} is missing"),
+        ({name: None}, rf"the checkpoint does not match .*: {name} is missing"),
         ({name: torch.zeros(3)}, rf"{name} is \(3,\), expected \(32,\)"),
         ({"absolute_pos_embed": torch.zeros(1)}, "absolute_pos_embed is unknown"),
-        ({"patch_embed.proj.weight": None}, r"has no patch_embed\.proj\.weight: this is no Swin Transformer's"),
+        ({"patch_embed.proj.weight": None}, r"has no patch_embed\.proj\.weight: it is not a Swin Transformer checkpoint"),
     ):
         with pytest.raises(ValueError, match=message):
             swin_model_from_checkpoint({n: t for n, t in {**state, **change}.items() if t is not None})
-    with pytest.raises(ValueError, match="relative_position_bias_table: this is no Swin"):
+    with pytest.raises(ValueError, match="relative_position_bias_table: it is not a Swin"):
         swin_model_from_checkpoint({n: t for n, t in state.items() if "table" not in n})
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth: no such checkpoint"):
         swin_model_from_checkpoint(tmp_path / "nothing.pth")
@@ -183,5 +183,5 @@ def test_a_checkpoint_that_is_no_swin_transformers_is_refused(tmp_path: Path) ->
     for file, content in (("hostile.pth", None), ("cut.pth", b"PK\x03\x04"), ("cut.safetensors", b"123")):
         if content is not None:
             (tmp_path / file).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{file} is not readable as tensors alone"):
+        with pytest.raises(ValueError, match=f"{file} cannot be read as tensors only"):
             swin_model_from_checkpoint(tmp_path / file)

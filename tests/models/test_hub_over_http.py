@@ -1,4 +1,4 @@
-"""Models go to a hub and come back from it by huggingface_hub's own client, also through the Auto classes."""
+"""Models are pushed to and pulled from a hub with huggingface_hub's own client, also through the Auto classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import AutoModel
 model = AutoModel.from_pretrained(sys.argv[1])
 model.push_to_hub("org/name", backbones="copy", revision="v1", token="hf_secret")
 """
-# In another process, with nothing but the name.
+# Run in another process, given only the name.
 PULL = """
 import sys, mope
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification

@@ -1,4 +1,4 @@
-"""What training, feature caches and pictures of routing ask of a fusion model."""
+"""The interfaces of fusion models that training, feature caches and plots of routing use."""
 
 import copy
 from typing import Any
@@ -31,18 +31,18 @@ def test_features_computed_before_give_the_same(options: dict[str, Any], swin: b
     for module in complementary.modules():
         module.register_forward_pre_hook(lambda *_: pytest.fail("the complementary encoder ran"))
     torch.testing.assert_close(model(**of_main, cross_features=psi).logits, expected, rtol=1e-12, atol=1e-12)
-    # A cache may hold another dtype.
+    # A cache may store features in another dtype.
     torch.testing.assert_close(model(**of_main, cross_features=psi.float()).logits, expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("vision", ["vit", "dinov2", "clip"])
 def test_images_of_another_size_are_taken_where_positions_are_interpolated(vision: str) -> None:
     batch = inputs() | {"pixel_values": torch.randn(5, 1, 12, 8, dtype=torch.float64)}
-    # Without prompts it is what transformers computes.
+    # Without prompts, the result is that of transformers.
     plain = fusion(vision, method="image_only", static_length=0).eval()
     pixels, encoder = {"pixel_values": batch["pixel_values"]}, copy.deepcopy(plain)
     encoder.detach()
-    # DINOv2 always interpolates, and has no argument for it.
+    # DINOv2 always interpolates and has no argument for it.
     options = {} if vision == "dinov2" else {"interpolate_pos_encoding": True}
     expected: Any = encoder.vision.eval()(**pixels, **options)
     first = expected.pooler_output if vision == "clip" else expected.last_hidden_state[:, 0]
@@ -59,7 +59,7 @@ def test_images_of_another_size_are_taken_where_positions_are_interpolated(visio
         torch.testing.assert_close(predict(**batch).logits, whole)
     exported = InferenceModel(model, interpolate_pos_encoding=True)
     torch.testing.assert_close(exported(**batch)["logits"], whole)
-    # As the complementary encoder, whose feature is kept.
+    # Used as the complementary encoder, whose features are cached.
     other = fusion(vision, main="text").eval()
     psi = other.encode_complementary(**batch, interpolate_pos_encoding=True)
     texts = {name: tensor for name, tensor in batch.items() if name != "pixel_values"}
@@ -77,13 +77,13 @@ def test_positions_that_cannot_be_interpolated_are_refused(monkeypatch: pytest.M
     with pytest.raises(ValueError, match="windows of a Swin"), swin.serving(interpolate_pos_encoding=True):
         pass
     monkeypatch.setattr(ViTAdapter, "interpolates", False)
-    with pytest.raises(ValueError, match=r"ViTAdapter does not say that its embed takes it \(interpolates = True\)"):
+    with pytest.raises(ValueError, match=r"ViTAdapter does not declare that its embed accepts it \(interpolates = True\)"):
         fusion().encode_complementary(**inputs(), interpolate_pos_encoding=True)
 
 
 @pytest.mark.parametrize("make", [fusion, with_swin.fusion])
 def test_gradients_pass_through_an_encoder_where_nothing_trains(make: Any) -> None:
-    """To prompts of the complementary encoder, by way of the routers, and to the pixels."""
+    """Check the gradients of the pixels, and of the complementary encoder's prompts through the routers."""
     model = make(use_mapped=False, cross_prompt_length=2).eval()
     for module in (model.blocks, model.backbone("vision")):
         module.requires_grad_(False)
@@ -126,7 +126,7 @@ def test_trains_where_prompts_or_weights_do(make: Any, main: str) -> None:
     for module in (model.cross_blocks, model.backbone(other)):
         module.requires_grad_(False)
     assert not model.trains(other)
-    # A part of the encoder that somebody trains, such as an adapter that was put in.
+    # Training part of the encoder, such as an inserted adapter, counts.
     model.backbone(other).adapter = nn.Linear(1, 1)
     assert model.trains(other)
 
@@ -155,7 +155,7 @@ def test_an_output_is_printed_in_a_line() -> None:
         )
     )
     assert str(fusion(method="image_only").eval()(**batch)) == "MoPEOutput(logits: (5, 3); features: (5, 32); float64 on cpu)"
-    # Nothing is computed there, so that there is no number to print.
+    # On the meta device nothing is computed, so there is no number to print.
     on_meta = model.to("meta")(
         **{n: t.to("meta") for n, t in batch.items()}, labels=torch.zeros(5, dtype=torch.long, device="meta")
     )

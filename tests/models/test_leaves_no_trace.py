@@ -1,4 +1,4 @@
-"""What attaches to a model and fails half-way, wherever that is, gives the model back as it was."""
+"""If attaching fails half-way, at whatever point, the model is left unchanged."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ CONFIG = {"num_labels": 3, "num_experts": 4, "prompt_length": 2, "static_length"
 
 
 class Interrupted(BaseException):
-    """What nobody means to catch, as KeyboardInterrupt."""
+    """An exception that is not meant to be caught, like KeyboardInterrupt."""
 
 
 class FullAt(TorchFunctionMode):
-    """Has no memory for the n-th tensor that goes to a device."""
+    """Raise an out-of-memory error for the n-th tensor moved to a device."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class FullAt(TorchFunctionMode):
 
 
 class InterruptAt(TorchDispatchMode):
-    """Raises at the n-th operation of torch, and counts all."""
+    """Raise at the n-th torch operation, and count them all."""
 
     def __init__(self, number: int | None = None) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class InterruptAt(TorchDispatchMode):
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """All that attaching may change."""
+    """Return all state that attaching may change."""
     return {
         "modules": [(name, id(module), type(module), module.training) for name, module in model.named_modules()],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in model.modules()],
@@ -72,7 +72,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 
 def assert_no_trace(models: list[nn.Module], act: Callable[[], object], undo: Callable[[Any], object], every: int = 3) -> None:
-    """Interrupted at one of `every` few of its operations; then it works, and is undone."""
+    """Interrupt `act` at every `every`-th operation and check the state; then let it finish, and undo it."""
     before = [state_of(model) for model in models]
     values = [{name: t.clone() for name, t in model.state_dict().items()} for model in models]
     for number in itertools.count(1, every):
@@ -80,7 +80,7 @@ def assert_no_trace(models: list[nn.Module], act: Callable[[], object], undo: Ca
             with InterruptAt(number):
                 done = act()
             break
-        # What reads files passes no other exception on.
+        # An interruption while reading files is re-raised as a ValueError.
         except (Interrupted, ValueError):
             assert [state_of(model) for model in models] == before, f"interrupted at operation {number}"
     assert number > 2 * every
@@ -113,7 +113,7 @@ def test_a_fusion_model_over_a_swin_transformer() -> None:
 
 
 def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found late: the prompts of the last layer do not fit."""
+    """Check an error that comes late: there is no memory for the prompts of the last layer."""
     given, left = {"vision": backbone("vit"), "text": backbone("bert")}, [2]
 
     def full(*args: Any, **kwargs: Any) -> Any:
@@ -142,7 +142,7 @@ def bfloat16() -> Iterator[None]:
 @pytest.mark.parametrize("vision", ["vit", "swin"])
 @pytest.mark.parametrize("embedding", ["frozen", "learned"])
 def test_new_tensors_of_16_bits(vision: str, embedding: str, bfloat16: None) -> None:
-    """`torch.set_default_dtype` before a model is built: it runs and has gradients."""
+    """Check that a model built after `torch.set_default_dtype` runs and has gradients."""
     made = swin(torch.bfloat16) if vision == "swin" else backbone("vit", torch.bfloat16)
     config = MoPEConfig(**CONFIG, router_embedding=embedding)
     model = MoPEForClassification(config, vision=made, text=backbone("bert", torch.bfloat16))
@@ -178,7 +178,7 @@ def test_adapters_from_a_folder(tmp_path: Path) -> None:
 def test_weights_in_16_bits() -> None:
     model = backbone("vit", torch.float32).requires_grad_(False)
     assert_no_trace([model], lambda: CastWeights([model], torch.bfloat16), CastWeights.undo)
-    # Bringing them back may lack memory as well: a second call goes on.
+    # Casting back may also run out of memory; a second call continues where it stopped.
     before, cast = {name: t.clone() for name, t in model.state_dict().items()}, CastWeights([model], torch.bfloat16)
     in_16_bits = [sum(p.dtype == torch.bfloat16 for p in model.parameters())]
     with FullAt(4), pytest.raises(torch.OutOfMemoryError):
@@ -190,7 +190,7 @@ def test_weights_in_16_bits() -> None:
 
 
 def test_a_dtype_that_fails_leaves_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No dtype at all, and not the last one, whose weights are gone."""
+    """After the failure no dtype is in effect, because the weights in the previous one are gone."""
     model = MoPEForClassification(MoPEConfig(**CONFIG), vision=backbone("vit", torch.float32), text=backbone("bert", torch.float32))
     before = {name: t.clone() for name, t in model.state_dict().items()}
     model.cast_frozen(torch.bfloat16)
@@ -220,7 +220,7 @@ def test_layers_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_a_live_model(accelerated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accelerated before, it stays as it was then."""
+    """Check that a model that was already accelerated stays accelerated."""
     model = small_encoder()
     if accelerated:
         accelerate(model, mode="instance")

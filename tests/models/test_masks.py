@@ -1,4 +1,4 @@
-"""Padding that stands anywhere: as if it were not there, on every path, with padding_side "right" and "left"."""
+"""Padding at any position has no effect, on every path, with padding_side "right" and "left"."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def batch_with(mask: str, text: str = "bert") -> dict[str, Tensor]:
-    """Ids that mean something stand where the mask hides them, token types differ."""
+    """Return a batch with ordinary ids at the masked positions and with mixed token types."""
     batch = inputs()
     ids, types = torch.randint(2, 50, batch["input_ids"].shape), torch.randint(0, 2, batch["input_ids"].shape)
-    # RoBERTa was trained with one type of token, and has one position for each padding token.
+    # RoBERTa was trained with a single token type, so it gets none here.
     types = {"token_type_ids": types} if text == "bert" else {}
     return {**batch, "input_ids": ids, "attention_mask": torch.tensor(MASKS[mask]), **types}
 
 
 def one_by_one(model: MoPEForClassification, batch: dict[str, Tensor]) -> Tensor:
-    """Logits of items alone, without what their mask hides."""
+    """Return the logits of each item run alone, without its masked tokens."""
     logits = []
     for b, mask in enumerate(batch["attention_mask"].bool()):
         tokens = {n: t[b][mask][None] for n, t in batch.items() if n not in ("pixel_values", "attention_mask")}
@@ -69,7 +69,7 @@ def test_what_a_mask_hides_is_not_there(case: str, mask: str, text: str, side: s
 @pytest.mark.parametrize("case", ["complementary", "main", "main, shallow"])
 @torch.no_grad()
 def test_compiled_code_takes_any_mask(case: str, text: str) -> None:
-    """It does not look at it."""
+    """The compiled code does not depend on the values of the mask."""
     model = fusion(text=text, **MODELS[case]).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for mask in MASKS:
@@ -84,7 +84,7 @@ def test_given_positions_go_with_their_tokens(main: str, text: str) -> None:
     positions = torch.randint(2, 12, batch["input_ids"].shape)
     expected = one_by_one(model, {**batch, "position_ids": positions})
     torch.testing.assert_close(model(**batch, position_ids=positions).logits, expected, **CLOSE)
-    # One row for all items.
+    # A single row of positions shared by all items.
     shared = positions[:1]
     expected = one_by_one(model, {**batch, "position_ids": shared.expand_as(positions)})
     torch.testing.assert_close(model(**batch, position_ids=shared).logits, expected, **CLOSE)
@@ -140,7 +140,7 @@ def test_the_host_never_reads_a_mask_elsewhere(side: str, main: str, text: str) 
 
 
 class Sorts(TorchDispatchMode):
-    """The operations that sort a mask. Routers sort floating point numbers."""
+    """Record the operations that sort a mask; routers sort floating-point numbers instead."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every fusion method, by its name in the released code: forward, what trains, save and load."""
+"""Every fusion method, by its name in the released code: forward pass, trained parameters, saving and loading."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .test_swin import NothingOnTheHost
 from .test_swin_classification import BATCH, swin
 from .tiny import TEXTS, VISION, backbone
 
-# Smaller than published, so that a test takes little: prompts, mapper and experts, where the method has them.
+# Smaller than published, to keep the tests fast: prompts, mapper and experts, if the method has them.
 SMALL: dict[str, Any] = {"num_labels": 3, "num_experts": 3, "mapper_hidden": 5, "prompt_dropout": 0.0, "importance_threshold": 0.0}
 LABELS = torch.tensor([0, 1, 2, 0])
 
@@ -58,7 +58,7 @@ def _has_swin(model: MoPEForClassification) -> bool:
 
 
 def gradients(model: MoPEForClassification) -> dict[str, float | None]:
-    """Largest gradient of each parameter, None where there is none."""
+    """Return the largest gradient of each parameter, or None if it has none."""
     output = model.train()(**inputs(model), labels=LABELS)
     assert output.logits.shape == (BATCH, 3) and output.logits.isfinite().all()
     output.loss.backward()
@@ -66,7 +66,7 @@ def gradients(model: MoPEForClassification) -> dict[str, float | None]:
 
 
 def check_gradients(model: MoPEForClassification, idle: tuple[str, ...] = ()) -> None:
-    """Every trainable parameter gets a gradient, no other does, and what trains is what is saved as such."""
+    """Check that exactly the trainable parameters get a gradient, and that they are saved as trained."""
     found = gradients(model)
     trained = set(model.trained_state_dict())
     for name, parameter in model.named_parameters():
@@ -75,12 +75,12 @@ def check_gradients(model: MoPEForClassification, idle: tuple[str, ...] = ()) ->
             assert name not in model.added_state_dict(), name
         else:
             assert name in trained, name
-            # A bias that all keys share changes no softmax over them.
+            # A bias common to all keys does not change the softmax over them.
             if not name.endswith(("key.bias", "k_proj.bias")) and not any(part in name for part in idle):
                 assert found[name], name
 
 
-# Some names stand for the same.
+# Some names are aliases.
 DIFFERENT = [name for i, name in enumerate(PRESETS) if PRESETS[name] not in list(PRESETS.values())[:i]]
 each_method = pytest.mark.parametrize("preset", DIFFERENT)
 
@@ -125,14 +125,14 @@ ROUTED = {
 @pytest.mark.parametrize("options", ROUTED.values(), ids=ROUTED)
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, None), (2, 1), (16, 4), (256, None)])
 def test_any_number_of_experts_dense_or_selected(options: dict[str, Any], num_experts: int, top_k: int | None) -> None:
-    """The prompts stay as long as they are; of the experts, those that nobody chose get no gradient of the task."""
+    """Check that prompts keep their length; experts that are never selected get no gradient from the task loss."""
     changes = {**options, "num_experts": num_experts, "train_top_k": top_k, "eval_top_k": top_k}
     config = small(changes.pop("preset"), **changes)
     model = build(config)
     for parameter in (p for n, p in model.named_parameters() if "experts" in n):
         assert parameter.shape[:2] == (num_experts, config.prompt_length)
     with pytest.warns(UserWarning, match="train_top_k=1") if top_k == 1 else nullcontext():
-        # One expert leaves nothing to choose, and psi may have nothing else to say.
+        # With a single expert the router has nothing to choose, and psi may have no other effect.
         nothing_to_choose = ("router.", *(() if config.use_mapped else ("cross_blocks.",))) if num_experts == 1 else ()
         check_gradients(model, idle=nothing_to_choose)
     routing = model.eval()(**inputs(model)).routing
@@ -147,14 +147,14 @@ def test_a_router_shared_by_layers_may_see_their_tokens() -> None:
     model = build(small("mope_v2t", router_scope="shared"))
     routing = model.eval()(**inputs(model)).routing
     assert not torch.allclose(routing[0].probs, routing[1].probs)
-    with pytest.raises(ValueError, match="cannot see their tokens, whose width changes from stage to stage: set router='complem"):
+    with pytest.raises(ValueError, match="cannot see their tokens, because their width differs between stages: set router='comp"):
         build(small("mope", router_scope="shared"))
 
 
 @pytest.mark.parametrize("owner", ["released", "instance"])
 @pytest.mark.parametrize(("scope", "count"), [("released", 3), ("layer", 4)])
 def test_the_complementary_router_as_released(scope: str, count: int, owner: str) -> None:
-    """The released code's formulas, written plainly; given its weights, the encoder is held to released numbers elsewhere."""
+    """Compare with the formulas of the released code; other tests compare with its numbers, given its weights."""
     model = build(small("instruct_moe_t2v", router_scope=scope, prompt_owner=owner, importance_threshold=0.05)).eval()
     batch, encoder = inputs(model), model.vision
     output = model(**batch, labels=LABELS)
@@ -171,7 +171,7 @@ def test_the_complementary_router_as_released(scope: str, count: int, owner: str
     given = encoder(batch["pixel_values"], mapper_input=mapper_input, route_weights=scores)
     torch.testing.assert_close(output.features, given.features, rtol=1e-10, atol=1e-12)
     assert model.config.noise_std == 1 / 3**2
-    # One draw for the two blocks that share a router.
+    # The two blocks that share a router share one noise sample.
     noise = [router.sample_noise(BATCH) for router in routers]
     assert noise == [None] * count
     noisy = model.train()(**batch).routing
@@ -180,7 +180,7 @@ def test_the_complementary_router_as_released(scope: str, count: int, owner: str
 
 
 def test_importance_without_noise() -> None:
-    """Conditional Prompt Tuning takes the loads of noise-free scores, also in training."""
+    """Conditional Prompt Tuning uses the loads of noise-free scores, also in training."""
     for preset in ("cpt", "instruct_moe_t2v"):
         model = build(small(preset, noise_std=1.0))
         expected = model.eval()(**inputs(model), labels=LABELS).importance_loss
@@ -191,7 +191,7 @@ def test_importance_without_noise() -> None:
 @pytest.mark.parametrize("name", [*VISION, *TEXTS])
 @pytest.mark.parametrize("preset", ["promptfuse", "blindprompt"])
 def test_prompts_of_the_input_pass_through_all_layers(name: str, preset: str) -> None:
-    """The original layers on [prompts; mapped prompt; tokens]."""
+    """Compare with the original layers on [prompts; mapped prompt; tokens]."""
     main = "vision" if name in VISION else "text"
     config = small(preset, main=main, static_length=3, mapper_hidden=4)
     encoders = {"vision": backbone("vit"), "text": backbone("bert"), main: backbone(name)}
@@ -218,7 +218,7 @@ def test_prompts_of_the_input_pass_through_all_layers(name: str, preset: str) ->
 
 
 def test_prompts_of_the_input_pass_through_a_swin_transformer() -> None:
-    """What stands in front of the first block is what leaves the last one; no block has prompts of its own."""
+    """The prompts prepended before the first block are still there after the last; no block has prompts of its own."""
     model = build(small("promptfuse", main="vision", static_length=3)).eval()
     batch, encoder = inputs(model), model.vision
     assert encoder.num_prompts == 4 and not any(b.static is not None or b.experts for stage in encoder.blocks() for b in stage)
@@ -236,7 +236,7 @@ def test_prompts_of_the_input_pass_through_a_swin_transformer() -> None:
 def test_psi_itself_is_the_prompt_where_it_fits() -> None:
     model = MoPEForClassification(small("promptfuse"), vision=backbone("vit"), text=backbone("bert"))
     assert not list(model.mapper.parameters())
-    # 20 prompts of 32, and a head over 3 classes.
+    # 20 prompts of width 32, and a head over 3 classes.
     assert sum(p.numel() for p in model.trainable_parameters()) == 20 * 32 + 3 * 33
 
 
@@ -247,7 +247,7 @@ def test_an_ensemble_is_the_mean_of_two_classifiers() -> None:
     width = output.features.shape[1] - psi.shape[1]
     expected = (model.head(output.features[:, :width]) + model.cross_head(psi)) / 2
     torch.testing.assert_close(output.logits, expected)
-    # Each of the two is the model of one modality.
+    # Each classifier equals the model of a single modality.
     for preset, modality, head in (("img_only", "vision", model.head), ("text_only", "text", model.cross_head)):
         alone = (
             MoPEForClassification(small(preset), **{modality: swin() if modality == "vision" else backbone("bert")}).double().eval()
@@ -263,7 +263,7 @@ def test_an_ensemble_is_the_mean_of_two_classifiers() -> None:
 
 @pytest.mark.parametrize("preset", ["cpt", "instruct_moe_t2v", "blindprompt", "sequentialfuse", "ens"])
 def test_the_host_never_waits(preset: str) -> None:
-    """See the trap in test_swin.py."""
+    """See NothingOnTheHost in test_swin.py."""
     with torch.device("meta"):
         model = build(small(preset, prompt_dropout=0.1), dtype=torch.float32)
         batch, labels = inputs(model, torch.float32), torch.empty(BATCH, dtype=torch.long)
@@ -281,7 +281,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "methods.md"
 
 
 def test_the_document_tells_how_much_trains() -> None:
-    """Of Swin-B and BERT-base, with 23 classes."""
+    """Check the documented counts, for Swin-B and BERT-base with 23 classes."""
     rows = dict(re.findall(r"^\| `([\w-]+)` \|.* \| ([\d,]+) \|$", DOCUMENT.read_text(), re.MULTILINE))
     assert rows.keys() == PRESETS.keys()
     for preset in DIFFERENT:
@@ -296,7 +296,7 @@ def test_the_document_tells_how_much_trains() -> None:
 
 @pytest.mark.parametrize("preset", ["cpt", "instruct_v2t", "blindprompt", "sequentialfuse", "ens"])
 def test_half_precision(preset: str) -> None:
-    """Encoders in bfloat16 with what was added in float32, and autocast: features nearly as close as of the encoders alone."""
+    """Run bfloat16 encoders with float32 prompts under autocast: features are nearly as accurate as those of the encoders alone."""
     config = small(preset)
     models = {"vision": swin(torch.bfloat16), "text": backbone("bert", torch.bfloat16)}
     model = MoPEForClassification(config, **{m: models[m] for m in config.modalities}).eval()

@@ -1,4 +1,4 @@
-"""The whole model as a device sees it: the host never waits, one graph whatever the batch, replayed and exported."""
+"""The whole model as a device runs it: no sync with the host, one graph for any batch size, replayed and exported."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make(case: str, **changes: Any) -> MoPEForClassification:
 
 
 def example(case: str, items: int | None = None) -> tuple[dict[str, Tensor], Tensor]:
-    """Inputs and labels."""
+    """Return inputs and labels."""
     swin, options = CASES[case]
     batch = (with_swin.inputs if swin else inputs)(torch.float32)
     if items is not None:
@@ -59,7 +59,7 @@ def example(case: str, items: int | None = None) -> tuple[dict[str, Tensor], Ten
 
 
 class RawOps(TorchDispatchMode):
-    """The names of the raw ops of the Triton kernels that are called."""
+    """Record the names of the Triton kernels' raw ops that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class RawOps(TorchDispatchMode):
 
 @pytest.fixture
 def raw_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
-    """Ops go through their Triton implementation, whose fakes run on the meta device; the names of those that were called."""
+    """Route ops to their Triton implementation, whose fakes run on the meta device, and collect the names of the ops called."""
     choose = Operation.choose
 
     def triton_if_there(self: Operation, impl: str, *args: Any, **kwargs: Any) -> str:
@@ -86,7 +86,7 @@ def raw_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
 
 @each
 def test_the_host_never_waits(case: str, raw_ops: set[str]) -> None:
-    """No value is read and nothing copied from or to the host: each raises on the meta device (see the trap in test_swin.py)."""
+    """Check that no value is read and nothing is copied to or from the host, either of which raises on the meta device."""
     with torch.device("meta"):
         model = make(case).train()
     batch, labels = ({n: t.to("meta") for n, t in example(case)[0].items()}, example(case)[1].to("meta"))
@@ -110,7 +110,7 @@ def test_the_host_never_waits(case: str, raw_ops: set[str]) -> None:
 @pytest.mark.parametrize("case", ["ViT by BERT, banks", "BERT by ViT", "Swin by BERT, released order"])
 @pytest.mark.parametrize("stand_in", [StandIn, partial(Tapes, reads=True)], ids=["called again", "operations again"])
 def test_serving_replays_graphs(case: str, stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """tests/test_graphs.py and tests/tape.py provide the stand-in for CUDA graphs."""
+    """Use the stand-ins for CUDA graphs from tests/test_graphs.py and tests/tape.py."""
     made: list[Any] = []
     monkeypatch.setattr("mope.graphs._CudaGraphs", lambda: made.append(stand_in()) or made[-1])
     model = make(case).train()
@@ -166,7 +166,7 @@ def test_graphs_over_stale_banks_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     model, (batch, _) = make("ViT by BERT, banks"), example("ViT by BERT, banks")
     with model.serving(graphs=True) as predict:
         predict(**batch)
-        # The head is no part of a bank: graphs read it where it is.
+        # The head is not part of a bank; graphs read its current weights.
         before = predict(**batch).logits
         model.head[0].weight.zero_()
         assert not torch.equal(predict(**batch).logits, before) and backend.recorded == 1
@@ -176,7 +176,7 @@ def test_graphs_over_stale_banks_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def export(model: MoPEForClassification, batch: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Write the program, for any batch and any length of texts, and give back what it computes from `batch`."""
+    """Export the program for any batch size and text length, save it, and return its output for `batch`."""
     any_size = torch.export.Dim.DYNAMIC
     sizes = {name: {0: any_size} if name == "pixel_values" else {0: any_size, 1: any_size} for name in batch}
     with torch.no_grad():
@@ -215,7 +215,7 @@ assert not {"mope", "mope_kernels", "transformers"} & sys.modules.keys()
 @pytest.mark.filterwarnings("ignore:No complete tensor found")
 @pytest.mark.parametrize("swin", [False, True])
 def test_exported_definitions_need_torch_alone(swin: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With encoders in bfloat16, and in a process that has none of these packages."""
+    """Run with bfloat16 encoders in a process without these packages."""
     setenv(monkeypatch, "MOPE_IMPL", "reference")
     case = "Swin by BERT" if swin else "BERT by ViT"
     vision = with_swin.swin(torch.bfloat16) if swin else backbone("vit", torch.bfloat16)
@@ -247,7 +247,7 @@ def test_what_cannot_be_exported_is_refused() -> None:
 def test_compiles_into_one_graph_for_all_batches(case: str, training: bool) -> None:
     model = make(case, noise_std=0.0, prompt_dropout=0.0).train(training)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    # Below the number of experts prompts are mixed before they are projected, and above it after: two graphs at most.
+    # Batches smaller than the number of experts mix prompts before projecting them, larger ones after: at most two graphs.
     for n, items in enumerate((5, 6, 7)):
         batch, labels = example(case, items)
         with torch._dynamo.config.patch(error_on_recompile=n > 0), torch.set_grad_enabled(training):
@@ -270,7 +270,7 @@ def test_inductor_gives_the_same(case: str) -> None:
     with torch.no_grad():
         expected = model(**batch).logits
         found = torch.compile(model, fullgraph=True)(**batch).logits
-    # Two bfloat16 computations of other order.
+    # Two bfloat16 computations that add in a different order.
     torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
 
 
@@ -281,7 +281,7 @@ def compile_anew() -> Iterator[None]:
 
 
 def kept_for_backward(depths: list[int]) -> int:
-    """Bytes of activations, of a model over a Swin Transformer in bfloat16."""
+    """Return the bytes of activations that backward keeps, for a model with a bfloat16 Swin Transformer."""
     with torch.device("meta"):
         config = make("Swin by BERT", prompt_length=6, static_length=6).config
         vision = with_swin.swin(torch.bfloat16, depths=depths)
@@ -302,7 +302,7 @@ def kept_for_backward(depths: list[int]) -> int:
 
 
 def test_a_routed_block_keeps_nine_numbers_per_channel(raw_ops: set[str]) -> None:
-    """qkv 3, what it adds up to 2, the MLP before its activation 4; routing and means are small beside it."""
+    """Per channel: qkv 3, residual sums 2, MLP before its activation 4; routing and means are small in comparison."""
     batch, prompts, tokens, width = 4, 13, 7 * 7, 32
     one = 2 * batch * (prompts + tokens) * width
     assert 9 * one <= kept_for_backward([2, 3]) - kept_for_backward([2, 2]) < 9.2 * one
@@ -315,7 +315,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 @pytest.mark.filterwarnings("ignore:No complete tensor found")
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    # Inductor takes minutes, and has a test of its own.
+    # Inductor takes minutes and has its own test.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     model = make("Swin by BERT")
     batch, labels = example("Swin by BERT")

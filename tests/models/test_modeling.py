@@ -1,4 +1,4 @@
-"""Fusion models against the original backbones with prompts put among the tokens."""
+"""Fusion models compared with the original backbones run on prompts concatenated with tokens."""
 
 import copy
 from typing import Any
@@ -67,7 +67,7 @@ def test_one_modality(name: str, static_length: int) -> None:
 
 @pytest.mark.parametrize("name", [*VISION, *TEXTS])
 def test_without_prompts_it_is_the_backbone_itself(name: str) -> None:
-    """Also where the layers are wrapped, with no prompts to give them."""
+    """Also check layers that are wrapped but receive no prompts."""
     modality = "vision" if name in VISION else "text"
     batch = inputs()
     encoder = backbone(name).eval()
@@ -100,7 +100,7 @@ def test_without_prompts_it_is_the_backbone_itself(name: str) -> None:
 def test_padding_changes_nothing(side: str, text: str, main: str) -> None:
     model, batch = fusion("vit", text, main=main, padding_side=side).eval(), inputs(side=side)
     together = model(**batch).logits
-    # What stands in the padding is ids that mean something.
+    # The padding holds ordinary ids.
     if text == "bert" or side == "left":
         padded = torch.where(batch["attention_mask"] == 1, batch["input_ids"], 33)
         torch.testing.assert_close(model(**{**batch, "input_ids": padded}).logits, together, rtol=1e-12, atol=1e-12)
@@ -110,7 +110,7 @@ def test_padding_changes_nothing(side: str, text: str, main: str) -> None:
 
 
 class CountOps(TorchDispatchMode):
-    """Calls of this library's compiled ops."""
+    """Record the calls of this library's compiled ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,13 +132,13 @@ def test_the_model_calls_the_ops(experts_over_batch: bool, monkeypatch: pytest.M
     with CountOps() as compiled:
         model(**batch, labels=torch.zeros(5, dtype=torch.long))
     per_block = ["route", "mix_prompts", "prompt_attention"] if experts_over_batch else ["mope_attention"]
-    # The text encoder has no prompts, and a batch with padding, which is left out.
+    # The text encoder has no prompts; its batch is padded, and the padding is dropped.
     assert called == ["prompt_attention"] * 3 + per_block * 3 + ["importance_loss"]
     if (
         mope_kernels.explain("mix_prompts", torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.long)).impl
         == "cpu"
     ):
-        # Between them come the LayerNorms of frozen layers.
+        # The LayerNorms of frozen layers run in between.
         assert [name for name in compiled.names if name in called] == called
 
 
@@ -176,7 +176,7 @@ def test_gradients_agree_with_prompts_among_the_tokens() -> None:
     "options", [{}, {"num_experts": 8}, {"train_top_k": 2}, {"prompt_dropout": 0.3}, {"method": "static_mapped"}]
 )
 def test_gradient_checkpointing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same loss and gradients, with noise large enough to change the routing; and blocks do run twice."""
+    """Check that loss and gradients are the same, with noise strong enough to change the routing, and that blocks do run twice."""
     model, batch = fusion(noise_std=3.0, **options), inputs()
     runs: list[int] = []
     forward = PromptedLayer.forward
@@ -199,7 +199,7 @@ def test_gradient_checkpointing(options: dict[str, Any], monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("vision", "every", "again"), [("vit", 1, 3), ("vit", 2, 2), ("swin", 1, 4), ("swin", 3, 2)])
 def test_some_layers_are_recomputed(vision: str, every: int, again: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every so many, the first among them; the gradients are the same."""
+    """Recompute every n-th layer, starting with the first; the gradients are the same."""
     on_swin = vision == "swin"
     kind, method = (MoPESwinBlock, "step") if on_swin else (PromptedLayer, "forward")
     fused, batch = (test_swin_classification.fusion, test_swin_classification.inputs()) if on_swin else (fusion, inputs())
@@ -221,7 +221,7 @@ def test_some_layers_are_recomputed(vision: str, every: int, again: int, monkeyp
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("vision", ["vit", "swin"])
 def test_noise_may_be_all_that_is_learned(vision: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its gradient comes out of a model that is frozen otherwise, and is the difference that noise makes."""
+    """Check the gradient of the noise in an otherwise frozen model against finite differences."""
     fused, batch = (fusion, inputs()) if vision == "vit" else (test_swin_classification.fusion, test_swin_classification.inputs())
     model = fused(prompt_dropout=0.0, importance_weight=0.0, temperature=1.0).requires_grad_(False)
     if checkpointing:
@@ -325,11 +325,11 @@ def test_missing_inputs_and_attention_matrices_are_refused() -> None:
 
 
 def test_inputs_must_fit_each_other() -> None:
-    """A mask that is too short would hide tokens without a word."""
+    """A mask that is too short would silently hide tokens."""
     model, batch = fusion().eval(), inputs()
     items, tokens = batch["input_ids"].shape
     for mask in (batch["attention_mask"][:, :3], batch["attention_mask"][:2], batch["attention_mask"][0]):
-        with pytest.raises(ValueError, match=rf"attention_mask must be \({items}, {tokens}\), as input_ids is, got"):
+        with pytest.raises(ValueError, match=rf"attention_mask must be \({items}, {tokens}\), the shape of input_ids, got"):
             model(**{**batch, "attention_mask": mask})
     with pytest.raises(ValueError, match=f"same number of items, got 1 in pixel_values, {items} in input_ids"):
         model(**{**batch, "pixel_values": batch["pixel_values"][:1]})
@@ -337,7 +337,7 @@ def test_inputs_must_fit_each_other() -> None:
 
 @pytest.mark.parametrize("kind", ["single_label", "multi_label"])
 def test_labels_must_be_those_of_the_problem(kind: str) -> None:
-    """Labels (B,num_labels) would else be probabilities of classes to a model of one label."""
+    """A single-label model would otherwise treat labels (B,num_labels) as class probabilities."""
     model, batch = fusion(problem_type=kind).eval(), inputs()
     shape = model(**batch).logits.shape
     right, wrong = (shape[:1], shape) if kind == "single_label" else (shape, shape[:1])
@@ -371,7 +371,7 @@ def test_a_copy_is_independent() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_backbones_with_float32_prompts(dtype: torch.dtype) -> None:
-    """Trained tensors stay float32; the features are as close as those of the backbone alone."""
+    """Trained tensors stay float32; the features are as accurate as those of the backbone alone."""
     for experts in (4, 8):
         model = fusion(dtype=torch.float32, num_experts=experts).eval()
         batch = inputs(torch.float32)
@@ -397,7 +397,7 @@ def test_autocast() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"num_experts": 8}, {"train_top_k": 2}, {"method": "static_mapped"}])
 def test_what_runs_here_agrees_with_the_reference(options: dict[str, Any]) -> None:
-    """float32, in which compiled kernels run: loss and gradients."""
+    """Compare loss and gradients in float32, for which compiled kernels are chosen."""
     batch, labels = inputs(torch.float32), torch.tensor([0, 1, 2, 0, 1])
     automatic = fusion(dtype=torch.float32, noise_std=0.0, **options)
     reference = copy.deepcopy(automatic)

@@ -1,4 +1,4 @@
-"""Padded texts without the padding: the same numbers, from fewer rows."""
+"""Padded texts run without their padding: the same numbers from fewer rows."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def rows_of_products(model: MoPEForClassification, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """How many rows the products have."""
+    """Return the row counts of all matrix products."""
     rows: set[int] = set()
     linear = F.linear
     with monkeypatch.context() as patch:
@@ -91,7 +91,7 @@ def test_layers_that_look_at_more_than_one_row_are_not_packed(monkeypatch: pytes
     monkeypatch.setattr(Packing, "pack", lambda *_: pytest.fail("packed"))
     model.text.config.chunk_size_feed_forward = 1
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-9, atol=1e-12)
-    # Nothing is known of other architectures.
+    # Other architectures are not assumed to be row-wise.
     assert BackboneAdapter.is_row_wise(model.encoder("vision").adapter, model.vision) is False
 
 
@@ -120,7 +120,7 @@ def test_the_mask_stays_on_the_host() -> None:
     assert {name: tensor.device.type for name, tensor in moved.items()} == {
         name: "cpu" if name == "attention_mask" else "meta" for name in batch
     }
-    # Where it has to be used as it is, it follows.
+    # Where the mask itself is used on the device, it is moved.
     model = fusion(main="text", method="static_mapped", prompt_depth="shallow").to("meta")
     assert model.read(moved, ["text"])["text"].padding.lengths.is_meta
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""cast_frozen: frozen weights in 16 bits, and nothing else changes."""
+"""cast_frozen converts frozen weights to 16 bits and changes nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mope.fusion.frozen import CAST
 from . import test_swin_classification as with_swin
 from .tiny import backbone, fusion, inputs
 
-# ViT with banks (K <= B), with prompts mixed first, BERT, Swin with BERT beside it, Swin beside BERT.
+# ViT with banks (K <= B), ViT with prompts mixed first, BERT, Swin with BERT beside it, Swin beside BERT.
 CASES: list[tuple[bool, dict[str, Any]]] = [
     (False, {}),
     (False, {"num_experts": 8}),
@@ -39,7 +39,7 @@ def make(swin: bool, **options: Any) -> tuple[MoPEForClassification, dict[str, T
 
 
 def frozen_weights(model: MoPEForClassification) -> list[nn.Parameter]:
-    """Of the linear and convolution layers of the encoders."""
+    """Return the weights of the encoders' linear and convolution layers."""
     added = set(model.added_state_dict())
     names = {
         f"{layer}.{name}"
@@ -75,7 +75,7 @@ def test_is_autocast_bit_for_bit(swin: bool, options: dict[str, Any], dtype: tor
     assert model.frozen_dtype == dtype and {p.dtype for p in cast} == {dtype} and sum(p.nbytes for p in cast) == size // 2
     assert {p.dtype for p in model.trainable_parameters()} == {torch.float32}
     assert_equal(results(model, batch, labels), expected)
-    # Once more changes nothing, and neither does autocast around it or its absence.
+    # Calling it again changes nothing; nor does an enclosing autocast, enabled or disabled.
     model.cast_frozen(dtype)
     for around in (torch.autocast("cpu", dtype=torch.float16), torch.autocast("cpu", enabled=False)):
         assert_equal(results(model, batch, labels, around), expected)
@@ -86,7 +86,7 @@ def test_is_autocast_bit_for_bit(swin: bool, options: dict[str, Any], dtype: tor
 
 
 class Casts(TorchDispatchMode):
-    """Counts the casts of given tensors."""
+    """Count the casts of the given tensors."""
 
     def __init__(self, tensors: list[nn.Parameter]) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Casts(TorchDispatchMode):
 
 @each
 def test_no_frozen_weight_is_cast_in_a_step(swin: bool, options: dict[str, Any]) -> None:
-    # Experts are mixed first: to project a bank in float32, weights have to be cast back.
+    # Experts are mixed first, because projecting a bank in float32 requires casting the weights back.
     model, batch, labels = make(swin, **{**options, "num_experts": 8})
     with Casts(frozen_weights(model)) as casts, torch.autocast("cpu", dtype=torch.bfloat16):
         model(**batch, labels=labels).loss.backward()
@@ -114,7 +114,7 @@ def test_no_frozen_weight_is_cast_in_a_step(swin: bool, options: dict[str, Any])
 
 def test_banks_are_those_of_autocast() -> None:
     model, batch, _ = make(False)
-    # oneDNN adds up in another order.
+    # oneDNN adds in a different order.
     with torch.autocast("cpu", dtype=torch.bfloat16), model.serving(prepack=False) as predict:
         expected = predict(**batch).logits
     model.cast_frozen(torch.bfloat16)
@@ -136,7 +136,7 @@ def test_saved_folders_are_the_same(swin: bool, copies: dict[str, Any], tmp_path
     assert files[0] == files[1]
     for file in files[0]:
         assert (tmp_path / "before" / file).read_bytes() == (tmp_path / "after" / file).read_bytes(), file
-    # Nothing in the folder says how the model was run.
+    # The folder does not record the dtype that the model ran in.
     assert "bfloat16" not in json.dumps(json.loads((tmp_path / "after" / "config.json").read_text()))
     model(**batch)
     assert {p.dtype for p in frozen_weights(model)} == {torch.bfloat16}
@@ -150,7 +150,7 @@ def test_encoders_that_train_are_left_alone() -> None:
     assert {p.dtype for p in model.backbone("text").parameters()} == {torch.float32}
     assert torch.bfloat16 in {p.dtype for p in model.backbone("vision").parameters()}
     assert_equal(results(model, batch, labels), expected)
-    # A part of a frozen encoder that somebody trains.
+    # One trained bias in a frozen encoder.
     model, *_ = make(False)
     vision: Any = model.backbone("vision")
     layer = vision.layers[0].layer.attention.o_proj
@@ -209,7 +209,7 @@ def test_moving_and_loading(tmp_path: Path) -> None:
     for change in (nn.Module.double, nn.Module.half):
         with pytest.raises(ValueError, match=r"call cast_frozen\(None\) before changing the dtype"):
             change(model)
-    # What was loaded is there in 16 bits only: what it was before would be wrong.
+    # The loaded weights exist only in 16 bits; restoring the earlier float32 values would be wrong.
     model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()})
     for action in (lambda: model.cast_frozen(None), model.detach, lambda: model.save_pretrained(tmp_path)):
         with pytest.raises(ValueError, match="frozen weights were changed after cast_frozen"):

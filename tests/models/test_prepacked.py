@@ -1,4 +1,4 @@
-"""A model whose frozen weights are in oneDNN's order for a while."""
+"""Models whose frozen weights are temporarily in oneDNN's blocked layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ needs_onednn = pytest.mark.skipif(not available(torch.float32), reason="torch wi
 @needs_onednn
 @pytest.mark.parametrize("main", ["vision", "text"])
 def test_prepacked_for_a_while(main: str) -> None:
-    """Serving and training compute the same with frozen weights in oneDNN's order, and nothing of it stays."""
+    """Check that serving and training give the same results with prepacked weights, and that no trace remains afterwards."""
     model, batch = fusion(dtype=torch.float32, main=main, noise_std=0.0), inputs(torch.float32)
 
     def gradients() -> list[torch.Tensor]:
@@ -42,7 +42,7 @@ def test_prepacked_for_a_while(main: str) -> None:
 
 @needs_onednn
 def test_a_model_made_in_inference_mode_serves() -> None:
-    """Nobody counts the changes of its weights."""
+    """Check serving with inference tensors, which have no version counter."""
     with torch.inference_mode():
         model, batch = fusion(dtype=torch.float32), inputs(torch.float32)
         wanted = model.eval()(**batch).logits

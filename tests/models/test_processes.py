@@ -1,4 +1,4 @@
-"""What is asked of the processes of a run."""
+"""Rank, world size and barriers of a run's processes."""
 
 from __future__ import annotations
 

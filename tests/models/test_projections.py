@@ -1,4 +1,4 @@
-"""Query, key and value of a frozen layer in one product, in the models that the library knows."""
+"""Query, key and value of a frozen layer in one product, for the supported models."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from .tiny import TEXTS, VISION, backbone, fusion, inputs
 
 
 def widths(model: MoPEForClassification, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], Tensor]:
-    """How many features each product makes, and the logits."""
+    """Return the output width of each product, and the logits."""
     found: list[int] = []
     linear = F.linear
     with monkeypatch.context() as patch:
@@ -29,9 +29,9 @@ def widths(model: MoPEForClassification, batch: dict[str, Tensor], monkeypatch: 
 def test_one_product_for_each_layer(vision: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = fusion(vision, text, cross_prompt_length=2).eval(), inputs()
     found, logits = widths(model, batch, monkeypatch)
-    # Of each of the 3 layers of both encoders: [query; key; value] of the tokens, [key; value] of prompts.
+    # Each of the 3 layers of both encoders has two products: [query; key; value] for tokens and [key; value] for prompts.
     assert found.count(96) == 6
-    # A projection that trains is called, and gives the same.
+    # Trainable projections are called separately, with the same result.
     for encoder in (model.vision, model.text):
         for name, parameter in encoder.named_parameters():
             if name.endswith("weight"):
@@ -49,7 +49,7 @@ def _moved(model: MoPEForClassification) -> MoPEForClassification:
 def test_moved_models_are_joined_again(
     move: Callable[[MoPEForClassification], MoPEForClassification], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The text encoder has no prompts: its layers are joined all the same.
+    # Layers of the text encoder are joined too, although it has no prompts.
     model, batch = move(fusion(dtype=torch.float32).double().eval()), inputs()
     found, _ = widths(model, batch, monkeypatch)
     assert found.count(96) == 6

@@ -1,4 +1,4 @@
-"""Checkpoints: both ways of saving, and what is refused."""
+"""Checkpoints: both ways of saving, and errors when loading."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def test_copy_round_trip(vision: str, text: str, options: dict[str, Any], tmp_pa
     assert describe(loaded.backbone("vision")) | {"source": ""} == describe(model.backbone("vision"))
     for name, tensor in model.trained_state_dict().items():
         assert torch.equal(loaded.trained_state_dict()[name], tensor), name
-    # Memory that is aligned otherwise makes torch add in another order.
+    # Differently aligned memory makes torch add in a different order.
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
     assert all(p.requires_grad for n, p in loaded.named_parameters() if not n.startswith(("vision.", "text.")))
 
@@ -138,7 +138,7 @@ def _swin() -> transformers.SwinModel:
     ],
 )
 def test_fingerprints_are_those_that_checkpoints_have(name: str, fingerprint: str) -> None:
-    """What goes into a digest must never change: checkpoints by name would find no encoder any more."""
+    """The content of the digest must never change, or checkpoints saved by name would no longer find their encoders."""
     model = {**BACKBONES, "swin": _swin}[name]().float()
     assert describe(counted(model))["fingerprint"].startswith(fingerprint)
 
@@ -164,7 +164,7 @@ def test_missing_and_misshapen_tensors_are_named(saved: Path) -> None:
 
 
 def test_tensors_of_another_kind_are_named(saved: Path) -> None:
-    """16 bits are loaded as such: that is how a model in half precision was saved. Integers and 8 bits cannot be computed with."""
+    """Check that 16-bit tensors load in their own dtype, as saved; one cannot compute with integers and 8-bit types."""
     weights = load_file(saved / "model.safetensors")["head.0.weight"]
     edit_tensors(saved, **{"head.0.weight": weights.bfloat16()})
     assert MoPEForClassification.from_pretrained(saved).head[0].weight.dtype == torch.bfloat16
@@ -262,7 +262,7 @@ def test_tokenizer_travels_with_the_model(tmp_path: Path) -> None:
     model.tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
     model.save_pretrained(tmp_path / "model", backbones="copy")
     loaded = MoPEForClassification.from_pretrained(tmp_path / "model")
-    # Saved again before anyone has used it, elsewhere and where it came from.
+    # Saved again before the tokenizer is used, to another folder and to the one it came from.
     loaded.save_pretrained(tmp_path / "again", backbones="copy")
     loaded.save_pretrained(tmp_path / "model", backbones="copy")
     for folder in ("again", "model"):

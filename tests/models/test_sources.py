@@ -1,4 +1,4 @@
-"""Encoders that a checkpoint does not hold are found again, or it says what is missing; while prompted they can be written."""
+"""Encoders that a checkpoint does not hold are found again or named as missing; prompted encoders can be saved."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLASSES: dict[str, Any] = {"vit": transformers.ViTModel, "bert": transformers.Be
 
 @pytest.fixture
 def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with two encoders, loaded by relative names, and a model of them."""
+    """Return a folder with two encoders, loaded by relative path, and a saved model that uses them."""
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.chdir(home)
@@ -58,7 +58,7 @@ def test_a_model_opens_from_another_working_directory(saved: Path, elsewhere: Pa
 
 
 def test_a_model_opens_where_all_was_moved(saved: Path, elsewhere: Path) -> None:
-    """As on another machine: no folder is where it was, but they lie beside each other as they did."""
+    """Check that a model loads on another machine if the relative locations of the folders are unchanged."""
     shutil.move(saved, elsewhere / "all")
     assert opens("all/model")
 
@@ -161,13 +161,13 @@ def test_an_encoder_with_adapters_of_peft_is_told_of_and_not_copied(tmp_path: Pa
     peft = pytest.importorskip("peft")
     text = peft.get_peft_model(backbone("bert", torch.float32), peft.LoraConfig(target_modules=["query"]))
     vision = backbone("vit", torch.float32)
-    with pytest.warns(UserWarning, match=r"PeftModel: the adapters of peft in this encoder are frozen .*merge_and_unload"):
+    with pytest.warns(UserWarning, match=r"PeftModel: the peft adapters in this encoder are frozen .*merge_and_unload"):
         model = MoPEForClassification(fusion().config, vision=vision, text=text)
     assert not any(p.requires_grad for p in model.text.parameters())
     with pytest.raises(ValueError, match=r"the text backbone is a PeftModel of peft.*text = text.merge_and_unload\(\)"):
         model.save_pretrained(tmp_path / "copy", backbones="copy")
     assert not (tmp_path / "copy" / "config.json").exists()
-    # By name it is saved, and loaded with the same encoder.
+    # It can be saved by name and loaded with the same encoder.
     model.save_pretrained(tmp_path / "name")
     model.detach()
     assert all(p.requires_grad for n, p in text.named_parameters() if "lora" in n)

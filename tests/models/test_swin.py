@@ -19,7 +19,7 @@ def backbone() -> SwinModel:
     config = SwinConfig(**{**SMALL, "depths": [2, 2], "num_heads": [1, 2]}, drop_path_rate=0.0)
     model = SwinModel(config, add_pooling_layer=False).double().eval()
     for name, parameter in model.named_parameters():
-        # Zero at the start, and then any order of them would do.
+        # These are initialised to zero, which would hide any mix-up of their order.
         if "relative_position_bias_table" in name or name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     return model
@@ -45,7 +45,7 @@ def test_without_prompts_it_is_the_swin_transformer():
 
 
 def test_an_original_checkpoint_gives_the_same():
-    """A .pth as the original code saves it: its names, buffers and head, under "model"."""
+    """Load a .pth file of the original code, with its names, buffers and head, under "model"."""
     model = backbone()
     original = swin_state_dict(model) | {"head.weight": torch.zeros(5, 32), "layers.0.blocks.1.attn_mask": torch.zeros(4, 49, 49)}
     original |= {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49, dtype=torch.int64)}
@@ -62,7 +62,7 @@ def test_an_original_checkpoint_gives_the_same():
 
 
 def test_older_names_of_transformers():
-    """Before query, key and value got their short names."""
+    """Check the names from before query, key and value were shortened."""
     older = {
         "encoder.layers.1.blocks.0.attention.self.query.weight": 1,
         "encoder.layers.1.blocks.0.attention.self.key.weight": 2,
@@ -91,13 +91,13 @@ def test_a_checkpoint_of_another_size_is_named():
 
 
 def test_sizes_whose_stages_the_window_does_not_divide_are_refused():
-    with pytest.raises(ValueError, match="resolution must divide by window_size, got 15 and 7"):
+    with pytest.raises(ValueError, match="resolution must be divisible by window_size, got 15 and 7"):
         MoPESwinEncoder.of(**{**SMALL, "image_size": 60})
 
 
 @pytest.mark.parametrize(("num_experts", "published"), [(4, 1_544_031), (16, 2_272_095)])
 def test_trains_as_many_parameters_as_the_published_model_uses(num_experts, published):
-    """Swin-B for MM-IMDB: with the text encoder's prompts, 12 layers of 4, and the head over 23 genres."""
+    """Count Swin-B for MM-IMDB, plus the text encoder's prompts (12 layers of 4) and the head over 23 genres."""
     with torch.device("meta"):
         encoder = MoPESwinEncoder.of(num_experts=num_experts)
     trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
@@ -118,12 +118,12 @@ def test_gradients_reach_exactly_what_trains():
 
 
 class NothingOnTheHost(TorchDispatchMode):
-    """Fails on every operation that makes or reads a tensor of the host. Meta tensors themselves refuse to be read."""
+    """Fail on any operation that returns a tensor on the host; reading a meta tensor already raises."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(out):
-            # Nobody waits for an empty one, such as the checkpoints of torch 2.11 make.
+            # Empty tensors never need a sync; torch 2.11 creates some for checkpointing.
             allowed = not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.numel() == 0
             assert allowed, f"{func} is on {tensor.device}"
         return out
@@ -131,7 +131,7 @@ class NothingOnTheHost(TorchDispatchMode):
 
 @pytest.mark.parametrize("owner", ["instance", "released"])
 def test_the_host_never_waits(owner):
-    """No .item(), no branch on a value, no copy from or to the host: each raises on the meta device."""
+    """Check for .item(), branches on values, and copies to or from the host, all of which raise on the meta device."""
     with torch.device("meta"):
         encoder = MoPESwinEncoder.of(**SMALL, prompt_length=2, prompt_owner=owner).train()
         pixels, cross = torch.empty(3, 3, 56, 56), torch.empty(3, 768, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Fusion models whose vision backbone is a Swin Transformer: the published configuration and its relatives."""
+"""Fusion models with a Swin Transformer as vision backbone: the published configuration and its variants."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BATCH = 4
 
 
 def swin(dtype: torch.dtype = torch.float64, **options: Any) -> SwinModel:
-    """Two stages of 14 x 14 and 7 x 7 tokens; far from its initialisation."""
+    """Return a model with two stages of 14 x 14 and 7 x 7 tokens, far from its initialisation."""
     sizes = {"image_size": 56, "embed_dim": 16, "depths": [2, 2], "num_heads": [1, 2], "drop_path_rate": 0.5}
     model = SwinModel(SwinConfig(**{**sizes, **options})).to(dtype)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
 
 def given(model: MoPEForClassification, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the model's method reads."""
+    """Return the inputs that the model's method uses."""
     wanted = {"vision": ("pixel_values",), "text": ("input_ids", "attention_mask")}
     return {name: batch[name] for modality in model.config.modalities for name in wanted[modality]}
 
@@ -94,7 +94,7 @@ def test_gradients_reach_exactly_what_is_trained(options: dict[str, Any]) -> Non
     assert output.logits.shape == (BATCH, 3)
     output.loss.backward()
     trained = set(model.trained_state_dict())
-    # One expert leaves nothing to choose.
+    # With a single expert there is nothing to choose.
     idle = [".router."] if model.config.num_experts == 1 else []
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (name in trained), name
@@ -114,7 +114,7 @@ def test_round_trip(options: dict[str, Any], tmp_path: Path) -> None:
     assert own.keys() == read.keys()
     for name, tensor in own.items():
         assert torch.equal(read[name], tensor), name
-    # Memory that is aligned otherwise makes torch add in another order.
+    # Differently aligned memory makes torch add in a different order.
     torch.testing.assert_close(
         loaded(**given(model, batch)).logits, model.eval()(**given(model, batch)).logits, rtol=1e-5, atol=1e-6
     )
@@ -138,7 +138,7 @@ def test_training_reduces_the_loss() -> None:
 @pytest.mark.parametrize("preset", ["mope-v4", "mope-v1"])
 @pytest.mark.parametrize(("num_experts", "published"), [(4, 1_544_031), (16, 2_272_095)])
 def test_trains_as_many_parameters_as_the_published_model_uses(num_experts: int, published: int, preset: str) -> None:
-    """Swin-B and BERT-base for the 23 genres of MM-IMDB. v1 trains the routing embeddings of 20 blocks as well."""
+    """Count Swin-B and BERT-base for the 23 genres of MM-IMDB; v1 also trains the routing embeddings of 20 blocks."""
     with torch.device("meta"):
         vision = SwinModel(SwinConfig(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32]), add_pooling_layer=False)
         text = BertModel(BertConfig(), add_pooling_layer=False)
@@ -149,7 +149,7 @@ def test_trains_as_many_parameters_as_the_published_model_uses(num_experts: int,
 
 
 def test_is_the_published_composition() -> None:
-    """psi is the prompted BERT's first token, the head reads the mean over prompts and tokens, and the loss adds the importance."""
+    """Check that psi is the first BERT token, the head reads the mean over prompts and tokens, and the importance is added."""
     model, batch, labels = fusion(importance_threshold=0.0, importance_weight=0.5).eval(), inputs(), torch.tensor([0, 1, 2, 0])
     output = model(**batch, labels=labels)
     psi = model.encode_complementary(**batch)
@@ -168,7 +168,7 @@ GOLDEN = Path(__file__).parents[1] / "data" / "swin.safetensors"
 
 @pytest.mark.parametrize(("case", "owner"), [("b3", "released"), ("b1", "released"), ("b1", "instance")])
 def test_matches_the_released_code(case: str, owner: str) -> None:
-    """Its weights in a SwinModel, its prompts in what the config makes of one; its numbers, in float64 on random weights."""
+    """Load the released backbone and prompts into a model made from the config, and compare float64 results on random weights."""
     numbers = load_file(GOLDEN)
     with safe_open(GOLDEN, "pt") as file:
         sizes = json.loads(file.metadata()["cfg"])
@@ -191,7 +191,7 @@ def test_matches_the_released_code(case: str, owner: str) -> None:
     prompts = {n: t for n, t in released.state_dict().items() if n not in released.swin_tensors()}
     missing, unknown = model.vision.load_state_dict(prompts, strict=False)
     assert set(missing) == released.swin_tensors()
-    # First blocks are not routed.
+    # The first block of each stage is not routed.
     assert set(unknown) == {f"stages.{s}.0.{name}" for s in range(len(depths)) for name in ("static", "experts.prompts")}
     count = len(numbers[f"{case}.features"])
     output = model.vision(numbers["pixel_values"][:count].double(), numbers["cross"][:count].double())
@@ -201,7 +201,7 @@ def test_matches_the_released_code(case: str, owner: str) -> None:
 
 @pytest.mark.parametrize("owner", ["instance", "released"])
 def test_the_host_never_waits(owner: str) -> None:
-    """From images and texts to gradients: see the trap in test_swin.py."""
+    """Check the path from images and texts to gradients; see NothingOnTheHost in test_swin.py."""
     with torch.device("meta"):
         model = fusion(dtype=torch.float32, prompt_owner=owner, prompt_dropout=0.1)
         pixels, ids = torch.empty(BATCH, 3, 56, 56), torch.empty(BATCH, 7, dtype=torch.long)
@@ -315,7 +315,7 @@ def test_noise_and_dropout_in_training_only() -> None:
 
 
 def test_nothing_else_differs_in_training() -> None:
-    """The mapper's BatchNorm is an affine map; no stochastic depth, no dropout of the frozen encoders."""
+    """Check that the mapper's BatchNorm is an affine map, and that frozen encoders have no dropout or stochastic depth."""
     model, batch = fusion(noise_std=0.0), inputs()
     statistics = model.vision.mapper[1]
     torch.nn.init.normal_(statistics.running_mean)
@@ -325,7 +325,7 @@ def test_nothing_else_differs_in_training() -> None:
 
 
 def test_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same loss and gradients, with noise large enough to change the routing; and blocks do run twice."""
+    """Check that loss and gradients are the same, with noise strong enough to change the routing, and that blocks do run twice."""
     model, batch, results = fusion(noise_std=3.0, prompt_dropout=0.1), inputs(), []
     runs: list[int] = []
     step = MoPESwinBlock.step
@@ -349,7 +349,7 @@ def test_serving_banks_and_detach() -> None:
     model.train()
     with model.serving() as predict:
         logits = predict(**batch).logits
-    # The frozen text encoder may multiply in other shapes when it serves.
+    # The frozen text encoder may multiply matrices of other shapes when serving.
     torch.testing.assert_close(logits, expected.detach(), rtol=1e-12, atol=1e-12)
     assert model.training and not logits.requires_grad
     with pytest.raises(ValueError, match="a Swin Transformer has no banks"):
@@ -388,7 +388,7 @@ def test_a_swin_without_prompts_builds_no_graph() -> None:
         ({"hidden_act": "relu"}, "hidden_act='relu': only 'gelu'"),
         ({"use_absolute_embeddings": True}, "use_absolute_embeddings=True: only False"),
         ({"image_size": (56, 112)}, r"image_size=\(56, 112\): only squares"),
-        ({"image_size": 60}, "resolution must divide by window_size, got 15 and 7"),
+        ({"image_size": 60}, "resolution must be divisible by window_size, got 15 and 7"),
     ],
 )
 def test_other_swin_transformers_are_refused(options: dict[str, Any], message: str) -> None:
@@ -417,7 +417,7 @@ def test_what_a_swin_or_another_backbone_does_not_have_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_backbones_with_float32_prompts(dtype: torch.dtype) -> None:
-    """Trained tensors stay float32; the features are nearly as close as those of the backbone alone."""
+    """Trained tensors stay float32; the features are nearly as accurate as those of the backbone alone."""
     config = MoPEConfig.preset("mope-v4", num_labels=3, prompt_length=2, static_length=3, mapper_hidden=16)
     vision, text, batch = swin(dtype), backbone("bert", dtype), inputs(torch.float32)
     model = MoPEForClassification(config, vision=vision, text=text).eval()
@@ -440,7 +440,7 @@ def test_autocast() -> None:
 
 
 def test_both_generations_of_names_have_one_fingerprint() -> None:
-    """The state dict of an older SwinModel, with the index that it saves."""
+    """Rename the state dict to that of an older SwinModel, including the position index it saves."""
     model = swin()
     older = {}
     for name, tensor in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""The Swin path in fused steps: the same numbers as with every module called, and no more kept for backward than it has to be."""
+"""The fused steps of the Swin path: the same numbers as calling every module, and no more memory for backward than necessary."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Results = tuple[Tensor, Tensor, tuple[Any, ...], dict[str, Tensor]]
 
 
 def encoder(dtype: torch.dtype = torch.float64, **options: Any) -> MoPESwinEncoder:
-    """Far from its initialisation, with noise large enough to matter."""
+    """Return an encoder far from its initialisation, with noise strong enough to matter."""
     torch.manual_seed(0)
     options = {"noise_std": 0.3, "prompt_dropout": 0.0, **options}
     made = MoPESwinEncoder.of(**SMALL, cross_dim=PSI, mapper_hidden=8, **options).to(dtype)
@@ -37,7 +37,7 @@ def encoder(dtype: torch.dtype = torch.float64, **options: Any) -> MoPESwinEncod
 
 
 def evaluate(model: MoPESwinEncoder, **options: Any) -> Results:
-    """Features, importance loss, routing and the gradient of everything that trains."""
+    """Return features, importance loss, routing and the gradients of everything that trains."""
     torch.manual_seed(1)
     dtype = model.norm.weight.dtype
     pixels, cross = torch.randn(3, 3, 56, 56, dtype=dtype), torch.randn(3, PSI, dtype=dtype, requires_grad=True)
@@ -50,7 +50,7 @@ def evaluate(model: MoPESwinEncoder, **options: Any) -> Results:
 
 
 def call_everything(model: nn.Module) -> list[str]:
-    """Hooks that change nothing, everywhere: every module is called, and says so."""
+    """Add a hook to every module, which forces it to be called; the hooks only record its name."""
     called: list[str] = []
     for name, module in model.named_modules():
         if name:
@@ -110,7 +110,7 @@ def test_as_if_every_module_were_called_when_fine_tuned() -> None:
 
 
 def test_under_autocast_every_module_computes_in_the_same_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The same sums in the same order on both sides.
+    # Both sides add the same terms in the same order.
     setenv(monkeypatch, "MOPE_IMPL", "reference")
 
     def run(model: MoPESwinEncoder) -> Results:
@@ -120,13 +120,13 @@ def test_under_autocast_every_module_computes_in_the_same_dtype(monkeypatch: pyt
     fused, plain = encoder(torch.float32), encoder(torch.float32)
     call_everything(plain)
     found, wanted = run(fused), run(plain)
-    # What autocast rounds is rounded in both, in the same places.
+    # Autocast rounds in the same places on both sides.
     assert found[0].dtype == wanted[0].dtype
     torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=0)
 
 
 class Doubled(nn.Linear):
-    """Stands for an adapter or a quantised layer: its weight is not all that it is."""
+    """Stands in for an adapter or a quantised layer, whose weight does not fully define it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -205,7 +205,7 @@ def test_neighbours_are_merged(prompts: int) -> None:
     merged = MergeNeighbours.apply(x, prompts, 4)
     assert torch.equal(merged, plainly(x))
     assert torch.autograd.gradcheck(lambda x: MergeNeighbours.apply(x, prompts, 4), (x,))
-    # Incoming gradients with other strides.
+    # An incoming gradient with other strides.
     incoming = torch.randn(20, prompts + 4, 2, dtype=torch.float64).permute(2, 1, 0)
     (found,), (wanted,) = (
         torch.autograd.grad(f(x), x, incoming) for f in (lambda x: MergeNeighbours.apply(x, prompts, 4), plainly)
@@ -214,7 +214,7 @@ def test_neighbours_are_merged(prompts: int) -> None:
 
 
 def kept_for_backward(block: MoPESwinBlock, x: Tensor, update: Tensor, own: dict[str, Any]) -> int:
-    """Bytes of the storages that backward holds, but for those of parameters, buffers and the prompts given."""
+    """Return the bytes of the storages kept for backward, except those of parameters, buffers and the given prompts."""
     given = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *block.buffers())}
     given |= {t.untyped_storage().data_ptr() for t in own.values() if isinstance(t, Tensor)}
     kept: dict[int, int] = {}
@@ -226,14 +226,14 @@ def kept_for_backward(block: MoPESwinBlock, x: Tensor, update: Tensor, own: dict
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        # Nothing may be freed while it is counted.
+        # The outputs keep the storages alive while they are counted.
         outputs = block.step(x, update, own)
     assert outputs[1].requires_grad
     return sum(kept.values())
 
 
 def routed_block(impl: str, device: str) -> tuple[MoPESwinBlock, Tensor, Tensor, dict[str, Any]]:
-    """A block of frozen weights with shifted windows, x and update, and its own prompts with what decides about them."""
+    """Return a block with frozen weights and shifted windows, x, update, and its prompts with their router inputs."""
     torch.manual_seed(2)
     dim, side, batch = 32, 4, 2
     options: dict[str, Any] = {"num_prompts": 13, "own": BlockPrompts(6, 4), "cross_dim": PSI, "impl": impl}
@@ -265,7 +265,7 @@ def test_a_block_of_kernels_is_the_block(impl: str) -> None:
 
 @implementations("cpu", "triton")
 def test_a_routed_block_keeps_nine_times_its_rows(impl: str) -> None:
-    """The sums that the LayerNorms read (2 C), queries, keys and values (3 C), what the GELU reads (4 C); frozen weights."""
+    """Check the memory with frozen weights: inputs of the LayerNorms 2 C, queries, keys and values 3 C, input of the GELU 4 C."""
     block, x, update, own = routed_block(f"{impl},reference" if impl == "cpu" else impl, DEVICE[impl])
-    # Statistics of the rows, routing and the pooled tokens come on top.
+    # Row statistics, routing and pooled tokens are extra.
     assert 8.9 < kept_for_backward(block, x, update, own) / (x.numel() * x.itemsize) < 9.2

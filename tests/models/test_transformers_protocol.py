@@ -1,4 +1,4 @@
-"""Plain `Trainer`, the Auto classes and the hub take models of this library as those of transformers."""
+"""Models of this library work with plain `Trainer`, the Auto classes and the hub, like those of transformers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def modex_model() -> ModeXForClassification:
 
 
 def without_dropout(model: Any) -> Any:
-    """Whose results two runs can be held to each other by."""
+    """Turn off dropout, so that the results of two runs can be compared."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -52,7 +52,7 @@ MODELS: dict[str, Any] = {"mope": mope_model, "modex": modex_model}
 
 
 def items_for(model: FusionModel) -> list[dict[str, Any]]:
-    """As a data set may hold them: with columns that no model reads."""
+    """Return items as in a data set, with columns that no model reads."""
     generator = torch.Generator().manual_seed(1)
     vision: Any = model.backbone("vision").config
     pixels = torch.randn(ITEMS, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
@@ -100,12 +100,12 @@ def test_trains_evaluates_and_predicts_with_the_defaults(kind: str, tmp_path: Pa
             seen.append(logs)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            # As loggers that send a configuration away.
+            # Serialise the config, as loggers do.
             assert json.loads(model.config.to_json_string())["model_type"] == kind
 
     trainer = trainer_for(model, tmp_path, [Logger()], logging_steps=1)
     assert trainer.label_names == ["labels"] and not trainer.model_accepts_loss_kwargs
-    # As launchers ask, which divide models that have a plan for it.
+    # Launchers check these before they shard a model.
     assert not model.supports_tp_plan and not model.supports_pp_plan
     loss = trainer.evaluate()["eval_loss"]
     trainer.train()
@@ -150,7 +150,7 @@ def test_gradient_checkpointing_refuses_what_it_does_not_do(kind: str) -> None:
     for given, options, message in (
         ({"use_reentrant": True}, {}, "use_reentrant=True is not supported"),
         ({"preserve_rng_state": False}, {}, "got preserve_rng_state"),
-        (None, {"every_n_layers": 0}, "every_n_layers must be an integer from 1 on, got 0"),
+        (None, {"every_n_layers": 0}, "every_n_layers must be an integer >= 1, got 0"),
         (None, {"every_n_layers": True}, "every_n_layers must be"),
         (None, {"offload": 1}, "offload must be true or false, got 1"),
     ):
@@ -192,7 +192,7 @@ def test_a_run_is_resumed_and_the_best_is_loaded(kind: str, options: dict[str, A
 
 @pytest.mark.parametrize(("kind", "options"), [("mope", {}), ("mope", {"finetuned": ("text",)}), ("modex", {})], ids=str)
 def test_a_checkpoint_of_trainer_is_opened(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """With the encoders that are not in it. One that was fine-tuned is there twice, which nobody has to know."""
+    """Pass the frozen encoders, which the checkpoint lacks; a fine-tuned one is contained and loads without further arguments."""
     model = MODELS[kind](**options)
     batch = {name: torch.stack([item[name] for item in items_for(model)]) for name in ("pixel_values", "input_ids")}
     trainer_for(model, tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
@@ -201,12 +201,12 @@ def test_a_checkpoint_of_trainer_is_opened(kind: str, options: dict[str, Any], t
     twin.detach()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        # ModeX has one encoder, which it calls its model.
+        # ModeX has a single encoder, named `model`.
         opened = type(model).from_pretrained(
             tmp_path / "checkpoint-2", **(frozen if kind == "mope" else {"model": frozen["encoder"]})
         )
     unknown = [str(each.message) for each in said if "unknown tensors" in str(each.message)]
-    # Nothing reads the pooler, and no copy has it.
+    # The pooler is unused, and no copy contains it.
     assert all(text.partition("tensors ")[2] == "text.pooler.dense.bias, text.pooler.dense.weight" for text in unknown)
     assert torch.equal(opened(**batch).logits, model.eval()(**batch).logits)
 
@@ -235,7 +235,7 @@ def test_auto_classes(kind: str, tmp_path: Path) -> None:
         loaded = auto.from_pretrained(tmp_path)
         assert isinstance(loaded, type(model).__mro__[1] if kind == "mope" else type(model))
         torch.testing.assert_close(loaded(**batch).logits, expected)
-    # A process of its own, that imports this library before transformers, and after it.
+    # In a separate process, importing this library before or after transformers.
     for imports in ("import mope; from transformers import AutoModel", "from transformers import AutoModel; import mope"):
         program = f"{imports}; print(type(AutoModel.from_pretrained({str(tmp_path)!r})).__name__)"
         said = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True).stdout
@@ -342,7 +342,7 @@ def test_names_of_problem_types() -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_hub(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder for each revision stands in for the hub."""
+    """Use a folder for each revision as a stand-in for the hub."""
     hub, asked = tmp_path / "hub", []
 
     class Api:
@@ -387,7 +387,7 @@ def test_a_card_says_what_it_is(kind: str, tmp_path: Path, capsys: pytest.Captur
     assert card.startswith("---\nlibrary_name: mope\ntags:\n- mope\n") and '"accuracy": 0.9' in card
     assert all(print_[:16] in card for print_ in model.fingerprints().values())
     assert f'{type(model).__name__}.from_pretrained(".")' in card
-    # What somebody wrote stays.
+    # A user's README is kept.
     (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path, backbones="copy")
     assert (tmp_path / "README.md").read_text() == "mine"
@@ -397,7 +397,7 @@ def test_a_card_says_what_it_is(kind: str, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_no_card_costs_a_checkpoint(tmp_path: Path) -> None:
-    """Names that a locale cannot encode, halves of characters, and a card that is a folder or a link."""
+    """Check that a card which cannot be written does not fail the checkpoint: odd characters, lone surrogates, a folder, a link."""
     model = mope_model(id2label=["café", "\ud800", "<script>|![x](http://t)"])
     model.save_pretrained(tmp_path / "names", backbones="copy")
     card = (tmp_path / "names" / "README.md").read_text(encoding="utf-8")
@@ -429,7 +429,7 @@ def test_a_folder_of_an_earlier_version_opens(tmp_path: Path) -> None:
     model = mope_model().eval()
     model.save_pretrained(tmp_path, backbones="copy")
     records = json.loads((tmp_path / "config.json").read_text())["backbones"]
-    # Flat, without what came later.
+    # A flat config without the fields added later.
     values = {**model.config.flat(), "mope_version": "0.0", "backbones": records}
     for added in ("complementary", "combine", "named", "mapper_each"):
         del values[added]

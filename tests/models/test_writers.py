@@ -1,4 +1,4 @@
-"""Whatever writes and reads a model gives back every weight, also those of layers that are joined in memory."""
+"""All ways of writing and reading a model restore every weight, including those of layers joined in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mope.fused import projections
 
 from .tiny import fusion, inputs
 
-# Attached to ViT and BERT; the main one text; ensembles; a fine-tuned encoder.
+# Attached to ViT and BERT: with text as the main modality, as an ensemble, late fusion.
 MODELS = {
     "vision": {},
     "text": {"main": "text", "cross_prompt_length": 2},
@@ -33,12 +33,12 @@ def model_of(name: str) -> MoPEForClassification:
 
 
 def joined(model: nn.Module) -> int:
-    """How many layers share memory with others."""
+    """Return the number of layers that share memory with others."""
     return sum(projections.whole_of(layer) is not None for layer in model.modules())
 
 
 def addresses(state: dict[str, Tensor]) -> list[tuple[int, int]]:
-    """Where the storage of each tensor is, and how large it is."""
+    """Return address and size of each tensor's storage."""
     return [(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in state.values()]
 
 
@@ -53,7 +53,7 @@ def test_a_state_dict_has_tensors_of_their_own(name: str) -> None:
     model.detach()
     assert joined(model) == 0
     found = sorted(addresses(model.state_dict()))
-    # Not even side by side: the memory of one can be freed without the others.
+    # They are not adjacent either, so each can be freed on its own.
     assert all(address + size < after for (address, size), (after, _) in pairwise(found) if size > 64)
 
 
@@ -102,7 +102,7 @@ def _distributed(model: nn.Module, twin: nn.Module, folder: Path) -> None:
 
 
 def _lightning(model: nn.Module, twin: nn.Module, folder: Path) -> None:
-    """What Lightning's Trainer writes: the state dict of a module around the model, pickled."""
+    """Write what Lightning's Trainer writes: the pickled state dict of a module around the model."""
     around = nn.ModuleDict({"model": model})
     torch.save({"state_dict": around.state_dict(), "epoch": 1}, folder / "last.ckpt")
     nn.ModuleDict({"model": twin}).load_state_dict(torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
@@ -138,7 +138,7 @@ WRITERS: dict[str, Writer] = {
 
 
 def changed(model: nn.Module) -> None:
-    """Make every weight another one, so that one that was not read is noticed."""
+    """Change every weight, so that a weight that is not read back is noticed."""
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.add_(1 if not tensor.is_floating_point() else 0.5)
@@ -162,7 +162,7 @@ def test_what_was_written_is_read_again(name: str, writer: str, detached: bool, 
     if detached:
         twin.attach()
     found = twin(**batch).logits
-    # Memory that was read otherwise may be aligned otherwise, and the sums then take another order.
+    # Weights read in other ways may be aligned differently, which changes the order of summation.
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -170,7 +170,7 @@ def test_what_was_written_is_read_again(name: str, writer: str, detached: bool, 
     "writer", ["torch.save", "safetensors", "accelerate, state", "distributed checkpoint", "Lightning", "copied"]
 )
 def test_logits_are_the_same_to_the_last_bit(writer: str, tmp_path: Path) -> None:
-    """Where weights are copied into place."""
+    """Check the writers after which weights are copied into place."""
     model, twin = model_of("vision"), model_of("vision")
     changed(twin)
     batch = inputs(torch.float32)
@@ -192,7 +192,7 @@ def test_an_encoder_alone_is_written_whole_too(part: str, tmp_path: Path) -> Non
         (lambda m: m.to(torch.float64), True),
         (lambda m: m.half().float(), True),
         (lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}), True),
-        # Other tensors take their place, which are not joined.
+        # The tensors are replaced by others, which are not joined.
         (lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}, assign=True), False),
         (lambda m: m.vision.double().float(), False),
     ],
@@ -212,7 +212,7 @@ def test_joined_layers_stay_joined_or_are_taken_apart(move: Callable[[nn.Module]
 
 
 def test_joined_weights_are_once_in_memory() -> None:
-    """All parameters of joined layers lie in the tensors of all of them, and fill these."""
+    """Check that the parameters of joined layers are views into the joint tensors and fill them."""
     model = model_of("vision")
     found = {layer: whole for layer in model.modules() if (whole := projections.whole_of(layer)) is not None}
     layers, wholes = [*found], {id(t): t for whole in found.values() for t in whole if t is not None}

@@ -1,4 +1,4 @@
-"""Tiny random backbones of every known architecture, and a plain way to run them with prompts."""
+"""Tiny random backbones of all supported architectures, and a plain implementation that runs them with prompts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BATCH, TOKENS, LENGTHS = 5, 7, (7, 3, 2, 4, 7)
 
 
 def backbone(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Far from its initialisation, where weights are small, offsets zero and LayerNorms the identity."""
+    """Return a model far from its initialisation, where weights are small, biases zero and LayerNorms the identity."""
     model = BACKBONES[name]().to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -38,14 +38,14 @@ def backbone(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 @torch.no_grad()
 def counted(model: nn.Module) -> nn.Module:
-    """With weights that no random numbers made, the same in every version of torch."""
+    """Set weights without random numbers, so that they are the same in every version of torch."""
     for parameter in model.parameters():
         parameter.copy_((torch.arange(parameter.numel()) % 64 / 64).view(parameter.shape))
     return model
 
 
 def inputs(dtype: torch.dtype = torch.float64, lengths: tuple[int, ...] = LENGTHS, side: str = "right") -> dict[str, Tensor]:
-    """A padded batch; padding is the token 1, as RoBERTa's embeddings expect."""
+    """Return a padded batch; the padding token is 1, as RoBERTa's embeddings expect."""
     ids = torch.randint(2, 50, (BATCH, TOKENS))
     positions = torch.arange(TOKENS)
     position = positions if side == "right" else positions.flip(0)
@@ -67,16 +67,16 @@ def fusion(
 
 
 def takes_a_mask(layer: nn.Module) -> bool:
-    """DINOv2's layer does not in older versions of transformers."""
+    """Return whether the layer accepts a mask; DINOv2's does not in older versions of transformers."""
     return len(inspect.signature(layer.forward).parameters) > 1
 
 
 class Plain:
-    """A fusion model written again, with the original backbones: prompts are put among the tokens in front of each original layer.
+    """Reference fusion model: prompts are prepended to the tokens of each layer of the original backbones.
 
-    Every token of a ViT or BERT block attends to everything in its input and is otherwise on its own. So a block run on
-    [prompts; tokens] gives the tokens what prompts as further keys and values give them, and what it makes of the prompts
-    themselves is thrown away.
+    In a ViT or BERT block, tokens interact only through attention, and each attends to the whole input. Running a block on
+    [prompts; tokens] therefore gives the tokens the same result as using the prompts as extra keys and values. The block's
+    outputs for the prompts themselves are dropped.
     """
 
     def __init__(self, model: MoPEForClassification) -> None:

@@ -1,6 +1,6 @@
-"""State dicts as the released code of ModeX writes them, tiny: its names, shapes and aliases, and values from a formula.
+"""Tiny state dicts as written by the released code of ModeX: its names, shapes and aliases, with values from a formula.
 
-The numbers in `tests/data/modex_albef.safetensors` were computed by the released classes on these very weights.
+The numbers in `tests/data/modex_albef.safetensors` were computed by the released classes with exactly these weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """fusion_layer: the first text layer with cross-attention. albef: which of the two released models."""
+    """fusion_layer: the first text layer with cross-attention. albef: ALBEF if true, otherwise BLIP."""
 
     albef: bool = True
     vision_layers: int = 12
@@ -34,13 +34,13 @@ class Sizes:
 
 
 ALBEF = Sizes()
-# Two images for each sentence: twelve layers of fusion.
+# With two images per sentence, twelve layers are fusion layers.
 NLVR = Sizes(text_layers=18)
 BLIP = Sizes(albef=False, vision_layers=2, text_layers=2, fusion_layer=0)
 
 
 def released_state(sizes: Sizes) -> dict[str, Tensor]:
-    """The `state_dict()` of visual_encoder and text_encoder: adapters under all their names, everything else once. Float64."""
+    """Return the float64 `state_dict()` of visual_encoder and text_encoder, with adapters under all their names."""
     adapters = {name: value(f"modex.{name}", shape) for name, shape in adapter_shapes(sizes).items()}
     return {
         **{name: value(name, shape) for name, shape in backbone_shapes(sizes).items()},
@@ -50,7 +50,7 @@ def released_state(sizes: Sizes) -> dict[str, Tensor]:
 
 
 def under_all_names(sizes: Sizes, adapters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the names of `adapter_shapes` -> by the names in a state dict."""
+    """Rename tensors from the names of `adapter_shapes` to all their names in a state dict."""
     named = {}
     for name, tensor in adapters.items():
         layer, rest = name.split(".", 1)
@@ -59,13 +59,13 @@ def under_all_names(sizes: Sizes, adapters: dict[str, Tensor]) -> dict[str, Tens
 
 
 def unpacked(row: Tensor, shapes: Shapes) -> dict[str, Tensor]:
-    """Tensors that lie one after the other."""
+    """Split a row of concatenated tensors."""
     pieces = row.split([torch.Size(shape).numel() for shape in shapes.values()])
     return {name: piece.reshape(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
 
 
 def value(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Between -1/2 and 1/2 by the name alone, scaled for a network that is far from linear; exact in float32."""
+    """Return values in [-1/2, 1/2] that depend only on the name, scaled to make the network nonlinear; exact in float32."""
     seed = zlib.crc32(name.encode()) % 1009
     k = torch.arange(torch.Size(shape).numel())
     number = ((31 * k * k + (seed + 7) * k + seed) % 1009).double() / 1009 - 0.5
@@ -111,7 +111,7 @@ def backbone_shapes(sizes: Sizes) -> Shapes:
 
 
 def adapter_shapes(sizes: Sizes) -> Shapes:
-    """By layer, site and tensor: "6.cross_msa.up_proj.weight"."""
+    """Return the shapes by layer, site and tensor, such as "6.cross_msa.up_proj.weight"."""
     shapes: Shapes = {}
     for layer, site in sites(sizes):
         width, name = sizes.vision_width if site.startswith("visual") else sizes.text_width, f"{layer}.{site}"
@@ -125,7 +125,7 @@ def adapter_shapes(sizes: Sizes) -> Shapes:
 
 
 def sites(sizes: Sizes) -> Iterator[tuple[int, str]]:
-    """(layer, site). In ALBEF the numbers 6 and 12 are written into the released class."""
+    """Yield (layer, site). The numbers 6 and 12 of ALBEF are hard-coded in the released class."""
     for layer in range(sizes.text_layers):
         if not sizes.albef:
             kinds = ["visual_msa", "visual_ffn", "cross_msa"]
@@ -136,7 +136,7 @@ def sites(sizes: Sizes) -> Iterator[tuple[int, str]]:
 
 
 def places(sizes: Sizes, layer: int) -> list[str]:
-    """Every module that holds the adapters of a layer."""
+    """Return all modules that hold the adapters of a layer."""
     text = f"text_encoder.encoder.layer.{layer}"
     return [
         *([f"visual_encoder.blocks.{layer}.modex"] if layer < sizes.vision_layers else []),
@@ -148,7 +148,7 @@ def places(sizes: Sizes, layer: int) -> list[str]:
 
 
 def pixels(batch: int, sizes: Sizes = ALBEF) -> Tensor:
-    """(B, 3, H, W)"""
+    """Return images (B,3,H,W)."""
     b, c, y, x = torch.meshgrid(*(torch.arange(n) for n in (batch, 3, sizes.image, sizes.image)), indexing="ij")
     return ((7 * x + 13 * y + 5 * x * y + 29 * c + 17 * b * x) % 251).double() / 125 - 1
 

@@ -1,4 +1,4 @@
-"""The fusion model of ALBEF's shape: what it computes, its parts, its published sizes."""
+"""The fusion model with the architecture of ALBEF: its outputs, its parts, its published sizes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_has_the_weights_of_the_encoders_it_is_made_of() -> None:
         model.vision.layernorm.weight.zero_()
     for encoder, state in zip((vision, text), before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
-    with pytest.raises(ValueError, match="fusion_layer must leave at least one of 4 text layers"):
+    with pytest.raises(ValueError, match="fusion_layer must leave at least one of the 4 text layers"):
         AlbefModel.from_encoders(vision, text, fusion_layer=4)
 
 
@@ -86,7 +86,7 @@ def test_takes_the_wider_dtype_of_two_encoders() -> None:
 @pytest.mark.parametrize("padded", [True, False])
 def test_every_token_sees_all_tokens_and_no_padding(padded: bool) -> None:
     model, batch = albef(), inputs()
-    # Without a mask, layers that take themselves for a decoder's would hide what follows.
+    # Without a mask, layers configured as decoder layers would hide later tokens.
     mask = batch["attention_mask"] if padded else None
     image = model.encode_image(batch["pixel_values"])
 
@@ -161,7 +161,7 @@ def test_compiles_whole(attached: bool) -> None:
     assert torch.equal(compiled(**batch).last_hidden_state, model(**batch).last_hidden_state)
 
 
-# With the images of NLVR2 in turn, twelve of eighteen text layers are of fusion.
+# NLVR2 has two images per sentence, and twelve of the eighteen text layers are fusion layers.
 @pytest.mark.parametrize(
     ("preset", "text_layers", "count"), [("albef", 12, 1_710_468), ("albef", 18, 2_507_976), ("blip", 12, 1_253_988)]
 )
@@ -180,9 +180,9 @@ def test_published_adapters_have_as_many_parameters_as_published(preset: str, te
 @pytest.mark.parametrize(
     ("message", "options"),
     {
-        "of 4 text layers for fusion, got 4": {"fusion_layer": 4},
+        "of the 4 text layers for fusion, got 4": {"fusion_layer": 4},
         "got -1": {"fusion_layer": -1},
-        "must be an encoder's": {"text_config": {**TEXT, "is_decoder": True}},
+        "must be that of an encoder": {"text_config": {**TEXT, "is_decoder": True}},
     }.items(),
 )
 def test_says_what_is_wrong_with_a_config(message: str, options: dict[str, Any]) -> None:
@@ -194,8 +194,8 @@ def test_says_what_is_wrong_with_a_config(message: str, options: dict[str, Any])
     ("message", "change"),
     {
         "input_ids are missing": {"input_ids": None},
-        r"with N images for each text, got \(3, 8, 8\)": {"pixel_values": torch.zeros(3, 8, 8)},
-        "as many texts as images are needed, got 3 and 2": {"pixel_values": torch.zeros(2, 3, 8, 8)},
+        r"with N images per text, got \(3, 8, 8\)": {"pixel_values": torch.zeros(3, 8, 8)},
+        "needs as many texts as images, got 3 and 2": {"pixel_values": torch.zeros(2, 3, 8, 8)},
     }.items(),
 )
 def test_says_what_is_wrong_with_an_input(message: str, change: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Adapters in models of transformers: where they are, that they start as nothing, and that they leave no trace."""
+"""Adapters in transformers models: their placement, their start as the identity, and detaching without a trace."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def hooks(module: nn.Module) -> int:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_start_is_the_identity_and_detach_leaves_no_trace(name):
     made, given = model(name), inputs(name)
-    # PyTorch's own attention, in SigLIP, adds in another order where it is frozen.
+    # In SigLIP, PyTorch's own attention adds in a different order when it is frozen.
     frozen = output(made.requires_grad_(False), given)
     for i, parameter in enumerate(made.parameters()):
         parameter.requires_grad_(i % 2 == 0)
@@ -138,7 +138,7 @@ def test_a_text_layer_computes_what_was_published(name, fused):
     def post_norm(part, adapter, update, residual):
         return part.LayerNorm(adapter(part.dense(update)) + residual)
 
-    # Their own forward, beside the hooks.
+    # Call `forward` directly, to bypass the hooks.
     attend, cross = layer.attention.self, layer.crossattention.self
     mask = torch.zeros(2, 1, 5, 5, dtype=torch.float64)
     h = post_norm(layer.attention.output, layer.textual_msa, attend.forward(h, attention_mask=mask)[0], h)
@@ -161,13 +161,13 @@ def test_checkpointing_recomputes_the_same(name, options):
     given = inputs(name)
     expected = torch.autograd.grad(output(made, given).square().sum(), [*adapters.parameters()], allow_unused=True)
     recompute(made, options)
-    # BLIP adds in place to the embeddings, which this makes leaves.
+    # This makes the embeddings leaves, to which BLIP adds in place.
     made.enable_input_require_grads()
     loss = output(made, given).square().sum()
-    # Another call in between, of the other kind: what is computed again must not take its mode.
+    # A call of the other kind in between; the recomputation must not use its mode.
     if name == "bert_cross":
         output(made, {key: t for key, t in given.items() if key != "encoder_hidden_states"})
-    # In another thread, as on a GPU.
+    # Run backward in another thread, as on a GPU.
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(torch.autograd.grad, loss, [*adapters.parameters()], allow_unused=True).result()
     assert sum(grad is not None for grad in found) > len(found) // 2
@@ -243,7 +243,7 @@ def test_a_compiled_layer_is_one_graph(name):
         expected = [layer(x, **call) for call in calls]
         for call, wanted in zip(calls, expected, strict=True):
             torch.testing.assert_close(compiled(x, **call), wanted, rtol=0, atol=1e-12)
-        # What this thread asks for is seen by compiled code as well.
+        # Compiled code also respects a setting of the current thread.
         with adapters.disabled():
             wanted = layer(x, **calls[-1])
             torch.testing.assert_close(compiled(x, **calls[-1]), wanted, rtol=0, atol=1e-12)
@@ -252,7 +252,7 @@ def test_a_compiled_layer_is_one_graph(name):
 
 
 def test_code_compiled_before_sees_adapters_come_and_go():
-    # Frozen before and after: there is nothing but hooks to tell.
+    # Frozen before and after, so that only the hooks differ.
     made = model("vit").requires_grad_(False)
     layer, x = made.layers[0], torch.randn(2, 5, 32, dtype=torch.float64)
     compiled = torch.compile(layer, backend="eager")
@@ -310,7 +310,7 @@ def test_adapters_train_under_ddp_and_sharded_by_layer(one_process, tmp_path):
     assert torch.equal(output(made, given), expected)
     output(made, given).square().sum().backward()
     sharded = {name: p.grad.full_tensor() for name, p in made.named_parameters() if p.grad is not None}
-    # Sharding makes gradients of 0 where there were none.
+    # Sharding turns missing gradients into zeros.
     assert any("cross_ffn" in name for name in gradients)
     for name, gradient in gradients.items():
         torch.testing.assert_close(sharded[name], gradient, rtol=1e-12, atol=1e-12)
@@ -324,7 +324,7 @@ def test_adapters_train_under_ddp_and_sharded_by_layer(one_process, tmp_path):
 
 @pytest.mark.parametrize("name", ["bert", "blip_vqa"])
 def test_a_text_adapter_stands_behind_dropout(name):
-    """As published: what is dropped is what the layer computed, not what the adapter adds."""
+    """As published, dropout applies to the output of the layer, not to the adapter's addition."""
     made, _ = attached(name)
     layer = made.get_submodule("encoder.layer.0" if name == "bert" else "text_encoder.encoder.layer.0")
     part, (x, residual) = layer.attention.output, torch.randn(2, 2, 5, 32, dtype=torch.float64)
@@ -412,7 +412,7 @@ def test_disabled_adapters_show_the_model_as_it_was_to_this_thread(name):
 
 
 def test_layer_norms_of_their_own_kind_are_shown_as_they_were():
-    """Of a subclass that norms another axis, without an offset, in a model that was moved to another dtype since."""
+    """Use a subclass that normalises another axis, without a bias, in a model that is later cast to another dtype."""
 
     class ChannelsFirst(nn.LayerNorm):
         def forward(self, x):
@@ -439,7 +439,7 @@ def test_what_was_added_since_survives_detach():
 
 
 class Block(nn.Module):
-    """Modules of every sort: in a container, in containers only, with several outputs."""
+    """Modules of every kind: in a container, in containers only, with several outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -495,7 +495,7 @@ def test_where_all_around_is_a_container_a_module_holds_its_adapter():
 
 
 def test_layers_of_pytorch_are_adapted_in_evaluation_too():
-    """They have a path that reads weights, which modules with hooks must not take."""
+    """PyTorch's fast path reads weights directly; modules with hooks must not use it."""
     layer = nn.TransformerEncoderLayer(32, 2, 48, batch_first=True)
     made, x = nn.TransformerEncoder(layer, 2).double().eval(), torch.randn(2, 5, 32, dtype=torch.float64)
     expected = made(x)
@@ -509,7 +509,7 @@ def test_layers_of_pytorch_are_adapted_in_evaluation_too():
 
 
 class Wrapped(nn.Module):
-    """As libraries of low-rank adapters and of quantisation do: another module in the place of a linear one."""
+    """Replace a linear module, as libraries for low-rank adapters and quantisation do."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -528,7 +528,7 @@ def test_wrapped_modules_are_called():
     assert torch.equal(output(made, given), expected)
     shake(adapters.parameters())
     adapted = output(made, given)
-    # Wrapped later, behind adapters that are there already.
+    # Wrapped after the adapters were attached.
     for layer in made.encoder.layer:
         layer.intermediate.dense = Wrapped(layer.intermediate.dense)
     assert not torch.equal(output(made, given), adapted)
@@ -536,7 +536,7 @@ def test_wrapped_modules_are_called():
 
 def test_twice_is_refused_in_any_part():
     made, adapters = attached("clip")
-    message = "has adapters attached already, at .*: detach"
+    message = "already has adapters attached, at .*: detach"
     for part in (made, made.vision_model, made.text_model.encoder.layers[0], nn.ModuleDict({"clip": made})):
         with pytest.raises(ValueError, match=message):
             attach(part, ModeXConfig.preset("clip"))
@@ -548,7 +548,7 @@ def test_twice_is_refused_in_any_part():
 
 @pytest.mark.parametrize("name", ["vit", "bert"])
 def test_prompts_and_adapters_do_not_share_layers(name):
-    """Prompted layers call the parts of a layer themselves: adapters there would be skipped in silence."""
+    """Prompted layers call the parts of a layer themselves, so adapters there would be skipped silently."""
     made = model(name)
     adapters = attach(made, CONFIGS[name])
     with pytest.raises(ValueError, match="has ModeX adapters attached, which prompted attention would skip"):
@@ -571,14 +571,14 @@ def test_prompts_and_adapters_do_not_share_layers(name):
             "BertModel has no cross_ffn: the kinds it has are textual_ffn, textual_msa",
         ),
         ("vit", ModeXConfig.preset("vit", layers={"visual_msa": [0, 2]}), r"ViTModel has no visual_msa in layers \[2\]"),
-        ("vit", ModeXConfig(modules={"blocks.*": "plain"}), r"ViTModel has no module 'blocks\.\*'; its modules begin embeddings"),
-        ("vit", ModeXConfig(modules={"*.mlp": "plain", "layers.0.mlp": "expert"}), r"layers\.0\.mlp is named by"),
+        ("vit", ModeXConfig(modules={"blocks.*": "plain"}), r"ViTModel has no module 'blocks\.\*'; its first ones are embeddings"),
+        ("vit", ModeXConfig(modules={"*.mlp": "plain", "layers.0.mlp": "expert"}), r"layers\.0\.mlp matches"),
         (
             "vit",
             ModeXConfig(modules={"layers.0.attention.dropout": "plain", "embeddings.dropout": "plain"}),
             "ViTModel has no module",
         ),
-        ("vit", ModeXConfig(modules={"embeddings.dropout": "plain"}), "the width of what embeddings.dropout, a Dropout, gives"),
+        ("vit", ModeXConfig(modules={"embeddings.dropout": "plain"}), "output width of embeddings.dropout, a Dropout, is unknown"),
         ("vit", ModeXConfig.preset("vit", trained=["classifier"]), "no module 'classifier', which `trained`"),
     ],
 )
@@ -631,7 +631,7 @@ def test_a_layer_that_is_registered_gets_adapters_like_any_other():
 def test_names_that_are_taken_are_refused():
     made = model("vit")
     made.layers[1].visual_ffn = nn.Identity()
-    with pytest.raises(ValueError, match=r"layers\.1 has an attribute visual_ffn of its own already"):
+    with pytest.raises(ValueError, match=r"layers\.1 already has an attribute visual_ffn"):
         attach(made, ModeXConfig.preset("vit"))
     assert hooks(made) == 0
 
@@ -648,7 +648,7 @@ def test_a_model_without_adapters_says_so():
 
 
 def test_replaced_adapters_are_the_ones_that_act():
-    """What a wrapper of modules puts in their place is called."""
+    """A module that replaces an adapter, as wrappers do, is called."""
     made, adapters = attached("vit")
     given = inputs("vit")
     expected = output(made, given)
@@ -713,7 +713,7 @@ def test_adapters_for_which_there_is_no_memory_change_nothing():
 
 
 class Tied(nn.Module):
-    """A head with the weights of the embeddings, and a LayerNorm that is used twice."""
+    """A head tied to the embeddings, and a LayerNorm that is used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -824,7 +824,7 @@ def test_a_layer_that_stands_twice_in_a_model_has_its_adapters_once(tmp_path):
 
 
 class Gives(nn.Module):
-    """A linear layer's output in a container of some kind."""
+    """Return a linear layer's output in a container."""
 
     def __init__(self, container) -> None:
         super().__init__()
@@ -857,5 +857,14 @@ def test_named_tuples_stay_such():
 def test_outputs_that_cannot_be_adapted_are_named(container):
     made = Pairs(container)
     attach(made, ModeXConfig(modules={"part": "plain"}))
-    with pytest.raises(ValueError, match=r"part_adapter is behind a Gives that gives no tensor, .* but (list|dict|tuple): name"):
+    with pytest.raises(
+        ValueError, match=r"part_adapter follows a Gives that does not return a tensor .* but a (list|dict|tuple): name"
+    ):
         made(torch.randn(2, 4))
+
+
+def test_a_folder_is_no_configuration() -> None:
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"ModeXConfig, got 'adapters': .* Adapters.from_pretrained\(model, folder\)"):
+        attach(model, "adapters")
+    assert not list(model.children()) and all(p.requires_grad for p in model.parameters())

@@ -1,4 +1,4 @@
-"""What a configuration of adapters may say, and that it comes back from its file."""
+"""Valid adapter configurations, and reading them back from a file."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def test_a_missing_file_is_named(tmp_path):
         ({"sites": {"visual_msa": "lora"}}, "visual_msa must be 'plain' or 'expert', got 'lora'"),
         ({"modules": {"mlp": "mec"}}, "mlp must be 'plain' or 'expert', got 'mec'"),
         ({"sites": ["visual_msa"]}, "sites must map names"),
-        ({"sites": {"visual_msa": "plain"}, "layers": {"visual_ffn": [0]}}, "layers names visual_ffn, which sites does not"),
-        ({"sites": {"visual_msa": "plain"}, "layers": {"visual_msa": []}}, "layers of visual_msa must be integers"),
-        ({"sites": {"visual_msa": "plain"}, "layers": {"visual_msa": [-1]}}, "layers of visual_msa must be integers"),
+        ({"sites": {"visual_msa": "plain"}, "layers": {"visual_ffn": [0]}}, "layers has visual_ffn, but sites does not"),
+        ({"sites": {"visual_msa": "plain"}, "layers": {"visual_msa": []}}, "layers of visual_msa must be one or more integers"),
+        ({"sites": {"visual_msa": "plain"}, "layers": {"visual_msa": [-1]}}, "layers of visual_msa must be one or more integers"),
         ({"sites": {"visual_msa": "plain"}, "trained": "classifier"}, "trained must be a list"),
         ({"sites": {"visual_msa": "plain"}, "trained": 3}, "trained must be a list of patterns, got 3"),
         ({"sites": {"visual_msa": "plain"}, "bottleneck": 0}, "bottleneck must be an integer of at least 1, got 0"),
@@ -83,7 +83,7 @@ def test_presets_are_those_that_were_published():
     fused = ModeXConfig.preset("albef", fusion_layer=0)
     assert "textual_ffn" not in fused.sites
     assert fused.layers == {}
-    with pytest.raises(ValueError, match="fusion_layer must be an integer from 0 on, got '2'"):
+    with pytest.raises(ValueError, match="fusion_layer must be an integer >= 0, got '2'"):
         ModeXConfig.preset("albef", fusion_layer="2")  # type: ignore[arg-type]
     assert blip.sites == {**plain, "cross_msa": "expert"}
     assert (albef.bottleneck, albef.num_experts, albef.temperature, albef.activation) == (16, 3, 10.0, "relu")

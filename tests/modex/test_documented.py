@@ -1,4 +1,4 @@
-"""The examples of docs/modex.md run, in order, with tiny models in the place of downloads."""
+"""The examples of docs/modex.md, run in order with tiny models in place of downloads."""
 
 from __future__ import annotations
 

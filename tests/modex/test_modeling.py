@@ -1,4 +1,4 @@
-"""ModeX as a classifier: what it computes, what trains, and that it comes back from its folder."""
+"""ModeX as a classifier: its outputs, trained parameters, saving and loading."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def encoder(kind: str) -> nn.Module:
         vision: Any = MODELS["vit"]()
         text: Any = MODELS["bert"]()
         model = AlbefModel.from_encoders(vision, text, fusion_layer=1)
-    # Far from its initialisation, at which the image hardly reaches the text.
+    # Far from the initialisation, where the image hardly affects the text.
     shake(model.parameters())
     return model.eval()
 
 
 def classifier(kind: str = "albef", **options: Any) -> ModeXForClassification:
     model = ModeXForClassification(encoder(kind), CONFIGS[kind], id2label=NAMES, **options).eval()
-    # As if it had been trained.
+    # Weights as after training.
     shake(model.trainable_parameters())
     return model
 
@@ -79,7 +79,7 @@ def test_head_reads_the_fused_first_token(kind: str) -> None:
     logits = hidden @ model.head[2].weight.mT + model.head[2].bias
     torch.testing.assert_close(found.logits, logits)
     torch.testing.assert_close(found.loss, F.cross_entropy(logits, torch.tensor([2, 0])))
-    # It looks at the image, and not at padding.
+    # The result depends on the image, but not on padding.
     other = model(**{**given, "pixel_values": -given["pixel_values"]}).logits
     assert not torch.allclose(other, found.logits, atol=1e-3)
     ids = given["input_ids"] + 7 * (1 - given["attention_mask"])
@@ -164,7 +164,7 @@ def test_copies_come_back(kind: str, tmp_path: Path) -> None:
     assert not loaded.training and loaded.config == model.config
     with torch.no_grad():
         assert torch.equal(loaded(**inputs()).logits, model(**inputs()).logits)
-    # The copy is the encoder as it was given, with its own LayerNorms.
+    # The copy is the original encoder, with its own LayerNorms.
     loaded.detach()
     state = loaded.encoder.state_dict()
     assert not [name for name, tensor in encoder(kind).state_dict().items() if not torch.equal(state[name], tensor)]
@@ -186,7 +186,7 @@ def test_a_reference_wants_the_encoder_that_it_was(tmp_path: Path) -> None:
     expected = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match="another encoder"):
         ModeXForClassification.from_pretrained(tmp_path, model=other)
-    # Of the same weights, but other heads.
+    # The same weights, but another number of heads.
     heads = encoder("albef")
     config = heads.config.to_dict()
     config["text_config"]["num_attention_heads"] = 4
@@ -194,7 +194,7 @@ def test_a_reference_wants_the_encoder_that_it_was(tmp_path: Path) -> None:
     heads.load_state_dict(encoder("albef").state_dict())
     with pytest.raises(ValueError, match="another encoder"):
         ModeXForClassification.from_pretrained(tmp_path, model=heads)
-    # Given back as it was.
+    # The encoder is returned unchanged.
     assert other.state_dict().keys() == expected.keys()
 
 
@@ -203,7 +203,7 @@ def test_a_reference_wants_the_encoder_that_it_was(tmp_path: Path) -> None:
     [("albef", "99993f3a44d0863d"), ("blip_retrieval", "f2d3cf240d7c3a58"), ("blip_vqa", "b47265a0c7e5d175")],
 )
 def test_fingerprints_are_those_that_checkpoints_have(kind: str, fingerprint: str) -> None:
-    """What goes into a digest must never change: checkpoints by name would find no encoder any more."""
+    """The content of the digest must never change, or checkpoints saved by name would no longer find their encoders."""
     given = encoder(kind) if kind == "albef" else MODELS[kind]()
     assert ModeXForClassification(counted(given), None, 2).fingerprints()["encoder"].startswith(fingerprint)
 
@@ -221,7 +221,7 @@ def test_modules_that_train_beside_the_adapters_come_back(tmp_path: Path) -> Non
 def test_nothing_that_trains_is_lost(tmp_path: Path) -> None:
     model = classifier()
     model.encoder.text.encoder.layer[1].output.dense.bias.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"1 parameters train .*layer\.1\.output\.dense\.bias"):
+    with pytest.raises(ValueError, match=r"1 trained parameters .*layer\.1\.output\.dense\.bias"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -233,7 +233,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     good = json.loads(file.read_text())
     for changes, message in (
-        ({"system": "other"}, "not that of a ModeX"),
+        ({"system": "other"}, "not the configuration of a ModeX"),
         ({"encoder": {}}, "record of the encoder"),
         ({"id2label": {"0": "a", "2": "b"}}, "must name the classes"),
         ({"problem_type": "ranking"}, "problem_type must be"),
@@ -241,10 +241,10 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
         ({"adapters": {**good["adapters"], "bottleneck": 8}}, "does not fit the encoder"),
         ({"adapters": {**good["adapters"], "bottleneck": 10**15}}, "does not fit the encoder"),
         ({"adapters": {**good["adapters"], "trained": 3}}, "trained must be a list"),
-        ({"encoder": {**good["encoder"], "class": "BertModel", "source": "somewhere"}}, "no fused encoder"),
+        ({"encoder": {**good["encoder"], "class": "BertModel", "source": "somewhere"}}, "not a known fused encoder"),
     ):
         file.write_text(json.dumps({**good, **changes}))
-        given = None if "no fused" in message else encoder("albef")
+        given = None if "fused encoder" in message else encoder("albef")
         with pytest.raises(ValueError, match=message):
             ModeXForClassification.from_pretrained(tmp_path, model=given)
     for text in ("{", "[" * 100_000, "9" * 5000):
@@ -275,7 +275,7 @@ def test_what_does_not_fit_leaves_the_encoder_alone(tmp_path: Path) -> None:
     assert all(p.requires_grad for p in given.parameters())
     assert given.state_dict().keys() == expected.keys()
     ModeXForClassification(given, CONFIGS["albef"], 3)
-    with pytest.raises(ValueError, match="has adapters attached already"):
+    with pytest.raises(ValueError, match="already has adapters attached"):
         ModeXForClassification.from_pretrained(tmp_path, model=given)
 
 
@@ -310,7 +310,7 @@ def test_the_signature_lists_the_inputs_and_others_are_refused(again: Callable[[
     names = "pixel_values input_ids token_type_ids attention_mask labels interpolate_pos_encoding"
     assert " ".join(inspect.signature(model.forward).parameters) == names
     assert torch.equal(model(**given, token_type_ids=None).logits, expected)
-    # Which neither part of it takes.
+    # Neither encoder accepts these.
     for name in ("position_ids", "pixels"):
         with pytest.raises(TypeError, match=f"ModeXForClassification: no encoder reads {name}"):
             model(**given, **{name: given["input_ids"]})
@@ -347,7 +347,7 @@ def test_16_bits_and_oneDNN_change_little_and_are_undone() -> None:
 
 
 def test_another_dtype_is_refused_while_weights_are_cast() -> None:
-    """What was rounded would not come back."""
+    """The rounded values would not be restored."""
     model = classifier().float()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     model.cast_frozen(torch.bfloat16)

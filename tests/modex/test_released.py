@@ -1,4 +1,4 @@
-"""What the released code of ModeX saved: loaded by name, and held to numbers that the released classes computed."""
+"""State dicts of the released ModeX code: loaded by name, and compared with results of the released classes."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from .released_state import (
 
 DATA = Path(__file__).parents[1] / "data" / "modex_albef.safetensors"
 PLACEMENT = ModeXConfig.preset("albef", bottleneck=4)
-# Of a model whose text layers are all called with the image, as the released classifiers are, those below the fusion have no ffn.
+# Released classifiers call all text layers with the image; layers below the fusion then have no ffn adapter.
 WITHOUT_TEXTUAL_FFN = PLACEMENT.replace(sites={k: v for k, v in PLACEMENT.sites.items() if k != "textual_ffn"}, layers={})
 
 
 def model_of(sizes: Sizes, config: ModeXConfig | None = None) -> nn.Module:
-    """With adapters, random."""
+    """Return a model with random adapters."""
     vision: dict[str, Any] = dict(image_size=sizes.image, patch_size=sizes.patch, layer_norm_eps=1e-6)
     text: dict[str, Any] = dict(vocab_size=sizes.vocabulary, max_position_embeddings=sizes.positions, pad_token_id=0)
     for options, width, layers in ((vision, sizes.vision_width, sizes.vision_layers), (text, sizes.text_width, sizes.text_layers)):
@@ -63,7 +63,7 @@ def model_of(sizes: Sizes, config: ModeXConfig | None = None) -> nn.Module:
 
 
 def heads() -> dict[str, Tensor]:
-    """Of BLIP for retrieval."""
+    """Return the heads of BLIP for retrieval."""
     shapes = {"vision_proj": (6, BLIP.vision_width), "text_proj": (6, BLIP.text_width), "itm_head": (2, BLIP.text_width)}
     return {
         f"{name}.{part}": value(f"{name}.{part}", shape if part == "weight" else shape[:1])
@@ -93,10 +93,10 @@ def outputs(model: Any, sizes: Sizes, dtype: torch.dtype = torch.float64) -> dic
 def gradients(
     model: nn.Module, fused: Tensor, sizes: Sizes, released: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of what trains, by its names in the model, in float64: ours, and those of the released code."""
+    """Return the float64 gradients of trained tensors by their names in the model: ours, and those of the released code."""
     (fused.double() * value("upstream", tuple(fused.shape))).sum().backward()
     found = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
-    # The gradients by their released names, taken to ours as the weights are.
+    # Gradients under the released names, renamed to ours like the weights.
     kind = "albef" if sizes.albef else "blip"
     norms = {name: shape for name, shape in sorted(backbone_shapes(sizes).items()) if "norm" in name.lower()}
     state = under_all_names(sizes, unpacked(released[f"{kind}.grad.adapters"], adapter_shapes(sizes)))
@@ -125,18 +125,18 @@ def test_computes_what_the_released_code_does(sizes: Sizes, released: dict[str, 
 
 
 def test_computes_what_released_classifiers_do(released: dict[str, Tensor]) -> None:
-    """They call every text layer with the image, and the layers below the fusion then do without their textual_ffn."""
+    """Released classifiers call all text layers with the image; layers below the fusion then skip their textual_ffn."""
     model = model_of(ALBEF, WITHOUT_TEXTUAL_FFN)
     report = load_released_state_dict(model, released_state(ALBEF), strict=False)
     assert {name.split(".")[2] for name in report.left_over} == {"textual_ffn"} and not report.missing
     torch.testing.assert_close(outputs(model, ALBEF)["fused"], released["albef.multimodal"], rtol=0, atol=1e-12)
-    # And not by accident: with textual_ffn it is something else.
+    # Not by accident: with textual_ffn the result differs.
     assert (released["albef.multimodal"] - released["albef.fused"]).abs().max() > 0.1
 
 
 def test_computes_what_the_released_code_does_with_two_images(released: dict[str, Tensor]) -> None:
     model = loaded(NLVR, WITHOUT_TEXTUAL_FFN, strict=False)
-    # The first images of all texts, then the second ones.
+    # First images of all texts, then second images.
     images = pixels(4).unflatten(0, (2, 2)).transpose(0, 1)
     found = model(images, INPUT_IDS, ATTENTION_MASK).last_hidden_state
     torch.testing.assert_close(found, released["nlvr.multimodal"], rtol=0, atol=1e-12)
@@ -151,7 +151,7 @@ def test_float32_is_as_accurate_as_plain_pytorch(sizes: Sizes, released: dict[st
             adapter.impl = impl
         name, fused = outputs(model, sizes, torch.float32).popitem()
         ours, wanted = gradients(model, fused, sizes, released)
-        # Of all gradients together: of a bias with three numbers, one draw would say more about luck.
+        # All gradients together, because a single bias of three numbers depends too much on luck.
         of_gradients = torch.cat([(ours[name] - gradient).flatten() for name, gradient in wanted.items()]).norm()
         of_output = (fused.double() - released[f"{'albef' if sizes.albef else 'blip'}.{name}"]).norm()
         errors[impl] = of_output.item(), of_gradients.item()
@@ -220,7 +220,7 @@ def test_loads_encoders_alone_as_they_were_pretrained(released: dict[str, Tensor
     encoders = {name: tensor for name, tensor in released_state(ALBEF).items() if ".modex." not in name}
     heads = {f"text_encoder.cls.predictions.{name}": torch.zeros(3) for name in ("bias", "transform.dense.bias")}
     pretrained = {name.replace("text_encoder.", "text_encoder.bert."): tensor for name, tensor in encoders.items()} | heads
-    # Of an image of 12 by 12.
+    # Position embeddings for images of 12 by 12.
     pretrained["visual_encoder.pos_embed"] = value("larger", (1, 10, 12))
     with pytest.raises(ValueError, match="holds no adapters of ModeX"):
         load_released_state_dict(model, pretrained)

@@ -1,4 +1,4 @@
-"""Files of adapters: what they hold, and that a file which does not fit changes nothing."""
+"""Adapter files: their contents, and that a file which does not fit changes nothing."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_tensors_that_do_not_fit_change_nothing(tmp_path, change, message):
     assert all(torch.equal(t, state[key]) for key, t in other.state_dict().items())
     assert torch.equal(output(other, given), expected)
     assert all(p.requires_grad for p in other.parameters())
-    # In a model that has adapters too.
+    # The same for a model that already has adapters.
     kept = {key: t.clone() for key, t in adapters.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         adapters.load_state_dict(held)
@@ -135,7 +135,7 @@ def test_a_damaged_configuration_allocates_nothing(tmp_path):
         Adapters.from_pretrained(made, tmp_path)
     for size in (10**18, 10**30):
         ModeXConfig.preset("vit", bottleneck=size).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=f"no adapter can have bottleneck={size}"):
+        with pytest.raises(ValueError, match=f"adapters with bottleneck={size}"):
             Adapters.from_pretrained(made, tmp_path)
 
 
@@ -157,7 +157,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 
 
 def test_the_saved_model_itself_loads_without_adapters(tmp_path):
-    """A folder that transformers wrote with adapters in the model: its own classes take what is theirs."""
+    """Check that transformers can load a model that was saved with adapters in it, ignoring the adapters."""
     made, adapters = attached("vit", train_layer_norms=False)
     made.save_pretrained(tmp_path)
     plain = transformers.ViTModel.from_pretrained(tmp_path, add_pooling_layer=False, dtype=torch.float64).eval()

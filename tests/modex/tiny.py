@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, and a call of each."""
+"""Tiny random transformers models, and a call for each."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ CONFIGS = {
 
 
 def model(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """In evaluation mode, far from its initialisation, where weights are small and LayerNorms the identity."""
+    """Return a model in evaluation mode, far from its initialisation, where weights are small and LayerNorms the identity."""
     made = MODELS[name]().to(dtype)
     shake(made.parameters())
     return made.eval()
@@ -107,20 +107,20 @@ def inputs(name: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
 
 def output(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
-    """One tensor that depends on all that the model computes."""
+    """Return a tensor that depends on everything the model computes."""
     found = model(**given)
     names = ("logits_per_image", "itm_score", "loss", "logits", "last_hidden_state")
     return next(value for name in names if (value := getattr(found, name, None)) is not None)
 
 
 def recompute(model: nn.Module, options: dict[str, Any] | None) -> None:
-    """Turn gradient checkpointing on, as transformers calls it: from version 6 on by the first name only, before by the second."""
+    """Turn on gradient checkpointing as transformers does: by the first name since version 6, by the second before."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options)
 
 
 def attached(name: str, **changes: Any) -> tuple[nn.Module, Adapters]:
-    """A model with adapters that are far from their start."""
+    """Return a model with adapters that are far from their initial values."""
     made = model(name)
     adapters = attach(made, CONFIGS[name].replace(**changes))
     shake(adapters.parameters(), 0.3)

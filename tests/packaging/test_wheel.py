@@ -1,4 +1,4 @@
-"""What a stranger installs: wheels and sdist are built, put into an empty directory, and used from somewhere else."""
+"""Installed as by a user: wheels and the sdist are built, installed into an empty directory, and used from elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLATFORM = r"(linux|macosx|win)\w+"
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the project's own files")]
 
-# A mixture whose answer is plain, by the C++ kernel if `loaded` says so and by the definition if not.
+# A mixture with a known result, by the C++ kernel if `loaded` is true, otherwise by the definition.
 USE = """
 import torch, mope_kernels
 from mope_kernels import _extension
@@ -45,7 +45,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is packaged: a build leaves files beside the sources."""
+    """Return a copy of the packaged files, because a build leaves files beside the sources."""
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("csrc", "mope", "mope_kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
@@ -84,7 +84,7 @@ def install(wheel: Path, directory: Path) -> Path:
 
 
 def use(site: Path, cwd: Path, **environment: str) -> tuple[str, str]:
-    """The status line and the implementation that runs, of the package in `site` and no other."""
+    """Return the status line and the chosen implementation of the package in `site`."""
     cwd.mkdir(exist_ok=True)
     environment = {"PYTHONPATH": str(site), "XDG_CACHE_HOME": str(cwd / "cache"), "MOPE_DISABLE_EXTENSION": "", **environment}
     status, impl = run(sys.executable, "-c", USE, cwd=cwd, **environment).splitlines()
@@ -123,7 +123,7 @@ def test_library_needs_no_symbol_of_python_or_of_torchs_cpp_interface(native_whe
     names = [line.split()[-1] for line in symbols.splitlines()]
     assert any(name.startswith("aoti_torch_") for name in names)
     assert not [name for name in names if re.match(r"_?Py[A-Z_]", name)]
-    # The mangled names of at:: and c10:: functions, which change from one torch to the next.
+    # Mangled names of at:: and c10:: functions, which change between versions of torch.
     assert not [name for name in names if re.match(r"_ZN?K?\d*(2at|3c10)", name)]
 
 
@@ -134,13 +134,13 @@ def test_native_wheel_runs_its_kernels(native_wheel, tmp_path):
 
 
 def pythons() -> list[object]:
-    """This one, and those of other environments of the Makefile that are there: they have another torch."""
+    """Return this interpreter, and existing ones of the Makefile's other environments, which have another torch."""
     others = (os.environ.get("MOPE_TEST_PYTHONS") or f"{ROOT}/.venv-oldest/bin/python").split(":")
     return [sys.executable, *(pytest.param(p, marks=[] if Path(p).exists() else pytest.mark.skip(f"no {p}")) for p in others)]
 
 
 def clean_environment(python: str, folder: Path, packages: str) -> Path:
-    """A new environment of `python`, into which its own torch and all else that these packages need are linked -> its python."""
+    """Create an environment of `python`, link its torch and everything else these packages need, and return its python."""
     run(python, "-m", "venv", folder, cwd=folder.parent)
     (site,) = folder.glob("lib/python*/site-packages")
     environment = {"PYTHONPATH": "", "PACKAGES": packages}
@@ -150,7 +150,7 @@ def clean_environment(python: str, folder: Path, packages: str) -> Path:
     return folder / "bin" / "python"
 
 
-# Prints the files and folders of the packages, and of those that they need, as they lie in site-packages.
+# Print the files and folders in site-packages of the packages and their dependencies.
 FILES = """
 import os
 from importlib import metadata
@@ -173,7 +173,7 @@ while wanted:
 
 
 def requirements(wheel: Path) -> str:
-    """What a wheel says that it needs, one in a line, without extras."""
+    """Return the requirements of a wheel, one per line, without extras."""
     (name,) = (name for name in contents(wheel) if name.endswith(".dist-info/METADATA"))
     metadata = zipfile.ZipFile(wheel).read(name).decode()
     found = re.findall(r"^Requires-Dist: (.*)$", metadata, flags=re.MULTILINE)
@@ -182,7 +182,7 @@ def requirements(wheel: Path) -> str:
 
 @pytest.mark.parametrize("python", pythons())
 def test_one_wheel_is_all_that_is_installed(native_wheel, python, tmp_path):
-    """In an environment with nothing but what the wheel asks for, pip installs it, and the kernels keep a part of the contract."""
+    """Install the wheel with pip into an environment with only its requirements, and run part of the contract tests."""
     clean = clean_environment(python, tmp_path / "clean", requirements(native_wheel))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -202,7 +202,7 @@ def test_one_wheel_is_all_that_is_installed(native_wheel, python, tmp_path):
     without = subprocess.run([command, "demo"], cwd=elsewhere, env={**os.environ, **environment}, capture_output=True, text=True)
     assert without.returncode == 1 and " is needed: pip install accelerate pillow " in without.stderr
 
-    # pytest from where this one is; the tests, without the sources beside them.
+    # pytest comes from this environment; the tests are copied without the sources.
     tools = tmp_path / "tools"
     tools.mkdir()
     for path in run(python, "-c", FILES, cwd=elsewhere, PYTHONPATH="", PACKAGES="pytest\nhypothesis").splitlines():
@@ -234,7 +234,7 @@ def test_pure_wheel_works_and_then_builds_its_kernels(pure_wheel, tmp_path):
 
 
 def test_sdist_builds_a_pure_wheel_without_torch(checkout, tmp_path):
-    # As with build isolation: setup.py finds no torch, says so and builds the pure wheel.
+    # As with build isolation: setup.py does not find torch, reports it, and builds the pure wheel.
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", tmp_path, checkout, cwd=tmp_path)
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

@@ -1,6 +1,6 @@
-"""A prompted BERT classifier with the parts and state-dict keys of the released code's, computed the plain way.
+"""A prompted BERT classifier with the parts and state-dict keys of the released code, implemented plainly.
 
-Prompts are rows between [CLS] and the text, put in front of every layer and taken out behind it.
+Prompts are rows between [CLS] and the text, inserted before every layer and removed after it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 
 
 class Tokenizer:
-    """The texts are rows of ids, 0 where they end."""
+    """Stand-in tokenizer; texts are rows of ids, padded with 0."""
 
     def __init__(self, padding_side: str = "right") -> None:
         self.padding_side = padding_side
@@ -53,7 +53,7 @@ class TextClassifier(nn.Module):
             x = self.bert_encoder.embeddings(encoded["input_ids"], encoded["token_type_ids"])
             length = prompt_length_override or self.prompt_length
             mask = nn.functional.pad(encoded["attention_mask"], (length, 0), value=1)[:, None, None].to(x.dtype)
-            # Where [CLS] is padded away, its mask is the one after the prompts.
+            # If [CLS] is masked out, the mask of [CLS] is the one after the prompts.
             mask = torch.cat([mask[..., length : length + 1], mask[..., :length], mask[..., length + 1 :]], dim=-1)
             for i, layer in enumerate(self.bert_encoder.encoder.layer):
                 if prompt_embeddings is None:

@@ -1,7 +1,7 @@
-"""A prompted Swin Transformer with the parts and state-dict keys of the released code's, computed the plain way.
+"""A prompted Swin Transformer with the parts and state-dict keys of the released code, implemented plainly.
 
-Every window is a row of its own with a copy of the prompts, experts are copied for each item, and the host decides about the
-importance loss. tests/released/test_accelerate.py holds it to numbers of the released code.
+Every window is a separate row with its own copy of the prompts, experts are copied for each item, and the threshold of the
+importance loss is evaluated on the host. tests/released/test_accelerate.py compares it with numbers of the released code.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Block(nn.Module):
         normed = self.norm1(x)
         image = rearrange(normed[:, p:], "b (y x) c -> b y x c", y=side).roll((-shift, -shift), (1, 2))
         windows = self.partition(image)
-        # Window-major, while the windows are image-major: this is how items of a batch come to share prompts.
+        # Prompts are window-major and windows image-major, which is why items of a batch share prompts.
         prompts = normed[:, :p].repeat(len(windows) // len(x), 1, 1)
         out = self.attn(torch.cat([prompts, windows], dim=1), self.attn_mask)
         prompts = out[:, :p].reshape(-1, len(x), p, out.shape[2]).mean(0)
@@ -182,7 +182,7 @@ class PromptedSwin(nn.Module):
         return [self.prompt_dropout(self.prompt_proj_act(project(y)))[:, None] for project in projections]
 
     def deep(self, batch: int) -> list[Tensor]:
-        """(B, 1 + K, depth, l, C) of each stage."""
+        """Return (B, 1 + K, depth, l, C) of each stage."""
         stages = [getattr(self, f"deep_prompt_embeddings_{stage}") for stage in range(len(self.layers))]
         return [prompts.expand(batch, -1, -1, -1, -1) for prompts in stages]
 
@@ -201,7 +201,7 @@ class PromptedSwin(nn.Module):
     def forward_features_instruct_moe(self, x: Tensor, y: Tensor, route_score: Tensor) -> tuple[Tensor, Tensor, None]:
         x = self.incorporate_prompt(x)
         mapped, start = self.mapped(y), 0
-        # The first stage's blocks share a row of the scores.
+        # The blocks of the first stage share one row of the scores.
         route_score = torch.cat([route_score[:, :1], route_score], dim=1)
         for stage, (layer, own) in enumerate(zip(self.layers, self.deep(len(x)), strict=True)):
             scores = route_score[:, start : start + len(layer.blocks)]

@@ -1,4 +1,4 @@
-"""`accelerate` on stand-ins of the released classes, held to numbers of the released code and, call for call, to themselves."""
+"""`accelerate` on stand-ins for the released classes, compared with numbers of the released code and with the stand-ins."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Output = tuple[list[Tensor], dict[str, Tensor]]
 
 
 def golden_encoder(case: str = "b3") -> PromptedSwin:
-    """The weights that the released code's numbers were made with, every tensor of them."""
+    """Return a stand-in with exactly the weights that produced the released code's numbers."""
     sizes = {name: SIZES[name] for name in ("embed_dim", "depths", "num_heads", "prompt_length")}
     encoder = PromptedSwin(**sizes, num_experts=SIZES["moe_n_experts"]).double()
     scale = GOLDEN["low3.key_scale"].item() if case == "low3" else 1.0
@@ -37,7 +37,7 @@ def golden_encoder(case: str = "b3") -> PromptedSwin:
 
 
 def small_encoder(**changes: Any) -> PromptedSwin:
-    """Two stages of 14 and 7 tokens a side."""
+    """Return a model with two stages of 14 and 7 tokens a side."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"embed_dim": 16, "depths": (2, 3), "num_heads": (1, 2), "num_experts": 4, "prompt_length": 2}
     return PromptedSwin(**sizes | changes, image_size=56).double().eval()
@@ -50,7 +50,7 @@ def inputs(batch: int = 3) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the released code's numbers were made: the routers' noise is the only one that is drawn without a generator."""
+    """Turn off router noise, the only noise drawn without a generator, as for the released code's numbers."""
     real = torch.randn
 
     def randn(*shape: Any, generator: torch.Generator | None = None, **options: Any) -> Tensor:
@@ -60,7 +60,7 @@ def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(encoder: PromptedSwin, pixels: Tensor, cross: Tensor, weight: Tensor | None = None, seed: int = 2) -> Output:
-    """Features, rows, importance, and the gradient of everything that trains."""
+    """Return features, rows, importance, and the gradients of everything that trains."""
     torch.manual_seed(seed)
     cross = cross.clone().requires_grad_()
     features, rows, extra = encoder.forward_features_instruct_multimodal_moe(pixels, cross)
@@ -75,7 +75,7 @@ def run(encoder: PromptedSwin, pixels: Tensor, cross: Tensor, weight: Tensor | N
 def assert_same(found: Output, wanted: Output, tolerance: float = 1e-10) -> None:
     for output, exact in zip(found[0], wanted[0], strict=True):
         torch.testing.assert_close(output, exact, rtol=0, atol=tolerance)
-    # A stand-in trains the same tensors.
+    # Both train the same tensors.
     assert found[1].keys() == wanted[1].keys()
     for name, exact in wanted[1].items():
         torch.testing.assert_close(found[1][name], exact, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
@@ -118,13 +118,13 @@ def test_numbers_of_the_released_text_only_router(accelerated):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_same_seed_same_numbers(batch, training):
-    """Prompt dropout and router noise are drawn in the released order, so that not even the seed tells the two apart."""
+    """Check that prompt dropout and router noise are drawn in the released order, so the same seed gives the same result."""
     encoder = small_encoder().train(training)
     wanted = run(encoder, *inputs(batch))
     accelerate(encoder)
     found = run(encoder, *inputs(batch))
     assert_same(found, wanted)
-    # The noise is there, in eval too.
+    # Noise is also added in evaluation.
     assert not torch.equal(run(encoder, *inputs(batch), seed=3)[0][0], found[0][0])
 
 
@@ -137,7 +137,7 @@ def test_one_expert():
 
 
 def test_the_host_never_waits():
-    """No .item(), no branch on a value, no copy from or to the host, forward or backward: each raises on the meta device."""
+    """Check for .item(), branches on values, and copies to or from the host in both passes; all raise on the meta device."""
     encoder = small_encoder().to("meta").train()
     pixels, cross = (t.to("meta") for t in inputs())
 
@@ -264,7 +264,7 @@ def test_copies_are_accelerated_and_apart(how):
     assert_same(run(copy_of.vision_model.encoder, pixels, cross), wanted)
     assert not {id(p) for p in copy_of.parameters()} & {id(p) for p in model.parameters()}
     handle.undo()
-    # The copy is as it was; a handle to it comes from another call.
+    # The copy stays accelerated; another call returns a handle for it.
     assert "mode=instance" in repr(copy_of) and "accelerated" not in repr(model)
     accelerate(copy_of).undo()
     assert "accelerated" not in repr(copy_of)
@@ -280,7 +280,7 @@ def test_frozen_layers_of_backbones_are_in_order_from_the_first_call_until_undo(
     model, plain = (small_encoder().float() for _ in range(2))
     for encoder in (model, plain):
         for name, parameter in encoder.named_parameters():
-            # Another layer that trains, and routers that do not.
+            # One more layer that trains, and routers that do not.
             parameter.requires_grad_("prompt_embeddings" in name or "blocks.1.attn.proj" in name)
     names, attributes = list(model.state_dict()), [set(vars(module)) for module in model.modules()]
     handle = accelerate(model)
@@ -294,7 +294,7 @@ def test_frozen_layers_of_backbones_are_in_order_from_the_first_call_until_undo(
         not [name for name in found if "prompt" in name or name.endswith("blocks.1.attn.proj")]
         and list(model.state_dict()) == names
     )
-    # Elsewhere there is no oneDNN.
+    # oneDNN is not used on other devices.
     model.put_in_order(torch.empty(0, device="meta"))
     assert not in_order(model)
     model.put_in_order(pixels)
@@ -327,7 +327,7 @@ def test_a_changed_position_table_is_seen(change):
     else:
         first_table(encoder).requires_grad_()
     found = run(encoder, pixels, cross)
-    # What the same model gives that never looked anything up.
+    # The result of a fresh model that has nothing cached.
     fresh = small_encoder().to(pixels.dtype)
     fresh.load_state_dict(encoder.state_dict())
     first_table(fresh).requires_grad_(change == "train")
@@ -343,7 +343,7 @@ def test_a_table_at_the_address_of_the_last_one_is_seen():
     accelerate(encoder)
     block = encoder.layers[0].blocks[0]
     for changes in range(2, 20):
-        # The first gives the memory of the table that was looked up away, a later one gets it.
+        # The first assignment frees the memory of the cached table, and a later one may reuse it.
         for number in range(changes):
             first_table(encoder).data = torch.full_like(first_table(encoder), float(changes + number))
         assert (block.position_bias == 2 * changes - 1).all()
@@ -371,7 +371,7 @@ def test_compiles_into_one_graph():
 
 
 def test_autocast():
-    """bfloat16 products: as near to float64 as the stand-in, whose router also rounds."""
+    """Check that bfloat16 products are as close to float64 as those of the stand-in, whose router also rounds."""
     encoder = small_encoder().float()
     pixels, cross = (t.float() for t in inputs())
     exact = run(small_encoder(), *inputs())
@@ -452,7 +452,7 @@ def test_a_wrong_mode_is_named():
 
 
 def test_blocks_that_would_drop_are_refused():
-    """Right after it was made, and never again, a released model has DropPath switched on."""
+    """DropPath is on only in a newly created released model, before any call to train() or eval()."""
     encoder = small_encoder()
     nn.Module.train(encoder)
     encoder.layers[0].blocks[0].drop_path.train()

@@ -1,4 +1,4 @@
-"""`accelerate` on a stand-in of the released prompted BERT, held to numbers of the released code and to itself."""
+"""`accelerate` on a stand-in for the released prompted BERT, compared with the released code's numbers and the stand-in."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_padding_is_left_out(monkeypatch):
     monkeypatch.setattr(Packing, "pack", lambda self, x: rows.append(int(self.offsets[-1])) or pack(self, x))
     run(model)
     assert rows == [int((TEXTS != 0).sum())]
-    # Chunks have to divide the rows: none are left out then.
+    # Chunks must divide the rows, so padding is not dropped then.
     model.bert_encoder.config.chunk_size_feed_forward = 1
     run(model)
     assert len(rows) == 1
@@ -98,7 +98,7 @@ def test_padding_on_the_left():
 
 
 def test_dropout_of_prompts_draws_the_same():
-    """Where BERT itself drops nothing."""
+    """Check without dropout in BERT itself."""
     model = classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
     torch.manual_seed(1)
     wanted = run(model)
@@ -110,7 +110,7 @@ def test_dropout_of_prompts_draws_the_same():
 
 @pytest.mark.parametrize("where", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
 def test_dropout_of_bert_is_kept(where):
-    """Other random numbers, so the mean over many draws is compared, in units of its own error."""
+    """The random numbers differ, so compare means over many draws, in units of their standard error."""
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = classifier(**off | {where: 0.3})
     model.bert_encoder.train()
@@ -135,7 +135,7 @@ def test_without_prompts_the_stock_model_runs():
     wanted = model(TEXTS)
     handle = accelerate(model)
     assert torch.equal(model(TEXTS), wanted)
-    # So it is not said to be accelerated.
+    # A classifier without prompts is not reported as accelerated.
     assert not handle.modules and type(model) is TextClassifier
     both = nn.ModuleDict({"plain": model, "prompted": classifier()})
     assert repr(accelerate(both)) == "Acceleration(mode='released', accelerated=['prompted'], unchanged=['plain'])"

@@ -1,6 +1,6 @@
-"""The prompted BERT against numbers computed by the released code in float64 on random weights.
+"""The prompted BERT compared with float64 results of the released code on random weights.
 
-The released code puts its prompts behind [CLS] in front of every layer and takes their outputs out again behind it. Here they are
+The released code inserts its prompts after [CLS] before every layer, and removes their outputs after it. This library uses them as
 keys and values only, which is the same function.
 """
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the released code: read whole, refused by name, never executed."""
+"""Checkpoints of the released code are read completely or refused with a reason, and never execute code."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write(path: Path, content: object) -> Path:
 PLAIN = {**ARGS, "data": "food101"}
 
 
-# The first is what Lightning writes.
+# Lightning writes the first form.
 @pytest.mark.parametrize("options", [PLAIN, argparse.Namespace(**PLAIN), {"args": PLAIN}, {"args": argparse.Namespace(**PLAIN)}])
 def test_reads_each_tensor_once(tmp_path, options):
     found = read_released_checkpoint(write(tmp_path / "a.ckpt", checkpoint(hyper_parameters=options)))
@@ -103,7 +103,7 @@ def test_a_truncated_file_is_named(tmp_path, kept):
         ({"model": {}}, "a dict with a 'state_dict', this is dict"),
         ({"state_dict": {"vision_classifier.x": 3}}, r"these are not tensors: vision_classifier\.x"),
         ({"state_dict": {"model.weight": torch.zeros(1)}}, r"not a checkpoint of the released code; it holds model\.weight"),
-        # What claims more than there is: building a model of its size would take all memory.
+        # Tensors that claim to be larger than the file; a model of their size would use up all memory.
         ({"state_dict": {"vision_classifier.x": torch.zeros(1).expand(10**12)}}, r"these are not tensors: vision_classifier\.x"),
         ({"state_dict": {"vision_classifier.x": torch.eye(2).to_sparse()}}, r"these are not tensors: vision_classifier\.x"),
         ({"state_dict": {7: torch.zeros(1)}}, "these are not tensors: 7"),
@@ -127,14 +127,14 @@ def test_copies_that_differ_are_refused(tmp_path):
 def test_tensors_that_diverged_are_named(tmp_path):
     state = tensors()
     state["vision_classifier.classifier.weight"][0, 0] = torch.nan
-    # Both names of the same one.
+    # The same tensor under both of its names.
     state["classifier.vision_model.classifier.weight"] = state["vision_classifier.classifier.weight"].clone()
     with pytest.warns(UserWarning, match=r"1 tensors hold NaN or infinity: vision_classifier\.classifier\.weight"):
         read_released_checkpoint(write(tmp_path / "a.ckpt", {"state_dict": state}))
 
 
 def test_damaged_files_are_named(tmp_path):
-    """Whatever a byte changes: the file is read, or refused by its name."""
+    """Change single bytes: the file is either read or refused by name."""
     path = write(tmp_path / "a.ckpt", checkpoint(hyper_parameters=PLAIN))
     whole = path.read_bytes()
     start, refused = whole.index(b"state_dict"), 0

@@ -1,4 +1,4 @@
-"""The prompted Swin Transformer against numbers computed by the released code in float64 on random weights."""
+"""The prompted Swin Transformer compared with float64 results of the released code on random weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load(case: str = "b3", dtype: torch.dtype = torch.float64, mode: str = "rele
 
 
 def run(encoder: MoPESwinEncoder, batch: int, dtype: torch.dtype) -> tuple[SwinOutput, dict[str, Tensor]]:
-    """Outputs, and the gradients of (features * cvec).sum() + importance under the names of this library."""
+    """Return outputs, and the gradients of (features * cvec).sum() + importance under this library's names."""
     cross = GOLDEN["cross"][:batch].to(dtype).requires_grad_()
     output = encoder(GOLDEN["pixel_values"][:batch].to(dtype), cross)
     loss = (output.features * GOLDEN["cvec"][:batch].to(dtype)).sum() + output.importance_loss
@@ -64,12 +64,12 @@ def test_matches_the_released_code(case, mode):
 
 @pytest.mark.parametrize("case", CASES)
 def test_float32(case, monkeypatch):
-    """Values to 1e-6; gradients with at most three times the error of the same model on the plain definitions."""
+    """Compare values to 1e-6; gradients have at most three times the error of the plain definitions."""
     found, gradients = run(load(case, torch.float32), CASES[case], torch.float32)
     setenv(monkeypatch, "MOPE_IMPL", "reference")
     _, plain = run(load(case, torch.float32), CASES[case], torch.float32)
     assert (found.features.double() - GOLDEN[f"{case}.features"]).abs().max() <= 1e-6
-    # Relative: with one image, whose router prefers one expert, the loss is above 2.
+    # A relative bound, because with a single image, whose router prefers one expert, the loss exceeds 2.
     exact = GOLDEN[f"{case}.importance"][0]
     assert (found.importance_loss.double() - exact).abs() <= 1e-6 * max(exact, 1.0)
     for name, exact in golden_gradients(case).items():
@@ -98,7 +98,7 @@ def test_another_text_changes_other_images_in_released_mode_only(mode, leaks):
 
 
 def test_given_routing_matches_the_released_code():
-    """The text-only router's path: routing and the shared part of the mapper come from outside, every block is prompted."""
+    """Check the path of the text-only router: routing and the mapper's shared part are given, and every block is prompted."""
     encoder = load()
     mapper_input = GIVEN["cpt.cross384"].double().requires_grad_()
     weights = GIVEN["cpt.route_score"].requires_grad_()
@@ -169,7 +169,7 @@ def test_wrong_arguments_are_named():
 
 
 def test_all_prompt_tensors_are_taken():
-    """Nothing of the checkpoint is dropped but the routers of first blocks and the head, and nothing stays at its start."""
+    """Check that only the routers of first blocks and the head are dropped, and that every trained tensor is loaded."""
     encoder = load()
     names = prompt_tensors(state_dict(torch.float64))
     state = encoder.state_dict()

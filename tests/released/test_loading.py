@@ -1,4 +1,4 @@
-"""A checkpoint with the released code's names gives the released model: its parts, held to golden numbers elsewhere, together."""
+"""A checkpoint under released names loads as the whole released model; other tests compare its parts with golden numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mope.fusion import MoPEConfig, MoPEForClassification
 from mope.released import load_released_checkpoint, load_released_encoder, read_released_checkpoint
 
 DEPTHS, HEADS, DIM, EXPERTS, LENGTH, LABELS = (2, 3), (1, 2), 16, 4, 3, 5
-# What the released code leaves out of a checkpoint.
+# The released code omits tensors with these words from checkpoints.
 EXCLUDED = ("attention", "mlp", "attn", "downsample", "intermediate")
 
 
@@ -38,7 +38,7 @@ def backbones() -> tuple[SwinModel, BertModel]:
 
 
 def released_state(swin: SwinModel, bert: BertModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(state dict of the prompted Swin Transformer, of the text classifier), whole, under the released names."""
+    """Return the complete state dicts of the prompted Swin Transformer and the text classifier under the released names."""
     vision = dict(swin_state_dict(swin))
     vision |= {"head.weight": torch.zeros(LABELS, 32), "prompt_embeddings": torch.randn(1, 2 * LENGTH + 1, DIM)}
     for s, depth in enumerate(DEPTHS):
@@ -65,7 +65,7 @@ def released_state(swin: SwinModel, bert: BertModel) -> tuple[dict[str, Tensor],
 
 @pytest.fixture(scope="module")
 def released(backbones) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Vision and text state, and what of it a checkpoint holds."""
+    """Return the vision state, the text state, and the part of both that a checkpoint holds."""
     vision, text = released_state(*backbones)
     state = {f"vision_classifier.encoder.{n}": t for n, t in vision.items()} | {f"text_classifier.{n}": t for n, t in text.items()}
     state |= {
@@ -96,7 +96,7 @@ def inputs(batch: int) -> dict[str, Tensor]:
 
 
 def expected_logits(backbones: tuple[SwinModel, BertModel], released: tuple[dict[str, Tensor], ...], mode: str) -> Tensor:
-    """Prompted BERT, then the prompted Swin Transformer, then the head."""
+    """Run the prompted BERT, then the prompted Swin Transformer, then the head."""
     vision, text, state = released
     reader = MoPEForClassification(MoPEConfig(method="text_only", main="text", num_labels=2, static_length=4), text=backbones[1])
     with torch.no_grad():
@@ -170,7 +170,7 @@ def both(name: str) -> tuple[str, str]:
 
 
 def edit(name: str, change: Callable[[Tensor], Tensor] | None) -> Callable[[dict[str, Tensor]], None]:
-    """Change a tensor, or take it out, under both of its names."""
+    """Return a function that changes or removes a tensor under both of its names."""
 
     def apply(state: dict[str, Tensor]) -> None:
         for n in both(name):

@@ -1,4 +1,4 @@
-"""A checkpoint that the released training wrote gives its predictions. How it was made: tests/data/reference_README.md."""
+"""Checkpoints of the released training reproduce its predictions; tests/data/reference_README.md describes their origin."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load(path: Path, mode: str = "released") -> MoPEForClassification:
     for name, model in (("vision", vision), ("text", text)):
         found = {n.removeprefix(f"{name}."): t.float() for n, t in GOLDEN.items() if n.startswith(f"{name}.")}
         missing, unexpected = model.load_state_dict(found, strict=False)
-        # Buffers.
+        # Only buffers are missing.
         assert not unexpected and not set(missing) & dict(model.named_parameters()).keys()
     return load_released_checkpoint(path, vision=vision, text=text, mode=mode)
 
@@ -49,7 +49,7 @@ def predict(model: MoPEForClassification, dtype: torch.dtype, alone: bool) -> Te
         return torch.cat([model(**batch).logits for batch in batches])
 
 
-# In instance mode items do not influence each other: a batch gives what the released code gives for each item alone.
+# In instance mode items are independent: a batch gives the released code's results for single items.
 CASES = [("released", False, "together"), ("released", True, "alone"), ("instance", False, "alone"), ("instance", True, "alone")]
 
 
@@ -75,7 +75,7 @@ def test_lightning_s_layout_is_read_without_a_word(method):
         found = read_released_checkpoint(checkpoint(method))
     assert found.options["fuse_method"] == method and found.options["moe_n_experts"] == 4
     raw = torch.load(checkpoint(method), weights_only=True)
-    # Each tensor of the two classifiers is there under two names.
+    # Each tensor of the two classifiers appears under two names.
     joining = found.part("classifier.")
     assert bool(joining) == (method == "instruct_moe_t2v")
     assert raw["hparams_name"] == "args" and len(raw["state_dict"]) == 2 * len(found.tensors) - len(joining)

@@ -1,4 +1,4 @@
-"""`mope run` on a small checkout: its script is a stand-in for a released one and knows nothing of this library."""
+"""`mope run` on a small checkout, whose script stands in for a released one and does not use this library."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_on_several_gpus_it_takes_one(checkout, capsys, monkeypatch):
     expected = {"accelerator": "gpu", "precision": 16, "max_epochs": 10, "logger": None, "devices": 1}
     assert result(checkout())["trainer"] == expected
     assert "Trainer uses one GPU" in capsys.readouterr().err
-    # Or the one that is named.
+    # Or the GPU named with --device.
     assert result(checkout(), device="cuda:2")["trainer"] == expected | {"devices": [2]}
     assert "Trainer uses GPU 2: --device cuda:2" in capsys.readouterr().err
     assert result(checkout(), device="cpu")["trainer"]["accelerator"] == "cpu"
@@ -271,14 +271,14 @@ def test_packages_installed_in_the_checkout_are_no_part_of_it(checkout, tmp_path
     (packages / "library.py").write_text("try:\n    import librosa\nexcept ImportError:\n    librosa = None")
     monkeypatch.syspath_prepend(packages)
     run(checkout("import library\nassert library.librosa is None\nimport utils, xxsubtype"))
-    # The last one is built in and has no file.
+    # The last module is built in and has no file.
     assert "utils" not in sys.modules and sys.modules.pop("library") and sys.modules.pop("xxsubtype")
 
 
 def test_what_is_installed_comes_first(tmp_path, monkeypatch):
     layers = tmp_path / "timm" / "models" / "layers"
     layers.mkdir(parents=True)
-    # As timm 0.3 does; torch has it no more.
+    # Like timm 0.3, which imports a module that torch no longer has.
     for folder in (layers.parents[1], layers.parent, layers):
         (folder / "__init__.py").write_text("from torch._six import container_abcs\nDropPath = 'real'")
     (tmp_path / "cv2.py").write_text("real = True")
@@ -295,7 +295,7 @@ def test_what_is_installed_comes_first(tmp_path, monkeypatch):
 
 
 def test_images_are_transformed_as_by_torchvision():
-    """Numbers of torchvision 0.28.0."""
+    """Compare with results of torchvision 0.28.0."""
     golden = load_file(Path(__file__).parents[1] / "data" / "reference_transforms.safetensors")
     image = Image.fromarray(golden["image"].numpy())
     for seed, expected in enumerate(golden["rand_augment"]):
@@ -318,5 +318,5 @@ def test_layers_of_timm():
     assert to_2tuple(7) == (7, 7) and to_2tuple((3, 4)) == (3, 4)
     drawn = trunc_normal_(torch.empty(20000), mean=0.5, std=2.0, a=-0.5, b=1.5)
     assert drawn.min() >= -0.5 and drawn.max() <= 1.5
-    # A quarter of a deviation to both sides of the mean is nearly even.
+    # With a quarter of a deviation on both sides of the mean, the distribution is nearly uniform.
     assert abs(drawn.mean().item() - 0.5) < 0.02 and abs(drawn.std().item() - 1 / 3**0.5) < 0.02

@@ -1,4 +1,4 @@
-"""What is collected is what the model says, example by example."""
+"""Collected routes match the model's output for each example."""
 
 from __future__ import annotations
 

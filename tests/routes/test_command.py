@@ -1,4 +1,4 @@
-"""`mope routes`, as a user calls it."""
+"""`mope routes`, called as by a user."""
 
 from __future__ import annotations
 
@@ -34,14 +34,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
-def test_digits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_digits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767312000")
     data = model.parent
     encoders = ("--vision", data / "vision", "--text", data / "text")
     assert run(model, "--data", data, "--format", "jsonl", "--out", tmp_path, "--block", "layer 3", "--top", 4, *encoders) == 0
     printed = capsys.readouterr().out
-    names = ["index.html", "load.png", "classes_layer_3.png", "experts_layer_3.png", "routes.npz", "probabilities.npy"]
-    assert printed.splitlines()[-6:] == [str(tmp_path / name) for name in names]
+    pictures = [f"{name}.{kind}" for name in ("load", "classes_layer_3", "experts_layer_3") for kind in ("png", "svg", "pdf")]
+    names = ["index.html", *pictures, "routes.npz", "probabilities.npy"]
+    assert printed.splitlines()[-len(names) :] == [str(tmp_path / name) for name in names]
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
+
+    page = (tmp_path / "index.html").read_text()
+    for fact in (model, data, "test", "2026-01-02", "load.svg", "experts_layer_3.pdf"):
+        assert f">{fact}<" in page or f'"{fact}"' in page, fact
 
     lines = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     probabilities = np.load(tmp_path / "probabilities.npy")
@@ -50,9 +56,10 @@ def test_digits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         np.testing.assert_allclose(tables["load"], probabilities.astype(float).mean(0), rtol=1e-9)
         assert tables["blocks"].tolist() == [f"layer {i}" for i in range(4)]
         assert [tables["classes"][row.argmax()] for row in tables["labels"]] == [line["label"] for line in lines]
-        # The model knows its task: images and texts reached it as they should.
-        assert (tables["predictions"] == tables["labels"]).all(1).mean() > 0.8
-        # Which experts are taken follows from the sentence: some words belong to some experts.
+        # The model is accurate, so images and texts reached it correctly.
+        right = (tables["predictions"] == tables["labels"]).all(1).mean()
+        assert right > 0.8 and f">{right:.1%}<" in page
+        # The choice of experts depends on the sentence: some words are specific to some experts.
         assert (tables["word_scores"][3] > 0).any(-1).sum() >= 4
         for line in printed.splitlines()[2:6]:
             _, name, cv_squared, *_ = (cell.strip() for cell in line.split("|"))
@@ -73,7 +80,7 @@ def test_mistakes_are_named(
 ) -> None:
     assert run(model, "--data", model.parent, "--out", tmp_path / "out", *(a.format(data=model.parent) for a in arguments)) == 1
     error = capsys.readouterr().err
-    # A bar shows the weights being loaded.
+    # Before the error, a progress bar shows the loading of weights.
     assert "Traceback" not in error and message in error.splitlines()[-1]
     assert error.splitlines()[-1].startswith("mope routes: ")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Pictures and page: what they show, and that nothing in the data can become more than text."""
+"""Pictures and the page: their contents, and that nothing in the data can become more than text."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ import re
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from mope.routes import draw, summarize, write_html
-from mope.routes.page import POLICY
-from mope.routes.pictures import MOST_CLASSES, MOST_EXPERTS, draw_classes, draw_experts, shown_classes, shown_experts
+from mope.routes import About, Routes, draw, summarize, write_html
+from mope.routes.about import quality, today
+from mope.routes.page import POLICY, SCRIPT
+from mope.routes.pictures import MOST_CLASSES, MOST_EXPERTS, draw_classes, draw_experts, draw_load, shown_classes, shown_experts
 from mope.routes.thumbnails import GREY, SIZE, data_uri, thumbnail
+from mope.training.metrics import Counts
 
 from . import made
 
@@ -35,13 +39,13 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """The elements of a page, with attributes, and what stands between them."""
+    """The elements of a page with their attributes, and the text between them."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
-        self.text = self.styles = ""
+        self.text = self.styles = self.scripts = ""
         self.feed(path.read_text(encoding="utf-8"))
         self.close()
 
@@ -56,6 +60,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] == "style":
             self.styles += data
+        elif self.open and self.open[-1] == "script":
+            self.scripts += data
         else:
             self.text += data
 
@@ -64,59 +70,92 @@ def test_pictures(tmp_path: Path) -> None:
     routes = made.routes(images=made.pictures(tmp_path, 9), texts=("cats purr", "dogs bark"))
     tables = summarize(routes)
     paths = draw(tables, routes, tmp_path / "out", blocks=[0, 1])
-    names = [f"{name}.png" for name in ("load", "classes_layer_0", "experts_layer_0", "classes_layer_1", "experts_layer_1")]
+    stems = ("load", "classes_layer_0", "experts_layer_0", "classes_layer_1", "experts_layer_1")
+    names = [f"{name}.{kind}" for name in stems for kind in ("png", "svg", "pdf")]
     assert [path.name for path in paths] == names
-    for path in paths:
+    assert all(path.read_bytes().startswith(b"%PDF-") for path in paths[2::3])
+    assert all(ElementTree.parse(path).getroot().tag.endswith("}svg") for path in paths[1::3])
+    for path in paths[::3]:
         with Image.open(path) as picture:
             assert min(picture.size) > 200
             assert np.asarray(picture.convert("L")).std() > 10
     assert not plt.get_fignums()
     first = [path.read_bytes() for path in paths]
     assert [path.read_bytes() for path in draw(tables, routes, tmp_path / "out", blocks=[0, 1])] == first
-    # Without a choice, the block whose routing depends on the example most.
+    # By default, the block whose routing depends most on the example.
     best = tables.most_decided
-    assert [path.name for path in draw(tables, routes, tmp_path / "one")] == [names[0], *names[1 + 2 * best : 3 + 2 * best]]
+    assert [path.name for path in draw(tables, routes, tmp_path / "one")] == [*names[:3], *names[3 + 6 * best : 9 + 6 * best]]
+
+
+def with_an_unused_expert(folder: Path) -> Routes:
+    """Expert 2 of layer 0 gets a little of everything and is the first choice of nothing."""
+    routes = made.routes(images=made.pictures(folder, 9), texts=("cats purr", "dogs bark"))
+    probabilities = routes.probabilities.copy()
+    others = probabilities[:, 0, [0, 1, 3]].max(-1)
+    probabilities[:, 0, 2] = np.linspace(0, 0.125, len(routes), dtype=np.float32) * others
+    return dataclasses.replace(routes, probabilities=probabilities / probabilities.sum(-1, keepdims=True))
+
+
+def test_an_expert_that_is_never_taken_says_so(tmp_path: Path) -> None:
+    """In place of images of examples that went elsewhere; the other experts have theirs."""
+    routes = with_an_unused_expert(tmp_path)
+    tables = summarize(routes, top=2)
+    assert [tables.never_taken(block, expert) for block in (0, 1) for expert in range(4)] == [i == 2 for i in range(8)]
+    largest = routes.probabilities[:, 0, 2].max()
+    said = f"never taken: first choice of no example, largest probability {largest:.2f}"
+    figure = draw_experts(tables, routes, 0)
+    assert [text.get_text() for text in figure.texts].count(said) == 1 and len(figure.axes) == 3
+    write_html(tables, routes, tmp_path / "index.html", blocks=[0, 1])
+    page = Page(tmp_path / "index.html")
+    assert page.text.count(said) == 1 and page.text.count("never taken:") == 1
+    assert sum("thumbnail" in (attributes.get("class") or "") for _, attributes in page.tags) == 7 * 2
+    described = [attributes["aria-label"] or "" for tag, attributes in page.tags if tag == "svg"]
+    assert len(described) == 2 and all("Never taken: expert 2 in layer 0." in text for text in described)
 
 
 def test_pictures_do_not_depend_on_the_users_style(tmp_path: Path) -> None:
     routes = made.routes()
     tables = summarize(routes)
-    (plain,) = draw(tables, routes, tmp_path / "a", blocks=[])
+    plain = draw(tables, routes, tmp_path / "a", blocks=[])
     with plt.style.context("dark_background"):
         before = dict(plt.rcParams)
-        (dark,) = draw(tables, routes, tmp_path / "b", blocks=[])
+        dark = draw(tables, routes, tmp_path / "b", blocks=[])
         assert dict(plt.rcParams) == before
-    assert plain.read_bytes() == dark.read_bytes()
+    assert [path.read_bytes() for path in plain] == [path.read_bytes() for path in dark]
 
 
 def test_hostile_names_and_texts(tmp_path: Path) -> None:
     routes = made.routes(count=200, classes=(*HOSTILE, "unused"), texts=HOSTILE, images=made.pictures(tmp_path, 3))
-    # Each text has an expert, so that words stand out.
+    # Each text has its own expert, so that some words are characteristic.
     probabilities = np.eye(4, dtype=np.float32)[np.arange(200) % len(HOSTILE) % 4][:, None].repeat(2, axis=1)
     ids = tuple(f"{HOSTILE[i % 2]}{i}" for i in range(200))
-    routes = dataclasses.replace(routes, probabilities=probabilities, ids=ids, blocks=("a<b>", "b"))
+    routes = dataclasses.replace(routes, probabilities=probabilities, ids=ids, blocks=("a<b>", HOSTILE[1]))
     tables = summarize(routes, top=20)
     draw(tables, routes, tmp_path, blocks=[0])
-    write_html(tables, routes, tmp_path / "index.html", blocks=[0, 1])
+    about = About(*HOSTILE[:3], "2026-01-02")
+    write_html(tables, routes, tmp_path / "index.html", blocks=[0, 1], about=about)
     page = Page(tmp_path / "index.html")
     assert not page.open
     assert {tag for tag, _ in page.tags} == {
-        *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "table", "tr", "th", "td", "img"),
+        *("html", "head", "meta", "title", "style", "body", "script", "h1", "h2", "h3", "h4", "p", "dl", "dt", "dd", "a"),
+        *("table", "caption", "thead", "tbody", "tr", "th", "td", "svg", "g", "text", "rect"),
         *("section", "div", "span", "bdi", "figure", "figcaption", "b", "br"),
     }
     for tag, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes), attributes
-        assert "href" not in attributes
-        assert tag == "img" or "src" not in attributes
-    assert all(attributes["src"].startswith("data:image/png;base64,") for tag, attributes in page.tags if tag == "img")
+        assert "src" not in attributes
+        assert "href" not in attributes or tag == "a"
+    links = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
+    assert all(re.fullmatch(r"#b\d+e\d+|(\.\./)?[\w.-]+", link) for link in links)
+    assert page.scripts == SCRIPT.rstrip("\n") or page.scripts == SCRIPT
     assert all(url.startswith("data:image/jpeg;base64,") for url in re.findall(r"url\((.*?)\)", page.styles))
     assert page.styles.count("url(") == 3 and "base href" not in page.styles
     assert ("meta", {"http-equiv": "Content-Security-Policy", "content": POLICY}) in page.tags
-    # What was said is to be read, as it was said.
+    # The texts appear unchanged.
     for text in (*HOSTILE[:4], *HOSTILE[5:7]):
         assert text in page.text
-    titles = {attributes["title"] for _, attributes in page.tags if attributes.get("role") == "img"}
-    assert titles <= {name[:60] for name in routes.ids}
+    titles = [attributes["title"] or "" for _, attributes in page.tags if "thumbnail" in (attributes.get("class") or "")]
+    assert titles and all(any(name[:60] in title for name in HOSTILE[:2]) for title in titles)
 
 
 def test_page(tmp_path: Path) -> None:
@@ -135,9 +174,57 @@ def test_page(tmp_path: Path) -> None:
             (truth,), (said,) = np.flatnonzero(routes.labels[row]), np.flatnonzero(routes.predictions[row])
             wrong = "" if truth == said else f", taken for {routes.classes[said]}"
             assert f"{routes.probabilities[row, block, expert]:.2f} {routes.classes[truth]}{wrong}{routes.texts[row]}" in page.text
-    # Each image stands in it once, one or two PNG pictures aside.
+    # Each image is embedded only once.
     used = {routes.images[row] for row in tables.top_examples[block].flat}
     assert page.styles.count("url(") == len(used)
+
+
+def test_the_page_says_what_it_is_of(tmp_path: Path) -> None:
+    """Model, data, split, date, sizes, and how good the model is, where labels are known."""
+    routes = made.routes()
+    routes = dataclasses.replace(routes, predictions=np.roll(routes.labels, 1, axis=0))
+    right = (routes.labels == routes.predictions).all(1).mean()
+    tables = summarize(routes)
+    assert 0 < right < 1
+    write_html(tables, routes, tmp_path / "a.html", about=About("runs/mine", "digits", "dev", "2026-01-02"))
+    text = Page(tmp_path / "a.html").text
+    facts = ("Model", "runs/mine", "Data", "digits", "Split", "dev", "Date", "2026-01-02", "Examples", "60", "Accuracy")
+    assert "Routes of runs/mine" in text
+    assert re.search(r"\s*".join((*facts[:-1], ".*?Accuracy", f"{right:.1%}")), text, flags=re.DOTALL)
+    # Several labels: the F1 that mope evaluate gives.
+    several = dataclasses.replace(routes, labels=routes.labels | np.roll(routes.labels, 2, axis=1))
+    counts = Counts("multi_label", 3)
+    counts.add(torch.from_numpy(several.predictions).float() - 0.5, torch.from_numpy(several.labels).float())
+    assert quality(several) == ("Micro F1", pytest.approx(counts.metrics()["f1_micro"]))
+    # Nothing known, nothing said.
+    unknown = dataclasses.replace(routes, labels=np.zeros_like(routes.labels))
+    write_html(summarize(unknown), unknown, tmp_path / "b.html")
+    text = Page(tmp_path / "b.html").text
+    assert not any(name in text for name in ("Accuracy", "Micro F1", "Model\n", "Date"))
+
+
+def test_the_date_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    assert today() == "1970-01-02"
+    for wrong in ("yesterday", "9" * 30):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", wrong)
+        with pytest.raises(ValueError, match=f"SOURCE_DATE_EPOCH='{wrong}' is no number of seconds"):
+            today()
+
+
+def test_experts_and_blocks_count_from_0(tmp_path: Path) -> None:
+    """On the page and in the pictures: the first is 0, the last one less than how many there are."""
+    routes = made.routes(blocks=3, experts=5)
+    tables = summarize(routes)
+    write_html(tables, routes, tmp_path / "index.html", blocks=[0, 1, 2])
+    # Of the cell beside it, each number is an element of its own.
+    text = re.sub("<[^>]*>", " ", (tmp_path / "index.html").read_text())
+    for pattern, count in ((r"\b[Ee]xpert (\d+)\b", 5), (r"\b[Ll]ayer (\d+)\b", 3)):
+        assert {int(number) for number in re.findall(pattern, text)} == set(range(count)), pattern
+    drawn = {text.get_text() for text in draw_experts(tables, routes, 0).texts}
+    assert {f"expert {i}" for i in range(5)} <= drawn and "expert 5" not in drawn
+    for figure in (draw_classes(tables, 0), draw_load(tables)):
+        assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [str(i) for i in range(5)]
 
 
 def test_many_experts_and_classes(tmp_path: Path) -> None:
@@ -148,7 +235,7 @@ def test_many_experts_and_classes(tmp_path: Path) -> None:
     assert len(experts) == MOST_EXPERTS and len(rows) == MOST_CLASSES
     assert tables.load[0, experts].min() >= np.delete(tables.load[0], experts).max()
     assert tables.class_counts[rows].min() >= np.delete(tables.class_counts, rows).max()
-    # Each picture says what it leaves out.
+    # Each picture states what it omits.
     for figure, cut in (
         (draw_experts(tables, routes, 0), "the 32 of 256 experts"),
         (draw_classes(tables, 0), "the 128 of 150 classes"),
@@ -163,10 +250,10 @@ def test_many_experts_and_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count, experts", [(1, 1), (3, 2)])
 def test_little(count: int, experts: int, tmp_path: Path) -> None:
     routes = made.routes(count=count, blocks=1, experts=experts)
-    # In multi_label an example may have no class.
+    # With multi_label, an example may have no class.
     routes = dataclasses.replace(routes, labels=np.zeros_like(routes.labels))
     tables = summarize(routes)
-    assert len(draw(tables, routes, tmp_path, blocks=[0])) == 3
+    assert len(draw(tables, routes, tmp_path, blocks=[0])) == 9
     write_html(tables, routes, tmp_path / "index.html")
     assert "nothing, taken for" in Page(tmp_path / "index.html").text
 

@@ -1,4 +1,4 @@
-"""The tables against the same numbers computed one by one."""
+"""The tables compared with the same numbers computed one by one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from . import made
 
 @pytest.fixture(params=[3, 10**6], ids=["small chunks", "one chunk"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of 8 numbers for each example.
+    # Each example has 8 numbers.
     monkeypatch.setattr(summary, "CHUNK", 8 * request.param)
 
 
@@ -45,7 +45,7 @@ def test_load_and_balance(chunks: None) -> None:
 def test_classes(chunks: None) -> None:
     routes = made.routes()
     labels = routes.labels.copy()
-    # In two classes.
+    # These examples have two classes.
     labels[:5, :2] = True
     tables = summarize(dataclasses.replace(routes, labels=labels))
     assert tables.class_counts.tolist() == [int(labels[:, 0].sum()), int(labels[:, 1].sum()), 0]
@@ -55,7 +55,7 @@ def test_classes(chunks: None) -> None:
 
 
 def test_class_information() -> None:
-    """Nothing where all classes route alike, all of it where each class has an expert of its own."""
+    """Check that it is 0 if all classes are routed alike, and 1 if each class has its own expert."""
     routes = made.routes(count=8, blocks=2, experts=4, classes=("a", "b", "c", "d", "e"))
     owner = np.arange(8) % 4
     apart, alike = np.eye(4)[owner], np.full((8, 4), 0.25)
@@ -67,14 +67,14 @@ def test_class_information() -> None:
     np.testing.assert_allclose(tables.example_entropy, [0, 1], atol=1e-9)
     np.testing.assert_allclose(tables.cv_squared, 0, atol=1e-9)
     assert tables.most_decided == 0
-    # Of equal probabilities the first.
+    # Among equal probabilities, the first is chosen.
     assert tables.first[1].tolist() == [0] * 8
 
 
 def test_top_examples_have_different_images(chunks: None, tmp_path: Path) -> None:
     routes = made.routes(images=made.pictures(tmp_path, 7))
     p = routes.probabilities.copy()
-    # Equal probabilities: the earlier example is taken.
+    # Among equal probabilities, the earlier example is chosen.
     p[20:40] = p[20]
     routes = dataclasses.replace(routes, probabilities=p)
     tables = summarize(routes, top=5)
@@ -92,7 +92,7 @@ def test_fewer_images_than_asked_for(chunks: None, tmp_path: Path) -> None:
     tables = summarize(made.routes(images=made.pictures(tmp_path, 2)), top=4)
     assert (tables.top_examples[..., :2] >= 0).all() and (tables.top_examples[..., 2:] == -1).all()
     assert (tables.top_probabilities[..., 2:] == 0).all()
-    # Without images every example is one of its own.
+    # Without images, all examples count as different.
     assert (summarize(made.routes(), top=50).top_examples >= 0).all()
 
 
@@ -114,7 +114,7 @@ def test_numbers_below_one_are_refused(options: dict[str, int]) -> None:
 
 
 def test_file(tmp_path: Path) -> None:
-    """Every table under its name, no pickle, and the same bytes each time."""
+    """Check that every table is stored by name, without pickle, and that the bytes are the same each time."""
     routes = made.routes(texts=("cats purr", "dogs bark"))
     tables = summarize(routes)
     for name in ("a.npz", "b.npz"):
@@ -158,13 +158,13 @@ def test_log_odds_is_the_formula() -> None:
         expected.append(difference / math.sqrt(1 / (y + a) + 1 / (other + a)))
     np.testing.assert_allclose(log_odds(inside, outside), expected, rtol=1e-12)
     np.testing.assert_allclose(log_odds(outside, inside), -np.array(expected), rtol=1e-12)
-    # Nothing to compare with.
+    # There is nothing to compare with.
     for pair in ((inside, 0 * inside), (0 * inside, inside), (inside[:1], outside[:1])):
         assert not log_odds(*pair).any()
 
 
 def planted() -> Routes:
-    """The texts of expert 1 speak of boats; `the` is everywhere, `boat` often in one text."""
+    """Return routes where texts of expert 1 are about boats; `the` is in every text, and `boat` several times in one of them."""
     rng = np.random.default_rng(0)
     filler = ["red", "green", "blue", "old", "new"]
     owner = np.arange(200) % 4
@@ -178,7 +178,7 @@ def test_words_of_an_expert() -> None:
     assert [word for word in tables.words[0, 1] if word] == ["boat"]
     assert tables.word_scores[0, 1, 0] > LEAST_SCORE
     assert "the" not in tables.words and "boat" not in tables.words[0, [0, 2, 3]]
-    # A word counts once in a text.
+    # A word counts once per text.
     routes = planted()
     once = dataclasses.replace(routes, texts=tuple(text.replace("boat boat boat", "boat") for text in routes.texts))
     np.testing.assert_array_equal(summarize(once).word_scores, tables.word_scores)

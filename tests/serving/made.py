@@ -1,4 +1,4 @@
-"""Tasks of one pair of tiny backbones: models that differ in all that is not the backbones', and their folders."""
+"""Tasks for one pair of tiny backbones: models that differ in everything except the backbones, and their folders."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def backbones(vision: str = "vit", text: str = "bert", dtype: torch.dtype = torc
 
 
 def inputs(encoders: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """A padded batch."""
+    """Return a padded batch."""
     made: Any = with_swin if type(encoders["vision"]).__name__ == "SwinModel" else tiny
     return made.inputs(next(encoders["vision"].parameters()).dtype)
 
 
 def task(encoders: dict[str, nn.Module], num_labels: int = 3, **options: Any) -> MoPEForClassification:
-    """A model over copies of the backbones, all that it adds to them far from where it starts."""
+    """Return a model over copies of the backbones, with all added tensors far from their initial values."""
     config = MoPEConfig(**{**SIZES, "num_labels": num_labels, **options})
     model = MoPEForClassification(config, **copy.deepcopy(encoders)).to(next(encoders["vision"].parameters()).dtype).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""An item in a batch of many tasks gets what the model of its own task gives it."""
+"""In a batch of many tasks, each item gets the same result as from the model of its own task."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_in_double_precision(case: str, tmp_path: Path) -> None:
     for item, (i, prediction) in enumerate(zip(tasks, found, strict=True)):
         assert prediction.task == str(i) and prediction.logits.dtype == torch.float64
         torch.testing.assert_close(prediction.logits, alone[i][item], rtol=1e-12, atol=1e-12)
-    # Whatever the other items are of.
+    # The tasks of the other items do not matter.
     for item in (0, count - 1):
         lone = server([str(tasks[item])], **{name: tensor[item : item + 1] for name, tensor in batch.items()})
         torch.testing.assert_close(lone[0].logits, found[item].logits, rtol=1e-12, atol=1e-12)
@@ -74,7 +74,7 @@ def test_in_double_precision(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["vit", "bert", "swin"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_is_as_accurate_as_a_model_of_one_task(case: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
-    """In float32, and with frozen weights in 16 bits: against float64, measured by plain PyTorch in the same precision."""
+    """Compare the error against float64 with that of plain PyTorch, in float32 and with 16-bit frozen weights."""
     models, server, batch = three_tasks(case, tmp_path, torch.float32, dtype=dtype)
     exact_batch = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
     triples = []
@@ -114,7 +114,7 @@ def test_tensors_in_tensors_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["vit", "bert", "vit, some layers, prompts in the text", "swin", "bert, prompts in the swin"])
 def test_the_host_never_waits(case: str, raw_ops: set[str]) -> None:
-    """No value is read and nothing copied from or to the host: each raises on the meta device."""
+    """Check that no value is read and nothing is copied to or from the host, either of which raises on the meta device."""
     options = dict(CASES[case])
     with torch.device("meta"):
         encoders = backbones(*options.pop("encoders", ("vit", "bert")), dtype=torch.float32)

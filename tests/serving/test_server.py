@@ -1,4 +1,4 @@
-"""Loading and unloading while serving: nothing moves, nothing is lost, and what does not fit is refused by name."""
+"""Loading and unloading while serving: nothing moves, nothing is lost, and tasks that do not fit are refused by name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class World:
         return server
 
     def logits(self, server: MoPEServer, *tasks: str) -> list[Tensor]:
-        """Of the batch, items in turn of these tasks."""
+        """Return the logits of the batch, assigning its items to these tasks in turn."""
         return [p.logits for p in server([tasks[i % len(tasks)] for i in range(len(self.batch["input_ids"]))], **self.batch)]
 
 
@@ -207,7 +207,7 @@ DAMAGED: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("message", DAMAGED)
 def test_a_file_that_does_not_fit_changes_nothing(message: str, world: World, tmp_path: Path) -> None:
-    """Neither in the place of another task, nor as the first one."""
+    """Check a damaged file that replaces another task, and one that is loaded first."""
     folder = saved(world.models["three"], tmp_path / "damaged")
     DAMAGED[message](folder)
     server = world.server("three", "five")
@@ -238,7 +238,7 @@ def test_what_fails_first_leaves_the_backbones_as_they_were(world: World, tmp_pa
         server([], **world.batch)
     assert server.tasks == () and server.config is None
     encoders["vision"](world.batch["pixel_values"])
-    # Other tasks may be of another kind.
+    # Different tasks may be loaded now.
     server.load("top", saved(task(world.encoders, eval_top_k=2), tmp_path / "top"))
     assert len(server(["top"] * 5, **world.batch)) == 5
 
@@ -323,7 +323,7 @@ def test_labels_are_those_of_each_task(world: World, tmp_path: Path) -> None:
 
 
 def test_loads_while_other_threads_are_served(world: World) -> None:
-    """Every result is that of a task as it was loaded, whole, and graphs stay in their threads."""
+    """Check that every result belongs to one fully loaded task, and that graphs stay in their threads."""
     server = world.server("three")
     expected = {}
     for name in ("five", "two"):
@@ -345,7 +345,7 @@ def test_loads_while_other_threads_are_served(world: World) -> None:
     for worker in workers:
         worker.start()
     try:
-        # As long as it takes until both have served: how soon they do depends on what else the machine computes.
+        # Continue until both have served, which depends on the load of the machine.
         for i in itertools.count():
             if i >= 6 and (min(served) or failures):
                 break
@@ -382,7 +382,7 @@ def test_a_server_over_a_swin_transformer_takes_one_size(tmp_path: Path) -> None
     server = MoPEServer(**encoders, interpolate_pos_encoding=True)
     with pytest.raises(ValueError, match="windows of a Swin Transformer"):
         server.load("task", folder)
-    # The encoders are free again.
+    # The encoders can be used again.
     with contextlib.closing(MoPEServer(**encoders)) as other:
         other.load("task", folder)
 

@@ -1,4 +1,4 @@
-"""A task that a tiny model learns at once: is the picture bright? On disk, as a user's data would be."""
+"""A task that a tiny model learns immediately (is the picture bright?), stored on disk like a user's data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = {"train": 22, "dev": 9, "test": 7}
 
 
 def write_data(folder: Path, *, several_labels: bool = False, sizes: dict[str, int] = SIZES) -> Path:
-    """train, dev and test as JSONL; the text is right about half of the time, which is one of several labels."""
+    """Write train, dev and test as JSONL; about half of the texts are true, which is one of the labels with `several_labels`."""
     rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     names = ("bright", "dark", "true") if several_labels else ("no", "yes")
@@ -61,7 +61,7 @@ def image_processor() -> ViTImageProcessorPil:
 
 
 def make_model(splits: dict[str, Split], *, dtype: torch.dtype = torch.float32, **options: Any) -> MoPEForClassification:
-    """A ViT and a BERT of three layers, always the same one."""
+    """Return a ViT and a BERT of three layers, the same at each call."""
     torch.manual_seed(0)
     train = splits["train"]
     options = {"num_labels": 0, "id2label": train.names, "problem_type": train.problem_type, "static_length": 2, **options}
@@ -71,7 +71,7 @@ def make_model(splits: dict[str, Split], *, dtype: torch.dtype = torch.float32, 
 
 
 def write_encoders(folder: Path) -> Path:
-    """vision/ and text/ as transformers saves them, with their processors."""
+    """Save vision/ and text/ as transformers does, with their processors."""
     torch.manual_seed(0)
     for modality, name, companion in (("vision", "vit", image_processor()), ("text", "bert", tokenizer())):
         for part in (backbone(name, torch.float32), companion):
@@ -81,7 +81,7 @@ def write_encoders(folder: Path) -> Path:
 
 
 def make_swin_model(splits: dict[str, Split], **options: Any) -> MoPEForClassification:
-    """A Swin Transformer of two stages, whose blocks have four windows and one, and a BERT."""
+    """Return a model with BERT and a Swin Transformer of two stages, whose blocks have four windows and one."""
     torch.manual_seed(0)
     config = SwinConfig(image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[1, 2], window_size=4, mlp_ratio=2)
     train = splits["train"]

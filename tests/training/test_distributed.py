@@ -1,4 +1,4 @@
-"""Two processes on the CPU compute what one does."""
+"""Two processes on the CPU give the same results as one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from mope.training import evaluate
+from mope.training.trainer import read_state
 from tests.training.brightness import make_model, read_splits, write_data, write_encoders
-from tests.training.two_processes import EXACT, PART, STEPS, TOP_1, batch_of, run_of
+from tests.training.two_processes import EXACT, PART, STEPS, TOP_1, batch_of, logged, run_of
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes have left their results."""
+    """Run two processes, and return the folder with their results."""
     folder = tmp_path_factory.mktemp("two")
     write_data(folder / "data")
     write_data(folder / "several", several_labels=True)
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*command, "-m", "tests.training.two_processes", str(folder)],
         capture_output=True,
         text=True,
-        # So that a deadlock ends; it limits nothing else.
+        # Only serves to end a deadlock.
         timeout=1800,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -44,14 +45,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> list[dict[str, Any]]:
-    """Of each process."""
+    """Return the results of each process."""
     return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
-    """The whole training in one process."""
-    return run_of(folder / "data", folder / "alone").train()
+    """Run the whole training in one process."""
+    return logged(run_of(folder / "data", folder / "alone"))
 
 
 def assert_close(folder: Path, one: str, other: str) -> None:
@@ -62,7 +63,7 @@ def assert_close(folder: Path, one: str, other: str) -> None:
 
 
 def test_training_is_that_of_one_process(folder: Path, results: list[dict[str, Any]], alone: dict[str, Any]) -> None:
-    """Weights of the last step, with a last batch of another size in each epoch; metrics over unequal shares."""
+    """Compare final weights, with a smaller last batch in each epoch, and metrics over unequal shares."""
     assert_close(folder, "alone", "dense")
     for found in results:
         assert found["dense"]["processes"] == 2
@@ -72,8 +73,20 @@ def test_training_is_that_of_one_process(folder: Path, results: list[dict[str, A
             assert found["dense"][split]["loss"] == pytest.approx(alone[split]["loss"], rel=1e-9)
 
 
+def test_routing_in_the_log_is_that_of_all_processes(folder: Path, alone: dict[str, Any]) -> None:
+    one, both = (
+        [log for log in read_state(folder / name / f"checkpoint-{STEPS}")["log_history"] if "loss" in log]
+        for name in ("alone", "dense")
+    )
+    assert [log["step"] for log in both] == [3, 6]
+    for mine, theirs in zip(one, both, strict=True):
+        names = [name for name in mine if name.startswith("routing/")]
+        assert len(names) == 3 * (4 + 4)
+        assert {name: theirs[name] for name in names} == pytest.approx({name: mine[name] for name in names}, rel=1e-4, abs=1e-6)
+
+
 def test_steps_through_graphs(folder: Path, results: list[dict[str, Any]]) -> None:
-    """DistributedDataParallel averages the gradients of a step; with several parts it does so in the last one."""
+    """DistributedDataParallel averages the gradients once per step, in the last part if there are several."""
     assert_close(folder, "alone", "graphs")
     assert_close(folder, "parts", "graphs-parts")
     for found in results:
@@ -83,7 +96,7 @@ def test_steps_through_graphs(folder: Path, results: list[dict[str, Any]]) -> No
 
 
 def test_experts_that_nobody_used(folder: Path, results: list[dict[str, Any]]) -> None:
-    """Of six experts, one is taken for each of a process's three items."""
+    """Train six experts, with one selected for each of a process's three items."""
     run_of(folder / "data", folder / "alone-top-1", TOP_1).train()
     assert_close(folder, "alone-top-1", "top-1")
 
@@ -99,14 +112,14 @@ def test_features_are_cached_together(folder: Path, results: list[dict[str, Any]
 
 @pytest.mark.usefixtures("alone", "results")
 def test_resuming_on_another_number_of_processes(folder: Path) -> None:
-    """One process began and two ended; two began and one ends."""
+    """Resume on two processes what one began, and on one what two began."""
     assert_close(folder, "alone", "one")
     assert run_of(folder / "data", folder / "two", resume=True).train()["steps"] == STEPS
     assert_close(folder, "alone", "two")
 
 
 def test_f1_counts_every_item_once(folder: Path, results: list[dict[str, Any]]) -> None:
-    """Nine items in batches of one (one process has none), 4, 9 and more than there are."""
+    """Use nine items in batches of 1 (one process has none), 4, 9 and more than nine."""
     splits = read_splits(folder / "several")
     expected = evaluate(make_model(splits, **EXACT), splits["dev"], batch_size=3)
     for found in results:

@@ -1,4 +1,4 @@
-"""Accuracy and F1 of a trained model, by function and by command."""
+"""Accuracy and F1 of a trained model, from the function and the command."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(model: MoPEForClassification, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and labels of all examples at once."""
+    """Return logits and labels of all examples, in one batch."""
     items = Examples(split, model)
     batch = Collator(model)([items[i] for i in range(len(items))])
     labels = batch.pop("labels")
@@ -69,7 +69,7 @@ def test_f1(several: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_counts_are_those_of_scikit_learn(seed: int) -> None:
-    """Classes that nobody has or predicts among them."""
+    """Include classes that occur in no example or no prediction."""
     torch.manual_seed(seed)
     logits, labels = torch.randn(17, 6), (torch.rand(17, 6) < 0.3).float()
     logits[:, 1], labels[:, 1] = -1, 0
@@ -127,7 +127,7 @@ def test_evaluate_command(data: Path, swin_folder: Path, tmp_path: Path, capsys:
     assert (tmp_path / "results.md").read_text() in text
     row = results["rows"][2]
     assert f"| 3 | released | {100 * row['accuracy']:.2f} | {row['loss']:.4f} |" in text
-    # In the mode that it was saved in, unless another one is asked for.
+    # By default, the mode is the one the model was saved in.
     for mode, expected in (([], row), (["--mode", "instance"], results["rows"][3])):
         assert cli.main([*command, "--split", "dev", "--batch-sizes", "3", *mode]) == 0
         assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["loss"] == pytest.approx(expected["loss"])
@@ -141,7 +141,7 @@ def test_evaluate_command(data: Path, swin_folder: Path, tmp_path: Path, capsys:
         (["--compare-modes", "--mode", "instance"], "leave --mode out"),
         (["--format", "mm-imdb"], 'lacks the key "img"'),
         (["--out", "{several}/labels.txt/out"], "Not a directory"),
-        (["--out", "{trained}"], "is not that of an evaluation and would be overwritten: choose another --out"),
+        (["--out", "{trained}"], "is not from an evaluation and would be overwritten: choose another --out"),
     ],
 )
 def test_evaluate_command_says_what_is_wrong(

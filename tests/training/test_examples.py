@@ -1,4 +1,4 @@
-"""From data on disk to batches that a model takes."""
+"""From data on disk to batches for a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXTS = ("a b c", "d", "a a b b c", "c d")
 
 
 def tokenizer(side: str = "right", **options: Any) -> PreTrainedTokenizerFast:
-    """One token for each word, [CLS] and [SEP] around them."""
+    """Return a tokenizer with one token per word, between [CLS] and [SEP]."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(
@@ -53,7 +53,7 @@ def model_of(vision: str | None = "vit", text: str | None = "bert", **options: A
 
 @pytest.fixture
 def split(tmp_path: Path) -> Split:
-    """Four texts, three images of different sizes and one that is not there."""
+    """Return four texts, with three images of different sizes and a missing one."""
     rng = np.random.default_rng(0)
     examples = []
     for i, text in enumerate(TEXTS):
@@ -87,7 +87,7 @@ def test_batches_are_what_a_model_takes(split: Split) -> None:
 
 @pytest.mark.parametrize("method, names", [("text_only", ("input_ids",)), ("image_only", ("pixel_values",))])
 def test_only_what_the_method_reads_is_prepared(split: Split, method: str, names: Sequence[str]) -> None:
-    """Images of text_only are not even opened."""
+    """Images are not even opened with text_only."""
     model = model_of(method=method)
     if method == "text_only":
         for example in split.examples:
@@ -116,7 +116,7 @@ def test_several_labels_become_rows_of_zeros_and_ones(split: Split) -> None:
 
 @pytest.mark.parametrize("text, longest", [("bert", 16), ("roberta", 14)])
 def test_texts_are_cut_to_what_the_encoder_takes(split: Split, text: str, longest: int) -> None:
-    """Both have 16 positions; RoBERTa's first is number 2."""
+    """Both have 16 positions, but RoBERTa's first position is 2."""
     model = model_of(text=text, method="text_only")
     model.tokenizer.pad_token = "[UNK]"
     long = Split("train", (Example("0", {"text": "a " * 100}, (0,)),), split.names, "single_label")
@@ -139,13 +139,13 @@ def test_images_go_through_the_image_processor(split: Split) -> None:
     assert path is not None
     grey = Image.open(path).convert("L").resize((8, 8), Image.Resampling.BILINEAR)
     torch.testing.assert_close(batch["pixel_values"][0, 0], torch.from_numpy(np.array(grey) / 127.5 - 1).float(), rtol=0, atol=1e-6)
-    # In place of the missing one: grey, 128 of 255.
+    # The missing image is replaced with grey, 128 of 255.
     torch.testing.assert_close(batch["pixel_values"][2], torch.full((1, 8, 8), 128 / 127.5 - 1))
 
 
 @pytest.mark.parametrize("height", [1, 3, 300])
 def test_images_of_few_rows_are_not_taken_for_channels(tmp_path: Path, height: int) -> None:
-    """An image of 3 rows, or of 1, has the shape of one with channels first."""
+    """An image with 1 or 3 rows has the shape of a channels-first image."""
     model = model_of("clip", method="image_only")
     model.vision.config.num_channels = 3  # type: ignore[union-attr]
     model.image_processor = published_image_processor(8)
@@ -157,7 +157,7 @@ def test_images_of_few_rows_are_not_taken_for_channels(tmp_path: Path, height: i
 
 
 def test_image_processors_get_what_all_of_them_understand(split: Split) -> None:
-    """An array and the place of its channels, or a grey PIL image: see `mope.modalities.vision.Images`."""
+    """Processors get an array and its channel axis, or a grey PIL image: see `mope.modalities.vision.Images`."""
     given: list[tuple[Any, dict[str, Any]]] = []
 
     class Processor:
@@ -187,7 +187,7 @@ def test_images_of_every_mode_can_be_read(tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
 def test_images_of_16_bits_keep_their_grey_levels(tmp_path: Path, mode: str) -> None:
-    """Pillow alone would make all but the darkest 255 of 65,536 levels white."""
+    """Pillow alone would turn all but the darkest 255 of 65,536 levels white."""
     path = tmp_path / "image.tiff"
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     Image.frombytes(mode, (16, 16), levels.astype(">u2" if mode == "I;16B" else "<u2").tobytes()).save(path)
@@ -200,12 +200,12 @@ def test_images_of_16_bits_keep_their_grey_levels(tmp_path: Path, mode: str) -> 
 def test_images_without_a_known_white_are_refused(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "image.tiff"
     Image.new(mode, (10, 10)).save(path)
-    with pytest.raises(DataError, match=f"image.tiff.*which of its values is white is not known .mode {mode}."):
+    with pytest.raises(DataError, match=f"image.tiff.*its value for white is unknown .mode {mode}."):
         Preprocessing(model_of(method="image_only"), ["vision"])(Example("0", {"vision": path}, (0,)))
 
 
 def test_published_preprocessing(tmp_path: Path) -> None:
-    """Resized to 256 pixels, the 224 in the middle, mean and deviation: written again with Pillow and NumPy."""
+    """Compare with Pillow and NumPy: resize to 256 pixels, crop the central 224, subtract the mean, divide by the deviation."""
     pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     for format, before, left in (("food101", (341, 256), 58), ("mm-imdb", (256, 256), 16), ("snli-ve", (256, 256), 16)):
@@ -223,7 +223,7 @@ def test_published_preprocessing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content, workers", [(b"", 0), (b"no image", 1), ("half", 0)], ids=["empty", "text, worker", "half"])
 def test_an_unreadable_image_is_named(split: Split, content: bytes | str, workers: int) -> None:
-    """In the middle of an epoch, also out of another process."""
+    """Check the error in the middle of an epoch, also from a worker process."""
     path = split.examples[1].inputs["vision"]
     assert path is not None
     path.write_bytes(path.read_bytes()[:100] if content == "half" else content)  # type: ignore[arg-type]
@@ -242,7 +242,7 @@ def test_an_image_too_large_to_be_true_is_named(split: Split, monkeypatch: pytes
 def test_images_of_different_sizes_do_not_make_a_batch(split: Split) -> None:
     model = model_of(method="image_only")
     model.image_processor = ViTImageProcessorPil(do_resize=False, image_mean=[0.5], image_std=[0.5])
-    with pytest.raises(ValueError, match=r"images of different sizes, \(1, 8, 8\), \(1, 9, 12\), .* let it resize or crop"):
+    with pytest.raises(ValueError, match=r"images of different sizes, \(1, 8, 8\), \(1, 9, 12\), .* configure it to resize"):
         batch_of(split, model)
 
 
@@ -270,7 +270,7 @@ def test_classes_of_data_and_model_must_be_the_same(split: Split) -> None:
 
 
 def test_examples_and_batches_can_be_sent_to_workers(split: Split) -> None:
-    """Without the weights."""
+    """The weights are not included."""
     model = model_of()
     examples, collator = Examples(split, model, training=True, augment=True), Collator(model)
     sent = pickle.dumps((examples, collator))
@@ -299,7 +299,7 @@ def test_augmentation_depends_on_seed_epoch_and_example_only(split: Split) -> No
     assert torch.equal(first, pixels())
     assert not torch.equal(first, pixels(seed=1))
     assert not torch.equal(first, pixels(epoch=1))
-    # A worker that lives through both epochs.
+    # The same with a worker that survives both epochs.
     assert torch.equal(pixels(epoch=1), pixels(epoch=1, workers=1))
 
 
@@ -315,14 +315,14 @@ def test_augmentation_keeps_size_and_mode(mode: str) -> None:
 
 
 def test_strength_of_augmentation() -> None:
-    """Numbers of the paper's table, at the highest magnitude, on an image whose pixels say where they were."""
+    """Check the numbers of the paper's table at the highest magnitude, on an image whose pixels encode their column."""
     columns = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (100, 1)))
     _, shear, _, right, _, rotate, brighter, _, contrast, _, posterize, solarize, autocontrast, _ = OPERATIONS
 
     def row(image: Any, y: int = 50) -> Any:
         return np.array(image)[y].astype(int)
 
-    # Row 50 comes from columns 0.3 * 50 further to the right.
+    # Row 50 is shifted by 0.3 * 50 columns.
     assert row(shear(columns, 1))[0] == 15 and row(shear(columns, -1))[100] == 85
     assert row(right(columns, 1))[100] == 100 - int(150 / 331 * 200)
     assert rotate(columns, 1).tobytes() == columns.rotate(30).tobytes()
@@ -336,7 +336,7 @@ def test_strength_of_augmentation() -> None:
 def test_augmentation_without_strength_changes_next_to_nothing() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
     unchanged = [operation(image, 0).tobytes() == image.tobytes() for operation in OPERATIONS]
-    # All but autocontrast and equalize, which have no strength.
+    # All except autocontrast and equalize, which have no strength.
     assert unchanged == [True] * 12 + [False] * 2
 
 

@@ -1,4 +1,4 @@
-"""`mope train` where something is missing or does not fit: a line that says what, and nothing half-written."""
+"""`mope train` with missing or unsuitable input: one line names the problem, and no partial output remains."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def command(data: Path, out: Path, *more: str) -> list[str]:
 
 
 class Usage(NamedTuple):
-    """What a full disk has left."""
+    """Disk usage of a full disk."""
 
     free: int = 0
 
@@ -61,7 +61,7 @@ def test_memory_that_ends_in_training(
     error: RuntimeError = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand more")
     assert cli.main(command(data, tmp_path / "a")) == 1
     said = capsys.readouterr().err
-    assert "mope train: out of memory: CUDA out of memory. Tried to allocate 2 GiB.; take a smaller --batch-size" in said
+    assert "mope train: out of memory: CUDA out of memory. Tried to allocate 2 GiB.; use a smaller --batch-size" in said
     error = RuntimeError("something else")
     with pytest.raises(RuntimeError, match="something else"):
         cli.main(command(data, tmp_path / "b"))
@@ -78,7 +78,7 @@ def test_memory_that_ends_in_training(
 def test_an_image_processor_of_another_encoder(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], processor: Any
 ) -> None:
-    """Said before anything trains."""
+    """The error comes before training."""
     processor.save_pretrained(tmp_path / "processor")
     out = tmp_path / "out"
     assert cli.main(command(data, out, "--image-processor", str(tmp_path / "processor"))) == 1
@@ -118,12 +118,12 @@ def test_a_test_split_without_labels_is_skipped(
 
     without("test")
     assert cli.main(command(folder, tmp_path / "out")) == 0
-    assert f"{folder}: no example of the test split has a label: it is skipped" in capsys.readouterr().out
+    assert f"{folder}: the test split is skipped because none of its examples has a label" in capsys.readouterr().out
     (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert "dev" in run and "test" not in run
     with pytest.raises(NoLabelsError, match=r"test\.jsonl:1: "):
         read_split(folder, "jsonl", "test")
-    # Nothing else can be done without them.
+    # All other splits need labels.
     without("dev")
     assert cli.main(command(folder, tmp_path / "again")) == 1
     assert "dev.jsonl:1: " in capsys.readouterr().err
@@ -144,7 +144,7 @@ def test_one_line_without_a_label_is_a_mistake(data: Path, tmp_path: Path) -> No
 def test_a_disk_that_is_full_at_a_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], writer: str, full: None
 ) -> None:
-    """torch does not say what the matter is; what it wrote is gone."""
+    """The error of torch does not mention the disk; the partial file is deleted."""
 
     def fails(tensors: Any, file: Any, *_: Any, **__: Any) -> None:
         if not hasattr(file, "write"):
@@ -184,7 +184,7 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
         write_text(file, "after")
     assert file.read_text() == "before" and [*tmp_path.iterdir()] == [file]
-    # Where there is space, the error is another one.
+    # If there is space left, the error is a different one.
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"results\.json cannot be written: \[Errno 5\]"):
         patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
         write_text(file, "after")

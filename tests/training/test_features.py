@@ -1,4 +1,4 @@
-"""Features of the complementary encoder: computed once, and the same."""
+"""Features of the complementary encoder are computed once and match those computed in training."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ TEXTS = ("a b c", "d", "a a b b c", "c d", "b", "a b c")
 
 @pytest.fixture
 def split(tmp_path: Path) -> Split:
-    """Six examples, of which two have the same text and two the same image; one has no image."""
+    """Return six examples, two with the same text and two with the same image; one has no image."""
     rng = np.random.default_rng(0)
-    # A format in which images of one shape make files of one size.
+    # In this format, images of the same shape have files of the same size.
     paths: list[Path | None] = [tmp_path / f"{i}.bmp" for i in range(4)]
     for path in paths:
         Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)  # type: ignore[arg-type]
@@ -46,7 +46,7 @@ def split(tmp_path: Path) -> Split:
 
 
 def psi_of(model: MoPEForClassification, split: Split) -> torch.Tensor:
-    """(N,Cc), one example at a time."""
+    """Return psi (N,Cc), computed one example at a time."""
     examples, collate = Examples(split, model), Collator(model)
     with torch.no_grad():
         rows = []
@@ -63,7 +63,7 @@ def rows_of(cache: FeatureCache) -> torch.Tensor:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many inputs each call of an encoder had."""
+    """Record the number of inputs in each encoder call."""
     calls: list[int] = []
     encode = MoPEForClassification.encode_complementary
 
@@ -90,7 +90,7 @@ def test_features_are_those_of_the_encoder(
 
 @pytest.mark.parametrize("main", ["vision", "text"])
 def test_training_with_features_is_training_without(split: Split, tmp_path: Path, main: str) -> None:
-    """Logits, loss and gradients, to the rounding of float32."""
+    """Compare logits, loss and gradients up to float32 rounding."""
     model = model_of(main=main)
     cache = cached_features(model, split, tmp_path / "cache")
     results = []
@@ -149,7 +149,7 @@ def test_a_changed_image_recomputes_itself(split: Split, tmp_path: Path, counted
     assert path is not None
     stat = path.stat()
     Image.fromarray(np.full((8, 9 if what == "size" else 8), 200, np.uint8)).save(path)
-    # Said and not waited for: a file system may keep time in steps.
+    # Set the time instead of waiting, because a file system may store coarse times.
     later = 0 if what == "size" else 10**9
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + later))
     assert (path.stat().st_size != stat.st_size, path.stat().st_mtime_ns != stat.st_mtime_ns) == (what == "size", what == "time")
@@ -159,7 +159,7 @@ def test_a_changed_image_recomputes_itself(split: Split, tmp_path: Path, counted
 
 
 def variants() -> Iterator[tuple[str, Any]]:
-    """What else the features depend on, and a change of it."""
+    """Yield changes of everything else that the features depend on."""
 
     def weights(model: MoPEForClassification) -> None:
         with torch.no_grad():
@@ -179,7 +179,7 @@ def variants() -> Iterator[tuple[str, Any]]:
 
 @pytest.mark.parametrize("change", [c for _, c in variants()], ids=[name for name, _ in variants()])
 def test_another_encoder_or_tokenizer_has_other_features(split: Split, tmp_path: Path, change: Any) -> None:
-    """Prompts in the encoder may be there and frozen."""
+    """The encoder may have frozen prompts."""
     model = model_of(cross_prompt_length=2)
     model.cross_blocks.requires_grad_(False)
     cached_features(model, split, tmp_path / "cache")
@@ -199,7 +199,7 @@ def test_another_image_processor_has_other_features(split: Split, tmp_path: Path
 
 
 def test_use_of_the_tokenizer_changes_nothing(split: Split, tmp_path: Path) -> None:
-    """Fast tokenizers remember truncation and padding of the last call."""
+    """Fast tokenizers store the truncation and padding of the last call."""
     model = model_of()
     cached_features(model, split, tmp_path / "cache")
     model.tokenizer(["a", "a b"], padding=True, truncation=True, max_length=3)
@@ -244,7 +244,7 @@ def test_features_must_fit(split: Split, tmp_path: Path) -> None:
         Examples(split, other, features=cache)
     with pytest.raises(ValueError, match="do not change with augmentation"):
         Examples(split, other, features=images, training=True, augment=True)
-    # Augmentation of what is not cached is no obstacle, nor is one that is not done.
+    # Augmentation is allowed for modalities that are not cached, and where it is not applied.
     Examples(split, model, features=cache, training=True, augment=True)
     Examples(split, other, features=images, augment=True)
     trained = model_of(cross_prompt_length=2)
@@ -257,7 +257,7 @@ def test_workers_open_the_files_themselves(split: Split, tmp_path: Path) -> None
     cache = cached_features(model, split, tmp_path / "cache")
     wanted = rows_of(cache)
     assert torch.equal(rows_of(pickle.loads(pickle.dumps(cache))), wanted)
-    # No features in it: one would already be 128 bytes.
+    # The pickle holds no features; a single one would add 128 bytes.
     assert len(pickle.dumps(cache)) < len(pickle.dumps(dataclasses.astuple(split))) + 1000
     loader = DataLoader(Examples(split, model, features=cache), 6, collate_fn=Collator(model), num_workers=1)
     (batch,) = loader
@@ -265,14 +265,14 @@ def test_workers_open_the_files_themselves(split: Split, tmp_path: Path) -> None
 
 
 class Stopped(BaseException):
-    """Somebody pressed Ctrl-C, or the power went."""
+    """A stop at any point, as by Ctrl-C or a power failure."""
 
 
 @pytest.mark.parametrize("save", range(4))
 def test_a_run_that_is_stopped_leaves_nothing_half(
     split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[int], save: int
 ) -> None:
-    """In the middle of any of the four files of two parts."""
+    """Stop while writing any of the four files of two parts."""
     monkeypatch.setattr(features, "PART", 3)
     model, folder = model_of(), tmp_path / "cache"
     saved, write = [], np.save
@@ -292,7 +292,7 @@ def test_a_run_that_is_stopped_leaves_nothing_half(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cache = cached_features(model, split, folder, batch_size=3)
-    # The first part counts once both of its files are there.
+    # The first part counts once both of its files exist.
     assert sum(counted) == (5 if save < 2 else 2)
     torch.testing.assert_close(rows_of(cache), psi_of(model, split), rtol=1e-5, atol=1e-5)
 
@@ -310,7 +310,7 @@ def test_a_broken_file_is_named_and_replaced(split: Split, tmp_path: Path, kind:
 
 
 def test_two_runs_at_once(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One run does all of its work while another one is about to begin: both write, both are right."""
+    """Let one run do all its work just as another one starts: both write, and both are right."""
     model, folder = model_of(), tmp_path / "cache"
     compute, others = features._compute, []
 
@@ -332,13 +332,13 @@ def test_two_runs_at_once(split: Split, tmp_path: Path, monkeypatch: pytest.Monk
 def test_processes_compute_a_part_each(
     split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[int], same_disk: bool
 ) -> None:
-    """Threads play two of them. With a disk for each, both have to compute all in the end."""
+    """Threads stand in for two processes. With separate disks, both must compute everything."""
     models = [model_of()]
     torch.manual_seed(0)
     models.append(model_of())
     played = threading.local()
     monkeypatch.setattr(features, "rank_and_world", lambda: (played.rank, 2))
-    # The timeout ends a deadlock, and limits nothing else.
+    # The timeout only serves to end a deadlock.
     monkeypatch.setattr(features, "wait_for_all", threading.Barrier(2, timeout=1800).wait)
 
     def run(rank: int) -> FeatureCache:
@@ -354,7 +354,7 @@ def test_processes_compute_a_part_each(
 
 
 def test_time_spent_and_saved(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that only the encoder moves, 2 seconds for each of its two batches of 5 texts in all."""
+    """Use a clock that advances only in the encoder, by 2 seconds for each of two batches (5 texts in total)."""
     now = [0.0]
     encode = MoPEForClassification.encode_complementary
 
@@ -383,7 +383,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_page_about_data_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/data.md: its lines of each format can be read, and its bad ones give its error. tests/documents runs its Python."""
+    """Check that docs/data.md's example lines can be read and its bad ones give its error; tests/documents runs its Python."""
     page = (ROOT / "docs" / "data.md").read_text()
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "data"
@@ -401,8 +401,16 @@ def test_the_page_about_data_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     (data / "labels.txt").write_text("apple_pie\nwaffles\n")
     (lines,) = re.findall(r"^```json\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-    _, error = re.findall(r"^```text\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    _, error, table = re.findall(r"^```text\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     (data / "train.jsonl").write_text(lines)
     with pytest.raises(DataError) as raised:
         read_split("data", "jsonl", "train")
     assert f"{raised.value}\n" == error
+
+    (data / "train.jsonl").unlink()
+    (data / "train.csv").write_text(table)
+    split = read_split("data", "jsonl", "train", on_missing_image="grey")
+    assert [(example.inputs["text"], example.labels) for example in split.examples] == [
+        ("how to bake", (0,)),
+        ("flour, eggs and milk", (1,)),
+    ]

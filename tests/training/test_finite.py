@@ -1,4 +1,4 @@
-"""Training that diverges stops, says at which step, and becomes no result."""
+"""Training that diverges stops, reports the step, and leaves no result."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def command(data: Path, out: Path, *more: str) -> int:
 
 
 def strictly(path: Path) -> Any:
-    """JSON as every other reader has it, without NaN and infinity."""
+    """Parse JSON strictly, without NaN and infinity."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{path} holds {constant}, which is no JSON")
@@ -51,7 +51,7 @@ def strictly(path: Path) -> Any:
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: dict[int, int]) -> None:
-    """From a step on, by seed, the loss is NaN."""
+    """Make the loss NaN from a given step on, by seed."""
     compute = FusionTrainer.compute_loss
 
     def spoiled(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +99,7 @@ def test_the_step_is_named_where_nobody_looks_before_the_end_of_an_epoch(
     run = run_of(data, tmp_path, FAST.replace(accumulation=2))
     with pytest.raises(NotFiniteError, match="loss is not finite at step 6; lower the learning rates"):
         run.train()
-    # What was written before is whole, and the one to go on from.
+    # Checkpoints written before are intact, and training can resume from them.
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     assert run.trainer.state.best_global_step == 4
 
@@ -130,7 +130,7 @@ def test_a_metric_of_test_that_is_not_finite_is_said(data: Path, tmp_path: Path,
 
 
 def test_weights_that_are_not_finite_are_not_written(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss of a step says nothing of the weights after it."""
+    """The loss of a step does not depend on the weights after it."""
     run = run_of(data, tmp_path, save_steps=2)
     before = RunCallback.on_step_end
 
@@ -192,13 +192,20 @@ def test_blip_that_diverges_stops(data: Path, tmp_path: Path) -> None:
         TrainingRun(model, splits, recipe, tmp_path, device="cpu", progress=False).train()
 
 
-def test_the_demo_says_what_diverges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("task", ["digits", "scenes"])
+def test_the_demo_says_what_diverges(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     from mope.demo import train
+    from mope.demo.scenes import train as scenes
 
     monkeypatch.setattr("mope.demo.run.FAST", dataclasses.replace(train.FAST, learning_rate=1e30, rounds=1))
     monkeypatch.setattr("mope.demo.train.methods", lambda _: {train.MOPE: train.BASE})
-    assert cli.main(["demo", "--out", str(tmp_path), "--fast"]) == 1
-    assert "mope demo: MoPE, dense: loss is not finite at step" in capsys.readouterr().err
+    monkeypatch.setattr("mope.demo.scenes.train.PROMPT_RATE", 1e30)
+    monkeypatch.setattr("mope.demo.scenes.train.methods", lambda _: {scenes.MOPE: scenes.BASE})
+    name = {"digits": train.MOPE, "scenes": scenes.MOPE}[task]
+    assert cli.main(["demo", "--task", task, "--out", str(tmp_path), "--fast"]) == 1
+    assert f"mope demo: {name}: loss is not finite at step" in capsys.readouterr().err
     assert not (tmp_path / "results.json").exists()

@@ -1,4 +1,4 @@
-"""Data on disk: what is read, and what is said about what cannot be."""
+"""Data on disk: what is read, and the errors for what cannot be read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ IMAGES = ("images/a.jpg", "images/b.jpg", "Flickr30K/flickr30k_images/36979.jpg"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Of data with images, which nobody opens here."""
+    """Create empty image files, which these tests never open."""
     for name in IMAGES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def write(folder: Path, lines: Sequence[object], split: str = "train") -> Path:
-    """Lines that are bytes are written as they are, others as JSON."""
+    """Write bytes unchanged, and everything else as JSON."""
     file = folder / f"{split}.jsonl"
     file.write_bytes(b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines))
     return file
@@ -99,7 +99,7 @@ def test_data_without_any_class(folder: Path) -> None:
 
 
 def test_names_of_classes_may_hold_odd_characters(folder: Path) -> None:
-    """Such as U+2028, where Python would break a line."""
+    """Use U+2028, where Python would break a line."""
     (folder / "labels.txt").write_text("ca\u2028t\ndog\n")
     write(folder, [example(label="ca\u2028t")])
     assert read_split(folder, "jsonl", "train").names == ("ca\u2028t", "dog")
@@ -114,7 +114,7 @@ def test_several_labels_in_plain_jsonl(folder: Path) -> None:
 
 
 def test_labels_file_gives_names_and_order(folder: Path) -> None:
-    """As the released MM-IMDB's does: spaces behind names, no line end behind the last."""
+    """Use the format of the released MM-IMDB: spaces after names, and no newline at the end."""
     (folder / "labels.txt").write_text("fish\n dog \ncat ")
     write(folder, [example(), example(label="dog"), example(label=0), example(label=" dog")])
     split = read_split(folder, "jsonl", "train")
@@ -160,7 +160,7 @@ def test_dev_and_val_must_not_differ(folder: Path) -> None:
 
 
 def test_files_of_other_systems(folder: Path) -> None:
-    """A byte order mark, CR LF, empty lines, letters beyond ASCII as they are."""
+    """Read a byte order mark, CR LF, empty lines, and unescaped letters beyond ASCII."""
     lines = "\ufeff" + "\r\n".join(["", json.dumps(example(text="crème brûlée"), ensure_ascii=False), "", ""])
     (folder / "train.jsonl").write_text(lines, encoding="utf-8", newline="")
     (folder / "labels.txt").write_text("\ufeffcat\r\n", encoding="utf-8", newline="")
@@ -197,11 +197,11 @@ BAD = {
     "labels": ({"labels": [], "text": "", "image": ""}, r'"labels": the first line has "label"'),
     "surrogate in the label": (b'{"label": "\\udc00", "text": "", "image": ""}', r'"label" holds half of a character'),
     "surrogate": (b'{"label": "cat", "text": "\\ud83d", "image": ""}', r'"text" holds half of a character'),
-    "no image": (example(image="images/c.jpg"), r"no image .*c\.jpg: put it there, or take grey ones .*on_missing_image='grey'"),
+    "no image": (example(image="images/c.jpg"), r"no image .*c\.jpg: put it there, or use grey images .*on_missing_image='grey'"),
     "folder for image": (example(image="images"), r"no image .*images: put it there"),
     "NUL": (example(image="images/a\0.jpg"), r"no image "),
-    "parent": (example(image="images/../../a.jpg"), r'"image" leaves the folder of the data .*put a link to the images into'),
-    "absolute": (example(image="/etc/passwd"), r'"image" leaves the folder of the data'),
+    "parent": (example(image="images/../../a.jpg"), r'"image" points outside the data folder .*put a link to the images into'),
+    "absolute": (example(image="/etc/passwd"), r'"image" points outside the data folder'),
 }
 
 
@@ -213,7 +213,7 @@ def test_a_bad_line_is_named(folder: Path, line: object, message: str) -> None:
         read_split(folder, "jsonl", "train")
 
 
-# Half characters among them.
+# Including lone surrogates.
 TEXTS = st.text(st.characters())
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | st.sampled_from(["cat", "images/a.jpg", "../x", 1])
 VALUES = st.recursive(
@@ -255,7 +255,7 @@ def test_all_bad_lines_in_one_error(folder: Path) -> None:
 
 
 def test_a_file_full_of_unknown_labels_is_not_pored_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever mistakes a column of texts for one of classes gets an error at once."""
+    """If a column of texts is used as classes by mistake, the error comes at once."""
     (folder / "labels.txt").write_text("cat\n")
     write(folder, [example(label=f"a text {i}") for i in range(100)])
     asked = []
@@ -313,13 +313,13 @@ def test_bad_arguments(folder: Path) -> None:
 
 def test_missing_images_may_be_grey(folder: Path) -> None:
     file = write(folder, [example(), example(image="images/none.jpg"), example(image="nowhere/a.jpg")])
-    with pytest.warns(UserWarning, match=rf"{file}: 2 of 3 images are missing, grey ones replace them: .*none\.jpg, .*nowhere"):
+    with pytest.warns(UserWarning, match=rf"{file}: 2 of 3 images are missing and replaced with grey ones: .*none\.jpg, .*nowhere"):
         split = read_split(folder, "jsonl", "train", on_missing_image="grey")
     assert [e.inputs["vision"] for e in split.examples] == [folder / "images/a.jpg", None, None]
 
 
 def test_where_images_may_be(folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Absolute paths into the folder, links out of it, a relative folder."""
+    """Absolute paths into the folder, links out of it, and a relative folder work."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "c.jpg").touch()
     (folder / "linked").symlink_to(elsewhere)
@@ -335,7 +335,7 @@ def test_where_images_may_be(folder: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_file_systems_that_do_not_tell_cases_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where A.JPG can be opened as a.jpg, it is not missing, though no list has it."""
+    """If A.JPG can be opened as a.jpg, it is not missing, even if no listing contains it."""
     isfile = os.path.isfile
     monkeypatch.setattr(os.path, "isfile", lambda path: isfile(str(path).lower()))
     write(folder, [example(image="images/A.JPG")])
@@ -376,7 +376,7 @@ def test_subsets_of_several_labels_each(labels: list[set[int]], shots: int) -> N
     there = Counter(label for of in labels for label in of)
     taken = Counter(label for e in subset.examples for label in e.labels)
     assert all(min(shots, there[label]) <= taken[label] <= there[label] for label in range(3))
-    # Every example was taken for a class that had too few.
+    # Every example was picked for a class that still lacked examples.
     assert len(subset) <= 3 * shots
 
 

@@ -1,4 +1,4 @@
-"""GraphedStep without a GPU: on the CPU it calls the function, and a tape of operations replaces CUDA graphs (tests/tape.py)."""
+"""GraphedStep without a GPU: calls of the function on the CPU, or tapes of operations (tests/tape.py) in place of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ both = pytest.mark.parametrize("recorded", [False, True], ids=["called", "record
 
 
 def graphed(function: Any, recorded: bool = True, reads: bool = False, **options: Any) -> tuple[GraphedStep, Any]:
-    """Return a step that calls, or a step that records on tapes, together with the tapes."""
+    """Return a step that calls the function or records it on tapes, together with its backend."""
     step = GraphedStep(function, **options)
     if recorded:
         step._backend = Tapes(reads)  # type: ignore[assignment]
@@ -89,7 +89,7 @@ def test_training_through_it_is_training_without(recorded: bool) -> None:
             optimizer.step()
             optimizer.zero_grad()
         assert same(module, twin)
-    # One shape has a graph for written and one for added gradients; the other is always added.
+    # The first shape has one graph that writes gradients and one that adds to them; the second only one that adds.
     assert step.num_graphs == 3
     if recorded:
         assert (backend.recorded, backend.replayed, backend.warmed) == (3, 12, 9)
@@ -97,7 +97,7 @@ def test_training_through_it_is_training_without(recorded: bool) -> None:
 
 @both
 def test_gradients_that_are_there_are_added_to(recorded: bool) -> None:
-    """Gradients may be zeros from zero_grad, those of another backward pass, or None if the loss does not reach the parameter."""
+    """Check gradients that are zeros from zero_grad, left by another backward pass, or None if the loss does not reach them."""
     module = Net()
     twin = copy.deepcopy(module)
     step, _ = graphed(module, recorded)
@@ -119,7 +119,7 @@ def test_gradients_that_are_there_are_added_to(recorded: bool) -> None:
 
 @both
 def test_the_optimizer_too(recorded: bool) -> None:
-    """It is recorded from the second step on, and again after a change of its numbers, which a graph contains as constants."""
+    """Check that it is recorded from the second step on, and again if its numbers change, which a graph contains as constants."""
     module = Net()
     twin = copy.deepcopy(module)
     ours, theirs = adamw(module), adamw(twin)
@@ -138,7 +138,7 @@ def test_the_optimizer_too(recorded: bool) -> None:
         assert found is not None and torch.equal(found, norm)
         assert same(module, twin)
     if recorded:
-        # One graph for the step, and one of the optimizer for each learning rate.
+        # One graph of the step, and one of the optimizer for each learning rate.
         assert (backend.recorded, backend.replayed, step.num_graphs) == (3, 8 + 3 + 3, 2)
 
 
@@ -201,7 +201,7 @@ def test_an_optimizer_whose_state_was_loaded_is_recorded_anew() -> None:
 
 @both
 def test_fp16_with_the_scaler_outside(recorded: bool) -> None:
-    """The graph reads the scale, which grows, and falls if a gradient overflows; such a step is skipped."""
+    """Check that the graph reads the scale, which grows, and falls if a gradient overflows; such a step is skipped."""
     module = Net()
     twin = copy.deepcopy(module)
     ours, theirs = (torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2) for _ in range(2))
@@ -244,7 +244,7 @@ def test_random_numbers_are_new_in_each_replay_and_recording_draws_none() -> Non
 
 @pytest.fixture
 def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the host from reading masks, as on a GPU: padding is computed and hidden."""
+    """Keep the host from reading masks, as on a GPU, so that padding is computed and masked."""
     monkeypatch.setattr(Packing, "of", lambda *_: None)
 
 
@@ -252,7 +252,7 @@ STEPS = 3
 
 
 def train(model: Any, batches: list[dict[str, Tensor]], step: Callable[..., Any] | None, autocast: bool = False) -> list[Tensor]:
-    """Return the losses of a few steps with AdamW, in two parts each; random numbers have the same seed."""
+    """Return the losses of a few AdamW steps, accumulated over two batches, with the same seed for all random numbers."""
     torch.manual_seed(0)
     optimizer, losses = torch.optim.AdamW(list(model.trainable_parameters()), lr=1e-2), []
     for _ in range(STEPS):
@@ -281,18 +281,18 @@ def of_model(case: str) -> tuple[Any, list[dict[str, Tensor]]]:
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.usefixtures("on_a_device")
 def test_every_model(case: str, half: bool) -> None:
-    """A recorded step equals one without graphs bit for bit, also with frozen weights in 16 bits."""
+    """Check that a recorded step equals one without graphs bit for bit, also with 16-bit frozen weights."""
     model, batches = of_model(case)
     model.cast_frozen(torch.bfloat16 if half else None)
     start = copy.deepcopy(model.state_dict())
     expected, weights = train(model, batches, None), copy.deepcopy(model.state_dict())
     model.load_state_dict(start)
-    # On the CPU it reads ids and labels, to check their range.
+    # On the CPU, the model reads ids and labels to check their range.
     step, backend = graphed(model, reads=True)
     found = train(model, batches, step)
     assert all(map(torch.equal, found, expected))
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-    # One graph writes gradients, one adds them.
+    # One graph writes gradients, the other adds to them.
     assert backend.recorded == step.num_graphs == 2 and backend.replayed == 2 * STEPS
 
 
@@ -314,7 +314,7 @@ def test_encoders_that_train(finetuned: tuple[str, ...]) -> None:
 
 
 def test_modex() -> None:
-    """Its adapters are hooks of this library, which are allowed."""
+    """ModeX adapters are hooks of this library, which are allowed."""
     model = modex.classifier().train()
     inputs = modex.inputs()
     labels = torch.zeros(len(inputs["input_ids"]), dtype=torch.long)
@@ -413,7 +413,7 @@ def test_what_moves_or_changes_is_recorded_anew() -> None:
     check(5)
     module.norm.eval()
     check(6)
-    # A schedule that changes numbers in attributes of modules.
+    # A schedule that changes numbers in module attributes.
     module.dropout.p = 0.7
     check(7)
     configured.config = object()
@@ -446,7 +446,7 @@ def test_what_changes_from_call_to_call_on_the_host_is_named(recorded: bool) -> 
 
     counting, once = Counting(), Once()
     counting.calls, once.said = 0, False
-    with pytest.raises(RuntimeError, match="Counting changes its calls in each call, and a graph repeats"):
+    with pytest.raises(RuntimeError, match="Counting changes its calls in each call, but a graph repeats"):
         calls(counting)
     calls(once)
 
@@ -502,11 +502,11 @@ def test_wrong_arguments_are_named(recorded: bool) -> None:
     with pytest.raises(ValueError, match="GraphedStep: max_graphs must be at least 1, got 0"):
         GraphedStep(module, max_graphs=0)
     for nothing in (lambda x: x, nn.Linear(2, 2).requires_grad_(False)):
-        with pytest.raises(ValueError, match="nothing to train: give modules="):
+        with pytest.raises(ValueError, match="nothing to train: pass modules="):
             GraphedStep(nothing)
     with pytest.raises(ValueError, match="2 parameters of the optimizer are not among"):
         GraphedStep(module, optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="all that trains must be on one device, found cpu, meta"):
+    with pytest.raises(ValueError, match="trained parameters must be on one device, found cpu, meta"):
         GraphedStep(nn.ModuleList([module, nn.Linear(2, 2, device="meta")]))
     table = nn.Embedding(5, 2, sparse=True)
     with pytest.raises(RuntimeError, match=r"gets a sparse gradient, .*: make it with sparse=False"):
@@ -514,7 +514,7 @@ def test_wrong_arguments_are_named(recorded: bool) -> None:
     step, _ = graphed(module, recorded)
     with pytest.raises(ValueError, match="y must be tensors"):
         step(x=batch["x"], y=3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"x asks for gradients, .*: detach\(\)"):
+    with pytest.raises(ValueError, match=r"x requires gradients, .*: detach\(\)"):
         step(x=batch["x"].requires_grad_(), y=batch["y"])
     with torch.no_grad(), pytest.raises(RuntimeError, match="called where gradients are disabled"):
         step(**batch_of())
@@ -522,7 +522,7 @@ def test_wrong_arguments_are_named(recorded: bool) -> None:
         step.update()
     model, (batch, _) = of_model("ViT by BERT, banks")
     del batch["labels"]
-    with pytest.raises(ValueError, match=r"must return a loss \(\), .*: give labels"):
+    with pytest.raises(ValueError, match=r"must return a loss \(\), .*: pass labels"):
         graphed(model, recorded, reads=True)[0](**batch)
 
 
@@ -532,7 +532,7 @@ def test_an_optimizer_that_cannot_be_captured_is_refused() -> None:
         check_captures(torch.optim.AdamW(module.parameters()))
     check_captures(torch.optim.AdamW(module.parameters(), capturable=True))
     check_captures(torch.optim.SGD(module.parameters(), lr=0.1))
-    # An optimizer that reads its step count on the host.
+    # This optimizer reads its step count on the host.
     step, _ = graphed(module, optimizer=torch.optim.AdamW(module.parameters()))
     step(**batch_of())
     step.update()
@@ -573,7 +573,7 @@ def test_it_is_a_name_of_the_package() -> None:
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make a process group of one; tests/training/test_distributed.py calls with two processes."""
+    """Create a process group of one; tests/training/test_distributed.py uses two processes."""
     monkeypatch.setenv(WATCH, "0")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
@@ -589,7 +589,7 @@ def without_unused() -> Net:
 @both
 @pytest.mark.usefixtures("one_process")
 def test_distributed_data_parallel(recorded: bool) -> None:
-    """Its averaging is recorded; parts under no_sync() have other graphs."""
+    """Check that its averaging is recorded; parts under no_sync() have separate graphs."""
     module = without_unused()
     twin = copy.deepcopy(module)
     wrapped = DistributedDataParallel(module, broadcast_buffers=False)
@@ -621,5 +621,5 @@ def test_distributed_data_parallel_that_cannot_be_recorded(monkeypatch: pytest.M
     with pytest.raises(ValueError, match="make it with gradient_as_bucket_view=False"):
         graphed(views)[0](**batch_of())
     monkeypatch.delenv(WATCH)
-    with pytest.raises(RuntimeError, match="with TORCH_NCCL_ASYNC_ERROR_HANDLING=0 only: set it before the process group is made"):
+    with pytest.raises(RuntimeError, match="with TORCH_NCCL_ASYNC_ERROR_HANDLING=0: set it before making the"):
         graphed(DistributedDataParallel(without_unused()))[0](**batch_of())

@@ -1,4 +1,4 @@
-"""A modality that is registered here has data, batches, a feature cache, buckets and training runs, as text and image have."""
+"""A registered modality supports data, batches, cached features, length buckets and training, like text and images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LENGTH = 4
 
 
 class Frames(Modality):
-    """Of different lengths, with one entry of the input for each token."""
+    """Sequences of different lengths, with one input entry per token."""
 
     name = "frames"
     inputs = {"frame_values": "values"}  # noqa: RUF012
@@ -48,7 +48,7 @@ def _registered() -> Iterator[None]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Text and image, and a series that is true: bright pictures have rising ones."""
+    """Write texts, images, and a series that determines the label: it rises for bright pictures."""
     folder = write_data(tmp_path / "data")
     rng = np.random.default_rng(0)
     for name in SIZES:
@@ -139,7 +139,7 @@ def test_batches_are_what_a_model_takes(data: Path, options: dict[str, Any]) -> 
             assert torch.equal(batch[slot.required], wanted)
     assert set(batch) <= {"labels", *(name for slot in model.config.slots.values() for name in slot.names)}
     assert model(**batch).loss.isfinite()
-    # A worker has a copy, without the weights.
+    # Workers get a copy without the weights.
     again, collate = pickle.loads(pickle.dumps((Examples(split, model), Collator(model))))
     (sent,) = DataLoader(again, len(split), collate_fn=collate)
     assert all(torch.equal(sent[name], tensor) for name, tensor in batch.items())
@@ -171,7 +171,7 @@ def test_a_processor_makes_inputs(data: Path, monkeypatch: pytest.MonkeyPatch) -
     model.set_processor("series", lambda raw: torch.tensor(raw) * 2)
     raw = torch.tensor([example.inputs["series"] for example in split.examples])
     batch = batch_of(split, model)
-    # Of two encoders of a modality both take it, until one has its own.
+    # Two encoders of a modality share its processor, until one has its own.
     assert torch.equal(batch["series_values"], 2 * raw) and torch.equal(batch["second_series_values"], 2 * raw.flip(1))
     model.set_processor("second", lambda raw: {"series_values": torch.tensor(raw) * 3})
     batch = batch_of(split, model)
@@ -237,7 +237,7 @@ def test_features_of_all_complementary_encoders(data: Path, tmp_path: Path, opti
     assert not [name for m in cache.modalities for name in model.config.slots[m].names if name in batch]
     torch.testing.assert_close(model(**batch).logits, model(**batch_of(split, model)).logits, rtol=1e-4, atol=1e-4)
     assert cached_features(model, split, tmp_path / "cache").computed == 0
-    # Of one example: its series is another one.
+    # Change the series of one example.
     examples = list(split.examples)
     examples[1] = dataclasses.replace(examples[1], inputs={**examples[1].inputs, "series": [9.0] * LENGTH})
     changed = dataclasses.replace(split, examples=tuple(examples))
@@ -248,7 +248,7 @@ def test_features_of_all_complementary_encoders(data: Path, tmp_path: Path, opti
     with torch.no_grad():
         other.backbone("series").embed.weight.add_(1)  # type: ignore[union-attr, operator]
     assert cached_features(other, split, tmp_path / "cache").computed > 1
-    # The same encoders in another order say something else.
+    # With the encoders in another order, the features differ.
     turned = build(**{**options, "complementary": options["complementary"][::-1]}, cross_prompt_length=0)
     assert cached_features(turned, split, tmp_path / "cache").computed > 1
     with pytest.raises(ValueError, match=r"encoders were given, but .* is complementary"):
@@ -330,12 +330,12 @@ def test_a_training_run(data: Path, tmp_path: Path, options: dict[str, Any]) -> 
     assert len(groups) == len(parameters_by_modality(model))
     result = run.train()
     assert result["features"]["train"]["computed"] and result["steps"] == 48
-    # The series says which class it is.
+    # The series determines the class.
     assert result["dev"]["accuracy"] == 1.0 and result["test"]["accuracy"] == 1.0
     saved: Any = open_model(tmp_path / "out", {})
     batch = batch_of(splits["dev"], model)
     torch.testing.assert_close(saved(**batch).logits, model.eval()(**batch).logits)
-    # A resumed run has to have the same series.
+    # A resumed run must have the same series.
     first, *rest = splits["train"].examples
     first = dataclasses.replace(first, inputs={**first.inputs, "series": [0.0] * LENGTH})
     splits["train"] = dataclasses.replace(splits["train"], examples=(first, *rest))

@@ -1,4 +1,4 @@
-"""`mope train` and `mope evaluate` with ModeX: encoders joined or a fused model, on the same data, by the same runs."""
+"""`mope train` and `mope evaluate` with ModeX, for joined encoders and a fused model, on the same data."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def train(data: Path, out: Path, *options: str) -> int:
 
 
 def test_joined_encoders_train_and_are_evaluated(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Their cross-attention is new: it trains too, and the model is saved with a copy of the encoders."""
+    """The new cross-attention trains too, and the model is saved with a copy of the encoders."""
     encoders = ["--vision", str(data / "vision"), "--text", str(data / "text")]
     assert train(data, tmp_path, *encoders, "--epochs", "3", "--set", "bottleneck=4", "temperature=2") == 0
     assert "whose cross-attention is new and trains too" in capsys.readouterr().out
@@ -64,9 +64,9 @@ def test_a_fused_model_stays_frozen(data: Path) -> None:
     assert model.config.adapters == ModeXConfig.preset("albef", fusion_layer=1, bottleneck=4)
     assert not any("attention.self" in name for name in model.trained_state_dict())
     assert model.tokenizer is not None and model.image_processor is not None
-    # Stored in 16 bits, and LayerNorms train.
+    # It is stored in 16 bits, and LayerNorms train.
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    # What trains in the image's layers learns at --vision-lr, all else at --text-lr.
+    # Trained parameters of image layers use --vision-lr, all others --text-lr.
     groups = {modality: {id(p) for p in parameters} for modality, parameters in parameters_by_modality(model).items()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -83,7 +83,7 @@ def test_blip_trains(data: Path, tmp_path: Path) -> None:
     assert model.config.adapters == ModeXConfig.preset("blip", bottleneck=4)
     recipe = Recipe(epochs=1, batch_size=11, vision_lr=1e-2, text_lr=1e-2)
     result = TrainingRun(model, splits, recipe, tmp_path / "out", device="cpu", progress=False).train()
-    # Loaded again by the name of its folder.
+    # Loaded again from its folder.
     saved = ModeXForClassification.from_pretrained(tmp_path / "out" / "model")
     assert evaluate(saved, splits["test"])["loss"] == pytest.approx(result["test"]["loss"])
 
@@ -103,7 +103,7 @@ def test_a_resumed_run_is_the_same(data: Path, tmp_path: Path) -> None:
     assert resumed.checkpoint is not None and resumed.checkpoint.name == "checkpoint-4"
     resumed.train()
     assert whole.trainer.state.global_step == resumed.trainer.state.global_step == 6
-    # Of the last step: the models themselves have the weights of the best.
+    # Compare checkpoints of the last step, since the models themselves hold the best weights.
     one, other = (load_file(run.out / "checkpoint-6" / "model.safetensors") for run in (whole, resumed))
     assert one.keys() == other.keys()
     assert not [name for name in one if not torch.equal(one[name], other[name])]
@@ -134,9 +134,9 @@ def test_another_encoder_is_not_resumed(data: Path, tmp_path: Path) -> None:
         ([], "needs --model NAME_OR_FOLDER of a fused model, or both --vision and --text"),
         (["--vision", "{data}/vision"], "or both --vision and --text"),
         (["--model", "{data}/fused", "--text", "{data}/text"], "needs --model"),
-        (["--model", "{data}/text"], "a BertModel is no fused encoder"),
+        (["--model", "{data}/text"], "a BertModel is not a known fused encoder"),
         (["--model", "{data}/damaged"], "damaged: Error while deserializing header"),
-        (["--model", "{data}/nameless"], "a model that does not say its class is no fused encoder"),
+        (["--model", "{data}/nameless"], "a model that does not say its class is not a known fused encoder"),
         (["--model", "{data}/fused", "--set", "num_prompts=3"], "ModeXConfig has no num_prompts"),
         (["--model", "{data}/fused", "--set", "trained=3"], "trained must be a list of patterns, got 3"),
         (["--model", "{data}/fused", "--preset", "mope-v4"], "preset must be one of albef, blip"),
@@ -161,7 +161,7 @@ def test_what_only_mope_has_is_refused(data: Path, tmp_path: Path, capsys: pytes
     model.save_pretrained(tmp_path / "model", backbones="copy")
     evaluate = ["evaluate", str(tmp_path / "model"), "--data", str(data), "--device", "cpu"]
     for options, message in (
-        (["--vision", "x"], "which takes no --vision"),
+        (["--vision", "x"], "which does not accept --vision"),
         (["--compare-modes"], "which only a Swin Transformer has"),
     ):
         assert cli.main([*evaluate, *options]) == 1

@@ -1,4 +1,4 @@
-"""`mope train --graphs`: a run through graphs gives the same results as without graphs, bit for bit."""
+"""`mope train --graphs`: a run with graphs gives the same results bit for bit as one without."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def splits(data: Path) -> dict[str, Split]:
 
 @pytest.fixture(params=["called", "recorded"])
 def tapes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Tapes]:
-    """Let steps call the model, as on a CPU, or record tapes (tests/tape.py) with padding computed and hidden, as on a GPU."""
+    """Let steps call the model, as on a CPU, or record tapes (tests/tape.py) with padding computed and masked, as on a GPU."""
     made: list[Tapes] = []
     if request.param == "recorded":
 
@@ -100,7 +100,7 @@ def test_training_is_that_without_graphs(
     assert "graphs" not in plain.train()
     result = through.train()
     assert_same(outcome(plain), outcome(through))
-    # Full batches of each epoch, and those parts of the last batch that have the size of parts of full ones.
+    # Full batches of each epoch, and those parts of the last batch that are as large as the parts of full batches.
     parts, taken = recipe.accumulation, result["graphs"]["parts"]
     assert sum(taken.values()) == STEPS * parts and taken["graphs"] == (2 * (3 * 3 + 1) if parts == 3 else 6 * parts)
     if tapes:
@@ -132,7 +132,7 @@ def test_resuming(splits: dict[str, Split], tmp_path: Path, tapes: list[Tapes]) 
 
 
 def test_fewer_tokens_than_lengths(splits: dict[str, Split], tmp_path: Path) -> None:
-    """Texts that are longer than all lengths run without a graph."""
+    """Texts longer than the largest bucket run without a graph."""
     run = run_of(splits, tmp_path / "out", graphs="on", length_buckets=(5,), max_steps=3)
     result = run.train()
     assert run.trainer.stepping.lengths == {"text": (5,)}
@@ -170,7 +170,7 @@ def test_auto_goes_on_without_where_a_step_cannot_be_recorded(
     monkeypatch.setattr("mope.graphs._CudaGraphs", Tapes)
     run, plain = (run_of(splits, tmp_path / name, graphs=graphs, length_buckets=()) for name, graphs in (("a", "on"), ("b", "off")))
     run.trainer.stepping._may_give_up = True
-    with pytest.warns(UserWarning, match="training goes on without CUDA graphs: the step cannot be recorded: it reads a value"):
+    with pytest.warns(UserWarning, match="training continues without CUDA graphs: the step cannot be recorded: it reads a value"):
         result = run.train()
     assert result["graphs"]["parts"]["graphs"] == 0 and "cannot be recorded" in result["graphs"]["why_not"]
     plain.train()
@@ -185,7 +185,7 @@ def test_from_the_command_line(data: Path, tmp_path: Path, capsys: pytest.Captur
     command = ["train", "--data", str(data), "--device", "cpu", "--epochs", "1", "--batch-size", "6"]
     command += ["--vision", str(tmp_path / "vision"), "--text", str(tmp_path / "text")]
     assert cli.main([*command, "--out", str(tmp_path / "on"), "--graphs", "on", "--length-buckets", "8", "16"]) == 0
-    assert "full batches go as through CUDA graphs, without any on a CPU, texts padded to 8, 16 tokens" in capsys.readouterr().out
+    assert "full batches go as if through CUDA graphs (a CPU has none), texts padded to 8, 16 tokens" in capsys.readouterr().out
     result = json.loads((tmp_path / "on" / "results.json").read_text())
     assert result["runs"][0]["graphs"]["parts"] == {"graphs": 3, "without": 1}
     assert cli.main([*command, "--out", str(tmp_path / "not"), "--graphs", "on", "--gradient-checkpointing"]) == 1

@@ -1,4 +1,4 @@
-"""Training on a user's data: from the published recipe to a folder with the best model."""
+"""Training on a user's data, from the published recipe to a folder with the best model."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_it_learns_and_saves_the_best_model(splits: dict[str, Split], tmp_path: 
     assert len(history) == 8
     best = max(history, key=lambda entry: entry["eval_accuracy"])
     assert (result["best_step"], result["dev"]["accuracy"]) == (best["step"], best["eval_accuracy"])
-    # Only the best and the last are kept.
+    # Only the best and last checkpoints are kept.
     assert {path.name for path in run.out.glob("checkpoint-*")} == {f"checkpoint-{result['best_step']}", "checkpoint-32"}
     assert list((run.out / "tensorboard").iterdir())
 
@@ -94,13 +94,13 @@ def test_checkpoints_hold_no_frozen_backbone(splits: dict[str, Split], tmp_path:
     run.train()
     trained = sum(p.numel() * p.element_size() for p in run.model.trainable_parameters())
     folder = run.out / "checkpoint-4"
-    # Two moments and a little of AdamW.
+    # AdamW's two moments, and a little more.
     assert sum(file.stat().st_size for file in folder.rglob("*")) < 3 * trained + 60_000
     assert not [name for name in weights(run, 4) if name.startswith(("vision.", "text."))]
 
 
 class StopAt(TrainerCallback):
-    """As if somebody pressed Ctrl-C."""
+    """Interrupt the run at a step, like Ctrl-C."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -112,7 +112,7 @@ class StopAt(TrainerCallback):
 
 @pytest.mark.parametrize("step", [2, 7, 8])
 def test_an_interrupted_run_resumes_to_the_same_weights(splits: dict[str, Split], tmp_path: Path, step: int) -> None:
-    """In the middle of an epoch, in another one, and at its end; with dropout, router noise and augmentation."""
+    """Interrupt in the middle and at the end of epochs, with dropout, router noise and augmentation."""
     recipe = FAST.replace(augment=9)
     uninterrupted = run_of(splits, tmp_path / "whole", recipe)
     whole = uninterrupted.train()
@@ -125,7 +125,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(splits: dict[str, Split]
     assert not (first.out / "model").exists()
     assert signal.getsignal(signal.SIGINT) is before
 
-    # Nor does it matter who loads the images.
+    # The number of loader workers does not matter either.
     second = run_of(splits, tmp_path / "parts", recipe, resume=True, num_workers=1 if step == 7 else 0)
     resumed = second.train()
     last = whole["steps"]
@@ -139,7 +139,7 @@ def test_max_steps_and_then_the_rest_is_the_whole(splits: dict[str, Split], tmp_
     whole = run_of(splits, tmp_path / "whole")
     whole.train()
     assert run_of(splits, tmp_path / "parts", max_steps=5).train()["steps"] == 5
-    # A folder may be moved in between.
+    # The folder may be moved in between.
     shutil.move(tmp_path / "parts", tmp_path / "moved")
     rest = run_of(splits, tmp_path / "moved", resume=True)
     rest.train()
@@ -158,7 +158,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(splits: dic
 
 @pytest.mark.parametrize("parts", [1, 4])
 def test_training_is_what_a_plain_loop_computes(splits: dict[str, Split], tmp_path: Path, parts: int) -> None:
-    """AdamW with two learning rates, milestones, clipping and label smoothing; the last batch of an epoch is smaller.
+    """Check AdamW with two learning rates, milestones, clipping and label smoothing; the last batch of an epoch is smaller.
 
     The importance loss is the mean over the parts of a batch.
     """
@@ -199,7 +199,7 @@ def test_training_is_what_a_plain_loop_computes(splits: dict[str, Split], tmp_pa
 
 
 def test_parts_of_a_batch_add_up_to_it(splits: dict[str, Split], tmp_path: Path) -> None:
-    """Without the importance loss, which is that of each part."""
+    """Train without the importance loss, which is computed for each part."""
     exact = {"dtype": torch.float64, "noise_std": 0.0, "importance_weight": 0.0}
     found = []
     for accumulation in (1, 4):
@@ -229,7 +229,7 @@ def test_cached_features_change_nothing(splits: dict[str, Split], tmp_path: Path
     result, expected = run.train(), whole.train()
     assert ("features" in result) == (cache == "on")
     assert result["dev"]["accuracy"] == expected["dev"]["accuracy"]
-    # Features are kept in float32.
+    # Cached features are float32.
     for name, tensor in weights(whole, 12).items():
         torch.testing.assert_close(weights(run, 12)[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
     if cache == "on":
@@ -252,7 +252,7 @@ def test_bfloat16_trains(splits: dict[str, Split], tmp_path: Path) -> None:
     run.model.head.register_forward_hook(lambda *_: frozen.append(run.model.frozen_dtype))
     fingerprints = run.identity()["backbones"]
     assert torch.isfinite(torch.tensor(run.train()["test"]["loss"]))
-    # Metrics at the end are those of the model as it is saved.
+    # The final metrics are those of the model as saved.
     assert torch.bfloat16 in dtypes and dtypes[-1] == torch.float32
     assert torch.bfloat16 in frozen and frozen[-1] is None
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
@@ -272,15 +272,15 @@ def test_gradient_checkpointing_gives_the_same_weights(splits: dict[str, Split],
 
 
 def test_a_run_whose_epochs_would_get_other_steps_is_not_resumed(splits: dict[str, Split], tmp_path: Path) -> None:
-    """22 items in batches of 6: the last 4 make a step in up to four parts, and none in five."""
+    """Split 22 items into batches of 6: the last 4 form a step of up to four parts, but not of five."""
     run_of(splits, tmp_path / "out", FAST.replace(accumulation=4), max_steps=5).train()
-    with pytest.raises(ValueError, match="checkpoint-5 is of epochs of 4 steps, here of 3"):
+    with pytest.raises(ValueError, match="checkpoint-5 is from epochs of 4 steps, but here they have 3"):
         run_of(splits, tmp_path / "out", FAST.replace(accumulation=5), resume=True)
     assert run_of(splits, tmp_path / "out", FAST.replace(accumulation=2, epochs=2), resume=True).train()["steps"] == 8
 
 
 def test_each_checkpoint_is_written_once(splits: dict[str, Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one at the end of an epoch after the evaluation: cut off there, a run repeats a step, and misses no evaluation."""
+    """At the end of an epoch it is written after the evaluation; a run interrupted there repeats a step but loses no evaluation."""
     written: list[tuple[int, bool]] = []
     save = FusionTrainer._save_checkpoint
 
@@ -302,7 +302,7 @@ def test_without_a_dev_split_the_last_weights_stay(splits: dict[str, Split], tmp
 
 
 def test_fine_tuned_encoders_are_in_the_checkpoints(splits: dict[str, Split], tmp_path: Path) -> None:
-    # The text encoder drops out, in the first epoch as in those after an evaluation.
+    # The text encoder has dropout on, in the first epoch and after evaluations.
     options = {"finetuned": ("vision", "text")}
     whole = run_of(splits, tmp_path / "whole", FAST.replace(epochs=2), model=options)
     whole.train()
@@ -319,7 +319,7 @@ def test_fine_tuned_encoders_are_in_the_checkpoints(splits: dict[str, Split], tm
         ({"recipe": FAST.replace(metric="f1_micro")}, "metric must be one of accuracy"),
         ({"recipe": FAST.replace(precision="fp16")}, "fp16 needs a GPU"),
         ({"recipe": FAST.replace(batch_size=2, accumulation=3)}, "a batch of 2 cannot be split"),
-        ({"cache_features": "on", "model": {"cross_prompt_length": 1}}, "training changes what the text encoder says"),
+        ({"cache_features": "on", "model": {"cross_prompt_length": 1}}, "training changes the features of the text encoder"),
         ({"cache_features": "on", "model": {"method": "image_only"}}, "no complementary encoder"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
         ({"save_steps": -1}, "save_steps must be at least 1"),
@@ -349,7 +349,7 @@ def test_one_class_is_nothing_to_learn(tmp_path: Path) -> None:
 
 
 def test_what_trains_has_32_bits(splits: dict[str, Split], encoders: Path, tmp_path: Path) -> None:
-    """Encoders that are stored in 16 bits are loaded so; where they train, that would lose most updates."""
+    """Encoders stored in 16 bits load in 16 bits; training them that way would lose most updates."""
     sources: dict[str, str | None] = {}
     for modality, companion in (("vision", image_processor()), ("text", tokenizer())):
         sources[modality] = str(tmp_path / modality)
@@ -387,17 +387,17 @@ def test_a_run_is_not_overwritten_and_another_one_not_resumed(splits: dict[str, 
         ({"seed": 3}, "seed was 0 and is 3"),
         ({"model": {"num_experts": 5}}, "config.num_experts was 4 and is 5"),
         ({"splits": {**splits, "train": splits["train"].subset(2)}}, "train.examples was 22 and is 4"),
-        # What is the best so far was found on the other one.
+        # The best result so far belongs to the other dev split.
         ({"splits": {**splits, "dev": splits["dev"].subset(2)}}, "dev.examples was 9 and is 4"),
     ):
         with pytest.raises(ValueError, match=says):
             run_of(changes.pop("splits", splits), tmp_path / "out", resume=True, **{"recipe": recipe, **changes})
-    # More epochs are no other run.
+    # A run with more epochs counts as the same run.
     assert run_of(splits, tmp_path / "out", recipe.replace(epochs=2), resume=True).train()["steps"] == 8
 
 
 def test_a_model_is_not_overwritten(splits: dict[str, Split], tmp_path: Path) -> None:
-    """Such as the one that `mope demo --export` puts beside the data."""
+    """Such a model is written by `mope demo --export`, next to the data."""
     (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match="holds a model already"):
         run_of(splits, tmp_path)
@@ -431,7 +431,7 @@ def test_a_full_disk_is_a_line(
     writer: str,
     error: Exception,
 ) -> None:
-    """With what torch and safetensors raise on one."""
+    """Use the errors that torch and safetensors raise."""
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise error
@@ -452,7 +452,7 @@ def test_a_run_that_stopped_before_its_first_checkpoint_begins_again(splits: dic
     run = run_of(splits, again, FAST.replace(epochs=1), resume=True)
     run.train()
     assert_same(weights(whole, 4), weights(run, 4))
-    # And one that is finished stays as it is.
+    # A finished run remains unchanged.
     finished = run_of(splits, again, FAST.replace(epochs=1), resume=True)
     assert finished.train()["steps"] == 4
     assert_same(finished.model.trained_state_dict(), run.model.trained_state_dict())
@@ -501,7 +501,7 @@ def test_batches_are_the_same_for_any_number_of_processes(items: int, size: int,
     alone = [sorted(part) for (part,) in steps(0, 1, 1)]
     shared: Iterator[Any] = zip(*(steps(process, processes, parts) for process in range(processes)), strict=True)
     together = [sorted(i for share in step for part in share for i in part) for step in shared]
-    # A last batch that is too small to share is left out.
+    # A last batch that is too small to share is dropped.
     assert together == [batch for batch in alone if len(batch) >= processes * parts]
     assert len({i for batch in alone for i in batch}) == items
 
@@ -544,24 +544,24 @@ def test_train_command(data: Path, encoders: Path, tmp_path: Path, capsys: pytes
     assert f"{100 * mean:.2f} ±" in table.splitlines()[-1]
     assert "save" in text
 
-    # The folder of two runs says which models are in it.
+    # The error lists the models in a folder of two runs.
     assert cli.main(["evaluate", str(out), "--data", str(data), "--device", "cpu"]) == 1
     assert f"{out} holds 2 models: name one of {out}/seed-0/model, {out}/seed-1/model" in capsys.readouterr().err
-    # The second run's model, in the hands of a user, and as the start of another training.
+    # Evaluate the second run's model, and start another training from it.
     assert cli.main(["evaluate", str(out / "seed-1"), "--data", str(data), "--device", "cpu"]) == 0
     assert f"| 32 | {100 * results['runs'][1]['test']['accuracy']:.2f} |" in capsys.readouterr().out
     assert cli.main(command(data, encoders, tmp_path / "more", "--from-checkpoint", str(out / "seed-1" / "model"))) == 0
 
 
 def test_training_takes_the_device_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where Trainer would take the first GPU: that is asked for in two places."""
+    """Check also that Trainer does not choose the first GPU; it looks up the device in two places."""
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=False, report_to="none")
     take_device(arguments, torch.device("meta"))
     assert arguments.device == torch.device("meta")
-    # As Trainer makes it.
+    # As in Trainer.
     assert Accelerator().device == torch.device("meta")
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    with pytest.raises(ValueError, match="each of 2 processes takes its own GPU: leave the device cuda:1 out"):
+    with pytest.raises(ValueError, match="each of 2 processes uses its own GPU: leave the device cuda:1 out"):
         take_device(arguments, torch.device("cuda:1"))
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -597,7 +597,7 @@ def test_train_command_stops_and_resumes(data: Path, encoders: Path, tmp_path: P
         (["--epochs", "0"], "epochs must be an integer of at least 1"),
         (["--resume"], "no run to resume"),
         (["--format", "food101"], 'lacks the key "img"'),
-        (["--seeds", "1", "1"], "the same one twice"),
+        (["--seeds", "1", "1"], "the same seed is given twice"),
         (["--shots", "0"], "shots must be at least 1"),
     ],
 )
@@ -637,14 +637,14 @@ def test_an_unreadable_image_is_one_line(encoders: Path, tmp_path: Path, capsys:
     answer = capsys.readouterr().err
     assert f"\nmope train: {image}, the image of example 'train-7', cannot be read: " in answer
     assert "Traceback" not in answer
-    # Mended, it goes on.
+    # With the image repaired, it continues.
     image.write_bytes(content)
     assert cli.main([*wanted, "--resume"]) == 0
 
 
 @pytest.mark.parametrize("method", ["mope", "instruct_moe_v2t", "promptfuse", "ens", "sequentialfuse", "text_only"])
 def test_published_methods_train(splits: dict[str, Split], tmp_path: Path, method: str) -> None:
-    """A step, resumed for a second one: everything that is trained moves."""
+    """Check that all trained tensors change, over one step and a second one after resuming."""
     sizes = {"num_experts": 3} if PRESETS[method]["method"] == "mope" else {}
     config = make_config(method, splits["train"], mapper_hidden=8, **sizes)
     out, recipe = tmp_path / "out", FAST.replace(epochs=1)
@@ -663,7 +663,7 @@ def test_published_methods_train(splits: dict[str, Split], tmp_path: Path, metho
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The encoders of the released checkpoint among the tests' data, and examples with as many classes."""
+    """Write the encoders of the released checkpoint in tests/data, and examples with the same number of classes."""
     folder = tmp_path_factory.mktemp("released")
     encoders = {
         "vision": SwinModel(SwinConfig(**SWIN, drop_path_rate=0.0), add_pooling_layer=False),
@@ -689,7 +689,7 @@ def test_images_are_prepared_as_published_for_the_format(released: Path, format:
 def test_every_command_says_the_format_of_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A model is made before anything else can be wrong with it."""
+    """Opening the model comes before anything else that could fail."""
     formats: list[str] = []
 
     def opened(*args: Any, format: str = "not said", **kwargs: Any) -> None:

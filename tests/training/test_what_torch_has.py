@@ -1,7 +1,7 @@
-"""The behaviour of torch's own ways to train through CUDA graphs, for the table in docs/performance.md.
+"""How torch's own ways to train with CUDA graphs behave, for the table in docs/performance.md.
 
-`make_graphed_callables` runs here on tapes of operations. `mode="reduce-overhead"` needs a GPU; only the parts of it that follow
-from torch.compile alone are tested.
+`make_graphed_callables` runs here on tapes of operations. `mode="reduce-overhead"` needs a GPU; only the aspects that depend
+on torch.compile alone are tested.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def test_a_step_of_one_part_is_right() -> None:
 
 
 def test_of_two_parts_the_first_is_lost() -> None:
-    """`.grad` is the graph's memory, which the second replay overwrites before autograd adds it to itself."""
+    """`.grad` is the graph's own buffer, which the second replay overwrites before autograd adds it to itself."""
     model, batch = model_and_batch()
     twin = copy.deepcopy(model)
     step, other = graphed(Positional(model), batch), [t.flip(0) for t in batch[:-1]] + [(batch[-1] + 1) % 3]

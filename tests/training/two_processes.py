@@ -1,4 +1,4 @@
-"""What two processes do; test_distributed.py starts them once and looks at what they leave.
+"""The program of the two processes that test_distributed.py starts once; it examines their results.
 
 python -m torch.distributed.run --nproc-per-node 2 -m tests.training.two_processes FOLDER
 """
@@ -24,11 +24,11 @@ from mope.training import Recipe, TrainingRun, evaluate
 from tests.training.brightness import make_model, make_swin_model, read_splits
 
 RECIPE = Recipe(epochs=2, batch_size=6, vision_lr=2e-2, text_lr=1e-2, milestones=(1,), label_smoothing=0.1)
-# No random numbers but those that make the model and choose the batches.
+# Random numbers are used only to create the model and choose the batches.
 EXACT: dict[str, Any] = {"dtype": torch.float64, "noise_std": 0.0, "cross_prompt_length": 2, "importance_threshold": 0.0}
 TOP_1 = {**EXACT, "num_experts": 6, "train_top_k": 1, "eval_top_k": 1}
 QUIET: dict[str, Any] = {"device": "cpu", "progress": False}
-# Of 22 training examples the last batch has 4; resumed in the middle of the second epoch.
+# With 22 training examples, the last batch has 4; the run is resumed in the middle of the second epoch.
 STEPS, PART = 8, 5
 
 
@@ -37,8 +37,14 @@ def run_of(data: Path, out: Path, options: dict[str, Any] = EXACT, recipe: Recip
     return TrainingRun(make_model(splits, **options), splits, recipe, out, **{**QUIET, **more})
 
 
+def logged(run: TrainingRun, every: int = 3) -> dict[str, Any]:
+    """Train with a line in the log every few steps -> the results."""
+    run.trainer.args.logging_steps = every
+    return run.train()
+
+
 def sharded_gradients(data: Path) -> dict[str, Tensor]:
-    """Loss and gradients of this process's half of eight examples, frozen and trained layers sharded alike."""
+    """Return loss and gradients for this process's half of eight examples, with frozen and trained layers sharded."""
     splits = read_splits(data)
     model: Any = make_model(splits, **EXACT).train()
     batch = batch_of(data, model)
@@ -64,17 +70,17 @@ def main(folder: Path) -> None:
     data, several = folder / "data", folder / "several"
     command = ["train", "--data", str(data), "--out", str(folder / "command"), "--device", "cpu", "--epochs", "1"]
     command += ["--vision", str(folder / "vision"), "--text", str(folder / "text"), "--set", "num_experts=3"]
-    # It makes the process group.
+    # This command creates the process group.
     assert cli.main(command) == 0
 
     results = {
-        "dense": run_of(data, folder / "dense").train(),
+        "dense": logged(run_of(data, folder / "dense")),
         "top-1": run_of(data, folder / "top-1", TOP_1).train(),
         "cached": run_of(data, folder / "cached", {**EXACT, "cross_prompt_length": 0}, cache_features="on").train(),
         "graphs": run_of(data, folder / "graphs", graphs="on").train(),
         "graphs, parts": run_of(data, folder / "graphs-parts", recipe=RECIPE.replace(accumulation=2), graphs="on").train(),
         "parts": run_of(data, folder / "parts", recipe=RECIPE.replace(accumulation=2)).train(),
-        # What one process began, and what one process will end.
+        # Resume a run that one process began; begin one that one process will finish.
         "resumed": run_of(data, folder / "one", resume=True).train(),
         "begun": run_of(data, folder / "two", max_steps=PART).train(),
     }

@@ -1,4 +1,4 @@
-"""The benchmarks, a module per op: named shapes, work, opponents, cases. A new module is found automatically."""
+"""Benchmarks, with one module per op: named shapes, work, opponents and cases. New modules are found automatically."""
 
 from __future__ import annotations
 

@@ -13,12 +13,13 @@ from mope.benchmark.shapes import MLP, Mlp, Work
 
 
 def work(shape: Mlp, element: int, training: bool) -> Work:
-    """Return the work: read x and update, write their sum and its LayerNorm."""
+    """Return the work: read x and update; write their sum and its LayerNorm."""
     rows = shape.rows * shape.dim * element
     return Work.of(2 * rows, 2 * rows, 0.0, training)
 
 
 def released(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> Outputs:
+    """Add, and normalize the sum."""
     total = x + update
     return total, F.layer_norm(total, x.shape[-1:], weight, bias, 1e-5)
 

@@ -1,4 +1,4 @@
-"""`expert_adapter` against a linear layer per expert, a library's composition, and two products written by hand."""
+"""`expert_adapter` against a linear layer per expert, the composition of an adapter library, and two matrix products by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mope.benchmark.shapes import Work
 
 @dataclass(frozen=True)
 class Adapter:
-    """T tokens of width C through a bottleneck and back through E experts. With one expert there is no router."""
+    """An adapter for T tokens of width C: a bottleneck and E experts that project back. With one expert there is no router."""
 
     tokens: int
     experts: int = 3
@@ -86,7 +86,7 @@ def adapter_in_two_products(
     router_weight: Tensor | None = None,
     router_bias: Tensor | None = None,
 ) -> Tensor:
-    """Compute it as a careful user would: down-projection and router in one product, all experts in another."""
+    """Compute the adapter as a careful user would: down-projection and router in one product, all experts in another."""
     if router_weight is None or router_bias is None:
         return x + F.linear(F.relu(F.linear(x, down_weight, down_bias)), up_weight[0], up_bias[0])
     inner = F.linear(x, torch.cat([down_weight, router_weight]), torch.cat([down_bias, router_bias]))

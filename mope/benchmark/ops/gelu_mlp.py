@@ -1,4 +1,4 @@
-"""`gelu_mlp`, in each of its ways, against two linear layers."""
+"""`gelu_mlp`, computed in each of its ways, against two linear layers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from mope_kernels.gelu_mlp import WAYS
 
 
 def work(shape: Mlp, element: int, training: bool) -> Work:
-    """Return the work: rows in, rows out, frozen weights in each pass. The rows between the products need not go to memory."""
+    """Return the work: read and write rows, and read the frozen weights in each pass. Hidden rows need not go to memory."""
     rows, weights = shape.rows * shape.dim * element, 8 * shape.dim**2
     passes = 2 if training else 1
     return Work(Work.of(rows, rows, 0.0, training).bytes + passes * weights * element, passes * 2.0 * shape.rows * weights)
 
 
 def released(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Outputs:
+    """Apply a linear layer, GELU and another linear layer."""
     return (F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2),)
 
 
@@ -39,7 +40,7 @@ def _of(*names: str, later: bool = False) -> list[Case]:
     return both("gelu_mlp", *(f"swin-b-{name}" for name in names), later=later)
 
 
-# The ways that the table of configurations chooses from.
+# The ways among which the table of configurations chooses.
 _EACH = tuple(f"ours {way}" for way in WAYS)
 BENCHMARK = Benchmark(
     "gelu_mlp",

@@ -1,4 +1,4 @@
-"""`importance_loss` of all routed blocks of a model at once. A single block's is timed with `route`."""
+"""`importance_loss` of all routed blocks of a model at once. That of a single block is timed with `route`."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ SHAPES = {
 
 
 def released_loss(probs: Tensor, threshold: float = 0.1) -> Tensor:
-    """Return the loss of (B,K). The host reads the comparison with the threshold."""
+    """Return the loss () of (B,K). The host reads the comparison with the threshold."""
     load = probs.sum(0)
     loss = (load.std() / load.mean()) ** 2
     return loss if loss > threshold else loss * 0
 
 
 def branchless_loss(probs: Tensor, threshold: float = 0.1) -> Tensor:
-    """Return the loss of (B,K) without waiting for the device."""
+    """Return the loss () of (B,K) without a synchronization."""
     load = probs.sum(0)
     loss = load.var() / load.mean().square()
     return torch.where(loss > threshold, loss, 0.0)
 
 
 def work(shape: Loads, training: bool) -> Work:
-    """Return the work: read probabilities, write one loss per block."""
+    """Return the work: read probabilities; write one loss per block."""
     return Work.of(shape.blocks * shape.batch * shape.experts * 4, shape.blocks * 4, 0.0, training)
 
 
 def build(case: Case, dtype: torch.dtype) -> Problem:
-    """Build the problem: probabilities are float32 for any model, and the threshold is 0, since rounding could decide another."""
+    """Build the problem, in float32 as for any model. The threshold is 0, because rounding could decide at any other."""
     shape = SHAPES[case.shape]
     example = Example("importance_loss", case, torch.float32, **vars(shape), threshold=0.0)
 

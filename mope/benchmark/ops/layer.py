@@ -1,4 +1,4 @@
-"""A prompted attention layer with its projections, against the released way: prompts go through the layer with the tokens."""
+"""A prompted attention layer with its projections, against the released way, in which prompts pass through the layer as tokens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mope_kernels import explain, reference
 
 
 def work(shape: Attention, element: int, training: bool) -> Work:
-    """Return the work of one prompted attention layer, in inference or prompt training: tokens, and four frozen projections.
+    """Return the work of one prompted attention layer with four frozen projections, in inference or in training of prompts.
 
-    Both passes read the frozen weights, which get no gradient. Projecting experts and static prompts is left out.
+    Both passes read the frozen weights, which get no gradient. The projection of experts and static prompts is not counted.
     """
     attention = attention_work(shape, shape.experts, element, training)
     rows, weights = shape.batch * shape.tokens, 4 * shape.dim**2
@@ -34,9 +34,9 @@ def work(shape: Attention, element: int, training: bool) -> Work:
 
 
 def released_layer(layer: Any, x: Tensor, cross: Tensor, mapped: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Run one prompted layer as released: put the prompts before the tokens, and cut their outputs off again.
+    """Run one prompted layer as released: put the prompts before the tokens, and cut off their outputs.
 
-    layer: norm (or None), query, key, value, output, heads, and prompts with router, static (S,C) and experts.prompts (K,P,C).
+    layer: has norm (or None), query, key, value, output, heads, and prompts with router, static (S,C) and experts.prompts (K,P,C).
     """
     batch, tokens, _ = x.shape
     router, visible = layer.prompts.router, None
@@ -58,7 +58,7 @@ def released_layer(layer: Any, x: Tensor, cross: Tensor, mapped: Tensor, lengths
 
 
 class Layer(nn.Module):
-    """The frozen modules of one layer, in `dtype`, and its prompts and router in float32 (float64)."""
+    """One layer: frozen modules in `dtype`, and prompts and router in float32 (for the definition in float64, in float64)."""
 
     def __init__(self, shape: Attention, dtype: torch.dtype, impl: str) -> None:
         super().__init__()
@@ -84,6 +84,7 @@ class Layer(nn.Module):
 
 
 def build(case: Case, dtype: torch.dtype) -> Problem:
+    """Build the problem. For inference, the bank is built beforehand."""
     shape = ATTENTION[case.shape]
     layer, plain = Layer(shape, dtype, "auto"), Layer(shape, dtype, "reference")
     plain.load_state_dict(layer.state_dict())

@@ -1,4 +1,4 @@
-"""`mix_prompts` against an einsum, a gather, and torch's weighted sum of rows of a table."""
+"""`mix_prompts` against an einsum, a gather, and torch's embedding_bag."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ SHAPES = {
 
 
 def work(shape: Mixture, selected: int, element: int, training: bool) -> Work:
-    """Return the work: read the selected experts, weights and indices, write prompts."""
+    """Return the work: read the selected experts, weights and indices; write the prompts."""
     experts = min(shape.experts, shape.batch * selected)
     size = shape.prompts * shape.dim
-    # A weight takes four bytes, an index eight.
+    # A weight has four bytes, and an index eight.
     read = experts * size * element + shape.batch * selected * 12
     return Work.of(read, shape.batch * size * element, 2.0 * shape.batch * selected * size, training)
 
 
 def mix_einsum(experts: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-    """Mix by einsum as the released code does in dense routing; gather and sum if experts were selected."""
+    """Mix by an einsum, as the released code does in dense routing. If experts are selected, gather and sum them."""
     if weights.shape[1] == experts.shape[0]:
         return torch.einsum("bk,kpd->bpd", weights.to(experts.dtype), experts)
     return (experts[indices] * weights.to(experts.dtype)[:, :, None, None]).sum(1)
 
 
 def mix_embedding_bag(experts: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-    """Mix as a weighted sum of rows of a table."""
+    """Mix by embedding_bag, as a weighted sum of the rows of a table."""
     flat = F.embedding_bag(indices, experts.flatten(1), per_sample_weights=weights.to(experts.dtype), mode="sum")
     return flat.unflatten(1, experts.shape[1:])
 
 
 def build(case: Case, dtype: torch.dtype) -> Problem:
-    """Build the problem. Weights and indices come from skewed logits and are contiguous, because embedding_bag needs that."""
+    """Build the problem. Weights and indices come from skewed logits, and are contiguous as embedding_bag requires."""
     shape = SHAPES[case.shape]
     example = Example("mix_prompts", case, dtype, batch=shape.batch, experts=shape.experts, prompts=shape.prompts, width=shape.dim)
     logits = shapes.logits(shape.batch, shape.experts, case.skew, TEMPERATURE)

@@ -20,21 +20,21 @@ _OPPONENTS = {True: _SWIN, False: ("concatenated", "concatenated compiled")}
 
 
 def has(case: Case, way: str) -> bool:
-    """Return whether a case is measured this way. In inference ours replays graphs; opponents only mix all experts."""
+    """Return whether a case is measured this way. In inference, ours replays graphs. Opponents always mix all experts."""
     if way.startswith("ours"):
         recorded = ("ours graphed", f"ours graphed{WITH_OPTIMIZER}", "ours compiled+graphs")
         with_graphs = recorded if case.training else ("ours without graphs",)
         return way == "ours" or (case.graphs and way in with_graphs)
     if case.top_k or way not in _OPPONENTS["swin" in case.shape]:
         return False
-    # Measure these graphs only in training, because there the question is what they gain.
+    # These ways are of interest only in training, where they show what graphs gain.
     if not case.training and (way == "released without waiting compiled" or is_graphed(way)):
         return False
     return case.graphs or not (uses_graphs(way) or is_graphed(way))
 
 
 def _on_cpu(batch: int, *dtypes: str | None, later: bool = False) -> list[Case]:
-    """Return whole models on a CPU, where compilers take minutes each; also in bfloat16, which some CPUs multiply twice as fast."""
+    """Return inference cases of whole models on a CPU, in each dtype. Some CPUs multiply bfloat16 twice as fast."""
     return [Case("model", f"swin-b+bert-base-t32-b{batch}", dtype=dtype, later=later) for dtype in dtypes]
 
 

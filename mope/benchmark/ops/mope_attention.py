@@ -1,4 +1,4 @@
-"""`mope_attention` against the released way and the libraries' attention over prompts mixed from the same bank."""
+"""`mope_attention` against the released way, and against the libraries' attention over prompts mixed from the same bank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mope.fused.prompts import project_prompts
 
 
 def selected_weights(logits: Tensor, top_k: int | None, temperature: float) -> Tensor:
-    """Return the weights (B,K), which are zero for experts that were not selected."""
+    """Return the expert weights (B,K), which are 0 for experts that are not selected."""
     probs = (logits.float() / temperature).softmax(-1)
     if top_k is None:
         return probs
@@ -37,7 +37,7 @@ def prompts_from_bank(
     temperature: float,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """Return keys and values of the routed prompts, (B,H,P,D) float32: mixtures of the bank (K,H,P,D) with LayerNorm folded in."""
+    """Mix a bank (K,H,P,D) with folded LayerNorm -> keys and values of the routed prompts, (B,H,P,D) float32."""
     weights = selected_weights(logits, top_k, temperature)
     scale: Tensor | float = 1.0
     if gram is not None:
@@ -56,7 +56,7 @@ def prompts_of_items(
     top_k: int | None,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the same the released way: mix (K,P,C), then normalise and project the prompts of each item."""
+    """Compute the same keys and values as released: mix experts (K,P,C), then normalize and project the prompts of each item."""
     weights = selected_weights(logits, top_k, temperature)
     rows = norm(torch.einsum("bk,kpc->bpc", weights.to(experts.dtype), experts))
     key, value = (project(rows).unflatten(-1, (heads, -1)).transpose(1, 2) for project in (to_key, to_value))
@@ -72,7 +72,7 @@ def joined(t: Inputs, routed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def build(case: Case, dtype: torch.dtype) -> Problem:
-    """Build the problem: query, key and value as a fused projection returns them, and the bank of a layer's projected experts."""
+    """Build the problem, with query, key and value as a fused projection returns them, and a bank of projected experts."""
     shape = ATTENTION[case.shape]
     routing: dict[str, Any] = {"top_k": case.top_k, "temperature": TEMPERATURE}
     sizes = {"batch": shape.batch, "heads": shape.heads, "width": shape.width, "queries": shape.tokens, "keys": shape.tokens}
@@ -88,7 +88,7 @@ def build(case: Case, dtype: torch.dtype) -> Problem:
     bank = project_prompts(experts, None, to_key, to_value, norm, shape.heads)[0]
     example.tensors |= {"bank_key": bank.key, "bank_value": bank.value, "gram": bank.gram}
     example.tensors |= {"key_offset": bank.key_offset, "value_offset": bank.value_offset}
-    # The parameters of a layer in the dtype of the tokens.
+    # The parameters of a layer, in the dtype of the tokens.
     mix_and_project = functools.partial(
         prompts_of_items,
         experts=experts.to(dtype),
@@ -121,12 +121,15 @@ def build(case: Case, dtype: torch.dtype) -> Problem:
 
 
 def has(case: Case, way: str) -> bool:
-    """Return whether a case is measured this way. The released way trains experts, ours a bank; the layer compares training."""
+    """Return whether a case is measured this way. In training the released way differs, because its experts train, not a bank.
+
+    The `layer` benchmark compares training.
+    """
     return not (case.training and way.startswith("released"))
 
 
 def _one_expert(*shapes: str) -> list[Case]:
-    """Return cases over the number of experts, which should cost nothing, and of items."""
+    """Return cases with one selected expert. Shapes vary in the number of experts, which should cost nothing, and of items."""
     return [Case("mope_attention", shape, top_k=1, later=True) for shape in shapes]
 
 
@@ -152,7 +155,7 @@ BENCHMARK = Benchmark(
             *both("mope_attention", "vit-b-b64", "bert-128-b64", "bert-512-b64", "vit-l-b64", "long-2k-b16"),
             *(case for top_k in (None, 1, 2) for case in both("mope_attention", "vit-b-b64-k64", top_k=top_k)),
             *_skewed("vit-b-b64-k64"),
-            # In training, the definition does not fit into memory with it.
+            # For inference only, because in training the definition does not fit into memory.
             Case("mope_attention", "long-8k-b4", detailed=True),
             *_one_expert("vit-b-b64", "vit-b-b64-k16", "vit-b-b64-k256", "vit-b-b1", "vit-b-b16"),
         ],

@@ -14,7 +14,7 @@ from mope.benchmark.shapes import ATTENTION, attention_work
 
 
 def build(case: Case, dtype: torch.dtype) -> Problem:
-    """Build the problem: query, key and value as a fused projection returns them, and prompts for each item."""
+    """Build the problem, with query, key and value as a fused projection returns them, and prompts for each item."""
     shape = ATTENTION[case.shape]
     sizes = {"batch": shape.batch, "heads": shape.heads, "width": shape.width, "queries": shape.tokens, "keys": shape.tokens}
     lengths = shape.lengths() if shape.padding else None

@@ -19,7 +19,7 @@ from mope.benchmark.shapes import Work
 
 @dataclass(frozen=True)
 class Routed:
-    """The beginning of a routed block: B items of T tokens of width C after 2 * P + 1 prompts, K experts of P prompts."""
+    """The beginning of a routed block: B items with 2 * P + 1 prompts before T tokens of width C, and K experts of P prompts."""
 
     batch: int
     tokens: int
@@ -40,7 +40,7 @@ SHAPES = {
 
 
 def work(shape: Routed, element: int, training: bool) -> Work:
-    """Return the work: read x, update and, once, the experts; write total and normed. Dense routing."""
+    """Return the work for dense routing: read x, update and, once, the experts; write total and normed."""
     rows = shape.batch * shape.rows * shape.dim * element
     experts = shape.experts * shape.prompts * shape.dim
     return Work.of(2 * rows + 4 * experts, 2 * rows, 2.0 * shape.batch * experts, training)
@@ -57,10 +57,10 @@ def released_beginning(
     waits: bool = True,
     **router: Any,
 ) -> Outputs:
-    """Run the end of one block and the beginning of a routed one as released: residual, concatenated prompts, LayerNorm.
+    """Run the end of one block and the beginning of a routed one as released: residual, concatenation of prompts, LayerNorm.
 
-    waits: the host draws noise, makes a mask that is never used, and copies both to the device. The noise is multiplied by 0
-        here, because results are compared.
+    waits: whether the host draws noise, makes a mask that is never used, and copies both to the device. The noise is multiplied
+        by 0, because results are compared.
     """
     batch, prompts = x.shape[0], static.shape[0] + experts.shape[1] + mapped.shape[1]
     x = x + update
@@ -78,7 +78,7 @@ def released_beginning(
 
 
 def build(case: Case, dtype: torch.dtype) -> Problem:
-    """Build the problem. Prompts and router are float32 for any tokens; LayerNorm and the router's keys are frozen."""
+    """Build the problem. Prompts and router are float32 for any dtype of tokens. LayerNorm and the router's keys are frozen."""
     shape = SHAPES[case.shape]
     sizes = {"batch": shape.batch, "rows": shape.rows, "width": shape.dim, "replaced": 2 * shape.prompts + 1}
     sizes |= {"static": shape.prompts, "prompts": shape.prompts, "experts": shape.experts}
@@ -88,7 +88,7 @@ def build(case: Case, dtype: torch.dtype) -> Problem:
         work(shape, dtype.itemsize, case.training),
         {"released": released_beginning, "branchless": functools.partial(released_beginning, waits=False)},
         frozen=("weight", "bias", "self_keys"),
-        # In dense routing the weights are the probabilities.
+        # In dense routing, output 2, the weights, equals output 3, the probabilities.
         outputs=(0, 1, 3),
     )
 

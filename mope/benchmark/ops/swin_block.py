@@ -1,6 +1,6 @@
 """A routed block of a Swin Transformer against the released way, with and without waiting for the device.
 
-It runs in float32 under autocast, like the models of `mope.benchmark.models`, and casts its frozen weights once.
+The blocks run in float32 under autocast, like the models of `mope.benchmark.models`, and ours casts its frozen weights once.
 """
 
 from __future__ import annotations

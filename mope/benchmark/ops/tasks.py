@@ -1,4 +1,4 @@
-"""Many tasks in one batch, beside a model for each of them."""
+"""Many tasks in one batch, against a separate model for each task."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ SHAPES = {
 
 
 def build(case: Case, dtype: torch.dtype) -> Problem:
-    """Logits of a batch whose items are of different tasks, as many as there are, or items. Banks are made beforehand.
+    """Build the problem: logits of a batch with items of as many different tasks as possible. Banks are made beforehand.
 
-    Opposite stands a model for each of these tasks, over the same frozen weights: called one after the other, each with the items
-    of its task, so that switching costs nothing else. On a GPU both replay CUDA graphs, one for each model.
+    The opponent has a model for each of these tasks, over the same frozen weights. The models are called one after the other, each
+    with the items of its task, so that switching has no other cost. On a GPU both replay CUDA graphs, one for each model.
     """
     shape, loaded = SHAPES[case.shape]
     config, device, half = models.new_config(shape, case, prompt_owner="instance"), torch.get_default_device(), dtype in HALF
@@ -58,7 +58,7 @@ def build(case: Case, dtype: torch.dtype) -> Problem:
     for task, state in states.items():
         ours.write(task, ours.stage(config, state, Path(f"task {task}")))
     if half:
-        # Of all of them, which have the same.
+        # This casts the frozen weights of all models, because they share them.
         first.cast_frozen(dtype)
 
     def forward(model: Any, banks: Any, *tensors: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def build(case: Case, dtype: torch.dtype) -> Problem:
 
 
 def _other_task(model: MoPEForClassification) -> MoPEForClassification:
-    """Over the same frozen weights, with other numbers beside them."""
+    """Copy a model so that it shares the frozen weights and has other trainable ones."""
     added = model.added_state_dict()
     frozen: dict[str, nn.Parameter] = {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in added}
     other = copy.deepcopy(model, {id(tensor): tensor for tensor in frozen.values()})
@@ -110,7 +110,7 @@ def _other_task(model: MoPEForClassification) -> MoPEForClassification:
     return other
 
 
-# Tasks are trained separately.
+# There are no training cases, because tasks are trained separately.
 BENCHMARK = Benchmark(
     "tasks",
     ways=("ours", "a model for each task"),

@@ -1,4 +1,4 @@
-"""`window_prompt_attention` against rolling, cutting, concatenation and the libraries' attention."""
+"""`window_prompt_attention` against rolling, window partition, concatenation, and the libraries' attention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mope_kernels.reference import shift_mask, window_partition, window_reverse
 
 
 def work(shape: Windows, element: int, training: bool) -> Work:
-    """Return the work: read projections, write outputs, prompts once per image; the position bias is negligible."""
+    """Return the work: read projections and write outputs, with prompts once per image. The position bias is negligible."""
     numbers = shape.batch * shape.rows * shape.dim * element
     windows = shape.batch * (shape.resolution // shape.window) ** 2
     # Prompts attend in every window.
@@ -29,7 +29,7 @@ def work(shape: Windows, element: int, training: bool) -> Work:
 
 
 def windows_of(qkv: Tensor, shape: Windows) -> Tensor:
-    """Roll, cut into windows, and copy the image's prompts before the tokens of each: (3, B*nW, H, P + w*w, D)."""
+    """Roll the image, cut it into windows, and copy its prompts before the tokens of each -> (3, B*nW, H, P + w*w, D)."""
     prompts, tokens = qkv[:, : shape.prompts], qkv[:, shape.prompts :]
     windows = window_partition(tokens, shape.resolution, shape.window, shape.shift)
     rows = torch.cat([prompts[:, None].expand(-1, windows.shape[1], -1, -1), windows], dim=2)
@@ -37,14 +37,14 @@ def windows_of(qkv: Tensor, shape: Windows) -> Tensor:
 
 
 def image_of(windows: Tensor, shape: Windows) -> Tensor:
-    """Join the windows again and average the prompts over them: (B*nW, H, P + w*w, D) -> (B, P + R*R, C)."""
+    """Reverse the window partition, and average the prompts over windows: (B*nW, H, P + w*w, D) -> (B, P + R*R, C)."""
     rows = rearrange(windows, "(b w) h n d -> b w n (h d)", b=shape.batch)
     tokens = window_reverse(rows[:, :, shape.prompts :], shape.resolution, shape.window, shape.shift)
     return torch.cat([rows[:, :, : shape.prompts].mean(1), tokens], dim=1)
 
 
 def window_attention(kind: str, position_bias: Tensor, shape: Windows, training: bool) -> Attend:
-    """Return an attention in windows (B*nW, H, P + w*w, D). Combine position bias and shift mask once, here.
+    """Return an attention in windows (B*nW, H, P + w*w, D). This call combines position bias and shift mask once.
 
     kind: as in `baselines.attention`.
 
@@ -66,7 +66,7 @@ def window_attention(kind: str, position_bias: Tensor, shape: Windows, training:
             return own_softmax(query, key, value, bias).flatten(0, 1)
 
         return attend
-    # One bias for all windows if none is masked.
+    # Without a mask, all windows share one bias.
     every, windows = aligned(bias), shape.batch * (shape.resolution // shape.window) ** 2
     if shape.shift:
         every = F.pad(bias, (0, -bias.shape[3] % 16)).repeat(shape.batch, 1, 1, 1)[..., : bias.shape[3]]
@@ -96,7 +96,7 @@ def _flex_windows(bias: Tensor, training: bool) -> Attend:
 
 
 def build(case: Case, dtype: torch.dtype) -> Problem:
-    """Build the problem. The position bias is frozen, as it always is in use."""
+    """Build the problem. The position bias is frozen, as in models."""
     shape = WINDOWS[case.shape]
     sizes = {name: getattr(shape, name) for name in ("batch", "heads", "width", "prompts", "resolution", "shift")}
     example = Example("window_prompt_attention", case, dtype, **sizes, window_size=shape.window)

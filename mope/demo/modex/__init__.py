@@ -1,1 +1,1 @@
-"""The same questions, answered by a small fusion model of ALBEF's shape that ModeX adapters change."""
+"""The demo's questions, answered by a small ALBEF-shaped fusion model with ModeX adapters."""

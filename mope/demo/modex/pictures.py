@@ -1,4 +1,4 @@
-"""Which words go to which expert, as pictures."""
+"""Pictures of which words the routers send to which expert."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mope.demo.pictures import INK, MUTED, STYLE
 from mope.demo.train import Task
 from mope.modex import ModeXForClassification
 
-# As the released code calls its three up-projections. Nothing but training decides what they do.
+# The released code's names of its three up-projections. Only training decides what each of them does.
 EXPERTS = ("text", "vision", "both")
 COLORS = ("#0f766e", "#b4532a", "#3b4a9c")
 AWAY = LinearSegmentedColormap.from_list("away", ["#d08a63", "#ffffff", "#4fa89c"])
 SENTENCES = ("the digit is not a seven", "this is greater than four", "it is none of the prime numbers")
 SCANS = 4
-# Of a kind of site in order: cross_msa runs twice in a layer.
+# Descriptions of each kind of site, one for each call in a layer: cross_msa runs twice.
 PLACES = {"cross_msa": ("before the layer", "after cross-attention"), "cross_ffn": ("after feed-forward",)}
 
 
@@ -34,8 +34,10 @@ PLACES = {"cross_msa": ("before the layer", "after cross-attention"), "cross_ffn
 class Routes:
     """Mean router weights.
 
-    places: S names of where a router weighs experts. words: V words. by_word: (S,V,E). sentences: the words of some sentences and
-    their weights (S,T,E), mean over scans.
+    places: the names of the S places where a router weighs E experts.
+    words: V words.
+    by_word: (S,V,E), the mean weights for each word.
+    sentences: the words of some sentences and their weights (S,T,E), averaged over scans.
     """
 
     places: list[str]
@@ -44,11 +46,11 @@ class Routes:
     sentences: list[tuple[list[str], NDArray[np.float32]]]
 
     def strongest(self) -> int:
-        """The place where words differ most."""
+        """Return the index of the place where the weights of words differ most."""
         return int(self.by_word.std(1).mean(-1).argmax())
 
     def describe(self) -> str:
-        """A line for each place: which words give each expert the most."""
+        """Return a line for each place, with each expert's mean weight and the word that gives it most."""
         lines = []
         for place, weights in zip(self.places, self.by_word, strict=True):
             named = [
@@ -59,7 +61,7 @@ class Routes:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Mean weights of the three experts, by place and word."""
+        """Return the mean weights of the three experts by place and word, for JSON."""
         return {
             place: {word: [round(float(w), 4) for w in row] for word, row in zip(self.words, weights, strict=True)}
             for place, weights in zip(self.places, self.by_word, strict=True)
@@ -68,7 +70,7 @@ class Routes:
 
 @torch.no_grad()
 def collect(model: ModeXForClassification, task: Task) -> Routes:
-    """Router weights in all training sentences, each about four test scans, averaged by word."""
+    """Collect router weights over all training sentences, each with four test scans, and average them by word."""
     model.eval()
     said = [sentence for statement in statements() for sentence in statement.sentences()]
     scans = np.random.default_rng(0).integers(0, len(task.splits["test"]), len(said) * SCANS)
@@ -87,7 +89,7 @@ def collect(model: ModeXForClassification, task: Task) -> Routes:
 def _route(
     model: ModeXForClassification, task: Task, scans: NDArray[np.int64], sentences: list[str]
 ) -> tuple[NDArray[np.int64], list[str], NDArray[np.float32]]:
-    """-> token ids (B,T), names of S places, weights (S,B,T,3)."""
+    """Run the model -> token ids (B,T), names of S places, and weights (S,B,T,3)."""
     inputs = task.inputs("test", scans, sentences)
     with model.routes() as found:
         model(**inputs)
@@ -96,13 +98,13 @@ def _route(
         layer, kind = name.split(".")[-2:]
         for place, call in zip(PLACES.get(kind, ()), calls, strict=False):
             weights[f"text layer {int(layer) + 1}, {place}"] = call.float().cpu().numpy()
-    # Layer after layer, and in the order of computation within.
+    # Sort by layer, and within a layer in the order of computation.
     order = sorted(weights, key=lambda place: (place.split(",")[0], sum(PLACES.values(), ()).index(place.split(", ")[1])))
     return inputs["input_ids"].cpu().numpy(), order, np.stack([weights[place] for place in order])
 
 
 def draw_all(routes: Routes, out: Path) -> list[Path]:
-    """Write the two pictures as PNG -> their paths."""
+    """Write the two pictures as PNG files -> their paths."""
     figures: dict[str, Callable[[Routes], Figure]] = {"experts_by_word": by_word, "experts_in_a_sentence": in_a_sentence}
     out.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -116,9 +118,9 @@ def draw_all(routes: Routes, out: Path) -> list[Path]:
 
 
 def by_word(routes: Routes) -> Figure:
-    """Heat map: words x (places, experts), how far each weight is from one third."""
+    """Draw a heat map of words x (places, experts) that shows how far each weight is from one third."""
     places, words, experts = routes.by_word.shape
-    # Words that are weighed alike stand together.
+    # Sort the words so that those with similar weights are next to each other.
     at = routes.by_word[routes.strongest()]
     order = np.argsort(at[:, 0] - at[:, 1], kind="stable")
     deviation = routes.by_word[:, order] - 1 / experts
@@ -148,7 +150,7 @@ def by_word(routes: Routes) -> Figure:
 
 
 def in_a_sentence(routes: Routes) -> Figure:
-    """Bars: the weights of the experts for each word of some sentences, where they differ most."""
+    """Draw bars with the experts' weights for each word of some sentences, at the place where words differ most."""
     place = routes.strongest()
     figure, rows = plt.subplots(len(routes.sentences), figsize=(9, 1.75 * len(routes.sentences) + 1.1))
     for axes, (words, weights) in zip(rows, routes.sentences, strict=True):

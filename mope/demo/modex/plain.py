@@ -1,4 +1,4 @@
-"""The adapters once more, in plain PyTorch: one linear layer after the other, as one writes them."""
+"""The adapters in plain PyTorch, one linear layer after the other, for comparison."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mope.modex import ModeXForClassification
 
 
 def adapt(adapter: ExpertAdapter, x: Tensor) -> Tensor:
-    """(..., d) -> (..., d): what `ExpertAdapter.forward` computes, with its weights and none of its ops."""
+    """Compute `ExpertAdapter.forward` with its weights but without its ops: (..., d) -> (..., d)."""
     hidden = F.relu(F.linear(x, adapter.down_weight, adapter.down_bias))
     experts = [F.linear(hidden, weight, bias) for weight, bias in zip(adapter.up_weight, adapter.up_bias, strict=True)]
     if adapter.router_weight is None:
@@ -29,7 +29,7 @@ def adapt(adapter: ExpertAdapter, x: Tensor) -> Tensor:
 
 @contextmanager
 def plain(model: ModeXForClassification) -> Iterator[None]:
-    """For a while the adapters of a model compute as this file does."""
+    """Make the adapters of a model compute in plain PyTorch within the context."""
     assert model.adapters is not None
     adapters = model.adapters.modules.values()
     for adapter in adapters:
@@ -42,7 +42,7 @@ def plain(model: ModeXForClassification) -> Iterator[None]:
 
 
 def compare(model: ModeXForClassification, task: Task, *, repeats: int = 15) -> Comparison:
-    """Which implementation of the adapters runs, the errors, and the times of the whole model where it is a compiled one."""
+    """Compare the model with plain adapters -> implementation, errors and, if it is a compiled one, times of the whole model."""
     model.eval()
     inputs, labels = next(task.batches("test", task.test, BATCH))
     parameters = list(model.trainable_parameters())
@@ -88,7 +88,7 @@ def compare(model: ModeXForClassification, task: Task, *, repeats: int = 15) -> 
 
 
 def explain(model: ModeXForClassification, task: Task) -> mope_kernels.Explanation:
-    """For the tokens of the first adapter that mixes experts."""
+    """Explain which implementation runs, for the tokens of the first adapter that mixes experts."""
     assert model.adapters is not None
     adapter = next(adapter for adapter in model.adapters.modules.values() if adapter.router_weight is not None)
     tokens = torch.zeros(BATCH, len(adapter.down_weight[0]), device=task.device)

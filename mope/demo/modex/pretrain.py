@@ -1,4 +1,4 @@
-"""A small fusion model, trained on plain captions: which digit is it?"""
+"""Pre-train a small fusion model on captions that name the digit in a scan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mope.demo.pretrain import Backbones
 from mope.finite import LossWatch, NotFiniteError
 from mope.modex import AlbefModel
 
-# Half of the text layers attend to the scan.
+# The upper half of the text layers attends to the scan.
 TEXT_LAYERS, FUSION_LAYER = 4, 2
 MASKED_SHARE = 0.3
 BATCH = 64
@@ -25,7 +25,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Fused:
-    """A pre-trained fusion model, the encoders that it was made from, and how well it tells captions that fit from others."""
+    """A pre-trained fusion model, the encoders it was made from, and its accuracy in telling whether a caption fits a scan."""
 
     model: AlbefModel
     encoders: Backbones
@@ -33,13 +33,13 @@ class Fused:
 
 
 def captions() -> list[list[str]]:
-    """The sentences that name each digit, in the words of training: none says what a digit is not, or what kind of number it is."""
+    """Return the sentences that name each digit, in training wordings only, without negations or properties of numbers."""
     named = {digit: statement for statement in statements() for digit in statement.digits if len(statement.digits) == 1}
     return [named[digit].sentences() for digit in range(10)]
 
 
 def pair(classes: NDArray[np.int64], rng: np.random.Generator) -> tuple[list[str], Tensor]:
-    """A caption for each scan -> captions, and whether each fits, (N,): one half does."""
+    """Draw a caption for each scan -> captions, and whether each fits, (N,). About half of them fit."""
     fits = rng.integers(0, 2, len(classes))
     said = np.where(fits, classes, (classes + rng.integers(1, 10, len(classes))) % 10)
     known = captions()
@@ -47,10 +47,10 @@ def pair(classes: NDArray[np.int64], rng: np.random.Generator) -> tuple[list[str
 
 
 def build(encoders: Backbones) -> AlbefModel:
-    """The encoders, and new cross-attention between them."""
+    """Join copies of the encoders by new cross-attention."""
     model = AlbefModel.from_encoders(encoders.vision, encoders.text, fusion_layer=FUSION_LAYER)
     for name, module in model.named_modules():
-        # BERT's own initialisation is made for wide layers; from it, layers as narrow as these do not begin to learn.
+        # BERT's initialization is meant for wide layers. With it, layers as narrow as these do not start to learn.
         if ".crossattention." in name and isinstance(module, nn.Linear):
             module.reset_parameters()
     return model
@@ -59,9 +59,13 @@ def build(encoders: Backbones) -> AlbefModel:
 def pretrain_fusion(
     splits: dict[str, Digits], *, vision_epochs: int, text_epochs: int, steps: int, seed: int, device: torch.device
 ) -> Fused:
-    """Both encoders as for MoPE, then the whole on captions of the training scans: does it fit, and which words are masked?
+    """Pre-train both encoders as for MoPE, then the whole model on captions of the training scans.
 
-    Masked words are read off their own last state, where the caption fits; whether it fits off that of [CLS].
+    The model predicts whether a caption fits, from the last state of [CLS], and, for captions that fit, the masked words, from
+    their own last states.
+
+    Raises:
+        NotFiniteError: the loss of a step is not finite.
     """
     encoders = pretrain.pretrain(
         splits, vision_epochs=vision_epochs, text_epochs=text_epochs, seed=seed, device=device, text_layers=TEXT_LAYERS

@@ -1,4 +1,4 @@
-"""The table and the comparison, as text and as JSON."""
+"""Write the table and the comparison as text and as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mope.demo.report import aligned, describe, made_with, spread, summary, writ
 
 @dataclass(frozen=True)
 class Run:
-    """One seed: how well the pre-trained model does what it was trained for, and the lines of the table."""
+    """Results of one seed: the pre-trained model's accuracy in matching captions, the lines of the table, and the time."""
 
     seed: int
     matching_accuracy: float
@@ -26,7 +26,7 @@ class Run:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Markdown, one line for each method."""
+    """Format a Markdown table with one line for each method."""
     lines = [
         [
             of_method[0].method,
@@ -45,7 +45,7 @@ Accuracy in per cent{spread}.
 One half of all questions is true, so that guessing gives 50, and so do the scan alone and the sentence alone.
 Held-out digits: 400 scans that were never seen, known phrasings. Held-out phrasings: the same scans, in words that were never used
 for that statement. The round that is kept was chosen on 200 other scans. Adapters train with all LayerNorms.
-The pre-trained model tells {matching} % of captions that fit from others, of scans that it was not trained on."""
+The pre-trained model tells correctly for {matching} % of captions whether they fit, on scans that it was not trained on."""
 
 
 def write(

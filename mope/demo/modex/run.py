@@ -1,4 +1,4 @@
-"""`mope demo --system modex`: pre-train, freeze, change in five ways, compare, draw."""
+"""`mope demo --system modex`: pre-train a model, freeze it, adapt it in five ways, compare them, and draw pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mope.modex import ModeXForClassification
 def demo(
     *, out: Path, seeds: int = 1, fast: bool = False, device: str = "auto", threads: int = 1, command: str | None = None
 ) -> None:
-    """Run the demo and print its table. Arguments as in `mope.demo.run.demo`."""
+    """Run the demo and print its table. The arguments are those of `mope.demo.run.demo`."""
     place, started_with = begin(device, threads, fast, command)
     settings = FAST if fast else FULL
     runs = []
@@ -38,7 +38,7 @@ def demo(
 
 
 def run_seed(seed: int, settings: Settings, device: torch.device) -> tuple[report.Run, Task, ModeXForClassification]:
-    """Everything that depends on the seed: the splits, the fusion model, the questions, all methods -> also the ModeX model."""
+    """Run everything that depends on the seed: splits, pre-training, questions and all methods -> results, task, ModeX model."""
     start = time.perf_counter()
     splits = load_digits(seed=seed)
     fused = pretrain_fusion(

@@ -1,4 +1,4 @@
-"""The methods of the table: the same frozen model, changed in five ways on the same questions."""
+"""The methods of the table: five ways to train the same pre-trained model on the same questions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIG = ModeXConfig.preset("albef", fusion_layer=FUSION_LAYER)
 
 @dataclass(frozen=True)
 class Settings(BaseSettings):
-    """The learning rates are those of adapters and LayerNorms, of the head alone, and of everything."""
+    """Settings of the demo, with separate learning rates for adapters and LayerNorms, the head alone, and full fine-tuning."""
 
     vision_epochs: int = 30
     text_epochs: int = 30
@@ -32,19 +32,20 @@ class Settings(BaseSettings):
 
 
 FULL = Settings()
-# Runs every line, learns little.
+# Runs all code but learns little.
 FAST = Settings(vision_epochs=1, text_epochs=1, matching_steps=2, rounds=1, draws=2, test_draws=2)
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained beside the head: adapters (with LayerNorms), LayerNorms alone, all, or nothing."""
+    """Parts of the model to train besides the head: adapters (with LayerNorms), LayerNorms alone, everything, or nothing."""
 
     adapters: ModeXConfig | None = None
     layer_norms: bool = False
     everything: bool = False
 
     def learning_rate(self, settings: Settings) -> float:
+        """Return the learning rate of the method."""
         if self.everything:
             return settings.full_learning_rate
         return settings.learning_rate if self.adapters or self.layer_norms else settings.head_learning_rate
@@ -52,7 +53,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the table, of one seed. Accuracies from 0 to 1."""
+    """One line of the table for one seed. Accuracies are from 0 to 1."""
 
     method: str
     held_out_digits: float
@@ -63,7 +64,7 @@ class Result:
 
 
 def build(method: Method, fused: Fused) -> ModeXForClassification:
-    """A classifier over a copy of the pre-trained model."""
+    """Build a classifier over a copy of the pre-trained model."""
     model = ModeXForClassification(copy.deepcopy(fused.model), method.adapters, id2label=("no", "yes"))
     model.tokenizer, model.image_processor = fused.encoders.tokenizer, fused.encoders.image_processor
     if method.everything:
@@ -76,7 +77,7 @@ def build(method: Method, fused: Fused) -> ModeXForClassification:
 
 
 def plain_adapters(fused: Fused) -> ModeXConfig:
-    """Plain adapters at the sites of ModeX, of the width with which they have nearest as many parameters."""
+    """Return a config with plain adapters at the sites of ModeX, with the width at which their parameters are closest in number."""
     plain = CONFIG.replace(sites=dict.fromkeys(CONFIG.sites, "plain"))
     target = trained_parameters(build(Method(CONFIG), fused))
     sizes = [trained_parameters(build(Method(plain.replace(bottleneck=width)), fused)) for width in (1, 2)]
@@ -85,7 +86,7 @@ def plain_adapters(fused: Fused) -> ModeXConfig:
 
 
 def methods(fused: Fused) -> dict[str, Method]:
-    """What is compared, by its name in the table; ModeX last."""
+    """Return the methods to compare, by their names in the table, with ModeX last."""
     return {
         "frozen, head alone": Method(),
         "LayerNorms": Method(layer_norms=True),
@@ -96,7 +97,7 @@ def methods(fused: Fused) -> dict[str, Method]:
 
 
 def train(model: ModeXForClassification, method: Method, task: Task, settings: Settings, *, title: str) -> float:
-    """Train what the method trains; the weights of its best round on the validation split stay -> that round's accuracy."""
+    """Train with a method, and keep the weights of the best round on the validation split -> that round's accuracy."""
 
     def losses(examples: Examples) -> Iterator[Tensor]:
         for inputs, labels in task.batches("train", examples, settings.batch_size):
@@ -111,7 +112,7 @@ def train(model: ModeXForClassification, method: Method, task: Task, settings: S
 
 
 def compare(task: Task, fused: Fused, settings: Settings) -> tuple[list[Result], ModeXForClassification]:
-    """Train every method -> the table's lines, and the trained ModeX model."""
+    """Train with every method -> the lines of the table, and the trained ModeX model."""
     results = []
     for name, method in methods(fused).items():
         torch.manual_seed(task.seed)

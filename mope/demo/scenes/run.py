@@ -1,0 +1,87 @@
+"""`mope demo`: frozen encoders, one task, every method, one table."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from mope import MoPEForClassification
+from mope.demo import plain
+from mope.demo.run import begin
+from mope.demo.scenes import encoders as committed
+from mope.demo.scenes import lora, pictures, report
+from mope.demo.scenes.data import load_scenes
+from mope.demo.scenes.pretrain import load_encoders, pretrain
+from mope.demo.scenes.train import BASE, FAST, FULL, Result, Settings, Task, compare, fit, measure, size_of
+
+
+def demo(
+    *,
+    out: Path,
+    seeds: int = 1,
+    fast: bool = False,
+    device: str = "auto",
+    threads: int = 1,
+    anew: bool = False,
+    with_lora: bool = False,
+    command: str | None = None,
+) -> None:
+    """Run the demo and print its table.
+
+    Args:
+        out: folder for results.md, results.json, the pictures and the trained model of seed 0.
+        seeds: number of runs, from seed 0 on; scans, scenes, questions and prompts depend on it.
+        fast: a few steps instead of a training, to see that everything runs.
+        device: "auto" uses CUDA if there is one.
+        threads: of torch, on the CPU. Models as small as these gain nothing from more than one, and lose much on a busy machine.
+        anew: train the encoders of seed 0 too. By default they are read from the package; other seeds always train theirs, since
+            the committed ones have seen scans that are in other seeds' tests.
+        with_lora: train LoRA in the ViT as well, which needs peft.
+        command: command line, recorded in the results.
+    """
+    place, started_with = begin(device, threads, fast, command, question="Does the sentence hold for the scene?")
+    settings = FAST if fast else FULL
+    runs = []
+    for seed in range(seeds):
+        run, task, model = run_seed(seed, settings, place, anew=anew, with_lora=with_lora)
+        runs.append(run)
+        print(f"seed {seed}, {run.seconds:.0f} s")
+        if seed == 0:
+            comparison = plain.compare(model, task)
+            paths = pictures.draw_all(model, task, out)
+            model.save_pretrained(out / "model", backbones="copy", dtype=torch.float16)
+        model.detach()
+    text = report.write(out, runs, comparison, settings, started_with)
+    print(f"\n{text}")
+    print("\n".join(str(path) for path in (out / "results.md", out / "results.json", *paths, out / "model")))
+
+
+def run_seed(
+    seed: int, settings: Settings, device: torch.device, *, anew: bool, with_lora: bool
+) -> tuple[report.Run, Task, MoPEForClassification]:
+    """Do everything that depends on the seed -> the run, its task, and the trained MoPE."""
+    start = time.perf_counter()
+    scans, scenes = load_scenes(seed=seed)
+    if seed == 0 and not anew:
+        encoders = load_encoders(committed(), device)
+    else:
+        encoders = pretrain(scans, scenes, seed=seed, device=device, share=settings.pretraining)
+    task = Task(scenes, encoders, settings, seed=seed)
+    opponents = [train_lora(task)] if with_lora else []
+    results, model = compare(task, encoders)
+    # In front of MoPE's two lines.
+    results[-2:-2] = opponents
+    seconds = time.perf_counter() - start
+    return report.Run(seed, encoders.tag_accuracy, encoders.word_accuracy, results, seconds), task, model
+
+
+def train_lora(task: Task) -> Result:
+    """Train LoRA with as many parameters as MoPE -> its line of the table."""
+    size = size_of(BASE, task.encoders)
+    torch.manual_seed(task.seed)
+    opponent = lora.lora_of_size(task, size)
+    start, scores = time.perf_counter(), lora.lora_scores(opponent, task)
+    fit(opponent, scores, task, title=lora.LORA, rate=lora.RATE)
+    return measure(opponent, scores, task, lora.LORA, time.perf_counter() - start)

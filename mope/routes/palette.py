@@ -1,0 +1,36 @@
+"""Colours of the cells of a heat map, for light and dark screens, with the ink that can be read on each."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.colors import Colormap, LinearSegmentedColormap, to_hex
+
+from .pictures import HEAT
+
+# Colours from none to the most.
+STEPS = 32
+# Lightness rises all the way, as it falls in HEAT.
+GLOW = LinearSegmentedColormap.from_list("glow", ["#1c222c", "#1d5f58", "#43b3a4", "#c4f5ec"])
+
+
+def step(part: float) -> int:
+    """Return the number of the colour for a part of the largest value, 0 to 1; that of 0 for NaN."""
+    return 0 if np.isnan(part) else round(float(part) * STEPS)
+
+
+def style() -> str:
+    """Return the style sheet of classes h0, h1 and so on, which set --ground and --ink."""
+    return f"{_rules(HEAT)}\n@media screen and (prefers-color-scheme: dark) {{\n{_rules(GLOW)}\n}}\n"
+
+
+def _rules(colors: Colormap) -> str:
+    grounds = [colors(i / STEPS)[:3] for i in range(STEPS + 1)]
+    return "\n".join(f".h{i} {{ --ground: {to_hex(c)}; --ink: {_ink(c)}; }}" for i, c in enumerate(grounds))
+
+
+def _ink(ground: tuple[float, ...]) -> str:
+    """Return black or white, whatever has more contrast with a colour: at least 4.5, as WCAG counts it."""
+    color = np.array(ground)
+    linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
+    luminance = float(linear @ [0.2126, 0.7152, 0.0722])
+    return "#000000" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"

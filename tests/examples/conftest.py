@@ -1,0 +1,20 @@
+"""A small checkpoint as the released code writes it, and its encoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.released.test_loading import backbones, released
+
+__all__ = ["backbones", "released"]
+
+
+@pytest.fixture
+def released_checkpoint(released, tmp_path: Path) -> Path:
+    import torch
+
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": released[2], "hyper_parameters": {"args": {"fuse_method": "mope"}}}, path)
+    return path
