@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add_routes(commands)
     add_run(commands)
 
-    convert = commands.add_parser("convert", help="a checkpoint of the released code as safetensors, without running what is in it")
+    convert = commands.add_parser("convert", help="convert a checkpoint of the released code to safetensors, without executing it")
     convert.add_argument("checkpoint", type=Path, metavar="CKPT", help="Lightning's .ckpt")
     convert.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file to write, for mope.load_released_checkpoint")
     convert.set_defaults(command=_convert)
@@ -75,10 +75,10 @@ def parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, devices, which implementations run here and why the others do not")
     info.set_defaults(command=_info)
 
-    bench = commands.add_parser("bench", help="check the ops on this device, then time them beside what you would write instead")
+    bench = commands.add_parser("bench", help="check the ops on this device, then time them against what you would write instead")
     extent = bench.add_mutually_exclusive_group()
     extent.add_argument("--quick", action="store_true", help="one shape of each op, nothing compiled: about a minute")
-    extent.add_argument("--all", action="store_true", help="every shape that is listed, which takes long")
+    extent.add_argument("--all", action="store_true", help="every listed shape, which takes long")
     bench.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the results and a picture (out/)")
     add_device(bench)
     bench.add_argument("--threads", type=positive, default=1, metavar="N", help="on the CPU (1)")
@@ -158,7 +158,7 @@ def _convert(options: argparse.Namespace) -> int:
     except (OSError, SafetensorError) as error:
         print(f"mope convert: {options.out}: {error}", file=sys.stderr)
         return 1
-    method = checkpoint.options.get("fuse_method", "not said")
+    method = checkpoint.options.get("fuse_method", "unknown")
     print(f"{options.out}: {len(checkpoint.tensors)} tensors, fusion method {method}")
     return 0
 

@@ -56,7 +56,7 @@ def new_swin(config: MoPEConfig, name: str, model: SwinModel, cross_dim: int | N
     else:
         if config.prompted_layers is not None:
             raise ValueError(
-                "prompted_layers is not supported with a SwinModel, whose prompts pass from layer to layer: leave it None, for all"
+                "prompted_layers is not supported with a SwinModel, whose prompts pass from layer to layer: leave it None"
             )
         if config.maps and config.mapper_each:
             raise ValueError("mapper_each is not supported with a SwinModel as the main encoder: set it to False, or give a ViT")

@@ -96,9 +96,9 @@ class MoPEForClassification(SavedModel):
 
     The complementary encoders run first. Their features, concatenated or summed to psi (B,Cc), are the input of the routers and of
     the mapper, Linear(Cc, mapper_hidden) -> GELU -> Linear(mapper_hidden, C). The mapper makes one mapped prompt for all layers,
-    which each layer projects to its own keys and values. The main encoder then runs with its prompts, and the head classifies its
-    feature. `MoPEConfig` describes all other options. With `finetuned`, encoder weights train as well, in place, in training mode
-    but without dropout of attention probabilities.
+    which each layer projects with its own key and value weights. The main encoder then runs with its prompts, and the head
+    classifies its feature. `MoPEConfig` describes all other options. With `finetuned`, encoder weights train as well, in place, in
+    training mode but without dropout of attention probabilities.
 
     The backbones are frozen, prompted and kept in eval mode from construction until `detach`. Prompts are held in `blocks` (main
     encoder) and `cross_blocks` (complementary encoders), with one `MoPEAttention` for each prompted layer.

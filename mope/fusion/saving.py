@@ -102,9 +102,7 @@ class SavedModel(FusionModel):
         found = compare_tensors(tensors, expected)
         if found.missing:
             raise ValueError(f"{file} lacks {', '.join(sorted(found.missing))}")
-        wrong = [
-            f"{name} is {tuple(tensors[name].shape)}, the config says {tuple(expected[name].shape)}" for name in found.of_shape
-        ]
+        wrong = [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}" for name in found.of_shape]
         wrong += [
             f"{name} is {tensors[name].dtype}, expected {'floating point' if t.is_floating_point() else t.dtype}"
             for name, t in ((name, expected[name]) for name in found.of_dtype)

@@ -41,11 +41,11 @@ def add_run(subparsers: Any) -> None:
     )
     command.add_argument("--accelerate", action="store_true", help="compute with this library, see mope.accelerate")
     add_device(command)
-    command.add_argument("--mode", choices=("released", "instance"), help="of the accelerated model (released)")
+    command.add_argument("--mode", choices=("released", "instance"), help="mode of the accelerated model (released)")
     command.add_argument(
         "script", type=Path, metavar="SCRIPT", help="main_classify.py of a checkout; its folder is searched for modules"
     )
-    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="those of the script")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="arguments of the script")
     command.set_defaults(command=_run)
 
 
@@ -160,13 +160,13 @@ def _bridges(device: str) -> dict[str, Any]:
     from mope.devices import find_device
 
     bridges: dict[str, Any] = {
-        "BertLayer returns a tuple where output_attentions is given, as it did before transformers 5": _replaced(
+        "BertLayer returns a tuple if output_attentions is given, as it did before transformers 5": _replaced(
             BertLayer, "forward", _returning_a_tuple
         ),
-        f"options without an ignore_label, which food and snli ask for, get {_IGNORE_LABEL}: no label is ignored": _replaced(
+        f"options without an ignore_label, which food and snli need, get {_IGNORE_LABEL}: no label is ignored": _replaced(
             argparse.ArgumentParser, "parse_args", _with_ignore_label
         ),
-        "torch.load(weights_only=True) lets argparse.Namespace pass": torch.serialization.safe_globals([argparse.Namespace]),
+        "torch.load(weights_only=True) accepts argparse.Namespace": torch.serialization.safe_globals([argparse.Namespace]),
     }
     try:
         Trainer = importlib.import_module("pytorch_lightning").Trainer
@@ -175,7 +175,7 @@ def _bridges(device: str) -> dict[str, Any]:
             raise
         _say("pytorch_lightning is not installed, and there is no stand-in for it: pip install pytorch-lightning")
         return bridges
-    bridges["Trainer takes max_epochs=[n], which --max_epoch n gives, for n"] = _replaced(Trainer, "__init__", _with_one_number)
+    bridges["Trainer treats max_epochs=[n], the result of --max_epoch n, as n"] = _replaced(Trainer, "__init__", _with_one_number)
     bridges["Trainer.fit starts with model.train(), as Lightning did before 2.2: the released train() keeps DropPath off"] = (
         _replaced(Trainer, "fit", _from_train_mode)
     )
@@ -183,13 +183,13 @@ def _bridges(device: str) -> dict[str, Any]:
     if place.type == "cpu":
         without_gpu = _replaced(Trainer, "__init__", _without_gpu)
         why = "no GPU here" if device == "auto" else f"--device {device}"
-        bridges[f'Trainer takes accelerator="gpu" for "cpu" and precision=16 for 32: {why}'] = without_gpu
+        bridges[f'Trainer treats accelerator="gpu" as "cpu" and precision=16 as 32: {why}'] = without_gpu
     elif place.index is not None and device != "auto":
         this_gpu = _replaced(Trainer, "__init__", functools.partial(_on_gpu, place.index))
-        bridges[f"Trainer takes the GPU {place.index}: --device {device}"] = this_gpu
+        bridges[f"Trainer uses GPU {place.index}: --device {device}"] = this_gpu
     elif torch.cuda.device_count() > 1:
         one_gpu = _replaced(Trainer, "__init__", _on_one_gpu)
-        bridges["Trainer takes one GPU where it is not told how many: Lightning starts the others without mope run"] = one_gpu
+        bridges["Trainer uses one GPU if not told how many: Lightning would start the others without mope run"] = one_gpu
     return bridges
 
 

@@ -85,7 +85,7 @@ class _Unusable(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         module = next(name for name in IMPORTED_ONLY if cls.__name__.startswith(f"{name}."))
         raise ModuleNotFoundError(
-            f"{cls.__name__} is called, but {module} is not installed, mope run only allows importing it: "
+            f"{cls.__name__} is called, but {module} is not installed; mope run only lets it be imported: "
             f"pip install {IMPORTED_ONLY[module]}",
             name=module,
         )

@@ -155,7 +155,7 @@ def test_an_unmodified_script_runs_and_is_told_what_changed(checkout, capsys):
     assert f"torch {torch.__version__.split('+')[0]}" in said and "(written for 3.8)" in said
     for name in ("timm.models.layers: DropPath", "torchvision.transforms: CenterCrop", "cv2", "librosa", "mmcv", "pyarrow"):
         assert (name in said) == absent(name.partition(".")[0].partition(":")[0]), name
-    assert "BertLayer returns a tuple" in said and "ignore_label" in said and ("precision=16 for 32" in said) != gpu
+    assert "BertLayer returns a tuple" in said and "ignore_label" in said and ("precision=16 as 32" in said) != gpu
 
 
 def test_on_several_gpus_it_takes_one(checkout, capsys, monkeypatch):
@@ -163,10 +163,10 @@ def test_on_several_gpus_it_takes_one(checkout, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     expected = {"accelerator": "gpu", "precision": 16, "max_epochs": 10, "logger": None, "devices": 1}
     assert result(checkout())["trainer"] == expected
-    assert "Trainer takes one GPU" in capsys.readouterr().err
+    assert "Trainer uses one GPU" in capsys.readouterr().err
     # Or the GPU named with --device.
     assert result(checkout(), device="cuda:2")["trainer"] == expected | {"devices": [2]}
-    assert "Trainer takes the GPU 2: --device cuda:2" in capsys.readouterr().err
+    assert "Trainer uses GPU 2: --device cuda:2" in capsys.readouterr().err
     assert result(checkout(), device="cpu")["trainer"]["accelerator"] == "cpu"
     assert "--device cpu" in capsys.readouterr().err
 

@@ -189,7 +189,7 @@ def configured(**changes: Any) -> Callable[[Path], None]:
 
 DAMAGED: dict[str, Callable[[Path], None]] = {
     r"lacks head\.0\.bias": without_bias,
-    r"blocks\.2\.experts\.prompts is \(2, 2, 32\), the config says \(3, 2, 32\)": of_other_shape,
+    r"blocks\.2\.experts\.prompts is \(2, 2, 32\), expected \(3, 2, 32\)": of_other_shape,
     r"numbers that are not finite, in blocks\.1\.static": with_nan,
     r"not a readable safetensors file": cut_short,
     r"method is 'static_mapped', but only 'mope' is served": configured(method="static_mapped"),
@@ -201,7 +201,7 @@ DAMAGED: dict[str, Callable[[Path], None]] = {
     r"num_labels is 6, but this server has max_labels=5": configured(num_labels=6, id2label=dict(enumerate("abcdef"))),
     r"id2label must name 0\.\.999999999, its keys are \[0, 1, 2\]": configured(num_labels=10**9),
     r"lacks id2label": configured(num_labels=10**9, id2label=None),
-    r"head\.0\.weight is \(3, 32\), the config says \(5, 32\)": configured(num_labels=5, id2label=dict(enumerate("abcde"))),
+    r"head\.0\.weight is \(3, 32\), expected \(5, 32\)": configured(num_labels=5, id2label=dict(enumerate("abcde"))),
 }
 
 
