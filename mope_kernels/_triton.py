@@ -85,7 +85,7 @@ def recording() -> bool:
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """Run `programs` programs of a kernel on the device of its first argument.
+    """Run `programs` programs of a kernel on the device of its first tensor argument.
 
     All grids are one-dimensional: CUDA allows 2^31 - 1 blocks along x, but only 65535 along y and z.
     """

@@ -55,7 +55,7 @@ class ExpertAdapterFunction(torch.autograd.Function):
         # If the weights were not requested, they are a placeholder; torch.compile still passes zeros as its gradient.
         grad_out, grad_weights = grads[0], grads[1] if ctx.return_weights else None
         grad_out = torch.zeros_like(tensors[0]) if grad_out is None else last_dim_contiguous(grad_out)
-        # The tensors follow the options; the seed comes last and has no gradient.
+        # The tensors follow four other arguments; the seed comes last and has no gradient.
         asked = dict(zip(GRADIENTS.names, ctx.needs_input_grad[4:-1], strict=True))
         found = backward_kernel(ctx.implementation, "expert_adapter_backward")(
             grad_out, grad_weights, *tensors, *ctx.options, GRADIENTS.needs(asked)

@@ -36,8 +36,11 @@ _warned: set[str] = set()
 class Explanation:
     """Result of `explain`.
 
-    impl: the implementation that would run, or None if none can. reasons: for each of the others, why it would not run.
-    way: how `impl` would run, if it has several ways.
+    Attributes:
+        op: Name of the op.
+        impl: The implementation that would run, or None if none can.
+        reasons: For each of the other implementations, why it would not run.
+        way: How `impl` would run, if it has several ways.
     """
 
     op: str

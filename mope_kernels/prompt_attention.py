@@ -183,7 +183,7 @@ def prompt_attention(
         lengths: (B,) integer. The tokens of item b from lengths[b] on are masked; prompts never are.
         attn_bias: Floating point, broadcastable to (B,H,Lq,Lk); added to the scores of tokens. Not differentiable.
         offsets: (B+1,) integer, for packed items. query, key and value are then (1,H,T,D), the concatenated tokens of all items
-            without padding; item b has rows offsets[b] to offsets[b+1]. Excludes `lengths` and `attn_bias`.
+            without padding; item b has rows offsets[b] to offsets[b+1] - 1. Excludes `lengths` and `attn_bias`.
         max_length: With `offsets`, the number of tokens of the longest item, or an upper bound.
         is_causal: Query i sees tokens 0..i and all prompts; requires Lq = Lk.
         dropout_p: Dropout probability for the attention weights, including those of prompts.

@@ -19,9 +19,11 @@ from .route_details import _launch as _launch
 class Routing(NamedTuple):
     """Routing of a batch.
 
-    weights: (B,k) weights of the selected experts, float32 (float64 for float64 logits), in descending order.
-    indices: (B,k) the selected experts, int64; arange(K) in dense routing, for which k = K.
-    probs: (B,K) softmax over all experts, dtype of weights.
+    Attributes:
+        weights: (B,k) weights of the selected experts, float32 (float64 for float64 logits). In descending order with top-k; in the
+            order of the experts in dense routing.
+        indices: (B,k) the selected experts, int64; arange(K) in dense routing, for which k = K.
+        probs: (B,K) softmax over all experts, dtype of weights.
     """
 
     weights: Tensor

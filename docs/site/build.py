@@ -33,13 +33,17 @@ MODULES = (
     "mope_kernels",
 )
 CONTENTS = {
-    "Begin": ("demo", "data", "training", "predicting", "examples", "methods", "encoders"),
-    "Use": ("routes", "serving", "performance", "ops", "numerics", "modex", "migrate", "systems", "support"),
-    "Extend": ("contributing", "adding_an_op", "design"),
+    "Begin": ("demo", "data", "training", "predicting", "examples", "Choosing a method <methods>", "encoders"),
+    "Use": (
+        *("Routes <routes>", "serving", "Speed <performance>", "ops", "numerics", "ModeX <modex>"),
+        *("Coming from the released code <migrate>", "systems", "support"),
+    ),
+    "Extend": ("An encoder, a modality, a method <contributing>", "An op <adding_an_op>", "design"),
     "Reference": tuple(f"reference/{module}" for module in MODULES),
     "Measured": (
-        *("measured", "benchmarks", "demo_results", "demo_digits_results", "demo_modex_results"),
-        *("resources", "resources-triton-3.6", "resources-triton-3.9", "gpu", "changelog"),
+        *("measured", "benchmarks", "Results of the demo <demo_results>", "Results, one digit <demo_digits_results>"),
+        *("Results, ModeX <demo_modex_results>", "resources", "Resources, Triton 3.6 <resources-triton-3.6>"),
+        *("Resources, Triton 3.9 <resources-triton-3.9>", "Measuring on a GPU <gpu>", "changelog"),
     ),
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")

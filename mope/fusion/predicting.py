@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 class Prediction:
     """Prediction of a model for one item.
 
-    labels: the names of its classes: one with problem type "single_label", else those above the threshold, the likeliest first.
-    scores: the probability of each class by its name.
-    experts: of each routed block, the weights of the experts that it took, the largest first; None where they were not asked for.
+    Attributes:
+        labels: Names of its classes: one with problem type "single_label", otherwise those above the threshold, likeliest first.
+        scores: Probability of each class by its name.
+        experts: For each routed block, the weights of the experts that it took, largest first; None if they were not requested.
     """
 
     labels: tuple[str, ...]

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 class Routes:
     """The routing of N examples in L blocks over K experts; C classes.
 
-    blocks: the names of L blocks.
-    classes: the names of C classes.
-    ids, texts: one for each example.
-    images: one for each example, None if it has none.
-    labels, predictions: (N,C) bool. With single_label, each row has one True.
-    probabilities: (N,L,K) float32, for all experts, selected or not. Each row sums to 1.
+    Attributes:
+        blocks: Names of the L blocks.
+        classes: Names of the C classes.
+        ids: Id of each example.
+        texts: Text of each example.
+        images: Image file of each example; None if it has none.
+        labels: (N,C) bool. With single_label, each row has one True.
+        predictions: (N,C) bool, likewise.
+        probabilities: (N,L,K) float32, for all experts, selected or not. Each row sums to 1.
     """
 
     blocks: tuple[str, ...]

@@ -52,9 +52,10 @@ class Answers:
 class Confusion:
     """Counts of a split.
 
-    names: of the K classes.
-    matrix: (K,K), examples of a class (row) that were taken for another (column), with one label to an example; with several
-        (K,2,2), for each class, examples that do not have it and do (row) by whether it was not predicted and was (column).
+    Attributes:
+        names: Names of the K classes.
+        matrix: (K,K) counts of examples by true class (row) and predicted class (column) if each example has one label. With several
+            labels (K,2,2): for each class, counts by whether the example has it (row) and whether it was predicted (column).
     """
 
     names: tuple[str, ...]
