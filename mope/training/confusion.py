@@ -54,8 +54,9 @@ class Confusion:
 
     Attributes:
         names: Names of the K classes.
-        matrix: (K,K) counts of examples by true class (row) and predicted class (column) if each example has one label. With several
-            labels (K,2,2): for each class, counts by whether the example has it (row) and whether it was predicted (column).
+        matrix: (K,K) counts of examples by true class (row) and predicted class (column) if each example has one label. With
+            several labels (K,2,2): for each class, counts by whether the example has it (row) and whether it was predicted
+            (column).
     """
 
     names: tuple[str, ...]
