@@ -90,8 +90,8 @@ NOTE = """\
 Accuracy in per cent{spread}.
 Half of all questions are true, so guessing, the scan alone and the sentence alone give 50.
 Held-out digits: 400 scans that no method has seen, with known phrasings. Held-out phrasings: the same scans, with phrasings that
-training never uses for that statement. Each method keeps the round that is best on 200 other scans. Router gradient: norm of the task
-loss's gradient on all routers after training; for top-1, that of a training step with one expert.
+training never uses for that statement. Each method keeps the round that is best on 200 other scans. Router gradient: norm of the
+task loss's gradient on all routers after training; for top-1, that of a training step with one expert.
 The frozen encoders alone are right on {digits} % of the validation digits and {words} % of masked words."""
 
 
