@@ -88,11 +88,11 @@ def describe(comparison: Comparison, plain: str = "plain PyTorch that concatenat
 
 NOTE = """\
 Accuracy in per cent{spread}.
-One half of all questions is true, so that guessing gives 50, and so do the scan alone and the sentence alone.
-Held-out digits: 400 scans that were never seen, known phrasings. Held-out phrasings: the same scans, in words that were never used
-for that statement. The round that is kept was chosen on 200 other scans. Router gradient: norm of the task loss's gradient on all
-routers after training; with top-1 it is that of a training step with one expert.
-The frozen encoders alone: {digits} % of the validation digits, {words} % of masked words."""
+Half of all questions are true, so guessing, the scan alone and the sentence alone give 50.
+Held-out digits: 400 scans that no method has seen, with known phrasings. Held-out phrasings: the same scans, with phrasings that
+training never uses for that statement. Each method keeps the round that is best on 200 other scans. Router gradient: norm of the
+task loss's gradient on all routers after training; for top-1, that of a training step with one expert.
+The frozen encoders alone are right on {digits} % of the validation digits and {words} % of masked words."""
 
 
 def made_with(environment: dict[str, Any]) -> str:

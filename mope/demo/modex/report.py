@@ -42,10 +42,11 @@ def table(runs: Sequence[Run]) -> str:
 
 NOTE = """\
 Accuracy in per cent{spread}.
-One half of all questions is true, so that guessing gives 50, and so do the scan alone and the sentence alone.
-Held-out digits: 400 scans that were never seen, known phrasings. Held-out phrasings: the same scans, in words that were never used
-for that statement. The round that is kept was chosen on 200 other scans. Adapters train with all LayerNorms.
-The pre-trained model tells correctly for {matching} % of captions whether they fit, on scans that it was not trained on."""
+Half of all questions are true, so guessing, the scan alone and the sentence alone give 50.
+Held-out digits: 400 scans that no method has seen, with known phrasings. Held-out phrasings: the same scans, with phrasings that
+training never uses for that statement. Each method keeps the round that is best on 200 other scans. Adapters are trained together
+with all LayerNorms.
+On scans that it was not trained on, the pre-trained model judges correctly whether a caption fits for {matching} % of captions."""
 
 
 def write(
