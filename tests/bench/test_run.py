@@ -72,7 +72,7 @@ def test_without_matplotlib_it_says_what_the_picture_needs(small, tmp_path, caps
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["bench", "--quick", "--out", str(tmp_path)]) == 0
-    assert "The picture needs matplotlib: pip install matplotlib" in capsys.readouterr().out
+    assert "The picture needs matplotlib: pip install jinja2 matplotlib" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["bench.jsonl"]
 
 
