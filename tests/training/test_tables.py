@@ -93,7 +93,7 @@ def test_what_a_csv_file_may_look_like(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ("one, two,a.png,x", r"train\.csv:3: has 4 fields, and the header 3: put a field that holds ',' in double quotes"),
+        ("one, two,a.png,x", r"train\.csv:3: has 4 fields, but the header has 3: put fields that contain ',' in double quotes"),
         ('"a"b,a.png,x', r"train\.csv:3: not CSV \(',' expected after '\"'\): close each double quote"),
         ('"a,a.png,x', r"train\.csv:3: not CSV \(unexpected end of data\)"),
         ("a,b.png,x", r"train\.csv:3: no image .*b\.png: put it there"),
@@ -111,7 +111,7 @@ def test_a_missing_column_is_named_with_the_option(tmp_path: Path) -> None:
     folder = csv_of(tmp_path, "sentence,file,genre\nhi,a.png,x\n")
     with pytest.raises(
         DataError,
-        match=r'lacks the column "text", "image"; its columns are "sentence", "file", "genre": say which it is, '
+        match=r'lacks the column "text", "image"; its columns are "sentence", "file", "genre": name it with '
         r"--columns text=COLUMN image=COLUMN",
     ):
         read_split(folder, "jsonl", "train")
@@ -143,7 +143,7 @@ def test_the_header_is_named_where_it_is_wrong(tmp_path: Path) -> None:
 
 def test_several_labels_in_a_cell(tmp_path: Path) -> None:
     folder = csv_of(tmp_path, "text,image,label\na,,y|x\nb,,x\n")
-    with pytest.warns(UserWarning, match=r'1 labels hold .*call the column "labels", or say so \(--label-separator'):
+    with pytest.warns(UserWarning, match=r'1 labels contain .*call the column "labels", or pass --label-separator'):
         assert read_split(folder, "jsonl", "train").problem_type == "single_label"
     split = read_split(folder, "jsonl", "train", separator="|")
     assert (split.problem_type, split.names, [e.labels for e in split.examples]) == ("multi_label", ("x", "y"), [(0, 1), (0,)])
@@ -222,7 +222,7 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
 
 def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").touch()
-    with pytest.raises(DataError, match=r"pairs\.csv is a file: give the folder that it is in, and call it train\.csv"):
+    with pytest.raises(DataError, match=r"pairs\.csv is a file: pass its folder, and name the file train\.csv"):
         read_split(tmp_path / "pairs.csv", "jsonl", "train")
 
 
