@@ -63,7 +63,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = Prompted(nn.ModuleList(Block() for _ in range(3)), cross_dim=16)
     tokens, cross = torch.randn(32, 20, WIDTH), torch.randn(32, 16)
-    # The label depends on both modalities: it tells whether one feature of each has the same sign.
+    # The label depends on both modalities: it is 1 if one feature of the tokens and one of the other modality have the same sign.
     labels = (tokens[..., 0].mean(1) * cross[:, 0] > 0).long()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(60):

@@ -1,6 +1,6 @@
 """Train on your own images, texts and labels with transformers' Trainer.
 
-The data folder contains train.jsonl and dev.jsonl with lines such as {"image": "images/1.png", "text": "a sentence", "label": "yes"}:
+The folder contains train.jsonl and dev.jsonl with lines such as {"image": "images/1.png", "text": "a sentence", "label": "yes"}:
 
     python examples/train_your_data.py my_data --vision google/vit-base-patch16-224-in21k --text bert-base-uncased
 
@@ -59,7 +59,7 @@ def main() -> None:
     batch.pop("labels")
     with model.serving() as predict:
         answers = predict(**batch).logits.argmax(-1)
-    print("predictions for the first four examples of dev:", [config.id2label[i] for i in answers.tolist()])
+    print("predictions for the first four of dev:", [config.id2label[i] for i in answers.tolist()])
 
 
 def accuracy(found: EvalPrediction) -> dict[str, float]:
