@@ -87,7 +87,7 @@ class Rows:
         self._columns: _Columns = where._replace(separator=separator)
         self._labels = _Labels(names, cells=path.suffix == tables.CSV)
         if self.is_folder and (path / tables.SPLITS_OF).is_file():
-            raise DataError(f"{path} holds several tables: name one of {', '.join(map(str, _tables_in(path)))}")
+            raise DataError(f"{path} contains several tables: choose one of {', '.join(map(str, _tables_in(path)))}")
         if self.is_folder:
             _check_images(path, self.slots)
             return

@@ -48,7 +48,7 @@ class HeatMap:
 
     @property
     def numbers(self) -> bool:
-        """Whether a cell has room for its number."""
+        """True if a cell has room for its number."""
         return self.wide >= 30
 
     @property

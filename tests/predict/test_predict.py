@@ -337,7 +337,7 @@ def test_one_of_several_tables(folder: Path, tmp_path: Path, capsys: pytest.Capt
     datasets.DatasetDict({"train": table, "test": table.select([2, 3])}).save_to_disk(tmp_path / "saved")
     (tmp_path / "saved" / "images").symlink_to(folder / "data" / "images")
     assert call(folder / "model", tmp_path / "saved", "--out", tmp_path / "out.jsonl") == 1
-    assert re.search(r"saved holds several tables: name one of .*saved/test, .*saved/train\n", capsys.readouterr().err)
+    assert re.search(r"saved contains several tables: choose one of .*saved/test, .*saved/train\n", capsys.readouterr().err)
     assert call(folder / "model", tmp_path / "saved" / "test", "--out", tmp_path / "out.jsonl") == 0
     assert lines(tmp_path / "out.jsonl") == expected(folder)[2:4]
 

@@ -50,7 +50,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 def as_tables(folder: Path, suffix: str, names: Sequence[str] = tuple(SIZES)) -> Path:
-    """Write tables in place of JSONL."""
+    """Replace the JSONL files with tables."""
     for name in names:
         rows = lines(folder / f"{name}.jsonl")
         (folder / f"{name}.jsonl").unlink()
@@ -210,12 +210,12 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train\.parquet cannot be read as parquet .*: write it again"):
         read_split(tmp_path, "jsonl", "train")
     csv_of(tmp_path, "text,image,label\na,,b\n")
-    with pytest.raises(DataError, match=r"train\.csv and .*train\.parquet differ, and both are the train split: keep one"):
+    with pytest.raises(DataError, match=r"train\.csv and .*train\.parquet differ, but both are the train split: keep one"):
         read_split(tmp_path, "jsonl", "train")
     with pytest.raises(DataError, match=r"no dev\.jsonl or val\.jsonl; it has a\.csv, train\.csv, .*may also be dev\.csv"):
         (tmp_path / "a.csv").touch()
         read_split(tmp_path, "jsonl", "dev")
-    # As before there were tables.
+    # JSONL has priority over tables.
     (tmp_path / "train.jsonl").write_text('{"text": "from JSON", "image": null, "label": "x"}\n')
     assert read_split(tmp_path, "jsonl", "train").examples[0].inputs["text"] == "from JSON"
 
@@ -229,7 +229,7 @@ def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=5))
 def test_any_text_survives_csv(tmp_path: Path, texts: list[str]) -> None:
-    """Quotes, line ends of any kind, delimiters, nothing at all."""
+    """CSV preserves quotes, all kinds of line ends, delimiters and empty texts."""
     write_csv(tmp_path / "train.csv", [{"text": text, "image": "", "label": "x"} for text in texts])
     assert [example.inputs["text"] for example in read_split(tmp_path, "jsonl", "train").examples] == texts
 

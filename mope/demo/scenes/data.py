@@ -74,7 +74,7 @@ class Statement:
 
     @property
     def held_out(self) -> bool:
-        """Whether this combination of place and property is reserved for testing."""
+        """True if this combination of place and property is reserved for testing."""
         return (self.place + self.about) % len(PLACES) == 0
 
 
