@@ -1,4 +1,4 @@
-"""Data as CSV, parquet and folders of `datasets`: read as the same lines of JSON would be."""
+"""CSV, parquet and folders of `datasets` give the same examples as the equivalent JSON lines."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def csv_of(tmp_path: Path, text: str | bytes) -> Path:
 
 
 def test_what_a_csv_file_may_look_like(tmp_path: Path) -> None:
-    """A byte order mark, other delimiters, quoted line ends, empty lines; ids are the lines where rows begin."""
+    """CSV may have a byte order mark, other delimiters, quoted line ends and empty lines; ids are the first lines of rows."""
     folder = csv_of(tmp_path, '\ufefftext;image;label\r\n"two\r\nlines; ""so""";a.png;x\r\n\r\n123; ; y \r\n')
     examples = read_split(folder, "jsonl", "train").examples
     assert [(e.id, e.inputs["text"], e.labels) for e in examples[:1]] == [("line 2", 'two\r\nlines; "so"', (0,))]
@@ -154,7 +154,7 @@ def test_several_labels_in_a_cell(tmp_path: Path) -> None:
 
 
 def test_indices_of_classes_in_csv(tmp_path: Path) -> None:
-    """They are names, unless labels.txt says otherwise."""
+    """Numbers in CSV are class names, or indices if labels.txt exists and does not list them."""
     folder = csv_of(tmp_path, "text,image,label\na,,3\nb,,1\n")
     assert read_split(folder, "jsonl", "train").names == ("1", "3")
     (folder / "labels.txt").write_text("p\nq\nr\ns\n")
