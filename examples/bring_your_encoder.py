@@ -1,6 +1,6 @@
-"""Prompt an encoder that the library does not know: SigLIP's image tower.
+"""Prompt an encoder that the library does not support out of the box: SigLIP's image tower.
 
-An adapter says where the layers are, which projections attention uses, and how a block goes on after attention.
+An adapter tells the library where the layers are, which projections attention uses, and how a block continues after attention.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mope.fused.padding import Padding
 
 
 class SiglipAdapter(BackboneAdapter):
-    """Say how prompts get into the layers of a SiglipVisionModel."""
+    """Adapter that lets the library insert prompts into a SiglipVisionModel."""
 
     modality = "vision"
 
@@ -38,7 +38,7 @@ class SiglipAdapter(BackboneAdapter):
         return hidden_states + layer.mlp(layer.layer_norm2(hidden_states))
 
     def pool(self, model: Any, hidden_states: Tensor, padding: Padding) -> Tensor:
-        # SigLIP has no class token: a trained query attends to all patches.
+        # SigLIP has no class token. It pools all patches by attention with a trained query.
         return model.head(model.post_layernorm(hidden_states))
 
 
@@ -46,13 +46,13 @@ def main() -> None:
     torch.manual_seed(0)
     mope.register_backbone("siglip_vision_model", SiglipAdapter)
 
-    # Or SiglipVisionModel.from_pretrained("google/siglip-base-patch16-224").
+    # For a pretrained model: SiglipVisionModel.from_pretrained("google/siglip-base-patch16-224").
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     vision = SiglipVisionModel(SiglipVisionConfig(**size, image_size=32, patch_size=8)).eval()
     text = BertModel(BertConfig(**size, vocab_size=100)).eval()
     images, words = torch.randn(8, 3, 32, 32), torch.randint(1, 100, (8, 10))
 
-    # Without prompts, the adapter has to compute what transformers computes.
+    # Without prompts, the adapter must compute the same feature as transformers.
     alone = MoPEForClassification(MoPEConfig(method="image_only", num_labels=2), vision=vision)
     feature = alone.eval()(pixel_values=images).features
     alone.detach()

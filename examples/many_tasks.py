@@ -1,7 +1,7 @@
 """Serve several tasks from one pair of frozen encoders, in one batch.
 
-The first task is the digit model that comes with the package. A second one is trained here on the same encoders; it answers whether
-a sentence is wrong about a digit.
+The first task is that of the digit model that comes with the package. The second is trained here on the same encoders: it decides
+whether a sentence about a digit is wrong.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mope.demo.data import load_digits as load_splits
 
 
 def train_second_task(folder: Path, steps: int = 30) -> None:
-    """Train prompts, routers and head of the second task. They start from those of the first, whose answers mean the opposite."""
+    """Train prompts, routers and head of the second task, starting from those of the first with the two answers swapped."""
     torch.manual_seed(0)
     model = MoPEForClassification.from_pretrained(digit_model())
     model.config = model.config.replace(id2label=["correct", "wrong"])
@@ -40,7 +40,7 @@ def train_second_task(folder: Path, steps: int = 30) -> None:
         loss.backward()
         optimizer.step()
     print(f"second task: loss {loss.item():.3f} after {steps} steps")
-    # The server has the encoders from the first task's folder.
+    # The server already has the same encoders from the first task's folder, and shares them.
     model.save_pretrained(folder, backbones="copy")
 
 

@@ -1,4 +1,4 @@
-"""Attach routed adapters (ModeX) to CLIP, train them by the contrastive loss, save them, and take them off again."""
+"""Attach routed adapters (ModeX) to CLIP, train them with the contrastive loss, save them, and remove and reload them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mope.modex import Adapters, ModeXConfig, attach
 
 
 def small_clip() -> CLIPModel:
-    """Build a small CLIP at random. Yours: CLIPModel.from_pretrained("openai/clip-vit-base-patch32")."""
+    """Build a small CLIP with random weights. For a pretrained one: CLIPModel.from_pretrained("openai/clip-vit-base-patch32")."""
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     text = CLIPTextConfig(**size, vocab_size=100, max_position_embeddings=16, bos_token_id=98, eos_token_id=99)
     vision = CLIPVisionConfig(**size, image_size=32, patch_size=8)
@@ -27,7 +27,7 @@ def main() -> None:
     batch = {"pixel_values": torch.randn(8, 3, 32, 32), "input_ids": words, "attention_mask": torch.ones_like(words)}
     before = clip(**batch).logits_per_image
 
-    # Plain adapters in the image tower, three experts mixed for each word in the text tower.
+    # Plain adapters in the image tower; in the text tower, adapters that mix three experts for each word.
     sites = {"visual_msa": "plain", "visual_ffn": "plain", "textual_msa": "expert", "textual_ffn": "expert"}
     adapters = attach(clip, ModeXConfig(sites=sites, bottleneck=8, num_experts=3))
     print("unchanged at the start:", torch.equal(clip(**batch).logits_per_image, before))
@@ -45,7 +45,7 @@ def main() -> None:
 
     with torch.no_grad(), adapters.routes() as routes:
         after = clip(**batch).logits_per_image
-    # By adapter, the weights (B,L,experts) of each time that it ran.
+    # For each adapter, `routes` holds a list with the weights (B,L,experts) of each call.
     name = next(name for name in routes if name.endswith("textual_ffn"))
     print(f"{name}: experts of the first word:", [round(w, 2) for w in routes[name][0][0, 0].tolist()])
 
@@ -53,9 +53,9 @@ def main() -> None:
         adapters.save_pretrained(folder)
         print("saved:", sorted(file.name for file in Path(folder).iterdir()))
         adapters.detach()
-        print("the model as it was:", torch.equal(clip(**batch).logits_per_image, before))
+        print("unchanged after detaching:", torch.equal(clip(**batch).logits_per_image, before))
         Adapters.from_pretrained(clip, folder)
-        print("and with its adapters again:", torch.allclose(clip(**batch).logits_per_image, after, atol=1e-5))
+        print("same outputs with the adapters again:", torch.allclose(clip(**batch).logits_per_image, after, atol=1e-5))
 
 
 if __name__ == "__main__":

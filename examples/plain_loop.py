@@ -1,4 +1,4 @@
-"""Use `mope.fused` alone: prompts and routers around the frozen attention of a Transformer of your own, in a plain PyTorch loop."""
+"""Use only `mope.fused`: add prompts and routers to the frozen attention of your own Transformer, in a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WIDTH, HEADS = 64, 4
 
 
 class Block(nn.Module):
-    """Some Transformer block; its author never heard of prompts."""
+    """An ordinary Transformer block that knows nothing about prompts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,8 +26,8 @@ class Prompted(nn.Module):
     """A frozen encoder of such blocks, with static prompts and routed prompt experts in each, and a head.
 
     Args:
-        blocks: which stay frozen.
-        cross_dim: width of the other modality's feature, which routes.
+        blocks: Blocks of the encoder. They are frozen.
+        cross_dim: Width of the other modality's feature, which is the input of the routers.
     """
 
     def __init__(self, blocks: nn.ModuleList, cross_dim: int) -> None:
@@ -48,14 +48,14 @@ class Prompted(nn.Module):
         self.head = nn.Linear(WIDTH, 2)
 
     def forward(self, x: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B,L,C) and features (B,Cc) -> logits (B,2), importance loss ()."""
+        """Compute logits (B,2) and the importance loss () from tokens (B,L,C) and features (B,Cc)."""
         probabilities = []
         for block, prompts in zip(self.blocks, self.prompts, strict=True):
             attended, routing = prompts(x, cross)
             x = x + attended
             x = x + block.mlp(block.norm2(x))
             probabilities.append(routing.probs)
-        # All blocks at once: how unevenly the experts are used.
+        # The importance loss of all blocks measures how unevenly the experts are used.
         return self.head(x.mean(1)), mope_kernels.importance_loss(torch.stack(probabilities)).mean()
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = Prompted(nn.ModuleList(Block() for _ in range(3)), cross_dim=16)
     tokens, cross = torch.randn(32, 20, WIDTH), torch.randn(32, 16)
-    # The answer needs both: does the sign of one feature of the tokens agree with one of the other modality?
+    # The label depends on both modalities: it is 1 if one feature of the tokens and one of the other modality have the same sign.
     labels = (tokens[..., 0].mean(1) * cross[:, 0] > 0).long()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(60):
@@ -73,7 +73,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         if step % 20 == 19:
-            print(f"step {step + 1}: loss {loss.item():.3f}, right {(logits.argmax(-1) == labels).float().mean():.2f}")
+            print(f"step {step + 1}: loss {loss.item():.3f}, accuracy {(logits.argmax(-1) == labels).float().mean():.2f}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Train on your own images, texts and labels with transformers' Trainer.
 
-A folder holds train.jsonl and dev.jsonl with lines such as {"image": "images/1.png", "text": "a sentence", "label": "yes"}:
+The folder contains train.jsonl and dev.jsonl with lines such as {"image": "images/1.png", "text": "a sentence", "label": "yes"}:
 
     python examples/train_your_data.py my_data --vision google/vit-base-patch16-224-in21k --text bert-base-uncased
 
-Without arguments, the script writes a small folder of that form and uses small encoders.
+Without arguments, the script writes a small data folder and uses small encoders.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     )
     trainer = Trainer(model, training, Collator(model), items["train"], items["dev"], compute_metrics=accuracy)
     trainer.train()
-    print("best on dev:", trainer.evaluate()["eval_accuracy"])
+    print("best accuracy on dev:", trainer.evaluate()["eval_accuracy"])
 
     model.save_pretrained(out / "model", backbones="copy")
     model = MoPEForClassification.from_pretrained(out / "model")
@@ -59,19 +59,19 @@ def main() -> None:
     batch.pop("labels")
     with model.serving() as predict:
         answers = predict(**batch).logits.argmax(-1)
-    print("the first four of dev:", [config.id2label[i] for i in answers.tolist()])
+    print("predictions for the first four of dev:", [config.id2label[i] for i in answers.tolist()])
 
 
 def accuracy(found: EvalPrediction) -> dict[str, float]:
-    """Share of right answers."""
+    """Compute the accuracy of predictions."""
     return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", type=Path)
-    parser.add_argument("--vision", help="folder or name on the hub")
-    parser.add_argument("--text", help="folder or name on the hub")
+    parser.add_argument("--vision", help="folder of the vision encoder, or its name on the hub")
+    parser.add_argument("--text", help="folder of the text encoder, or its name on the hub")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "mope_train_your_data")

@@ -1,8 +1,8 @@
-"""Train in several processes, each with its part of every batch.
+"""Train in several processes, each with its share of every batch.
 
     torchrun --nproc-per-node 2 examples/two_processes.py
 
-On GPUs each process takes one; on CPUs they talk by gloo.
+Each process uses one GPU, or the CPU if there is none; CPU processes communicate through gloo.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(steps: int = 20) -> None:
     parallel, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     parallel.train()
     for step, batch in zip(range(steps), loader, strict=False):
-        # The importance loss is that of all processes' items together.
+        # The importance loss is computed over the items of all processes.
         loss = parallel(**batch).loss
         optimizer.zero_grad()
         accelerator.backward(loss)
@@ -43,7 +43,7 @@ def main(steps: int = 20) -> None:
         mean = accelerator.reduce(loss.detach(), "mean")
         if step % 10 == 9:
             accelerator.print(f"step {step + 1}: loss {mean.item():.3f} in {accelerator.num_processes} processes")
-    # All processes hold the same weights.
+    # Check that all processes have the same weights.
     total = torch.stack([p.detach().double().sum() for p in model.trainable_parameters()]).sum()
     every = accelerator.gather(total[None])
     accelerator.print("same weights everywhere:", bool((every == every[0]).all()))

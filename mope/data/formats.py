@@ -5,7 +5,7 @@
     snli-ve     {"gold_label", "sentence2", "Flickr30K_ID"}           images in Flickr30K/flickr30k_images/<id>.jpg
     jsonl       {"label" | "labels": [...], "text", "image"}
 
-The same keys can be the columns of a table, see `tables`: train.csv, train.parquet, or a folder of the library `datasets`.
+The same keys can be the columns of a table (see `tables`): train.csv, train.parquet, or a folder of the library `datasets`.
 
 Text and image are read by default. Other modalities have their own keys, and are read if requested.
 
@@ -37,7 +37,7 @@ from . import tables
 
 SPLITS = {"train": ("train",), "dev": ("dev", "val", "validation"), "test": ("test",)}
 JSONL = ".jsonl"
-# What may be renamed beside the raw items.
+# Names that can be renamed, in addition to those of the raw items.
 COLUMNS = ("id", "label", "labels")
 LABELS = "labels.txt"
 # Modalities that are read by default.
@@ -275,7 +275,7 @@ def _columns(format: _Format, slots: Sequence[Slot], folder: Path, on_missing: s
 
 
 def _renamed(format: _Format, slots: Sequence[Slot], columns: Mapping[str, str]) -> _Format:
-    """Return a format whose keys have other names; ValueError if there is no such key."""
+    """Return the format with renamed keys. Raises ValueError if there is no such key."""
     if not columns:
         return format
     own = {name: slot.name for slot in slots for name in (slot.column, slot.name)}
@@ -288,13 +288,13 @@ def _renamed(format: _Format, slots: Sequence[Slot], columns: Mapping[str, str])
         return format
     single, multi = columns.get("label"), columns.get("labels")
     if format.single is None:
-        # Each example has several labels: "label" is the column of these.
+        # In this format each example has several labels, so "label" renames their column too.
         single, multi = None, multi or single
     return format._replace(single=single, multi=multi)
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
-    """Return the files that may be a split, a folder of `datasets` among them. Tables do not count beside JSONL."""
+    """Return the files or `datasets` folders that may hold a split. If there is JSONL, tables are ignored."""
     names = SPLITS[split]
     if lines := [file for name in names if (file := folder / f"{name}{JSONL}").is_file()]:
         return lines
@@ -304,7 +304,7 @@ def files_of(folder: Path, split: str) -> list[Path]:
 
 def _find(folder: Path, split: str) -> Path:
     if folder.is_file():
-        raise DataError(f"{folder} is a file: give the folder that it is in, and call it {split}{folder.suffix}")
+        raise DataError(f"{folder} is a file: pass its folder, and name the file {split}{folder.suffix}")
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
     found = files_of(folder, split)
@@ -317,7 +317,7 @@ def _find(folder: Path, split: str) -> Path:
         )
     for other in found[1:]:
         if not (other.is_file() and found[0].is_file() and filecmp.cmp(found[0], other, shallow=False)):
-            raise DataError(f"{found[0]} and {other} differ, and both are the {split} split: keep one of them")
+            raise DataError(f"{found[0]} and {other} differ, but both are the {split} split: keep one of them")
     return found[0]
 
 
@@ -344,7 +344,7 @@ def _read(file: Path, columns: _Columns) -> tuple[list[_Row], bool, _Problems, b
 
 
 def records(file: Path, columns: _Columns) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Yield each line, or row, with its number; what is wrong with it takes its place."""
+    """Yield the number and record of each line or row; a ValueError takes the place of one that cannot be read."""
     if not tables.is_table(file):
         yield from _lines(file)
         return
@@ -373,7 +373,7 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
 
 
 def _in_table(file: Path, columns: _Columns, *, labelled: bool = True) -> _Columns:
-    """Return the columns that a table has; DataError if it lacks one. The column of labels may be absent where none is needed."""
+    """Adapt the columns to those of a table. Raises DataError if one is missing; labels may be missing unless `labelled`."""
     if not tables.is_table(file):
         return columns
     format, names = columns.format, tables.header(file)
@@ -387,7 +387,7 @@ def _in_table(file: Path, columns: _Columns, *, labelled: bool = True) -> _Colum
     if names and lacking:
         options = " ".join(f"{name}=COLUMN" for name in lacking)
         raise (NoLabelsError if "label" in lacking else DataError)(
-            f"{file} lacks the column {_quoted(lacking.values())}; its columns are {_quoted(names)}: say which it is, "
+            f"{file} lacks the column {_quoted(lacking.values())}; its columns are {_quoted(names)}: name it with "
             f"--columns {options}"
         )
     return columns._replace(format=format)
@@ -444,7 +444,7 @@ def _encodable(text: str) -> bool:
 
 
 def _names_in_table(file: Path, columns: _Columns) -> tuple[str, ...] | None:
-    """Return the classes that a folder of `datasets` names."""
+    """Return the class names that a folder of `datasets` defines; None if it defines none."""
     if not tables.is_table(file):
         return None
     found = (tables.class_names(file, key) for key in (columns.format.single, columns.format.multi) if key)
@@ -509,7 +509,7 @@ class _Labels:
 
     def _find(self, label: str | int) -> int:
         if self._cells and isinstance(label, str) and label not in self._index and label.isdecimal():
-            # In a CSV file all is text.
+            # Cells of a CSV file are text, so a number that is not a name is an index.
             label = int(label)
         if isinstance(label, int):
             if 0 <= label < len(self._names):
@@ -544,8 +544,8 @@ def _warn_of_separators(file: Path, rows: Sequence[_Row]) -> None:
     count = sum(tables.SEPARATOR in str(label) for row in rows for label in row.labels)
     if count:
         warnings.warn(
-            f"{file}: {count} labels hold {tables.SEPARATOR!r}, and each counts as one class: if these are several, call the "
-            f'column "labels", or say so (--label-separator "{tables.SEPARATOR}")',
+            f"{file}: {count} labels contain {tables.SEPARATOR!r}, but each counts as one class: if they are several classes, call "
+            f'the column "labels", or pass --label-separator "{tables.SEPARATOR}"',
             stacklevel=3,
         )
 

@@ -1,6 +1,6 @@
-"""Rows of a file, one after the other and labelled or not: what a trained model is asked about.
+"""Stream the rows of a file, labeled or not, for prediction.
 
-Nothing is kept of a row that was read, so a file may be of any size.
+Rows are not kept in memory, so a file may be of any size.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from mope.modalities.reading import is_key
 from . import tables
 from .formats import _FORMATS, JSONL, _Columns, _columns, _in_table, _Labels, _renamed, _row, records
 
-# What counts as an image in a folder of images.
+# Suffixes of images in a folder of images.
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# Rows after which what is known of files is forgotten.
+# Number of rows after which file lookups are no longer remembered.
 FORGET = 10_000
-# Bytes that are hashed at once.
+# Number of bytes to hash at a time.
 BLOCK = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row: where it stands, its raw items by their names in a model, and the indices of its classes, None where it has none.
+    """A row: its position, its raw items by their names in a model, and the indices of its classes (None if it has none).
 
-    `line` is that of the file, or the number of the row in a table without lines, or of the image in a folder.
+    `line` is the line in the file, the number of the row in a table without lines, or the number of the image in a folder.
     """
 
     line: int
@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """A row that cannot be used, and why. `id` is that of the row, where it says one."""
+    """A row that cannot be used, and the reason. `id` is the row's own id, or else "line N"."""
 
     line: int
     id: str
@@ -48,19 +48,22 @@ class Unread:
 
 
 class Rows:
-    """The rows of a file for a model.
+    """Rows of a file, read for a model.
 
     Args:
-        path: JSONL, CSV, parquet, a folder that `datasets` saved, or a folder of images. Paths of images are relative to the folder
-            of the file.
-        slots: of the model.
-        names: of its classes.
-        several: whether an item has several classes.
-        format, columns, separator, on_missing_image: as in `read_split`.
+        path: JSONL, CSV or parquet file, a folder saved by `datasets`, or a folder of images. Image paths are relative to the
+            folder of the file.
+        slots: Slots of the model.
+        names: Class names of the model.
+        several: Whether an item may have several classes.
+        format: Format of the keys, as in `read_split`.
+        columns: Other names of keys, as in `read_split`.
+        separator: Separator of labels in a cell, as in `read_split`.
+        on_missing_image: Treatment of missing images, as in `read_split`.
 
     Raises:
-        DataError: there is nothing to read, or a column is missing.
-        ValueError: there is no such column to rename, or a folder of images is not all that the model reads.
+        DataError: There is nothing to read, or a column is missing.
+        ValueError: `columns` renames an unknown column, or `path` is a folder of images but the model reads other modalities too.
     """
 
     def __init__(
@@ -77,14 +80,14 @@ class Rows:
     ) -> None:
         self.path, self.slots, self.several = path, tuple(slots), several
         self.is_folder = path.is_dir() and not tables.is_table(path)
-        # Of several tables that were saved together, as in training.
+        # For one of several tables saved together, image paths are relative to their common folder, as in training.
         is_split = (path.parent / tables.SPLITS_OF).is_file()
         folder = path if path.is_dir() and not is_split else path.parent
         where = _columns(_renamed(_FORMATS[format], slots, columns or {}), slots, folder, on_missing_image)
         self._columns: _Columns = where._replace(separator=separator)
         self._labels = _Labels(names, cells=path.suffix == tables.CSV)
         if self.is_folder and (path / tables.SPLITS_OF).is_file():
-            raise DataError(f"{path} holds several tables: name one of {', '.join(map(str, _tables_in(path)))}")
+            raise DataError(f"{path} contains several tables: choose one of {', '.join(map(str, _tables_in(path)))}")
         if self.is_folder:
             _check_images(path, self.slots)
             return
@@ -92,13 +95,13 @@ class Rows:
             raise DataError(f"there is no file {path}")
         if path.suffix not in (JSONL, tables.CSV, tables.PARQUET, "") or (path.suffix == "" and path.is_file()):
             raise DataError(
-                f"{path}: what it holds is not known by its name: it must end in {JSONL}, {tables.CSV} or {tables.PARQUET}, "
+                f"{path} has an unknown suffix: it must end in {JSONL}, {tables.CSV} or {tables.PARQUET}, "
                 "or be a folder of images or of datasets"
             )
         self._columns = _in_table(path, self._columns, labelled=False)
 
     def read(self, wanted: Callable[[int], bool] = lambda index: True) -> Iterator[tuple[int, Row | Unread]]:
-        """Yield index and row of each row whose index, from 0, is wanted."""
+        """Yield the index and contents of each row whose index (from 0) is wanted."""
         finders: dict[str, Finder] = {}
         for index, (line, record) in enumerate(self._records()):
             if index % FORGET == 0:
@@ -114,7 +117,7 @@ class Rows:
                 yield index, Unread(line, str(own) if is_key(own) else f"line {line}", str(problem))
 
     def identity(self) -> str:
-        """Return what changes with the contents; of folders of images, with names and sizes."""
+        """Return a hash of the contents; for a folder of images, of file names and sizes."""
         if not self.path.is_dir():
             return _digest(self.path)
         digest = hashlib.sha256()
@@ -138,7 +141,7 @@ class Rows:
 
     def _row(self, line: int, record: dict[str, Any], finders: Mapping[str, Finder]) -> Row:
         single, multi = self._columns.format.single, self._columns.format.multi
-        # A file may call them by either name.
+        # A file may use either key for its labels.
         label = next((key for key in ((multi, single) if self.several else (single, multi)) if key in record), None)
         given = record.get(label) if label is not None else None
         bare = {key: value for key, value in record.items() if key not in (single, multi)}
@@ -148,7 +151,7 @@ class Rows:
         return Row(line, read.id, inputs, self._known(given))
 
     def _known(self, given: Any) -> tuple[int, ...] | None:
-        """Return the classes of a row that the model knows."""
+        """Return the class indices of a row's labels; None if it has none, or if the model does not know one of them."""
         values = given if isinstance(given, list) else [given]
         if given in (None, "") or not all(map(is_key, values)) or not (self.several or len(values) == 1):
             return None
@@ -159,15 +162,15 @@ class Rows:
 
 
 def _check_images(folder: Path, slots: Sequence[Slot]) -> None:
-    """ValueError where a folder of images is not what the model reads."""
+    """Raise ValueError if the model reads anything but one image per item, and DataError if the folder has no images."""
     others = [slot.name for slot in slots if slot.modality.name != "vision"]
     if others or len(slots) != 1:
         raise ValueError(
-            f"{folder} is a folder of images, and the model reads {' and '.join(slot.name for slot in slots)}: give a CSV file "
+            f"{folder} is a folder of images, but the model reads {' and '.join(slot.name for slot in slots)}: use a CSV file "
             f"with the columns {', '.join(slot.column for slot in slots)}"
         )
     if not any(file.suffix.lower() in IMAGES for file in _files(folder)):
-        raise DataError(f"{folder} holds neither images ({', '.join(IMAGES)}) nor a table of datasets")
+        raise DataError(f"{folder} contains neither images ({', '.join(IMAGES)}) nor a table of datasets")
 
 
 def _tables_in(folder: Path) -> list[Path]:
@@ -175,7 +178,7 @@ def _tables_in(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder, in the order of their names."""
+    """Yield all files below a folder, sorted by name."""
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             yield from _files(path)

@@ -1,6 +1,6 @@
-"""Tables: CSV, parquet and folders of the library `datasets`, as the records that lines of JSON would hold.
+"""Read CSV, parquet and folders of the library `datasets` as records with the same values as JSON lines.
 
-Pyarrow and `datasets` are imported where a table needs them.
+Pyarrow and `datasets` are imported only if a table needs them.
 """
 
 from __future__ import annotations
@@ -17,32 +17,34 @@ from mope.extras import missing
 from mope.modalities import DataError, Modality
 
 CSV, PARQUET = ".csv", ".parquet"
-# What `datasets` writes into a folder for a table, and for several splits.
+# Files that `datasets` writes into a folder for one table, and for several splits.
 STATE, SPLITS_OF = "state.json", "dataset_dict.json"
-# Between the names of several classes in one cell.
+# Separator between several class names in one cell.
 SEPARATOR = "|"
-# Rows that are read at once.
+# Number of rows to read at a time.
 ROWS = 256
 
 Record = dict[str, Any]
 
 
 def is_table(path: Path) -> bool:
-    """Return whether a path is that of a CSV or parquet file that is there, or of a folder with one table of `datasets`."""
+    """Return whether a path is an existing CSV or parquet file, or a folder with one table of `datasets`."""
     return path.is_file() if path.suffix in (CSV, PARQUET) else (path / STATE).is_file()
 
 
 def rows(file: Path) -> Iterator[tuple[int, Record | ValueError]]:
-    """Yield each row with its line in a CSV file, or its number, from 1; what is wrong with a row takes its place.
+    """Yield the number and record of each row; a ValueError takes the place of a row that cannot be read.
+
+    The number counts from 1: lines in a CSV file, rows in other tables.
 
     Raises:
-        DataError: a package is missing, or nothing of the file can be read.
+        DataError: A package is missing, or the file cannot be read at all.
     """
     return _csv_rows(file) if file.suffix == CSV else enumerate(map(_without_nan, _arrow_rows(file)), 1)
 
 
 def header(file: Path) -> list[str]:
-    """Return the names of the columns. DataError as in `rows`."""
+    """Return the names of the columns. Raises DataError as `rows` does."""
     if file.suffix != CSV:
         return list(_schema(file).names)
     with file.open("rb") as stream:
@@ -51,7 +53,7 @@ def header(file: Path) -> list[str]:
 
 
 def holds_lists(file: Path, column: str) -> bool:
-    """Return whether a column that is there holds lists. DataError as in `rows`."""
+    """Return whether a column exists and holds lists. Raises DataError as `rows` does."""
     if file.suffix == CSV or column not in (schema := _schema(file)).names:
         return False
     from pyarrow import types
@@ -61,7 +63,7 @@ def holds_lists(file: Path, column: str) -> bool:
 
 
 def class_names(file: Path, column: str) -> tuple[str, ...] | None:
-    """Return the names that a table of `datasets` gives to the integers of a column; None where it gives none."""
+    """Return the class names that a table of `datasets` gives to a column's integers; None if it gives none."""
     if file.suffix in (CSV, PARQUET):
         return None
     feature = _dataset(file).features.get(column)
@@ -72,15 +74,15 @@ def class_names(file: Path, column: str) -> tuple[str, ...] | None:
 def as_line(
     record: Record, *, cells: Mapping[str, Modality] | None, id: str, label: str | None, labels: str | None, separator: str
 ) -> Record:
-    """Return a row with the values that a line of JSON would have.
+    """Convert a row to the values that a JSON line would hold.
 
     Args:
         record: The row.
-        cells: For a CSV file, in which all cells are text: the modality of each column that has one. None for other tables.
+        cells: Modality of each column that has one, for CSV files, whose cells are all text. None for other tables.
         id: Column of the id.
         label: Column of a single class.
         labels: Column of several classes.
-        separator: String between several classes in one cell.
+        separator: Separator between several classes in one cell.
     """
     line = dict(record)
     if cells is not None:
@@ -92,7 +94,7 @@ def as_line(
 
 
 def several(cell: str, separator: str) -> list[Any]:
-    """Return the names of classes in a cell, with separators between them or as a list in JSON."""
+    """Parse the class names in a cell, which are either separated or a JSON list."""
     if cell.lstrip().startswith("["):
         try:
             return list(json.loads(cell))
@@ -123,7 +125,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, Record | ValueError]]:
 
 
 def _csv_reader(stream: Iterable[bytes]) -> Any:
-    # What is not UTF-8 is found in its row.
+    # Bytes that are not UTF-8 are reported with their row.
     lines = (line.decode(errors="surrogateescape") for line in stream)
     first = next(lines, "").removeprefix("\ufeff")
     return csv.reader(chain([first], lines), delimiter=max(",;\t", key=first.count), strict=True)
@@ -132,7 +134,7 @@ def _csv_reader(stream: Iterable[bytes]) -> Any:
 def _csv_row(cells: list[str], names: list[str], delimiter: str) -> Record | ValueError:
     if len(cells) != len(names):
         return ValueError(
-            f"has {len(cells)} fields, and the header {len(names)}: put a field that holds {delimiter!r} in double quotes"
+            f"has {len(cells)} fields, but the header has {len(names)}: put fields that contain {delimiter!r} in double quotes"
         )
     if wrong := _not_utf8(cells):
         return ValueError(f"not UTF-8 ({wrong}): save the file as UTF-8")
@@ -140,13 +142,13 @@ def _csv_row(cells: list[str], names: list[str], delimiter: str) -> Record | Val
 
 
 def _not_utf8(cells: Iterable[str]) -> str | None:
-    """Return the first byte that could not be decoded."""
+    """Return the first byte that could not be decoded, as text such as 0xe9."""
     strange = (ord(letter) for cell in cells for letter in cell if "\udc80" <= letter <= "\udcff")
     return next((f"0x{code - 0xDC00:02x}" for code in strange), None)
 
 
 def _checked(file: Path, names: list[str]) -> list[str]:
-    """Return the header of a CSV file."""
+    """Check the header of a CSV file; return its names without surrounding spaces."""
     names = [name.strip() for name in names]
     if wrong := _not_utf8(names):
         raise DataError(f"{file}:1: not UTF-8 ({wrong}): save the file as UTF-8")
@@ -160,13 +162,13 @@ def _arrow_rows(file: Path) -> Iterator[Record]:
         for batch in _parquet(file).iter_batches(batch_size=ROWS):
             yield from batch.to_pylist()
     else:
-        # Nothing is decoded: images stay files, classes integers.
+        # Arrow does not decode: images stay files, classes stay integers.
         for table in _dataset(file).with_format("arrow").iter(ROWS):
             yield from table.to_pylist()
 
 
 def _without_nan(record: Record) -> Record:
-    """Treat a NaN of pandas as a missing value."""
+    """Replace NaN, which pandas writes for missing values, with None."""
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
 
 

@@ -1,4 +1,4 @@
-"""Ways to make a feature from all tokens of an encoder, instead of the encoder's own summary."""
+"""Pool all tokens of an encoder into a feature, instead of using the encoder's own pooling."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from torch import Tensor, nn
 
 from mope.fused.padding import Padding
 
-# Tokens after the encoder's last norm, (B,L,C) or packed (1,T,C), and their padding -> a feature (B,C).
+# Function of the tokens after the encoder's last norm, (B,L,C) or packed (1,T,C), and their padding -> a feature (B,C).
 Pool = Callable[[Tensor, Padding], Tensor]
 
 
 def mean_pooling(tokens: Tensor, padding: Padding) -> Tensor:
-    """Average the tokens of each item that are not padding: (B,L,C) -> (B,C)."""
+    """Average the tokens of each item, ignoring padding: (B,L,C) -> (B,C)."""
     return padding.mean_of_tokens(tokens)
 
 
 class AttentionPooling(nn.Module):
-    """Pool tokens by multi-head attention with one query for each item.
+    """Multi-head attention pooling with one query per item.
 
-    The query is a projection of psi, so that one modality looks up what it needs in the tokens of the other; without psi it is a
-    parameter.
+    The query is a projection of psi, the feature of the other modality, or a learned parameter if there is no psi.
 
     Args:
-        dim: C, width of the tokens.
-        num_heads: of the attention; divides `dim`.
-        cross_dim: Cc, width of psi; None for a query that is a parameter.
+        dim: Width C of the tokens.
+        num_heads: Number of attention heads, which must divide `dim`.
+        cross_dim: Width Cc of psi; None for a learned query.
     """
 
     def __init__(self, dim: int, num_heads: int, cross_dim: int | None = None) -> None:
@@ -41,9 +40,9 @@ class AttentionPooling(nn.Module):
         """Return the pooled feature (B,C) of tokens (B,L,C), or packed (1,T,C), in the dtype of the parameters.
 
         Args:
-            tokens: of a frozen encoder, in any floating dtype.
-            padding: which tokens nothing attends to.
-            psi: (B,Cc), for a query that is projected.
+            tokens: Tokens of a frozen encoder, in any floating dtype.
+            padding: Padding of the tokens, which is masked in attention.
+            psi: Feature (B,Cc) that is projected to the query; required if `cross_dim` was given.
         """
         dtype = self.key.weight.dtype
         mask = None
@@ -54,7 +53,7 @@ class AttentionPooling(nn.Module):
             tokens = packing.unpack(tokens)
         tokens = tokens.to(dtype)
         if visible is not None:
-            # Padding may hold anything, infinities too.
+            # Padding may contain any values, including infinities.
             tokens = tokens.masked_fill(~visible[..., None], 0)
             mask = visible[:, None, None]
         if isinstance(self.query, nn.Parameter):

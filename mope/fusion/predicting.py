@@ -1,4 +1,4 @@
-"""From raw items to classes: what reads them for a model, and what its logits say."""
+"""Classify raw items: read them for a model, and turn its logits into predictions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Prediction:
     Attributes:
         labels: Names of its classes: one with problem type "single_label", otherwise those above the threshold, likeliest first.
         scores: Probability of each class by its name.
-        experts: For each routed block, the weights of the experts that it took, largest first; None if they were not requested.
+        experts: For each routed block, the weights of the experts that it used, largest first; None if they were not requested.
     """
 
     labels: tuple[str, ...]
@@ -33,15 +33,15 @@ class Prediction:
 
     @property
     def label(self) -> str | None:
-        """The likeliest class; None where there is none."""
+        """Most probable class; None if no class was predicted."""
         return self.labels[0] if self.labels else None
 
 
 def readers_of(model: FusionModel, modalities: Sequence[str]) -> list[tuple[Slot, Reader]]:
-    """Return what reads the raw items of some encoders of a model.
+    """Return the slot and the reader of raw items for each of the given encoders of a model.
 
     Raises:
-        ValueError: the model lacks a processor.
+        ValueError: The model lacks a processor.
         ModuleNotFoundError: Pillow is not installed.
     """
     slots = slots_of(model.config)
@@ -50,13 +50,13 @@ def readers_of(model: FusionModel, modalities: Sequence[str]) -> list[tuple[Slot
         slot, processor = slots[name], model.processor(name)
         if slot.processor is not None and processor is None:
             how = f"model.{slot.processor}" if not slot.prefix else f"it with model.set_processor({name!r}, ...)"
-            raise ValueError(f"the model has no {slot.processor}: set {how}, for example to the one of its {name} backbone")
+            raise ValueError(f"the model has no {slot.processor}: set {how}, for example to that of its {name} backbone")
         readers.append((slot, slot.modality.reader(model.backbone(name), processor, model.config)))
     return readers
 
 
 def predict(model: FusionModel, raw: Mapping[str, Any], *, batch_size: int = 32, experts: bool = False) -> list[Prediction]:
-    """Classify raw items, see `FusionModel.predict`."""
+    """Classify raw items; see `FusionModel.predict`."""
     if batch_size < 1:
         raise ValueError(f"predict: batch_size must be at least 1, got {batch_size}")
     slots = slots_of(model.config)
@@ -75,13 +75,13 @@ def predict(model: FusionModel, raw: Mapping[str, Any], *, batch_size: int = 32,
 
 
 def predictions(config: Any, logits: Tensor, weights: Mapping[str, Tensor], *, named: bool = False) -> list[Prediction]:
-    """Say what logits mean.
+    """Convert logits to predictions.
 
     Args:
-        config: of the model.
-        logits: (B,num_labels).
-        weights: of the experts, (B,K), by the name of the block.
-        named: whether experts were asked for.
+        config: Configuration of the model.
+        logits: Logits (B,num_labels).
+        weights: Weights (B,K) of the experts, by the name of the block.
+        named: Whether predictions include the experts.
     """
     names = [config.id2label[i] for i in range(config.num_labels)]
     logits = logits.float().cpu()
@@ -102,7 +102,7 @@ def _taken(weights: Sequence[float]) -> dict[int, float]:
 
 
 def _checked(slots: Mapping[str, Slot], raw: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
-    """Raw items by the names of encoders."""
+    """Check raw items, and return them by the names of their encoders."""
     names = {slot.raw: name for name, slot in slots.items()}
     wanted = f"this model reads {', '.join(names)}"
     if unknown := [name for name in raw if name not in names]:
@@ -112,10 +112,10 @@ def _checked(slots: Mapping[str, Slot], raw: Mapping[str, Any]) -> dict[str, Seq
         raise TypeError(f"predict needs {', '.join(f'{name}=[...]' for name in missing)}: {wanted}")
     for name, items in raw.items():
         if not isinstance(items, list | tuple):
-            raise TypeError(f"{name} must be a list, got {type(items).__name__}: predict({name}=[...]), of one item too")
+            raise TypeError(f"{name} must be a list, got {type(items).__name__}: predict({name}=[...]), even for one item")
     if len({len(items) for items in raw.values()}) > 1:
         sizes = ", ".join(f"{len(items)} {name}" for name, items in raw.items())
-        raise ValueError(f"predict needs as many items of each kind, got {sizes}")
+        raise ValueError(f"predict needs the same number of items of each kind, got {sizes}")
     return {names[name]: items for name, items in raw.items()}
 
 
@@ -126,9 +126,9 @@ def _read(slot: Slot, reader: Reader, items: Sequence[Any], first: int) -> Itera
         except UnreadableError as error:
             raise ValueError(f"{slot.raw}[{i}] cannot be read: {error.why}") from error
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{slot.raw}[{i}] cannot be read, {type(item).__name__}: {error}") from error
+            raise ValueError(f"{slot.raw}[{i}] cannot be read ({type(item).__name__}): {error}") from error
 
 
 def dense_weights(weights: Tensor, indices: Tensor, count: int) -> Tensor:
-    """Weights (B,k) of the experts that were selected, by their indices (B,k) -> of all (B,count), 0 for the others."""
+    """Expand weights (B,k) of the selected experts, whose indices are (B,k), to all experts (B,count), with 0 for the others."""
     return torch.zeros(len(weights), count, dtype=weights.dtype, device=weights.device).scatter_(1, indices, weights)

@@ -1,4 +1,4 @@
-"""`mope predict`: a trained model and a file of any size -> a file of predictions."""
+"""`mope predict`: classify the rows of a file of any size with a trained model."""
 
 from .command import add_predict
 

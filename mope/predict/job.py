@@ -1,4 +1,4 @@
-"""The work of `mope predict`."""
+"""Run `mope predict`: read rows, classify them, and write and merge the predictions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .reading import Answered, Batch, RowBatches
 
 
 class PredictionJob:
-    """`mope predict`. What can be wrong with the options is found when it is made: ValueError or OSError."""
+    """A run of `mope predict`. The constructor checks all options and raises ValueError or OSError."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -41,7 +41,9 @@ class PredictionJob:
         place = find_device(options.device)
         self.state = PartialState(cpu=place.type == "cpu")
         if options.device != "auto" and place.type != "cpu" and self.state.num_processes > 1:
-            raise ValueError(f"each of {self.state.num_processes} processes takes its own GPU: leave --device {options.device} out")
+            raise ValueError(
+                f"each of {self.state.num_processes} processes uses its own GPU: remove --device {options.device} from the command"
+            )
         self.model = open_model(
             options.model, sources_of(options), mode=options.mode, processors=processors_of(options), format=options.format
         )
@@ -58,20 +60,20 @@ class PredictionJob:
             **columns_of(options),
         )
         self.preprocessing = Preprocessing(self.model, config.modalities)
-        # Says why not, where the model has none.
+        # Raises an error here if the model has no experts to report.
         with self.model.answering(experts=options.experts):
             pass
         identity = {"model": _identity(self.model, self.preprocessing), "file": self.rows.identity(), "options": self._told()}
         self.parts = Parts(out, identity, process=self.state.process_index, processes=self.state.num_processes)
         self.model.to(self.state.device if options.device == "auto" or place.type == "cpu" else place)
-        # Nobody writes before all have looked.
+        # No process writes before all have checked the existing files.
         wait_for_all()
 
     def run(self) -> None:
-        """Predict what is missing, and put it together.
+        """Predict the missing rows and merge the parts of all processes.
 
         Raises:
-            DataError: a row cannot be read, and --on-error is not skip.
+            DataError: A row cannot be read, and --on-error is not skip.
         """
         out: Path = self.options.out
         if self.parts.complete:
@@ -103,7 +105,7 @@ class PredictionJob:
                 bar.update(len(batch.rows))
 
     def _answer(self, answer: Any, batch: Batch, part: Any) -> None:
-        """Predict a batch, and write it; rows in front of one that stops the run are written, too."""
+        """Predict and write a batch. If a row stops the run, the rows before it are still written."""
         found: Iterator[Prediction] = iter(())
         if batch.inputs is not None:
             logits, weights = answer(**self.model.on_device(batch.inputs))
@@ -112,9 +114,9 @@ class PredictionJob:
             for row in batch.rows:
                 prediction = next(found) if row.error is None else None
                 if prediction and not all(map(math.isfinite, prediction.scores.values())):
-                    row.error = f"the model gives numbers that are not finite for {row.id!r}"
+                    row.error = f"the model's output is not finite for {row.id!r}"
                 if row.error is not None and self.options.on_error == "error":
-                    raise DataError(f"{self.options.file}:{row.line}: {row.error} (--on-error skip: write the error, and go on)")
+                    raise DataError(f"{self.options.file}:{row.line}: {row.error} (--on-error skip: write the error and continue)")
                 part.write(json.dumps(self._record(row, prediction), ensure_ascii=False) + "\n")
         finally:
             part.flush()
@@ -123,7 +125,7 @@ class PredictionJob:
         if prediction is None or row.error is not None:
             return {"id": row.id, "error": row.error}
         record = record_of(row.id, prediction, several=self.several)
-        # Not for the file of predictions, see `_Counts`.
+        # Removed by `_Counts` before the predictions are written.
         return record if row.labels is None else record | {"truth": [self.names[k] for k in row.labels]}
 
     def _fields(self) -> list[str]:
@@ -132,20 +134,20 @@ class PredictionJob:
         return fields + (["error"] if self.options.on_error == "skip" else [])
 
     def _told(self) -> dict[str, Any]:
-        """Return the options on which predictions depend."""
+        """Return the options that affect the predictions."""
         names = ("format", "experts", "on_missing_image", "label_separator", "mode")
         return {**{name: getattr(self.options, name) for name in names}, "columns": dict(self.options.columns)}
 
 
 class _Counts:
-    """Counts records while they pass: rows, errors, and how many of those with a label are right."""
+    """Running counts of the rows, the errors, and the correct predictions among rows with a label."""
 
     def __init__(self, several: bool) -> None:
         self.several = several
         self.rows = self.errors = self.labelled = self.found = self.predicted = self.present = 0
 
     def counted(self, records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield the records without the classes that the file said."""
+        """Count the records and yield them without their true classes."""
         for record in records:
             self.rows += 1
             self.errors += "error" in record
@@ -158,7 +160,7 @@ class _Counts:
             yield record
 
     def metrics(self) -> dict[str, float]:
-        """Return "labelled" and "accuracy", or "f1_micro" with several labels; {} where no row has a label."""
+        """Return "labelled", and "accuracy" or, with several labels, "f1_micro"; {} if no row has a label."""
         if not self.labelled:
             return {}
         value = 2 * self.found / max(self.predicted + self.present, 1)
@@ -169,11 +171,11 @@ class _Counts:
         if not self.labelled:
             return said
         name, value = list(self.metrics().items())[1]
-        return f"{said}; {name.replace('_', ' ')} {100 * value:.2f} of {self.labelled} with a label"
+        return f"{said}; {name.replace('_', ' ')} {100 * value:.2f} (rows with a label: {self.labelled})"
 
 
 def _identity(model: FusionModel, preprocessing: Preprocessing) -> str:
-    """Return everything of a model that its predictions depend on."""
+    """Return a fingerprint of everything in a model that affects its predictions."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in ("mope_version", "transformers_version")}
     parts = {"config": config, "encoders": model.fingerprints(), "reading": preprocessing.digest()}
     with model.weights_as_given():

@@ -1,8 +1,8 @@
-"""Files that each process has written so far, with a record of their origin, so that a stopped run can continue them.
+"""Partial predictions of each process, with a record of their origin, so that a stopped run can be resumed.
 
 PREDICTIONS.parts/identity.json    model, file, options and number of processes
-PREDICTIONS.parts/0.jsonl          of the first process, a line for each of its rows
-PREDICTIONS.about.json             beside complete predictions
+PREDICTIONS.parts/0.jsonl          predictions of the first process, one line per row
+PREDICTIONS.about.json             origin and metrics of complete predictions
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from typing import IO, Any
 
 from mope.files import write_text
 
-# Rows that follow each other in one part.
+# Number of consecutive rows assigned to one process.
 CHUNK = 64
 
 Identity = Mapping[str, Any]
 
 
 class Parts:
-    """The parts of one file of predictions.
+    """Parts of one file of predictions.
 
     Args:
-        out: the file.
-        identity: what the predictions follow from, by name.
-        process, processes: rank and world size.
+        out: File for the complete predictions.
+        identity: Model, file and options that determine the predictions, by name.
+        process: Rank of this process.
+        processes: Number of processes.
 
     Raises:
-        ValueError: there are predictions, complete or not, of something else.
+        ValueError: Complete or partial predictions with another identity exist.
     """
 
     def __init__(self, out: Path, identity: Identity, *, process: int = 0, processes: int = 1) -> None:
@@ -43,32 +44,32 @@ class Parts:
         if self.complete:
             self._compare(self.about, {}, f"{out} exists")
         elif self.folder.exists():
-            self._compare(self.folder / "identity.json", {"processes": processes}, f"{self.folder} was begun")
+            self._compare(self.folder / "identity.json", {"processes": processes}, f"{self.folder} exists")
 
     def _compare(self, file: Path, more: Identity, what: str) -> None:
-        advice = f"take another --out, or remove {self.out.name}*"
+        advice = f"use another --out, or remove {self.out.name}*"
         try:
             before = json.loads(file.read_text())["identity"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{what}, and nothing says what it was made of ({error}): {advice}") from error
+            raise ValueError(f"{what}, but the record of its origin cannot be read ({error}): {advice}") from error
         now = self.identity | dict(more)
         if changed := [name for name, value in now.items() if before.get(name) != value]:
-            raise ValueError(f"{what} with another {' and another '.join(changed)}: {advice}")
+            raise ValueError(f"{what}, but does not match this run's {' and '.join(changed)}: {advice}")
 
     def begin(self) -> None:
-        """Make the folder; the first process does."""
+        """Create the folder and record the identity. Only the first process calls it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         identity = {"identity": self.identity | {"processes": self.processes}}
         write_text(self.folder / "identity.json", json.dumps(identity, indent=2) + "\n")
 
     @contextmanager
     def opened(self) -> Iterator[tuple[IO[str], int]]:
-        """Open the part of this process -> a stream, to write behind what it has, and how many lines that are.
+        """Open this process's part for appending; yield the stream and the number of lines already written.
 
-        A half-written last line is dropped.
+        An incomplete last line is dropped.
 
         Raises:
-            ValueError: a process that was left over still writes.
+            ValueError: Another process is still writing the part.
         """
         file = self._part(self.process)
         with file.open("a+b") as binary:
@@ -85,15 +86,15 @@ class Parts:
                 yield stream, rows
 
     def is_mine(self, index: int) -> bool:
-        """Return whether a row, by its index from 0, is for this process."""
+        """Return whether this process handles the row with an index (from 0)."""
         return index // CHUNK % self.processes == self.process
 
     def place(self, index: int) -> int:
-        """Return how many rows this process has in front of one of its own."""
+        """Return how many of this process's rows come before one of its own, given by its index in the file."""
         return index // (CHUNK * self.processes) * CHUNK + index % CHUNK
 
     def merged(self) -> Iterator[dict[str, Any]]:
-        """Yield what all processes have written, in the order of the file."""
+        """Yield the records of all processes, in the order of the file."""
         with ExitStack() as stack:
             parts = [stack.enter_context(self._part(i).open(encoding="utf-8", newline="\n")) for i in range(self.processes)]
             for chunk in count():
@@ -103,7 +104,7 @@ class Parts:
                 yield from map(json.loads, lines)
 
     def finish(self, found: Mapping[str, Any]) -> None:
-        """Say beside the predictions what they are of, and remove the parts."""
+        """Record the origin of the complete predictions, with `found`, next to them, and remove the parts."""
         write_text(self.about, json.dumps({"identity": self.identity, **found}, indent=2) + "\n")
         shutil.rmtree(self.folder)
 
@@ -112,7 +113,7 @@ class Parts:
 
 
 def _lock(stream: IO[bytes], file: Path) -> None:
-    """Let no other process write, where the system has such locks; they end with the process."""
+    """Lock a file against other processes, if the system supports it. The lock ends with the process."""
     try:
         import fcntl
     except ModuleNotFoundError:
@@ -120,7 +121,7 @@ def _lock(stream: IO[bytes], file: Path) -> None:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{file} is being written by another process, perhaps one that was left over: end it first") from None
-    # Of file systems without locks.
+        raise ValueError(f"{file} is being written by another process, perhaps from an earlier run: end it first") from None
+    # The file system does not support locks.
     except OSError:
         return

@@ -1,4 +1,4 @@
-"""Rows of a file as batches that a model takes, read here or by workers."""
+"""Read the rows of a file as batches of model inputs, in this process or in workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .parts import Parts
 
 @dataclass
 class Answered:
-    """A row that was read, or why it was not. labels: of the file, indices of classes; None where it says none."""
+    """A row that was read, or the error that prevented it. `labels`: indices of its classes; None if it has none."""
 
     line: int
     id: str
@@ -29,21 +29,21 @@ class Answered:
 
 @dataclass
 class Batch:
-    """Rows, and the inputs of those without an error; None where all have one."""
+    """Rows, and the inputs of those without an error; None if all rows have errors."""
 
     rows: list[Answered]
     inputs: dict[str, Tensor] | None = field(default=None)
 
 
 class RowBatches(IterableDataset[Batch]):
-    """Batches of the rows of one process, in their order.
+    """Batches of one process's rows, in order.
 
     Args:
-        rows: all rows.
-        parts: say which are of this process.
-        preprocessing: of the model.
-        batch_size: rows of a batch.
-        done: rows of this process that are left out, because they were written before.
+        rows: Rows of the whole file.
+        parts: Assignment of the rows to processes.
+        preprocessing: Preprocessing of the model.
+        batch_size: Number of rows in a batch.
+        done: Number of this process's rows to skip because they are already written.
     """
 
     def __init__(self, rows: Rows, parts: Parts, preprocessing: Preprocessing, *, batch_size: int, done: int = 0) -> None:
@@ -61,7 +61,7 @@ class RowBatches(IterableDataset[Batch]):
             yield self._collated([self._read(row) for _, row in found])
 
     def _batch(self, index: int) -> int:
-        """Return the number of a row's batch; negative if the row was written before."""
+        """Return the number of a row's batch; negative if the row is already written."""
         return (self.parts.place(index) - self.done) // self.batch_size
 
     def _read(self, row: Row | Unread) -> tuple[Answered, dict[str, Any] | None]:

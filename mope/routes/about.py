@@ -22,16 +22,16 @@ class About:
 
     @property
     def facts(self) -> dict[str, str]:
-        """Return what is known, by its name on the page."""
+        """Known facts, by their names on the page."""
         found = {"Model": self.model, "Data": self.data, "Split": self.split, "Date": self.date}
         return {name: value for name, value in found.items() if value}
 
 
 def today() -> str:
-    """Return the date in UTC; that of SOURCE_DATE_EPOCH where it is set, for files that do not depend on the day.
+    """Return today's date in UTC, or the date of SOURCE_DATE_EPOCH if it is set, for reproducible files.
 
     Raises:
-        ValueError: SOURCE_DATE_EPOCH is no number of seconds.
+        ValueError: SOURCE_DATE_EPOCH is not a number of seconds.
     """
     seconds = os.environ.get("SOURCE_DATE_EPOCH")
     if seconds is None:
@@ -39,13 +39,13 @@ def today() -> str:
     try:
         return datetime.fromtimestamp(int(seconds), UTC).date().isoformat()
     except (OverflowError, OSError, ValueError) as error:
-        raise ValueError(f"SOURCE_DATE_EPOCH={seconds!r} is no number of seconds since 1970: set one, or unset it") from error
+        raise ValueError(f"SOURCE_DATE_EPOCH={seconds!r} is not a number of seconds since 1970: set one, or unset it") from error
 
 
 def quality(routes: Routes) -> tuple[str, float] | None:
-    """Return the name of a metric and its value, None where no example has a label.
+    """Return the name and value of a metric, or None if no example has a label.
 
-    Accuracy where each example has one label, else the micro F1: 2 * right / (predicted + labelled), over all classes.
+    The metric is accuracy if each example has one label, otherwise micro F1: 2 * right / (predicted + labels), over all classes.
     """
     if not routes.labels.any():
         return None

@@ -20,30 +20,32 @@ SPLITS = ("train", "dev", "test")
 def add_routes(commands: Any) -> None:
     """Add the `routes` command to the object that `ArgumentParser.add_subparsers` returned. Torch is imported when it runs."""
     routes = commands.add_parser(
-        "routes", help="show how a trained model uses its experts: load, balance, classes, images, words; as page, pictures, tables"
+        "routes", help="show how a trained model uses its experts (load, balance, classes, images, words) as a page and pictures"
     )
     routes.add_argument(
         "model", type=Path, metavar="MODEL", help="a folder written by mope train or save_pretrained, or a released .ckpt"
     )
-    routes.add_argument("--data", type=Path, required=True, metavar="DIR", help="with train.jsonl, dev.jsonl, test.jsonl")
+    routes.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with train.jsonl, dev.jsonl, test.jsonl")
     routes.add_argument("--format", choices=tuple(RECIPES), default="jsonl", help="format of the data (jsonl)")
     routes.add_argument("--split", default="test", choices=SPLITS, help="(test)")
-    routes.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="gets page, pictures and tables (out/)")
+    routes.add_argument(
+        "--out", type=Path, default=Path("out"), metavar="FOLDER", help="folder for page, pictures and tables (out/)"
+    )
     routes.add_argument(
         "--block",
         action="append",
         metavar="NAME",
         help='block to show in detail: "layer 3", "all", ...; may be repeated (the one whose routing depends most on the example)',
     )
-    routes.add_argument("--top", type=positive, default=8, metavar="N", help="images for each expert (8)")
-    routes.add_argument("--words", type=positive, default=12, metavar="N", help="largest number of words for each expert (12)")
+    routes.add_argument("--top", type=positive, default=8, metavar="N", help="number of images per expert (8)")
+    routes.add_argument("--words", type=positive, default=12, metavar="N", help="largest number of words per expert (12)")
     routes.add_argument("--batch-size", type=positive, default=32, metavar="N", help="(32)")
-    routes.add_argument("--num-workers", type=count, default=0, metavar="N", help="processes that load images (0: this one does)")
+    routes.add_argument("--num-workers", type=count, default=0, metavar="N", help="worker processes that load images (0: none)")
     add_device(routes)
     routes.add_argument("--on-missing-image", default="error", choices=("error", "grey"), help="stop, or use a grey one (error)")
     add_columns(routes)
     add_encoders(routes, " (as saved)")
-    routes.add_argument("--mode", choices=modes(), help="whose prompts a window of a Swin Transformer gets (as saved)")
+    routes.add_argument("--mode", choices=modes(), help="which image's prompts a Swin window gets (as saved)")
     routes.set_defaults(command=_routes)
 
 
@@ -87,7 +89,7 @@ def _run(options: argparse.Namespace) -> None:
     ).to(device)
     if not isinstance(model, MoPEForClassification):
         raise ValueError(
-            f"{options.model} is a ModeX model, whose experts are mixed for each token: model.routes() gives their weights"
+            f"{options.model} is a ModeX model, which mixes its experts for each token: use model.routes() for their weights"
         )
     blocks = _numbers(options.block, routed_blocks(model))
     split = read_split(
@@ -120,7 +122,7 @@ def _class_names(config: Any) -> tuple[str, ...] | None:
 
 
 def _numbers(wanted: list[str] | None, names: tuple[str, ...]) -> list[int] | None:
-    """Look up blocks by name -> their numbers; None if none is given."""
+    """Return the numbers of blocks, given by name; None if no names are given."""
     if wanted is None:
         return None
     if "all" in wanted:

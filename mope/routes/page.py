@@ -1,4 +1,4 @@
-"""Write tables, drawings and examples as one HTML page that needs no other file, font or network."""
+"""Write tables, drawings and examples as one self-contained HTML page, without external files, fonts or network access."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .summary import Summary
 from .view import WORDS_IN_A_ROW, Images, balance_rows, block_view, heat_map, picture_links
 
 TEMPLATES = Path(__file__).with_name("templates")
-# Sorts tables. Without it the page shows everything, in the order in which it was written.
+# This script sorts tables. Without it, the page shows the same contents, unsorted.
 SCRIPT = (TEMPLATES / "page.js").read_text(encoding="utf-8")
 STYLE = (TEMPLATES / "page.css").read_text(encoding="utf-8")
 _HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-# This policy keeps a text from loading or running anything, should it ever be parsed as markup.
+# Defense in depth: even if a text were parsed as markup, this policy would keep it from loading or running anything.
 POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{_HASH}'; base-uri 'none'"
 
 
@@ -42,7 +42,7 @@ def write_html(
         path: File to write.
         blocks: Numbers of the blocks whose classes and experts are shown. None shows the block whose routing depends most on the
             example.
-        about: Origin of the routes, shown at the top. None leaves it out.
+        about: Origin of the routes, shown at the top. None omits it.
         pictures: Files that `draw` wrote; the page links to them.
     """
     chosen = [summary.most_decided] if blocks is None else list(blocks)
@@ -54,7 +54,7 @@ def write_html(
         .get_template("page.html")
         .render(
             policy=POLICY,
-            # Contains only text of this package and base64.
+            # The style sheet and script contain only this package's own text and base64, so they need no escaping.
             style=Markup(STYLE + palette.style() + images.style()),
             script=Markup(SCRIPT),
             facts=_facts(routes, about or About()),

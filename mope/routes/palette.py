@@ -1,4 +1,4 @@
-"""Colours of the cells of a heat map, for light and dark screens, with the ink that can be read on each."""
+"""Colors of heat map cells for light and dark screens, each with a readable text color."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, to_hex
 
 from .pictures import HEAT
 
-# Colours from none to the most.
+# Number of the color for the largest value; 0 is the color for a value of 0.
 STEPS = 32
-# Lightness rises all the way, as it falls in HEAT.
+# Lightness increases monotonically, the reverse of HEAT.
 GLOW = LinearSegmentedColormap.from_list("glow", ["#1c222c", "#1d5f58", "#43b3a4", "#c4f5ec"])
 
 
 def step(part: float) -> int:
-    """Return the number of the colour for a part of the largest value, 0 to 1; that of 0 for NaN."""
+    """Return the number of the color for a value, given as a fraction of the largest one. NaN has the color of 0."""
     return 0 if np.isnan(part) else round(float(part) * STEPS)
 
 
 def style() -> str:
-    """Return the style sheet of classes h0, h1 and so on, which set --ground and --ink."""
+    """Return a style sheet with the classes h0, h1, ..., which set the variables --ground (background) and --ink (text)."""
     return f"{_rules(HEAT)}\n@media screen and (prefers-color-scheme: dark) {{\n{_rules(GLOW)}\n}}\n"
 
 
@@ -29,7 +29,7 @@ def _rules(colors: Colormap) -> str:
 
 
 def _ink(ground: tuple[float, ...]) -> str:
-    """Return black or white, whatever has more contrast with a colour: at least 4.5, as WCAG counts it."""
+    """Return black or white, whichever contrasts more with a color. The WCAG contrast ratio is at least 4.5."""
     color = np.array(ground)
     linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
     luminance = float(linear @ [0.2126, 0.7152, 0.0722])

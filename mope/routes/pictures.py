@@ -22,7 +22,7 @@ from .routing import Routes
 from .summary import Summary
 from .thumbnails import GAP, SIZE, strip
 
-# The largest number of experts to draw, by load, and of classes, by examples. The tables contain all.
+# Largest numbers of experts (by load) and classes (by number of examples) to draw. The tables contain all.
 MOST_EXPERTS, MOST_CLASSES = 32, 128
 INK, MUTED, PALE = "#1d2433", "#7a8499", "#c9d1de"
 # Lightness decreases monotonically, so that the map is also readable in grayscale.
@@ -40,11 +40,11 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "savefig.dpi": 160,
-    # For papers: text that can be edited, and no names that are drawn at random.
+    # For papers: embed fonts so that text stays editable, and do not generate random ids.
     "pdf.fonttype": 42,
     "svg.hashsalt": "mope",
 }
-# Of each picture: one to look at, two for papers. None of them says when it was made.
+# File formats of each picture, with their metadata: without a date, so that files are reproducible.
 FORMATS: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
@@ -64,7 +64,7 @@ def draw(summary: Summary, routes: Routes, out: str | Path, *, blocks: Sequence[
 
 
 def _write(figure: Figure, path: Path) -> list[Path]:
-    """Write a figure in each format beside a path without a suffix."""
+    """Write a figure in each format. `path` has no suffix."""
     paths = [path.with_name(f"{path.name}.{kind}") for kind in FORMATS]
     for kind, each in zip(FORMATS, paths, strict=True):
         each.write_bytes(render(figure, kind))
@@ -90,7 +90,7 @@ def _style() -> Iterator[None]:
 
 @_style()
 def render(figure: Figure, kind: str) -> bytes:
-    """Return the contents of a file of one of `FORMATS`."""
+    """Render a figure in one of `FORMATS`; return the contents of the file."""
     buffer = BytesIO()
     figure.savefig(buffer, format=kind, metadata=FORMATS[kind])
     return buffer.getvalue()
@@ -174,7 +174,7 @@ def draw_classes(summary: Summary, block: int) -> Figure:
     if missing:
         note += f"; the {len(rows)} of {len(summary.classes)} classes with most examples"
     page = _Page(max(left + wide + 1.0, 7.6), high + 1.75, "Which classes take which expert", note)
-    # With multi_label, it is possible that no example has any class.
+    # With multi_label, there may be no example that has a class.
     if not len(rows):
         return page.figure
     axes = page.axes(left, 1.0, wide, high)
@@ -189,7 +189,7 @@ def draw_classes(summary: Summary, block: int) -> Figure:
 def draw_experts(summary: Summary, routes: Routes, block: int) -> Figure:
     """Draw for each expert its load, its words, and the images of the examples that give it the largest probabilities."""
     experts, top = shown_experts(summary, block), summary.top_examples.shape[-1]
-    # In inches: where images start, the width of an image with its gap, and the height of an expert.
+    # In inches: left edge of the images, width of an image with its gap, and height of an expert.
     left, each, card = 3.35, 0.86, 1.18
     note = f"{summary.blocks[block]}: words of the texts whose first choice it is, images that give it most"
     if len(experts) < summary.load.shape[1]:
@@ -224,7 +224,7 @@ def shares(summary: Summary, block: int, expert: int) -> str:
 
 
 def unused(summary: Summary, block: int, expert: int) -> str:
-    """Say of an expert that is never taken how near it came."""
+    """Describe an expert that is never the first choice, with its largest probability."""
     return f"never taken: first choice of no example, largest probability {summary.top_probabilities[block, expert, 0]:.2f}"
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Routes:
-    """The routing of N examples in L blocks over K experts; C classes.
+    """Routing of N examples with C classes, in L blocks over K experts.
 
     Attributes:
         blocks: Names of the L blocks.
@@ -52,20 +52,20 @@ def collect(
     """Evaluate a model and collect the probabilities of its routers.
 
     Args:
-        model: the model, which is not changed. It runs in evaluation mode, without router noise.
-        loader: batches of the model's inputs, in the order of the split. `labels` among them are compared with the split's.
-        split: the examples, with their labels and the names of the classes.
-        storage: a `.npy` file for the probabilities, of 4 * N * L * K bytes, to save memory. None keeps them in memory.
+        model: Model to evaluate. It runs in evaluation mode, without router noise, and is not changed.
+        loader: Batches of the model's inputs, in the order of the split. If they contain `labels`, these must equal the split's.
+        split: Examples, with their labels and the names of the classes.
+        storage: `.npy` file for the probabilities, of 4 * N * L * K bytes, to save memory. None keeps them in memory.
 
     Returns:
-        The routing of all examples.
+        Routing of all examples.
 
     Raises:
-        ValueError: the model has no routed blocks, the loader's examples differ from the split's, or a result is not finite.
+        ValueError: The model has no routed blocks, the loader's examples differ from the split's, or a result is not finite.
     """
     blocks = routed_blocks(model)
     if not len(split):
-        raise ValueError(f"the {split.name} split is empty: there is nothing to route")
+        raise ValueError(f"the {split.name} split is empty: give a split with examples")
     shape = (len(split), len(blocks), model.config.num_experts)
     if storage is None:
         probabilities = np.empty(shape, np.float32)
@@ -84,7 +84,7 @@ def collect(
             out: Any = predict(**model.on_device({name: tensor for name, tensor in batch.items() if name != "labels"}))
             part = slice(start, start := start + len(out.logits))
             if start > len(split) or (given is not None and not _same(given, labels[part])):
-                raise ValueError(f"the loader does not give the {len(split)} examples of the {split.name} split in their order")
+                raise ValueError(f"the loader must give the {len(split)} examples of the {split.name} split in their order")
             probs = torch.stack([routing.probs for routing in out.routing], dim=1).float().cpu().numpy()
             logits = out.logits.float().cpu()
             chosen = (logits.sigmoid() > model.config.threshold).numpy()
@@ -92,7 +92,7 @@ def collect(
             broken = ~(np.isfinite(probs).all((1, 2)) & np.isfinite(logits).all(1))
             if broken.any():
                 example = split.examples[part.start + int(broken.argmax())]
-                raise ValueError(f"the model gives numbers that are not finite for example {example.id!r}")
+                raise ValueError(f"the model's output is not finite for example {example.id!r}")
             probabilities[part] = probs
             predictions[part] = chosen if multi_label else np.eye(labels.shape[1], dtype=bool)[logits.argmax(1)]
     if start != len(split):
@@ -114,7 +114,7 @@ def routed_blocks(model: MoPEForClassification) -> tuple[str, ...]:
     """Return the names of a model's routed blocks.
 
     Raises:
-        ValueError: there are none.
+        ValueError: The model has none.
     """
     blocks = model.routed_blocks()
     if not blocks:
@@ -123,7 +123,7 @@ def routed_blocks(model: MoPEForClassification) -> tuple[str, ...]:
 
 
 def _texts(split: Split) -> list[str]:
-    """Return the text of each example: of the first modality whose inputs are text, or else the first that can be shown as text."""
+    """Return the text of each example, from the first modality that is text, or else from the first that can be shown as text."""
     first = split.examples[0].inputs
     found = [slot for slot in split.slots if slot.modality.text_of(first[slot.name]) is not None]
     # The sort is stable, and False comes first.
@@ -143,6 +143,6 @@ def _pictures(split: Split) -> list[Path | None]:
 
 
 def _same(given: Tensor, labels: NDArray[np.bool_]) -> bool:
-    """Return whether the labels of a batch, (B,) or (B,num_labels), equal those of the rows (B,C)."""
+    """Return whether a batch's labels, (B,) or (B,C), equal the expected labels (B,C)."""
     values = given.cpu().numpy()
     return np.array_equal(values, labels.argmax(1)) if values.ndim == 1 else np.array_equal(values > 0.5, labels)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from .routing import Routes
 from .words import LONGEST_WORD, Corpus
 
-# The number of values to process at a time: 16 MB in float64.
+# Number of values to process at a time: 16 MB in float64.
 CHUNK = 2**21
-# The largest number of characters of an id in the file.
+# Largest number of characters of an id in the file.
 LONGEST_ID = 200
 
 
@@ -22,7 +22,7 @@ LONGEST_ID = 200
 class Summary:
     """Contents of `routes.npz`: N examples, L blocks, K experts, C classes, T examples and W words for each expert.
 
-    Entropies and information are shares of log K, the entropy of K equally used experts. With K = 1 they are 0.
+    Entropies and information are fractions of log K, the entropy of K equally used experts. With K = 1 they are 0.
 
     blocks (L,), classes (C,), ids (N,): names.
     labels, predictions (N,C) bool: the classes of each example, true and predicted.
@@ -76,7 +76,7 @@ class Summary:
         }
 
     def never_taken(self, block: int, expert: int) -> bool:
-        """Return whether no example has an expert as its first choice; the images that give it most then show nothing."""
+        """Return whether an expert is no example's first choice. Its top examples then chose other experts, and are not shown."""
         return not self.top1[block, expert]
 
     def table(self) -> str:
@@ -99,12 +99,12 @@ class Summary:
 
 
 def summarize(routes: Routes, *, top: int = 8, words: int = 12) -> Summary:
-    """Summarize routes as tables. Besides them, it needs memory for a few times `CHUNK` numbers.
+    """Summarize routes as tables. Apart from the tables, memory use is a few times `CHUNK` numbers.
 
     Args:
-        routes: the routing of the examples.
-        top: the number of examples for each expert.
-        words: the largest number of words for each expert.
+        routes: Routing of the examples.
+        top: Number of examples for each expert.
+        words: Largest number of words for each expert.
 
     Raises:
         ValueError: `top` or `words` is below 1.

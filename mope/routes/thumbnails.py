@@ -17,7 +17,7 @@ GREY = (128, 128, 128)
 
 
 def thumbnail(path: Path | None) -> Image.Image:
-    """Scale an image to RGB with `SIZE` pixels on its longer side. Smaller images are enlarged so that their pixels are visible."""
+    """Scale an image to `SIZE` pixels on its longer side, in RGB. Smaller images are enlarged so that their pixels are visible."""
     if path is None:
         return Image.new("RGB", (SIZE, SIZE), GREY)
     with Image.open(path) as file:

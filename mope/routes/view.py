@@ -1,4 +1,4 @@
-"""Tables in the form in which the page shows them. Everything is plain text here: the template escapes it."""
+"""Prepare tables for the page. All text here is unescaped; the template escapes it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,24 @@ from .routing import Routes
 from .summary import Summary
 from .thumbnails import data_uri, thumbnail
 
-# Characters of a text, and of a name of a class.
+# Largest numbers of characters of a text and of a class name.
 LONGEST_TEXT, LONGEST_NAME = 160, 60
-# Words of an expert in a row of the table; all of them stand in its section.
+# Number of words in an expert's row of the table. The expert's own section lists all of them.
 WORDS_IN_A_ROW = 4
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A drawing of blocks x experts, in pixels that do not shrink.
+    """A drawing of blocks x experts, with fixed sizes in pixels.
 
-    description: says in words what is seen. names: of the rows. rows: of each row its cells. left, wide, high: pixels of the names
-    and of a cell. numbers: whether a cell has room for one.
+    Attributes:
+        title: Title of the drawing.
+        description: Description in words, for readers who cannot see it.
+        names: Names of the rows.
+        rows: Cells of each row.
+        left: Width of the row names.
+        wide: Width of a cell.
+        high: Height of a cell.
     """
 
     title: str
@@ -42,17 +48,17 @@ class HeatMap:
 
     @property
     def numbers(self) -> bool:
-        """Return whether a cell has room for its number."""
+        """True if a cell has room for its number."""
         return self.wide >= 30
 
     @property
     def step(self) -> int:
-        """Return how many experts lie between two that are named."""
+        """Step between the experts that have a label on the axis."""
         return 1 if self.wide >= 20 else 4
 
 
 def heat_map(title: str, values: NDArray[np.float64], summary: Summary) -> HeatMap:
-    """Return the drawing of values (L,K); cells of experts that are never taken are marked."""
+    """Return the drawing of values (L,K). Cells of experts that are never taken are marked."""
     names, limit = [str(name) for name in summary.blocks], float(values.max()) or 1.0
     rows = [
         [cell(value, limit) | {"never": summary.never_taken(block, expert)} for expert, value in enumerate(row)]
@@ -64,12 +70,12 @@ def heat_map(title: str, values: NDArray[np.float64], summary: Summary) -> HeatM
 
 
 def cell(value: float, limit: float) -> dict[str, Any]:
-    """Return a value, its part of the largest one, and the number of its colour."""
+    """Return a value, its fraction of the largest value, and the number of its color."""
     return {"value": float(value), "part": f"{value / limit:.3f}", "step": step(value / limit)}
 
 
 def _in_words(title: str, values: NDArray[np.float64], summary: Summary) -> str:
-    """Say what there is to see in a heat map: the extremes, and who is never taken."""
+    """Describe a heat map: its extremes, and the experts that are never taken."""
 
     def where(place: np.intp) -> str:
         block, expert = np.unravel_index(place, values.shape)
@@ -87,7 +93,7 @@ def _in_words(title: str, values: NDArray[np.float64], summary: Summary) -> str:
 
 
 def balance_rows(summary: Summary) -> list[dict[str, Any]]:
-    """Return a row for each block: its numbers, and the experts that it never takes."""
+    """Return a row for each block, with its numbers and the experts that are never taken."""
     numbers = zip(*summary.balance.values(), strict=True)
     return [
         {"name": str(name), "numbers": [float(value) for value in row], "never": np.flatnonzero(summary.top1[block] == 0).tolist()}
@@ -96,41 +102,43 @@ def balance_rows(summary: Summary) -> list[dict[str, Any]]:
 
 
 class Images:
-    """Thumbnails by the row of an example. Each image file stands in the page once, however many experts show it."""
+    """Thumbnails of examples, by row. The page embeds each image file once, however many experts show it."""
 
     def __init__(self, routes: Routes, folder: Path) -> None:
         self.routes, self.folder = routes, folder
         self._numbers: dict[Path | None, int] = {}
 
     def number(self, row: int) -> int:
-        """Return the number in the name of the class that shows an image."""
+        """Return the number in the name of the CSS class for an example's image."""
         return self._numbers.setdefault(self.routes.images[row], len(self._numbers))
 
     def link(self, row: int) -> str | None:
-        """Return where the image itself lies, from the page; None if the example has none."""
+        """Return the address of the image file relative to the page; None if the example has none."""
         path = self.routes.images[row]
         return None if path is None else address(path, self.folder)
 
     def style(self) -> str:
-        """Return the style sheet that holds the images: base64 and nothing from the data."""
+        """Return the style sheet with the images. It contains only base64, and no text from the data."""
         return "\n".join(f".i{i} {{ background-image: url({data_uri(thumbnail(path))}); }}" for path, i in self._numbers.items())
 
 
 def address(path: Path, folder: Path) -> str:
-    """Return the address of a file from a folder: relative if there is a way, and quoted, so that it is never a scheme.
+    """Return the address of a file as seen from a folder.
+
+    It is relative if possible, and quoted so that a file name cannot be parsed as a URL scheme.
 
     >>> address(Path("data/javascript:alert(1).png"), Path("data"))
     'javascript%3Aalert%281%29.png'
     """
     try:
         return quote(os.fsencode(os.path.relpath(path, folder)).replace(os.sep.encode(), b"/"))
-    # On another drive.
+    # The file is on another drive.
     except ValueError:
         return path.resolve().as_uri()
 
 
 def block_view(summary: Summary, routes: Routes, block: int, images: Images) -> dict[str, Any]:
-    """Return what is shown of one block in detail."""
+    """Return the contents of a block's section."""
     name, experts = str(summary.blocks[block]), shown_experts(summary, block)
     return {
         "name": name,
@@ -188,7 +196,7 @@ def _examples(summary: Summary, routes: Routes, block: int, expert: int, images:
             "text": _short(routes.texts[row], LONGEST_TEXT),
             "number": images.number(row),
             "link": link,
-            "description": f"{shown}: {', '.join(truth)}; expert {expert} gets {probability:.2f} of it",
+            "description": f"{shown}: {', '.join(truth)} (expert {expert}: {probability:.2f})",
         }
 
 
@@ -201,7 +209,7 @@ def _short(text: str, length: int) -> str:
 
 
 def picture_links(pictures: Sequence[Path], folder: Path) -> dict[str, list[tuple[str, str]]]:
-    """Return for the name of each picture the formats that it was written in, and where these files lie from the page."""
+    """Return for each picture, by name, its file formats and the addresses of the files relative to the page."""
     found: dict[str, list[tuple[str, str]]] = {}
     for path in pictures:
         if (kind := path.suffix.removeprefix(".")) in FORMATS:

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# These bound memory: the number of words to keep, the most frequent ones, and the number of letters beyond which words are ignored.
+# Limits to bound memory: the number of most frequent words to keep, and the largest length of a word; longer ones are ignored.
 MOST_WORDS, LONGEST_WORD = 20_000, 30
-# Words with a smaller score are not listed. Among 20,000 words, about 27 would reach it by chance.
+# Smallest score of a listed word. Among 20,000 words, about 27 would reach it by chance.
 LEAST_SCORE = 3.0
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 

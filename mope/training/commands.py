@@ -34,7 +34,9 @@ def add_train(commands: Any) -> None:
     )
     _add_data(train)
     add_dev_share(train)
-    train.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets checkpoints, the best model and results")
+    train.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="folder for checkpoints, the best model and results"
+    )
     model = train.add_argument_group("model")
     model.add_argument(
         "--system", choices=("mope", "modex"), default="mope", help="prompt experts, or ModeX adapters in a fused model (mope)"
@@ -46,7 +48,7 @@ def add_train(commands: Any) -> None:
     kind.add_argument("--method", metavar="NAME", help="a fusion method (mope)")
     kind.add_argument("--preset", metavar="NAME", help="a published configuration, such as mope-v4 or cpt (modex: albef or blip)")
     kind.add_argument("--from-checkpoint", type=Path, metavar="PATH", help="start from a saved model or a released .ckpt")
-    model.add_argument("--mode", choices=modes(), help="whose prompts a window of a Swin Transformer gets")
+    model.add_argument("--mode", choices=modes(), help="which image's prompts a Swin window gets")
     model.add_argument(
         "--set",
         nargs="+",
@@ -57,8 +59,8 @@ def add_train(commands: Any) -> None:
         help="set fields of MoPEConfig (modex: of ModeXConfig), such as --set num_experts=16",
     )
     add_encoders(model)
-    model.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory")
-    model.add_argument("--copy-backbones", action="store_true", help="put copies of the encoders into the saved model")
+    model.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks in the backward pass to save memory")
+    model.add_argument("--copy-backbones", action="store_true", help="save copies of the encoders with the model")
 
     recipe = train.add_argument_group("recipe", "defaults: the published values for the format")
     for name in ("epochs", "batch_size", "accumulation", "augment"):
@@ -74,8 +76,10 @@ def add_train(commands: Any) -> None:
     run = train.add_argument_group("run")
     run.add_argument("--shots", type=int, metavar="N", help="few-shot: N training examples of each class, drawn with the seed")
     seeds = run.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=count, default=0, metavar="N", help="for weights, order, augmentation, dropout and noise (0)")
-    seeds.add_argument("--seeds", type=count, nargs="+", metavar="N", help="one run for each, and a table with mean and deviation")
+    seeds.add_argument(
+        "--seed", type=count, default=0, metavar="N", help="seed of weights, order, augmentation, dropout and noise (0)"
+    )
+    seeds.add_argument("--seeds", type=count, nargs="+", metavar="N", help="one run per seed, and a table with mean and deviation")
     run.add_argument(
         "--resume",
         nargs="?",
@@ -85,7 +89,9 @@ def add_train(commands: Any) -> None:
         help="continue from the last checkpoint, or from CHECKPOINT",
     )
     run.add_argument("--max-steps", type=positive, metavar="N", help="stop after N steps")
-    run.add_argument("--save-steps", type=positive, metavar="N", help="write a checkpoint every N steps too, not only after epochs")
+    run.add_argument(
+        "--save-steps", type=positive, metavar="N", help="also write a checkpoint every N steps, not only after epochs"
+    )
     run.add_argument(
         "--cache-features",
         choices=("auto", "on", "off"),
@@ -124,13 +130,17 @@ def add_evaluate(commands: Any) -> None:
     evaluate.add_argument("model", type=Path, metavar="MODEL", help="a folder written by save_pretrained, or a released .ckpt")
     _add_data(evaluate)
     evaluate.add_argument("--split", choices=("train", "dev", "test"), default="test", help="(test)")
-    evaluate.add_argument("--mode", choices=modes(), help="whose prompts a window of a Swin Transformer gets")
-    evaluate.add_argument("--compare-modes", action="store_true", help="evaluate in all modes, at each of --batch-sizes")
+    evaluate.add_argument("--mode", choices=modes(), help="which image's prompts a Swin window gets")
+    evaluate.add_argument("--compare-modes", action="store_true", help="evaluate in all modes, at each batch size")
     evaluate.add_argument(
-        "--batch-sizes", type=positive, nargs="+", metavar="N", help="one row for each (32; with --compare-modes 1 8 32)"
+        "--batch-sizes",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="one table row per batch size (32; with --compare-modes 1 8 32)",
     )
     evaluate.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="gets results.json, results.md, predictions.jsonl and confusion.csv"
+        "--out", type=Path, metavar="FOLDER", help="folder for results.json, results.md, predictions.jsonl and confusion.csv"
     )
     add_encoders(evaluate)
     _add_machine(evaluate)
@@ -150,17 +160,17 @@ _RECIPE_HELP = {
     "gamma": "factor of the learning rates at each milestone",
     "clip": "largest norm of the gradient, 0 for no clipping",
     "precision": "precision of activations (auto: fp16 on an accelerator, fp32 on a CPU)",
-    "label_smoothing": "for data with one label per example",
+    "label_smoothing": "label smoothing, for data with one label per example",
     "metric": "metric that chooses the best checkpoint",
     "class_weights": "class weights of the training loss: balanced, or a JSON file, {class: weight} (all 1)",
-    "threshold": "with several labels: of probabilities; auto: the best one on dev (that of the model, 0.5 for a new one)",
+    "threshold": "probability threshold for several labels; auto: the best on dev (the model's own, 0.5 for a new model)",
 }
 assert set(_RECIPE_HELP) == {field.name for field in fields(Recipe)}
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="FOLDER", help="with train.jsonl, .csv or .parquet, and dev and test"
+        "--data", type=Path, required=True, metavar="FOLDER", help="folder with train.jsonl, .csv or .parquet, and dev and test"
     )
     parser.add_argument("--format", choices=tuple(RECIPES), default="jsonl", help="format of the data (jsonl)")
     parser.add_argument("--on-missing-image", choices=("error", "grey"), default="error", help="stop, or use a grey one (error)")
@@ -169,7 +179,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _add_machine(parser: Any) -> None:
     add_device(parser)
-    parser.add_argument("--num-workers", type=count, default=0, metavar="N", help="processes that load images (0: this one does)")
+    parser.add_argument("--num-workers", type=count, default=0, metavar="N", help="worker processes that load images (0: none)")
 
 
 def _class_weights(text: str) -> str | dict[str, float]:
@@ -178,9 +188,7 @@ def _class_weights(text: str) -> str | dict[str, float]:
     try:
         weights = json.loads(Path(text).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(
-            f"must be {BALANCED}, or a JSON file with the weights of classes by name: {error}"
-        ) from None
+        raise argparse.ArgumentTypeError(f"must be {BALANCED}, or a JSON file with weights by class name: {error}") from None
     if not isinstance(weights, dict):
         raise argparse.ArgumentTypeError(f'{text} must hold one JSON object, {{"class": weight}}')
     return weights
@@ -228,7 +236,7 @@ def _train(options: argparse.Namespace) -> int:
         if not is_out_of_memory(error):
             raise
         advice = "use a smaller --batch-size, split it into more parts (--accumulation), or use --gradient-checkpointing"
-        advice += "" if options.graphs == "off" else ", or --graphs off: graphs keep their scratch memory"
+        advice += "" if options.graphs == "off" else ", or --graphs off, because graphs keep their scratch memory"
         return _fail("train", f"out of memory: {first_line(error)}; {advice}", running=True)
     return 0 if stopped_by is None else SIGNALLED + stopped_by
 
@@ -255,7 +263,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _fail(command: str, problem: object, *, running: bool = False) -> int:
-    """Print what is wrong to stderr -> the exit status."""
+    """Print the problem to stderr, and return the exit status."""
     if running:
         # Start a new line below the progress bar.
         print(file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Precision, recall and F1 of each class, and the confusion matrix."""
+"""Compute the confusion matrix, and precision, recall and F1 of each class."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from mope.processes import is_distributed
 from .report import table
 
 PREDICTIONS, CONFUSION = "predictions.jsonl", "confusion.csv"
-# Classes of the printed table.
+# Largest number of classes in the printed table.
 SHOWN = 20
 
 
 class Answers:
-    """Logits of the examples of a split, which processes see in parts: its `see` is for `evaluate`."""
+    """Logits of a split's examples, collected from all processes. Pass its `see` to `evaluate`."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[list[int], Tensor]] = []
 
     def see(self, indices: list[int], logits: Tensor, labels: Tensor) -> None:
-        """Keep a batch."""
+        """Keep the logits of a batch."""
         self._parts.append((indices, logits.float().cpu()))
 
     def all(self) -> Tensor:
-        """Return the logits (N,K) of all processes, in the order of the split. Every process has to call."""
+        """Return the logits (N,K) of all processes, in the order of the split. Every process must call it."""
         mine = self._parts
         if is_distributed():
             found: list[Any] = [None] * dist.get_world_size()
@@ -50,13 +50,12 @@ class Answers:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Counts of a split.
+    """Confusion matrix of a split.
 
     Attributes:
         names: Names of the K classes.
-        matrix: (K,K) counts of examples by true class (row) and predicted class (column) if each example has one label. With
-            several labels (K,2,2): for each class, counts by whether the example has it (row) and whether it was predicted
-            (column).
+        matrix: With one label per example, (K,K) counts of examples by true class (row) and predicted class (column). With several
+            labels, (K,2,2): for each class, counts by whether the example has it (row) and whether it was predicted (column).
     """
 
     names: tuple[str, ...]
@@ -64,7 +63,7 @@ class Confusion:
 
     @classmethod
     def of(cls, split: Split, found: Sequence[Prediction]) -> Confusion:
-        """Count what was predicted of the examples of a split."""
+        """Count the predictions for a split's examples."""
         index = {name: k for k, name in enumerate(split.names)}
         count = len(split.names)
         if split.problem_type == "single_label":
@@ -78,7 +77,10 @@ class Confusion:
         return cls(split.names, torch.stack([torch.stack(row) for row in cells]).permute(2, 0, 1))
 
     def classes(self) -> list[dict[str, Any]]:
-        """Return precision, recall and F1 of each class, 0 where nothing was predicted or present, and how many are of it."""
+        """Return precision, recall, F1 and the number of examples of each class.
+
+        Precision and recall are 0 if the class was never predicted or never present.
+        """
         if self.matrix.dim() == 2:
             right, predicted, present = self.matrix.diagonal(), self.matrix.sum(0), self.matrix.sum(1)
         else:
@@ -96,7 +98,7 @@ class Confusion:
         ]
 
     def table(self) -> str:
-        """Return a line for each class, of many those with the lowest F1."""
+        """Format a Markdown table of the classes; if there are more than `SHOWN`, of those with the lowest F1."""
         rows = self.classes()
         few = sorted(rows, key=lambda row: row["f1"])[:SHOWN] if len(rows) > SHOWN else rows
         head = ["class", "precision", "recall", "F1", "examples"]
@@ -106,7 +108,7 @@ class Confusion:
         return table(head, cells) + note
 
     def write(self, file: Path) -> None:
-        """Write the matrix as CSV: with several labels a line for each class, its true and false negatives and positives."""
+        """Write the matrix as CSV. With several labels, each class has a line with its true and false negatives and positives."""
         with file.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream)
             several = self.matrix.dim() == 3
@@ -117,7 +119,7 @@ class Confusion:
 
 
 def write_predictions(split: Split, found: Sequence[Prediction], file: Path) -> None:
-    """Write id, label, scores and the true classes of each example, a line of JSON for each."""
+    """Write id, label, scores and true classes of each example, as one JSON line per example."""
     several = split.problem_type == "multi_label"
     lines = []
     for example, prediction in zip(split.examples, found, strict=True):

@@ -17,14 +17,14 @@ from mope.processes import is_distributed
 
 # With several labels per item, a class is predicted if its probability is above this.
 THRESHOLD = 0.5
-# From which one is chosen.
+# Candidate thresholds, from which the best is chosen.
 THRESHOLDS = tuple(n / 100 for n in range(1, 100))
 
 
 def loss_sum(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, weights: Tensor | None = None) -> Tensor:
     """Sum the task loss over all labels: logits (B,K), labels (B,) integer or (B,K) of 0 and 1 -> ().
 
-    `weights` (K,) multiply the loss of items of each class; with several labels, the positive part of it.
+    `weights` (K,) multiply the loss of the items of each class or, with several labels, its positive part.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weights = None if weights is None else weights.to(logits.dtype)
@@ -83,7 +83,7 @@ class Counts:
 
 
 class ThresholdCounts:
-    """Counts for F1 at several thresholds, over all batches so far: true positives, predicted and present, by class."""
+    """Running counts for F1 at several thresholds: true positives, predicted and present items of each class."""
 
     def __init__(self, num_labels: int, device: torch.device | str = "cpu", *, thresholds: Sequence[float] = THRESHOLDS) -> None:
         self.thresholds = tuple(thresholds)
@@ -92,44 +92,44 @@ class ThresholdCounts:
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: logits (B,K), labels (B,K) of 0 and 1."""
         probabilities, present = logits.float().sigmoid(), labels > THRESHOLD
-        # One after the other: all at once would take as many times the memory.
+        # One threshold at a time, because all at once would need 99 times the memory by default.
         for row, threshold in zip(self.table, self.thresholds, strict=True):
             predicted = probabilities > threshold
             row += torch.stack([(predicted & present).sum(0), predicted.sum(0), present.sum(0)], dim=-1)
 
     def over_processes(self) -> ThresholdCounts:
-        """Add up the counts of all processes. Every process has to call it."""
+        """Add up the counts of all processes, in place. Every process must call it."""
         if is_distributed():
             dist.all_reduce(self.table)
         return self
 
     def best(self, metric: str) -> float:
-        """Find the threshold with the highest "f1_micro" or "f1_macro"; among several, the one nearest to 0.5."""
+        """Find the threshold with the highest "f1_micro" or "f1_macro"; among equals, the one nearest to 0.5."""
         table = self.table.cpu()
         values = _f1(table.sum(1)) if metric == "f1_micro" else _f1(table).mean(1)
         return max(zip(values.tolist(), self.thresholds, strict=True), key=lambda each: (each[0], -abs(each[1] - THRESHOLD)))[1]
 
 
 def class_weights(wanted: str | Mapping[str, float], split: Split) -> list[float]:
-    """Return the weight of each class in the loss of training.
+    """Return the weight of each class in the training loss.
 
-    "balanced": of K classes, N / (K n) where n of N examples are of a class, so that each class counts the same and an example 1 on
-    average; with several labels to an example (N - n) / n, so that those that have a class count as much as those that have not.
-    A class without examples has 1.
+    With "balanced", a class with n of the N examples has the weight N / (K n), where K is the number of classes, so that all
+    classes count equally and the mean weight of an example is 1. With several labels per example, the weight is (N - n) / n, so
+    that the examples with a class count as much as those without it. A class without examples has the weight 1.
 
     Args:
-        wanted: "balanced", or weights by the names of classes; 1 for those that are not named.
-        split: the training data.
+        wanted: "balanced", or weights by class name, with 1 for classes that are not named.
+        split: Training data.
 
     Raises:
-        ValueError: there is no such class.
+        ValueError: There is no such class.
     """
     names = split.names
     if not isinstance(wanted, str):
         if unknown := [name for name in wanted if name not in names]:
             hint = did_you_mean(unknown[0], names)
             raise ValueError(
-                f"class weights: there is no class {unknown[0]!r}{hint and '; ' + hint}: it has {first_of(names, 10, ', ')}"
+                f"class weights: there is no class {unknown[0]!r}{hint and '; ' + hint}: choose from {first_of(names, 10, ', ')}"
             )
         return [float(wanted.get(name, 1.0)) for name in names]
     counts = Counter(label for example in split.examples for label in example.labels)

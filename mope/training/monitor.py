@@ -1,4 +1,4 @@
-"""Watch in training which experts a model routes to: numbers for the log, and a warning of experts that are never taken."""
+"""Monitor routing during training: log statistics of each block, and warn about experts that are never used."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from mope.fusion.model import MoPEForClassification
 from mope.processes import is_distributed
 from mope_kernels import Routing
 
-# What the names of the numbers in the log begin with.
+# Prefix of the names of routing statistics in the log.
 PREFIX = "routing/"
-# Examples for each expert that an interval has at least: of fewer, balanced routers may leave an expert out by chance.
+# Minimum number of examples per expert in an interval. With fewer, a balanced router may leave an expert unused by chance.
 LEAST_EXAMPLES = 8
 
 
 class RoutingMonitor(TrainerCallback):
-    """Log the routing of a MoPE model in each logging step of transformers' Trainer.
+    """Log the routing of a MoPE model at each logging step of transformers' Trainer.
 
-    For each routed block, such as "layer 3", the log gets numbers over the training examples since the last logging step, summed
-    over all processes: `routing/layer_3/load/expert_0` and so on (mean probability), `cv_squared` (of the loads),
-    `load_entropy` and `example_entropy` (shares of log K), and `unused` (how many experts no example took). An example takes the
-    expert with the largest probability; with `train_top_k`, the experts that are selected.
+    For each routed block, such as "layer 3", the log gets statistics of the training examples since the last logging step, over
+    all processes: `routing/layer_3/load/expert_0` and so on (mean probability), `cv_squared` (squared coefficient of variation of
+    the loads), `load_entropy` and `example_entropy` (as fractions of log K), and `unused` (number of experts that no example used).
+    An example uses the expert with the largest probability, or with `train_top_k` the selected experts.
 
-    A block of which an expert was never taken since the last evaluation is named in a warning, once. Where that is fewer than 8
-    training examples for each expert, the interval goes on to the next evaluation.
+    A warning names each block in which an expert has not been used since the last evaluation, once per block. If there have been
+    fewer than 8 training examples per expert, the interval is extended to the next evaluation.
 
-    Forward passes add up on the device, in CUDA graphs too, and the host reads the sums in logging steps and evaluations only.
-    Nothing that is trained depends on them.
+    The statistics of forward passes are summed on the device, also in CUDA graphs. The host reads the sums only at logging steps
+    and evaluations. Training does not depend on them.
 
     Args:
-        every: look for experts that are never taken in the first logging step after this many steps, in place of evaluations.
-            None: after each evaluation, or where there are none, after each epoch.
+        every: Look for unused experts at the first logging step after this many steps, instead of at evaluations. None looks
+            after each evaluation or, without evaluations, after each epoch.
 
     Raises:
-        ValueError: `every` is below 1; when training begins: the model routes nothing.
+        ValueError: `every` is below 1, or, when training begins, the model routes nothing.
 
     >>> trainer = Trainer(model, arguments, train_dataset=items, data_collator=Collator(model))
     >>> RoutingMonitor().attach(trainer)
@@ -59,10 +59,10 @@ class RoutingMonitor(TrainerCallback):
         self._checked_at = 0
 
     def attach(self, trainer: Trainer) -> Self:
-        """Stand in front of the loggers of a trainer, which then write the numbers; progress bars leave them out.
+        """Insert the monitor before a trainer's loggers, so that they log the statistics; progress bars do not show them.
 
-        As one of `Trainer(callbacks=[...])` the monitor comes after the loggers, and its numbers stand in the trainer's
-        `state.log_history` alone.
+        A monitor passed as `Trainer(callbacks=[...])` runs after the loggers, so its statistics appear only in the trainer's
+        `state.log_history`.
         """
         handler = trainer.callback_handler
         handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
@@ -73,40 +73,40 @@ class RoutingMonitor(TrainerCallback):
         return self
 
     def detach(self) -> None:
-        """Look at the model no more."""
+        """Stop monitoring the model."""
         if self._sums is not None:
             self._sums.remove()
         self._sums = None
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to look at the model."""
+        """Start monitoring the model."""
         self.detach()
         model = routed_model(kwargs["model"])
         if model is None:
             raise ValueError(
-                f"RoutingMonitor: {type(kwargs['model']).__name__} routes nothing: leave the monitor out, or train a "
+                f"RoutingMonitor: {type(kwargs['model']).__name__} routes nothing: remove the monitor, or train a "
                 "MoPEForClassification whose method has experts"
             )
         if args.report_to and not self._attached:
             warnings.warn(
-                f"RoutingMonitor: {', '.join(args.report_to)} will not get its numbers, which come after the loggers: leave it out "
-                "of callbacks, and call RoutingMonitor().attach(trainer)",
+                f"RoutingMonitor: {', '.join(args.report_to)} will not get its statistics, because it runs after the loggers: "
+                "remove it from callbacks, and call RoutingMonitor().attach(trainer)",
                 stacklevel=2,
             )
         self._sums, self._checked_at = _Sums(model), state.global_step
 
     def on_substep_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count a part of a batch."""
+        """Add the statistics of one part of a batch."""
         if self._sums is not None:
             self._sums.add()
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count a batch, or its last part."""
+        """Add the statistics of a batch, or of its last part."""
         if self._sums is not None:
             self._sums.add()
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Add the numbers to a log of training, and to the trainer's history."""
+        """Add the statistics to a training log and to the trainer's history."""
         if self._sums is None or "loss" not in (logs or {}):
             return
         found = numbers(self._sums.read(), self._sums.blocks)
@@ -117,21 +117,21 @@ class RoutingMonitor(TrainerCallback):
             self._check(state)
 
     def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """End an interval."""
+        """End an interval at an evaluation."""
         if self.every is None:
             self._check(state)
 
     def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """End an interval where nothing is evaluated."""
+        """End an interval after an epoch, if there are no evaluations."""
         if self.every is None and args.eval_strategy == "no":
             self._check(state)
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the model no more."""
+        """Stop monitoring the model."""
         self.detach()
 
     def _check(self, state: Any) -> None:
-        """Warn of blocks that took an expert not once since the last check. Every process has to call."""
+        """Warn about blocks with an expert that was not used since the last check. Every process must call it."""
         steps = state.global_step - self._checked_at
         if self._sums is None or not steps:
             return
@@ -143,7 +143,7 @@ class RoutingMonitor(TrainerCallback):
         self._warn(taken, steps, state)
 
     def _warn(self, taken: list[list[float]], steps: int, state: Any) -> None:
-        """Name the blocks that took an expert not once, and were not named before."""
+        """Warn about blocks with an unused expert, once per block."""
         assert self._sums is not None
         for block, counts in zip(self._sums.blocks, taken, strict=True):
             never = [expert for expert, count in enumerate(counts) if not count]
@@ -156,19 +156,19 @@ class RoutingMonitor(TrainerCallback):
 
 
 def _never_taken(block: str, never: list[int], when: str, config: MoPEConfig) -> str:
-    """Say which experts of a block were not taken, and what to change."""
+    """Return a warning that names a block's unused experts and the settings to change."""
     listed = f"expert{'s' if len(never) > 1 else ''} {', '.join(map(str, never))} of {config.num_experts}"
     return (
-        f"{block}: no example took {listed} (counted from 0) {when}: raise importance_weight (now {config.importance_weight:g}), "
-        f"lower importance_threshold (now {config.importance_threshold:g}), or take fewer experts (num_experts)"
+        f"{block}: no example used {listed} (counted from 0) {when}: raise importance_weight (now {config.importance_weight:g}), "
+        f"lower importance_threshold (now {config.importance_threshold:g}), or use fewer experts (num_experts)"
     )
 
 
 class _Sums:
-    """Sums over the routing of a model, kept on its device.
+    """Sums of a model's routing statistics, kept on its device.
 
-    A forward pass *writes* its numbers to one place, and `add` adds them up after the step: a CUDA graph repeats the writing, and
-    forward passes that warm up a recording leave no trace.
+    A forward pass overwrites one buffer with its statistics, and `add` adds the buffer to the sums after the step. A CUDA graph
+    replays the write, and warm-up passes before a recording are not counted.
     """
 
     def __init__(self, model: MoPEForClassification) -> None:
@@ -179,36 +179,39 @@ class _Sums:
         self._hook = model.register_forward_hook(self._see)
 
     def remove(self) -> None:
-        """Take the hook off the model."""
+        """Remove the hook from the model."""
         self._hook.remove()
 
     def _see(self, model: nn.Module, inputs: Any, output: Any) -> None:
-        """Write the numbers of a forward pass in training."""
+        """Store the statistics of a forward pass in training mode."""
         if model.training and output.routing:
             self._last.copy_(statistics(output.routing, self.model.config.train_top_k))
 
     def add(self) -> None:
-        """Add the numbers of the last forward pass. The host does not wait."""
+        """Add the statistics of the last forward pass, without synchronization with the device."""
         self._since_log.add_(self._last)
 
     def read(self) -> Tensor:
-        """Return the sums since the last reading, over all processes, on the host. Every process has to call."""
+        """Return the sums since the last call, over all processes, on the host. Every process must call it."""
         found = _over_processes(self._since_log)
         self._before.add_(self._since_log)
         self._since_log.zero_()
         return found
 
     def interval(self) -> tuple[list[list[float]], float]:
-        """Return how many examples of an interval took each expert of each block, and how many there were, over all processes.
+        """Return how many examples of the interval used each expert of each block, and the number of examples.
 
-        Every process has to call.
+        Both are summed over all processes, and every process must call it.
         """
         found = _over_processes(self._before + self._since_log)
         taken: list[list[float]] = found[:, self._experts : 2 * self._experts].tolist()
         return taken, float(found[0, -1])
 
     def begin_interval(self) -> None:
-        """Count anew. What is not logged yet is added by the next reading, and belongs to the interval before."""
+        """Begin a new interval.
+
+        Sums that are not logged yet belong to the previous interval. They are subtracted here because the next `read` adds them.
+        """
         self._before.copy_(-self._since_log)
 
 
@@ -223,7 +226,8 @@ def _over_processes(sums: Tensor) -> Tensor:
 def statistics(routing: Sequence[Routing], top_k: int | None) -> Tensor:
     """Return sums over the B examples of a batch, (L,2K+2) float32.
 
-    Of each block the probabilities (K), how many took each expert (K), the entropies in nats, and the number of examples.
+    The columns are, for each block, the probabilities (K), the number of examples that used each expert (K), the entropies in
+    nats, and the number of examples.
     """
     probs = torch.stack([each.probs for each in routing], dim=1).float()
     chosen = probs.topk(top_k or 1, dim=-1).indices
@@ -234,7 +238,7 @@ def statistics(routing: Sequence[Routing], top_k: int | None) -> Tensor:
 
 
 def numbers(sums: Tensor, blocks: Sequence[str]) -> dict[str, float | int]:
-    """Return the numbers for the log, by name, from sums (L,2K+2) on the host; none where there are no examples."""
+    """Compute the statistics for the log, by name, from sums (L,2K+2) on the host; {} if there are no examples."""
     experts = (sums.shape[1] - 2) // 2
     load, taken, (entropy, count) = sums[:, :experts], sums[:, experts:-2], sums[:, -2:].unbind(-1)
     if not count.all():
@@ -256,7 +260,7 @@ def numbers(sums: Tensor, blocks: Sequence[str]) -> dict[str, float | int]:
 
 
 def routed_model(model: nn.Module | None) -> MoPEForClassification | None:
-    """Return the model among the modules of another that routes; None if there is none."""
+    """Return the first routed MoPE model among a model's modules, or None."""
     for module in () if model is None else model.modules():
         if isinstance(module, MoPEForClassification) and module.routed_blocks():
             return module
@@ -264,7 +268,7 @@ def routed_model(model: nn.Module | None) -> MoPEForClassification | None:
 
 
 def _without_routing(on_log: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a callback's `on_log`, which then does not see the numbers."""
+    """Wrap a callback's `on_log` so that it does not see the routing statistics."""
 
     def wrapped(args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         kept = None if logs is None else {name: value for name, value in logs.items() if not name.startswith(PREFIX)}

@@ -1,4 +1,4 @@
-"""The scenes of `mope demo`: data, methods, table and pictures."""
+"""Test the scenes task of `mope demo`: data, methods, table and pictures."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_encoders_are_small_and_come_back(encoders: SceneEncoders, tmp_path: Pat
 
 
 def test_information_is_that_of_a_table() -> None:
-    """Two groups that take one expert each tell ln 2; a routing that is the same everywhere tells nothing."""
+    """Information is ln 2 if each of two groups uses its own expert, and 0 if all groups are routed alike."""
     routing = np.eye(2, dtype=np.float32)[[0, 0, 1, 1]]
     assert pictures.information(routing, [0, 0, 1, 1]) == pytest.approx(np.log(2), abs=1e-6)
     assert pictures.information(routing, [0, 1, 0, 1]) == pytest.approx(0, abs=1e-6)
@@ -167,14 +167,14 @@ def test_options_of_scenes_are_refused_elsewhere(options: tuple[str, ...], tmp_p
 
 
 def test_what_the_tags_alone_answer() -> None:
-    """Answer from the digits of a scene without their places: docs/demo.md gives the share of right answers."""
+    """Guessing from a scene's digits without their places gives the accuracy stated in docs/demo.md."""
     scenes = load_scenes(seed=0, sizes={**SIZES, "test": 2000})[1]["test"]
     questions = draw_questions(scenes, 100, np.random.default_rng(0))
     right = 0.0
     for scene, sentence, label in zip(*(t.tolist() for t in vars(questions).values()), strict=True):
         present, holds_for = set(scenes.classes[scene].tolist()), STATEMENTS[sentence // SENTENCES_EACH].digits
-        # Each digit that is there is as likely in the place as the others. As many scenes are asked where a statement holds as
-        # where it does not, whatever the share of digits for which it holds.
+        # Each digit in the scene is equally likely to be in the place. Scenes where the statement is true and where it is false
+        # are equally frequent, so the counts are divided by the number of digits for which it is true or false.
         yes = len(present & holds_for) / len(holds_for)
         no = len(present - holds_for) / (10 - len(holds_for))
         right += 0.5 if yes == pytest.approx(no) else float((yes > no) == bool(label))

@@ -1,4 +1,4 @@
-"""A small checkpoint as the released code writes it, and its encoders."""
+"""Provide a small checkpoint in the format of the released code, and its encoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mope predict`: any file to predictions, whatever stops it, however many processes share it."""
+"""Test `mope predict` on every kind of file, after interruptions, and with several processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZE = 21
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make data/ and a saved model."""
+    """Create data/ and a saved model."""
     folder = tmp_path_factory.mktemp("predict")
     write_data(folder / "data", sizes={"train": SIZE})
     save(make_model({"train": read_split(folder / "data", "jsonl", "train")}), folder / "model")
@@ -64,7 +64,7 @@ def expected(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("suffix", "workers"), [(".jsonl", 0), (".csv", 2), (".csv", 0), (".parquet", 0), ("", 0)])
 def test_any_file(folder: Path, tmp_path: Path, suffix: str, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Labels are ignored, but counted."""
+    """Labels do not affect predictions; they only enter the accuracy."""
     file, truth = folder / "data" / "train.jsonl", lines(folder / "data" / "train.jsonl")
     if suffix != ".jsonl":
         file = tmp_path / f"rows{suffix}"
@@ -77,7 +77,7 @@ def test_any_file(folder: Path, tmp_path: Path, suffix: str, workers: int, capsy
     found, wanted = lines(out), expected(folder)
     assert found == wanted
     right = sum(a["label"] == b["label"] for a, b in zip(found, truth, strict=True))
-    assert f"{out}: 21 rows; accuracy {100 * right / SIZE:.2f} of 21 with a label" in capsys.readouterr().out
+    assert f"{out}: 21 rows; accuracy {100 * right / SIZE:.2f} (rows with a label: 21)" in capsys.readouterr().out
     assert not (tmp_path / "out.jsonl.parts").exists()
 
 
@@ -90,7 +90,7 @@ def test_rows_without_labels_and_with_unknown_ones(folder: Path, tmp_path: Path,
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     assert call(folder / "model", file, "--out", tmp_path / "out.jsonl") == 0
     assert [row["id"] for row in lines(tmp_path / "out.jsonl")] == ["line 1", *(row["id"] for row in rows[1:])]
-    assert re.search(r"6 rows; accuracy (0|100)\.00 of 1 with a label", capsys.readouterr().out)
+    assert re.search(r"6 rows; accuracy (0|100)\.00 \(rows with a label: 1\)", capsys.readouterr().out)
 
 
 def test_columns_of_other_names(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,14 +170,14 @@ def test_a_folder_of_images(folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert call(tmp_path / "model", pictures, "--out", tmp_path / "out.jsonl") == 0
     assert [(row["id"], row["label"]) for row in lines(tmp_path / "out.jsonl")] == list(zip(names, wanted, strict=True))
     assert call(folder / "model", pictures, "--out", tmp_path / "other.jsonl") == 1
-    assert "is a folder of images, and the model reads vision and text: give a CSV file with" in capsys.readouterr().err
+    assert "is a folder of images, but the model reads vision and text: use a CSV file with" in capsys.readouterr().err
     (tmp_path / "nothing").mkdir()
     assert call(tmp_path / "model", tmp_path / "nothing", "--out", tmp_path / "other.jsonl") == 1
-    assert "holds neither images" in capsys.readouterr().err
+    assert "contains neither images" in capsys.readouterr().err
 
 
 def broken_file(folder: Path) -> Path:
-    """Line 3 is no JSON, line 5 names no image, line 7 an image that is none."""
+    """Write a file where line 3 is not JSON, and lines 5 and 7 name a missing and an unreadable image."""
     text = (folder / "data" / "train.jsonl").read_text().splitlines()
     text[2] = "{"
     (folder / "data" / "broken.png").write_bytes(b"no image")
@@ -191,9 +191,9 @@ def broken_file(folder: Path) -> Path:
 def test_rows_that_cannot_be_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = broken_file(folder), tmp_path / "out.jsonl"
     assert call(folder / "model", file, "--out", out) == 1
-    assert re.search(r"broken\.jsonl:3: not JSON .*\(--on-error skip: write the error, and go on\)", capsys.readouterr().err)
+    assert re.search(r"broken\.jsonl:3: not JSON .*\(--on-error skip: write the error and continue\)", capsys.readouterr().err)
     assert not out.exists() and len(lines(tmp_path / "out.jsonl.parts" / "0.jsonl")) == 2
-    # What was predicted stays.
+    # Rows that were predicted are kept.
     assert call(folder / "model", file, "--out", out, "--on-error", "skip") == 0
     assert "21 rows, 3 of them with an error; accuracy" in capsys.readouterr().out
     found, wanted = lines(out), expected(folder)
@@ -209,12 +209,12 @@ def test_rows_that_cannot_be_read(folder: Path, tmp_path: Path, capsys: pytest.C
 
 
 class Stopped(Exception):
-    """Stop as if the power failed."""
+    """Simulated power failure."""
 
 
 @pytest.mark.parametrize("before", [0, 1, 3])
 def test_what_was_stopped_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int) -> None:
-    """Rows that are written are not computed again, and a half-written line is dropped."""
+    """Written rows are not computed again, and an incomplete line is dropped."""
     file, out, answered = folder / "data" / "train.jsonl", tmp_path / "out.jsonl", []
     answer = PredictionJob._answer
 
@@ -248,21 +248,23 @@ def test_predictions_of_something_else_are_refused(folder: Path, tmp_path: Path,
     assert "is complete: nothing to do" in capsys.readouterr().out
     other = save(make_model({"train": split_of(folder)}, num_experts=3), tmp_path / "model")
     assert call(other, file, "--out", out, "--experts") == 1
-    assert re.search(r"out\.jsonl exists with another model and another options: take another --out", capsys.readouterr().err)
+    assert re.search(
+        r"out\.jsonl exists, but does not match this run's model and options: use another --out", capsys.readouterr().err
+    )
     file.write_text(text.replace("very", "not"))
     assert call(folder / "model", file, "--out", out) == 1
-    assert "exists with another file: take another --out, or remove out.jsonl*" in capsys.readouterr().err
+    assert "exists, but does not match this run's file: use another --out, or remove out.jsonl*" in capsys.readouterr().err
     assert out.read_text() == complete
     (tmp_path / "out.jsonl.about.json").unlink()
     assert call(folder / "model", file, "--out", out) == 1
-    assert "exists, and nothing says what it was made of" in capsys.readouterr().err
+    assert "exists, but the record of its origin cannot be read" in capsys.readouterr().err
 
 
 def test_names_that_say_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.txt").touch()
     for file, out, says in (
         (folder / "data" / "train.jsonl", "out.txt", "out.txt must end in .jsonl, .csv, .parquet"),
-        (tmp_path / "rows.txt", "out.csv", "rows.txt: what it holds is not known by its name: it must end in"),
+        (tmp_path / "rows.txt", "out.csv", "rows.txt has an unknown suffix: it must end in"),
         (tmp_path / "rows.csv", "out.csv", "there is no file"),
     ):
         assert call(folder / "model", file, "--out", tmp_path / out) == 1
@@ -287,7 +289,7 @@ def test_parts_hold_each_row_once_and_are_merged_in_order(
         with one.opened() as (stream, done):
             assert done == len(mine)
     assert [record["row"] for record in all_parts[0].merged()] == list(range(rows))
-    with pytest.raises(ValueError, match=r"out\.csv\.parts was begun with another processes"):
+    with pytest.raises(ValueError, match=r"out\.csv\.parts exists, but does not match this run's processes"):
         Parts(tmp_path / "out.csv", {}, processes=processes + 1)
 
 
@@ -306,14 +308,14 @@ def test_two_do_not_write_at_once(tmp_path: Path) -> None:
 def launch(arguments: Sequence[object], cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mope.cli", "predict"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    # So that a deadlock ends; it limits nothing else.
+    # The timeout only ends a deadlock.
     return subprocess.run(
         [*command, *map(str, arguments), "--device", "cpu"], capture_output=True, text=True, timeout=900, cwd=cwd, env=environment
     )
 
 
 def test_two_processes(folder: Path, tmp_path: Path) -> None:
-    """More than one chunk for the first; the first alone puts the rows together, and says it."""
+    """The first process has more than one chunk, and it alone merges the rows and prints the summary."""
     count = 2 * parts_module.CHUNK + 10
     rows = lines(folder / "data" / "train.jsonl")
     rows = [rows[i % SIZE] | {"id": f"row {i}"} for i in range(count)]
@@ -329,19 +331,19 @@ def test_two_processes(folder: Path, tmp_path: Path) -> None:
 
 
 def test_one_of_several_tables(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Images are where training looks for them."""
+    """Images are looked up in the same place as in training."""
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_list(lines(folder / "data" / "train.jsonl"))
     datasets.DatasetDict({"train": table, "test": table.select([2, 3])}).save_to_disk(tmp_path / "saved")
     (tmp_path / "saved" / "images").symlink_to(folder / "data" / "images")
     assert call(folder / "model", tmp_path / "saved", "--out", tmp_path / "out.jsonl") == 1
-    assert re.search(r"saved holds several tables: name one of .*saved/test, .*saved/train\n", capsys.readouterr().err)
+    assert re.search(r"saved contains several tables: choose one of .*saved/test, .*saved/train\n", capsys.readouterr().err)
     assert call(folder / "model", tmp_path / "saved" / "test", "--out", tmp_path / "out.jsonl") == 0
     assert lines(tmp_path / "out.jsonl") == expected(folder)[2:4]
 
 
 def test_memory_does_not_hold_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are read as they are asked for."""
+    """Rows are read only when they are requested."""
     from mope.data import rows as rows_module
 
     read = []

@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to through pipes in the DevTools protocol: no package, no network."""
+"""Control a headless Chromium through pipes with the DevTools protocol, without extra packages or network access."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# Root has no sandbox; /dev/shm may be small; nothing is fetched, nothing is asked of the desktop.
+# The sandbox does not work for root, /dev/shm may be small, and the browser must not access the network or the desktop.
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
@@ -23,7 +23,7 @@ FLAGS = (
 
 
 class Tab:
-    """A page in a browser; `problems` are what it said on its console, violations of its policy among them."""
+    """A browser tab. `problems` collects its console messages and exceptions, including violations of the security policy."""
 
     def __init__(self, send: int, receive: int) -> None:
         self._send, self._receive, self._rest, self._number = send, receive, b"", 0
@@ -36,7 +36,7 @@ class Tab:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Call a method of the protocol -> its result."""
+        """Call a method of the protocol and return its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         message |= {} if self._session is None else {"sessionId": self._session}
@@ -63,7 +63,7 @@ class Tab:
         self._loaded |= event.get("method") == "Page.loadEventFired"
 
     def open(self, path: Path, width: int, height: int = 900, *, scripts: bool = True, **media: str) -> None:
-        """Show a file at a width in pixels; `media` are features of CSS, with `_` for `-`."""
+        """Load a file in a window of a width in pixels. `media` sets CSS media features, with `_` for `-`."""
         self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.media("", **media)
@@ -73,28 +73,28 @@ class Tab:
             self._notice(self._read())
 
     def media(self, kind: str, **features: str) -> None:
-        """Show it as on this kind of medium, "print", or the screen."""
+        """Emulate a CSS media type, such as "print", and media features; "" is the screen."""
         given = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
         self.call("Emulation.setEmulatedMedia", media=kind, features=given)
 
     def value(self, expression: str) -> Any:
-        """Return what an expression of JavaScript gives in the page."""
+        """Evaluate a JavaScript expression in the page and return its value."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
-        """Write what is to be seen, or the whole page, as PNG."""
+        """Save the visible part, or the whole page, as PNG."""
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(found["data"]))
 
     def pdf(self) -> bytes:
-        """Return the page as it would be printed."""
+        """Print the page to PDF; return the contents of the file."""
         return base64.b64decode(self.call("Page.printToPDF", printBackground=False)["data"])
 
 
 def _moved(descriptor: int) -> int:
-    """Return another number, from 10 on, for an open file."""
+    """Move a file descriptor to a number of at least 10; return the number."""
     moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10)
     os.close(descriptor)
     return moved
@@ -102,17 +102,17 @@ def _moved(descriptor: int) -> int:
 
 @contextmanager
 def tab(profile: Path) -> Iterator[Tab]:
-    """Start a browser with a profile in a folder, for a while.
+    """Run a browser with its profile in a folder, and end it on exit.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: Chromium is not installed.
     """
     if PROGRAM is None:
         raise RuntimeError("no chromium: apt-get install chromium")
-    # The browser reads its descriptor 3, and writes 4.
+    # The browser reads from descriptor 3 and writes to descriptor 4.
     theirs_in, ours_out = os.pipe()
     ours_in, theirs_out = os.pipe()
-    # The shell puts them there; before, neither may be one of the two.
+    # The shell duplicates the pipes to 3 and 4, so they must not have these numbers before.
     theirs_in, theirs_out = (_moved(descriptor) for descriptor in (theirs_in, theirs_out))
     command = ["bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "bash", PROGRAM, *FLAGS, f"--user-data-dir={profile}"]
     process = subprocess.Popen(command, pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

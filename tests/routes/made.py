@@ -1,4 +1,4 @@
-"""Made-up routes that come from no model."""
+"""Create routes, images and splits for tests, without a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def routes(
     texts: tuple[str, ...] = ("a text",),
     seed: int = 0,
 ) -> Routes:
-    """Return random routes; images and texts repeat in turn, and the last class has no examples."""
+    """Return random routes. Images and texts repeat cyclically, and the last class has no examples."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(count, blocks, experts)) * 3
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -39,7 +39,7 @@ def routes(
 
 
 def pictures(folder: Path, count: int) -> tuple[Path, ...]:
-    """Write image files, each of a single colour."""
+    """Write image files, each of a single color."""
     paths = tuple(folder / f"{i}.png" for i in range(count))
     for i, path in enumerate(paths):
         Image.new("RGB", (10 + i, 7), (20 * i % 256, 100, 200)).save(path)
@@ -47,6 +47,6 @@ def pictures(folder: Path, count: int) -> tuple[Path, ...]:
 
 
 def split(count: int, *, names: tuple[str, ...], problem_type: str = "single_label") -> Split:
-    """Return a split whose labels repeat in turn."""
+    """Return a split whose labels repeat cyclically."""
     examples = tuple(Example(f"id{i}", {"text": f"text {i}", "vision": None}, (i % len(names),)) for i in range(count))
     return Split("test", examples, names, problem_type)

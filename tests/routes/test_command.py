@@ -1,4 +1,4 @@
-"""`mope routes`, called as by a user."""
+"""Test the command `mope routes`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page as a real browser shows it: narrow and wide, light and dark, printed, and without its script."""
+"""Test the page in a real browser: narrow and wide, light and dark, printed, and without its script."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import chromium, made
 pytestmark = pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium on the PATH: apt-get install chromium")
 
 WIDE = "document.documentElement.scrollWidth"
-# What a browser cannot break and what it takes for markup.
+# A name without line breaks, markup, non-Latin text, and a right-to-left override.
 CLASSES = ("a" * 300, "<img src=x onerror=document.title=1>", "犬 и 🐶", "\u202eright to left", *(f"class {i}" for i in range(9)))
 
 
@@ -28,7 +28,7 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Tab]:
 
 
 def routed(folder: Path, experts: int) -> Routes:
-    """Expert 1 of layer 0 is never taken; a text without a space, and names that are as long as they may be."""
+    """Return routes where expert 1 of layer 0 is never taken, with a long text without spaces and a very long class name."""
     texts = ("cats purr", "x" * 400, "<script>document.title = 1</script>")
     routes = made.routes(300, 12, experts, classes=CLASSES, images=made.pictures(folder, 9), texts=texts)
     routes.probabilities[:, 0, 1] = 0
@@ -73,7 +73,7 @@ def test_it_is_as_wide_as_the_window(width: int, tab: chromium.Tab, page: Path, 
 
 
 def test_nothing_is_drawn_smaller(tab: chromium.Tab, page: Path) -> None:
-    """Where there is no room a drawing scrolls in its frame."""
+    """A drawing that does not fit scrolls in its frame."""
     tab.open(page, 400)
     shrunk = "[...document.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().width < s.width.baseVal.value - 1).length"
     assert tab.value("document.querySelectorAll('svg').length") == 2
@@ -81,7 +81,7 @@ def test_nothing_is_drawn_smaller(tab: chromium.Tab, page: Path) -> None:
 
 
 def test_what_stands_in_a_cell_can_be_read(tab: chromium.Tab, page: Path) -> None:
-    """The contrast of each number of a heat map with its ground, in both schemes, as WCAG counts it."""
+    """Each number in a heat map has enough WCAG contrast with its background, in both color schemes."""
     for scheme in ("light", "dark"):
         tab.open(page, 1280, prefers_color_scheme=scheme)
         pairs = tab.value(
@@ -121,7 +121,7 @@ def test_columns_sort(tab: chromium.Tab, page: Path) -> None:
     tab.value(press.format(1))
     assert tab.value(COLUMN.format(1)) == sorted(numbers, key=float, reverse=True)
     assert tab.value("document.querySelectorAll('[aria-sort=descending]').length") == 1
-    # By number: layer 2 before layer 10.
+    # Names sort by number: layer 2 comes before layer 10.
     tab.value(press.format(0))
     assert tab.value(COLUMN.format(0)) == names
 
@@ -130,7 +130,7 @@ def test_without_scripts_all_is_there(tab: chromium.Tab, page: Path) -> None:
     tab.open(page, 1280)
     assert tab.value("document.querySelectorAll('button').length") > 5
     tab.open(page, 1280, scripts=False)
-    # What the browser itself is asked runs all the same.
+    # Expressions sent by the test are still evaluated.
     assert tab.value("document.querySelectorAll('button').length") == 0
     assert "Expert 7\n" in tab.value("document.body.innerText")
     assert tab.value("document.querySelectorAll('section.expert .thumbnail').length") > 50

@@ -1,4 +1,4 @@
-"""Pictures and the page: their contents, and that nothing in the data can become more than text."""
+"""Test the contents of pictures and page, and that data on the page is always treated as text."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_pictures(tmp_path: Path) -> None:
 
 
 def with_an_unused_expert(folder: Path) -> Routes:
-    """Expert 2 of layer 0 gets a little of everything and is the first choice of nothing."""
+    """Return routes where expert 2 of layer 0 has a small probability for all examples and is never the first choice."""
     routes = made.routes(images=made.pictures(folder, 9), texts=("cats purr", "dogs bark"))
     probabilities = routes.probabilities.copy()
     others = probabilities[:, 0, [0, 1, 3]].max(-1)
@@ -97,7 +97,7 @@ def with_an_unused_expert(folder: Path) -> Routes:
 
 
 def test_an_expert_that_is_never_taken_says_so(tmp_path: Path) -> None:
-    """In place of images of examples that went elsewhere; the other experts have theirs."""
+    """A note replaces the images of an unused expert; the other experts show theirs."""
     routes = with_an_unused_expert(tmp_path)
     tables = summarize(routes, top=2)
     assert [tables.never_taken(block, expert) for block in (0, 1) for expert in range(4)] == [i == 2 for i in range(8)]
@@ -180,7 +180,7 @@ def test_page(tmp_path: Path) -> None:
 
 
 def test_the_page_says_what_it_is_of(tmp_path: Path) -> None:
-    """Model, data, split, date, sizes, and how good the model is, where labels are known."""
+    """The page shows model, data, split, date and sizes, and the model's accuracy or F1 if labels are known."""
     routes = made.routes()
     routes = dataclasses.replace(routes, predictions=np.roll(routes.labels, 1, axis=0))
     right = (routes.labels == routes.predictions).all(1).mean()
@@ -191,12 +191,12 @@ def test_the_page_says_what_it_is_of(tmp_path: Path) -> None:
     facts = ("Model", "runs/mine", "Data", "digits", "Split", "dev", "Date", "2026-01-02", "Examples", "60", "Accuracy")
     assert "Routes of runs/mine" in text
     assert re.search(r"\s*".join((*facts[:-1], ".*?Accuracy", f"{right:.1%}")), text, flags=re.DOTALL)
-    # Several labels: the F1 that mope evaluate gives.
+    # With several labels, the page shows the same F1 as mope evaluate.
     several = dataclasses.replace(routes, labels=routes.labels | np.roll(routes.labels, 2, axis=1))
     counts = Counts("multi_label", 3)
     counts.add(torch.from_numpy(several.predictions).float() - 0.5, torch.from_numpy(several.labels).float())
     assert quality(several) == ("Micro F1", pytest.approx(counts.metrics()["f1_micro"]))
-    # Nothing known, nothing said.
+    # Unknown facts are not shown.
     unknown = dataclasses.replace(routes, labels=np.zeros_like(routes.labels))
     write_html(summarize(unknown), unknown, tmp_path / "b.html")
     text = Page(tmp_path / "b.html").text
@@ -208,16 +208,16 @@ def test_the_date_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
     assert today() == "1970-01-02"
     for wrong in ("yesterday", "9" * 30):
         monkeypatch.setenv("SOURCE_DATE_EPOCH", wrong)
-        with pytest.raises(ValueError, match=f"SOURCE_DATE_EPOCH='{wrong}' is no number of seconds"):
+        with pytest.raises(ValueError, match=f"SOURCE_DATE_EPOCH='{wrong}' is not a number of seconds"):
             today()
 
 
 def test_experts_and_blocks_count_from_0(tmp_path: Path) -> None:
-    """On the page and in the pictures: the first is 0, the last one less than how many there are."""
+    """Numbers on the page and in the pictures start at 0 and end at one less than the count."""
     routes = made.routes(blocks=3, experts=5)
     tables = summarize(routes)
     write_html(tables, routes, tmp_path / "index.html", blocks=[0, 1, 2])
-    # Of the cell beside it, each number is an element of its own.
+    # Replace tags with spaces, so that numbers in neighboring cells stay separate.
     text = re.sub("<[^>]*>", " ", (tmp_path / "index.html").read_text())
     for pattern, count in ((r"\b[Ee]xpert (\d+)\b", 5), (r"\b[Ll]ayer (\d+)\b", 3)):
         assert {int(number) for number in re.findall(pattern, text)} == set(range(count)), pattern
@@ -243,7 +243,7 @@ def test_many_experts_and_classes(tmp_path: Path) -> None:
         assert any(cut in text.get_text() for text in figure.texts)
     write_html(tables, routes, tmp_path / "index.html")
     page = Page(tmp_path / "index.html")
-    assert page.text.count("Expert ") == MOST_EXPERTS and "The 32 of 256 experts with the largest load" in page.text
+    assert page.text.count("Expert ") == MOST_EXPERTS and "Shown are the 32 of 256 experts with the largest load" in page.text
     assert (tmp_path / "index.html").stat().st_size < 2e6
 
 

@@ -1,4 +1,4 @@
-"""The tables compared with the same numbers computed one by one."""
+"""Compare the tables with the same numbers computed one by one."""
 
 from __future__ import annotations
 
@@ -158,13 +158,13 @@ def test_log_odds_is_the_formula() -> None:
         expected.append(difference / math.sqrt(1 / (y + a) + 1 / (other + a)))
     np.testing.assert_allclose(log_odds(inside, outside), expected, rtol=1e-12)
     np.testing.assert_allclose(log_odds(outside, inside), -np.array(expected), rtol=1e-12)
-    # There is nothing to compare with.
+    # The score is 0 if there is nothing to compare with.
     for pair in ((inside, 0 * inside), (0 * inside, inside), (inside[:1], outside[:1])):
         assert not log_odds(*pair).any()
 
 
 def planted() -> Routes:
-    """Return routes where texts of expert 1 are about boats; `the` is in every text, and `boat` several times in one of them."""
+    """Return routes where all texts contain "the", and only those of expert 1 contain "boat", three times each."""
     rng = np.random.default_rng(0)
     filler = ["red", "green", "blue", "old", "new"]
     owner = np.arange(200) % 4

@@ -68,7 +68,9 @@ def test_balanced_weights(one: Path, several: Path) -> None:
     nobody = Split("train", train.examples, (*train.names, "nobody"), train.problem_type)
     assert class_weights("balanced", nobody)[3] == 1
     assert class_weights({"true": 3}, train) == [1, 1, 3]
-    with pytest.raises(ValueError, match=r"class weights: there is no class 'tru'; did you mean true\?: it has bright, dark, true"):
+    with pytest.raises(
+        ValueError, match=r"class weights: there is no class 'tru'; did you mean true\?: choose from bright, dark, true"
+    ):
         class_weights({"tru": 3}, train)
 
 

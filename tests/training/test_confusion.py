@@ -1,4 +1,4 @@
-"""Scores of each class and predictions that `mope evaluate` writes."""
+"""Test the scores of each class and the predictions that `mope evaluate` writes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_several_labels(tmp_path: Path) -> None:
 
 
 def test_answers_are_in_the_order_of_the_split() -> None:
-    """Whatever part of it a process saw first."""
+    """The order does not depend on the order in which batches were seen."""
     logits, answers = torch.randn(5, 2), Answers()
     for indices in ([3, 1], [0], [4, 2]):
         answers.see(indices, logits[indices], torch.zeros(len(indices)))
@@ -98,7 +98,7 @@ def test_the_command(tmp_path: Path, several: bool, capsys: pytest.CaptureFixtur
     assert results["confusion"] == confusion.matrix.tolist()
     assert [row["class"] for row in results["classes"]] == list(splits["dev"].names)
     assert len(results["rows"]) == 2
-    # The same as the metric that is counted.
+    # The confusion matrix agrees with the metrics computed from counts.
     if several:
         mean = sum(row["f1"] for row in results["classes"]) / 3
         assert results["rows"][0]["f1_macro"] == pytest.approx(mean)

@@ -1,4 +1,4 @@
-"""RoutingMonitor: the numbers are those of the routers, nothing that is trained changes, and no step waits for them."""
+"""RoutingMonitor logs the routers' own statistics, does not change training, and adds no synchronization to a step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Split]:
 
 
 class Listener(TrainerCallback):
-    """A logger, which stands among the callbacks of a trainer before any monitor."""
+    """Logger that comes before any monitor in a trainer's callbacks."""
 
     def __init__(self) -> None:
         self.logs: list[dict[str, Any]] = []
@@ -85,7 +85,7 @@ def plain_trainer(model: Any, splits: dict[str, Split], out: Path, callbacks: An
 
 
 def expected(seen: list[np.ndarray[Any, Any]], blocks: tuple[str, ...]) -> dict[str, float]:
-    """Compute the numbers one by one."""
+    """Compute the statistics one by one."""
     p = np.concatenate(seen)
     count, experts, found = len(p), p.shape[2], {}
     for row, block in enumerate(blocks):
@@ -105,7 +105,7 @@ def of_routing(log: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("make", [make_model, make_swin_model], ids=["vit", "swin"])
 def test_a_plain_trainer_logs_what_the_routers_say(make: Any, splits: dict[str, Split], tmp_path: Path) -> None:
-    """Over two steps of two parts each, in the history and for a logger that was there before, as numbers."""
+    """Statistics cover two steps of two parts each, as plain numbers, in the history and in a logger that was added earlier."""
     model, listener = make(splits, noise_std=0.1), Listener()
     trainer = plain_trainer(model, splits, tmp_path, [listener], eval_strategy="steps", eval_steps=3)
     RoutingMonitor().attach(trainer)
@@ -119,13 +119,13 @@ def test_a_plain_trainer_logs_what_the_routers_say(make: Any, splits: dict[str, 
         assert found == pytest.approx(expected(seen[4 * i : 4 * i + 4], model.routed_blocks()), abs=1e-5)
         assert all(type(value) is (int if name.endswith("unused") else float) for name, value in found.items())
     assert [of_routing(log) for log in listener.logs if "loss" in log] == [of_routing(log) for log in logged]
-    # Nothing is said of evaluations, and nothing of the model is left changed.
+    # Evaluations log no routing, and the hook is removed from the model.
     assert not any(of_routing(log) for log in trainer.state.log_history if "loss" not in log)
     assert not model._forward_hooks
 
 
 def test_selected_experts_count_as_taken() -> None:
-    """With top-2 the second one too; without, the first choice alone."""
+    """With top-2, the second expert counts too; otherwise only the first choice."""
     probs = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.4, 0.35, 0.05, 0.2]])
     routing = [Routing(probs, probs, probs)]
     for top_k, unused in ((None, 3), (1, 3), (2, 2), (3, 0)):
@@ -138,7 +138,7 @@ def test_selected_experts_count_as_taken() -> None:
 
 
 def test_no_step_reads_on_the_host(splits: dict[str, Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps read no value of a tensor; sums are read when the log is written and when the model is evaluated."""
+    """Steps read no tensor values on the host; the sums are read only at logging steps and evaluations."""
     model = make_model(splits)
     trainer = plain_trainer(model, splits, tmp_path, eval_strategy="steps", eval_steps=3)
     RoutingMonitor().attach(trainer)
@@ -170,7 +170,7 @@ def outcome(run: TrainingRun) -> tuple[dict[str, Tensor], Any, list[dict[str, An
 
 @pytest.mark.parametrize("way", ["plain", "called", "recorded"])
 def test_training_does_not_change(way: str, splits: dict[str, Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, with noise and dropout; through graphs, here tapes, with as many recordings, and the same numbers."""
+    """Training is bit-identical with noise and dropout; graphs (here tapes) have as many recordings and the same statistics."""
     backends: list[Tapes] = []
 
     def tapes() -> Tapes:
@@ -208,7 +208,7 @@ def test_training_does_not_change(way: str, splits: dict[str, Split], tmp_path: 
 
 
 def shy_of(model: MoPEForClassification, expert: int, block: str) -> None:
-    """Give an expert of a block a probability of nothing."""
+    """Set the probability of one expert of a block to zero."""
     router = model.routers()[block]
     own = router.logits
     mask = torch.zeros(model.config.num_experts)
@@ -224,7 +224,7 @@ def caught(trainer: Trainer) -> list[str]:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         trainer.train()
-    return [str(warning.message) for warning in found if "no example took" in str(warning.message)]
+    return [str(warning.message) for warning in found if "no example used" in str(warning.message)]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def caught(trainer: Trainer) -> list[str]:
     [
         ({"eval_strategy": "steps", "eval_steps": 3}, None, (3, 3)),
         ({"num_train_epochs": 2, "max_steps": -1}, None, (4, 4)),
-        # In the first logging step after.
+        # At the first logging step after 3 steps.
         ({"eval_strategy": "steps", "eval_steps": 1}, 3, (4, 4)),
     ],
     ids=["evaluation", "epoch", "steps"],
@@ -246,12 +246,12 @@ def test_an_expert_that_is_never_taken_is_named_once(
     RoutingMonitor(every).attach(trainer)
     (said,) = caught(trainer)
     steps, step = at
-    assert said.startswith(f"layer 1: no example took expert 1 of 2 (counted from 0) in {steps} steps up to step {step}: raise ")
+    assert said.startswith(f"layer 1: no example used expert 1 of 2 (counted from 0) in {steps} steps up to step {step}: raise ")
     assert "importance_weight (now 0.01)" in said and "importance_threshold (now 0.1)" in said and "num_experts" in said
 
 
 def test_each_interval_counts_for_itself(splits: dict[str, Split], tmp_path: Path) -> None:
-    """An expert that was taken before, also in steps that were not logged yet, and then never."""
+    """An expert is reported if it was used before, also in steps that are not logged yet, but not in the interval."""
 
     class Turn(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -262,11 +262,11 @@ def test_each_interval_counts_for_itself(splits: dict[str, Split], tmp_path: Pat
     trainer = plain_trainer(model, splits, tmp_path, [Turn()], eval_strategy="steps", eval_steps=3, logging_steps=2)
     RoutingMonitor().attach(trainer)
     (said,) = caught(trainer)
-    assert said.startswith("layer 2: no example took expert 0 of 2 (counted from 0) in 3 steps up to step 6")
+    assert said.startswith("layer 2: no example used expert 0 of 2 (counted from 0) in 3 steps up to step 6")
 
 
 def test_of_few_examples_nothing_is_said(splits: dict[str, Split], tmp_path: Path) -> None:
-    """Evaluated after each step of 6 examples: the third interval of them is long enough, 16 for two experts."""
+    """With an evaluation after each step of 6 examples, the check waits for the third, because 2 experts need 16 examples."""
     model = balanced(splits)
     shy_of(model, 1, "layer 1")
     trainer = plain_trainer(model, splits, tmp_path, eval_strategy="steps", eval_steps=1)
@@ -279,7 +279,7 @@ def test_tensorboard_and_no_bar(splits: dict[str, Split], tmp_path: Path, capsys
     model = make_model(splits)
     run = TrainingRun(model, splits, RECIPE, tmp_path / "out", **QUIET)
     run.trainer.args.logging_steps = 2
-    # It prints each line of a log, as a bar does.
+    # The callback prints each log, as a progress bar does.
     run.trainer.add_callback(PrinterCallback)
     assert run.trainer.monitor is not None
     run.trainer.monitor.attach(run.trainer)
@@ -301,7 +301,7 @@ def test_a_model_that_routes_nothing(splits: dict[str, Split], tmp_path: Path) -
     model = make_model(splits, method="late_concat")
     trainer = plain_trainer(model, splits, tmp_path / "a")
     RoutingMonitor().attach(trainer)
-    with pytest.raises(ValueError, match="RoutingMonitor: MoPEForClassification routes nothing: leave the monitor out"):
+    with pytest.raises(ValueError, match="RoutingMonitor: MoPEForClassification routes nothing: remove the monitor"):
         trainer.train()
     run = TrainingRun(model, splits, RECIPE, tmp_path / "b", **QUIET)
     assert run.trainer.monitor is None
@@ -315,7 +315,7 @@ def test_behind_the_loggers_it_says_so(splits: dict[str, Split], tmp_path: Path,
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     model = make_model(splits)
     trainer = plain_trainer(model, splits, tmp_path, [RoutingMonitor(100)], report_to="tensorboard", max_steps=2)
-    with pytest.warns(UserWarning, match=r"tensorboard will not get its numbers.*RoutingMonitor\(\)\.attach\(trainer\)"):
+    with pytest.warns(UserWarning, match=r"tensorboard will not get its statistics.*RoutingMonitor\(\)\.attach\(trainer\)"):
         trainer.train()
     assert of_routing(trainer.state.log_history[0])
 

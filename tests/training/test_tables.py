@@ -1,4 +1,4 @@
-"""Data as CSV, parquet and folders of `datasets`: read as the same lines of JSON would be."""
+"""CSV, parquet and folders of `datasets` give the same examples as the equivalent JSON lines."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 def as_tables(folder: Path, suffix: str, names: Sequence[str] = tuple(SIZES)) -> Path:
-    """Write tables in place of JSONL."""
+    """Replace the JSONL files with tables."""
     for name in names:
         rows = lines(folder / f"{name}.jsonl")
         (folder / f"{name}.jsonl").unlink()
@@ -83,7 +83,7 @@ def csv_of(tmp_path: Path, text: str | bytes) -> Path:
 
 
 def test_what_a_csv_file_may_look_like(tmp_path: Path) -> None:
-    """A byte order mark, other delimiters, quoted line ends, empty lines; ids are the lines where rows begin."""
+    """CSV may have a byte order mark, other delimiters, quoted line ends and empty lines; ids are the first lines of rows."""
     folder = csv_of(tmp_path, '\ufefftext;image;label\r\n"two\r\nlines; ""so""";a.png;x\r\n\r\n123; ; y \r\n')
     examples = read_split(folder, "jsonl", "train").examples
     assert [(e.id, e.inputs["text"], e.labels) for e in examples[:1]] == [("line 2", 'two\r\nlines; "so"', (0,))]
@@ -93,7 +93,7 @@ def test_what_a_csv_file_may_look_like(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ("one, two,a.png,x", r"train\.csv:3: has 4 fields, and the header 3: put a field that holds ',' in double quotes"),
+        ("one, two,a.png,x", r"train\.csv:3: has 4 fields, but the header has 3: put fields that contain ',' in double quotes"),
         ('"a"b,a.png,x', r"train\.csv:3: not CSV \(',' expected after '\"'\): close each double quote"),
         ('"a,a.png,x', r"train\.csv:3: not CSV \(unexpected end of data\)"),
         ("a,b.png,x", r"train\.csv:3: no image .*b\.png: put it there"),
@@ -111,7 +111,7 @@ def test_a_missing_column_is_named_with_the_option(tmp_path: Path) -> None:
     folder = csv_of(tmp_path, "sentence,file,genre\nhi,a.png,x\n")
     with pytest.raises(
         DataError,
-        match=r'lacks the column "text", "image"; its columns are "sentence", "file", "genre": say which it is, '
+        match=r'lacks the column "text", "image"; its columns are "sentence", "file", "genre": name it with '
         r"--columns text=COLUMN image=COLUMN",
     ):
         read_split(folder, "jsonl", "train")
@@ -143,7 +143,7 @@ def test_the_header_is_named_where_it_is_wrong(tmp_path: Path) -> None:
 
 def test_several_labels_in_a_cell(tmp_path: Path) -> None:
     folder = csv_of(tmp_path, "text,image,label\na,,y|x\nb,,x\n")
-    with pytest.warns(UserWarning, match=r'1 labels hold .*call the column "labels", or say so \(--label-separator'):
+    with pytest.warns(UserWarning, match=r'1 labels contain .*call the column "labels", or pass --label-separator'):
         assert read_split(folder, "jsonl", "train").problem_type == "single_label"
     split = read_split(folder, "jsonl", "train", separator="|")
     assert (split.problem_type, split.names, [e.labels for e in split.examples]) == ("multi_label", ("x", "y"), [(0, 1), (0,)])
@@ -154,7 +154,7 @@ def test_several_labels_in_a_cell(tmp_path: Path) -> None:
 
 
 def test_indices_of_classes_in_csv(tmp_path: Path) -> None:
-    """They are names, unless labels.txt says otherwise."""
+    """Numbers in CSV are class names, or indices if labels.txt exists and does not list them."""
     folder = csv_of(tmp_path, "text,image,label\na,,3\nb,,1\n")
     assert read_split(folder, "jsonl", "train").names == ("1", "3")
     (folder / "labels.txt").write_text("p\nq\nr\ns\n")
@@ -210,26 +210,26 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train\.parquet cannot be read as parquet .*: write it again"):
         read_split(tmp_path, "jsonl", "train")
     csv_of(tmp_path, "text,image,label\na,,b\n")
-    with pytest.raises(DataError, match=r"train\.csv and .*train\.parquet differ, and both are the train split: keep one"):
+    with pytest.raises(DataError, match=r"train\.csv and .*train\.parquet differ, but both are the train split: keep one"):
         read_split(tmp_path, "jsonl", "train")
     with pytest.raises(DataError, match=r"no dev\.jsonl or val\.jsonl; it has a\.csv, train\.csv, .*may also be dev\.csv"):
         (tmp_path / "a.csv").touch()
         read_split(tmp_path, "jsonl", "dev")
-    # As before there were tables.
+    # JSONL has priority over tables.
     (tmp_path / "train.jsonl").write_text('{"text": "from JSON", "image": null, "label": "x"}\n')
     assert read_split(tmp_path, "jsonl", "train").examples[0].inputs["text"] == "from JSON"
 
 
 def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").touch()
-    with pytest.raises(DataError, match=r"pairs\.csv is a file: give the folder that it is in, and call it train\.csv"):
+    with pytest.raises(DataError, match=r"pairs\.csv is a file: pass its folder, and name the file train\.csv"):
         read_split(tmp_path / "pairs.csv", "jsonl", "train")
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=5))
 def test_any_text_survives_csv(tmp_path: Path, texts: list[str]) -> None:
-    """Quotes, line ends of any kind, delimiters, nothing at all."""
+    """CSV preserves quotes, all kinds of line ends, delimiters and empty texts."""
     write_csv(tmp_path / "train.csv", [{"text": text, "image": "", "label": "x"} for text in texts])
     assert [example.inputs["text"] for example in read_split(tmp_path, "jsonl", "train").examples] == texts
 

@@ -1,4 +1,4 @@
-"""The demo of MoPE: four handwritten digits in a grid, a sentence about one of the places, does it hold?"""
+"""Demo of MoPE: decide whether a sentence about one of four handwritten digits in a grid is true."""
 
 from __future__ import annotations
 

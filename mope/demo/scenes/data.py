@@ -1,9 +1,9 @@
-"""Scenes and sentences: does the sentence hold for the scene?
+"""Scenes and sentences. The task is to decide whether a sentence is true of a scene.
 
-A scene is a grid of 2 x 2 handwritten digits, 16 x 16 pixels, of scikit-learn's scans. A sentence says that the digit in one place
-has a property, or that it does not. Every draw takes a scene where a statement holds and one where it does not, and asks both the
-statement and its opposite of both scenes. So each statement is true exactly as often as false, and a model that looks at one
-modality alone stays at one half.
+A scene is a grid of 2 x 2 handwritten digits from scikit-learn's scans, 16 x 16 pixels in all. A sentence states that the digit in
+one place has a property, or that it does not. Every draw selects one scene where a statement is true and one where it is false, and
+pairs both scenes with the statement and with its opposite. Each statement is therefore true exactly as often as false, and a model
+that uses one modality alone cannot exceed an accuracy of one half.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SIZES = {"train": 6000, "validation": 1500, "test": 3000}
 
 @dataclass(frozen=True)
 class Property:
-    """A property of a digit: the digits that have it, and the wordings that say so and that deny it."""
+    """A property of a digit: the digits that have it, and wordings that assert and deny it."""
 
     digits: frozenset[int]
     wordings: tuple[str, str]
@@ -50,9 +50,9 @@ class Statement:
     """A property of the digit in a place, or its denial.
 
     Args:
-        place: index in PLACES.
-        about: index in PROPERTIES.
-        denied: whether the sentence says that the digit does not have the property.
+        place: Index in PLACES.
+        about: Index in PROPERTIES.
+        denied: Whether the sentence states that the digit does not have the property.
     """
 
     place: int
@@ -61,24 +61,24 @@ class Statement:
 
     @property
     def sentences(self) -> list[str]:
-        """Each subject with each wording; the first one is for pictures."""
+        """Sentences with each subject and each wording, in a fixed order."""
         claim = PROPERTIES[self.about]
         words = claim.denials if self.denied else claim.wordings
         return [f"{subject.format(PLACES[self.place])} {wording}" for subject in SUBJECTS for wording in words]
 
     @property
     def digits(self) -> frozenset[int]:
-        """The digits for which the statement holds."""
+        """Digits for which the statement is true."""
         known = PROPERTIES[self.about].digits
         return frozenset(range(10)) - known if self.denied else known
 
     @property
     def held_out(self) -> bool:
-        """True if this combination of place and property is kept for the test."""
+        """True if this combination of place and property is reserved for testing."""
         return (self.place + self.about) % len(PLACES) == 0
 
 
-# Statements 2i and 2i + 1 are opposites. 32 of them, with 4 sentences each.
+# 32 statements with 4 sentences each. Statements 2i and 2i + 1 are opposites.
 STATEMENTS = tuple(
     Statement(place, each, denied) for place in range(len(PLACES)) for each in range(len(PROPERTIES)) for denied in (False, True)
 )
@@ -98,13 +98,13 @@ class Scenes:
 
 
 def compose(pixels: NDArray[np.float32], scans: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Put scans into a grid of 2 x 2: scans (M,8,8), their numbers in each scene (N,4) -> (N,16,16)."""
+    """Arrange scans (M,8,8) in grids of 2 x 2, given their indices in each scene (N,4) -> (N,16,16)."""
     grid = pixels[scans].reshape(-1, 2, 2, 8, 8)
     return grid.transpose(0, 1, 3, 2, 4).reshape(-1, 16, 16)
 
 
 def compose_scenes(digits: Digits, count: int, rng: np.random.Generator) -> Scenes:
-    """Draw four digit classes for each scene, each as likely as the others, and a scan of each."""
+    """Draw four uniformly distributed digit classes for each scene, and a scan of each."""
     classes = rng.integers(0, 10, (count, len(PLACES)))
     of_class = [np.flatnonzero(digits.classes == digit) for digit in range(10)]
     scans = np.array([[rng.choice(of_class[digit]) for digit in scene] for scene in classes])
@@ -112,7 +112,7 @@ def compose_scenes(digits: Digits, count: int, rng: np.random.Generator) -> Scen
 
 
 def load_scenes(*, seed: int = 0, sizes: dict[str, int] | None = None) -> tuple[dict[str, Digits], dict[str, Scenes]]:
-    """Return the scans of each split, and the scenes composed of them: no scan of one split is in a scene of another."""
+    """Return the scans and the scenes of each split. Scenes use only scans of their own split."""
     scans = load_digits(seed=seed)
     counts = sizes or SIZES
     scenes = {
@@ -124,7 +124,7 @@ def load_scenes(*, seed: int = 0, sizes: dict[str, int] | None = None) -> tuple[
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions about the scenes of one split: rows of scenes, rows of SENTENCES, and the answers 0 and 1, each (N,) int64."""
+    """Questions about one split's scenes: indices of scenes, indices in SENTENCES, and answers 0 or 1, each (N,) int64."""
 
     scene: Tensor
     sentence: Tensor
@@ -134,19 +134,19 @@ class Questions:
         return len(self.label)
 
     def split(self, size: int) -> list[Questions]:
-        """Cut them into parts of at most `size`, in order."""
+        """Split the questions into parts of at most `size`, in order."""
         parts = zip(self.scene.split(size), self.sentence.split(size), self.label.split(size), strict=True)
         return [Questions(*part) for part in parts]
 
 
 def draw_questions(scenes: Scenes, draws: int, rng: np.random.Generator, *, held_out: bool = False) -> Questions:
-    """Draw 4 questions for each combination of place and property that is wanted, `draws` times, in random order.
+    """Draw questions in random order: 4 for each selected combination of place and property, `draws` times.
 
     Args:
-        scenes: the scenes to ask about.
-        draws: for each of the 12 combinations that training has, or the 4 that are held out.
-        rng: decides scenes, wordings and order.
-        held_out: ask about the combinations of place and property that training never asks about.
+        scenes: Scenes to ask about.
+        draws: Number of draws for each combination.
+        rng: Generator that determines scenes, wordings and order.
+        held_out: Select the 4 combinations of place and property that are held out, instead of the 12 used in training.
     """
     rows: list[NDArray[np.int64]] = []
     for number in range(0, len(STATEMENTS), 2):
@@ -164,5 +164,5 @@ def draw_questions(scenes: Scenes, draws: int, rng: np.random.Generator, *, held
 
 
 def to_pixel_values(pixels: NDArray[np.float32]) -> Tensor:
-    """Scale what the ViT reads: (N,16,16) from 0 to 16 -> (N,1,16,16) from -1 to 1."""
+    """Scale pixels for the ViT: (N,16,16) from 0 to 16 -> (N,1,16,16) from -1 to 1."""
     return torch.from_numpy(pixels).float()[:, None] / 8 - 1

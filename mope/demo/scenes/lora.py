@@ -1,4 +1,4 @@
-"""The opponent that changes the encoder: LoRA in the ViT by PEFT, and a head on its summary and the sentence's."""
+"""Baseline that adapts the encoder: LoRA in the ViT, from PEFT, and a head on the image's [CLS] and the sentence's feature."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 
 
 class LoRALateConcat(nn.Module):
-    """A copy of the frozen ViT with LoRA of some rank in each linear layer, and the head of late concatenation.
+    """A copy of the frozen ViT with LoRA in each linear layer, and the head of late concatenation.
 
     Args:
-        vision: a transformers ViTModel; it is left as it is.
-        rank: of each update.
+        vision: A transformers ViTModel. It is copied and not changed.
+        rank: Rank of each update.
     """
 
     def __init__(self, vision: nn.Module, rank: int) -> None:
@@ -43,13 +43,13 @@ class LoRALateConcat(nn.Module):
 
 
 def lora_of_size(task: Task, size: int) -> LoRALateConcat:
-    """Choose the rank with which the number of trained parameters is nearest to `size`."""
+    """Build the model with the rank whose number of trained parameters is nearest to `size`."""
     one, two = (trained_parameters(LoRALateConcat(task.encoders.vision, rank)) for rank in (1, 2))
     return LoRALateConcat(task.encoders.vision, max(1, 1 + round((size - one) / (two - one))))
 
 
 def lora_scores(model: LoRALateConcat, task: Task) -> Scores:
-    """Return its logits for questions about a split."""
+    """Return a function that computes the model's logits for questions about a split."""
 
     def scores(split: str, questions: Questions) -> Tensor:
         return model(task.pixel_values[split][questions.scene], task.psi[questions.sentence])

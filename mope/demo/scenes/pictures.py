@@ -1,4 +1,4 @@
-"""Pictures of the experts that each sentence takes."""
+"""Draw the experts that each sentence is routed to."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from mope.demo.pictures import ACCENT, INK, MUTED, NO, PALE, PAPER, ROUTING, STY
 from mope.demo.scenes.data import PLACES, SENTENCES, STATEMENTS, Scenes
 from mope.demo.scenes.train import Task
 
-# Statements of the picture: place and property, three of them never asked together in training.
+# Place and property of each statement in the picture. The combination (2, 2) never occurs in training.
 ASKED = ((0, 1), (1, 0), (2, 2), (3, 3))
 SCENES_ASKED = 64
-# The sentence of each statement that is asked and shown: "the top left digit is even".
+# One sentence per statement, such as "the top left digit is even".
 SHOWN = [SENTENCES.index(statement.sentences[-2]) for statement in STATEMENTS]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Every statement asked of the first S scenes of the test split.
+    """Answers and routing for all T statements about the first S scenes of the test split.
 
-    yes: (S,T) probability of the answer yes. routing: (blocks,S,T,K).
+    Attributes:
+        yes: (S,T) probability of the answer yes.
+        routing: (blocks,S,T,K) weights of the experts.
     """
 
     yes: NDArray[np.float32]
@@ -39,13 +41,13 @@ class Grid:
 
     @property
     def block(self) -> int:
-        """Index of the block whose router tells the statements apart best."""
+        """Index of the block whose routing distinguishes the statements best."""
         return int(np.argmax([information(of_block.mean(0), range(len(STATEMENTS))) for of_block in self.routing]))
 
 
 @torch.no_grad()
 def ask_everything(model: MoPEForClassification, task: Task, count: int = SCENES_ASKED) -> Grid:
-    """Ask every statement in one of its wordings."""
+    """Ask about every statement, in one of its wordings, for the first `count` scenes of the test split."""
     model.eval()
     psi = task.psi[torch.tensor(SHOWN, device=task.device)]
     yes, routing = [], []
@@ -57,7 +59,7 @@ def ask_everything(model: MoPEForClassification, task: Task, count: int = SCENES
 
 
 def information(routing: NDArray[np.float32], groups: Any) -> float:
-    """Mutual information in nats of expert and group, from the routing of each statement (T,K) and its group (T,)."""
+    """Compute the mutual information of expert and group in nats, given each statement's routing (T,K) and group (T,)."""
 
     def entropy(p: NDArray[np.float32]) -> NDArray[np.float32]:
         return -(p * np.log(p.clip(1e-12))).sum(-1)
@@ -70,7 +72,7 @@ def information(routing: NDArray[np.float32], groups: Any) -> float:
 
 
 def what_routers_tell_apart(grid: Grid) -> list[dict[str, float]]:
-    """For each block, the information in nats of its routing about the place, the property, and the whole statement."""
+    """Compute, for each block, the mutual information in nats of routing with place, property and whole statement."""
     facts: dict[str, Callable[[Any], Any]] = {
         "place": lambda s: s.place,
         "property": lambda s: s.about,
@@ -83,7 +85,7 @@ def what_routers_tell_apart(grid: Grid) -> list[dict[str, float]]:
 
 
 def draw_all(model: MoPEForClassification, task: Task, out: Path) -> list[Path]:
-    """Write the two pictures as PNG -> their paths."""
+    """Write the two pictures as PNG; return their paths."""
     grid = ask_everything(model, task)
     figures = {
         "one_scene_four_sentences": lambda: one_scene_four_sentences(grid, task.scenes["test"]),
@@ -91,7 +93,7 @@ def draw_all(model: MoPEForClassification, task: Task, out: Path) -> list[Path]:
     }
     out.mkdir(parents=True, exist_ok=True)
     paths = []
-    # Without a display, whatever the user's own backend and style are.
+    # Ignore the user's own style.
     with plt.style.context("default"), matplotlib.rc_context(STYLE):
         for name, draw in figures.items():
             figure = draw()
@@ -102,10 +104,10 @@ def draw_all(model: MoPEForClassification, task: Task, out: Path) -> list[Path]:
 
 
 def one_scene_four_sentences(grid: Grid, scenes: Scenes) -> Figure:
-    """Draw one scene; for each of four sentences the weights of the experts in each block, and the answer."""
+    """Draw one scene and, for each of four sentences, the expert weights in each block and the answer."""
     blocks, _, _, experts = grid.routing.shape
     statements = [next(i for i, s in enumerate(STATEMENTS) if (s.place, s.about) == pair) for pair in ASKED]
-    # The first scene of which two of the four hold.
+    # The first scene for which two of the four statements are true.
     truth = np.array([[int(c[STATEMENTS[t].place] in STATEMENTS[t].digits) for t in statements] for c in scenes.classes])
     index = int(np.flatnonzero(truth[: grid.yes.shape[0]].sum(1) == 2)[0])
     figure = plt.figure(figsize=(11, 4.7))
@@ -142,7 +144,7 @@ def one_scene_four_sentences(grid: Grid, scenes: Scenes) -> Figure:
 
 
 def routing_by_sentence(grid: Grid) -> Figure:
-    """Draw a heat map for each block: mean weight of each expert for each statement."""
+    """Draw, for each block, a heat map of the mean weight of each expert for each statement."""
     _, scenes, count, experts = grid.routing.shape
     figure = plt.figure(figsize=(10.5, 8.6))
     names = [SENTENCES[i] for i in SHOWN]
@@ -177,7 +179,7 @@ def draw_scene(axes: Axes, pixels: NDArray[np.float32]) -> None:
 
 
 def bare(axes: Axes) -> None:
-    """Leave out ticks and frame."""
+    """Remove tick marks and frame."""
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -1,4 +1,4 @@
-"""A ViT that reads scenes and a BERT that reads the sentences, each trained on its own modality, then frozen."""
+"""Pretrain a ViT on scenes and a BERT on sentences, each on its own modality, and freeze them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TOKEN_WEIGHT = 0.5
 
 @dataclass(frozen=True)
 class SceneEncoders:
-    """Frozen encoders, and how well each does what it was trained for; None for those that come with the package."""
+    """Frozen encoders, with their pretraining accuracies (None for the encoders that come with the package)."""
 
     vision: ViTModel
     text: BertModel
@@ -48,7 +48,7 @@ class SceneEncoders:
 
 
 def build_image_processor() -> ViTImageProcessorPil:
-    """Return what does the same as `to_pixel_values`, for scenes of (16,16,1) from 0 to 16."""
+    """Build an image processor equivalent to `to_pixel_values`, for scenes (16,16,1) from 0 to 16."""
     return ViTImageProcessorPil(do_resize=False, rescale_factor=1 / 16, image_mean=[0.5], image_std=[0.5])
 
 
@@ -64,7 +64,7 @@ def grid_positions(rows: int, columns: int, width: int) -> Tensor:
 
 
 def build_vision() -> ViTModel:
-    """Build a ViT for a grey image of 16 x 16: 8 patches of 4 x 8 with fixed positions, and [CLS]."""
+    """Build a ViT for gray images of 16 x 16, with 8 patches of 4 x 8, fixed positions, and [CLS]."""
     config = ViTConfig(
         image_size=16,
         patch_size=list(PATCH),
@@ -81,9 +81,9 @@ def build_vision() -> ViTModel:
 
 
 def draw_scenes(digits: Digits, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Draw augmented scenes -> pixel values (count,1,16,16), classes (count,4).
+    """Draw augmented scenes; return pixel values (count,1,16,16) and classes (count,4).
 
-    Half of the scans are moved by at most one pixel in each direction, and all pixels get noise.
+    Half of the scans are shifted by at most one pixel in each direction, and noise is added to all pixels.
     """
     scans = rng.integers(0, len(digits), (count, len(PLACES)))
     padded = np.pad(digits.pixels, ((0, 0), (1, 1), (1, 1)))
@@ -103,16 +103,16 @@ def tags(classes: Tensor) -> Tensor:
 
 
 def pretrain_vision(digits: Digits, validation: Scenes, *, steps: int, seed: int, device: torch.device) -> tuple[ViTModel, float]:
-    """Train on the digits that a scene has -> the encoder, and the share of right tags of the validation scenes.
+    """Train to recognize digits; return the encoder and the share of correct tags on the validation scenes.
 
-    [CLS] says after each of the last three blocks which digits are there, and not where. Each patch token says of which class its
-    digit is.
+    After each of the last three blocks, [CLS] predicts which digits are in the scene, but not where. Each patch token predicts the
+    class of its digit.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng((seed, 99))
     vision, head, token_head = build_vision(), nn.Linear(WIDTH, 10, device=device), nn.Linear(WIDTH, 10, device=device)
     nn.Module.to(vision, device)
-    # The place in which each patch lies.
+    # Index in PLACES for each patch.
     rows, columns = np.meshgrid(np.arange(16 // PATCH[0]) * PATCH[0] // 8, np.arange(16 // PATCH[1]) * PATCH[1] // 8, indexing="ij")
     place_of_patch = torch.from_numpy(2 * rows + columns).flatten()
 
@@ -143,9 +143,10 @@ def pretrain_vision(digits: Digits, validation: Scenes, *, steps: int, seed: int
 
 
 def pretrain_text(tokenizer: PreTrainedTokenizerFast, *, steps: int, seed: int, device: torch.device) -> tuple[BertModel, float]:
-    """Train on masked words of the sentences -> the encoder, and its share of right masked words.
+    """Train to predict masked words; return the encoder and the share of masked words that it predicts correctly.
 
-    Every word is read off [CLS] and its position too: masked words alone teach [CLS] nothing about the sentence.
+    Every word is also predicted from [CLS] and the word's position, because masked words alone teach [CLS] nothing about the
+    sentence.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -182,7 +183,7 @@ def pretrain_text(tokenizer: PreTrainedTokenizerFast, *, steps: int, seed: int, 
 def pretrain(
     scans: dict[str, Digits], scenes: dict[str, Scenes], *, seed: int, device: torch.device, share: float = 1.0
 ) -> SceneEncoders:
-    """Train both encoders on the training scans and on the sentences; `share` of the steps."""
+    """Train the encoders on the training scans and on the sentences, for a fraction `share` of the full number of steps."""
     tokenizer = build_tokenizer(vocabulary(SENTENCES))
     vision_steps, text_steps = (max(2, round(share * steps)) for steps in (VISION_STEPS, TEXT_STEPS))
     vision, tag_accuracy = pretrain_vision(scans["train"], scenes["validation"], steps=vision_steps, seed=seed, device=device)
@@ -191,7 +192,7 @@ def pretrain(
 
 
 def save_encoders(encoders: SceneEncoders, folder: Path) -> None:
-    """Write `vision` and `text` as transformers does, in half precision, with processor and tokenizer."""
+    """Save the encoders to `vision` and `text` in half precision, with image processor and tokenizer."""
     for name, model, companion in (
         ("vision", encoders.vision, encoders.image_processor),
         ("text", encoders.text, encoders.tokenizer),
@@ -202,7 +203,7 @@ def save_encoders(encoders: SceneEncoders, folder: Path) -> None:
 
 
 def load_encoders(folder: Path, device: torch.device) -> SceneEncoders:
-    """Read what `save_encoders` wrote, in float32."""
+    """Load encoders saved by `save_encoders`, in float32."""
     models = (
         kind.from_pretrained(folder / name, add_pooling_layer=False, dtype=torch.float32)
         for kind, name in ((ViTModel, "vision"), (BertModel, "text"))

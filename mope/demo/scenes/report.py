@@ -1,4 +1,4 @@
-"""The table, as text and as JSON."""
+"""Write the table of results as text and as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mope.demo.scenes.train import Result, Settings
 
 @dataclass(frozen=True)
 class Run:
-    """One seed: the accuracy of the frozen encoders in what they were trained for, and the lines of the table."""
+    """Results for one seed: the pretraining accuracies of the encoders, and the lines of the table."""
 
     seed: int
     tag_accuracy: float | None
@@ -26,7 +26,7 @@ class Run:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Write a line of Markdown for each method."""
+    """Format a Markdown table with a line for each method."""
     header = ["method", "test", "new combinations", "trained parameters", "seconds of training"]
     lines = []
     for of_method in zip(*(run.results for run in runs), strict=True):
@@ -51,7 +51,7 @@ on the same core, so their times show orders of magnitude only."""
 
 
 def write(out: Path, runs: Sequence[Run], comparison: Comparison, settings: Settings, environment: dict[str, Any]) -> str:
-    """Write results.md and results.json -> the text."""
+    """Write results.md and results.json; return the text of results.md."""
     note = NOTE.format(spread=f", mean and standard deviation over {len(runs)} seeds" if len(runs) > 1 else ", one seed")
     if trained := [run for run in runs if run.tag_accuracy is not None]:
         tags = spread([run.tag_accuracy for run in trained if run.tag_accuracy is not None])

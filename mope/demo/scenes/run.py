@@ -1,4 +1,4 @@
-"""`mope demo`: frozen encoders, one task, every method, one table."""
+"""Run `mope demo`: train every method on the same task and frozen encoders, and print one table."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ def demo(
     """Run the demo and print its table.
 
     Args:
-        out: folder for results.md, results.json, the pictures and the trained model of seed 0.
-        seeds: number of runs, from seed 0 on; scans, scenes, questions and prompts depend on it.
-        fast: a few steps instead of a training, to see that everything runs.
-        device: "auto" uses CUDA if there is one.
-        threads: of torch, on the CPU. Models as small as these gain nothing from more than one, and lose much on a busy machine.
-        anew: train the encoders of seed 0 too. By default they are read from the package; other seeds always train theirs, since
-            the committed ones have seen scans that are in other seeds' tests.
-        with_lora: train LoRA in the ViT as well, which needs peft.
-        command: command line, recorded in the results.
+        out: Folder for results.md, results.json, the pictures and the trained model of seed 0.
+        seeds: Number of runs, with seeds from 0. Scans, scenes, questions and prompts depend on the seed.
+        fast: Run only a few steps, to check that everything works.
+        device: Device name. "auto" uses CUDA if it is available.
+        threads: Number of CPU threads for torch. More than one does not speed up models this small, and slows them down on a
+            busy machine.
+        anew: Also train the encoders of seed 0, which otherwise come with the package. Other seeds always train their own,
+            because the packaged encoders have seen scans that are in other seeds' test sets.
+        with_lora: Also train LoRA in the ViT, which needs peft.
+        command: Command line to record in the results.
     """
     place, started_with = begin(device, threads, fast, command, question="Does the sentence hold for the scene?")
     settings = FAST if fast else FULL
@@ -61,7 +62,7 @@ def demo(
 def run_seed(
     seed: int, settings: Settings, device: torch.device, *, anew: bool, with_lora: bool
 ) -> tuple[report.Run, Task, MoPEForClassification]:
-    """Do everything that depends on the seed -> the run, its task, and the trained MoPE."""
+    """Run one seed; return the results, the task and the trained MoPE model."""
     start = time.perf_counter()
     scans, scenes = load_scenes(seed=seed)
     if seed == 0 and not anew:
@@ -71,14 +72,14 @@ def run_seed(
     task = Task(scenes, encoders, settings, seed=seed)
     opponents = [train_lora(task)] if with_lora else []
     results, model = compare(task, encoders)
-    # In front of MoPE's two lines.
+    # Insert before MoPE's two lines.
     results[-2:-2] = opponents
     seconds = time.perf_counter() - start
     return report.Run(seed, encoders.tag_accuracy, encoders.word_accuracy, results, seconds), task, model
 
 
 def train_lora(task: Task) -> Result:
-    """Train LoRA with as many parameters as MoPE -> its line of the table."""
+    """Train LoRA with as many parameters as MoPE; return its line of the table."""
     size = size_of(BASE, task.encoders)
     torch.manual_seed(task.seed)
     opponent = lora.lora_of_size(task, size)

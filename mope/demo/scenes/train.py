@@ -1,4 +1,4 @@
-"""The methods of the table: trained on the same questions, chosen on the same validation split."""
+"""Train the methods of the table on the same questions, and select weights on the same validation split."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class Settings:
     draws: int = 100
     test_draws: int = 40
     batch_size: int = 128
-    # Of the steps of pre-training.
+    # Fraction of the pretraining steps.
     pretraining: float = 1.0
 
 
 FULL = Settings()
-# Runs every line, learns little.
+# Executes all code, but learns little.
 FAST = Settings(rounds=2, draws=6, test_draws=4, pretraining=0.03)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the table, of one seed. Accuracies from 0 to 1, time of training in seconds."""
+    """One method's line of the table for one seed. Accuracies are from 0 to 1, and `seconds` is the training time."""
 
     method: str
     test: float
@@ -64,9 +64,9 @@ class Result:
 
 
 class Task:
-    """The questions of one seed, on a device. Every method sees the same ones in the same order.
+    """Questions of one seed, on a device. Every method sees the same questions in the same order.
 
-    The frozen text encoder runs once over all sentences: `psi` (128,C).
+    `psi` (128,C) holds the features of all sentences, computed once by the frozen text encoder.
     """
 
     def __init__(self, scenes: dict[str, Scenes], encoders: SceneEncoders, settings: Settings, *, seed: int) -> None:
@@ -86,11 +86,11 @@ class Task:
         return Questions(questions.scene.to(self.device), questions.sentence.to(self.device), questions.label.to(self.device))
 
     def training_round(self, number: int) -> Questions:
-        """Draw new scenes, wordings and order for every round."""
+        """Draw the training questions of a round, with new scenes, wordings and order."""
         return self._draw("train", self.settings.draws, 0, number)
 
     def batches(self, split: str, questions: Questions, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yield what a model reads, scenes and tokens of sentences, and labels (B,), in the order of the questions."""
+        """Yield batches of model inputs (scenes and tokens of sentences) and labels (B,), in the order of the questions."""
         for part in questions.split(size):
             text = {name: tensor[part.sentence] for name, tensor in self.words.items()}
             yield {"pixel_values": self.pixel_values[split][part.scene], **text}, part.label
@@ -101,7 +101,7 @@ Scores = Callable[[str, Questions], Tensor]
 
 
 def build(config: MoPEConfig, encoders: SceneEncoders) -> MoPEForClassification:
-    """Build a model with new prompts over the shared encoders: `detach` it before the next one is built."""
+    """Build a model with new prompts on the shared encoders. `detach` it before building the next one."""
     model = MoPEForClassification(config, **{name: getattr(encoders, name) for name in config.modalities})
     if "text" in config.modalities:
         model.tokenizer = encoders.tokenizer
@@ -111,20 +111,26 @@ def build(config: MoPEConfig, encoders: SceneEncoders) -> MoPEForClassification:
 
 
 def size_of(config: MoPEConfig, encoders: SceneEncoders) -> int:
-    """Count the parameters that such a model trains."""
+    """Count the trained parameters of a model with this configuration."""
     model = build(config, encoders)
     model.detach()
     return trained_parameters(model)
 
 
 def with_parameters(config: MoPEConfig, field: str, target: int, encoders: SceneEncoders) -> MoPEConfig:
-    """Set a field, of which the number of trained parameters is an affine function, so that the number is nearest to `target`."""
+    """Choose the value of a field that brings the number of trained parameters nearest to `target`.
+
+    The number of trained parameters must be an affine function of the field.
+    """
     one, two = (size_of(config.replace(**{field: value}), encoders) for value in (1, 2))
     return config.replace(**{field: max(1, 1 + round((target - one) / (two - one)))})
 
 
 def methods(encoders: SceneEncoders) -> dict[str, MoPEConfig]:
-    """Return what is compared, by its name in the table; MoPE last. All but "linear" and "static + mapped" are of one size."""
+    """Return the configurations to compare, by name in the table, with MoPE last.
+
+    All except "late concat, linear" and "static + mapped prompts" have about the same number of trained parameters.
+    """
     size = size_of(BASE, encoders)
     late, mapped = BASE.replace(method="late_concat", static_length=0), BASE.replace(method="static_mapped")
 
@@ -145,7 +151,7 @@ def methods(encoders: SceneEncoders) -> dict[str, MoPEConfig]:
 
 
 def prompted_scores(model: MoPEForClassification, task: Task) -> Scores:
-    """Return the logits of a model that runs its main encoder in every step, and reads psi from the cache."""
+    """Return a scoring function for a model that runs its main encoder in every step and reads psi from the cache."""
 
     def scores(split: str, questions: Questions) -> Tensor:
         out: Any = model(pixel_values=task.pixel_values[split][questions.scene], cross_features=task.psi[questions.sentence])
@@ -155,7 +161,7 @@ def prompted_scores(model: MoPEForClassification, task: Task) -> Scores:
 
 
 def late_scores(model: MoPEForClassification, task: Task) -> Scores:
-    """Return the logits of a method that leaves the encoders as they are: their tokens are computed once, its parts read them."""
+    """Return a scoring function for a method that does not modify the encoders, so that their tokens are computed only once."""
     vision: Any = task.encoders.vision
     tokens: dict[str, Tensor] = {}
 
@@ -181,18 +187,18 @@ def late_scores(model: MoPEForClassification, task: Task) -> Scores:
 
 
 def scores_of(model: MoPEForClassification, task: Task) -> Scores:
-    """Return how a method scores questions: its encoders run again only if prompts are in them."""
+    """Return the scoring function of a method. Encoders run in every step only if they contain prompts."""
     return prompted_scores(model, task) if model.config.prompts_main else late_scores(model, task)
 
 
 def fit(module: nn.Module, scores: Scores, task: Task, *, title: str, rate: float) -> float:
-    """Train by AdamW with a warm-up and a cosine to zero; the weights of the best round on the validation split stay.
+    """Train with AdamW, a warm-up and cosine decay to zero, and restore the weights of the best round on the validation split.
 
     Returns:
-        The accuracy of that round.
+        Validation accuracy of the best round.
 
     Raises:
-        NotFiniteError: the loss of a step was not finite.
+        NotFiniteError: The loss of a step was not finite.
     """
     settings, parameters = task.settings, [p for p in module.parameters() if p.requires_grad]
     each_round = -(-len(task.training_round(0)) // settings.batch_size)
@@ -227,7 +233,7 @@ def fit(module: nn.Module, scores: Scores, task: Task, *, title: str, rate: floa
 
 
 def loss_of(module: nn.Module, scores: Scores, questions: Questions, task: Task) -> Tensor:
-    """Return the loss of a batch: a model's own, which has the importance loss in it, or cross-entropy."""
+    """Compute the loss of a batch: the model's own, including the importance loss, or cross-entropy for other methods."""
     if isinstance(module, MoPEForClassification) and module.config.prompts_main:
         pixel_values, psi = task.pixel_values["train"][questions.scene], task.psi[questions.sentence]
         out: Any = module(pixel_values=pixel_values, cross_features=psi, labels=questions.label)
@@ -237,14 +243,14 @@ def loss_of(module: nn.Module, scores: Scores, questions: Questions, task: Task)
 
 @torch.no_grad()
 def accuracy(module: nn.Module, scores: Scores, split: str, questions: Questions) -> float:
-    """Return the share of right answers, in evaluation mode."""
+    """Compute the share of correct answers, in evaluation mode."""
     module.eval()
     right = [(scores(split, part).argmax(-1) == part.label).sum() for part in questions.split(512)]
     return float(sum(right)) / len(questions)
 
 
 def measure(module: nn.Module, scores: Scores, task: Task, method: str, seconds: float | None) -> Result:
-    """Return the table's line of a trained method."""
+    """Evaluate a trained method; return its line of the table."""
     return Result(
         method,
         test=accuracy(module, scores, "test", task.test),
@@ -256,7 +262,7 @@ def measure(module: nn.Module, scores: Scores, task: Task, method: str, seconds:
 
 
 def measure_top_1(model: MoPEForClassification, task: Task) -> Result:
-    """Return the line of a trained MoPE that takes one expert in each layer."""
+    """Evaluate a trained MoPE with only the top expert in each layer; return its line of the table."""
     config = model.config
     model.config = config.replace(eval_top_k=1)
     try:
@@ -266,7 +272,7 @@ def measure_top_1(model: MoPEForClassification, task: Task) -> Result:
 
 
 def compare(task: Task, encoders: SceneEncoders) -> tuple[list[Result], MoPEForClassification]:
-    """Train every method -> the table's lines, and the trained MoPE model."""
+    """Train every method; return the lines of the table and the trained MoPE model."""
     results = []
     for method, config in methods(encoders).items():
         torch.manual_seed(task.seed)

@@ -1,4 +1,4 @@
-// Tables sort by a column when its head is clicked; a second click turns the order round.
+// A click on a column's header sorts the table by that column; a second click reverses the order.
 const keyOf = (row, column) => {
   const cell = row.cells[column], text = cell.dataset.value ?? cell.textContent.trim();
   const number = parseFloat(text);
