@@ -61,7 +61,7 @@ def of_scenes(seed: int, fast: bool) -> tuple[MoPEConfig, Train]:
         torch.manual_seed(seed)
         model = scenes.build(config, encoders)
         scores = scenes.scores_of(model, task)
-        best = scenes.fit(model, scores, task, title=f"scenes {config.temperature}", rate=scenes.PROMPT_RATE)
+        best = scenes.fit(model, scores, task, title=f"scenes {config.temperature}", rate=scenes.MOPE_RATE)
         test = scenes.accuracy(model, scores, "test", task.test)
         model.detach()
         return best, test

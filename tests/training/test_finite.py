@@ -203,7 +203,7 @@ def test_the_demo_says_what_diverges(
 
     monkeypatch.setattr("mope.demo.run.FAST", dataclasses.replace(train.FAST, learning_rate=1e30, rounds=1))
     monkeypatch.setattr("mope.demo.train.methods", lambda _: {train.MOPE: train.BASE})
-    monkeypatch.setattr("mope.demo.scenes.train.PROMPT_RATE", 1e30)
+    monkeypatch.setattr("mope.demo.scenes.train.MOPE_RATE", 1e30)
     monkeypatch.setattr("mope.demo.scenes.train.methods", lambda _: {scenes.MOPE: scenes.BASE})
     name = {"digits": train.MOPE, "scenes": scenes.MOPE}[task]
     assert cli.main(["demo", "--task", task, "--out", str(tmp_path), "--fast"]) == 1

@@ -13,7 +13,6 @@ from mope.demo.scenes.train import BASE, Scores, Task
 from mope.demo.train import trained_parameters
 
 LORA = "late concat, LoRA in the ViT"
-RATE = 3e-3
 # Every linear layer of a block.
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 

@@ -14,7 +14,7 @@ from mope.demo.scenes import encoders as committed
 from mope.demo.scenes import lora, pictures, report
 from mope.demo.scenes.data import load_scenes
 from mope.demo.scenes.pretrain import load_encoders, pretrain
-from mope.demo.scenes.train import BASE, FAST, FULL, Result, Settings, Task, compare, fit, measure, size_of
+from mope.demo.scenes.train import BASE, FAST, FULL, OTHER_RATE, Result, Settings, Task, compare, fit, measure, size_of
 
 
 def demo(
@@ -84,5 +84,5 @@ def train_lora(task: Task) -> Result:
     torch.manual_seed(task.seed)
     opponent = lora.lora_of_size(task, size)
     start, scores = time.perf_counter(), lora.lora_scores(opponent, task)
-    fit(opponent, scores, task, title=lora.LORA, rate=lora.RATE)
+    fit(opponent, scores, task, title=lora.LORA, rate=OTHER_RATE)
     return measure(opponent, scores, task, lora.LORA, time.perf_counter() - start)
