@@ -179,3 +179,18 @@ def test_what_the_tags_alone_answer() -> None:
         no = len(present - holds_for) / (10 - len(holds_for))
         right += 0.5 if yes == pytest.approx(no) else float((yes > no) == bool(label))
     assert right / len(questions) == pytest.approx(0.69, abs=0.01)
+
+
+def test_the_pages_show_the_kept_run() -> None:
+    root = Path(__file__).parents[2]
+    kept = [
+        line.strip("| ").split("|") for line in (root / "docs/demo_results.md").read_text().splitlines() if line.startswith("| ")
+    ]
+    shown = (root / "docs/demo.md").read_text()
+    readme = (root / "README.md").read_text()
+    rows = {cells[0].strip(): [cell.strip() for cell in cells[1:4]] for cells in kept[2:]}
+    assert len(rows) == 11
+    for method, cells in rows.items():
+        assert f"| {method} | {' | '.join(cells)} |" in shown
+    for method in (MOPE, "static + mapped prompts, wide mapper", ATTENTION, lora.LORA):
+        assert f"{rows[method][0].split(' ')[0]} %" in readme, method
