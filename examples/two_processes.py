@@ -47,6 +47,8 @@ def main(steps: int = 20) -> None:
     total = torch.stack([p.detach().double().sum() for p in model.trainable_parameters()]).sum()
     every = accelerator.gather(total[None])
     accelerator.print("same weights everywhere:", bool((every == every[0]).all()))
+    # Let the communication above finish everywhere before the process group goes.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

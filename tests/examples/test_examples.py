@@ -30,7 +30,8 @@ PRINTED = {
 def run(script: str, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
     command = [sys.executable, *launcher, str(EXAMPLES / script), *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    # A script that hangs fails here instead of blocking the run.
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert answer.returncode == 0, answer.stderr
     return answer.stdout
 
