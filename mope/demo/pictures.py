@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,13 @@ def draw_all(model: MoPEForClassification, task: Task, out: Path) -> list[Path]:
         "what_experts_like": lambda: what_experts_like(grid, task),
         "one_digit_four_statements": lambda: one_digit_four_statements(grid, task),
     }
+    return save_all(figures, out)
+
+
+def save_all(figures: Mapping[str, Callable[[], Figure]], out: Path) -> list[Path]:
+    """Draw figures, whatever the user's own style is, and save them as PNG files under their names; return the paths."""
     out.mkdir(parents=True, exist_ok=True)
     paths = []
-    # Draw in this style, whatever the user's own style is.
     with plt.style.context("default"), matplotlib.rc_context(STYLE):
         for name, draw in figures.items():
             figure = draw()

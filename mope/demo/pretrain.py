@@ -166,12 +166,28 @@ def pretrain_vision(splits: dict[str, Digits], *, epochs: int, seed: int, device
 
 
 def pretrain_text(
-    tokenizer: PreTrainedTokenizerFast, *, epochs: int, seed: int, device: torch.device, layers: int = TEXT_LAYERS
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    epochs: int,
+    seed: int,
+    device: torch.device,
+    layers: int = TEXT_LAYERS,
+    sentences: Sequence[str] | None = None,
+    drawn: int | None = None,
 ) -> tuple[BertModel, float]:
-    """Train on masked words of `facts` -> the encoder, and its accuracy on masked words of the same text.
+    """Train to predict masked words; return the encoder and its accuracy on masked words of the same sentences.
 
     A masked word is predicted from its own last state, and every word also from the last state of [CLS] and its position. Masked
     words alone would teach [CLS] nothing about the sentence, and [CLS] is all that a fusion model uses.
+
+    Args:
+        tokenizer: Splits sentences into words.
+        epochs: Passes over the sentences, or steps with `drawn`.
+        seed: Seed of the weights, the order and the masks.
+        device: Device to train on.
+        layers: Layers of the encoder.
+        sentences: Sentences to train on, by default `facts()`.
+        drawn: Number of sentences to draw at random in each step. By default, each pass takes all sentences in batches.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -179,7 +195,7 @@ def pretrain_text(
     nn.Module.to(text, device)
     head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, len(tokenizer))).to(device)
     positions = nn.Embedding(text.config.max_position_embeddings, WIDTH).to(device)
-    encoded = tokenizer(facts(), padding=True, return_tensors="pt")
+    encoded = tokenizer(list(facts() if sentences is None else sentences), padding=True, return_tensors="pt")
     words, attention_mask = encoded["input_ids"], encoded["attention_mask"]
     is_word = attention_mask.bool() & (words != tokenizer.cls_token_id) & (words != tokenizer.sep_token_id)
 
@@ -194,6 +210,8 @@ def pretrain_text(
         return head(states[masked.to(device)]), head(from_summary[is_word[batch].to(device)]), masked
 
     def loss_of_batch(batch: Tensor) -> Tensor:
+        if drawn is not None:
+            batch = torch.randint(len(words), (drawn,), generator=generator)
         masked_scores, all_scores, masked = predict(batch)
         truth = torch.cat([words[batch][masked], words[batch][is_word[batch]]])
         return F.cross_entropy(torch.cat([masked_scores, all_scores]), truth.to(device))
@@ -202,7 +220,7 @@ def pretrain_text(
     optimize(
         parameters,
         loss_of_batch,
-        len(words),
+        len(words) if drawn is None else 1,
         epochs=epochs,
         learning_rate=2e-3,
         generator=generator,

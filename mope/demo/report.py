@@ -123,17 +123,41 @@ def write(out: Path, runs: Sequence[Run], comparison: Comparison, settings: Sett
         digits=spread([run.digit_accuracy for run in runs]),
         words=spread([run.word_accuracy for run in runs]),
     )
+    measured = ("held_out_digits", "held_out_phrasings", "router_gradient")
+    return write_results(
+        out, f"# Does the sentence hold for the scan?\n\n{table(runs)}\n\n{note}", runs, comparison, settings, environment, measured
+    )
+
+
+def write_results(
+    out: Path,
+    text: str,
+    runs: Sequence[Any],
+    comparison: Comparison,
+    settings: Any,
+    environment: dict[str, Any],
+    measured: Sequence[str],
+) -> str:
+    """Write results.md and results.json; return the former.
+
+    Args:
+        out: Folder for both.
+        text: Title, table and note.
+        runs: One dataclass for each seed, with `seconds` and `results`.
+        comparison: Fused against plain.
+        settings: Dataclass of the settings.
+        environment: Device, versions and command.
+        measured: Fields of the results that get a mean and a deviation over the seeds.
+    """
     seconds = statistics.mean(run.seconds for run in runs)
     text = (
-        f"# Does the sentence hold for the scan?\n\n{table(runs)}\n\n{note}\n\n"
-        f"## Fused against plain\n\n{describe(comparison)}\n\n"
-        f"{made_with(environment)}. {seconds:.0f} s for each seed.\n"
+        f"{text}\n\n## Fused against plain\n\n{describe(comparison)}\n\n{made_with(environment)}. {seconds:.0f} s for each seed.\n"
     )
     record = {
         **environment,
         "settings": dataclasses.asdict(settings),
         "runs": [dataclasses.asdict(run) for run in runs],
-        **summary(runs, "held_out_digits", "held_out_phrasings", "router_gradient"),
+        **summary(runs, *measured),
         "fused_against_plain": dataclasses.asdict(comparison),
     }
     write_files(out, text, record)

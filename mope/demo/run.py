@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,42 @@ def demo(
     """
     place, started_with = begin(device, threads, fast, command)
     settings = FAST if fast else FULL
+    repeat(
+        seeds,
+        lambda seed: run_seed(seed, settings, place),
+        pictures.draw_all,
+        lambda runs, comparison: report.write(out, runs, comparison, settings, started_with),
+        out,
+    )
+
+
+def repeat(
+    seeds: int,
+    run_seed: Callable[[int], tuple[Any, Any, MoPEForClassification]],
+    draw_all: Callable[[MoPEForClassification, Any, Path], list[Path]],
+    write: Callable[[list[Any], plain.Comparison], str],
+    out: Path,
+) -> None:
+    """Run every seed, compare and draw the model of seed 0 and save it, and print the results.
+
+    Args:
+        seeds: Number of runs, from seed 0 on.
+        run_seed: Seed -> the run, its task, and the trained model.
+        draw_all: Draws the model and the task into a folder; returns the paths.
+        write: Writes the results of all runs; returns them as text.
+        out: Folder for everything.
+    """
     runs = []
     for seed in range(seeds):
-        run, task, model = run_seed(seed, settings, place)
+        run, task, model = run_seed(seed)
         runs.append(run)
         print(f"seed {seed}, {run.seconds:.0f} s")
         if seed == 0:
             comparison = plain.compare(model, task)
-            paths = pictures.draw_all(model, task, out)
+            paths = draw_all(model, task, out)
             model.save_pretrained(out / "model", backbones="copy", dtype=torch.float16)
         model.detach()
-    text = report.write(out, runs, comparison, settings, started_with)
+    text = write(runs, comparison)
     print(f"\n{text}")
     print("\n".join(str(path) for path in (out / "results.md", out / "results.json", *paths, out / "model")))
 

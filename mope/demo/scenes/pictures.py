@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from mope import MoPEForClassification
-from mope.demo.pictures import ACCENT, INK, MUTED, NO, PALE, PAPER, ROUTING, STYLE, YES
+from mope.demo.pictures import ACCENT, INK, MUTED, NO, PALE, PAPER, ROUTING, YES, save_all
 from mope.demo.scenes.data import PLACES, SENTENCES, STATEMENTS, Scenes
 from mope.demo.scenes.train import Task
 
@@ -91,16 +90,7 @@ def draw_all(model: MoPEForClassification, task: Task, out: Path) -> list[Path]:
         "one_scene_four_sentences": lambda: one_scene_four_sentences(grid, task.scenes["test"]),
         "routing_by_sentence": lambda: routing_by_sentence(grid),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    # Ignore the user's own style.
-    with plt.style.context("default"), matplotlib.rc_context(STYLE):
-        for name, draw in figures.items():
-            figure = draw()
-            paths.append(out / f"{name}.png")
-            figure.savefig(paths[-1])
-            plt.close(figure)
-    return paths
+    return save_all(figures, out)
 
 
 def one_scene_four_sentences(grid: Grid, scenes: Scenes) -> Figure:

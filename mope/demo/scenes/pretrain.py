@@ -16,15 +16,13 @@ from transformers import BertModel, PreTrainedTokenizerFast, ViTConfig, ViTImage
 from mope.demo.data import Digits, vocabulary
 from mope.demo.pretrain import (
     HEADS,
-    MASKED_SHARE,
     PIXEL_NOISE,
-    TEXT_LAYERS,
     VISION_LAYERS,
     WIDTH,
-    build_text,
     build_tokenizer,
     freeze,
     optimize,
+    pretrain_text,
 )
 from mope.demo.scenes.data import PLACES, SENTENCES, Scenes, compose, to_pixel_values
 
@@ -142,44 +140,6 @@ def pretrain_vision(digits: Digits, validation: Scenes, *, steps: int, seed: int
     return freeze(vision), float((found == truth).float().mean())
 
 
-def pretrain_text(tokenizer: PreTrainedTokenizerFast, *, steps: int, seed: int, device: torch.device) -> tuple[BertModel, float]:
-    """Train to predict masked words; return the encoder and the share of masked words that it predicts correctly.
-
-    Every word is also predicted from [CLS] and the word's position, because masked words alone teach [CLS] nothing about the
-    sentence.
-    """
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    text = build_text(len(tokenizer), TEXT_LAYERS)
-    nn.Module.to(text, device)
-    head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, len(tokenizer))).to(device)
-    positions = nn.Embedding(text.config.max_position_embeddings, WIDTH).to(device)
-    encoded = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
-    words, attention_mask = encoded["input_ids"], encoded["attention_mask"]
-    is_word = attention_mask.bool() & (words != tokenizer.cls_token_id) & (words != tokenizer.sep_token_id)
-
-    def predict(batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        masked = is_word[batch] & (torch.rand(words[batch].shape, generator=generator) < MASKED_SHARE)
-        masked[:, 2] |= ~masked.any(1)
-        read = words[batch].masked_fill(masked, tokenizer.mask_token_id)
-        states = text(input_ids=read.to(device), attention_mask=attention_mask[batch].to(device)).last_hidden_state
-        from_summary = states[:, :1] + positions.weight[: states.shape[1]]
-        return head(states[masked.to(device)]), head(from_summary[is_word[batch].to(device)]), masked
-
-    def loss_of_batch(_: Tensor) -> Tensor:
-        batch = torch.randint(len(words), (BATCH // 2,), generator=generator)
-        masked_scores, all_scores, masked = predict(batch)
-        truth = torch.cat([words[batch][masked], words[batch][is_word[batch]]])
-        return F.cross_entropy(torch.cat([masked_scores, all_scores]), truth.to(device))
-
-    parameters = [*text.parameters(), *head.parameters(), *positions.parameters()]
-    optimize(parameters, loss_of_batch, 1, epochs=steps, learning_rate=2e-3, generator=generator, title="BERT: masked words")
-    text.eval()
-    with torch.no_grad():
-        scores, _, masked = predict(torch.arange(len(words)))
-    return freeze(text), float((scores.argmax(-1).cpu() == words[masked]).float().mean())
-
-
 def pretrain(
     scans: dict[str, Digits], scenes: dict[str, Scenes], *, seed: int, device: torch.device, share: float = 1.0
 ) -> SceneEncoders:
@@ -187,7 +147,9 @@ def pretrain(
     tokenizer = build_tokenizer(vocabulary(SENTENCES))
     vision_steps, text_steps = (max(2, round(share * steps)) for steps in (VISION_STEPS, TEXT_STEPS))
     vision, tag_accuracy = pretrain_vision(scans["train"], scenes["validation"], steps=vision_steps, seed=seed, device=device)
-    text, word_accuracy = pretrain_text(tokenizer, steps=text_steps, seed=seed, device=device)
+    text, word_accuracy = pretrain_text(
+        tokenizer, epochs=text_steps, seed=seed, device=device, sentences=SENTENCES, drawn=BATCH // 2
+    )
     return SceneEncoders(vision, text, tokenizer, build_image_processor(), tag_accuracy, word_accuracy)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mope.demo.plain import Comparison
-from mope.demo.report import aligned, describe, made_with, spread, summary, write_files
+from mope.demo.report import aligned, spread, write_results
 from mope.demo.scenes.train import Result, Settings
 
 
@@ -57,18 +56,5 @@ def write(out: Path, runs: Sequence[Run], comparison: Comparison, settings: Sett
         tags = spread([run.tag_accuracy for run in trained if run.tag_accuracy is not None])
         words = spread([run.word_accuracy for run in trained if run.word_accuracy is not None])
         note += f"\nThe frozen encoders that this run trained, alone: {tags} % of the digits' tags, {words} % of masked words."
-    seconds = statistics.mean(run.seconds for run in runs)
-    text = (
-        f"# Does the sentence hold for the scene?\n\n{table(runs)}\n\n{note}\n\n"
-        f"## Fused against plain\n\n{describe(comparison)}\n\n"
-        f"{made_with(environment)}. {seconds:.0f} s for each seed.\n"
-    )
-    record = {
-        **environment,
-        "settings": dataclasses.asdict(settings),
-        "runs": [dataclasses.asdict(run) for run in runs],
-        **summary(runs, "test", "new_combinations", "seconds"),
-        "fused_against_plain": dataclasses.asdict(comparison),
-    }
-    write_files(out, text, record)
-    return text
+    text = f"# Does the sentence hold for the scene?\n\n{table(runs)}\n\n{note}"
+    return write_results(out, text, runs, comparison, settings, environment, ("test", "new_combinations", "seconds"))

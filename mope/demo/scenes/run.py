@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from mope import MoPEForClassification
-from mope.demo import plain
-from mope.demo.run import begin
+from mope.demo.run import begin, repeat
 from mope.demo.scenes import encoders as committed
 from mope.demo.scenes import lora, pictures, report
 from mope.demo.scenes.data import load_scenes
@@ -44,19 +43,13 @@ def demo(
     """
     place, started_with = begin(device, threads, fast, command, question="Does the sentence hold for the scene?")
     settings = FAST if fast else FULL
-    runs = []
-    for seed in range(seeds):
-        run, task, model = run_seed(seed, settings, place, anew=anew, with_lora=with_lora)
-        runs.append(run)
-        print(f"seed {seed}, {run.seconds:.0f} s")
-        if seed == 0:
-            comparison = plain.compare(model, task)
-            paths = pictures.draw_all(model, task, out)
-            model.save_pretrained(out / "model", backbones="copy", dtype=torch.float16)
-        model.detach()
-    text = report.write(out, runs, comparison, settings, started_with)
-    print(f"\n{text}")
-    print("\n".join(str(path) for path in (out / "results.md", out / "results.json", *paths, out / "model")))
+    repeat(
+        seeds,
+        lambda seed: run_seed(seed, settings, place, anew=anew, with_lora=with_lora),
+        pictures.draw_all,
+        lambda runs, comparison: report.write(out, runs, comparison, settings, started_with),
+        out,
+    )
 
 
 def run_seed(
