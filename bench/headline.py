@@ -42,7 +42,7 @@ COMPILE_THREADS = 4
 KERNELS = [
     path for path in sorted((rows.ROOT / "mope_kernels").glob("*_details/_[!_]*.py")) if path.stem not in ("_launch", "_libraries")
 ]
-# Exit status if there is no device.
+# Exit status on a machine without a GPU.
 NO_DEVICE = 2
 COLD_START = {True: "tiny-swin", False: "swin-b+bert-base-b16"}
 PAGE = """\

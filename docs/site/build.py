@@ -47,7 +47,7 @@ CONTENTS = {
     ),
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
-# What the tests of the pages read.
+# Marks blocks that the tests do not run.
 NOT_RUN = re.compile(r"^(\s*```\w+) not-run=\"[^\"]*\"$", re.MULTILINE)
 
 

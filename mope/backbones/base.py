@@ -102,8 +102,8 @@ class BackboneAdapter(Architecture, ABC):
     def pool(self, model: Any, hidden_states: Tensor, padding: Padding) -> Tensor:
         """Pool the tokens (B,L,C) after the last block into the model's feature (B,C), before `normalize`.
 
-        Use `padding.first_tokens(hidden_states)` or `padding.mean_of_tokens(hidden_states)`. There is no default, because the first
-        token of a model without a class token is its first patch.
+        Use `padding.first_tokens(hidden_states)` or `padding.mean_of_tokens(hidden_states)`. Every adapter must choose, because
+        the first token of a model without a class token is its first patch.
         """
 
     def takes(self, flag: str) -> bool:

@@ -17,7 +17,7 @@ from mope.benchmark.shapes import Work
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter for T tokens of width C: a bottleneck and E experts that project back. With one expert there is no router."""
+    """An adapter for T tokens of width C: a bottleneck and E experts that project back. A single expert needs no router."""
 
     tokens: int
     experts: int = 3
